@@ -1,0 +1,85 @@
+"""Which back end runs the row kernels, and why another one cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from windkern._checks import check_choice
+
+
+class BackendUnavailableError(RuntimeError):
+    """A back end was asked for by name and cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the row-kernel contract in `windkern.kernels.contract`."""
+
+    name: str
+    module: str
+    reason: Callable[[torch.device, torch.dtype], str | None]  # None where it can run
+
+    def kernels(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+
+def _always(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+# In order of preference: "auto" takes the first that can run.
+BACKENDS = {
+    "torch": Backend("torch", "windkern.kernels.torch_rows", _always),
+}
+
+
+def why_not(name: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Return why back end `name` cannot run on `device` with operands of `dtype`, or None where it can.
+
+    Raises:
+        ValueError: no back end has that name.
+
+    Example:
+        >>> why_not("torch", "cpu") is None
+        True
+    """
+    check_choice("backend", name, BACKENDS)
+    return BACKENDS[name].reason(torch.device(device), dtype)
+
+
+def available(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Return the back ends that can run on `device`, most preferred first.
+
+    Example:
+        >>> "torch" in available("cpu")
+        True
+    """
+    return tuple(name for name in BACKENDS if why_not(name, device, dtype) is None)
+
+
+def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the back end that will run; an explicit one that cannot run raises, nothing falls back in silence."""
+    if requested == "auto":
+        return _preferred(device.type, dtype)
+    check_choice("backend", requested, ["auto", *BACKENDS])
+    reason = why_not(requested, device, dtype)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend={requested!r} cannot run on {device} with {dtype}: {reason}")
+    return requested
+
+
+@functools.cache
+def _preferred(device_type: str, dtype: torch.dtype) -> str:
+    return available(device_type, dtype)[0]
+
+
+def debug_mode() -> bool:
+    """WINDKERN_DEBUG=1: values are checked on a GPU too (targets, num_scored), at the cost of synchronisations."""
+    return os.environ.get("WINDKERN_DEBUG", "0") not in ("", "0")

@@ -1,0 +1,213 @@
+"""What the group losses share: checks, masks, reductions, the residual, win-rate statistics, the extended log.
+
+`B` groups (prompts) of `N` responses; `where (B, N)` says which responses take part. A group with fewer than two of
+them is switched off as a whole: it contributes 0 with gradient 0, and still counts in the mean's `B`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from windkern._checks import check_choice, check_number, check_same_device, check_shape, check_tensor, shape_of
+
+REDUCTIONS = ("mean", "sum", "none")
+DELTA = 0.02  # implied win rates outside [DELTA, 1 - DELTA] meet the polynomial of `extended_log`
+PREFS_TOLERANCE = 1e-4  # float32 sigmoids miss prefs + prefs^T = 1 by 1e-7, real asymmetry is a thousand times this
+
+
+def check_precise(name: str, value: object) -> Tensor:
+    """Refuse low precision: the targets are of the size of eta, far below its rounding."""
+    tensor = check_tensor(name, value)
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name} must be float32 or float64, got {tensor.dtype}, which rounds log-probs near -300 nats to a multiple "
+            f"of {256 * torch.finfo(tensor.dtype).eps:g}; the loss fits differences smaller than that"
+        )
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+    return tensor
+
+
+def check_logps(logps: object, responses: int | str = "N") -> Tensor:
+    tensor = check_precise("logps", logps)
+    check_shape("logps", tensor, ("B", responses))
+    return tensor
+
+
+def check_constant(name: str, value: object, logps: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A float constant on the device of `logps`, in its dtype; one that wants a gradient is a mistake, so it raises."""
+    tensor = check_precise(name, value)
+    check_shape(name, tensor, shape)
+    check_same_device(name, tensor, "logps", logps)
+    if tensor.requires_grad:
+        raise ValueError(f"{name} is a constant of the loss but requires grad; pass {name}.detach() if that is meant")
+    return tensor.to(logps.dtype)
+
+
+def check_frozen_logps(name: str, value: object, logps: Tensor) -> Tensor:
+    """Log-probs of a frozen policy: like any constant, but a dtype other than that of `logps` is a mix-up."""
+    tensor = check_constant(name, value, logps, shape_of(logps))
+    if value.dtype != logps.dtype:
+        raise TypeError(f"{name} is {value.dtype} but logps is {logps.dtype}; score both policies in one precision")
+    return tensor
+
+
+def check_prefs(prefs: Tensor, where: Tensor | None = None) -> None:
+    """Refuse preferences that are no preferences. The losses do this on a CPU; on a GPU call it once yourself.
+
+    Formula: 0 <= prefs[b, i, j] <= 1 and prefs[b, i, j] + prefs[b, j, i] = 1, hence 1/2 on the diagonal.
+
+    Args:
+        prefs: (B, N, N) float32 or float64, chance that response i beats response j.
+        where: (B, N) bool, responses that take part; None for all. Entries of the others may hold anything.
+
+    Raises:
+        TypeError: `prefs` is not a float32 or float64 tensor, or `where` is not a bool tensor.
+        ValueError: `prefs` is not (B, N, N) or `where` not (B, N); `prefs` leave [0, 1], hold NaN, or miss the symmetry
+            by more than 1e-4.
+
+    Example:
+        >>> import torch
+        >>> from windkern.losses import check_prefs
+        >>> scores = torch.tensor([[1.0, 0.0, 3.0]])
+        >>> check_prefs(torch.sigmoid(scores[:, :, None] - scores[:, None, :]))
+    """
+    check_precise("prefs", prefs)
+    check_shape("prefs", prefs, ("B", "N", "N"))
+    if prefs.shape[1] != prefs.shape[2]:
+        raise ValueError(f"prefs must have shape (B, N, N), got {shape_of(prefs)}")
+    prefs = fill(prefs, pairs_of(kept_responses(where, prefs.diagonal(dim1=1, dim2=2))), 0.5)
+    if not ((prefs >= 0) & (prefs <= 1)).all():
+        raise ValueError("prefs must lie in [0, 1] and hold no NaN (pass probabilities, not scores)")
+    miss = (prefs + prefs.mT - 1).abs()
+    if not (miss <= PREFS_TOLERANCE).all():
+        raise ValueError(
+            f"prefs[b, i, j] + prefs[b, j, i] must be 1 (1/2 on the diagonal), off by up to {miss.max().item():.3g}; "
+            "(prefs + 1 - prefs.mT) / 2 makes them symmetric"
+        )
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on a GPU it would make Python wait, under a compiler there are none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def pairs_of(where: Tensor) -> Tensor:
+    """(B, N) -> (B, N, N): both members take part."""
+    return where[:, :, None] & where[:, None, :]
+
+
+def kept_responses(where: Tensor | None, logps: Tensor) -> Tensor:
+    """The mask every later step uses: (B, N) bool, cleared for groups with fewer than two responses."""
+    if where is None:
+        where = torch.ones_like(logps, dtype=torch.bool)
+    else:
+        check_tensor("where", where)
+        if where.dtype != torch.bool:
+            raise TypeError(f"where must be torch.bool, got {where.dtype}")
+        check_shape("where", where, shape_of(logps))
+        check_same_device("where", where, "logps", logps)
+    return where & (where.sum(-1, keepdim=True) >= 2)
+
+
+def fill(value: Tensor, where: Tensor, filler: float = 0.0) -> Tensor:
+    """`value` with `filler` where it is masked.
+
+    Hazard: 0 * NaN is NaN, in the backward as well. Remedy: select before any arithmetic, never multiply by a mask.
+    """
+    return torch.where(where, value, filler)
+
+
+def count(where: Tensor) -> Tensor:
+    return where.sum(-1).clamp(min=1)  # (B,); 1 for a group that is off, whose sums are 0
+
+
+def group_mean(terms: Tensor, where: Tensor) -> Tensor:
+    """Mean over the responses that take part: (B, N) -> (B,)."""
+    return fill(terms, where).sum(-1) / count(where)
+
+
+def centred(terms: Tensor, where: Tensor) -> Tensor:
+    return terms - group_mean(terms, where)[:, None]
+
+
+def rivals(where: Tensor) -> Tensor:
+    """Ordered pairs i != j that take part: (B, N, N) bool."""
+    return pairs_of(where) & ~torch.eye(where.shape[-1], dtype=torch.bool, device=where.device)
+
+
+def pair_mean(terms: Tensor, where: Tensor) -> Tensor:
+    """Mean over ordered pairs i != j that take part: (B, N, N) -> (B,)."""
+    pairs = count(where) * (count(where) - 1).clamp(min=1)
+    return fill(terms, rivals(where)).sum((-2, -1)) / pairs
+
+
+def v_win_rates(prefs: Tensor, where: Tensor) -> Tensor:
+    """(1/K) sum_j P_ij over all K responses, the own comparison counting 1/2: (B, N)."""
+    return (fill(prefs, rivals(where)).sum(-1) + 0.5) / count(where)[:, None]
+
+
+def u_win_rates(prefs: Tensor, where: Tensor) -> Tensor:
+    """(1/(K-1)) sum_{j != i} P_ij, without the own comparison: (B, N)."""
+    return fill(prefs, rivals(where)).sum(-1) / (count(where) - 1).clamp(min=1)[:, None]
+
+
+def choose_target(
+    logps: Tensor, prefs: Tensor | None, win_rates: Tensor | None, statistic: str, where: Tensor, user: str
+) -> Tensor:
+    """Exactly one of `prefs` and `win_rates`, checked, filled with 1/2 where masked, as the statistic asks."""
+    if (prefs is None) == (win_rates is None):
+        raise ValueError(f"give exactly one of prefs and win_rates, got {'neither' if prefs is None else 'both'}")
+    B, N = logps.shape
+    if win_rates is not None:
+        if statistic == "pairs":
+            raise ValueError(f"win_rates cannot serve {user}, which compares pairs; give prefs")
+        win_rates = fill(check_constant("win_rates", win_rates, logps, (B, N)), where, 0.5)
+        if readable(win_rates) and not ((win_rates >= 0) & (win_rates <= 1)).all():
+            raise ValueError("win_rates must lie in [0, 1] and hold no NaN")
+        return win_rates
+    prefs = fill(check_constant("prefs", prefs, logps, (B, N, N)), pairs_of(where), 0.5)
+    if readable(prefs):
+        check_prefs(prefs)
+    if statistic == "pairs":
+        return prefs
+    return (v_win_rates if statistic == "V" else u_win_rates)(prefs, where)
+
+
+def reduce_groups(values: Tensor, reduction: str) -> Tensor:
+    """(B,) -> scalar; "mean" divides by B whatever is masked (0 for B = 0), "none" leaves (B,)."""
+    if reduction == "none":
+        return values
+    return values.sum() / max(values.shape[0], 1) if reduction == "mean" else values.sum()
+
+
+def check_reduction(reduction: str) -> str:
+    return check_choice("reduction", reduction, REDUCTIONS)
+
+
+def step_coefficients(eta: float, beta: float) -> tuple[float, float, float]:
+    """(a, b, c) of log pi_{t+1} = a log pi_t + b log pi_ref + c w - log Z: a = 1/(1+eta*beta), b = 1-a, c = eta*a."""
+    check_number("eta", eta, above=0)
+    check_number("beta", beta, least=0)
+    a = 1 / (1 + eta * beta)
+    return a, eta * beta * a, eta * a
+
+
+def residual(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, b: float) -> Tensor:
+    """s_i = l_i - a o_i - b r_i with a = 1 - b, (B, N).
+
+    Hazard: a o and b r are hundreds of nats, s is below one. Remedy: form the two small differences first.
+    """
+    return (logps - old_logps) + b * (old_logps - ref_logps)
+
+
+def extended_log(p: Tensor) -> Tensor:
+    """log p inside [DELTA, 1 - DELTA]; outside, its second-order Taylor polynomial at the nearer end.
+
+    Hazard: an implied win rate is not confined to (0, 1), and a clamp has gradient 0 just where a push back is needed.
+    Remedy: expand around the nearest point inside. Inside, x is 0 but carries the slope 1/p, so one line serves both.
+    """
+    nearest = p.detach().clamp(DELTA, 1 - DELTA)
+    x = (p - nearest) / nearest
+    return nearest.log() + x * (1 - x / 2)

@@ -1,0 +1,219 @@
+"""From what a caller hands over to flat, checked, compacted rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from windkern import backends
+from windkern._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    shape_of,
+)
+from windkern.kernels.gemm import accumulator
+from windkern.transform import IDENTITY, LogitTransform
+
+Blocks = Tensor | Sequence[Tensor]
+IGNORED = -1  # targets of rows that are not scored, once the caller's ignore_index has been read
+
+
+@dataclass
+class Inputs:
+    """Checked arguments: R rows before, M after ignored ones are dropped."""
+
+    hidden: list[Tensor]  # (R, H_k)
+    weight: list[Tensor]  # (V, H_k)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (M,) int64, IGNORED where not scored
+    rows: Tensor | None  # (M,) int64 positions among the R rows, None where all rows stay
+    overflow: Tensor | None  # (R,) rows beyond num_scored, whose results become NaN
+    lead: tuple[int, ...]  # shape of the caller's targets
+    total_rows: int  # R
+    operand: torch.dtype  # of the GEMMs
+    transform: LogitTransform
+    backend: str
+
+    @property
+    def num_rows(self) -> int:
+        return self.targets.shape[0]
+
+    @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        return tuple(block.shape[-1] for block in self.hidden)
+
+    @property
+    def device(self) -> torch.device:
+        return self.targets.device
+
+    def grads(self) -> dict[str, object]:
+        """Which gradients autograd will ask for, as `plan` wants it."""
+        enabled = torch.is_grad_enabled()
+        return {
+            "hidden_grad": tuple(enabled and block.requires_grad for block in self.hidden),
+            "weight_grad": tuple(enabled and block.requires_grad for block in self.weight),
+            "bias_grad": enabled and self.bias is not None and self.bias.requires_grad,
+        }
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """(M,) results back to the caller's shape, 0 where ignored."""
+        if self.rows is not None:
+            values = values.new_zeros(self.total_rows).index_add(0, self.rows, values)
+        if self.overflow is not None:
+            values = torch.where(self.overflow, torch.nan, values)
+        return values.view(self.lead)
+
+
+def _as_blocks(name: str, value: Blocks) -> list[Tensor]:
+    blocks = list(value) if isinstance(value, (tuple, list)) else [value]
+    if not blocks:
+        raise ValueError(
+            f"{name} must be a tensor or a tuple of one block or more, got an empty {type(value).__name__}"
+        )
+    named = zip((name,) if len(blocks) == 1 else (f"{name}[{k}]" for k in range(len(blocks))), blocks, strict=True)
+    return [check_floating(label, block) for label, block in named]
+
+
+def _check_blocks(hidden: list[Tensor], weight: list[Tensor], targets: Tensor) -> None:
+    if len(hidden) != len(weight):
+        raise ValueError(f"hidden and weight must have the same number of blocks, got {len(hidden)} and {len(weight)}")
+    lead = shape_of(targets)
+    for k, (block, head) in enumerate(zip(hidden, weight, strict=True)):
+        mark = f"[{k}]" if len(hidden) > 1 else ""
+        if head.dim() != 2:
+            raise ValueError(f"weight{mark} must have shape (vocab, hidden) as in nn.Linear, got {shape_of(head)}")
+        if head.numel() == 0:
+            raise ValueError(
+                f"weight{mark} has no elements (shape {shape_of(head)}); a head partitioned by ZeRO-3 must be gathered "
+                "first, e.g. with windkern.sharding.gathered(weight)"
+            )
+        if block.dim() == 0 or block.shape[-1] != head.shape[1]:
+            raise ValueError(
+                f"hidden{mark} must have last dimension {head.shape[1]} to match weight{mark} {shape_of(head)}, "
+                f"got {shape_of(block)}"
+            )
+        if head.shape[0] != weight[0].shape[0]:
+            raise ValueError(f"weight{mark} must have {weight[0].shape[0]} rows as weight[0] has, got {head.shape[0]}")
+        if shape_of(block)[:-1] != lead:
+            raise ValueError(
+                f"targets must have shape {shape_of(block)[:-1]} (hidden{mark} {shape_of(block)} without its last "
+                f"dimension), got {lead}"
+            )
+        check_same_device(f"hidden{mark}", block, "targets", targets)
+        check_same_device(f"weight{mark}", head, "targets", targets)
+
+
+def _operand_dtype(hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None) -> torch.dtype:
+    """The autocast dtype under autocast, else the one dtype everything must have."""
+    device_type = hidden[0].device.type
+    named = [("hidden", block) for block in hidden] + [("weight", head) for head in weight]
+    named += [] if bias is None else [("bias", bias)]
+    dtypes = {tensor.dtype for _, tensor in named}
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(device_type)
+    if len(dtypes) > 1:
+        given = ", ".join(f"{name} {tensor.dtype}" for name, tensor in named)
+        raise TypeError(f"hidden, weight and bias must have one dtype outside autocast, got {given}")
+    return hidden[0].dtype
+
+
+def prepare(
+    hidden: Blocks,
+    weight: Blocks,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    transform: LogitTransform | None,
+    ignore_index: int,
+    num_scored: int | None,
+    backend: str,
+    drop: bool = True,
+) -> Inputs:
+    """Check everything a caller can get wrong, flatten to rows, and drop the ignored ones."""
+    check_integer("targets", targets)
+    blocks, heads = _as_blocks("hidden", hidden), _as_blocks("weight", weight)
+    _check_blocks(blocks, heads, targets)
+    if bias is not None:
+        check_shape("bias", check_floating("bias", bias), (heads[0].shape[0],))
+        check_same_device("bias", bias, "targets", targets)
+    if transform is None:
+        transform = IDENTITY
+    elif not isinstance(transform, LogitTransform):
+        raise TypeError(f"transform must be a windkern.LogitTransform or None, got {type(transform).__name__}")
+    operand = _operand_dtype(blocks, heads, bias)
+    check_choice("backend", backend, ["auto", *backends.BACKENDS])
+    flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
+    flat = [block if block.dtype == operand else block.to(operand) for block in flat]
+    labels = targets.reshape(-1).long()
+    scored = labels != ignore_index
+    labels = torch.where(scored, torch.where(labels < 0, labels + IGNORED, labels), IGNORED)  # -1 stays an error
+    rows, overflow = None, None
+    if num_scored is not None:
+        rows, labels, overflow = _first_scored(scored, labels, check_count("num_scored", num_scored))
+    elif drop and not _must_keep_rows(targets):
+        positions = scored.nonzero().squeeze(1)  # on a GPU: the one synchronisation that num_scored avoids
+        if positions.numel() < labels.numel():
+            rows, labels = positions, labels.index_select(0, positions)
+    return Inputs(
+        hidden=flat,
+        weight=heads,
+        bias=bias,
+        targets=labels,
+        rows=rows,
+        overflow=overflow,
+        lead=tuple(targets.shape),
+        total_rows=flat[0].shape[0],
+        operand=operand,
+        transform=transform,
+        backend=backends.resolve(backend, targets.device, operand),
+    )
+
+
+def _must_keep_rows(targets: Tensor) -> bool:
+    """Data-dependent sizes cannot be compiled or captured: then all rows stay, masked."""
+    return torch.compiler.is_compiling() or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions and targets of the first `num_scored` scored rows, with no size that depends on data.
+
+    Spare places point at row 0 with an ignored target; rows beyond the bound are reported.
+    """
+    order = scored.cumsum(0) - 1
+    fits = scored & (order < num_scored)
+    if not torch.compiler.is_compiling() and (scored.device.type == "cpu" or backends.debug_mode()):
+        found = int(scored.sum())
+        if found > num_scored:
+            raise ValueError(f"num_scored must be at least the number of scored targets, {found}, got {num_scored}")
+    place = torch.where(fits, order, num_scored)
+    positions = torch.arange(scored.shape[0], device=scored.device)
+    rows = torch.zeros(num_scored + 1, dtype=torch.int64, device=scored.device).scatter(0, place, positions)
+    filled = torch.zeros(num_scored + 1, dtype=torch.bool, device=scored.device).scatter(0, place, fits)
+    rows, filled = torch.where(filled, rows, 0)[:num_scored], filled[:num_scored]
+    if labels.numel() == 0:
+        return rows, torch.full_like(rows, IGNORED), scored
+    return rows, torch.where(filled, labels.index_select(0, rows), IGNORED), scored & ~fits
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """Refuse targets outside the vocabulary: always on a CPU, on a GPU in debug mode (it synchronises)."""
+    if targets.numel() == 0 or (targets.device.type != "cpu" and not backends.debug_mode()):
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < IGNORED or high >= vocab_size:
+        wrong = low - IGNORED if low < IGNORED else high
+        raise ValueError(
+            f"targets must be in [0, {vocab_size}) or equal ignore_index, got {wrong}; "
+            f"weight has {vocab_size} rows (one for each vocabulary entry)"
+        )
+
+
+def acc_dtype(inputs: Inputs) -> torch.dtype:
+    return accumulator(inputs.operand)

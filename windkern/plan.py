@@ -1,0 +1,355 @@
+"""How much memory and how many FLOPs an op will take, decided before it runs and obeyed by it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from windkern._checks import check_count
+from windkern.kernels import torch_rows
+from windkern.kernels.gemm import Gemm
+
+MIB = 1 << 20
+# Reason: a constant for each device type, never a query of free memory: results must not depend on what else runs.
+DEFAULT_BUDGET = {"cpu": 256 * MIB}
+DEFAULT_BUDGET_GPU = 2048 * MIB
+# Bytes of one float32 slab where the budget allows it: on a CPU inside the heap and near the last-level cache, on a
+# GPU wide enough for full-rate GEMMs.
+SLAB_BYTES = {"cpu": 16 * MIB}
+SLAB_BYTES_GPU = 256 * MIB
+SLAB_COLUMNS = (256, 32768)  # narrowest and widest slab
+COLUMN_STEP = 64
+# Rows and columns of the fixed tiles of `deterministic=True`, by device type.
+DETERMINISTIC_TILE = {"cpu": (128, 2048)}
+DETERMINISTIC_TILE_GPU = (1024, 8192)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an op will do: pure data, printed as an explanation.
+
+    `units` counts GEMM work in multiples of rows * hidden_size * vocab_size multiply-adds, forward and backward
+    together: plain logits take 6, recomputing every logit takes 8. `peak_bytes` is everything allocated beside
+    outputs and gradients.
+    """
+
+    gear: str  # scoring | frozen_head | frozen_body | trained
+    rows: int  # scored rows, after padding to fixed tiles when deterministic
+    hidden_sizes: tuple[int, ...]
+    vocab_size: int
+    slab_width: int
+    num_slabs: int
+    slabs_kept: int
+    row_block: int  # rows of one GEMM in forward
+    flops: int
+    units: float
+    peak_bytes: int
+    memory_budget: int
+    chunk_groups: int | None = None  # fused_loss: groups finished together
+    num_chunks: int = 1
+
+    def __str__(self) -> str:
+        lines = [
+            f"gear {self.gear}: {self.units:g} units of rows x hidden x vocab ({self.flops / 1e12:.3g} TFLOP)",
+            f"{self.rows} rows, hidden {' + '.join(map(str, self.hidden_sizes))}, vocabulary {self.vocab_size}",
+            f"{self.num_slabs} slabs of {self.slab_width} columns, {self.slabs_kept} kept for backward",
+            f"peak {self.peak_bytes / MIB:.1f} MiB of a budget of {self.memory_budget / MIB:.1f} MiB",
+        ]
+        if self.chunk_groups is not None:
+            lines.append(f"{self.num_chunks} chunks of up to {self.chunk_groups} groups")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything the byte and FLOP formulas look at except the slab width and the slabs kept."""
+
+    rows: int
+    hidden_sizes: tuple[int, ...]
+    vocab_size: int
+    gemm: Gemm
+    weight_dtype: torch.dtype
+    hidden_grad: tuple[bool, ...]
+    weight_grad: tuple[bool, ...]
+    bias_grad: bool
+    entropy: bool
+    compact: bool  # rows are copied before the walk (ignored ones dropped, or padded to fixed tiles)
+    deterministic: bool
+    accumulates: bool = False  # dweight of several chunks adds up in float32
+
+    @property
+    def gear(self) -> str:
+        if any(self.weight_grad) or self.bias_grad:
+            return "trained" if any(self.hidden_grad) else "frozen_body"
+        return "frozen_head" if any(self.hidden_grad) else "scoring"
+
+    @property
+    def row_block(self) -> int:
+        return deterministic_tile(self.gemm.device_type)[0] if self.deterministic else self.rows
+
+    def forward_bytes(self, width: int, kept: int) -> int:
+        M, R, H = self.rows, self.row_block, sum(self.hidden_sizes)
+        H_max = max(self.hidden_sizes)
+        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
+        total = self._common_bytes(width) + R * width * acc + kept * M * (width * item + acc)
+        total += self.gemm.upcasts_logits * M * H * acc
+        if self.gear == "frozen_head":
+            H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
+            total += (1 + self.entropy) * M * H_grad * acc
+            total += R * width * item * ((item != acc) + self.entropy)
+            total += self._product_bytes(R, width, H_max)
+        return total
+
+    def backward_bytes(self, width: int, kept: int) -> int:
+        M, H, H_max = self.rows, sum(self.hidden_sizes), max(self.hidden_sizes)
+        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
+        if self.gear == "scoring":
+            return 0
+        H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
+        if self.gear == "frozen_head":
+            # Saved unit gradients, the gathered target rows of the head, and blocks of the combination.
+            return (1 + self.entropy) * M * H_grad * acc + M * H_max * (item + self.compact * item) + 4 * MIB
+        all_kept = kept * width >= self.vocab_size
+        total = self._common_bytes(width) + kept * M * (width * item + acc)
+        total += M * width * (acc if (item == acc or not all_kept) else 0)
+        total += M * width * (item if item != acc else 0)
+        if self.gemm.upcasts_logits and not all_kept:
+            total += M * H * acc
+        if any(self.hidden_grad):
+            total += M * H_grad * acc * (item != acc or self.compact) + self.compact * M * H_max * item
+            total += self._product_bytes(M, width, H_max)
+        if any(self.weight_grad):
+            total += width * H_max * acc * self._weight_product()
+            total += self.gemm.upcasts_grads * M * H * acc
+            total += M * H * item * (self.gemm.operand == torch.float16)
+        return total
+
+    def _common_bytes(self, width: int) -> int:
+        """Row vectors, compacted rows, block scratch, and the head's slab in another dtype."""
+        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
+        slab = width * max(self.hidden_sizes)
+        total = self.rows * (12 * acc + 16) + self.compact * self.rows * sum(self.hidden_sizes) * item
+        total += torch_rows.scratch_bytes(self.row_block, width, acc, self.gemm.device_type)
+        total += slab * item * (self.weight_dtype != self.gemm.operand)
+        return total + slab * acc * (self.gemm.upcasts_logits or self.gemm.upcasts_grads)
+
+    def _product_bytes(self, rows: int, width: int, inner: int) -> int:
+        """Temporaries of dhidden += dz @ weight: a rounded partial, a widened dz, or the library's own result."""
+        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
+        if self.gemm.upcasts_grads:
+            return rows * (width + self.gemm.allocates * inner) * acc
+        return rows * inner * (item if self.gemm.upcasts_logits else acc * self.gemm.allocates)
+
+    def _weight_product(self) -> bool:
+        """Whether dweight of a slab exists apart from its place in the gradient."""
+        same = self.weight_dtype == self.gemm.operand and not self.accumulates
+        return self.gemm.device_type == "cpu" or self.gemm.operand == torch.float16 or not same
+
+    def peak_bytes(self, width: int, kept: int) -> int:
+        return max(self.forward_bytes(width, kept), self.backward_bytes(width, kept))
+
+    def flops(self, width: int, kept: int) -> int:
+        H, total = sum(self.hidden_sizes), sum(self.hidden_sizes)
+        H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
+        if self.gear == "frozen_head":
+            total += H_grad * (1 + self.entropy)
+        elif self.gear != "scoring":
+            total += H_grad + sum(
+                size for size, wanted in zip(self.hidden_sizes, self.weight_grad, strict=True) if wanted
+            )
+        recomputed = max(0, self.vocab_size - kept * width) if self.gear in ("trained", "frozen_body") else 0
+        return 2 * self.rows * (total * self.vocab_size + H * recomputed)
+
+    def plan(self, budget: int) -> Plan:
+        width = self._width(budget)
+        slabs = -(-self.vocab_size // width)
+        kept = 0
+        if self.gear in ("trained", "frozen_body"):
+            low, high = 0, slabs
+            while low < high:
+                middle = (low + high + 1) // 2
+                if self.peak_bytes(width, middle) <= budget:
+                    low = middle
+                else:
+                    high = middle - 1
+            kept = low
+        flops = self.flops(width, kept)
+        return Plan(
+            gear=self.gear,
+            rows=self.rows,
+            hidden_sizes=self.hidden_sizes,
+            vocab_size=self.vocab_size,
+            slab_width=width,
+            num_slabs=slabs,
+            slabs_kept=kept,
+            row_block=self.row_block,
+            flops=flops,
+            units=flops / max(1, self.rows * sum(self.hidden_sizes) * self.vocab_size),
+            peak_bytes=self.peak_bytes(width, kept),
+            memory_budget=budget,
+        )
+
+    def _width(self, budget: int) -> int:
+        """The widest slab the device's table allows whose walk fits the budget, else the narrowest."""
+        narrowest, widest = SLAB_COLUMNS
+        device_type = self.gemm.device_type
+        if self.deterministic:
+            return min(deterministic_tile(device_type)[1], _round_up(self.vocab_size, COLUMN_STEP))
+        target = SLAB_BYTES.get(device_type, SLAB_BYTES_GPU) // max(1, self.rows * self.gemm.acc.itemsize)
+        width = _even_width(self.vocab_size, min(widest, max(narrowest, target)))
+        while width > narrowest and self.peak_bytes(width, 0) > budget:
+            width = _even_width(self.vocab_size, max(narrowest, width // 2))
+        return width
+
+
+def deterministic_tile(device_type: str) -> tuple[int, int]:
+    return DETERMINISTIC_TILE.get(device_type, DETERMINISTIC_TILE_GPU)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _even_width(vocab_size: int, width: int) -> int:
+    """Split the vocabulary into slabs of nearly one size, none wider than `width` rounded to whole steps."""
+    width = max(COLUMN_STEP, width // COLUMN_STEP * COLUMN_STEP)
+    slabs = -(-vocab_size // width)
+    return _round_up(-(-vocab_size // slabs), COLUMN_STEP)
+
+
+def _flags(name: str, value: bool | Sequence[bool], blocks: int) -> tuple[bool, ...]:
+    flags = (bool(value),) * blocks if isinstance(value, (bool, int)) else tuple(bool(flag) for flag in value)
+    if len(flags) != blocks:
+        raise ValueError(f"{name} must be one flag or {blocks} flags (one for each block), got {len(flags)}")
+    return flags
+
+
+def default_budget(device_type: str) -> int:
+    return DEFAULT_BUDGET.get(device_type, DEFAULT_BUDGET_GPU)
+
+
+def plan(
+    rows: int,
+    hidden_size: int | Sequence[int],
+    vocab_size: int,
+    dtype: torch.dtype,
+    *,
+    hidden_grad: bool | Sequence[bool] = True,
+    weight_grad: bool | Sequence[bool] = True,
+    bias_grad: bool = False,
+    entropy: bool = False,
+    group_rows: int | None = None,
+    memory_budget: int | None = None,
+    device: str | torch.device = "cuda",
+    deterministic: bool = False,
+    total_rows: int | None = None,
+    weight_dtype: torch.dtype | None = None,
+) -> Plan:
+    """Return the plan an op with these arguments will follow. Pure: the same arguments give the same plan anywhere.
+
+    Args:
+        rows: scored rows M (targets that are not ignored).
+        hidden_size: H, or the sizes of the blocks.
+        vocab_size: V.
+        dtype: of the GEMM operands (hidden states; the autocast dtype under autocast).
+        hidden_grad, weight_grad, bias_grad: which gradients are wanted, one flag or one for each block.
+        entropy: whether the entropy is an output.
+        group_rows: for `fused_loss`, the rows of the largest group (N * T); None for the other ops.
+        memory_budget: bytes for everything beside outputs and gradients; None is 2 GiB on a GPU, 256 MiB on a CPU.
+            Below the smallest possible plan the smallest plan is taken.
+        device: "cuda", "cpu" or a torch.device.
+        deterministic: fixed tiles, so that a row's log-prob does not depend on anything but the row.
+        total_rows: rows before ignored ones are dropped; larger than `rows` means that rows are copied first.
+        weight_dtype: of the head where it differs from `dtype` (autocast); its slabs are cast one at a time.
+
+    Returns:
+        A `Plan` with the gear, slab width, slabs kept, units, FLOPs and peak bytes; `print(plan)` explains it.
+
+    Raises:
+        ValueError: a size is negative, the budget is negative, or the flags do not match the blocks.
+        TypeError: a size is not an integer or dtype is not a floating dtype windkern supports.
+
+    Example:
+        >>> p = plan(8192, 4096, 128256, torch.bfloat16, device="cuda")
+        >>> p.gear, 6 <= p.units <= 8, p.peak_bytes <= 2 << 30
+        ('trained', True, True)
+    """
+    sizes = (hidden_size,) if isinstance(hidden_size, (int, torch.SymInt)) else tuple(hidden_size)
+    check_count("rows", rows)
+    for size in sizes:
+        check_count("hidden_size", size, least=1)
+    check_count("vocab_size", vocab_size, least=1)
+    device_type = torch.device(device).type
+    budget = default_budget(device_type) if memory_budget is None else check_count("memory_budget", memory_budget)
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    padded = _round_up(rows, deterministic_tile(device_type)[0]) if deterministic else rows
+    problem = _Problem(
+        rows=padded,
+        hidden_sizes=sizes,
+        vocab_size=vocab_size,
+        gemm=Gemm(device_type, dtype),
+        weight_dtype=weight_dtype or dtype,
+        hidden_grad=_flags("hidden_grad", hidden_grad, len(sizes)),
+        weight_grad=_flags("weight_grad", weight_grad, len(sizes)),
+        bias_grad=bool(bias_grad),
+        entropy=bool(entropy),
+        compact=bool(deterministic or (total_rows is not None and total_rows > rows)),
+        deterministic=deterministic,
+    )
+    if group_rows is None:
+        return _solve(problem, budget)
+    check_count("group_rows", group_rows, least=1)
+    return _solve_chunks(problem, rows, group_rows, budget)
+
+
+def _solve(problem: _Problem, budget: int) -> Plan:
+    return _solve_cached(problem, budget) if type(problem.rows) is int else problem.plan(budget)
+
+
+@functools.lru_cache(maxsize=1024)
+def _solve_cached(problem: _Problem, budget: int) -> Plan:
+    return problem.plan(budget)
+
+
+def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) -> Plan:
+    """As many groups at once as finish within the budget without recomputing a logit; one group at the least."""
+    tile = problem.row_block if problem.deterministic else 1
+    groups = -(-rows // group_rows)
+
+    def chunk(num_groups: int) -> tuple[_Problem, Plan]:
+        several = num_groups < groups and any(problem.weight_grad)
+        part = replace(problem, rows=_round_up(min(rows, num_groups * group_rows), tile), accumulates=several)
+        return part, _solve(part, budget)
+
+    def finishes(num_groups: int) -> bool:
+        part, inner = chunk(num_groups)
+        recomputes = part.gear in ("trained", "frozen_body") and inner.slabs_kept < inner.num_slabs
+        return inner.peak_bytes <= budget and not recomputes
+
+    low, high = 1, max(1, groups)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if finishes(middle) else (low, middle - 1)
+    part, inner = chunk(low)
+    num_chunks = max(1, -(-groups // low))
+    full, rest = divmod(rows, low * group_rows)
+    flops = full * inner.flops
+    if rest:
+        flops += _solve(replace(part, rows=_round_up(rest, tile)), budget).flops
+    accumulator = 0
+    if part.accumulates and part.weight_dtype != problem.gemm.acc:
+        blocks = zip(problem.hidden_sizes, problem.weight_grad, strict=True)
+        accumulator = problem.vocab_size * sum(size for size, wanted in blocks if wanted) * problem.gemm.acc.itemsize
+    return replace(
+        inner,
+        rows=rows,
+        flops=flops,
+        units=flops / max(1, rows * sum(problem.hidden_sizes) * problem.vocab_size),
+        peak_bytes=inner.peak_bytes + accumulator,
+        chunk_groups=low,
+        num_chunks=num_chunks,
+    )

@@ -1,0 +1,102 @@
+"""The specification: every op in plain PyTorch with the full logits. Slow, obvious, float64-ready."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _blocks(value: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def logits(hidden, weight, *, bias: Tensor | None = None, transform=None) -> Tensor:
+    """Transformed logits (..., V) = transform(sum_k hidden_k @ weight_k.T + bias); -inf bias masks at the end.
+
+    Example:
+        >>> logits(torch.ones(2, 3), torch.ones(5, 3)).shape
+        torch.Size([2, 5])
+    """
+    z = sum(block @ head.T for block, head in zip(_blocks(hidden), _blocks(weight), strict=True))
+    if bias is not None:
+        z = z + bias
+    if transform is not None:
+        if transform.softcap is not None:
+            z = transform.softcap * torch.tanh(z * (transform.scale / transform.softcap))
+        else:
+            z = transform.scale * z
+        z = z / transform.temperature
+    if bias is not None:
+        z = z + torch.where(bias == -torch.inf, -torch.inf, 0.0).to(z.dtype)
+    return z
+
+
+def token_logps(
+    hidden, weight, targets: Tensor, *, bias=None, transform=None, ignore_index: int = -100, entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logps, lse, entropy), each shaped like targets, 0 where ignored; entropy None unless asked for.
+
+    Example:
+        >>> logps, lse, _ = token_logps(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]))
+        >>> round(float(lse), 4), round(float(logps), 4)
+        (1.3863, -1.3863)
+    """
+    z = logits(hidden, weight, bias=bias, transform=transform)
+    scored = targets != ignore_index
+    log_p = torch.log_softmax(z, dim=-1)
+    logps = log_p.gather(-1, torch.where(scored, targets, 0).unsqueeze(-1).long()).squeeze(-1)
+    lse = torch.logsumexp(z, dim=-1)
+    result = [torch.where(scored, logps, 0.0), torch.where(scored, lse, 0.0), None]
+    if entropy:
+        # Hazard: 0 * -inf where a bias masks. Remedy: those entries are replaced before the product.
+        masked = log_p == -torch.inf
+        terms = log_p.exp() * log_p.masked_fill(masked, 0.0)
+        result[2] = torch.where(scored, -terms.sum(-1), 0.0)
+    return tuple(result)
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sums of values[cu_seqlens[s] : cu_seqlens[s + 1]], (M,), (S + 1,) -> (S,).
+
+    Example:
+        >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 3]))
+        tensor([3., 4.])
+    """
+    sums = [values[start:stop].sum() for start, stop in itertools.pairwise(cu_seqlens.tolist())]
+    return torch.stack(sums) if sums else values.new_zeros(0)
+
+
+def sequence_logps(
+    hidden, weight, targets: Tensor, *, cu_seqlens=None, normalize: str = "sum", ignore_index: int = -100, **kwargs
+) -> Tensor:
+    """Token log-probs summed (or averaged over scored tokens) per sequence; padded (..., T) -> (...), packed -> (S,).
+
+    Example:
+        >>> sequence_logps(torch.zeros(2, 3, 4), torch.ones(5, 4), torch.zeros(2, 3, dtype=torch.long)).shape
+        torch.Size([2])
+    """
+    logps, _, _ = token_logps(hidden, weight, targets, ignore_index=ignore_index, **kwargs)
+    scored = (targets != ignore_index).to(logps.dtype)
+    if cu_seqlens is None:
+        total, count = logps.sum(-1), scored.sum(-1)
+    else:
+        total, count = segment_sum(logps, cu_seqlens), segment_sum(scored, cu_seqlens)
+    return total if normalize == "sum" else total / count.clamp(min=1)
+
+
+def fused_loss(
+    loss_fn: Callable[..., Tensor], hidden, weight, targets: Tensor, *, per_group=None, reduction="mean", **kwargs
+) -> Tensor:
+    """loss_fn over sequence log-probs (B, N), reduced over the B groups.
+
+    Example:
+        >>> hidden, targets = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, dtype=torch.long)
+        >>> fused_loss(lambda logps: logps.sum(-1), hidden, torch.ones(5, 8), targets).shape
+        torch.Size([])
+    """
+    logps = sequence_logps(hidden, weight, targets, **kwargs)
+    per_loss = loss_fn(logps, **(per_group or {}))
+    return per_loss.sum() / logps.shape[0] if reduction == "mean" else per_loss.sum()
