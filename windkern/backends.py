@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -75,9 +74,14 @@ def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     return requested
 
 
-@functools.cache
+_preference: dict[tuple[str, torch.dtype], str] = {}
+
+
 def _preferred(device_type: str, dtype: torch.dtype) -> str:
-    return available(device_type, dtype)[0]
+    key = (device_type, dtype)
+    if key not in _preference:
+        _preference[key] = available(device_type, dtype)[0]
+    return _preference[key]
 
 
 def debug_mode() -> bool:

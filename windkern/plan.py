@@ -21,6 +21,8 @@ DEFAULT_BUDGET_GPU = 2048 * MIB
 SLAB_BYTES = {"cpu": 16 * MIB}
 SLAB_BYTES_GPU = 256 * MIB
 SLAB_COLUMNS = (256, 32768)  # narrowest and widest slab
+# Relative cost of a slab of w columns is 1 + this / w: narrow products run below full rate.
+NARROW_SLAB_COST = 32
 COLUMN_STEP = 64
 # Rows and columns of the fixed tiles of `deterministic=True`, by device type.
 DETERMINISTIC_TILE = {"cpu": (128, 2048)}
@@ -94,7 +96,7 @@ class _Problem:
         M, R, H = self.rows, self.row_block, sum(self.hidden_sizes)
         H_max = max(self.hidden_sizes)
         acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
-        total = self._common_bytes(width) + R * width * acc + kept * M * (width * item + acc)
+        total = self._common_bytes(R, width) + R * width * acc + kept * M * (width * item + acc)
         total += self.gemm.upcasts_logits * M * H * acc
         if self.gear == "frozen_head":
             H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
@@ -113,7 +115,7 @@ class _Problem:
             # Saved unit gradients, the gathered target rows of the head, and blocks of the combination.
             return (1 + self.entropy) * M * H_grad * acc + M * H_max * (item + self.compact * item) + 4 * MIB
         all_kept = kept * width >= self.vocab_size
-        total = self._common_bytes(width) + kept * M * (width * item + acc)
+        total = self._common_bytes(M, width) + kept * M * (width * item + acc)
         total += M * width * (acc if (item == acc or not all_kept) else 0)
         total += M * width * (item if item != acc else 0)
         if self.gemm.upcasts_logits and not all_kept:
@@ -127,12 +129,12 @@ class _Problem:
             total += M * H * item * (self.gemm.operand == torch.float16)
         return total
 
-    def _common_bytes(self, width: int) -> int:
+    def _common_bytes(self, rows: int, width: int) -> int:
         """Row vectors, compacted rows, block scratch, and the head's slab in another dtype."""
         acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
         slab = width * max(self.hidden_sizes)
         total = self.rows * (12 * acc + 16) + self.compact * self.rows * sum(self.hidden_sizes) * item
-        total += torch_rows.scratch_bytes(self.row_block, width, acc, self.gemm.device_type)
+        total += torch_rows.scratch_bytes(rows, width, acc, self.gemm.device_type)
         total += slab * item * (self.weight_dtype != self.gemm.operand)
         return total + slab * acc * (self.gemm.upcasts_logits or self.gemm.upcasts_grads)
 
@@ -164,18 +166,7 @@ class _Problem:
         return 2 * self.rows * (total * self.vocab_size + H * recomputed)
 
     def plan(self, budget: int) -> Plan:
-        width = self._width(budget)
-        slabs = -(-self.vocab_size // width)
-        kept = 0
-        if self.gear in ("trained", "frozen_body"):
-            low, high = 0, slabs
-            while low < high:
-                middle = (low + high + 1) // 2
-                if self.peak_bytes(width, middle) <= budget:
-                    low = middle
-                else:
-                    high = middle - 1
-            kept = low
+        width, kept = self._choose(budget)
         flops = self.flops(width, kept)
         return Plan(
             gear=self.gear,
@@ -183,7 +174,7 @@ class _Problem:
             hidden_sizes=self.hidden_sizes,
             vocab_size=self.vocab_size,
             slab_width=width,
-            num_slabs=slabs,
+            num_slabs=-(-self.vocab_size // width),
             slabs_kept=kept,
             row_block=self.row_block,
             flops=flops,
@@ -192,17 +183,39 @@ class _Problem:
             memory_budget=budget,
         )
 
-    def _width(self, budget: int) -> int:
-        """The widest slab the device's table allows whose walk fits the budget, else the narrowest."""
+    def _choose(self, budget: int) -> tuple[int, int]:
+        """Slab width and slabs kept: the cheapest choice within the budget, else the smallest."""
+        best = None
+        for width in self._widths():
+            if best is not None and self.peak_bytes(width, 0) > budget:
+                continue
+            kept = self._most_kept(width, budget)
+            cost = self.flops(width, kept) * (1 + NARROW_SLAB_COST / width)
+            fits = self.peak_bytes(width, kept) <= budget
+            if best is None or (fits, -cost) > best[0]:
+                best = (fits, -cost), width, kept
+        return best[1:]
+
+    def _widths(self) -> list[int]:
+        """Slab widths worth looking at, widest first; one fixed width where results may not depend on it."""
         narrowest, widest = SLAB_COLUMNS
         device_type = self.gemm.device_type
         if self.deterministic:
-            return min(deterministic_tile(device_type)[1], _round_up(self.vocab_size, COLUMN_STEP))
+            return [min(deterministic_tile(device_type)[1], _round_up(self.vocab_size, COLUMN_STEP))]
         target = SLAB_BYTES.get(device_type, SLAB_BYTES_GPU) // max(1, self.rows * self.gemm.acc.itemsize)
-        width = _even_width(self.vocab_size, min(widest, max(narrowest, target)))
-        while width > narrowest and self.peak_bytes(width, 0) > budget:
-            width = _even_width(self.vocab_size, max(narrowest, width // 2))
-        return width
+        widths = [_even_width(self.vocab_size, min(widest, max(narrowest, target)))]
+        while widths[-1] > narrowest:
+            widths.append(_even_width(self.vocab_size, max(narrowest, widths[-1] // 2)))
+        return widths
+
+    def _most_kept(self, width: int, budget: int) -> int:
+        if self.gear not in ("trained", "frozen_body"):
+            return 0
+        low, high = 0, -(-self.vocab_size // width)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.peak_bytes(width, middle) <= budget else (low, middle - 1)
+        return low
 
 
 def deterministic_tile(device_type: str) -> tuple[int, int]:
@@ -307,7 +320,9 @@ def plan(
 
 
 def _solve(problem: _Problem, budget: int) -> Plan:
-    return _solve_cached(problem, budget) if type(problem.rows) is int else problem.plan(budget)
+    if torch.compiler.is_compiling() or type(problem.rows) is not int:
+        return problem.plan(budget)
+    return _solve_cached(problem, budget)
 
 
 @functools.lru_cache(maxsize=1024)

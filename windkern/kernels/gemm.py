@@ -10,7 +10,6 @@ torch is touched.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,27 +24,36 @@ _HEAP_BLOCK = 32 << 20
 _SMALL_PRODUCT = 1 << 21
 
 
-@functools.cache
+_probed: dict[str, bool] = {}
+
+
 def _cuda_has_out_dtype() -> bool:
     """Whether torch.mm can return float32 from bfloat16 operands on this build and GPU (probed once)."""
     if not torch.cuda.is_available():
         return True  # planning for a GPU from a machine without one
-    try:
-        probe = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
-        torch.mm(probe, probe, out_dtype=torch.float32)
-    except (TypeError, RuntimeError):
-        return False
-    return True
+    if "out_dtype" not in _probed:
+        try:
+            probe = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
+            torch.mm(probe, probe, out_dtype=torch.float32)
+            _probed["out_dtype"] = True
+        except (TypeError, RuntimeError):
+            _probed["out_dtype"] = False
+    return _probed["out_dtype"]
 
 
-@functools.cache
+# What torch.compiler.assume_constant_result sets; that function costs a second of imports.
+_cuda_has_out_dtype._dynamo_marked_constant = True
+
+
 def _onednn_beats_mkl() -> bool:
     """MKL runs its AVX2 code on AMD processors; oneDNN's AVX-512 code is up to 2.2 x faster there."""
     cpuinfo = Path("/proc/cpuinfo")
     if not (torch.backends.mkldnn.is_available() and cpuinfo.exists()):
         return False
-    vendor = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("vendor_id")), "")
-    return "AuthenticAMD" in vendor
+    return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in cpuinfo.read_text().splitlines())
+
+
+_ONEDNN_BEATS_MKL = _onednn_beats_mkl()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +89,7 @@ class Gemm:
     @property
     def allocates(self) -> bool:
         """True where the library returns its own result instead of filling ours."""
-        return self.device_type == "cpu" and self.acc == torch.float32 and _onednn_beats_mkl()
+        return self.device_type == "cpu" and self.acc == torch.float32 and _ONEDNN_BEATS_MKL
 
     def logit_operand(self, tensor: Tensor) -> Tensor:
         """`tensor` as `logits` wants it; a no-op unless dtypes differ."""
@@ -98,7 +106,7 @@ class Gemm:
     def _use_onednn(self, left: Tensor, columns: int) -> bool:
         rows, inner = left.shape
         fits = rows * columns * 4 <= _HEAP_BLOCK and rows * columns * inner >= _SMALL_PRODUCT
-        return fits and left.dtype == torch.float32 and left.device.type == "cpu" and _onednn_beats_mkl()
+        return fits and left.dtype == torch.float32 and left.device.type == "cpu" and _ONEDNN_BEATS_MKL
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None, *, add_to: Tensor | None = None) -> Tensor:
         """hidden (M, H) @ weight (W, H).T, plus `add_to` (M, W) where given (then written in place)."""

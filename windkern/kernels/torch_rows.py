@@ -29,6 +29,10 @@ def scratch_bytes(rows: int, width: int, itemsize: int, device_type: str) -> int
     return 3 * block_rows(rows, width, device_type) * width * itemsize
 
 
+def _scratch_like(block: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return buffers.empty("scratch", tuple(block.shape), dtype or block.dtype, block.device)
+
+
 def _row_blocks(z: Tensor) -> Iterator[slice]:
     rows, width = z.shape
     step = block_rows(rows, width, z.device.type)
@@ -83,8 +87,7 @@ def _exponentiate(y: Tensor, targets: Tensor, start: int, state: RowState, rows:
     if entropy_sum is not None:
         old_gap = torch.where(run_max == -torch.inf, 0.0, run_max - _finite(new_max))
         slab_gap = torch.where(slab_max == -torch.inf, 0.0, slab_max - _finite(new_max))
-        scratch = buffers.empty("scratch", tuple(y.shape), y.dtype, y.device)
-        slab_entropy = -torch.special.entr(y, out=scratch).sum(1)  # entr(e) = -e log e, and entr(0) = 0
+        slab_entropy = -torch.special.entr(y, out=_scratch_like(y)).sum(1)  # entr(e) = -e log e, and entr(0) = 0
         entropy_sum.copy_(
             old_factor * (entropy_sum + run_sum * old_gap) + slab_factor * (slab_entropy + slab_sum * slab_gap)
         )
@@ -127,31 +130,32 @@ def slab_forward_unit(
     max_step: Tensor | None,  # (M,) out: old minus new maximum
 ) -> None:
     """Online softmax over one slab that also writes the GEMM operands of the frozen-head gradient."""
-    gain = kept_gain(unit.dtype)
     for rows in _row_blocks(z):
-        y = z[rows]
-        _apply_transform(y, bias, transform)
-        slope = None
-        if transform.softcap is not None:
-            slope = _relative_slope(y, transform, buffers.empty("scratch", tuple(y.shape), y.dtype, y.device))
-        old_max = state.run_max[rows].clone()
-        slab_max, old_factor, slab_factor = _exponentiate(y, targets[rows], start, state, rows)
-        new_max = _finite(state.run_max[rows])
-        rescale[rows] = old_factor
-        column, inside = _target_column(targets[rows], start, y.shape[1])
-        # Reason: W_y - sum P W cancels where the model is sure of the target; the target entry is added apart.
-        y.scatter_(1, column, torch.where(inside.unsqueeze(1), 0.0, y.gather(1, column)))
-        if slope is not None:
-            scaled_slope = slope.mul_((slab_factor * gain).unsqueeze(1))
-        else:
-            scaled_slope = (slab_factor * gain).unsqueeze(1)
-        if unit_entropy is not None:
-            max_step[rows] = torch.where(old_max == -torch.inf, 0.0, old_max - new_max)
-            gap = torch.where(slab_max == -torch.inf, 0.0, slab_max - new_max).unsqueeze(1)
-            weighted = torch.special.entr(y, out=buffers.empty("scratch", tuple(y.shape), y.dtype, y.device))
-            weighted.neg_().addcmul_(y, gap)
-            unit_entropy[rows].copy_(weighted.mul_(scaled_slope))
-        unit[rows].copy_(y.mul_(scaled_slope))
+        outputs = (None if part is None else part[rows] for part in (unit, unit_entropy, rescale, max_step))
+        _unit_block(z[rows], bias, targets[rows], start, transform, state, rows, *outputs)
+
+
+def _unit_block(y, bias, targets, start, transform, state, rows, unit, unit_entropy, rescale, max_step) -> None:
+    _apply_transform(y, bias, transform)
+    slope = None
+    if transform.softcap is not None:
+        slope = _relative_slope(y, transform, _scratch_like(y))
+    old_max = state.run_max[rows].clone()
+    slab_max, old_factor, slab_factor = _exponentiate(y, targets, start, state, rows)
+    new_max = _finite(state.run_max[rows])
+    rescale.copy_(old_factor)
+    column, inside = _target_column(targets, start, y.shape[1])
+    # Reason: W_y - sum P W cancels where the model is sure of the target; the target entry is added apart.
+    y.scatter_(1, column, torch.where(inside.unsqueeze(1), 0.0, y.gather(1, column)))
+    factor = (slab_factor * kept_gain(unit.dtype)).unsqueeze(1)
+    if slope is not None:
+        factor = slope.mul_(factor)
+    if unit_entropy is not None:
+        max_step.copy_(torch.where(old_max == -torch.inf, 0.0, old_max - new_max))
+        gap = torch.where(slab_max == -torch.inf, 0.0, slab_max - new_max).unsqueeze(1)
+        weighted = torch.special.entr(y, out=_scratch_like(y))
+        unit_entropy.copy_(weighted.neg_().addcmul_(y, gap).mul_(factor))
+    unit.copy_(y.mul_(factor))
 
 
 def target_slope(stats: RowStats, upstream: Upstream, transform: LogitTransform) -> Tensor:
@@ -202,40 +206,43 @@ def slab_backward(
     if dbias is not None:
         dbias.zero_()
     for rows in _row_blocks(src):
-        shape = tuple(src[rows].shape)
-        if offset is None:
-            p = src[rows]
-            _apply_transform(p, bias, transform)
-        else:
-            p = buffers.empty("scratch", shape, stats.run_max.dtype, src.device).copy_(src[rows])
-        slope = None
-        if transform.softcap is not None:
-            slope = buffers.empty("scratch", shape, p.dtype, p.device)
-            if offset is not None:
-                torch.log(p, out=slope)
-                slope.add_(_finite(offset[rows]))
-            _relative_slope(p if offset is None else slope, transform, slope)
-        # Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
-        if offset is None:
-            p.sub_(stats.run_max[rows].unsqueeze(1)).sub_(stats.log_sum[rows].unsqueeze(1)).exp_()
-        else:
-            shift = (offset[rows, 0] - stats.run_max[rows]) - stats.log_sum[rows]
-            p.mul_(shift.exp().unsqueeze(1))
+        block_stats = RowStats(*(None if part is None else part[rows] for part in stats))
+        block_offset = None if offset is None else offset[rows]
+        p, slope = _probabilities(src[rows], block_offset, bias, transform, block_stats)
         if upstream.entropy is None:
             p.mul_(factor[rows].unsqueeze(1))
         else:
-            plogp = torch.special.entr(p, out=buffers.empty("scratch", shape, p.dtype, p.device))
+            plogp = torch.special.entr(p, out=_scratch_like(p))
             p.mul_(factor[rows].unsqueeze(1))
             p.addcmul_(plogp, (upstream.entropy[rows] * transform.slope_at_zero).unsqueeze(1))
+            del plogp
         if slope is not None:
             p.mul_(slope)
-        column, inside = _target_column(targets[rows], start, shape[1])
+        column, inside = _target_column(targets[rows], start, p.shape[1])
         entry = torch.where(inside, at_target[rows], p.gather(1, column).squeeze(1))
         p.scatter_(1, column, entry.unsqueeze(1))
         if dbias is not None:
             dbias.add_(p.sum(0) if row_scale is None else row_scale[rows] @ p)
         if p.data_ptr() != dz[rows].data_ptr():
             dz[rows].copy_(p)
+        del p, slope
+
+
+def _probabilities(
+    src: Tensor, offset: Tensor | None, bias: Tensor | None, transform: LogitTransform, stats: RowStats
+) -> tuple[Tensor, Tensor | None]:
+    """P (r, W), in place of recomputed logits or in a copy of kept ones, and the transform's relative slope."""
+    slope = None if transform.softcap is None else _scratch_like(src, stats.run_max.dtype)
+    if offset is None:
+        _apply_transform(src, bias, transform)
+        if slope is not None:
+            _relative_slope(src, transform, slope)
+        # Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
+        return src.sub_(stats.run_max.unsqueeze(1)).sub_(stats.log_sum.unsqueeze(1)).exp_(), slope
+    p = _scratch_like(src, stats.run_max.dtype).copy_(src)
+    if slope is not None:
+        _relative_slope(torch.log(p, out=slope).add_(_finite(offset)), transform, slope)
+    return p.mul_(((offset.squeeze(1) - stats.run_max) - stats.log_sum).exp().unsqueeze(1)), slope
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ def check_precise(name: str, value: object) -> Tensor:
     tensor = check_tensor(name, value)
     if tensor.dtype in (torch.bfloat16, torch.float16):
         raise TypeError(
-            f"{name} must be float32 or float64, got {tensor.dtype}, which rounds log-probs near -300 nats to a multiple "
-            f"of {256 * torch.finfo(tensor.dtype).eps:g}; the loss fits differences smaller than that"
+            f"{name} must be float32 or float64, got {tensor.dtype}, which rounds log-probs near -300 nats to "
+            f"multiples of {256 * torch.finfo(tensor.dtype).eps:g}; the loss fits differences smaller than that"
         )
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")

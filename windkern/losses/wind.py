@@ -155,17 +155,18 @@ def wind(
     square       (1/K) sum_i (d_i - mean d)^2,  d_i = s_i - c w_i                     V         none
     square_pair  mean over i != j of (s_i - s_j - c (P_ij - 1/2))^2                   P_ij      none
     square_point (1/K) sum_i (s_i + log_z - c w_i)^2                                  U         that of `log_z`
-    kl           (1/K) sum_i KL(Bern(w_i) || Bern(p_i)),                              V         small at small K (exact
-                 p_i = mean w + (s_i - mean s)/c                                                w in `win_rates`: none)
+    kl           (1/K) sum_i KL(Bern(w_i) || Bern(p_i)),                              V         small, gone at large K
+                 p_i = mean w + (s_i - mean s)/c
     nce          mean over i != j of P_ij (-log p_i - log(1 - p_j)),                  P_ij      that of `log_z`
                  p_i = (s_i + log_z)/c
-    nce_ratio    -sum_i softmax(t)_i log softmax(l - o)_i,                            V         small at small K, large
-                 t_i = b (r_i - o_i) + c w_i                                                    with 0/1 prefs
+    nce_ratio    -sum_i softmax(t)_i log softmax(l - o)_i,                            V         small, gone at large K,
+                 t_i = b (r_i - o_i) + c w_i                                                    more with 0/1 prefs
     ============ ==================================================================== ========= =======================
 
     V: w_i = (1/K) sum_j P_ij, the own comparison counting 1/2, which centring needs. U: w_i = (1/(K-1)) sum_{j != i}
-    P_ij. `mean w` is 1/2 whenever win rates come from `prefs`. `nce` is the cross-entropy of `kl` taken point by point
-    with U. In `kl` and `nce` a log outside [0.02, 0.98] goes on as its second-order Taylor polynomial.
+    P_ij. `mean w` is 1/2 whenever win rates come from `prefs`. Exact win rates in `win_rates` leave no bias in any
+    objective that takes them (`square_point`: with an exact `log_z`). `nce` is the cross-entropy of `kl` point by
+    point, with U. In `kl` and `nce` a log outside [0.02, 0.98] goes on as its second-order Taylor polynomial.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,8 +15,8 @@ from windkern._checks import check_choice, check_tensor, shape_of
 from windkern.kernels import buffers
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.ops import walk as walks
-from windkern.ops.inputs import IGNORED, Blocks, Inputs, _first_scored, _must_keep_rows, acc_dtype, prepare
-from windkern.ops.logprobs import _pad, config_of, finish_hidden, gather_rows, padded_rows, run_forward
+from windkern.ops.inputs import IGNORED, Blocks, Inputs, acc_dtype, first_scored, must_keep_rows, prepare
+from windkern.ops.logprobs import config_of, finish_hidden, gather_rows, pad_rows, padded_rows, run_forward
 from windkern.plan import Plan, plan
 from windkern.transform import LogitTransform
 
@@ -56,7 +58,7 @@ class _Job:
     def chunks(self) -> tuple[Plan, Iterator[slice]]:
         """The plan, and slices of groups; sized by the largest group's scored rows where the host may know them."""
         scored = self.inputs.targets >= 0
-        if self.num_scored is not None or _must_keep_rows(self.inputs.targets):
+        if self.num_scored is not None or must_keep_rows(self.inputs.targets):
             per_group, rows = self.group_tokens, self.inputs.total_rows
             if self.num_scored is not None:
                 rows = min(rows, self.num_scored)
@@ -151,10 +153,10 @@ def _run_chunk(job: _Job, groups: slice, gradients: _Gradients | None) -> Tensor
     places = slice(groups.start * job.group_tokens, groups.stop * job.group_tokens)
     hidden = [block[places] for block in inputs.hidden]
     targets, rows, overflow = inputs.targets[places], None, None
-    if job.num_scored is not None:
+    if job.num_scored is not None and targets.numel() > 0:
         bound = min(job.num_scored, targets.shape[0])
-        rows, targets, overflow = _first_scored(targets >= 0, targets, bound)
-    elif not _must_keep_rows(targets):
+        rows, targets, overflow = first_scored(targets >= 0, targets, bound)
+    elif not must_keep_rows(targets):
         positions = (targets >= 0).nonzero().squeeze(1)
         if positions.numel() < targets.numel():
             rows, targets = positions, targets.index_select(0, positions)
@@ -162,7 +164,7 @@ def _run_chunk(job: _Job, groups: slice, gradients: _Gradients | None) -> Tensor
     chunk_plan = job.make_plan(num_rows, total_rows=num_rows + (rows is not None))
     walk = config_of(inputs, chunk_plan, job.grads, False).walk(inputs.device.type)
     total_rows = padded_rows(num_rows, max(1, chunk_plan.row_block))
-    compact, labels = gather_rows(hidden, rows, total_rows), _pad(targets, total_rows, IGNORED)
+    compact, labels = gather_rows(hidden, rows, total_rows), pad_rows(targets, total_rows, IGNORED)
     saved = run_forward(walk, compact, inputs.weight, inputs.bias, labels)
     token_logps = torch.where(targets >= 0, RowStats(*saved.stats).logps[:num_rows], 0.0)
     if rows is not None:
@@ -176,7 +178,7 @@ def _run_chunk(job: _Job, groups: slice, gradients: _Gradients | None) -> Tensor
         return loss
     c_logp = coefficients.to(logps.dtype).unsqueeze(-1).expand(-1, -1, job.tokens).reshape(-1)
     c_logp = c_logp if rows is None else c_logp.index_select(0, rows)
-    upstream = Upstream(_pad(torch.where(targets >= 0, c_logp, 0.0), total_rows, 0.0), None, None)
+    upstream = Upstream(pad_rows(torch.where(targets >= 0, c_logp, 0.0), total_rows, 0.0), None, None)
     if walk.frozen_head:
         grads = walks.backward_unit(walk, upstream, compact, inputs.weight, labels, saved)
     else:
@@ -245,7 +247,21 @@ def _check_per_group(per_group: Mapping[str, Tensor] | None, groups: int) -> dic
     return checked
 
 
-@torch.compiler.disable
+def _outside_graphs(function: Callable) -> Callable:
+    """torch.compiler.disable, applied at the first call after torch._dynamo was imported (which takes a second)."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not hasattr(function, "eager"):
+            function.eager = torch.compiler.disable(function)
+        return function.eager(*args, **kwargs)
+
+    return call
+
+
+@_outside_graphs
 def fused_loss(
     loss_fn: Callable[..., Tensor],
     hidden: Blocks,

@@ -155,9 +155,9 @@ def prepare(
     scored = labels != ignore_index
     labels = torch.where(scored, torch.where(labels < 0, labels + IGNORED, labels), IGNORED)  # -1 stays an error
     rows, overflow = None, None
-    if num_scored is not None:
-        rows, labels, overflow = _first_scored(scored, labels, check_count("num_scored", num_scored))
-    elif drop and not _must_keep_rows(targets):
+    if num_scored is not None and check_count("num_scored", num_scored) >= 0 and labels.numel() > 0:
+        rows, labels, overflow = first_scored(scored, labels, num_scored)
+    elif drop and not must_keep_rows(targets):
         positions = scored.nonzero().squeeze(1)  # on a GPU: the one synchronisation that num_scored avoids
         if positions.numel() < labels.numel():
             rows, labels = positions, labels.index_select(0, positions)
@@ -176,12 +176,12 @@ def prepare(
     )
 
 
-def _must_keep_rows(targets: Tensor) -> bool:
+def must_keep_rows(targets: Tensor) -> bool:
     """Data-dependent sizes cannot be compiled or captured: then all rows stay, masked."""
     return torch.compiler.is_compiling() or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tensor, Tensor, Tensor]:
+def first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tensor, Tensor, Tensor]:
     """Positions and targets of the first `num_scored` scored rows, with no size that depends on data.
 
     Spare places point at row 0 with an ignored target; rows beyond the bound are reported.
@@ -197,8 +197,6 @@ def _first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tens
     rows = torch.zeros(num_scored + 1, dtype=torch.int64, device=scored.device).scatter(0, place, positions)
     filled = torch.zeros(num_scored + 1, dtype=torch.bool, device=scored.device).scatter(0, place, fits)
     rows, filled = torch.where(filled, rows, 0)[:num_scored], filled[:num_scored]
-    if labels.numel() == 0:
-        return rows, torch.full_like(rows, IGNORED), scored
     return rows, torch.where(filled, labels.index_select(0, rows), IGNORED), scored & ~fits
 
 

@@ -119,7 +119,7 @@ def gather_rows(blocks: list[Tensor], rows: Tensor | None, total: int) -> list[T
     return gathered
 
 
-def _pad(values: Tensor, total: int, fill: float) -> Tensor:
+def pad_rows(values: Tensor, total: int, fill: float) -> Tensor:
     if values.shape[0] == total:
         return values
     return torch.cat([values, values.new_full((total - values.shape[0],), fill)])
@@ -157,7 +157,7 @@ def _fwd(hidden, weight, bias, targets, rows, *config):
     walk = config.walk(targets.device.type)
     num_rows = targets.shape[0]
     total = padded_rows(num_rows, config.row_block)
-    saved = run_forward(walk, gather_rows(hidden, rows, total), weight, bias, _pad(targets, total, -1))
+    saved = run_forward(walk, gather_rows(hidden, rows, total), weight, bias, pad_rows(targets, total, -1))
     scored = targets >= 0
     stats = RowStats(*(None if part is None else part[:num_rows] for part in saved.stats))
     zero = stats.run_max.new_zeros(())
@@ -203,13 +203,19 @@ def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entro
     num_rows, total = targets.shape[0], stats.shape[1]
     scored = targets >= 0
     upstream = Upstream(
-        *(None if part is None else _pad(torch.where(scored, part, 0.0), total, 0.0) for part in (c_logp, c_lse, c_ent))
+        *(
+            None if part is None else pad_rows(torch.where(scored, part, 0.0), total, 0.0)
+            for part in (c_logp, c_lse, c_ent)
+        )
     )
     saved = walks.Saved(
-        RowStats(*stats.unbind(0), _pad(entropy, total, 0.0) if config.entropy else None), kept, offsets, list(units)
+        RowStats(*stats.unbind(0), pad_rows(entropy, total, 0.0) if config.entropy else None),
+        kept,
+        offsets,
+        list(units),
     )
     compact = gather_rows(hidden, rows, total)
-    labels = _pad(targets, total, -1)
+    labels = pad_rows(targets, total, -1)
     if config.frozen_head:
         grads = walks.backward_unit(walk, upstream, compact, weight, labels, saved)
     else:

@@ -1,0 +1,26 @@
+"""Fixtures shared by all tests. Uninitialised memory is NaN here, so a value nobody wrote cannot pass."""
+
+import os
+
+import pytest
+import torch
+
+import windkern as wk
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one core for each worker
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory_and_fixed_seed():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=wk.backends.available("cpu"))
+def backend(request) -> str:
+    return request.param

@@ -1,0 +1,195 @@
+"""fused_loss equals sequence_logps and the loss by hand, in value and gradients, however it is cut."""
+
+import pytest
+import torch
+from cases import DTYPES
+from tolerances import assert_within
+
+import windkern as wk
+from windkern import reference
+from windkern.kernels import buffers
+
+
+def centred(logps, strength):
+    """A coupled group loss with a constant per group: upstream gradients of both signs and of every size."""
+    return strength * (logps - logps.mean(-1, keepdim=True)).square().sum(-1)
+
+
+class Groups:
+    def __init__(self, blocks=1, groups=6, responses=3, tokens=7, vocab=1003, empty_group=True):
+        sizes = (24, 5)[:blocks]
+        self.hidden = [torch.randn(groups, responses, tokens, size, dtype=torch.float64) for size in sizes]
+        self.weight = [0.4 * torch.randn(vocab, size, dtype=torch.float64) for size in sizes]
+        self.bias = torch.randn(vocab, dtype=torch.float64)
+        self.targets = torch.randint(0, vocab, (groups, responses, tokens))
+        self.targets[torch.rand(self.targets.shape) < 0.3] = -100
+        if empty_group:
+            self.targets[1] = -100
+        self.strength = 1e-3 * torch.rand(groups, dtype=torch.float64)
+
+    def run(self, function, dtype, wants=(True, True, True), rounded_to=None, **kwargs):
+        def leaf(value, wanted):
+            return value.to(rounded_to or dtype).to(dtype).requires_grad_(wanted)
+
+        hidden = [leaf(block, wants[0]) for block in self.hidden]
+        weight = [leaf(head, wants[1]) for head in self.weight]
+        bias = leaf(self.bias, wants[2])
+        constants = {"strength": self.strength.to(torch.float64 if dtype == torch.float64 else torch.float32)}
+        loss = function(centred, tuple(hidden), tuple(weight), self.targets, bias=bias, per_group=constants, **kwargs)
+        leaves = [leaf for leaf in (*hidden, *weight, bias) if leaf.requires_grad]
+        grads = torch.autograd.grad(loss, leaves) if leaves else ()
+        return [loss.detach(), *grads]
+
+
+WANTS = {
+    "trained": (True, True, True),
+    "frozen_head": (True, False, False),
+    "frozen_body": (False, True, False),
+    "scoring": (False, False, False),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gear", WANTS)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_parity(backend, dtype, gear, blocks):
+    groups = Groups(blocks)
+    exact = groups.run(reference.fused_loss, torch.float64, WANTS[gear], rounded_to=dtype)
+    plain = groups.run(reference.fused_loss, dtype, WANTS[gear])
+    for budget in (0, 200_000, None):  # a group larger than the budget; several chunks; one chunk
+        ours = groups.run(wk.fused_loss, dtype, WANTS[gear], memory_budget=budget, backend=backend)
+        for place, (value, want, own) in enumerate(zip(ours, exact, plain, strict=True)):
+            assert_within(value, want, own, dtype, f"result {place} at budget {budget}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_scored": 126},
+        {"deterministic": True},
+        {"reduction": "sum"},
+        {"transform": wk.LogitTransform(softcap=6.0, temperature=1.3)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("budget", [0, 200_000, None])
+def test_options(backend, options, budget):
+    groups = Groups()
+    shared = {key: value for key, value in options.items() if key in ("reduction", "transform")}
+    exact = groups.run(reference.fused_loss, torch.float64, **shared)
+    ours = groups.run(wk.fused_loss, torch.float64, memory_budget=budget, backend=backend, **options)
+    for place, (value, want) in enumerate(zip(ours, exact, strict=True)):
+        assert_within(value, want, want, torch.float64, f"result {place}")
+
+
+def test_several_chunks_are_really_used(backend):
+    groups = Groups(empty_group=False)
+    groups.targets.clamp_(min=0)
+    plan = wk.plan(126, 24, 1003, torch.float32, group_rows=21, bias_grad=True, memory_budget=500_000, device="cpu")
+    assert plan.num_chunks > 1
+    assert plan.chunk_groups >= 1
+    with buffers.recording() as record:
+        groups.run(wk.fused_loss, torch.float32, memory_budget=500_000, backend=backend)
+    assert record.flops == plan.flops
+    assert plan.units == 6
+
+
+def test_retain_graph_and_second_backward(backend):
+    groups = Groups()
+    hidden = groups.hidden[0].requires_grad_()
+    weight = groups.weight[0].requires_grad_()
+
+    def loss():
+        return wk.fused_loss(
+            centred, hidden, weight, groups.targets, per_group={"strength": groups.strength}, backend=backend
+        )
+
+    once = torch.autograd.grad(loss(), (hidden, weight))
+    kept = loss()
+    first = torch.autograd.grad(kept, (hidden, weight), torch.tensor(3.0, dtype=torch.float64), retain_graph=True)
+    second = torch.autograd.grad(kept, (hidden, weight))
+    for one, three, again in zip(once, first, second, strict=True):
+        torch.testing.assert_close(three, 3 * one)
+        torch.testing.assert_close(again, one)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        torch.autograd.grad(kept, (hidden, weight))
+
+
+def test_accumulating_backwards_add_up(backend):
+    groups = Groups()
+    weight = groups.weight[0].requires_grad_()
+    for _ in range(2):
+        loss = wk.fused_loss(
+            centred, groups.hidden[0], weight, groups.targets, per_group={"strength": groups.strength}, backend=backend
+        )
+        loss.backward()
+    twice = weight.grad.clone()
+    (once,) = torch.autograd.grad(
+        wk.fused_loss(centred, groups.hidden[0], weight, groups.targets, per_group={"strength": groups.strength}),
+        weight,
+    )
+    torch.testing.assert_close(twice, 2 * once)
+
+
+def test_no_groups(backend):
+    hidden = torch.zeros(0, 3, 4, 8, requires_grad=True)
+    loss = wk.fused_loss(
+        lambda logps: logps.sum(-1), hidden, torch.zeros(5, 8), torch.zeros(0, 3, 4, dtype=torch.long), backend=backend
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad.shape == hidden.shape
+
+
+def test_losses_that_ignore_logps_give_zero_gradients(backend):
+    groups = Groups()
+    hidden = groups.hidden[0].requires_grad_()
+    loss = wk.fused_loss(
+        lambda logps: logps.new_ones(logps.shape[0]), hidden, groups.weight[0], groups.targets, backend=backend
+    )
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss.item() == 1
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_gradcheck(backend):
+    groups = Groups(groups=2, responses=2, tokens=2, vocab=31, empty_group=False)
+    hidden, weight = groups.hidden[0][..., :3].requires_grad_(), groups.weight[0][:, :3].requires_grad_()
+
+    def function(hidden, weight):
+        return wk.fused_loss(lambda logps: logps.square().sum(-1), hidden, weight, groups.targets, backend=backend)
+
+    assert torch.autograd.gradcheck(function, (hidden, weight))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "kwargs", "match"),
+    [
+        (lambda logps: logps.sum(), {}, r"loss_fn must return one loss per group, shape \(6,\)"),
+        (lambda logps: 3.0, {}, "loss_fn must return one loss per group"),
+        (lambda logps: logps.sum(-1), {"reduction": "none"}, "reduction must be one of 'mean', 'sum', got 'none'"),
+        (lambda logps, w: logps.sum(-1), {"per_group": {"w": torch.ones(5)}}, "leading dimension 6"),
+        (lambda logps, w: logps.sum(-1), {"per_group": {"w": torch.ones(6, requires_grad=True)}}, "requires grad"),
+    ],
+)
+def test_errors(loss_fn, kwargs, match):
+    groups = Groups()
+    hidden = groups.hidden[0].requires_grad_()
+    with pytest.raises(ValueError, match=match):
+        wk.fused_loss(loss_fn, hidden, groups.weight[0], groups.targets, **kwargs)
+
+
+def test_a_parameter_inside_the_loss_raises():
+    groups = Groups()
+    temperature = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"no tensor that requires grad except logps"):
+        wk.fused_loss(
+            lambda logps: (logps * temperature).sum(-1),
+            groups.hidden[0].requires_grad_(),
+            groups.weight[0],
+            groups.targets,
+        )
+    with pytest.raises(TypeError, match="loss_fn must be callable"):
+        wk.fused_loss(None, groups.hidden[0], groups.weight[0], groups.targets)
+    with pytest.raises(ValueError, match=r"targets must have shape \(B, N, T\)"):
+        wk.fused_loss(centred, groups.hidden[0][0], groups.weight[0], groups.targets[0])

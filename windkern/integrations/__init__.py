@@ -1,0 +1,1 @@
+"""Bridges to other libraries; nothing in the core imports them."""

@@ -1,0 +1,52 @@
+"""A head that a distributed engine has cut in pieces, whole again for one op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from windkern._checks import check_tensor
+
+
+@contextmanager
+def gathered(weight: Tensor) -> Iterator[Tensor]:
+    """Yield the whole head of a sharded parameter: FSDP2 and tensor-parallel DTensors, ZeRO-3, or a plain tensor.
+
+    A DTensor is gathered differentiably: its gradient comes back in pieces. A ZeRO-3 parameter is whole only inside
+    the block, so forward and backward must both run there.
+
+    Args:
+        weight: (V, H) parameter or tensor, sharded or not.
+
+    Returns:
+        A context manager that yields a plain (V, H) tensor.
+
+    Raises:
+        TypeError: weight is no tensor.
+        ImportError: the parameter is partitioned by ZeRO-3 and deepspeed cannot be imported.
+
+    Memory:
+        The whole head, V * H elements, on every rank.
+
+    Source:
+        torch.distributed.tensor.DTensor.full_tensor; deepspeed.zero.GatheredParameters.
+
+    Example:
+        >>> import torch
+        >>> with gathered(torch.ones(5, 2)) as weight:
+        ...     weight.shape
+        torch.Size([5, 2])
+    """
+    if hasattr(weight, "full_tensor"):
+        yield weight.full_tensor()
+    elif hasattr(weight, "ds_id"):
+        try:
+            from deepspeed.zero import GatheredParameters
+        except ImportError as error:
+            raise ImportError("weight is partitioned by ZeRO-3; install deepspeed: pip install deepspeed") from error
+        with GatheredParameters([weight]):
+            yield weight
+    else:
+        yield check_tensor("weight", weight)
