@@ -7,7 +7,6 @@ import torch
 
 import windkern as wk
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core for each worker
 

@@ -69,7 +69,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
 
 def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None) -> float:
     """A finite Python number, greater than `above` or at least `least` where given."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     if above is not None and not value > above:
         raise ValueError(f"{name} must be greater than {above}, got {value!r}")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from windkern._checks import check_choice, check_tensor, shape_of
 from windkern.kernels import buffers
@@ -17,6 +16,7 @@ from windkern.kernels.contract import RowStats, Upstream
 from windkern.ops import walk as walks
 from windkern.ops.inputs import IGNORED, Blocks, Inputs, acc_dtype, first_scored, must_keep_rows, prepare
 from windkern.ops.logprobs import config_of, finish_hidden, gather_rows, pad_rows, padded_rows, run_forward
+from windkern.ops.once import differentiable_once
 from windkern.plan import Plan, plan
 from windkern.transform import LogitTransform
 
@@ -211,7 +211,7 @@ class _FusedLoss(torch.autograd.Function):
         return total * scale
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("fused_loss")
     def backward(ctx, upstream):
         if ctx.grads is None:
             raise RuntimeError(

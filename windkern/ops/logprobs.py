@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from windkern import backends
 from windkern.kernels import buffers
@@ -14,6 +13,7 @@ from windkern.kernels.contract import RowStats, Upstream
 from windkern.kernels.gemm import Gemm, accumulator
 from windkern.ops import walk as walks
 from windkern.ops.inputs import Blocks, Inputs, check_targets, prepare
+from windkern.ops.once import differentiable_once
 from windkern.plan import Plan, plan
 from windkern.transform import LogitTransform
 
@@ -263,7 +263,7 @@ class _LogProbs(torch.autograd.Function):
         return logps, lse, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("token_logps")
     def backward(ctx, c_logp, c_lse, c_ent):
         config, n = Config(*ctx.config), ctx.num_blocks
         targets, rows, bias, entropy, stats, kept, offsets, *rest = ctx.saved_tensors

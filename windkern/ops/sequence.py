@@ -6,12 +6,12 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from windkern import backends
 from windkern._checks import check_choice, check_integer, check_same_device, shape_of
 from windkern.ops.inputs import Blocks
 from windkern.ops.logprobs import token_logps
+from windkern.ops.once import differentiable_once
 from windkern.transform import LogitTransform
 
 _library = torch.library.Library("windkern", "FRAGMENT")
@@ -43,7 +43,7 @@ class _SegmentSum(torch.autograd.Function):
         return torch.ops.windkern.segment_sum(values, cu_seqlens, backend)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("sequence_logps")
     def backward(ctx, upstream):
         (cu_seqlens,) = ctx.saved_tensors
         rows = torch.arange(ctx.rows, device=upstream.device)

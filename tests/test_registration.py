@@ -1,0 +1,192 @@
+"""The ops as torch sees them: schemas, fake tensors, full-graph compilation, autocast, saved tensors."""
+
+import pytest
+import torch
+from cases import GEARS, NARROW, SHAPES, UNLIMITED, Problem
+
+import windkern as wk
+from windkern.ops import logprobs
+from windkern.ops.inputs import prepare
+from windkern.plan import plan
+
+
+# What torch.compile itself warns about while it traces an autograd.Function.
+def traces(test):
+    test = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")(test)
+    return pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")(test)
+
+
+def op_arguments(gear: str, *, entropy: bool, kept: bool, backend: str):
+    """Arguments of logprobs_fwd for a gear; opcheck wants inputs that ask for no gradient."""
+    problem = Problem(SHAPES["blocks"], "all")
+    wants = GEARS[gear]
+    inputs = prepare(
+        tuple(problem.hidden),
+        tuple(problem.weight),
+        problem.targets,
+        bias=problem.bias,
+        transform=problem.options["transform"],
+        ignore_index=-100,
+        num_scored=None,
+        backend=backend,
+    )
+    grads = {"hidden_grad": (wants[0], wants[0]), "weight_grad": (wants[1], wants[1]), "bias_grad": wants[2]}
+    made = plan(
+        inputs.num_rows,
+        inputs.hidden_sizes,
+        517,
+        inputs.operand,
+        entropy=entropy,
+        device="cpu",
+        memory_budget=UNLIMITED if kept else NARROW,
+        **grads,
+    )
+    config = logprobs.config_of(inputs, made, grads, entropy)
+    return (inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *config)
+
+
+@pytest.mark.parametrize("gear", GEARS)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_opcheck(backend, gear, entropy, kept):
+    torch.use_deterministic_algorithms(False)  # opcheck compares clones of outputs; NaN is not equal to NaN
+    arguments = op_arguments(gear, entropy=entropy, kept=kept, backend=backend)
+    torch.library.opcheck(torch.ops.windkern.logprobs_fwd.default, arguments)
+    if gear == "scoring":
+        return
+    logps, _, ent, *saved = torch.ops.windkern.logprobs_fwd(*arguments)
+    upstream = (torch.ones_like(logps), None, torch.ones_like(logps) if entropy else None)
+    backward = (*upstream, *arguments[:5], saved[0], ent, *saved[1:], *arguments[5:])
+    torch.library.opcheck(torch.ops.windkern.logprobs_bwd.default, backward)
+
+
+def test_opcheck_segment_sum(backend):
+    torch.library.opcheck(torch.ops.windkern.segment_sum.default, (torch.randn(9), torch.tensor([0, 4, 4, 9]), backend))
+
+
+def token_entropy(hidden, weight, targets):
+    out = wk.token_logps(hidden * 2, weight, targets, entropy=True)
+    return out.logps.sin().sum() + out.lse.sum() + out.entropy.square().sum()
+
+
+def token_bounded(hidden, weight, targets):
+    return wk.token_logps(hidden * 2, weight, targets, num_scored=40).logps.square().sum()
+
+
+def packed(hidden, weight, targets):
+    bounds = torch.tensor([0, 7, 7, 40])
+    logps = wk.sequence_logps(hidden.reshape(40, -1), weight, targets.reshape(-1), cu_seqlens=bounds, normalize="mean")
+    return logps.sin().sum()
+
+
+def padded(hidden, weight, targets):
+    return wk.sequence_logps(hidden, weight, targets, memory_budget=0).sin().sum()
+
+
+def module(hidden, weight, targets):
+    return wk.nn.FusedLogProbs(weight)(hidden, targets).logps.sum()
+
+
+@traces
+@pytest.mark.parametrize("graph_backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("function", [token_entropy, token_bounded, packed, padded, module], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("train_head", [False, True])
+def test_fullgraph_compile(graph_backend, function, train_head):
+    hidden = torch.randn(4, 2, 5, 16, requires_grad=True)
+    weight = (0.2 * torch.randn(301, 16)).requires_grad_(train_head)
+    targets = torch.randint(0, 301, (4, 2, 5))
+    targets[0, 0, :3] = -100
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=graph_backend, fullgraph=True)
+    ours, plain = compiled(hidden, weight, targets), function(hidden, weight, targets)
+    torch.testing.assert_close(ours, plain)
+    for got, want in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@traces
+def test_compile_with_dynamic_sizes():
+    torch._dynamo.reset()
+    compiled = torch.compile(padded, backend="aot_eager", fullgraph=True, dynamic=True)
+    weight = 0.2 * torch.randn(301, 16)
+    for tokens in (5, 9, 2):
+        hidden, targets = torch.randn(3, tokens, 16, requires_grad=True), torch.randint(0, 301, (3, tokens))
+        got, want = compiled(hidden, weight, targets), padded(hidden, weight, targets)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, hidden), torch.autograd.grad(want, hidden))
+
+
+@traces
+def test_fused_loss_is_a_graph_break_not_a_failure():
+    torch._dynamo.reset()
+    hidden, weight = torch.randn(4, 2, 5, 16, requires_grad=True), 0.2 * torch.randn(301, 16)
+    targets = torch.randint(0, 301, (4, 2, 5))
+
+    def function(hidden):
+        return 2 * wk.fused_loss(lambda logps: logps.square().sum(-1), hidden.sin(), weight, targets)
+
+    got, want = torch.compile(function, backend="eager")(hidden), function(hidden)
+    torch.testing.assert_close(torch.autograd.grad(got, hidden), torch.autograd.grad(want, hidden))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_autocast_casts_operands_and_keeps_parameter_dtypes(backend, frozen):
+    hidden, weight = torch.randn(30, 16, requires_grad=True), torch.randn(517, 16, requires_grad=not frozen)
+    targets = torch.randint(0, 517, (30,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = wk.token_logps(hidden, weight, targets, memory_budget=0, backend=backend).logps
+    low = [leaf.detach().bfloat16().requires_grad_(leaf.requires_grad) for leaf in (hidden, weight)]
+    same = wk.token_logps(*low, targets, memory_budget=0, backend=backend).logps
+    torch.testing.assert_close(ours, same, rtol=0, atol=1e-6)
+    assert ours.dtype == torch.float32
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+    grads = torch.autograd.grad(ours.sum(), leaves)
+    lows = torch.autograd.grad(same.sum(), [leaf for leaf in low if leaf.requires_grad])
+    for grad, other in zip(grads, lows, strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, other.float(), rtol=0.02, atol=0.02)
+
+
+def test_retain_graph_gives_the_same_gradients_twice(backend):
+    hidden, weight = torch.randn(30, 16, requires_grad=True), torch.randn(517, 16, requires_grad=True)
+    targets = torch.randint(0, 517, (30,))
+    for budget in (NARROW, UNLIMITED):
+        loss = wk.token_logps(hidden, weight, targets, memory_budget=budget, backend=backend).logps.sin().sum()
+        first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        second = torch.autograd.grad(loss, (hidden, weight))
+        assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+def test_double_backward_raises_clearly(backend):
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    logps = wk.token_logps(hidden, weight, torch.tensor([0, 1, 2]), backend=backend).logps
+    (grad,) = torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not implemented for windkern.token_logps"):
+        (grad.square().sum() + hidden.sum()).backward()
+
+
+def test_outputs_used_one_at_a_time(backend):
+    """Unused outputs send no gradient at all: same result as a zero one."""
+    problem = Problem(SHAPES["odd"], "all")
+    hidden = problem.hidden[0].requires_grad_()
+    out = wk.token_logps(
+        hidden, problem.weight[0], problem.targets, bias=problem.bias, **problem.options, backend=backend
+    )
+    exact = wk.reference.token_logps(hidden, problem.weight[0], problem.targets, bias=problem.bias, **problem.options)
+    for one, two in zip(out, exact, strict=True):
+        torch.testing.assert_close(
+            torch.autograd.grad(one.sum(), hidden, retain_graph=True),
+            torch.autograd.grad(two.sum(), hidden, retain_graph=True),
+            rtol=1e-10,
+            atol=1e-12,
+        )
+
+
+def test_saved_tensors_hold_no_logits_when_nothing_is_kept(backend):
+    """What autograd keeps between forward and backward is counted, not trusted."""
+    sizes = []
+    hidden, weight = torch.randn(200, 16, requires_grad=True), torch.randn(4001, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        wk.token_logps(hidden, weight, torch.randint(0, 4001, (200,)), memory_budget=0, backend=backend)
+    assert max(sizes) <= weight.numel() < 200 * 4001
