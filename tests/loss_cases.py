@@ -10,7 +10,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from windkern.losses import LOSSES
@@ -284,3 +287,35 @@ def assert_matches_reference(
     torch.testing.assert_close(gradient, slope, rtol=1e-7, atol=1e-7)
     average = function(logps, **dirty, **case.options, where=where, reduction="mean")
     torch.testing.assert_close(average, expected.sum() / 5, rtol=1e-10, atol=1e-12)
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+CASE = {str(case): case for case in CASES}
+STEP = {"eta": ETA, "beta": BETA}
+seeds = st.integers(0, 2**31)
+
+
+def having(name: str):
+    return pytest.mark.parametrize("case", [case for case in CASES if name in case.properties], ids=str)
+
+
+def quick(examples: int = 25):
+    return settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+
+
+def value_and_gradient(case, inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+    logps = inputs["logps"].clone().requires_grad_()
+    values = case({**inputs, "logps": logps}, reduction="none", **options)
+    return values.detach(), torch.autograd.grad(values.sum(), logps)[0]
+
+
+def assert_same(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# One group of two responses, the first of which won.
+WON = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]], dtype=torch.float64)

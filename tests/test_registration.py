@@ -162,7 +162,7 @@ def test_double_backward_raises_clearly(backend):
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     logps = wk.token_logps(hidden, weight, torch.tensor([0, 1, 2]), backend=backend).logps
     (grad,) = torch.autograd.grad(logps.sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not implemented for windkern.token_logps"):
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
         (grad.square().sum() + hidden.sum()).backward()
 
 

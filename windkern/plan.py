@@ -112,8 +112,9 @@ class _Problem:
             return 0
         H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
         if self.gear == "frozen_head":
-            # Saved unit gradients, the gathered target rows of the head, and blocks of the combination.
-            return (1 + self.entropy) * M * H_grad * acc + M * H_max * (item + self.compact * item) + 4 * MIB
+            # Saved unit gradients, their combination, compacted rows, and blocks of gathered rows of the head.
+            block = 3 * min(MIB, M * H_max * acc)
+            return (2 + self.entropy) * M * H_grad * acc + self.compact * M * (H + H_max) * item + block
         all_kept = kept * width >= self.vocab_size
         total = self._common_bytes(M, width) + kept * M * (width * item + acc)
         total += M * width * (acc if (item == acc or not all_kept) else 0)
@@ -187,13 +188,12 @@ class _Problem:
         """Slab width and slabs kept: the cheapest choice within the budget, else the smallest."""
         best = None
         for width in self._widths():
-            if best is not None and self.peak_bytes(width, 0) > budget:
-                continue
             kept = self._most_kept(width, budget)
+            peak = self.peak_bytes(width, kept)
             cost = self.flops(width, kept) * (1 + NARROW_SLAB_COST / width)
-            fits = self.peak_bytes(width, kept) <= budget
-            if best is None or (fits, -cost) > best[0]:
-                best = (fits, -cost), width, kept
+            key = (True, -cost) if peak <= budget else (False, -peak)
+            if best is None or key > best[0]:
+                best = key, width, kept
         return best[1:]
 
     def _widths(self) -> list[int]:

