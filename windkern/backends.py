@@ -33,8 +33,13 @@ def _always(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _cpp_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    return importlib.import_module("windkern.kernels.cpp_rows").why_not(device, dtype)
+
+
 # In order of preference: "auto" takes the first that can run.
 BACKENDS = {
+    "cpp": Backend("cpp", "windkern.kernels.cpp_rows", _cpp_reason),
     "torch": Backend("torch", "windkern.kernels.torch_rows", _always),
 }
 

@@ -1,0 +1,146 @@
+"""What is measured: head shapes of real models, three modes, two dtypes, and the inputs, all from fixed seeds."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+SEED = 20241027
+# Standard deviation of the logits: about that of a trained language model.
+LOGIT_STD = 2.5
+# beta of the pair loss: margins of summed log-probs times beta stay near 1, so no pair is saturated.
+BETA = 0.02
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Matrix products of M * H * V multiply-adds that a mode cannot do without.
+PRODUCTS = {
+    "trained": 3,  # logits, gradient of hidden, gradient of weight
+    "frozen": 2,  # logits, gradient of hidden: the head is not trained (LoRA on the body)
+    "scoring": 1,  # logits: old and reference log-probs, no gradient
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A head and the tokens scored at once."""
+
+    name: str
+    rows: int  # M
+    hidden: int  # H
+    vocab: int  # V
+    tokens: int  # T of one response; rows = pairs * 2 * tokens
+    source: str
+
+    @property
+    def pairs(self) -> int:
+        return self.rows // (2 * self.tokens)
+
+
+SHAPES = (
+    Shape("2048x576x49152", 2048, 576, 49152, 256, "head of SmolLM2-135M"),
+    Shape("512x896x151936", 512, 896, 151936, 128, "head of Qwen2.5-0.5B"),
+    Shape("1024x2048x128256", 1024, 2048, 128256, 256, "head of Llama-3.2-1B"),
+)
+# Smoke tests only: selected by name, never by a wildcard alone, never reported.
+TINY = Shape("tiny", 64, 32, 515, 16, "no model: smoke tests")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One group of rows that are compared with each other."""
+
+    shape: Shape
+    mode: str
+    dtype_name: str
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.name}/{self.mode}/{self.dtype_name}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+    @property
+    def flops(self) -> int:
+        """Of the products nobody can avoid."""
+        return 2 * self.shape.rows * self.shape.hidden * self.shape.vocab * PRODUCTS[self.mode]
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of one copy of the logits in the case's dtype."""
+        return self.shape.rows * self.shape.vocab * self.dtype.itemsize
+
+    @property
+    def wants_hidden(self) -> bool:
+        return self.mode != "scoring"
+
+    @property
+    def wants_weight(self) -> bool:
+        return self.mode == "trained"
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the gradients every provider has to return, in the case's dtype."""
+        shape, item = self.shape, self.dtype.itemsize
+        return item * shape.hidden * (self.wants_hidden * shape.rows + self.wants_weight * shape.vocab)
+
+
+def all_cases() -> list[Case]:
+    """Every case, small heads first, tiny ones last."""
+    return [Case(shape, mode, dtype_name) for shape in (*SHAPES, TINY) for dtype_name in DTYPES for mode in PRODUCTS]
+
+
+def select_cases(patterns: str = "*") -> list[Case]:
+    """Cases matching any of the comma-separated shell patterns; tiny ones only where a pattern names them.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    chosen: dict[str, Case] = {}
+    for pattern in patterns.split(","):
+        found = [
+            case
+            for case in all_cases()
+            if fnmatchcase(case.name, pattern) and (case.shape is not TINY or pattern.startswith("tiny"))
+        ]
+        if not found:
+            raise ValueError(f"no case matches {pattern!r}; cases are named SHAPE/MODE/DTYPE, as {all_cases()[0].name}")
+        chosen |= {case.name: case for case in found}
+    return [case for case in all_cases() if case.name in chosen]
+
+
+@dataclass
+class Problem:
+    """Inputs of a case. Values are representable in bf16, so both dtypes see the same numbers."""
+
+    case: Case
+    hidden: Tensor  # (M, H), rows ordered (pair, chosen or rejected, token)
+    weight: Tensor  # (V, H)
+    targets: Tensor  # (M,) int64
+    upstream: Tensor  # (M,) float32: the gradient that arrives at each token's log-prob
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """hidden and weight without copies, requiring the gradients the mode wants."""
+        hidden = self.hidden.detach().requires_grad_(self.case.wants_hidden)
+        weight = self.weight.detach().requires_grad_(self.case.wants_weight)
+        return hidden, weight
+
+
+@functools.lru_cache(maxsize=1)
+def _values(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(SEED)
+    hidden = torch.randn(shape.rows, shape.hidden, generator=generator).bfloat16()
+    weight = torch.randn(shape.vocab, shape.hidden, generator=generator).mul_(LOGIT_STD / shape.hidden**0.5).bfloat16()
+    targets = torch.randint(0, shape.vocab, (shape.rows,), generator=generator)
+    upstream = torch.randn(shape.rows, generator=generator)
+    return hidden, weight, targets, upstream
+
+
+def make_problem(case: Case) -> Problem:
+    hidden, weight, targets, upstream = _values(case.shape)
+    return Problem(case, hidden.to(case.dtype), weight.to(case.dtype), targets, upstream)

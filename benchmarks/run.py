@@ -1,0 +1,279 @@
+"""Time, peak memory and error of every provider, side by side in one process.
+
+    python -m benchmarks.run [--cases PATTERNS] [--peers PATTERNS] [--seconds N] [--minutes N] [--out FILE] [--append]
+
+Rows that are already in FILE are skipped, and FILE is written after every round: a run that was killed goes on where
+it was. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import exact, record, tables, timing
+from benchmarks.cases import Case, Problem, make_problem, select_cases
+from benchmarks.peers import Provider, Step, all_providers, quiet
+
+DEFAULT_SECONDS = 20.0
+
+
+def select_providers(patterns: str = "*") -> list[Provider]:
+    """Providers whose names match any of the comma-separated shell patterns.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    providers = all_providers()
+    for pattern in patterns.split(","):
+        if not any(fnmatchcase(provider.name, pattern) for provider in providers):
+            names = ", ".join(provider.name for provider in providers)
+            raise ValueError(f"no peer matches {pattern!r}; there are {names}")
+    return [
+        provider
+        for provider in providers
+        if any(fnmatchcase(provider.name, pattern) for pattern in patterns.split(","))
+    ]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:300]
+
+
+def warm_up_libraries() -> None:
+    """Load the code of both libraries in both dtypes, so that no case's memory pays for it."""
+    torch._inductor.config.compile_threads = 1  # no pool of compilers beside the timed calls
+    for dtype in (torch.float32, torch.bfloat16):
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            left = torch.zeros(256, 256, dtype=dtype)
+            (left @ left.t()).float().log_softmax(-1).logsumexp(-1)
+    torch.set_float32_matmul_precision("highest")
+
+
+class CaseRun:
+    """One case: build the providers, check and measure each once, then time them in turns."""
+
+    def __init__(self, case: Case, providers: list[Provider], seconds: float):
+        self.case = case
+        self.seconds = seconds
+        self.problem: Problem = make_problem(case)
+        self.providers = {provider.name: provider for provider in providers}
+        self.rows: dict[str, dict[str, Any]] = {
+            name: self._blank(provider) for name, provider in self.providers.items()
+        }
+        self.steps: dict[str, Step] = {}
+        self.samples: dict[str, list[float]] = {}
+        self.first: dict[str, float] = {}
+        self._exact: dict[str, exact.Exact] = {}
+        self._plain_errors: dict[str, float] | None = None
+
+    def _blank(self, provider: Provider) -> dict[str, Any]:
+        case, shape = self.case, self.case.shape
+        return {
+            "case": case.name,
+            "provider": provider.name,
+            "label": provider.label,
+            "what": provider.what,
+            "level": provider.level,
+            "package": provider.package,
+            "version": provider.version(),
+            "rows": shape.rows,
+            "hidden": shape.hidden,
+            "vocab": shape.vocab,
+            "shape": shape.name,
+            "source": shape.source,
+            "mode": case.mode,
+            "dtype": case.dtype_name,
+            "device": case.device,
+            "flops": case.flops,
+            "status": "ok",
+            "reason": None,
+            "complete": False,
+            "command": f"python -m benchmarks.run --cases {case.name} --peers {provider.name}",
+        }
+
+    def _stop(self, name: str, status: str, reason: str) -> None:
+        self.rows[name] |= {"status": status, "reason": reason, "complete": True}
+        self.steps.pop(name, None)
+        self.samples.pop(name, None)
+
+    def prepare(self) -> None:
+        """Build, compile, check and measure the memory of each provider that can do the case."""
+        torch._dynamo.reset()  # Hazard: the limit of recompilations turns compiled peers eager in silence
+        for name, provider in self.providers.items():
+            problem = provider.why_not(self.case)
+            if problem is not None:
+                self._stop(name, *problem)
+                continue
+            try:
+                with quiet():
+                    self._first_call(provider)
+            except Exception as error:
+                self._stop(name, "failed", _reason(error))
+            _say(f"  {name:<24} {self._state(name)}")
+
+    def _first_call(self, provider: Provider) -> None:
+        name, row = provider.name, self.rows[provider.name]
+        step = self.steps[name] = provider.prepare(self.problem)
+        row["detail"] = step.detail
+        if provider.compiles:
+            row["compile_s"] = round(timing.timed(step.call)[0], 2)
+        measured = timing.measure(step.call)
+        self.first[name] = measured.seconds
+        self.samples[name] = [measured.seconds] if measured.seconds > timing.LONG_CALL else []
+        if provider.level == "floor":
+            return  # its buffers exist already and it computes nothing to check
+        result = step.in_order(measured.result)
+        found = exact.errors(*result, self._exact_of(provider.level))
+        row["errors"] = found
+        if measured.peak_bytes is not None:
+            returned = self.case.gradient_bytes + result.output.numel() * result.output.element_size()
+            row["peak_bytes"] = measured.peak_bytes
+            row["extra_bytes"] = max(0, measured.peak_bytes - returned)
+        if name == "plain":
+            self._plain_errors = found
+        if provider.is_ours:
+            slack = self._exact_of(provider.level).slack
+            wrong = exact.beyond_budget(found, self._plain(), self.case.dtype, slack)
+            if wrong is not None:
+                self._stop(name, "wrong", wrong)
+
+    def _exact_of(self, level: str) -> exact.Exact:
+        if level not in self._exact:
+            make = exact.exact_loss if level == "loss" else exact.exact_tokens
+            self._exact[level] = make(self.problem)
+        return self._exact[level]
+
+    def _plain(self) -> dict[str, float]:
+        """Plain PyTorch's own errors, the yardstick of the gate, whether or not it is being timed."""
+        if self._plain_errors is None:
+            plain = next(provider for provider in all_providers() if provider.name == "plain")
+            result = plain.prepare(self.problem).call()
+            self._plain_errors = exact.errors(*result, self._exact_of("tokens"))
+        return self._plain_errors
+
+    def _state(self, name: str) -> str:
+        row = self.rows[name]
+        if row["status"] != "ok":
+            return f"{row['status']}: {row['reason']}"
+        extra = row.get("extra_bytes")
+        memory = "" if extra is None else f"  {extra / 2**20:8.0f} MiB"
+        compiled = f"  (compiled in {row['compile_s']:.0f} s)" if "compile_s" in row else ""
+        return f"{self.first[name]:8.3f} s{memory}{compiled}"
+
+    def time(self, results: record.Results) -> None:
+        """Interleaved rounds; every row is in the file after every round."""
+        self._keep_faster_floor()
+        share = self.seconds / max(1, len(self.steps))
+        counts = {name: timing.further_samples(self.first[name], share) for name in self.steps}
+        before = {name: list(samples) for name, samples in self.samples.items()}
+
+        def after_round(samples: dict[str, list[float]]) -> None:
+            self.samples = {name: before[name] + samples[name] for name in samples}
+            self.store(results, complete=False)
+
+        with quiet():
+            timing.interleave({name: step.call for name, step in self.steps.items()}, counts, after_round)
+        self.store(results, complete=True)
+
+    def _keep_faster_floor(self) -> None:
+        """Of two libraries for the bare products the slower is not worth its minutes."""
+        floors = [name for name in self.steps if self.providers[name].level == "floor"]
+        fastest = min(floors, key=self.first.get, default=None)
+        for name in floors:
+            if self.first[name] > 1.2 * self.first[fastest]:
+                self.rows[name]["first_s"] = self.first[name]
+                self._stop(name, "cannot", f"slower than {fastest} in its first call: not the floor here")
+
+    def floor(self) -> tuple[float, str] | None:
+        medians = {
+            name: timing.summary(samples)["median_s"]
+            for name, samples in self.samples.items()
+            if samples and self.providers[name].level == "floor"
+        }
+        return min((value, name) for name, value in medians.items()) if medians else None
+
+    def store(self, results: record.Results, *, complete: bool) -> None:
+        floor = self.floor()
+        for name, row in self.rows.items():
+            if results.is_complete(self.case.name, name):
+                continue  # measured again only as the yardstick of new rows
+            if row["status"] == "ok":
+                samples = self.samples[name]
+                row["complete"] = complete
+                if samples:
+                    row |= {"samples_s": [round(value, 6) for value in samples], **timing.summary(samples)}
+                if samples and floor is not None:
+                    row |= {"floor_s": floor[0], "floor": floor[1], "times_floor": row["median_s"] / floor[0]}
+            results.put(row)
+        results.save()
+
+
+def run_case(case: Case, providers: list[Provider], results: record.Results, seconds: float) -> bool:
+    """Measure what is missing of a case; True if a result of ours was wrong."""
+    missing = [provider for provider in providers if not results.is_complete(case.name, provider.name)]
+    if not missing:
+        _say(f"{case.name}: already measured")
+        return False
+    # The floor runs along, so that every row's multiple of it comes from the same minutes.
+    runs = any(provider.why_not(case) is None for provider in missing)
+    floors = [provider for provider in all_providers() if runs and provider.level == "floor"]
+    names = {provider.name for provider in [*missing, *floors]}
+    started = time.perf_counter()
+    _say(f"{case.name}")
+    case_run = CaseRun(case, [provider for provider in all_providers() if provider.name in names], seconds)
+    case_run.prepare()
+    case_run.time(results)
+    _say(f"  done in {time.perf_counter() - started:.0f} s")
+    return any(row["status"] == "wrong" for row in case_run.rows.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print the table, return 0; 1 if a result of windkern was outside its error budget."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default="*", help="shell patterns over SHAPE/MODE/DTYPE, comma-separated")
+    parser.add_argument("--peers", default="*", help="shell patterns over provider names, comma-separated")
+    parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="timed seconds a case, shared by all")
+    parser.add_argument("--minutes", type=float, default=None, help="begin no further case after this many minutes")
+    parser.add_argument("--out", type=Path, default=None, help="results file; rows in it are not measured again")
+    parser.add_argument("--append", action="store_true", help="add to a file that other code or versions made")
+    parser.add_argument("--list", action="store_true", help="print cases and providers, measure nothing")
+    chosen = parser.parse_args(arguments)
+    try:
+        cases, providers = select_cases(chosen.cases), select_providers(chosen.peers)
+        if chosen.list:
+            print("\n".join(case.name for case in cases))
+            print("\n".join(f"{provider.name:<24} {provider.what}" for provider in providers))
+            return 0
+        path = chosen.out or record.default_path()
+        results = record.Results(path, "speed", {"seconds": chosen.seconds}, append=chosen.append)
+    except ValueError as error:
+        parser.error(str(error))
+    no_memory = timing.why_no_memory()
+    if no_memory is not None:
+        _say(f"no peak memory: {no_memory}")
+    warm_up_libraries()
+    started, wrong = time.monotonic(), False
+    for index, case in enumerate(cases):
+        if chosen.minutes is not None and time.monotonic() - started > 60 * chosen.minutes:
+            _say(f"out of time: {len(cases) - index} cases left; the same command goes on from here")
+            break
+        wrong |= run_case(case, providers, results, chosen.seconds)
+    tables.show([row for row in results.data["rows"] if row["case"] in {case.name for case in cases}])
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

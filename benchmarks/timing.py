@@ -1,0 +1,124 @@
+"""Seconds and peak memory of a call on a CPU, and how calls of several providers are interleaved."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MIN_SAMPLES = 3
+MAX_SAMPLES = 25
+# Reason: above this many seconds page faults, cold code and primitives are below 1 % of a call: its first call is a
+# sample like any other, and a case with a dozen of such calls still ends.
+LONG_CALL = 5.0
+VERY_LONG_CALL = 20.0
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+class Measured(NamedTuple):
+    """One call: how long it took, the peak above the level before it (None where it cannot be read), what it returned."""
+
+    seconds: float
+    peak_bytes: int | None
+    result: Any
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def why_no_memory() -> str | None:
+    """Why peak memory cannot be measured here, or None."""
+    try:
+        _CLEAR_REFS.write_text("5")
+        _kib("VmHWM")
+    except (OSError, StopIteration) as error:
+        return f"{_CLEAR_REFS} cannot be used: {type(error).__name__}"
+    return None
+
+
+def _kib(field: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, so that the level before a call is the level of live memory."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def measure(call: Callable[[], Any]) -> Measured:
+    """Run once and read the kernel's high-water mark of resident memory, reset just before the call.
+
+    Everything counts that becomes resident: outputs, gradients, temporaries of any library, the allocator's waste.
+    """
+    if why_no_memory() is not None:
+        return Measured(*_without_peak(call))
+    _trim()
+    _CLEAR_REFS.write_text("5")  # VmHWM = VmRSS
+    before = _kib("VmRSS")
+    seconds, result = timed(call)
+    return Measured(seconds, max(0, _kib("VmHWM") - before) * 1024, result)
+
+
+def _without_peak(call: Callable[[], Any]) -> tuple[float, None, Any]:
+    seconds, result = timed(call)
+    return seconds, None, result
+
+
+def further_samples(first: float, share: float) -> int:
+    """How many more times to run a call whose first took `first` seconds, given its share of the case's seconds."""
+    if first > VERY_LONG_CALL:
+        return 0
+    least = 1 if first > LONG_CALL else MIN_SAMPLES
+    return min(MAX_SAMPLES, max(least, int(share / max(first, 1e-9))))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]], counts: dict[str, int], after_round: Callable[[dict], None] | None = None
+) -> dict[str, list[float]]:
+    """Samples in seconds by name: rounds over all calls, each call spread evenly over the rounds."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    rounds = max(counts.values(), default=0)
+    for index in range(rounds):
+        with _no_garbage_collection():
+            for name, call in calls.items():
+                due = (index + 1) * counts[name] // rounds > index * counts[name] // rounds
+                if due:
+                    seconds, result = timed(call)
+                    samples[name].append(seconds)
+                    del result
+        if after_round is not None:
+            after_round(samples)
+    return samples
+
+
+def summary(samples: list[float]) -> dict[str, float | int]:
+    """Median, 20th and 80th percentile and the number of samples."""
+    if len(samples) == 1:
+        low = high = samples[0]
+    else:
+        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
+    return {"median_s": statistics.median(samples), "p20_s": low, "p80_s": high, "num_samples": len(samples)}

@@ -1,0 +1,104 @@
+// Python module windkern._cpp: pointers, sizes and dtype codes in; no torch header, so one build serves every torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using windkern::DType;
+using windkern::KernelTable;
+using Address = uintptr_t;  // 0 is null
+
+namespace {
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const KernelTable& table_named(const std::string& name) {
+  for (const KernelTable* table : windkern::runnable_kernels()) {
+    if (name == table->name) return *table;
+  }
+  throw std::invalid_argument("this CPU or build has no kernels named " + name);
+}
+
+struct Kernels {
+  const KernelTable& table;
+
+  explicit Kernels(const std::string& name) : table(table_named(name)) {}
+
+  static windkern::Slab slab(int operand, int64_t rows, int64_t width, int64_t start, Address logits, Address bias,
+                             Address targets, double scale, double softcap, double temperature, int threads) {
+    return {DType(operand), rows,    width,       start,  pointer<void>(logits), pointer<void>(bias),
+            pointer<int64_t>(targets), scale, softcap, temperature, threads};
+  }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cpp, m) {
+  m.doc() = "CPU row kernels of windkern";
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const KernelTable* table : windkern::runnable_kernels()) names.push_back(table->name);
+    return names;
+  });
+  py::class_<windkern::Slab>(m, "Slab").def(py::init(&Kernels::slab));
+  py::class_<Kernels>(m, "Kernels")
+      .def(py::init<const std::string&>())
+      .def("slab_forward",
+           [](const Kernels& k, const windkern::Slab& slab, Address max, Address sum, Address target, Address entropy,
+              Address kept, Address offset) {
+             py::gil_scoped_release release;
+             k.table.slab_forward(slab, {pointer<void>(max), pointer<void>(sum), pointer<void>(target), pointer<void>(entropy)},
+                                  {pointer<void>(kept), pointer<void>(offset)});
+           })
+      .def("slab_forward_unit",
+           [](const Kernels& k, const windkern::Slab& slab, Address max, Address sum, Address target, Address entropy,
+              Address unit, Address unit_entropy, Address rescale, Address max_step) {
+             py::gil_scoped_release release;
+             k.table.slab_forward_unit(
+                 slab, {pointer<void>(max), pointer<void>(sum), pointer<void>(target), pointer<void>(entropy)},
+                 {pointer<void>(unit), pointer<void>(unit_entropy), pointer<void>(rescale), pointer<void>(max_step)});
+           })
+      .def("slab_backward",
+           [](const Kernels& k, const windkern::Slab& slab, Address kept, Address offset, Address max, Address log_sum,
+              Address target, Address entropy, Address c_logp, Address c_lse, Address c_ent, Address row_scale,
+              Address dz, Address dbias) {
+             py::gil_scoped_release release;
+             k.table.slab_backward(slab, {pointer<void>(kept), pointer<void>(offset), pointer<void>(max),
+                                          pointer<void>(log_sum), pointer<void>(target), pointer<void>(entropy),
+                                          pointer<void>(c_logp), pointer<void>(c_lse), pointer<void>(c_ent),
+                                          pointer<void>(row_scale), pointer<void>(dz), pointer<void>(dbias)});
+           })
+      .def("segment_sum",
+           [](const Kernels& k, int dtype, Address values, Address bounds, int64_t segments, Address sums, int threads) {
+             py::gil_scoped_release release;
+             k.table.segment_sum(DType(dtype), pointer<void>(values), pointer<int64_t>(bounds), segments,
+                                 pointer<void>(sums), threads);
+           })
+      .def("pair_terms",
+           [](const Kernels& k, int dtype, int64_t groups, int64_t n, Address scores, Address prefs, Address rewards,
+              Address where, int link, int loss, Address value, Address slope, int threads) {
+             py::gil_scoped_release release;
+             k.table.pair_terms({DType(dtype), groups, n, pointer<void>(scores), pointer<void>(prefs),
+                                 pointer<void>(rewards), pointer<bool>(where), link, loss, threads},
+                                pointer<void>(value), pointer<void>(slope));
+           })
+      .def("win_rates",
+           [](const Kernels& k, int dtype, int64_t groups, int64_t n, Address prefs, Address rewards, Address where,
+              int link, Address rates, int threads) {
+             py::gil_scoped_release release;
+             k.table.win_rates({DType(dtype), groups, n, nullptr, pointer<void>(prefs), pointer<void>(rewards),
+                                pointer<bool>(where), link, 0, threads},
+                               pointer<void>(rates));
+           })
+      .def("widen", [](const Kernels& k, int dtype, Address from, Address to, int64_t count, int threads) {
+        py::gil_scoped_release release;
+        k.table.widen(DType(dtype), pointer<void>(from), pointer<float>(to), count, threads);
+      });
+}

@@ -1,0 +1,289 @@
+// Row kernels over one slab: online softmax forward (scoring, kept, frozen head) and dz backward.
+#pragma once
+
+#include "../include/windkern/logprob.h"
+#include "kernels.h"
+#include "vectors.h"
+
+namespace windkern {
+namespace {
+
+template <class S>
+Transform<S> transform_of(const Slab& slab) {
+  return {S(slab.scale), S(slab.softcap), S(slab.temperature)};
+}
+
+// exp(z - maximum) starts at the top of float16's range when it is stored: see contract.py.
+template <class E>
+constexpr int kept_binades() {
+  return SameType<E, Half>::value ? 15 : 0;
+}
+
+// z (width,) becomes the transformed logits, masked where the bias is -inf; returns their maximum.
+template <class S>
+S transform_row(S* z, const S* bias, int64_t width, const Transform<S>& t) {
+  Running<S> best(minus_infinity<S>());
+  if (bias == nullptr && t.identity()) {
+    for_lanes<S>(width, [&](int64_t i, auto lane) {
+      using L = decltype(lane);
+      auto& running = best.at(lane);
+      running = lane_max(running, load<L>(z + i));
+    });
+    return best.max();
+  }
+  for_lanes<S>(width, [&](int64_t i, auto lane) {
+    using L = decltype(lane);
+    L y = load<L>(z + i);
+    const L b = bias == nullptr ? splat<L>(0) : load<L>(bias + i);
+    y = transform_logit(L(y + b), t);
+    const L low = splat<L>(minus_infinity<S>());
+    y = select(b == low, low, y);
+    store(z + i, y);
+    auto& running = best.at(lane);
+    running = lane_max(running, y);
+  });
+  return best.max();
+}
+
+template <class S>
+OnlineSoftmax<S> load_state(const ForwardState& state, int64_t row) {
+  return {((S*)state.max)[row], ((S*)state.sum)[row], state.entropy ? ((S*)state.entropy)[row] : S(0)};
+}
+
+template <class S>
+void store_state(const ForwardState& state, int64_t row, const OnlineSoftmax<S>& value) {
+  ((S*)state.max)[row] = value.max;
+  ((S*)state.sum)[row] = value.sum;
+  if (state.entropy) ((S*)state.entropy)[row] = value.entropy;
+}
+
+template <class S>
+void see_target(const ForwardState& state, int64_t row, const S* y, int64_t column, int64_t width) {
+  if (column >= 0 && column < width) ((S*)state.target)[row] = y[column];
+}
+
+template <class S, class E>
+void forward_rows(const Slab& slab, const ForwardState& state, const ForwardOutputs& out) {
+  const Transform<S> t = transform_of<S>(slab);
+  const int64_t W = slab.width;
+  const S gain = S(1 << kept_binades<E>());
+  const S log_gain = S(0.69314718055994530942 * kept_binades<E>());
+#pragma omp parallel for num_threads(slab.threads) schedule(static)
+  for (int64_t row = 0; row < slab.rows; ++row) {
+    S* z = (S*)slab.logits + row * W;
+    E* kept = out.kept == nullptr ? nullptr : (E*)out.kept + row * W;
+    OnlineSoftmax<S> part{transform_row(z, (const S*)slab.bias, W, t), S(0), S(0)};
+    see_target(state, row, z, slab.targets[row] - slab.start, W);
+    const S shift = finite_shift(part.max);
+    Running<S> sum(0), entropy(0);
+    const bool wants_entropy = state.entropy != nullptr;
+    for_lanes<S>(W, [&](int64_t i, auto lane) {
+      using L = decltype(lane);
+      const L gap = load<L>(z + i) - shift;
+      const L e = lane_exp(gap);
+      sum.at(lane) += e;
+      // Hazard: 0 * -inf where a bias masks. Remedy: only entries above 0 count.
+      if (wants_entropy) entropy.at(lane) += select(e > splat<L>(0), L(e * gap), splat<L>(0));
+      if (kept != nullptr) store(kept + i, L(e * gain));
+    });
+    part.sum = sum.sum();
+    part.entropy = entropy.sum();
+    OnlineSoftmax<S> running = load_state<S>(state, row);
+    merge(running, part);
+    store_state(state, row, running);
+    if (kept != nullptr) ((S*)out.offset)[row] = part.max - log_gain;
+  }
+}
+
+template <class S, class E>
+void unit_rows(const Slab& slab, const ForwardState& state, const UnitOutputs& out) {
+  const Transform<S> t = transform_of<S>(slab);
+  const int64_t W = slab.width;
+  const S gain = S(1 << kept_binades<E>());
+#pragma omp parallel for num_threads(slab.threads) schedule(static)
+  for (int64_t row = 0; row < slab.rows; ++row) {
+    S* z = (S*)slab.logits + row * W;
+    E* unit = (E*)out.unit + row * W;
+    E* logged = out.unit_entropy == nullptr ? nullptr : (E*)out.unit_entropy + row * W;
+    OnlineSoftmax<S> part{transform_row(z, (const S*)slab.bias, W, t), S(0), S(0)};
+    const int64_t column = slab.targets[row] - slab.start;
+    see_target(state, row, z, column, W);
+    OnlineSoftmax<S> running = load_state<S>(state, row);
+    // The factors need only the maxima; the sums of this slab join the running ones below.
+    const S new_max = finite_shift(lane_max(running.max, part.max)), shift = finite_shift(part.max);
+    const S factor = lane_exp(S(part.max - new_max)) * gain;
+    const S step = part.max == minus_infinity<S>() ? S(0) : part.max - new_max;
+    if (out.max_step) ((S*)out.max_step)[row] = running.max == minus_infinity<S>() ? S(0) : running.max - new_max;
+    const bool wants_entropy = state.entropy != nullptr, capped = t.capped();
+    Running<S> sum(0), entropy(0);
+    for_lanes<S>(W, [&](int64_t i, auto lane) {
+      using L = decltype(lane);
+      const L y = load<L>(z + i), gap = y - shift, e = lane_exp(gap);
+      sum.at(lane) += e;
+      L weighted = e * factor;
+      if (capped) weighted = weighted * relative_slope(y, t);
+      if (wants_entropy) {
+        entropy.at(lane) += select(e > splat<L>(0), L(e * gap), splat<L>(0));
+        store(logged + i, select(e > splat<L>(0), L(weighted * (gap + step)), splat<L>(0)));
+      }
+      store(unit + i, weighted);  // last: unit may be the slab itself
+    });
+    // Reason: W_y - sum P W cancels where the model is sure of the target; the target entry is added apart.
+    if (column >= 0 && column < W) {
+      store(unit + column, S(0));
+      if (logged != nullptr) store(logged + column, S(0));
+    }
+    part.sum = sum.sum();
+    part.entropy = entropy.sum();
+    const MergeFactors<S> factors = merge(running, part);
+    ((S*)out.rescale)[row] = factors.old_factor;
+    store_state(state, row, running);
+  }
+}
+
+template <class S>
+S at_or_zero(const void* values, int64_t row) {
+  return values == nullptr ? S(0) : ((const S*)values)[row];
+}
+
+// One row of dz from kept exp(y - offset) or from recomputed logits; adds scale * dz to dbias where wanted.
+template <class S, class E, bool from_kept>
+void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>& t, int64_t row, S* dbias) {
+  const int64_t W = slab.width;
+  S* z = (S*)slab.logits + (from_kept ? 0 : row * W);
+  const E* kept = (const E*)in.kept + (from_kept ? row * W : 0);
+  E* dz = (E*)in.dz + row * W;
+  const RowStats<S> stats{((const S*)in.max)[row], ((const S*)in.log_sum)[row], ((const S*)in.target)[row],
+                          at_or_zero<S>(in.entropy, row)};
+  const Upstream<S> c{at_or_zero<S>(in.c_logp, row), at_or_zero<S>(in.c_lse, row), at_or_zero<S>(in.c_ent, row),
+                      in.c_ent != nullptr};
+  const S factor = other_factor(stats, c, t), entropy_factor = c.entropy * t.slope_at_zero();
+  const S row_scale = in.row_scale == nullptr ? S(1) : ((const S*)in.row_scale)[row];
+  const S offset = from_kept ? ((const S*)in.offset)[row] : S(0);
+  const S log_shift = (offset - stats.max) - stats.log_sum;
+  const S kept_factor = from_kept ? lane_exp(log_shift) : S(1);
+  const bool capped = t.capped();
+  if (!from_kept) transform_row(z, (const S*)slab.bias, W, t);
+  const int64_t column = slab.targets[row] - slab.start;
+  const bool has_target = column >= 0 && column < W;
+  const S entry = has_target ? target_slope(stats, c, t) : S(0);
+  S replaced = S(0);  // what the loop adds to dbias at the target before it is put right
+  for_lanes<S>(W, [&](int64_t i, auto lane) {
+    using L = decltype(lane);
+    L p, y{}, logp{};
+    if constexpr (from_kept) {
+      const L e = load<L>(kept + i);
+      p = e * kept_factor;
+      if (capped || c.has_entropy) {
+        const L log_e = lane_log(e);
+        y = log_e + finite_shift(offset);
+        logp = log_e + log_shift;
+      }
+    } else {
+      y = load<L>(z + i);
+      // Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
+      logp = (y - stats.max) - stats.log_sum;
+      p = lane_exp(logp);
+    }
+    L d = p * factor;
+    if (c.has_entropy) d = d - select(p > splat<L>(0), L(p * logp * entropy_factor), splat<L>(0));
+    if (capped) d = d * relative_slope(y, t);
+    if (has_target && column >= i && column < i + LaneTraits<L>::width) {
+      if constexpr (LaneTraits<L>::width == 1) {
+        replaced = d;
+      } else {
+        replaced = d[column - i];
+      }
+    }
+    store(dz + i, d);
+    if (dbias != nullptr) store(dbias + i, L(load<L>(dbias + i) + d * row_scale));
+  });
+  if (has_target) {
+    store(dz + column, entry);
+    if (dbias != nullptr) dbias[column] += (entry - replaced) * row_scale;
+  }
+}
+
+template <class S, class E>
+void backward_rows(const Slab& slab, const BackwardInputs& in) {
+  const Transform<S> t = transform_of<S>(slab);
+  const int64_t W = slab.width;
+  const int64_t threads = slab.threads;
+  Buffer<S> partial(in.dbias == nullptr ? 0 : threads * W);  // one row for each thread, summed in order
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t team = omp_get_num_threads(), member = omp_get_thread_num();
+    const int64_t first = slab.rows * member / team, last = slab.rows * (member + 1) / team;
+    S* dbias = in.dbias == nullptr ? nullptr : partial.data + member * W;
+    for (int64_t row = first; row < last; ++row) {
+      if (in.kept != nullptr) {
+        backward_row<S, E, true>(slab, in, t, row, dbias);
+      } else {
+        backward_row<S, E, false>(slab, in, t, row, dbias);
+      }
+    }
+  }
+  if (in.dbias != nullptr) {
+    S* total = (S*)in.dbias;
+    for (int64_t i = 0; i < W; ++i) {
+      total[i] = S(0);
+      for (int64_t member = 0; member < threads; ++member) total[i] += partial.data[member * W + i];
+    }
+  }
+}
+
+// Calls body<scalar, storage>() for an operand dtype.
+#define WK_FOR_DTYPE(dtype, function, ...)                        \
+  switch (dtype) {                                                \
+    case DType::float64: return function<double, double>(__VA_ARGS__); \
+    case DType::float32: return function<float, float>(__VA_ARGS__);   \
+    case DType::bfloat16: return function<float, BFloat16>(__VA_ARGS__); \
+    case DType::float16: return function<float, Half>(__VA_ARGS__);    \
+  }
+
+void slab_forward(const Slab& slab, const ForwardState& state, const ForwardOutputs& out) {
+  WK_FOR_DTYPE(slab.operand, forward_rows, slab, state, out)
+}
+
+void slab_forward_unit(const Slab& slab, const ForwardState& state, const UnitOutputs& out) {
+  WK_FOR_DTYPE(slab.operand, unit_rows, slab, state, out)
+}
+
+void slab_backward(const Slab& slab, const BackwardInputs& in) { WK_FOR_DTYPE(slab.operand, backward_rows, slab, in) }
+
+template <class S>
+void segment_sums(const S* values, const int64_t* bounds, int64_t segments, S* sums, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t s = 0; s < segments; ++s) {
+    double total = 0;  // exact to float32 rounding however long the sequence
+    for (int64_t i = bounds[s]; i < bounds[s + 1]; ++i) total += double(values[i]);
+    sums[s] = S(total);
+  }
+}
+
+void segment_sum(DType dtype, const void* values, const int64_t* bounds, int64_t segments, void* sums, int threads) {
+  if (dtype == DType::float64) return segment_sums((const double*)values, bounds, segments, (double*)sums, threads);
+  segment_sums((const float*)values, bounds, segments, (float*)sums, threads);
+}
+
+template <class S, class E>
+void widen_all(const void* from, float* to, int64_t count, int threads) {
+  constexpr int64_t block = 1 << 14;
+  const int64_t blocks = (count + block - 1) / block;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = b * block, size = block < count - first ? block : count - first;
+    for_lanes<float>(size, [&](int64_t i, auto lane) {
+      using L = decltype(lane);
+      store(to + first + i, load<L>((const E*)from + first + i));
+    });
+  }
+}
+
+void widen(DType dtype, const void* from, float* to, int64_t count, int threads) {
+  if (dtype == DType::bfloat16) return widen_all<float, BFloat16>(from, to, count, threads);
+  widen_all<float, Half>(from, to, count, threads);
+}
+
+}  // namespace
+}  // namespace windkern

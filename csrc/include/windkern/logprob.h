@@ -1,0 +1,102 @@
+// The maths of one row: online softmax, logit transform, and the slope of each upstream gradient.
+#pragma once
+
+#include "exp.h"
+
+namespace windkern {
+inline namespace WK_ISA {
+
+// y = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature without a softcap (softcap = 0).
+template <class S>
+struct Transform {
+  S scale, softcap, temperature;
+
+  WK_FN bool capped() const { return softcap > S(0); }
+  WK_FN bool identity() const { return !capped() && scale == temperature; }
+  WK_FN S slope_at_zero() const { return scale / temperature; }
+};
+
+template <class L>
+WK_FN L transform_logit(const L& z, const Transform<ScalarOf<L>>& t) {
+  if (!t.capped()) return z * t.slope_at_zero();
+  return lane_tanh(L(z * (t.scale / t.softcap))) * (t.softcap / t.temperature);
+}
+
+// Slope of the transform over its slope at zero, from the transformed logit: 1 - tanh^2. Masked entries (-inf) get 0.
+template <class L>
+WK_FN L relative_slope(const L& y, const Transform<ScalarOf<L>>& t) {
+  const L tanh = y * (t.temperature / t.softcap);
+  const L slope = ScalarOf<L>(1) - tanh * tanh;
+  return select(slope > splat<L>(0), slope, splat<L>(0));
+}
+
+// Running maximum, sum of exp(y - max), and sum of exp(y - max) * (y - max) of the entries seen so far.
+template <class S>
+struct OnlineSoftmax {
+  S max, sum, entropy;
+};
+
+template <class S>
+struct MergeFactors {
+  S old_factor, new_factor;
+};
+
+// Hazard: -inf - (-inf) is NaN while all entries so far are masked. Remedy: such a maximum shifts by 0.
+template <class S>
+WK_FN S finite_shift(S max) {
+  return max == minus_infinity<S>() ? S(0) : max;
+}
+
+// Join the statistics of one slab (or tile) to the running ones; returns what both sides were multiplied by.
+template <class S>
+WK_FN MergeFactors<S> merge(OnlineSoftmax<S>& running, const OnlineSoftmax<S>& part) {
+  const S max = lane_max(running.max, part.max);
+  const S shift = finite_shift(max);
+  const MergeFactors<S> f{lane_exp(S(running.max - shift)), lane_exp(S(part.max - shift))};
+  const S old_gap = running.max == minus_infinity<S>() ? S(0) : running.max - shift;
+  const S new_gap = part.max == minus_infinity<S>() ? S(0) : part.max - shift;
+  running.entropy = f.old_factor * (running.entropy + running.sum * old_gap) +
+                    f.new_factor * (part.entropy + part.sum * new_gap);
+  running.sum = running.sum * f.old_factor + part.sum * f.new_factor;
+  running.max = max;
+  return f;
+}
+
+// 1 - p of the target without cancellation.
+WK_FN float one_minus_p(float logp) { return -expm1f(logp); }
+WK_FN double one_minus_p(double logp) { return -expm1(logp); }
+
+// Upstream gradients of one row; 0 where there is none.
+template <class S>
+struct Upstream {
+  S logp, lse, entropy;
+  bool has_entropy;
+};
+
+// Finished statistics of one row.
+template <class S>
+struct RowStats {
+  S max, log_sum, target, entropy;
+
+  WK_FN S logp() const { return (target - max) - log_sum; }
+};
+
+// d loss / d logit (before the transform) at the target.
+template <class S>
+WK_FN S target_slope(const RowStats<S>& row, const Upstream<S>& c, const Transform<S>& t) {
+  const S logp = row.logp();
+  const S p = lane_exp(logp);
+  S slope = c.logp * one_minus_p(logp) + c.lse * p;
+  if (c.has_entropy && p > S(0)) slope -= c.entropy * p * (logp + row.entropy);
+  if (t.capped()) slope *= relative_slope(row.target, t);
+  return slope * t.slope_at_zero();
+}
+
+// Factor of p at every other entry, the log p term apart.
+template <class S>
+WK_FN S other_factor(const RowStats<S>& row, const Upstream<S>& c, const Transform<S>& t) {
+  return (c.lse - c.logp - (c.has_entropy ? c.entropy * row.entropy : S(0))) * t.slope_at_zero();
+}
+
+}  // namespace WK_ISA
+}  // namespace windkern

@@ -1,0 +1,1 @@
+"""Prompt files of the demo, read through `windkern.train.data.demo_prompts`."""

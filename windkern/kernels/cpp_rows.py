@@ -1,0 +1,165 @@
+"""Row kernels in C++ from csrc/: OpenMP over rows, vectors chosen for the CPU at run time."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from windkern.kernels.contract import RowState, RowStats, Upstream
+from windkern.kernels.torch_rows import other_slope, target_slope
+from windkern.transform import LogitTransform
+
+try:
+    from windkern import _cpp
+except ImportError as error:  # not built, or built for another Python
+    _cpp, _import_error = None, str(error)
+
+__all__ = [
+    "other_slope",
+    "pair_terms",
+    "segment_sum",
+    "slab_backward",
+    "slab_forward",
+    "slab_forward_unit",
+    "target_slope",
+    "win_rates",
+]
+
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+LINKS = {"bradley_terry": 0, "step": 1}
+PAIR_LOSSES = {"square": 0, "logistic": 1, "hinge": 2}
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on a CPU, not on {device.type}"
+    if _cpp is None:
+        return (
+            f"the extension windkern._cpp cannot be imported ({_import_error}); reinstall windkern with a C++17 "
+            "compiler (g++ or clang) on PATH"
+        )
+    return None
+
+
+def _make_kernels():
+    """The newest instruction set this CPU runs, or the one WINDKERN_CPP_ISA names (portable, avx2, avx512)."""
+    return None if _cpp is None else _cpp.Kernels(os.environ.get("WINDKERN_CPP_ISA") or _cpp.instruction_sets()[0])
+
+
+_kernels = _make_kernels()
+
+
+def _address(tensor: Tensor | None) -> int:
+    """Pointer of a contiguous tensor, 0 for None."""
+    if tensor is None:
+        return 0
+    if not tensor.is_contiguous():
+        raise RuntimeError(f"a row kernel needs contiguous memory, got strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+def _slab(operand: torch.dtype, logits: Tensor | None, shape, bias, targets, start: int, transform: LogitTransform):
+    return _cpp.Slab(
+        _DTYPES[operand],
+        shape[0],
+        shape[1],
+        start,
+        _address(logits),
+        _address(bias),
+        _address(targets),
+        transform.scale,
+        transform.softcap or 0.0,
+        transform.temperature,
+        torch.get_num_threads(),
+    )
+
+
+def slab_forward(
+    z: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    start: int,
+    transform: LogitTransform,
+    state: RowState,
+    kept: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    """As `torch_rows.slab_forward`."""
+    slab = _slab(z.dtype if kept is None else kept.dtype, z, z.shape, bias, targets, start, transform)
+    _kernels.slab_forward(slab, *map(_address, state), _address(kept), _address(offset))
+
+
+def slab_forward_unit(
+    z: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    start: int,
+    transform: LogitTransform,
+    state: RowState,
+    unit: Tensor,
+    unit_entropy: Tensor | None,
+    rescale: Tensor,
+    max_step: Tensor | None,
+) -> None:
+    """As `torch_rows.slab_forward_unit`."""
+    slab = _slab(unit.dtype, z, z.shape, bias, targets, start, transform)
+    outputs = map(_address, (unit, unit_entropy, rescale, max_step))
+    _kernels.slab_forward_unit(slab, *map(_address, state), *outputs)
+
+
+def slab_backward(
+    src: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    start: int,
+    transform: LogitTransform,
+    stats: RowStats,
+    upstream: Upstream,
+    row_scale: Tensor | None,
+    dz: Tensor,
+    dbias: Tensor | None,
+) -> None:
+    """As `torch_rows.slab_backward`."""
+    kept = None if offset is None else src
+    slab = _slab(dz.dtype, None if kept is not None else src, src.shape, bias, targets, start, transform)
+    rows = map(_address, (*stats, *upstream, row_scale))
+    _kernels.slab_backward(slab, _address(kept), _address(offset), *rows, _address(dz), _address(dbias))
+
+
+def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
+    """As `torch_rows.segment_sum`."""
+    sums = values.new_empty(bounds.shape[0] - 1)
+    values, bounds = values.contiguous(), bounds.contiguous()
+    _kernels.segment_sum(
+        _DTYPES[values.dtype], _address(values), _address(bounds), sums.shape[0], _address(sums), torch.get_num_threads()
+    )
+    return sums
+
+
+def pair_terms(
+    scores: Tensor, prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str, loss: str
+) -> tuple[Tensor, Tensor]:
+    """As `torch_pairs.pair_terms`."""
+    scores, prefs, rewards, where = (None if part is None else part.contiguous() for part in (scores, prefs, rewards, where))
+    groups, n = scores.shape
+    value, slope = scores.new_empty(groups), scores.new_empty(groups, n)
+    pointers = map(_address, (scores, prefs, rewards, where))
+    codes = LINKS[link], PAIR_LOSSES[loss]
+    results = _address(value), _address(slope)
+    _kernels.pair_terms(_DTYPES[scores.dtype], groups, n, *pointers, *codes, *results, torch.get_num_threads())
+    return value, slope
+
+
+def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str) -> Tensor:
+    """As `torch_pairs.win_rates`."""
+    prefs, rewards, where = (None if part is None else part.contiguous() for part in (prefs, rewards, where))
+    given = prefs if rewards is None else rewards
+    groups, n = given.shape[:2]
+    rates = given.new_empty(groups, n)
+    pointers = map(_address, (prefs, rewards, where))
+    code = _DTYPES[given.dtype]
+    _kernels.win_rates(code, groups, n, *pointers, LINKS[link], _address(rates), torch.get_num_threads())
+    return rates

