@@ -24,6 +24,8 @@ PUBLIC = {
     "sequence_logps": wk.sequence_logps,
     "fused_loss": wk.fused_loss,
     "plan": wk.plan,
+    "pair_loss": wk.pair_loss,
+    "win_rates": wk.win_rates,
     "LogitTransform": wk.LogitTransform,
     "FusedLogProbs": wk.nn.FusedLogProbs,
     "gathered": wk.sharding.gathered,

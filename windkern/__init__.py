@@ -6,6 +6,7 @@ from windkern import backends, losses, nn, reference
 from windkern.backends import BackendUnavailableError
 from windkern.ops.fused_loss import fused_loss
 from windkern.ops.logprobs import TokenLogps, token_logps
+from windkern.ops.pairs import pair_loss, win_rates
 from windkern.ops.sequence import sequence_logps
 from windkern.plan import Plan, plan
 from windkern.transform import LogitTransform
@@ -22,11 +23,13 @@ __all__ = [
     "hf",
     "losses",
     "nn",
+    "pair_loss",
     "plan",
     "reference",
     "sequence_logps",
     "sharding",
     "token_logps",
+    "win_rates",
 ]
 
 # Imported at first use: they pull in libraries that `import windkern` should not wait for.

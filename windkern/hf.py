@@ -65,7 +65,9 @@ def _base_model(model: object) -> nn.Module:
             f"model must be a transformers causal LM, got {type(model).__name__} without get_output_embeddings and config"
         )
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported"
+        )
     return model
 
 
@@ -169,7 +171,9 @@ def _compare_with_logits(model: nn.Module, parts: CausalLM) -> None:
     """Raise unless the fused log-probs of a few tokens are those of the model's own logits."""
     vocab = parts.weight.shape[0]
     steps = torch.arange(_CHECKED_TOKENS + 1, device=parts.weight.device)
-    ids = (1 + steps * max(1, (vocab - 2) // (_CHECKED_TOKENS + 1))).clamp(max=vocab - 1)[None]  # spread, no padding id 0
+    ids = (1 + steps * max(1, (vocab - 2) // (_CHECKED_TOKENS + 1))).clamp(max=vocab - 1)[
+        None
+    ]  # spread, no padding id 0
     mask = torch.ones_like(ids)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # dropout would make the two passes differ
@@ -224,7 +228,9 @@ def completion_targets(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
     check_shape("input_ids", check_integer("input_ids", input_ids), ("S", "L"))
     mask = _as_bool("completion_mask", completion_mask, input_ids)
     if input_ids.device.type == "cpu" and input_ids.shape[1] and bool(mask[:, 0].any()):
-        raise ValueError("completion_mask must be 0 in the first column: its token has no token before it to predict it")
+        raise ValueError(
+            "completion_mask must be 0 in the first column: its token has no token before it to predict it"
+        )
     targets = torch.full_like(input_ids, IGNORE_INDEX, dtype=torch.int64)
     targets[:, :-1] = torch.where(mask[:, 1:], input_ids[:, 1:].long(), IGNORE_INDEX)
     return targets

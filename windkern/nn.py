@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from windkern.losses import WindLoss
 from windkern.ops.inputs import Blocks
 from windkern.ops.logprobs import TokenLogps, token_logps
 from windkern.transform import LogitTransform
+
+__all__ = ["FusedLogProbs", "WindLoss"]
 
 
 class FusedLogProbs(nn.Module):

@@ -100,3 +100,59 @@ def fused_loss(
     logps = sequence_logps(hidden, weight, targets, **kwargs)
     per_loss = loss_fn(logps, **(per_group or {}))
     return per_loss.sum() / logps.shape[0] if reduction == "mean" else per_loss.sum()
+
+
+def preferences(rewards: Tensor, link: str = "bradley_terry") -> Tensor:
+    """Chances (B, N, N) that i beats j from rewards (B, N): sigmoid of the gap, or 1, 1/2, 0 by its sign.
+
+    Example:
+        >>> preferences(torch.tensor([[1.0, 1.0, 0.0]]), link="step")[0, 0]
+        tensor([0.5000, 0.5000, 1.0000])
+    """
+    gap = rewards.unsqueeze(-1) - rewards.unsqueeze(-2)
+    return torch.sigmoid(gap) if link == "bradley_terry" else 0.5 * (1 + torch.sign(gap))
+
+
+def win_rates(prefs=None, *, rewards=None, link: str = "bradley_terry", where=None) -> Tensor:
+    """(B, N): mean over the counted j, i itself included, of the chance that i beats j; 0 where masked.
+
+    Example:
+        >>> win_rates(rewards=torch.tensor([[1.0, 0.0]]), link="step")
+        tensor([[0.7500, 0.2500]])
+    """
+    prefs = preferences(rewards, link) if prefs is None else prefs
+    if where is None:
+        return prefs.mean(-1)
+    counted = where.unsqueeze(-1) & where.unsqueeze(-2)
+    return torch.where(counted, prefs, 0.0).sum(-1) / where.sum(-1, keepdim=True).clamp(min=1)
+
+
+def pair_loss(
+    scores: Tensor,
+    prefs=None,
+    *,
+    rewards=None,
+    link: str = "bradley_terry",
+    loss: str = "square",
+    where=None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean over ordered pairs i != j of a group, then over groups, with the N x N matrix written out.
+
+    Example:
+        >>> float(pair_loss(torch.zeros(1, 2), rewards=torch.tensor([[1.0, 0.0]]), link="step"))
+        0.25
+    """
+    prefs = preferences(rewards, link) if prefs is None else prefs
+    gap = scores.unsqueeze(-1) - scores.unsqueeze(-2)
+    terms = {
+        "square": lambda: (gap - (prefs - 0.5)).square(),
+        "logistic": lambda: prefs * torch.nn.functional.softplus(-gap),
+        "hinge": lambda: prefs * (1 - gap).clamp(min=0),
+    }[loss]()
+    counted = ~torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device).expand_as(terms)
+    if where is not None:
+        counted = counted & where.unsqueeze(-1) & where.unsqueeze(-2)
+    pairs = counted.sum((-1, -2)).clamp(min=1)
+    per_group = torch.where(counted, terms, 0.0).sum((-1, -2)) / pairs
+    return {"mean": per_group.sum() / max(1, scores.shape[0]), "sum": per_group.sum(), "none": per_group}[reduction]

@@ -134,7 +134,12 @@ def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
     sums = values.new_empty(bounds.shape[0] - 1)
     values, bounds = values.contiguous(), bounds.contiguous()
     _kernels.segment_sum(
-        _DTYPES[values.dtype], _address(values), _address(bounds), sums.shape[0], _address(sums), torch.get_num_threads()
+        _DTYPES[values.dtype],
+        _address(values),
+        _address(bounds),
+        sums.shape[0],
+        _address(sums),
+        torch.get_num_threads(),
     )
     return sums
 
@@ -143,7 +148,9 @@ def pair_terms(
     scores: Tensor, prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str, loss: str
 ) -> tuple[Tensor, Tensor]:
     """As `torch_pairs.pair_terms`."""
-    scores, prefs, rewards, where = (None if part is None else part.contiguous() for part in (scores, prefs, rewards, where))
+    scores, prefs, rewards, where = (
+        None if part is None else part.contiguous() for part in (scores, prefs, rewards, where)
+    )
     groups, n = scores.shape
     value, slope = scores.new_empty(groups), scores.new_empty(groups, n)
     pointers = map(_address, (scores, prefs, rewards, where))

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from windkern.kernels import buffers
 from windkern.kernels.contract import RowState, RowStats, Upstream, kept_gain, kept_log_gain
+from windkern.kernels.torch_pairs import pair_terms, win_rates
 from windkern.transform import LogitTransform
+
+__all__ = [
+    "other_slope",
+    "pair_terms",
+    "segment_sum",
+    "slab_backward",
+    "slab_forward",
+    "slab_forward_unit",
+    "target_slope",
+    "win_rates",
+]
 
 # Bytes of one block of rows: the second-level cache of a CPU core, or enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 1 << 20}

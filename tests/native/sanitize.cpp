@@ -1,0 +1,108 @@
+// The CPU kernels over odd shapes under AddressSanitizer and UndefinedBehaviorSanitizer: every array is exactly as
+// large as the contract says, so one element too far is an error. Prints "clean" at the end.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+using namespace windkern;
+
+static double noise(unsigned& state) {
+  state = state * 1664525u + 1013904223u;
+  return double(state >> 8) / double(1u << 24) - 0.5;
+}
+
+template <class S>
+static std::vector<S> values(size_t count, unsigned seed) {
+  std::vector<S> v(count);
+  for (auto& x : v) x = S(4 * noise(seed));
+  return v;
+}
+
+template <class S>
+static void rows(const KernelTable& k, DType operand, size_t item, int64_t M, int64_t W, bool bias, double softcap,
+                 bool entropy) {
+  auto z = values<S>(M * W, 1), b = values<S>(W, 2);
+  if (W > 1) b[1] = S(-INFINITY);
+  std::vector<int64_t> targets(M);
+  for (int64_t i = 0; i < M; ++i) targets[i] = i % 3 == 2 ? -1 : 7 + (i * 5) % W;
+  const auto logits = z;
+  Slab slab{operand, M, W, 7, z.data(), bias ? b.data() : nullptr, targets.data(), 1.3, softcap, 0.7, 2};
+  std::vector<S> max(M, S(-INFINITY)), sum(M), target(M, S(-INFINITY)), ent(M), offset(M), rescale(M), step(M), log_sum(M);
+  std::vector<char> kept(M * W * item), unit(M * W * item), logged(M * W * item), dz(M * W * item);
+  ForwardState state{max.data(), sum.data(), target.data(), entropy ? ent.data() : nullptr};
+  k.slab_forward(slab, state, {kept.data(), offset.data()});
+  for (int64_t i = 0; i < M; ++i) log_sum[i] = std::log(sum[i]);
+  auto c = values<S>(M, 3);
+  std::vector<S> dbias(W), scale(M, S(2));
+  for (bool from_kept : {true, false}) {
+    z = logits;
+    BackwardInputs in{from_kept ? kept.data() : nullptr, offset.data(), max.data(), log_sum.data(), target.data(),
+                      ent.data(), c.data(), c.data(), entropy ? c.data() : nullptr, scale.data(), dz.data(), dbias.data()};
+    k.slab_backward(slab, in);
+    if (!from_kept && item == sizeof(S)) {
+      z = logits;
+      in.dz = z.data();  // in place
+      in.dbias = nullptr;
+      k.slab_backward(slab, in);
+    }
+  }
+  z = logits;
+  k.slab_forward_unit(slab, state, {unit.data(), entropy ? logged.data() : nullptr, rescale.data(), entropy ? step.data() : nullptr});
+}
+
+template <class S>
+static void pairs(const KernelTable& k, DType dtype, int64_t groups, int64_t n) {
+  auto scores = values<S>(groups * n, 4), rewards = values<S>(groups * n, 5), prefs = values<S>(groups * n * n, 6);
+  std::unique_ptr<bool[]> where(new bool[groups * n]);
+  for (int64_t i = 0; i < groups * n; ++i) where[i] = i % 3 != 0;
+  std::vector<S> value(groups), slope(groups * n), rates(groups * n);
+  for (int link : {0, 1}) {
+    for (int loss : {0, 1, 2}) {
+      for (bool masked : {false, true}) {
+        Pairs in{dtype, groups, n, scores.data(), nullptr, rewards.data(), masked ? where.get() : nullptr, link, loss, 2};
+        k.pair_terms(in, value.data(), slope.data());
+        k.win_rates(in, rates.data());
+        in.prefs = prefs.data();
+        in.rewards = nullptr;
+        k.pair_terms(in, value.data(), slope.data());
+        k.win_rates(in, rates.data());
+      }
+    }
+  }
+}
+
+int main() {
+  for (const KernelTable* k : runnable_kernels()) {
+    for (int64_t W : {1, 3, 15, 16, 17, 33, 130}) {
+      for (bool bias : {false, true}) {
+        for (double softcap : {0.0, 3.0}) {
+          for (bool entropy : {false, true}) {
+            rows<double>(*k, DType::float64, 8, 5, W, bias, softcap, entropy);
+            rows<float>(*k, DType::float32, 4, 5, W, bias, softcap, entropy);
+            rows<float>(*k, DType::bfloat16, 2, 5, W, bias, softcap, entropy);
+            rows<float>(*k, DType::float16, 2, 5, W, bias, softcap, entropy);
+          }
+        }
+      }
+    }
+    rows<float>(*k, DType::float32, 4, 0, 16, true, 0.0, true);
+    for (int64_t n : {1, 2, 17, 40}) {
+      pairs<double>(*k, DType::float64, 3, n);
+      pairs<float>(*k, DType::float32, 3, n);
+    }
+    const std::vector<int64_t> bounds{0, 0, 3, 19};
+    auto v = values<float>(19, 7);
+    std::vector<float> sums(3);
+    k->segment_sum(DType::float32, v.data(), bounds.data(), 3, sums.data(), 2);
+    std::vector<uint16_t> low(1001, 0x3f80);
+    std::vector<float> wide(1001);
+    k->widen(DType::bfloat16, low.data(), wide.data(), 1001, 2);
+    if (wide[1000] != 1.0f) return 1;
+    k->widen(DType::float16, low.data(), wide.data(), 1001, 2);
+  }
+  std::puts("clean");
+}

@@ -1,0 +1,172 @@
+"""The C++ back end: each instruction set against PyTorch, built clean, and honest where it is absent."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import SHAPES, UNLIMITED, Problem, Shape
+from tolerances import assert_within
+
+import windkern as wk
+from windkern.kernels import cpp_rows, torch_rows
+from windkern.kernels.contract import RowState
+
+ROOT = Path(__file__).parents[1]
+_cpp = pytest.importorskip("windkern._cpp", reason=str(wk.backends.why_not("cpp", "cpu")))
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(params=_cpp.instruction_sets())
+def instruction_set(request, monkeypatch):
+    monkeypatch.setattr(cpp_rows, "_kernels", _cpp.Kernels(request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gear", ["frozen_head", "trained"])
+def test_every_instruction_set(instruction_set, dtype, gear):
+    for shape in (SHAPES["odd"], SHAPES["tiny"], Shape((5,), (8,), 131)):
+        problem = Problem(shape, "all")
+        exact, plain = problem.exact(dtype, gear), problem.plain(dtype, gear)
+        for budget in (0, UNLIMITED):
+            ours = problem.run(wk.token_logps, dtype, gear, memory_budget=budget, backend="cpp")
+            for name, value in ours.items():
+                assert_within(value, exact[name], plain[name], dtype, f"{instruction_set} {name}")
+
+
+def test_every_instruction_set_on_pairs(instruction_set):
+    scores, rewards = torch.randn(2, 37), torch.randn(2, 37)
+    where = torch.rand(2, 37) < 0.7
+    for loss in ("square", "logistic", "hinge"):
+        ours = cpp_rows.pair_terms(scores, None, rewards, where, "bradley_terry", loss)
+        plain = torch_rows.pair_terms(scores.double(), None, rewards.double(), where, "bradley_terry", loss)
+        for got, want in zip(ours, plain, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_exponential_is_exact_to_rounding(instruction_set, dtype):
+    """Kept exp(y - max) of one slab: every gap from 0 to the smallest normal number and beyond."""
+    low = -90.0 if dtype == torch.float32 else -720.0
+    z = torch.linspace(low, 0.0, 20001, dtype=dtype).unsqueeze(0)
+    z[0, 5] = -torch.inf
+    kept, offset = torch.empty_like(z), torch.empty(1, 1, dtype=dtype)
+    state = RowState(*(torch.full((1,), start, dtype=dtype) for start in (-torch.inf, 0.0, -torch.inf)), None)
+    exact = z.double().exp()
+    cpp_rows.slab_forward(z.clone(), None, torch.tensor([3]), 0, wk.LogitTransform(), state, kept, offset)
+    normal = exact > torch.finfo(dtype).tiny * 1.01
+    relative = ((kept.double() - exact) / exact)[normal].abs().max()
+    assert relative <= 2 * torch.finfo(dtype).eps
+    assert (kept[~normal].double() - exact[~normal]).abs().max() <= torch.finfo(dtype).tiny * 1.02
+    assert kept[0, 5] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_storage_rounds_to_nearest_even(instruction_set, dtype):
+    z = -4 * torch.rand(3, 1001)
+    kept, offset = torch.empty(3, 1001, dtype=dtype), torch.empty(3, 1)
+    state = RowState(*(torch.full((3,), start) for start in (-torch.inf, 0.0, -torch.inf)), None)
+    cpp_rows.slab_forward(z.clone(), None, torch.tensor([0, 1, 2]), 0, wk.LogitTransform(), state, kept, offset)
+    wanted = (z.double() - offset.double()).exp().float().to(dtype)
+    apart = (kept.view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
+    assert apart.max() <= 1  # exp itself may differ by its own rounding at a tie
+    assert (apart == 0).float().mean() > 0.99
+
+
+def test_threads_follow_torch():
+    problem = Problem(SHAPES["odd"], "all")
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(problem.run(wk.token_logps, torch.float32, "trained", backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_the_default_on_a_cpu():
+    assert wk.backends.available("cpu")[0] == "cpp"
+    assert "it runs on a CPU" in wk.backends.why_not("cpp", "cuda")
+
+
+def test_without_the_extension_the_reason_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "windkern._cpp", None)
+    monkeypatch.delattr(wk, "_cpp", raising=False)
+    without = importlib.util.module_from_spec(cpp_rows.__spec__)
+    cpp_rows.__spec__.loader.exec_module(without)
+    assert "reinstall windkern with a C++17 compiler" in without.why_not(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(cpp_rows, "why_not", without.why_not)
+    assert wk.backends.available("cpu") == ("torch",)
+    with pytest.raises(wk.BackendUnavailableError, match="C\\+\\+17 compiler"):
+        wk.token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="cpp")
+
+
+def test_planted_faults_are_caught(monkeypatch):
+    """A C++ kernel that sees shifted targets or no bias fails the comparison the real one passes."""
+    problem = Problem(SHAPES["odd"], "all")
+    exact, plain = problem.exact(torch.float32, "trained"), problem.plain(torch.float32, "trained")
+    original = cpp_rows._slab
+
+    def compare():
+        for name, value in problem.run(wk.token_logps, torch.float32, "trained", backend="cpp").items():
+            assert_within(value, exact[name], plain[name], torch.float32, name)
+
+    compare()
+    for fault in (
+        lambda operand, z, shape, bias, targets, start, t: original(operand, z, shape, bias, targets, start + 1, t),
+        lambda operand, z, shape, bias, targets, start, t: original(operand, z, shape, None, targets, start, t),
+        lambda operand, z, shape, bias, targets, start, t: original(
+            operand, z, shape, bias, targets, start, wk.LogitTransform()
+        ),
+    ):
+        monkeypatch.setattr(cpp_rows, "_slab", fault)
+        with pytest.raises((AssertionError, ValueError)):
+            compare()
+
+
+def test_the_extension_links_no_torch():
+    linked = subprocess.run(["ldd", _cpp.__file__], capture_output=True, text=True, check=True).stdout
+    assert "torch" not in linked and "c10" not in linked
+
+
+@needs_compiler
+def test_kernels_are_clean_under_sanitizers(tmp_path):
+    """-fsanitize=address,undefined over odd shapes, with warnings as errors."""
+    sources = ["dispatch", "kernels_portable", "kernels_avx2", "kernels_avx512"]
+    flags = {
+        "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "kernels_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    }
+    common = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fopenmp",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-psabi",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        f"-I{ROOT}/csrc",
+    ]
+    objects = []
+    for source in sources:
+        objects.append(str(tmp_path / f"{source}.o"))
+        command = [*common, *flags.get(source, []), "-c", f"{ROOT}/csrc/cpu/{source}.cpp", "-o", objects[-1]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    program = str(tmp_path / "sanitize")
+    link = [*common, f"{ROOT}/tests/native/sanitize.cpp", *objects, "-o", program]
+    done = subprocess.run(link, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ran = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=1"})
+    assert ran.returncode == 0 and ran.stdout == "clean\n", ran.stderr[-3000:]

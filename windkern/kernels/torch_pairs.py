@@ -1,0 +1,95 @@
+"""Pair kernels in plain PyTorch: all ordered pairs of a group, in blocks of rows, so memory stays O(N) in a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of one block of pairs; a block is never smaller than one row of N.
+BLOCK_ELEMENTS = 1 << 18
+
+
+def _chance(gap: Tensor, link: str) -> Tensor:
+    """Chance that the first beats the second, from the gap of their rewards; a tie is 1/2."""
+    return torch.sigmoid(gap) if link == "bradley_terry" else 0.5 * (1 + torch.sign(gap))
+
+
+def _square(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    r = d - (p - 0.5)
+    return r * r, 2 * r
+
+
+def _logistic(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return p * F.softplus(-d), -p * torch.sigmoid(-d)
+
+
+def _hinge(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    room = 1 - d
+    return p * room.clamp(min=0), -p * (room > 0)
+
+
+# Value and slope in the score gap d of an ordered pair whose first beats its second with chance p.
+PAIR_LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "square": _square,
+    "logistic": _logistic,
+    "hinge": _hinge,
+}
+
+
+def _blocks(groups: int, n: int) -> Iterator[tuple[int, slice]]:
+    step = max(1, BLOCK_ELEMENTS // max(1, n))
+    for group in range(groups):
+        for start in range(0, n, step):
+            yield group, slice(start, min(start + step, n))
+
+
+def _block_chances(prefs: Tensor | None, rewards: Tensor | None, link: str, group: int, rows: slice) -> Tensor:
+    if rewards is None:
+        return prefs[group, rows]
+    return _chance(rewards[group, rows].unsqueeze(1) - rewards[group], link)
+
+
+def pair_terms(
+    scores: Tensor,  # (B, N) float32 or float64
+    prefs: Tensor | None,  # (B, N, N), or None
+    rewards: Tensor | None,  # (B, N), or None
+    where: Tensor | None,  # (B, N) bool
+    link: str,
+    loss: str,
+) -> tuple[Tensor, Tensor]:
+    """Sum over ordered pairs i != j of the loss, (B,), and its slope in the scores, (B, N)."""
+    groups, n = scores.shape
+    value, slope = scores.new_zeros(groups), scores.new_zeros(groups, n)
+    function = PAIR_LOSSES[loss]
+    columns = torch.arange(n, device=scores.device)
+    for group, rows in _blocks(groups, n):
+        chance = _block_chances(prefs, rewards, link, group, rows)
+        gap = scores[group, rows].unsqueeze(1) - scores[group]
+        counted = columns[rows].unsqueeze(1) != columns
+        if where is not None:
+            counted = counted & where[group, rows].unsqueeze(1) & where[group]
+        forth, slope_forth = function(gap, chance)
+        _, slope_back = function(-gap, 1 - chance)
+        # Hazard: a masked score may be NaN or inf. Remedy: select, never multiply by 0.
+        value[group] += torch.where(counted, forth, 0.0).sum()
+        slope[group, rows] = torch.where(counted, slope_forth - slope_back, 0.0).sum(1)
+    return value, slope
+
+
+def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str) -> Tensor:
+    """(1/K) * sum over the K counted j, i itself included, of the chance that i beats j, (B, N); 0 where masked."""
+    given = prefs if rewards is None else rewards
+    groups, n = given.shape[:2]
+    rates = given.new_zeros(groups, n)
+    for group, rows in _blocks(groups, n):
+        chance = _block_chances(prefs, rewards, link, group, rows)
+        if where is None:
+            rates[group, rows] = chance.mean(1)
+            continue
+        counted = where[group, rows].unsqueeze(1) & where[group]
+        total = torch.where(counted, chance, 0.0).sum(1)
+        rates[group, rows] = total / where[group].sum().clamp(min=1)
+    return rates

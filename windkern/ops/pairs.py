@@ -1,0 +1,217 @@
+"""All pairs of a group: win rates and pair losses in O(N) memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from windkern import backends
+from windkern._checks import check_choice, check_floating, check_same_device, check_shape, check_tensor, shape_of
+from windkern.ops.once import differentiable_once
+
+LINKS = ("bradley_terry", "step")
+LOSSES = ("square", "logistic", "hinge")
+
+_library = torch.library.Library("windkern", "FRAGMENT")
+_library.define(
+    "pair_terms(Tensor scores, Tensor? prefs, Tensor? rewards, Tensor? where, str link, str loss, str backend) -> "
+    "(Tensor value, Tensor slope)"
+)
+_library.define("win_rates(Tensor? prefs, Tensor? rewards, Tensor? where, str link, str backend) -> Tensor")
+
+
+def _pair_terms(scores, prefs, rewards, where, link, loss, backend):
+    return backends.BACKENDS[backend].kernels().pair_terms(scores, prefs, rewards, where, link, loss)
+
+
+def _win_rates(prefs, rewards, where, link, backend):
+    return backends.BACKENDS[backend].kernels().win_rates(prefs, rewards, where, link)
+
+
+_library.impl("pair_terms", _pair_terms, "CompositeExplicitAutograd")
+_library.impl("win_rates", _win_rates, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "windkern::pair_terms",
+    lambda scores, prefs, rewards, where, link, loss, backend: (
+        scores.new_empty(scores.shape[0]),
+        torch.empty_like(scores, memory_format=torch.contiguous_format),
+    ),
+    lib=_library,
+)
+torch.library.register_fake(
+    "windkern::win_rates",
+    lambda prefs, rewards, where, link, backend: (prefs if rewards is None else rewards).new_empty(
+        (prefs if rewards is None else rewards).shape[:2]
+    ),
+    lib=_library,
+)
+
+
+class _PairTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, prefs, rewards, where, link, loss, backend):
+        value, slope = torch.ops.windkern.pair_terms(scores, prefs, rewards, where, link, loss, backend)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    @differentiable_once("pair_loss")
+    def backward(ctx, upstream):
+        (slope,) = ctx.saved_tensors
+        return upstream.unsqueeze(1) * slope, None, None, None, None, None, None
+
+
+def _check_wide(name: str, value: Tensor) -> Tensor:
+    if check_floating(name, value).dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64 (differences of pairs cancel), got {value.dtype}")
+    return value
+
+
+def _check_constant(name: str, value: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(f"{name} requires grad, but it is a constant here; detach it")
+
+
+def _given(prefs: Tensor | None, rewards: Tensor | None) -> tuple[str, Tensor]:
+    """The one of prefs (B, N, N) and rewards (B, N) that was given, checked."""
+    if (prefs is None) == (rewards is None):
+        raise ValueError(f"give exactly one of prefs and rewards, got {'neither' if prefs is None else 'both'}")
+    name, value = ("prefs", prefs) if rewards is None else ("rewards", rewards)
+    _check_constant(name, _check_wide(name, value))
+    if value.dim() != (3 if rewards is None else 2):
+        raise ValueError(
+            f"{name} must have shape {'(B, N, N)' if rewards is None else '(B, N)'}, got {shape_of(value)}"
+        )
+    if rewards is None:
+        check_shape(name, value, ("B", value.shape[1], value.shape[1]))
+    return name, value
+
+
+def _check_where(where: Tensor | None, groups: int, n: int, reference: Tensor) -> None:
+    if where is None:
+        return
+    if check_tensor("where", where).dtype != torch.bool:
+        raise TypeError(f"where must be torch.bool, got {where.dtype}")
+    check_shape("where", where, (groups, n))
+    check_same_device("where", where, "prefs or rewards", reference)
+
+
+def win_rates(
+    prefs: Tensor | None = None,
+    *,
+    rewards: Tensor | None = None,
+    link: str = "bradley_terry",
+    where: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the win rate of each response against its group, itself included (the V-statistic).
+
+        w_i = (1/K) * sum_{j counted} P_ij,  P_ii = 1/2      P_ij = prefs[i, j], or link(r_i - r_j)
+
+    Args:
+        prefs: (B, N, N), the chance that i beats j; float32 or float64. Or
+        rewards: (B, N); then no N x N tensor is made.
+        link: of rewards: "bradley_terry" (sigmoid of the gap) or "step" (1, 1/2 for a tie, 0).
+        where: (B, N) bool, responses that count; the others get 0.
+        backend: "auto" or a name of `windkern.backends.available(device)`.
+
+    Returns:
+        (B, N), the dtype of what was given. No gradient flows.
+
+    Raises:
+        ValueError: both or neither of prefs and rewards, a shape, `link` or a gradient where none is possible.
+        TypeError: a dtype that does not fit.
+        BackendUnavailableError: the named back end cannot run here.
+
+    Memory:
+        O(N) per group beside the inputs.
+
+    Source:
+        docs/theory.md, eq. (1.32).
+
+    Example:
+        >>> win_rates(rewards=torch.tensor([[2.0, 1.0, 1.0]]), link="step")
+        tensor([[0.8333, 0.3333, 0.3333]])
+    """
+    _, value = _given(prefs, rewards)
+    check_choice("link", link, LINKS)
+    _check_where(where, value.shape[0], value.shape[1], value)
+    return torch.ops.windkern.win_rates(
+        prefs, rewards, where, link, backends.resolve(backend, value.device, value.dtype)
+    )
+
+
+def pair_loss(
+    scores: Tensor,
+    prefs: Tensor | None = None,
+    *,
+    rewards: Tensor | None = None,
+    link: str = "bradley_terry",
+    loss: str = "square",
+    where: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Return a loss over all ordered pairs of each group, in O(N) memory, with the gradient in the scores.
+
+        L_b = mean_{i != j} f(s_i - s_j, P_ij)
+        square: (d - (P - 1/2))^2      logistic: P * log(1 + exp(-d))      hinge: P * max(0, 1 - d)
+
+    Both orders of a pair are in the mean, so logistic and hinge see the winner's order with P_ij and the loser's with
+    1 - P_ij; a tie (P = 1/2) counts half each way.
+
+    Args:
+        scores: (B, N) float32 or float64, differentiable.
+        prefs: (B, N, N), the chance that i beats j, prefs + prefs^T = 1. Or
+        rewards: (B, N); then no N x N tensor is made.
+        link: of rewards: "bradley_terry" or "step".
+        loss: "square", "logistic" or "hinge".
+        where: (B, N) bool, responses that count; a group with fewer than two contributes 0 and gradient 0.
+        reduction: "mean" (sum over groups divided by B), "sum" or "none".
+        backend: "auto" or a name of `windkern.backends.available(device)`.
+
+    Returns:
+        A scalar, or (B,) for "none"; the dtype of scores.
+
+    Raises:
+        ValueError: both or neither of prefs and rewards, a shape, an unknown name, prefs or rewards with gradient.
+        TypeError: a dtype that does not fit.
+        BackendUnavailableError: the named back end cannot run here.
+
+    Memory:
+        O(N) per group beside the inputs; time O(N^2).
+
+    Source:
+        square: docs/theory.md, table of 1.10.1; logistic: Bradley-Terry likelihood (RankNet); hinge: ranking SVM.
+
+    Example:
+        >>> scores = torch.tensor([[1.0, 0.0]], requires_grad=True)
+        >>> loss = pair_loss(scores, rewards=torch.tensor([[5.0, 1.0]]), link="step", loss="hinge")
+        >>> loss.backward()
+        >>> loss.item(), scores.grad.tolist()
+        (0.0, [[0.0, 0.0]])
+    """
+    name, value = _given(prefs, rewards)
+    for argument, choice, choices in (
+        ("link", link, LINKS),
+        ("loss", loss, LOSSES),
+        ("reduction", reduction, ("mean", "sum", "none")),
+    ):
+        check_choice(argument, choice, choices)
+    _check_wide("scores", scores)
+    check_shape("scores", scores, tuple(value.shape[:2]))
+    check_same_device(name, value, "scores", scores)
+    if value.dtype != scores.dtype:
+        raise TypeError(f"{name} must have the dtype of scores, {scores.dtype}, got {value.dtype}")
+    groups, n = scores.shape
+    _check_where(where, groups, n, value)
+    chosen = backends.resolve(backend, scores.device, scores.dtype)
+    total = _PairTerms.apply(scores, prefs, rewards, where, link, loss, chosen)
+    if where is None:
+        per_group = total / max(1, n * (n - 1))
+    else:
+        counted = where.sum(1)
+        per_group = total / (counted * (counted - 1)).clamp(min=1)
+    if reduction == "none":
+        return per_group
+    return per_group.sum() / max(1, groups) if reduction == "mean" else per_group.sum()
