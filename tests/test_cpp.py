@@ -1,6 +1,7 @@
 """The C++ back end: each instruction set against PyTorch, built clean, and honest where it is absent."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -170,3 +171,48 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     ran = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=1"})
     assert ran.returncode == 0 and ran.stdout == "clean\n", ran.stderr[-3000:]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_maths_headers_compile_for_devices(tmp_path):
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-Werror",
+        "all-warnings",
+        "--threads",
+        "2",
+        *targets,
+        f"-I{ROOT}/csrc",
+        "-Xptxas",
+        "-v",
+        "-c",
+        f"{ROOT}/tests/native/headers.cu",
+        "-o",
+        str(tmp_path / "headers.o"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spills = [line for line in done.stderr.splitlines() if "spill" in line]
+    assert len(spills) == 3 * 8
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
+
+
+def test_without_a_compiler_the_package_still_builds(tmp_path):
+    """setup.py reports what failed and goes on; WINDKERN_REQUIRE_CPP=1 makes it an error."""
+    pytest.importorskip("setuptools")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "windkern"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        options = {"ignore": shutil.ignore_patterns("*.so", "__pycache__")} if (ROOT / name).is_dir() else {}
+        copy(ROOT / name, tmp_path / name, **options)
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    for required in ("0", "1"):
+        environment = {**os.environ, "CXX": "false", "WINDKERN_REQUIRE_CPP": required}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode == 0) == (required == "0"), done.stderr
+        if required == "0":
+            assert "the C++ back end was not built" in done.stderr
+    built = list((tmp_path / "build").rglob("windkern/*"))
+    assert any(path.name == "plan.py" for path in built)
+    assert not any(path.suffix == ".so" for path in built)
