@@ -8,17 +8,15 @@
 namespace windkern {
 namespace {
 
-// Chances p_ij and p_ji of response i against lane j.
+// Reason: below this many elements, waking a team of threads costs more than it saves.
+constexpr int64_t kSerialWork = 1 << 15;
+
+// Chances of response i against the responses of lane j.
 template <class S, Link link, class L>
-void chances(const Pairs& in, int64_t group, int64_t i, int64_t j, L& forth, L& back) {
-  if (in.rewards != nullptr) {
-    const S* rewards = (const S*)in.rewards + group * in.n;
-    forth = chance<link>(L(splat<L>(rewards[i]) - load<L>(rewards + j)));
-    back = ScalarOf<L>(1) - forth;
-  } else {
-    forth = load<L>((const S*)in.prefs + (group * in.n + i) * in.n + j);
-    back = ScalarOf<L>(1) - forth;
-  }
+L chances(const Pairs& in, int64_t group, int64_t i, int64_t j) {
+  if (in.rewards == nullptr) return load<L>((const S*)in.prefs + (group * in.n + i) * in.n + j);
+  const S* rewards = (const S*)in.rewards + group * in.n;
+  return chance<link>(L(splat<L>(rewards[i]) - load<L>(rewards + j)));
 }
 
 // 1 where response j counts, else 0.
@@ -37,7 +35,7 @@ L counted(const bool* where, int64_t j) {
 template <class S, Link link, PairLoss loss>
 void pair_terms_of(const Pairs& in, S* value, S* slope) {
   Buffer<double> row_value(in.groups * in.n);
-#pragma omp parallel for num_threads(in.threads) schedule(static)
+#pragma omp parallel for num_threads(in.threads) schedule(static) if (in.groups * in.n * in.n > kSerialWork)
   for (int64_t place = 0; place < in.groups * in.n; ++place) {
     const int64_t group = place / in.n, i = place % in.n;
     const bool* where = in.where == nullptr ? nullptr : in.where + group * in.n;
@@ -47,21 +45,19 @@ void pair_terms_of(const Pairs& in, S* value, S* slope) {
     Running<S> values(0), slopes(0);
     for_lanes<S>(in.n, [&](int64_t j, auto lane) {
       using L = decltype(lane);
-      L forth, back, v, d, v_back, d_back;
-      chances<S, link>(in, group, i, j, forth, back);
+      L value, slope;
       const L gap = splat<L>(scores[i]) - load<L>(scores + j);
-      pair_value_slope<loss>(gap, forth, v, d);
-      pair_value_slope<loss>(L(-gap), back, v_back, d_back);
+      pair_value_slope<loss>(gap, chances<S, link, L>(in, group, i, j), value, slope);
       const L one = counted<L>(where, j);
       // Hazard: a masked score may be NaN or inf. Remedy: select, never multiply by 0.
-      values.at(lane) += select(one > splat<L>(0), v, splat<L>(0));
-      slopes.at(lane) += select(one > splat<L>(0), L(d - d_back), splat<L>(0));
+      values.at(lane) += select(one > splat<L>(0), value, splat<L>(0));
+      slopes.at(lane) += select(one > splat<L>(0), slope, splat<L>(0));
     });
     S self_value, self_slope;
     const S half = in.rewards != nullptr ? S(0.5) : ((const S*)in.prefs)[(group * in.n + i) * in.n + i];
     pair_value_slope<loss>(S(0), half, self_value, self_slope);
     row_value.data[place] = double(values.sum()) - double(self_value);
-    slope[place] = slopes.sum();  // the pair (i, i) adds d - d = 0
+    slope[place] = slopes.sum() - self_slope;
   }
   for (int64_t group = 0; group < in.groups; ++group) {
     double total = 0;
@@ -72,7 +68,7 @@ void pair_terms_of(const Pairs& in, S* value, S* slope) {
 
 template <class S, Link link>
 void win_rates_of(const Pairs& in, S* rates) {
-#pragma omp parallel for num_threads(in.threads) schedule(static)
+#pragma omp parallel for num_threads(in.threads) schedule(static) if (in.groups * in.n * in.n > kSerialWork)
   for (int64_t place = 0; place < in.groups * in.n; ++place) {
     const int64_t group = place / in.n, i = place % in.n;
     const bool* where = in.where == nullptr ? nullptr : in.where + group * in.n;
@@ -81,10 +77,8 @@ void win_rates_of(const Pairs& in, S* rates) {
     Running<S> wins(0), count(0);
     for_lanes<S>(in.n, [&](int64_t j, auto lane) {
       using L = decltype(lane);
-      L forth, back;
-      chances<S, link>(in, group, i, j, forth, back);
       const L one = counted<L>(where, j);
-      wins.at(lane) += select(one > splat<L>(0), forth, splat<L>(0));
+      wins.at(lane) += select(one > splat<L>(0), chances<S, link, L>(in, group, i, j), splat<L>(0));
       count.at(lane) += one;
     });
     rates[place] = wins.sum() / count.sum();

@@ -8,6 +8,9 @@
 namespace windkern {
 namespace {
 
+// Reason: below this many elements, waking a team of threads costs more than it saves.
+constexpr int64_t kSerialSlab = 1 << 15;
+
 template <class S>
 Transform<S> transform_of(const Slab& slab) {
   return {S(slab.scale), S(slab.softcap), S(slab.temperature)};
@@ -68,7 +71,7 @@ void forward_rows(const Slab& slab, const ForwardState& state, const ForwardOutp
   const int64_t W = slab.width;
   const S gain = S(1 << kept_binades<E>());
   const S log_gain = S(0.69314718055994530942 * kept_binades<E>());
-#pragma omp parallel for num_threads(slab.threads) schedule(static)
+#pragma omp parallel for num_threads(slab.threads) schedule(static) if (slab.rows * slab.width > kSerialSlab)
   for (int64_t row = 0; row < slab.rows; ++row) {
     S* z = (S*)slab.logits + row * W;
     E* kept = out.kept == nullptr ? nullptr : (E*)out.kept + row * W;
@@ -100,7 +103,7 @@ void unit_rows(const Slab& slab, const ForwardState& state, const UnitOutputs& o
   const Transform<S> t = transform_of<S>(slab);
   const int64_t W = slab.width;
   const S gain = S(1 << kept_binades<E>());
-#pragma omp parallel for num_threads(slab.threads) schedule(static)
+#pragma omp parallel for num_threads(slab.threads) schedule(static) if (slab.rows * slab.width > kSerialSlab)
   for (int64_t row = 0; row < slab.rows; ++row) {
     S* z = (S*)slab.logits + row * W;
     E* unit = (E*)out.unit + row * W;
@@ -208,7 +211,7 @@ template <class S, class E>
 void backward_rows(const Slab& slab, const BackwardInputs& in) {
   const Transform<S> t = transform_of<S>(slab);
   const int64_t W = slab.width;
-  const int64_t threads = slab.threads;
+  const int64_t threads = slab.rows * W > kSerialSlab ? slab.threads : 1;
   Buffer<S> partial(in.dbias == nullptr ? 0 : threads * W);  // one row for each thread, summed in order
 #pragma omp parallel num_threads(threads)
   {

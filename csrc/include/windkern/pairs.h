@@ -9,14 +9,6 @@ inline namespace WK_ISA {
 enum class Link : int { bradley_terry = 0, step = 1 };
 enum class PairLoss : int { square = 0, logistic = 1, hinge = 2 };
 
-// log(1 + exp(x)) without overflow, and its slope, the logistic function.
-template <class L>
-WK_FN L softplus(const L& x) {
-  using S = ScalarOf<L>;
-  const L tail = lane_exp(-lane_abs(x));
-  return select(x > splat<L>(0), x, splat<L>(0)) + lane_log(L(S(1) + tail));
-}
-
 template <class L>
 WK_FN L sigmoid(const L& x) {
   using S = ScalarOf<L>;
@@ -32,21 +24,24 @@ WK_FN L chance(const L& gap) {
   return select(gap > splat<L>(0), splat<L>(S(1)), select(gap < splat<L>(0), splat<L>(0), splat<L>(S(0.5))));
 }
 
-// Value of the loss of an ordered pair with score gap d and chance p, and its slope in d.
+// Value of the loss of the ordered pair (i, j) with score gap d = s_i - s_j and chance p, and what both orders of the
+// pair, (i, j) and (j, i), add to the slope in s_i.
 template <PairLoss loss, class L>
 WK_FN void pair_value_slope(const L& d, const L& p, L& value, L& slope) {
   using S = ScalarOf<L>;
+  const L zero = splat<L>(0), one = splat<L>(1);
   if constexpr (loss == PairLoss::square) {
     const L r = d - (p - S(0.5));
     value = r * r;
-    slope = S(2) * r;
+    slope = S(4) * r;
   } else if constexpr (loss == PairLoss::logistic) {
-    value = p * softplus(L(-d));
-    slope = -p * sigmoid(L(-d));
+    const L tail = lane_exp(L(-lane_abs(d)));  // at most 1: no overflow either way
+    value = p * (select(d < zero, L(-d), zero) + lane_log(L(S(1) + tail)));
+    slope = select(d >= zero, one, tail) / (S(1) + tail) - p;
   } else {
-    const L room = S(1) - d;
-    value = p * select(room > splat<L>(0), room, splat<L>(0));
-    slope = -p * select(room > splat<L>(0), splat<L>(S(1)), splat<L>(0));
+    const L room = S(1) - d, back = S(1) + d;
+    value = p * select(room > zero, room, zero);
+    slope = select(back > zero, L(S(1) - p), zero) - select(room > zero, p, zero);
   }
 }
 

@@ -1,0 +1,135 @@
+"""Pair losses over N: `windkern.pair_loss` beside the N x N expression in the same process, time and peak memory.
+
+python -m benchmarks.pairs            # JSON into benchmarks/results/, picture into docs/img/pairs.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import windkern as wk
+from benchmarks import record, timing
+
+SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
+LARGEST_MATRIX = 8192  # N x N float32 of a larger group, with autograd's copies, would take over 6 GiB
+PICTURE = record.ROOT / "docs" / "img" / "pairs.png"
+COLOURS = {"n x n": "#b0533b", "torch": "#7f9fb8", "cpp": "#1f5f8b"}
+
+
+def make_group(n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.randn(1, n, generator=generator).requires_grad_()
+    return scores, torch.randn(1, n, generator=generator)
+
+
+def matrix_step(scores: Tensor, rewards: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What people write: the N x N matrix of gaps and preferences."""
+
+    def step():
+        loss = wk.reference.pair_loss(scores, rewards=rewards, loss="logistic")
+        return loss.detach(), torch.autograd.grad(loss, scores)[0]
+
+    return step
+
+
+def fused_step(backend: str) -> Callable:
+    def build(scores: Tensor, rewards: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        def step():
+            loss = wk.pair_loss(scores, rewards=rewards, loss="logistic", backend=backend)
+            return loss.detach(), torch.autograd.grad(loss, scores)[0]
+
+        return step
+
+    return build
+
+
+def steps_of(n: int) -> dict[str, Callable]:
+    scores, rewards = make_group(n)
+    builders = {"n x n": matrix_step} if n <= LARGEST_MATRIX else {}
+    builders |= {name: fused_step(name) for name in wk.backends.available("cpu")}
+    return {name: build(scores, rewards) for name, build in builders.items()}
+
+
+def run_size(n: int, samples: int, results: record.Results) -> None:
+    steps = steps_of(n)
+    scores, rewards = make_group(n)
+    exact = None
+    if n <= LARGEST_MATRIX // 4:
+        exact = float(wk.reference.pair_loss(scores.detach().double(), rewards=rewards.double(), loss="logistic"))
+    peaks = {}
+    for name, step in steps.items():
+        step()
+        measured = timing.measure(step)
+        peaks[name], value = measured.peak_bytes, float(measured.result[0])
+        if exact is not None and abs(value - exact) > 1e-4 * abs(exact):
+            raise RuntimeError(f"{name} at N = {n} gave {value}, exact {exact}")
+    timings = timing.interleave(steps, dict.fromkeys(steps, samples))
+    for name in steps:
+        summary = timing.summary(timings[name])
+        row = {
+            "case": f"pairs-n{n}",
+            "provider": name,
+            "status": "ok",
+            "complete": True,
+            "n": n,
+            "peak_bytes": peaks[name],
+            **summary,
+            "reproduce": f"python -m benchmarks.pairs --sizes {n}",
+        }
+        results.put(row)
+        print(
+            f"N = {n:6d}  {name:8s} {1e3 * summary['median_s']:9.2f} ms  {(peaks[name] or 0) / 2**20:8.1f} MiB",
+            flush=True,
+        )
+    results.save()
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    labels = {"n x n": "N x N expression", "torch": "pair_loss, torch", "cpp": "pair_loss, cpp"}
+    for name, colour in COLOURS.items():
+        mine = sorted((row for row in rows if row["provider"] == name), key=lambda row: row["n"])
+        if not mine:
+            continue
+        sizes = [row["n"] for row in mine]
+        axes[0].plot(sizes, [1e3 * row["median_s"] for row in mine], "o-", color=colour, label=labels[name], ms=4)
+        axes[1].plot(sizes, [max(row["peak_bytes"], 1 << 16) / 2**20 for row in mine], "o-", color=colour, ms=4)
+    for axis, title in zip(axes, ("value and gradient, ms", "peak memory, MiB"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("responses N in one group")
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    options = parser.parse_args(arguments)
+    path = options.out or record.default_path("pairs")
+    results = record.Results(path, "pairs", {"samples": options.samples}, append=True)
+    for n in options.sizes:
+        run_size(n, options.samples, results)
+    plot(results.data["rows"], options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
