@@ -163,15 +163,18 @@ print(status("VmHWM") - before - grads, plan.peak_bytes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("dtype", "gear"), [("float32", "trained"), ("bfloat16", "trained"), ("float32", "scoring")])
+@pytest.mark.parametrize(
+    ("dtype", "gear"),
+    [("float32", "trained"), ("bfloat16", "trained"), ("bfloat16", "frozen_head"), ("float32", "scoring")],
+)
 def test_peak_resident_memory_agrees_with_the_plan(backend, dtype, gear):
-    """A real large case: within 15 % of the plan, or 24 MiB of allocator slack and library scratch."""
+    """A real large case: within 15 % of the plan (and 2 MiB, for plans of a few MiB)."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", LARGE, dtype, str(300 << 20), gear, backend]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     measured, planned = map(int, done.stdout.split())
-    assert measured <= 1.15 * planned + (24 << 20), (measured, planned)
-    assert gear == "scoring" or measured >= 0.85 * planned, (measured, planned)
+    assert measured <= 1.15 * planned + (2 << 20), (measured, planned)
+    assert measured >= 0.85 * planned - (2 << 20), (measured, planned)
 
 
 @pytest.mark.parametrize(
