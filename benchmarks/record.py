@@ -161,14 +161,16 @@ class Results:
     def is_complete(self, case: str, provider: str) -> bool:
         """Whether there is nothing left to measure; what could not run is tried again."""
         row = self.find(case, provider)
-        return row is not None and row["complete"] and row["status"] in ("ok", "cannot")
+        return row is not None and row["complete"] and row["status"] in ("ok", "cannot", "same")
 
     def put(self, row: dict[str, Any]) -> None:
         """Add or replace a row in memory; `save` writes."""
-        kept = [
-            other for other in self.data["rows"] if (other["case"], other["provider"]) != (row["case"], row["provider"])
-        ]
-        self.data["rows"] = [*kept, {**row, "run": self.run}]
+        row = {**row, "run": self.run}
+        for index, other in enumerate(self.data["rows"]):
+            if (other["case"], other["provider"]) == (row["case"], row["provider"]):
+                self.data["rows"][index] = row
+                return
+        self.data["rows"].append(row)
 
     def save(self) -> None:
         used = {row["run"] for row in self.data["rows"]}

@@ -9,6 +9,7 @@ it was. See benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from fnmatch import fnmatchcase
@@ -19,13 +20,16 @@ import torch
 
 from benchmarks import exact, record, tables, timing
 from benchmarks.cases import Case, Problem, make_problem, select_cases
-from benchmarks.peers import Provider, Step, all_providers, quiet
+from benchmarks.peers import all_providers
+from benchmarks.provider import Provider, Result, Step, quiet, through_onednn
 
 DEFAULT_SECONDS = 20.0
+FASTER = 1.1
+CLEARLY_SLOWER = 1.5  # a first call with this ratio is no matter of noise
 
 
 def select_providers(patterns: str = "*") -> list[Provider]:
-    """Providers whose names match any of the comma-separated shell patterns.
+    """Providers whose names match any of the comma-separated shell patterns; a bare "*" is those run by default.
 
     Raises:
         ValueError: a pattern matches nothing.
@@ -38,7 +42,10 @@ def select_providers(patterns: str = "*") -> list[Provider]:
     return [
         provider
         for provider in providers
-        if any(fnmatchcase(provider.name, pattern) for pattern in patterns.split(","))
+        if any(
+            fnmatchcase(provider.name, pattern) and (provider.by_default or pattern != "*")
+            for pattern in patterns.split(",")
+        )
     ]
 
 
@@ -53,13 +60,14 @@ def _reason(error: Exception) -> str:
 
 def warm_up_libraries() -> None:
     """Load the code of both libraries in both dtypes, so that no case's memory pays for it."""
-    torch._inductor.config.compile_threads = 1  # no pool of compilers beside the timed calls
     for dtype in (torch.float32, torch.bfloat16):
-        for precision in ("highest", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            left = torch.zeros(256, 256, dtype=dtype)
-            (left @ left.t()).float().log_softmax(-1).logsumexp(-1)
-    torch.set_float32_matmul_precision("highest")
+        left = torch.zeros(256, 256, dtype=dtype)
+
+        def products(left=left) -> Result:
+            return Result((left @ left.t()).float().log_softmax(-1))
+
+        products()
+        through_onednn(products)()
 
 
 class CaseRun:
@@ -98,6 +106,7 @@ class CaseRun:
             "dtype": case.dtype_name,
             "device": case.device,
             "flops": case.flops,
+            "load": round(os.getloadavg()[0], 2),
             "status": "ok",
             "reason": None,
             "complete": False,
@@ -111,18 +120,37 @@ class CaseRun:
 
     def prepare(self) -> None:
         """Build, compile, check and measure the memory of each provider that can do the case."""
-        torch._dynamo.reset()  # Hazard: the limit of recompilations turns compiled peers eager in silence
-        for name, provider in self.providers.items():
-            problem = provider.why_not(self.case)
-            if problem is not None:
-                self._stop(name, *problem)
-                continue
-            try:
-                with quiet():
-                    self._first_call(provider)
-            except Exception as error:
-                self._stop(name, "failed", _reason(error))
+        if any(provider.compiles for provider in self.providers.values()):
+            with quiet():
+                # Hazard: torch compiles one function a few times only, then runs it eagerly, in silence.
+                torch._dynamo.reset()
+                torch._inductor.config.compile_threads = 1  # no pool of compilers beside the timed calls
+        for name in self.providers:
+            self.add(name)
             _say(f"  {name:<24} {self._state(name)}")
+
+    def add(self, name: str) -> None:
+        """Make one provider ready to be timed, or record why it cannot be."""
+        provider = self.providers[name]
+        problem = provider.why_not(self.case) or self._why_not_onednn(provider)
+        if problem is not None:
+            self._stop(name, *problem)
+            return
+        try:
+            with quiet():
+                self._first_call(provider)
+        except Exception as error:
+            self._stop(name, "failed", _reason(error))
+
+    def _why_not_onednn(self, provider: Provider) -> tuple[str, str] | None:
+        """A peer's row with the other library says something only where that library is faster."""
+        floors = {
+            other.onednn: self.first.get(other.name) for other in self.providers.values() if other.level == "floor"
+        }
+        mkl, onednn = floors.get(False), floors.get(True)
+        if not provider.onednn or provider.level == "floor" or mkl is None or onednn is None or mkl > FASTER * onednn:
+            return None
+        return "same", "the products of oneDNN are no faster than those of MKL here: see the row without it"
 
     def _first_call(self, provider: Provider) -> None:
         name, row = provider.name, self.rows[provider.name]
@@ -177,23 +205,36 @@ class CaseRun:
         """Interleaved rounds; every row is in the file after every round."""
         self._keep_faster_floor()
         share = self.seconds / max(1, len(self.steps))
-        counts = {name: timing.further_samples(self.first[name], share) for name in self.steps}
+        fastest = min((self.first[name] for name in self.steps if self.providers[name].level != "floor"), default=0.0)
+        counts = {
+            name: timing.MIN_SAMPLES
+            if self.providers[name].level == "floor"
+            else timing.further_samples(self.first[name], share, fastest)
+            for name in self.steps
+        }
+        self._rounds(counts, results)
+        floor = self.floor()
+        disputed = timing.disputed(self.samples, floor[0] if floor else None)
+        if disputed:
+            self._rounds(dict.fromkeys(disputed, 1), results)
+        self.store(results, complete=True)
+
+    def _rounds(self, counts: dict[str, int], results: record.Results) -> None:
         before = {name: list(samples) for name, samples in self.samples.items()}
 
         def after_round(samples: dict[str, list[float]]) -> None:
-            self.samples = {name: before[name] + samples[name] for name in samples}
+            self.samples = {name: old + samples.get(name, []) for name, old in before.items()}
             self.store(results, complete=False)
 
         with quiet():
-            timing.interleave({name: step.call for name, step in self.steps.items()}, counts, after_round)
-        self.store(results, complete=True)
+            timing.interleave({name: self.steps[name].call for name in counts}, counts, after_round)
 
     def _keep_faster_floor(self) -> None:
         """Of two libraries for the bare products the slower is not worth its minutes."""
         floors = [name for name in self.steps if self.providers[name].level == "floor"]
         fastest = min(floors, key=self.first.get, default=None)
         for name in floors:
-            if self.first[name] > 1.2 * self.first[fastest]:
+            if self.first[name] > CLEARLY_SLOWER * self.first[fastest]:
                 self.rows[name]["first_s"] = self.first[name]
                 self._stop(name, "cannot", f"slower than {fastest} in its first call: not the floor here")
 
@@ -233,9 +274,10 @@ def run_case(case: Case, providers: list[Provider], results: record.Results, sec
     names = {provider.name for provider in [*missing, *floors]}
     started = time.perf_counter()
     _say(f"{case.name}")
-    case_run = CaseRun(case, [provider for provider in all_providers() if provider.name in names], seconds)
-    case_run.prepare()
-    case_run.time(results)
+    with timing.settled_heap():
+        case_run = CaseRun(case, [provider for provider in all_providers() if provider.name in names], seconds)
+        case_run.prepare()
+        case_run.time(results)
     _say(f"  done in {time.perf_counter() - started:.0f} s")
     return any(row["status"] == "wrong" for row in case_run.rows.values())
 
@@ -246,11 +288,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", default="*", help="shell patterns over SHAPE/MODE/DTYPE, comma-separated")
     parser.add_argument("--peers", default="*", help="shell patterns over provider names, comma-separated")
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="timed seconds a case, shared by all")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch; its own choice if not given")
     parser.add_argument("--minutes", type=float, default=None, help="begin no further case after this many minutes")
     parser.add_argument("--out", type=Path, default=None, help="results file; rows in it are not measured again")
     parser.add_argument("--append", action="store_true", help="add to a file that other code or versions made")
     parser.add_argument("--list", action="store_true", help="print cases and providers, measure nothing")
     chosen = parser.parse_args(arguments)
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
     try:
         cases, providers = select_cases(chosen.cases), select_providers(chosen.peers)
         if chosen.list:

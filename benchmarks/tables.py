@@ -49,34 +49,51 @@ def best(rows: list[Row], level: str, *, ours: bool) -> Row | None:
     return min(found, key=lambda row: row["times_floor"], default=None)
 
 
+_HEADER = ("", "median", "20-80 %", "n", "x floor", "x best peer", "extra memory", "worst error", "how")
+
+
 def show(rows: list[Row]) -> None:
-    """Print every case as one table; with rich where it is installed."""
+    """Print every case as a table, with rich where it is installed; then what could not run, and why."""
+    for name, group in by_case(rows).items():
+        lines = [_line(row, group) for row in group if measured(row)]
+        if lines:
+            _print_table(name, lines)
+    reasons = dict.fromkeys(
+        f"{row['label']}, {row['case']}: {row['status']}: {row['reason'] or 'unfinished'}"
+        if row["status"] in ("failed", "wrong", "ok")
+        else f"{row['label']}: {row['status']}: {row['reason']}"
+        for row in rows
+        if not measured(row)
+    )
+    print("\n".join(reasons))
+
+
+def _print_table(title: str, lines: list[tuple[str, ...]]) -> None:
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        Console = Table = None
-    header = ("provider", "median", "20-80 %", "n", "x floor", "x best peer", "extra memory", "worst error", "note")
-    for name, group in by_case(rows).items():
-        lines = [_line(row, group) for row in group]
-        if Table is None:
-            widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-            print(f"\n{name}")
-            for line in [header, *lines]:
-                print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        else:
-            table = Table(*header, title=name, title_justify="left")
-            for row, line in zip(group, lines, strict=True):
-                table.add_row(*line, style="bold" if is_ours(row) else None)
-            Console().print(table)
+        widths = [max(len(line[i]) for line in [_HEADER, *lines]) for i in range(len(_HEADER))]
+        print(f"\n{title}")
+        for line in [_HEADER, *lines]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    table = Table(title=title, title_justify="left", box=None)
+    last = len(_HEADER) - 1
+    for index, column in enumerate(_HEADER):
+        # The last column alone may break into lines where the terminal is narrow.
+        width = None if index == last else max(len(line[index]) for line in [_HEADER, *lines])
+        table.add_column(column, min_width=width, no_wrap=index < last, justify="right" if 0 < index < 7 else "left")
+    for line in lines:
+        table.add_row(*line)
+    Console(width=max(160, Console().width), highlight=False).print(table)
 
 
 def _line(row: Row, group: list[Row]) -> tuple[str, ...]:
-    if not measured(row):
-        return (row["label"], row["status"], "", "", "", "", "", "", row["reason"] or "unfinished")
     peer = best(group, row["level"], ours=False)
     against = "" if peer is None or row["level"] == "floor" else f"{row['times_floor'] / peer['times_floor']:.2f}"
-    worst = max(row.get("errors", {"": None}).items(), key=lambda item: item[1] or 0.0)
+    errors = row.get("errors", {})
+    worst = max(errors, key=errors.get, default=None)
     return (
         row["label"],
         seconds(row["median_s"]),
@@ -85,7 +102,7 @@ def _line(row: Row, group: list[Row]) -> tuple[str, ...]:
         f"{row['times_floor']:.2f}",
         against,
         memory(row["extra_bytes"]) if "extra_bytes" in row else "",
-        "" if worst[1] is None else f"{worst[0]} {worst[1]:.1e}",
+        "" if worst is None else f"{worst} {errors[worst]:.1e}",
         row.get("detail", "") + ("" if row["complete"] else " (unfinished)"),
     )
 
@@ -100,7 +117,7 @@ def markdown_speed(data: dict[str, Any]) -> str:
     for mode in PRODUCTS:
         parts += _mode_table([row for row in rows if row["mode"] == mode], mode)
     parts += [_losses(rows), _absent(rows)]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(part for part in parts if part is not None)
 
 
 def _caption(data: dict[str, Any], rows: list[Row]) -> str:
@@ -112,9 +129,9 @@ def _caption(data: dict[str, Any], rows: list[Row]) -> str:
     commit = (run["commit"] or "unknown")[:9] + (" with local changes" if run["dirty"] else "")
     return (
         f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}; {peers}; commit {commit}, "
-        f"{run['date'][:10]}. Columns are tokens x hidden x vocabulary. Each cell: median time as a multiple of the bare "
-        "matrix products (first row: their time), and peak memory beyond outputs and gradients. Bold: the fastest. "
-        "Loss-level rows compute a whole DPO loss and compare with each other only.\n"
+        f"{run['date'][:10]}. Columns are tokens x hidden x vocabulary. Each cell: median time as a multiple of the "
+        "bare matrix products (first row: their time), and peak memory beyond outputs and gradients. Bold: the "
+        "fastest. DPO-loss rows compute a whole loss of pairs and compare with each other only.\n"
     )
 
 
@@ -141,7 +158,7 @@ def _mode_table(rows: list[Row], mode: str) -> list[str]:
         labels = dict.fromkeys(row["label"] for row in rows if row["level"] == level and measured(row))
         for label in labels:
             row_cells = [_cell(cells.get((label, *column)), winners.get((*column, level))) for column in columns]
-            lines.append(f"| {label}{' (loss)' * (level == 'loss')} | " + " | ".join(row_cells) + " |")
+            lines.append(f"| {label} | " + " | ".join(row_cells) + " |")
     return [*lines, ""]
 
 
@@ -153,6 +170,8 @@ def _floor_cell(rows: list[Row], dtype: str, shape: str) -> str:
 def _cell(row: Row | None, winner: float | None) -> str:
     if row is None or row["status"] in ("cannot", "absent"):
         return "-"
+    if row["status"] == "same":
+        return "as default"
     if not measured(row):
         return row["status"]
     times = f"{row['times_floor']:.2f}x"
@@ -189,36 +208,36 @@ def _price(peer: Row, ours: Row) -> str:
     return "; it " + ", ".join(parts) if parts else ""
 
 
-def _absent(rows: list[Row]) -> str:
+def _absent(rows: list[Row]) -> str | None:
     """Who could do no case at all, or failed in some, and why."""
     lines = {}
-    for label in dict.fromkeys(row["label"] for row in rows):
+    for label in dict.fromkeys(row["label"] for row in rows if row["level"] != "floor"):
         group = [row for row in rows if row["label"] == label]
-        if group[0]["level"] == "floor":
-            continue
-        if not any(row["status"] == "ok" for row in group):
+        if not any(row["status"] in ("ok", "same") for row in group):
             lines[label] = group[0]["reason"]
         for row in group:
             if row["status"] in ("failed", "wrong"):
                 lines[f"{label}, {row['case']}"] = f"{row['status']}: {row['reason']}"
-    return "".join(f"- {label}: {reason}.\n" for label, reason in lines.items()) and (
-        "Not measured:\n" + "".join(f"- {label}: {reason}.\n" for label, reason in lines.items())
-    )
+    return "Not measured:\n" + "\n".join(f"- {name}: {reason}." for name, reason in lines.items()) if lines else None
 
 
 def markdown_errors(data: dict[str, Any]) -> str:
-    """The error table: plain torch beside every gear of ours, by dtype, best in bold."""
-    run = data["runs"][max((row["run"] for row in data["rows"]), default=-1)]
-    versions = run["machine"]["versions"]
+    """The error table: plain torch beside every gear of ours, by dtype, smallest in bold; one back end of ours."""
+    rows = data["rows"]
+    run = data["runs"][max((row["run"] for row in rows), default=-1)]
+    backends = list(dict.fromkeys(row["backend"] for row in rows if row["backend"] is not None))
+    others = f" (the JSON also has {', '.join(backends[1:])})" if backends[1:] else ""
     lines = [
-        f"Relative error against float64 (Frobenius norm) on {data['rows'][0]['source']}, random upstream for each token; "
-        f"torch {versions['torch']}, {run['machine']['cpu']}, {run['date'][:10]}. Last column: the worst single log-prob, "
-        "in nats. Bold: the smallest.\n",
+        f"Relative error against float64 (Frobenius norm) on {rows[0]['source']}, random upstream; "
+        f"back end {backends[0] if backends else 'none'}{others}; torch {run['machine']['versions']['torch']}, "
+        f"{run['machine']['cpu']}, {run['date'][:10]}. Last column: the worst single log-prob, in nats. Bold: the "
+        "smallest.\n",
         "| dtype | | logps | dhidden | dweight | worst log-prob |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for dtype in dict.fromkeys(row["dtype"] for row in data["rows"]):
-        group = [row for row in data["rows"] if row["dtype"] == dtype and row["status"] == "ok"]
+    shown = [row for row in rows if row["backend"] in (None, *backends[:1])]
+    for dtype in dict.fromkeys(row["dtype"] for row in shown):
+        group = [row for row in shown if row["dtype"] == dtype]
         smallest = {
             name: min((row["errors"][name] for row in group if name in row["errors"]), default=None)
             for name in ("logps", "dhidden", "dweight", "worst_logp")
@@ -229,5 +248,6 @@ def markdown_errors(data: dict[str, Any]) -> str:
                 value = row["errors"].get(name)
                 text = "-" if value is None else f"{value:.2g}"
                 cells.append(f"**{text}**" if value is not None and f"{least:.2g}" == text else text)
-            lines.append(f"| {dtype} | {row['label']} | " + " | ".join(cells) + " |")
+            over = "" if row["status"] == "ok" else " (over its budget)"
+            lines.append(f"| {dtype} | {row['label']}{over} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -13,20 +13,25 @@ from typing import Any, NamedTuple
 
 MIN_SAMPLES = 3
 MAX_SAMPLES = 25
-# Reason: above this many seconds page faults, cold code and primitives are below 1 % of a call: its first call is a
-# sample like any other, and a case with a dozen of such calls still ends.
-LONG_CALL = 5.0
-VERY_LONG_CALL = 20.0
+# Reason: above this many seconds page faults, cold code and the set-up of primitives are about 1 % of a call, and its
+# first call is a sample like any other: a case with a dozen such calls has to end.
+LONG_CALL = 2.0
+VERY_LONG_CALL = 5.0
+FAR_BEHIND = 2.5  # times the fastest call of the case
+# Hazard: a virtual machine may stop for a minute. Two samples that far apart are joined by a third, a single one of
+# that many floors by a second.
+DISPUTED_RATIO = 1.3
+DISPUTED_FLOORS = 10.0
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
 class Measured(NamedTuple):
-    """One call: how long it took, the peak above the level before it (None where it cannot be read), what it returned."""
+    """What one call took and returned."""
 
     seconds: float
-    peak_bytes: int | None
+    peak_bytes: int | None  # above the level just before the call; None where it cannot be read
     result: Any
 
 
@@ -78,12 +83,38 @@ def _without_peak(call: Callable[[], Any]) -> tuple[float, None, Any]:
     return seconds, None, result
 
 
-def further_samples(first: float, share: float) -> int:
-    """How many more times to run a call whose first took `first` seconds, given its share of the case's seconds."""
+def further_samples(first: float, share: float, fastest: float) -> int:
+    """How many more times to run a call whose first took `first` seconds (a sample itself above `LONG_CALL`).
+
+    `share` is what the case's seconds leave for it, `fastest` the shortest first call of the case: minutes go to the
+    calls whose order is in doubt; one far behind is run fewer times.
+    """
     if first > VERY_LONG_CALL:
-        return 0
-    least = 1 if first > LONG_CALL else MIN_SAMPLES
+        return int(first <= FAR_BEHIND * fastest)
+    least = MIN_SAMPLES - (first > LONG_CALL) - (first > FAR_BEHIND * fastest)
     return min(MAX_SAMPLES, max(least, int(share / max(first, 1e-9))))
+
+
+def disputed(samples: dict[str, list[float]], floor: float | None = None) -> list[str]:
+    """Names of calls with too few samples to tell whether one of them was disturbed."""
+    names = []
+    for name, taken in samples.items():
+        apart = 0 < len(taken) < MIN_SAMPLES and max(taken) > DISPUTED_RATIO * min(taken)
+        unbelievable = len(taken) == 1 and floor is not None and taken[0] > DISPUTED_FLOORS * floor
+        if apart or unbelievable:
+            names.append(name)
+    return names
+
+
+@contextmanager
+def settled_heap() -> Iterator[None]:
+    """Leave what is alive now out of garbage collections inside: the libraries' own objects make each take 0.2 s."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

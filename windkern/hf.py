@@ -62,7 +62,8 @@ def _base_model(model: object) -> nn.Module:
         model = model.get_base_model()
     if not (hasattr(model, "get_output_embeddings") and hasattr(model, "config")):
         raise UnsupportedModelError(
-            f"model must be a transformers causal LM, got {type(model).__name__} without get_output_embeddings and config"
+            "model must be a transformers causal LM, "
+            f"got {type(model).__name__} without get_output_embeddings and config"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -79,8 +80,8 @@ def _head(model: nn.Module) -> nn.Linear:
         )
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise UnsupportedModelError(
-            f"the head of {type(model).__name__} is a {type(head).__name__}, not a plain nn.Linear; with LoRA leave the "
-            "head out of target_modules, with quantisation leave it out by llm_int8_skip_modules"
+            f"the head of {type(model).__name__} is a {type(head).__name__}, not a plain nn.Linear; with LoRA leave "
+            "the head out of target_modules, with quantisation leave it out by llm_int8_skip_modules"
         )
     return head
 
@@ -89,8 +90,8 @@ def _decoder(model: nn.Module, head: nn.Module) -> nn.Module:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", model)
     if decoder is model or decoder is head or not isinstance(decoder, nn.Module):
         raise UnsupportedModelError(
-            f"{type(model).__name__} names no decoder (get_decoder() gave {type(decoder).__name__}); compute hidden states "
-            "yourself and call windkern.sequence_logps"
+            f"{type(model).__name__} names no decoder (get_decoder() gave {type(decoder).__name__}); compute hidden "
+            "states yourself and call windkern.sequence_logps"
         )
     return decoder
 
@@ -108,9 +109,9 @@ def _transform(config: object) -> LogitTransform:
 
 def _hidden_states(decoder: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     accepted = inspect.signature(decoder.forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
 
     def hidden(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        options: dict[str, object] = {"use_cache": False} if "use_cache" in accepted else {}
         if "position_ids" in accepted:
             # Hazard: with left padding a learned position table would see other positions than generation does.
             options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -197,10 +198,10 @@ def _compare_with_logits(model: nn.Module, parts: CausalLM) -> None:
     if not error <= allowed:
         pair = [[round(float(value), 4) for value in row[0, :4]] for row in (ours, theirs)]
         raise UnsupportedModelError(
-            f"log-probs of {type(model).__name__} from hidden states and head miss those of its logits by {error:.3g} nats "
-            f"(allowed {allowed:.3g}): {pair[0]} against {pair[1]}, with {parts.transform}. The model does something to "
-            "its hidden states or logits that is not in its configuration; compute hidden states yourself and call "
-            "windkern.sequence_logps with the right transform"
+            f"log-probs of {type(model).__name__} from hidden states and head miss those of its logits by {error:.3g} "
+            f"nats (allowed {allowed:.3g}): {pair[0]} against {pair[1]}, with {parts.transform}. The model does "
+            "something to its hidden states or logits that windkern does not know; compute hidden states yourself and "
+            "call windkern.sequence_logps with the right transform"
         )
 
 

@@ -6,17 +6,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from windkern.train.models import sync_dir, sync_files
 
-_STATE, _WEIGHTS, _OPTIMIZER = "state.json", "weights.safetensors", "optimizer.pt"
+_STATE, _WEIGHTS = "state.json", "weights.safetensors"
 
 
 class CorruptCheckpointError(RuntimeError):
@@ -30,7 +29,6 @@ class Checkpoint:
     iteration: int  # finished ones
     state: dict  # anything JSON holds: settings, history
     weights: dict[str, Tensor]  # float32
-    optimizer: dict | None  # state_dict, None where each iteration starts a new one
 
 
 def _digest(path: Path) -> str:
@@ -58,8 +56,6 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     save_file({name: value.detach().contiguous() for name, value in checkpoint.weights.items()}, scratch / _WEIGHTS)
-    if checkpoint.optimizer is not None:
-        torch.save(checkpoint.optimizer, scratch / _OPTIMIZER)
     digests = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
     state = {"iteration": checkpoint.iteration, "files": digests, "state": checkpoint.state}
     (scratch / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -67,15 +63,19 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
     sync_dir(folder)
-    for old in list(_newest_first(folder))[keep:]:
+    for old in [*_newest_first(folder)[keep:], *folder.glob(".iteration-*")]:
         shutil.rmtree(old, ignore_errors=True)
-    for leftover in folder.glob(".iteration-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     return target
 
 
-def _newest_first(folder: Path) -> Iterator[Path]:
-    return iter(sorted(folder.glob("iteration-*"), reverse=True))
+def clear(folder: Path) -> None:
+    """Delete the checkpoints in a folder, and nothing else there."""
+    for old in [*folder.glob("iteration-*"), *folder.glob(".iteration-*")]:
+        shutil.rmtree(old)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("iteration-*"), reverse=True)
 
 
 def _load(path: Path) -> Checkpoint:
@@ -84,13 +84,12 @@ def _load(path: Path) -> Checkpoint:
         for name, digest in written["files"].items():
             if _digest(path / name) != digest:
                 raise CorruptCheckpointError(f"{path / name} is not what was written (sha256 differs)")
-        optimizer = torch.load(path / _OPTIMIZER, weights_only=True) if _OPTIMIZER in written["files"] else None
-        return Checkpoint(written["iteration"], written["state"], load_file(path / _WEIGHTS), optimizer)
+        return Checkpoint(written["iteration"], written["state"], load_file(path / _WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def load_latest(folder: Path, warn) -> Checkpoint | None:
+def load_latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, or None if there is none.
 
     Args:

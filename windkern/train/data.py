@@ -31,7 +31,9 @@ def _read(lines: Iterable[str], name: str, as_json: bool) -> list[str]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name}, line {number}: not JSON ({error.msg}); expected {{\"prompt\": \"...\"}}") from None
+                raise ValueError(
+                    f'{name}, line {number}: not JSON ({error.msg}); expected {{"prompt": "..."}}'
+                ) from None
             line = record.get("prompt") if isinstance(record, dict) else None
             if not isinstance(line, str) or not line.strip():
                 raise ValueError(f'{name}, line {number}: expected an object with a non-empty string under "prompt"')

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from windkern.train.judges import Judge
@@ -78,7 +77,8 @@ def compare(
     """
     if not len(prompts) == len(policy) == len(reference):
         raise ValueError(
-            f"prompts, policy and reference must have one entry a prompt, got {len(prompts)}, {len(policy)}, {len(reference)}"
+            "prompts, policy and reference must have one entry for each prompt, "
+            f"got {len(prompts)}, {len(policy)} and {len(reference)}"
         )
     verdict = judge.judge(prompts, [[*ours, *theirs] for ours, theirs in zip(policy, reference, strict=True)])
     count = len(policy[0])

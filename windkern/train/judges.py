@@ -76,11 +76,14 @@ class RewardJudge:
         values = torch.as_tensor(list(self.reward(flat_prompts, flat)), dtype=torch.float32)
         if values.shape != (len(flat),):
             raise ValueError(
-                f"reward {self.name!r} must return one number for each of {len(flat)} responses, got shape {tuple(values.shape)}"
+                f"reward {self.name!r} must return one number for each of {len(flat)} responses, "
+                f"got shape {tuple(values.shape)}"
             )
         if not bool(values.isfinite().all()):
             bad = int((~values.isfinite()).nonzero()[0])
-            raise ValueError(f"reward {self.name!r} must return finite numbers, got {float(values[bad])} for {flat[bad]!r}")
+            raise ValueError(
+                f"reward {self.name!r} must return finite numbers, got {float(values[bad])} for {flat[bad]!r}"
+            )
         rewards = values.view(len(prompts), -1)
         return Verdict(bradley_terry(rewards, self.strength), rewards)
 
@@ -122,7 +125,10 @@ def repeated_share(text: str) -> float:
 
 @functools.cache
 def _analyzer():
-    return require("vaderSentiment.vaderSentiment", "vaderSentiment").SentimentIntensityAnalyzer()
+    require("vaderSentiment")
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
 
 
 def vader_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

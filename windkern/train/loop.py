@@ -1,113 +1,79 @@
-"""The outer loop of WIND: sample, judge, score, fit, evaluate, save; again."""
+"""The outer loop of WIND: sample, judge, score, fit, evaluate, save; and again."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 import windkern
-from windkern import hf, losses
-from windkern._checks import check_choice, check_count, check_number
+from windkern import hf
+from windkern.losses import wind
 from windkern.train import checkpoint as checkpoints
+from windkern.train.config import Observer, Record, Unobserved, WindSettings, stream
 from windkern.train.evaluate import Evaluation, compare
-from windkern.train.judges import Judge
+from windkern.train.judges import Judge, Verdict
 from windkern.train.optim import MasterWeights
 from windkern.train.sampler import Completions, Sampler
 
-
-@dataclass(frozen=True)
-class WindSettings:
-    """What determines a run, beside model, prompts and judge. Bad values raise ValueError naming the field."""
-
-    iterations: int = 6
-    prompts_per_iteration: int = 16
-    num_responses: int = 4  # N, to each prompt
-    eta: float = 5.0  # step size of the update
-    beta: float = 0.05  # weight of the KL to the reference
-    objective: str = "square"
-    learning_rate: float = 2e-5
-    epochs: int = 1  # passes over an iteration's responses
-    prompts_per_step: int = 2  # of an optimizer step
-    prompts_per_pass: int = 4  # that go through the model at once
-    max_grad_norm: float = 1.0
-    temperature: float = 1.0  # of the policy: its samples and its log-probs
-    eval_responses: int = 2  # to each held-out prompt, after each iteration
-    reference_responses: int = 4  # to each held-out prompt, once
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "prompts_per_iteration", "epochs", "prompts_per_step", "prompts_per_pass"):
-            check_count(name, getattr(self, name), least=1)
-        check_count("num_responses", self.num_responses, least=2)
-        for name in ("eval_responses", "reference_responses"):
-            check_count(name, getattr(self, name), least=1)
-        for name in ("eta", "learning_rate", "max_grad_norm", "temperature"):
-            check_number(name, getattr(self, name), above=0)
-        check_number("beta", self.beta, least=0)
-        check_choice("objective", self.objective, losses.OBJECTIVES)
-
-
-@dataclass(frozen=True)
-class IterationRecord:
-    """What one iteration did; the same numbers go to the screen, the table and the checkpoint."""
-
-    iteration: int
-    loss: float  # mean over groups, in units of win rate squared
-    win_rate: float
-    win_rate_se: float
-    reward: float | None
-    kl: float
-    kl_se: float
-    train_reward: float | None  # of the responses that were fitted
-    truncated: float  # share of them without an end token
-    tokens_per_second: float  # sampled and trained tokens over the whole iteration
-    seconds: float
-
-
-class Observer(Protocol):
-    """Who wants to know how far a run is."""
-
-    def phase(self, iteration: int, name: str, steps: int) -> None: ...
-    def advance(self) -> None: ...
-    def finished(self, record: IterationRecord) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
-class _Silent:
-    def phase(self, iteration: int, name: str, steps: int) -> None: ...
-    def advance(self) -> None: ...
-    def finished(self, record: IterationRecord) -> None: ...
-    def note(self, text: str) -> None: ...
+ADAM_BETAS = (0.9, 0.95)
 
 
 @dataclass
 class _Pass:
-    """Responses to a few prompts that go through the model at once, and everything constant about them."""
+    """Responses to a few prompts that go through the model at once, with all that is constant about them."""
 
-    completions: Completions
-    targets: Tensor  # (S, L)
-    prefs: Tensor  # (B, N, N)
-    old_logps: Tensor  # (B, N)
-    ref_logps: Tensor  # (B, N)
+    batch: Completions
+    targets: Tensor  # (B, N, L)
+    constants: dict[str, Tensor]  # old_logps (B, N), ref_logps (B, N), prefs (B, N, N)
 
 
-def stream(seed: int, *labels: object) -> int:
-    """A seed for one use of randomness, so that a resumed run draws what an uninterrupted one would have drawn."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *labels))).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+class ResumeError(ValueError):
+    """A checkpoint belongs to another run; the message says what differs."""
 
 
 class WindLoop:
+    """Aligns a model with a judge by WIND.
+
+    An outer iteration freezes pi_t, samples N responses to each of some prompts, has them judged, and fits
+
+        log pi_{t+1} = a log pi_t + b log pi_ref + c w - log Z,   a = 1/(1 + eta*beta), b = eta*beta*a, c = eta*a
+
+    by gradient steps on `windkern.losses.wind` inside `windkern.fused_loss`. Old and reference log-probs come from the
+    same passes through the decoder as the policy's, under torch.no_grad; no logits exist outside generation. Dropout
+    stays off, because pi_theta and pi_t must differ by their weights only.
+
+    After each iteration everything needed to go on is written to `checkpoint_dir`. The optimizer starts anew in each
+    iteration (each is a regression problem of its own, with its own pi_t), and randomness is derived from the seed, so
+    float32 weights and history are all there is to keep; on a CPU a resumed run ends with the same bits.
+
+    Args:
+        model: causal LM to train (its parameters with requires_grad), also the start of the policy.
+        reference: frozen causal LM, pi_ref; another object than `model`.
+        sampler: answers prompts with `model`, at `settings.temperature`.
+        judge: says who wins.
+        train_prompts, heldout_prompts: user messages; no prompt may be in both.
+        settings: the numbers of the run.
+        checkpoint_dir: where to save after each iteration; None saves nothing.
+        observer: told about progress.
+
+    Raises:
+        ValueError: the prompt lists overlap or are empty, `reference` is `model`, or nothing is trainable.
+        UnsupportedModelError: see `windkern.hf.hidden_and_head`.
+
+    Memory:
+        For each trained parameter 16 bytes (float32 copy, gradient, two moments of AdamW) beside the two models.
+
+    Source:
+        WIND, arXiv 2410.20727; docs/theory.md.
+    """
+
     def __init__(
         self,
         model: nn.Module,
@@ -121,103 +87,232 @@ class WindLoop:
         checkpoint_dir: Path | None = None,
         observer: Observer | None = None,
     ):
+        if reference is model:
+            raise ValueError("reference must be another object than model, or it would move with it; load it twice")
+        if not train_prompts or not heldout_prompts:
+            raise ValueError(
+                "train_prompts and heldout_prompts must not be empty, "
+                f"got {len(train_prompts)} and {len(heldout_prompts)}"
+            )
+        if shared := set(train_prompts) & set(heldout_prompts):
+            raise ValueError(f"{len(shared)} held-out prompts are also training prompts, e.g. {min(shared)!r}")
         self.settings = settings
         self.model, self.reference = model.eval(), reference.eval().requires_grad_(False)
         self.sampler, self.judge = sampler, judge
         self.train_prompts, self.heldout_prompts = list(train_prompts), list(heldout_prompts)
-        self.checkpoint_dir, self.observer = checkpoint_dir, observer or _Silent()
-        self.history: list[IterationRecord] = []
-        self.master = MasterWeights(
-            model,
-            lambda weights: torch.optim.AdamW(
-                weights, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-            ),
-            settings.max_grad_norm,
+        self.checkpoint_dir = checkpoint_dir
+        self.observer = observer or Unobserved()
+        self.history: list[Record] = []
+        self.reference_texts: tuple[tuple[str, ...], ...] = ()  # to each held-out prompt
+        self.master = MasterWeights(model, max_grad_norm=settings.max_grad_norm)
+        self._loss = functools.partial(
+            wind, eta=settings.eta, beta=settings.beta, objective=settings.objective, reduction="none"
         )
+        for scored in (model, reference):
+            hf.hidden_and_head(scored)  # an unsupported model is refused now, not after the first sampling
 
-    def parts(self, model):
-        return hf.hidden_and_head(model).at_temperature(self.settings.temperature)
+    def run(self, *, resume: bool = False) -> list[Record]:
+        """Do the iterations that are left, and return the history of all.
 
-    @torch.no_grad()
-    def logps(self, model, batch: Completions, num_responses: int) -> Tensor:
-        return hf.sequence_logps(
-            model, batch.input_ids, batch.attention_mask, batch.completion_mask, temperature=self.settings.temperature
-        ).view(-1, num_responses)
+        Args:
+            resume: go on from the newest whole checkpoint; without it, checkpoints of an earlier run are deleted.
 
-    def run(self):
-        s = self.settings
-        self.reference_texts = self.sampler.sample(
-            self.heldout_prompts, s.reference_responses, stream(s.seed, "reference")
-        ).texts
-        for iteration in range(1, s.iterations + 1):
-            self.observer.phase(iteration, "x", 1)
-            self.iterate(iteration)
+        Raises:
+            ResumeError: the checkpoint is of a run with other settings, prompts or judge. More iterations than before
+                are welcome.
+        """
+        if self.checkpoint_dir is not None:
+            if resume:
+                self._restore()
+            else:
+                checkpoints.clear(self.checkpoint_dir)
+        if not self.reference_texts:
+            self.observer.phase(0, "sampling the reference", 1)
+            self.reference_texts = self.sampler.sample(
+                self.heldout_prompts, self.settings.reference_responses, stream(self.settings.seed, "reference")
+            ).texts
+            self.observer.advance()
+        for iteration in range(len(self.history) + 1, self.settings.iterations + 1):
+            self._iterate(iteration)
         return self.history
 
-    def prompts_of(self, iteration):
-        s = self.settings
-        need, got = s.prompts_per_iteration, []
-        first = (iteration - 1) * need
-        n = len(self.train_prompts)
-        for k in range(first, first + need):
-            epoch, place = divmod(k, n)
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(stream(s.seed, "order", epoch)))
-            got.append(self.train_prompts[int(order[place])])
-        return got
+    def evaluate(self, num_responses: int, iteration: int) -> tuple[Evaluation, Completions]:
+        """Compare the policy as it is now with the reference on the held-out prompts.
 
-    def iterate(self, iteration):
-        s = self.settings
-        T = {}
-        t0 = start = time.perf_counter()
-        prompts = self.prompts_of(iteration)
-        batch = self.sampler.sample(prompts, s.num_responses, stream(s.seed, "sample", iteration))
-        T["sample"] = time.perf_counter() - t0; t0 = time.perf_counter()
-        verdict = self.judge.judge(prompts, batch.texts)
-        passes = []
-        for first in range(0, len(prompts), s.prompts_per_pass):
-            chosen = range(first, min(first + s.prompts_per_pass, len(prompts)))
-            part = batch.groups(chosen)
-            passes.append(_Pass(part, hf.completion_targets(part.input_ids, part.completion_mask),
-                                verdict.prefs[first:first + s.prompts_per_pass],
-                                self.logps(self.model, part, s.num_responses),
-                                self.logps(self.reference, part, s.num_responses)))
-        T["score"] = time.perf_counter() - t0; t0 = time.perf_counter()
-        loss, norms = self.fit(iteration, passes)
-        T["fit"] = time.perf_counter() - t0; t0 = time.perf_counter()
-        held = self.sampler.sample(self.heldout_prompts, s.eval_responses, stream(s.seed, "evaluate"))
-        T["evs"] = time.perf_counter() - t0; t0 = time.perf_counter()
+        The draws are the same at every iteration, so that its noise is, too.
+        """
+        seed = stream(self.settings.seed, "evaluate", num_responses)
+        self.observer.phase(iteration, "evaluating", 1 + len(self._cuts(self.heldout_prompts, num_responses)))
+        batch = self.sampler.sample(self.heldout_prompts, num_responses, seed)
+        self.observer.advance()
         ratios = []
-        for first in range(0, len(self.heldout_prompts), s.prompts_per_pass * 2):
-            part = held.groups(range(first, min(first + s.prompts_per_pass * 2, len(self.heldout_prompts))))
-            ratios.append(self.logps(self.model, part, s.eval_responses) - self.logps(self.reference, part, s.eval_responses))
-        ev = compare(self.judge, self.heldout_prompts, held.texts, self.reference_texts, torch.cat(ratios))
-        T["evk"] = time.perf_counter() - t0
-        self.history.append(ev)
-        print(iteration, f"win {ev.win_rate.mean:.3f}+-{ev.win_rate.standard_error:.3f} reward {ev.reward.mean:.3f} kl {ev.kl.mean:.2f}+-{ev.kl.standard_error:.2f}",
-              f"train r {verdict.rewards.mean():.3f} trunc {batch.truncated.float().mean():.2f} heldtrunc {held.truncated.float().mean():.2f} loss", [round(x, 4) for x in loss], "norm", [round(x, 2) for x in norms],
-              {k: round(v, 1) for k, v in T.items()}, f"{time.perf_counter()-start:.0f}s", flush=True)
-        self.last = held
+        for chosen in self._cuts(self.heldout_prompts, num_responses):
+            part = batch.groups(chosen)
+            ratios.append(self._score(self.model, part) - self._score(self.reference, part))
+            self.observer.advance()
+        return compare(self.judge, self.heldout_prompts, batch.texts, self.reference_texts, torch.cat(ratios)), batch
 
-    def fit(self, iteration, passes):
-        s = self.settings
-        c2 = (s.eta / (1 + s.eta * s.beta)) ** 2
-        loss_fn = lambda logps, old, ref, prefs: losses.wind(logps, old, ref, prefs, eta=s.eta, beta=s.beta, objective=s.objective, reduction="none")
-        per_step = max(1, s.prompts_per_step // s.prompts_per_pass)
-        out, norms = [], []
-        for epoch in range(s.epochs):
-            order = torch.randperm(len(passes), generator=torch.Generator().manual_seed(stream(s.seed, "fit", iteration, epoch))).tolist()
+    def _iterate(self, iteration: int) -> None:
+        start = time.perf_counter()
+        settings, prompts = self.settings, self._prompts_of(iteration)
+        self.observer.phase(iteration, "sampling", 1)
+        batch = self.sampler.sample(prompts, settings.num_responses, stream(settings.seed, "sample", iteration))
+        self.observer.advance()
+        verdict = self.judge.judge(prompts, batch.texts)
+        passes = self._prepare(iteration, batch, verdict)
+        losses, norms = self._fit(iteration, passes)
+        evaluation, _ = self.evaluate(settings.eval_responses, iteration)
+        self.history.append(
+            Record(
+                iteration=iteration,
+                win_rate=evaluation.win_rate.mean,
+                win_rate_se=evaluation.win_rate.standard_error,
+                reward=None if evaluation.reward is None else evaluation.reward.mean,
+                kl=evaluation.kl.mean,
+                kl_se=evaluation.kl.standard_error,
+                loss=sum(losses) / len(losses),
+                gradient_norm=max(norms),
+                train_reward=None if verdict.rewards is None else float(verdict.rewards.mean()),
+                truncated=float(batch.truncated.float().mean()),
+                tokens=batch.num_tokens,
+                seconds=time.perf_counter() - start,
+            )
+        )
+        self._save(iteration)
+        self.observer.finished(self.history[-1])
+
+    def _prompts_of(self, iteration: int) -> list[str]:
+        """The next prompts of the shuffled training set; a new shuffle each time it has been gone through."""
+        count, total = self.settings.prompts_per_iteration, len(self.train_prompts)
+        chosen = []
+        for position in range((iteration - 1) * count, iteration * count):
+            epoch, place = divmod(position, total)
+            chosen.append(self.train_prompts[int(_shuffled(total, self.settings.seed, "prompts", epoch)[place])])
+        return chosen
+
+    def _cuts(self, prompts: Sequence[str], num_responses: int) -> list[range]:
+        """Prompts that go through the model at once: as many responses as in a pass of training."""
+        size = max(1, self.settings.prompts_per_pass * self.settings.num_responses // num_responses)
+        return [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, batch: Completions) -> Tensor:
+        """(B, N) log-probs, nats."""
+        return hf.sequence_logps(
+            model,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.completion_mask,
+            temperature=self.settings.temperature,
+        ).view(-1, batch.num_responses)
+
+    def _prepare(self, iteration: int, batch: Completions, verdict: Verdict) -> list[_Pass]:
+        """Cut an iteration's responses into passes and score each with pi_t and pi_ref.
+
+        Reason: the rounding of a bfloat16 pass depends on its shape, so pi_t is scored in the passes of training;
+        then log pi_theta - log pi_t is exactly 0 before the first step.
+        """
+        size = min(self.settings.prompts_per_pass, self.settings.prompts_per_step)
+        cuts = [range(first, min(first + size, len(batch.texts))) for first in range(0, len(batch.texts), size)]
+        self.observer.phase(iteration, "scoring", len(cuts))
+        passes = []
+        for chosen in cuts:
+            part = batch.groups(chosen)
+            targets = hf.completion_targets(part.input_ids, part.completion_mask)
+            constants = {
+                "old_logps": self._score(self.model, part),
+                "ref_logps": self._score(self.reference, part),
+                "prefs": verdict.prefs[chosen.start : chosen.stop],
+            }
+            passes.append(_Pass(part, targets.view(len(chosen), -1, targets.shape[1]), constants))
+            self.observer.advance()
+        return passes
+
+    def _fit(self, iteration: int, passes: list[_Pass]) -> tuple[list[float], list[float]]:
+        """Gradient steps on one iteration's responses; returns the loss and the gradient norm of each step."""
+        settings = self.settings
+        optimizer = torch.optim.AdamW(
+            self.master.parameters(), lr=settings.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True
+        )
+        per_step = max(1, settings.prompts_per_step // settings.prompts_per_pass)
+        self.observer.phase(iteration, "fitting", settings.epochs * len(passes))
+        losses, norms = [], []
+        for epoch in range(settings.epochs):
+            order = _shuffled(len(passes), settings.seed, "fit", iteration, epoch).tolist()
             for first in range(0, len(order), per_step):
-                step = [passes[k] for k in order[first:first + per_step]]
-                groups = sum(len(p.prefs) for p in step)
-                tot = 0.0
-                for p in step:
-                    m = self.parts(self.model)
-                    h = m.hidden(p.completions.input_ids, p.completions.attention_mask)
-                    shape = (-1, s.num_responses)
-                    loss = windkern.fused_loss(loss_fn, h.view(*p.old_logps.shape, *h.shape[1:]), m.weight, p.targets.view(*p.old_logps.shape, -1),
-                        per_group={"old": p.old_logps, "ref": p.ref_logps, "prefs": p.prefs}, reduction="sum", bias=m.bias, transform=m.transform) / (groups * c2)
-                    loss.backward()
-                    self.master.collect()
-                    tot += float(loss.detach())
-                norms.append(self.master.step()); out.append(tot)
-        return out, norms
+                step = (iteration - 1) * settings.steps_per_iteration + len(losses)
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate_at(step)
+                losses.append(self._accumulate([passes[k] for k in order[first : first + per_step]]))
+                norms.append(self.master.step(optimizer))
+        return losses, norms
+
+    def _accumulate(self, passes: Iterable[_Pass]) -> float:
+        """Gradients of the mean loss over the groups of some passes, in units of win rate squared."""
+        passes = list(passes)
+        # Reason: divided by c^2 the loss is a squared error of win rates, and a learning rate suits any eta.
+        scale = 1 / (sum(len(part.targets) for part in passes) * self.settings.step_scale**2)
+        total = 0.0
+        for part in passes:
+            parts = hf.hidden_and_head(self.model).at_temperature(self.settings.temperature)
+            hidden = parts.hidden(part.batch.input_ids, part.batch.attention_mask)  # (S, L, H)
+            loss = scale * windkern.fused_loss(
+                self._loss,
+                hidden.view(*part.targets.shape, -1),
+                parts.weight,
+                part.targets,
+                per_group=part.constants,
+                reduction="sum",
+                bias=parts.bias,
+                transform=parts.transform,
+            )
+            loss.backward()
+            self.master.collect()
+            total += float(loss.detach())
+            self.observer.advance()
+        return total
+
+    def _identity(self) -> dict:
+        """What must be equal for two runs to be one; the number of iterations may grow."""
+        settings = dataclasses.asdict(self.settings)
+        del settings["iterations"]
+        return {
+            "settings": settings,
+            "judge": self.judge.name,
+            "prompts": stream(0, *self.train_prompts, "held-out", *self.heldout_prompts),
+        }
+
+    def _save(self, iteration: int) -> None:
+        if self.checkpoint_dir is None:
+            return
+        self.observer.phase(iteration, "saving", 1)
+        state = {
+            "identity": self._identity(),
+            "reference_texts": self.reference_texts,
+            "history": [record.as_dict() for record in self.history],
+        }
+        checkpoints.save(self.checkpoint_dir, checkpoints.Checkpoint(iteration, state, self.master.weights))
+        self.observer.advance()
+
+    def _restore(self) -> None:
+        found = checkpoints.load_latest(self.checkpoint_dir, self.observer.note)
+        if found is None:
+            self.observer.note(f"no checkpoint in {self.checkpoint_dir}; starting from the beginning")
+            return
+        theirs, ours = found.state["identity"], self._identity()
+        if theirs != ours:
+            flat = [{**identity.pop("settings"), **identity} for identity in (theirs, ours)]
+            names = sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
+            differing = ", ".join(f"{name} {flat[0].get(name)!r} there, {flat[1].get(name)!r} here" for name in names)
+            raise ResumeError(
+                f"the checkpoints in {self.checkpoint_dir} are of another run ({differing}); "
+                "start without --resume, or with another --output-dir"
+            )
+        self.master.load(found.weights)
+        self.history = [Record(**record) for record in found.state["history"]]
+        self.reference_texts = tuple(tuple(texts) for texts in found.state["reference_texts"])
+        self.observer.note(f"resuming after iteration {found.iteration}")
+
+
+def _shuffled(count: int, *labels: object) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(stream(*labels)))

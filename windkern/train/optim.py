@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import Tensor, nn
 
 
 class MasterWeights:
-    """Steps a torch optimizer on float32 copies of a model's trainable parameters.
+    """float32 copies of a model's trainable parameters, for a torch optimizer to step.
 
     A bfloat16 weight cannot take steps smaller than 1/256 of itself, which is most steps of a fine-tune; its float32
     copy can. Gradients are added up in float32 over micro-batches. Parameters that are float32 already are their own
@@ -17,7 +15,6 @@ class MasterWeights:
 
     Args:
         model: its parameters with requires_grad are trained; a tied one counts once.
-        make_optimizer: called with the list of float32 parameters.
         max_grad_norm: gradients are scaled down to this norm, all parameters together.
 
     Raises:
@@ -27,12 +24,7 @@ class MasterWeights:
         4 bytes a parameter for the copy and 4 for its gradient, beside the optimizer's own.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
-        max_grad_norm: float,
-    ):
+    def __init__(self, model: nn.Module, *, max_grad_norm: float):
         self._working = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self._working:
             raise ValueError("model has no parameter that requires grad; nothing would be trained")
@@ -41,7 +33,10 @@ class MasterWeights:
             for name, value in self._working.items()
         }
         self.max_grad_norm = max_grad_norm
-        self.optimizer = make_optimizer(list(self.weights.values()))
+
+    def parameters(self) -> list[Tensor]:
+        """The float32 tensors an optimizer is made for."""
+        return list(self.weights.values())
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -57,11 +52,11 @@ class MasterWeights:
             value.grad = None
 
     @torch.no_grad()
-    def step(self) -> float:
+    def step(self, optimizer: torch.optim.Optimizer) -> float:
         """One optimizer step with the gradients collected so far; returns their norm before scaling."""
-        norm = nn.utils.clip_grad_norm_(list(self.weights.values()), self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         self.publish()
         return float(norm)
 

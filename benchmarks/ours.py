@@ -1,0 +1,93 @@
+"""windkern as providers: each back end, the default and an unlimited memory budget, log-probs and fused loss."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+import windkern as wk
+from benchmarks.cases import BETA, Case, Problem
+from benchmarks.provider import PER_TOKEN, Provider, Step, differentiated
+
+UNLIMITED = 1 << 50
+
+
+def _plan(case: Case, budget: int | None) -> wk.Plan:
+    return wk.plan(
+        case.shape.rows,
+        case.shape.hidden,
+        case.shape.vocab,
+        case.dtype,
+        hidden_grad=case.wants_hidden,
+        weight_grad=case.wants_weight,
+        memory_budget=budget,
+        device=case.device,
+    )
+
+
+def _build_token_logps(problem: Problem, backend: str, budget: int | None) -> Step:
+    def logps(hidden: Tensor, weight: Tensor) -> Tensor:
+        return wk.token_logps(hidden, weight, problem.targets, memory_budget=budget, backend=backend).logps
+
+    made = _plan(problem.case, budget)
+    detail = (
+        f"{made.units:g} units, {made.slabs_kept} of {made.num_slabs} slabs of {made.slab_width} columns kept, "
+        f"plan {made.peak_bytes / 2**20:.0f} MiB"
+    )
+    return Step(differentiated(problem, logps, problem.upstream), detail=detail)
+
+
+def _build_fused_loss(problem: Problem, backend: str) -> Step:
+    shape = problem.case.shape
+    lead = (shape.pairs, 2, shape.tokens)
+    targets, constants = problem.targets.view(lead), {"ref_logps": torch.zeros(shape.pairs, 2)}
+    loss_fn = functools.partial(wk.losses.dpo, beta=BETA, reduction="none")
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        grouped = hidden.view(*lead, shape.hidden)
+        return wk.fused_loss(loss_fn, grouped, weight, targets, per_group=constants, backend=backend)
+
+    return Step(differentiated(problem, loss, None))
+
+
+def _same_plan(case: Case) -> tuple[str, str] | None:
+    default, unlimited = _plan(case, None), _plan(case, UNLIMITED)
+    same = (default.slab_width, default.slabs_kept) == (unlimited.slab_width, unlimited.slabs_kept)
+    return ("same", "the default budget makes the same plan: there is nothing more to keep") if same else None
+
+
+def our_providers(backend: str, *, preferred: bool) -> list[Provider]:
+    """Rows of one back end. By default only the log-probs of those that "auto" would not take, so that a run ends."""
+    common = {"package": "windkern", "module": "windkern"}
+    return [
+        Provider(
+            f"windkern-{backend}",
+            f"windkern ({backend})",
+            f"token_logps, memory_budget as it comes; {PER_TOKEN}",
+            "tokens",
+            functools.partial(_build_token_logps, backend=backend, budget=None),
+            **common,
+        ),
+        Provider(
+            f"windkern-{backend}-all",
+            f"windkern ({backend}), all kept",
+            f"token_logps, memory_budget large enough to recompute nothing; {PER_TOKEN}",
+            "tokens",
+            functools.partial(_build_token_logps, backend=backend, budget=UNLIMITED),
+            why_not_case=_same_plan,
+            by_default=preferred,
+            **common,
+        ),
+        Provider(
+            f"windkern-{backend}-loss",
+            f"windkern ({backend}), DPO loss",
+            "fused_loss with losses.dpo, the same pair loss as Liger's; gradients finished in forward",
+            "loss",
+            functools.partial(_build_fused_loss, backend=backend),
+            modes=("trained", "frozen"),
+            by_default=preferred,
+            **common,
+        ),
+    ]

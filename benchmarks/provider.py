@@ -1,0 +1,154 @@
+"""The one signature everything is measured through, and what all providers share.
+
+A provider is built once for a problem and then called: `step()` computes the log-probs (or the pair loss) and, by
+mode, the gradients of hidden and weight for the problem's upstream, and returns them as a `Result`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import windkern as wk
+from benchmarks.cases import Case, Problem
+
+PER_TOKEN = "returns log-probs and takes any upstream gradient per token"
+PAIR_LOSS = "the whole DPO loss of pairs without a reference; gradients finished in forward, scalar upstream"
+
+
+class Result(NamedTuple):
+    output: Tensor  # (M,) log-probs, or the () pair loss
+    dhidden: Tensor | None = None  # (M, H)
+    dweight: Tensor | None = None  # (V, H)
+
+
+@dataclass
+class Step:
+    """A prepared call. `order[i]` is the problem's row that the provider holds as its row i, where they differ."""
+
+    call: Callable[[], Result]
+    order: Tensor | None = None
+    detail: str = ""
+
+    def in_order(self, result: Result) -> Result:
+        if self.order is None or result.dhidden is None:
+            return result
+        dhidden = torch.empty_like(result.dhidden)
+        dhidden[self.order] = result.dhidden
+        return result._replace(dhidden=dhidden)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One row of every case it can do. `level`: "floor", "tokens" (log-probs, any upstream) or "loss" (pair loss)."""
+
+    name: str
+    label: str
+    what: str
+    level: str
+    build: Callable[[Problem], Step]
+    package: str = "torch"
+    module: str = "torch"
+    modes: tuple[str, ...] = ("trained", "frozen", "scoring")
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    by_default: bool = True  # else only where --peers names it
+    compiles: bool = False  # its first call runs a compiler
+    onednn: bool = False  # float32 products through oneDNN, where torch would take MKL
+    cannot: str | None = None  # why it can do no case of this benchmark
+    why_not_case: Callable[[Case], tuple[str, str] | None] = lambda case: None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.package == "windkern"
+
+    def version(self) -> str | None:
+        if self.is_ours:
+            return wk.__version__
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def why_not(self, case: Case) -> tuple[str, str] | None:
+        """("absent" | "cannot" | "same", reason), or None where the provider can be built for the case."""
+        if self.cannot is not None:
+            return "cannot", self.cannot
+        if importlib.util.find_spec(self.module) is None:
+            return "absent", f"{self.package} is not installed"
+        if case.mode not in self.modes:
+            return "cannot", f"computes nothing comparable in mode {case.mode}"
+        if case.dtype_name not in self.dtypes:
+            return "cannot", f"{case.dtype_name} products have one library on a CPU, oneDNN: see the other rows"
+        if self.onednn and not torch.backends.mkldnn.is_available():
+            return "absent", "this torch is built without oneDNN"
+        if self.name == "gemm-mkl" and not torch.backends.mkl.is_available():
+            return "absent", "this torch is built without MKL"
+        return self.why_not_case(case)
+
+    def prepare(self, problem: Problem) -> Step:
+        """The step, with its float32 products in the library this provider is about."""
+        with quiet():
+            step = self.build(problem)
+        if self.onednn:
+            step.call = through_onednn(step.call)
+        return step
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Peers' own warnings are theirs; around set-up and whole rounds, never inside a timed call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def through_onednn(call: Callable[[], Result]) -> Callable[[], Result]:
+    """Hazard: on a CPU with bf16 matrix units "medium" rounds operands to bf16; the errors of the row then show it."""
+
+    def switched() -> Result:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return call()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return switched
+
+
+def differentiated(
+    problem: Problem, function: Callable[[Tensor, Tensor], Tensor], upstream: Tensor | None, negate: bool = False
+) -> Callable[[], Result]:
+    """Call `function(hidden, weight)`, then differentiate its output; `negate` where it returns -logps."""
+    hidden, weight = problem.leaves()
+    return differentiated_at(hidden, weight, function, upstream, negate)
+
+
+def differentiated_at(hidden, weight, function, upstream, negate=False) -> Callable[[], Result]:
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+    if upstream is not None and negate:
+        upstream = -upstream
+
+    def call() -> Result:
+        output = function(hidden, weight)
+        grads = iter(
+            torch.autograd.grad(output, leaves, None if upstream is None else upstream.to(output.dtype))
+            if leaves
+            else ()
+        )
+        output = output.detach()
+        return Result(
+            -output if negate else output,
+            next(grads) if hidden.requires_grad else None,
+            next(grads) if weight.requires_grad else None,
+        )
+
+    return call

@@ -1,0 +1,62 @@
+"""Rewrite the result tables of README.md from the newest results files.
+
+    python -m benchmarks.readme [--readme FILE] [--results FOLDER] [--check]
+
+Replaces what stands between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->`, and between `<!-- bench:errors -->` and
+`<!-- /bench:errors -->`. --check writes nothing and exits with 1 if the tables are out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from benchmarks import record, tables
+
+SECTIONS = {"cpu": ("speed", tables.markdown_speed), "errors": ("errors", tables.markdown_errors)}
+
+
+def replace_between(text: str, section: str, body: str) -> str:
+    """The text with what stands between a section's markers replaced.
+
+    Raises:
+        ValueError: the pair of markers is not there exactly once.
+    """
+    pattern = re.compile(rf"(<!-- bench:{section} -->)(.*?)(<!-- /bench:{section} -->)", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"the markers <!-- bench:{section} --> ... <!-- /bench:{section} --> must be there once")
+    return pattern.sub(lambda found: f"{found[1]}\n{body.strip()}\n{found[3]}", text)
+
+
+def rewritten(text: str, results: Path) -> str:
+    """README text with every section that is marked in it brought up to date."""
+    for section, (kind, table) in SECTIONS.items():
+        if f"<!-- bench:{section} -->" in text:
+            text = replace_between(text, section, table(record.newest(kind, results)))
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, default=record.ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
+    parser.add_argument("--check", action="store_true")
+    chosen = parser.parse_args(arguments)
+    try:
+        before = chosen.readme.read_text()
+        after = rewritten(before, chosen.results)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if chosen.check:
+        print("up to date" if after == before else f"{chosen.readme.name} is out of date: run benchmarks.readme")
+        return int(after != before)
+    if "<!-- bench:" not in before:
+        parser.error(f"{chosen.readme.name} has no markers <!-- bench:NAME --> ... <!-- /bench:NAME -->")
+    chosen.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

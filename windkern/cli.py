@@ -1,0 +1,76 @@
+"""The `windkern` command: one small pair of functions for each subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from windkern import __version__, backends
+from windkern.backends import BackendUnavailableError
+
+USAGE, INTERRUPTED = 2, 130
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("demo"), help="picture, JSON and checkpoints go here (default: demo)")
+    add("--resume", action="store_true", help="go on from the last finished iteration in --output-dir")
+    add("--seed", type=int, help="of all randomness (default: 0)")
+    add("--iterations", type=int, help="outer iterations: sample, judge, fit")
+    add("--prompts", type=Path, metavar="FILE", help="training prompts, .jsonl or text (default: the packaged ones)")
+    add("--heldout-prompts", type=Path, metavar="FILE", help="prompts for the evaluation (default: the packaged ones)")
+    add("--model", metavar="NAME", help="folder or hub id of a causal LM (default: the packaged SmolLM2-135M-Instruct)")
+    add("--judge", metavar="MODULE:FUNCTION", help="reward(prompts, responses) -> numbers (default: VADER sentiment)")
+    add("--prompts-per-iteration", type=int, metavar="N", help="training prompts answered in an iteration")
+    add("--responses", type=int, metavar="N", help="responses to each of them")
+    add("--max-new-tokens", type=int, metavar="N", help="longest response")
+    add("--learning-rate", type=float, metavar="X", help="of AdamW")
+    add("--eta", type=float, metavar="X", help="step size of WIND")
+    add("--beta", type=float, metavar="X", help="weight of the KL to the reference")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    # Reason: everything is on this machine; transformers must not wait for a network that may not be there.
+    if arguments.model is None or os.path.isdir(arguments.model):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from windkern import demo
+
+    return demo.run(arguments)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "demo": ("align a small real model on this machine, in minutes, and show what happens", _demo_arguments, _demo),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command of COMMANDS."""
+    parser = argparse.ArgumentParser(prog="windkern", description="Preference losses without the logits.")
+    parser.add_argument("--version", action="version", version=f"windkern {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (summary, add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 it did not achieve its aim, 2 a mistake the user can put right.
+
+    Errors are one line on stderr; with WINDKERN_DEBUG=1 they are tracebacks.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("windkern: interrupted; --resume goes on from the last finished iteration", file=sys.stderr)
+        return INTERRUPTED
+    except (ImportError, OSError, TypeError, ValueError, BackendUnavailableError) as error:
+        if backends.debug_mode():
+            raise
+        print(f"windkern: error: {error} (WINDKERN_DEBUG=1 shows where)", file=sys.stderr)
+        return USAGE

@@ -1,0 +1,224 @@
+"""What a run shows: a progress bar, a line an iteration, a table, completions, a picture, a JSON file."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from windkern.train.config import Record
+from windkern.train.evaluate import Estimate, Evaluation
+
+# Shares of an iteration's time, so that the bar moves evenly; measured on two cores.
+_PHASES = {"sampling": 0.21, "scoring": 0.16, "fitting": 0.33, "evaluating": 0.26, "saving": 0.04}
+
+
+def plus_minus(estimate: Estimate, digits: int = 2) -> str:
+    """A mean and its standard error.
+
+    Example:
+        >>> plus_minus(Estimate(0.7461, 0.0312))
+        '0.75 ± 0.03'
+    """
+    return f"{estimate.mean:.{digits}f} ± {estimate.standard_error:.{digits}f}"
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds.
+
+    Example:
+        >>> clock(83.6)
+        '1:24'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+class LiveReport:
+    """An observer with a progress bar, which prints one line for each finished iteration.
+
+    Use as a context manager around the run.
+    """
+
+    def __init__(self, iterations: int, console: Console | None = None):
+        self.iterations = iterations
+        self.console = console or Console()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]:>9}"),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=iterations, left="")
+        self._done, self._step = 0.0, 0.0
+        self._seconds: list[float] = []
+
+    def __enter__(self) -> LiveReport:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def phase(self, iteration: int, name: str, steps: int) -> None:
+        self._step = _PHASES.get(name, 0.0) / steps
+        place = f"iteration {iteration}/{self.iterations}: " if 1 <= iteration <= self.iterations else ""
+        self._progress.update(self._task, description=place + name)
+
+    def advance(self) -> None:
+        self._done = min(self._done + self._step, self.iterations)
+        self._progress.update(self._task, completed=self._done)
+
+    def note(self, text: str) -> None:
+        self.console.print(escape(text), style="yellow", highlight=False)
+
+    def finished(self, record: Record) -> None:
+        self._done = float(record.iteration)
+        self._seconds.append(record.seconds)
+        left = self.iterations - record.iteration
+        eta = clock(left * sum(self._seconds) / len(self._seconds))
+        self._progress.update(self._task, completed=self._done, left=f"{eta} left" if left else "")
+        reward = "" if record.reward is None else f"  reward {record.reward:+.2f}"
+        self.console.print(
+            f"iteration {record.iteration}/{self.iterations}  win rate [bold]{record.win_rate:.2f} ± "
+            f"{record.win_rate_se:.2f}[/bold]{reward}  KL {record.kl:4.1f}  loss {record.loss:.3f}  "
+            f"{record.tokens_per_second:3.0f} tokens/s  {eta} left",
+            highlight=False,
+        )
+
+
+def history_table(history: Sequence[Record]) -> Table:
+    """One row an iteration."""
+    table = Table(title="Held-out prompts, policy against reference", title_justify="left", pad_edge=False)
+    for name in ("iteration", "win rate", "reward", "KL, nats", "loss", "cut off", "tokens/s", "seconds"):
+        table.add_column(name, justify="right")
+    for record in history:
+        table.add_row(
+            str(record.iteration),
+            plus_minus(Estimate(record.win_rate, record.win_rate_se)),
+            "" if record.reward is None else f"{record.reward:+.2f}",
+            plus_minus(Estimate(record.kl, record.kl_se), 1),
+            f"{record.loss:.3f}",
+            f"{record.truncated:.0%}",
+            f"{record.tokens_per_second:.0f}",
+            f"{record.seconds:.0f}",
+        )
+    return table
+
+
+def print_completions(
+    console: Console,
+    prompts: Sequence[str],
+    before: Sequence[Sequence[str]],
+    after: Sequence[Sequence[str]],
+    count: int,
+) -> None:
+    """The first response to each of the first prompts, before and after; nothing is picked."""
+    for prompt, old, new in list(zip(prompts, before, after, strict=True))[:count]:
+        console.print(f"\n[bold]{escape(prompt)}[/bold]", highlight=False)
+        for label, style, text in (("before", "dim", old[0]), ("after ", "green", new[0])):
+            lines = textwrap.wrap(" ".join(text.split()), max(40, console.width - 12)) or ["(nothing)"]
+            body = escape(("\n" + " " * 10).join(lines))
+            console.print(f"  [{style}]{label}  {body}[/{style}]", highlight=False)
+
+
+def as_json(
+    path: Path,
+    *,
+    settings: dict,
+    history: Sequence[Record],
+    final: Evaluation,
+    prompts: Sequence[str],
+    before: Sequence[Sequence[str]],
+    after: Sequence[Sequence[str]],
+) -> None:
+    """Write everything a program may want to read back."""
+    low, high = final.win_rate.interval
+    content = {
+        "settings": settings,
+        "final": {
+            "win_rate": final.win_rate.mean,
+            "win_rate_se": final.win_rate.standard_error,
+            "win_rate_95": [low, high],
+            "reward": None if final.reward is None else final.reward.mean,
+            "kl": None if final.kl is None else final.kl.mean,
+            "kl_se": None if final.kl is None else final.kl.standard_error,
+        },
+        "history": [record.as_dict() for record in history],
+        "completions": [
+            {"prompt": prompt, "before": list(old), "after": list(new)}
+            for prompt, old, new in zip(prompts, before, after, strict=True)
+        ],
+    }
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -> None:
+    """Win rate and KL against the iteration, with 95 % intervals, as a PNG.
+
+    The win rate starts at 1/2 and the KL at 0, because the policy starts as the reference.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [0, *(record.iteration for record in history)]
+    rates = [0.5, *(record.win_rate for record in history)]
+    reach = [0.0, *(1.96 * record.win_rate_se for record in history)]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7.2, 5.4), sharex=True, height_ratios=(2.2, 1), layout="constrained"
+    )
+    top.axhline(0.5, color="0.6", linewidth=1, linestyle="--")
+    top.text(steps[-1], 0.507, "the reference itself", color="0.45", ha="right", va="bottom", fontsize=9)
+    top.errorbar(steps, rates, reach, color="C0", marker="o", capsize=3, label="after each iteration")
+    low, high = final.win_rate.interval
+    top.errorbar(
+        [steps[-1] + 0.18],
+        [final.win_rate.mean],
+        [[final.win_rate.mean - low], [high - final.win_rate.mean]],
+        color="C1",
+        marker="D",
+        capsize=4,
+        label=f"end, more responses: {final.win_rate.mean:.2f} [{low:.2f}, {high:.2f}]",
+    )
+    top.set_ylabel("held-out win rate\nagainst the reference")
+    top.set_ylim(min(0.45, min(rates) - 0.05), 1.0)
+    top.legend(loc="upper left", frameon=False)
+    top.set_title(title, fontsize=11)
+    kls = [0.0, *(record.kl for record in history)]
+    bottom.errorbar(steps, kls, [0.0, *(1.96 * record.kl_se for record in history)], color="C3", marker="o", capsize=3)
+    bottom.set_ylabel("KL to the\nreference, nats")
+    bottom.set_ylim(bottom=min(0.0, *kls))
+    bottom.set_xlabel("iteration")
+    bottom.set_xticks(steps)
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __str__(self) -> str:
+        return clock(self.seconds)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
