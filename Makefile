@@ -42,14 +42,20 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-## bench   time and memory beside every peer on this CPU; results, README tables and pictures
+## bench   time, memory and error beside every peer on this CPU; results, README tables and pictures (40 minutes)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.pairs
+	$(BIN)/python -m benchmarks.errors
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.readme
 
-## gpu     on a machine with a GPU: GPU tests, then benchmarks into $$OUT (default: out)
-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu $(ARGS)
-	$(BIN)/python -m benchmarks.run --device cuda --out $${OUT:-out}/gpu.json
+## gpu     on a machine with a GPU and torch: build the extension and run the GPU suite, log in $$OUT (default: out)
+OUT ?= out
+gpu:
+	mkdir -p $(OUT)
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_gpu.py -m gpu $(ARGS) 2>&1 | tee $(OUT)/gpu-tests.log
 
 clean:
 	rm -rf $(VENV) build *.egg-info windkern/*.so

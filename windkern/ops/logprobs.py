@@ -220,7 +220,7 @@ def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entro
         grads = walks.backward_unit(walk, upstream, compact, weight, labels, saved)
     else:
         dweight = [
-            torch.empty_like(head, memory_format=torch.contiguous_format) if flag else None
+            buffers.on_huge_pages(torch.empty_like(head, memory_format=torch.contiguous_format)) if flag else None
             for head, flag in zip(weight, config.weight_grad, strict=True)
         ]
         dbias = torch.empty_like(bias) if config.bias_grad else None
