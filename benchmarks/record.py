@@ -106,12 +106,19 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def newest(kind: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """The results file of that kind ("speed" or "errors") whose last run is the latest.
+    """The results file of that kind ("speed" or "errors") whose last run is the latest; other files are passed over.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = [data for data in map(read, sorted(folder.glob("*.json"))) if data["kind"] == kind and data["rows"]]
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            data = read(path)
+        except ValueError:
+            continue
+        if data["kind"] == kind and data["rows"]:
+            found.append(data)
     if not found:
         raise FileNotFoundError(f"no results of kind {kind!r} in {folder.name}/")
     return max(found, key=lambda data: data["runs"][-1]["date"])
