@@ -18,9 +18,10 @@ COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wal
 # Never -march=native: the CPU that runs a wheel is not the one that built it. dispatch.cpp chooses at run time.
 X86_FLAGS = {
     "cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
-    "cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c "
+    "-mprefer-vector-width=512",
 }
-SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/kernels_portable.cpp", "cpu/kernels_avx2.cpp", "cpu/kernels_avx512.cpp"]
+SOURCES = ["binding.cpp", "cpu/dispatch.cpp"] + [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx512")]
 
 
 def ninja_file(output: Path) -> str:
@@ -31,7 +32,8 @@ def ninja_file(output: Path) -> str:
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",
         f"common = {COMMON} {includes} {os.environ.get('WINDKERN_CXXFLAGS', '')}",
-        "rule compile\n  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule compile\n  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = $cxx -shared -fopenmp {os.environ.get('WINDKERN_LDFLAGS', '')} $in -o $out",
     ]
     objects = []
@@ -64,7 +66,7 @@ class BuildWithNinja(build_ext):
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             if os.environ.get("WINDKERN_REQUIRE_CPP") == "1":
                 raise
-            print(f"windkern: the C++ back end was not built ({error}); the torch back end still works", file=sys.stderr)
+            print(f"windkern: the C++ back end was not built ({error}); the torch one still works", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]

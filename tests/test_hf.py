@@ -169,7 +169,7 @@ def test_unsupported_models_say_what_would_do(llama):
     with pytest.raises(hf.UnsupportedModelError, match=r"pass model\.module"):
         hf.hidden_and_head(wrapped)
     llama.lm_head = OddHead(32, VOCAB, bias=False)
-    with pytest.raises(hf.UnsupportedModelError, match="OddHead, not a plain nn.Linear"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"OddHead, not a plain nn\.Linear"):
         hf.hidden_and_head(llama)
 
 
@@ -188,9 +188,7 @@ def test_lora_inside_the_layers_works_and_on_the_head_says_so(llama):
     for name, value in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(value)
-    torch.testing.assert_close(
-        hf.sequence_logps(adapted, *batch()), by_logits(adapted, *batch()), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(hf.sequence_logps(adapted, *batch()), by_logits(adapted, *batch()), rtol=1e-5, atol=1e-5)
     with adapted.disable_adapter():
         torch.testing.assert_close(
             hf.sequence_logps(adapted, *batch()), by_logits(adapted, *batch()), rtol=1e-5, atol=1e-5

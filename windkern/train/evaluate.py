@@ -35,6 +35,7 @@ def over_prompts(values: Tensor) -> Estimate:
     Responses to one prompt are not independent, so the standard error comes from the spread between prompts.
 
     Example:
+        >>> import torch
         >>> estimate = over_prompts(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
         >>> estimate.mean, round(estimate.standard_error, 4)
         (0.75, 0.25)

@@ -115,8 +115,8 @@ def repeated_share(text: str) -> float:
     """Return the share of three-word sequences that occurred earlier in the text: 0 for prose, near 1 for a loop.
 
     Example:
-        >>> repeated_share("so good so good so good so good")
-        0.6666666666666666
+        >>> repeated_share("one two three four"), repeated_share("la la la la la la")
+        (0.0, 0.75)
     """
     words = re.findall(r"[\w']+", text.lower())
     triples = list(zip(words, words[1:], words[2:], strict=False))

