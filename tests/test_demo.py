@@ -99,7 +99,7 @@ def test_the_win_rate_rises_and_everything_is_shown(finished):
     assert result["final"]["win_rate_95"][0] > 0.5
     assert len(result["history"]) == ITERATIONS and len(result["completions"]) == len(WORDS)
     for part in (
-        f"iteration {ITERATIONS}/{ITERATIONS}  win rate 0.",
+        f"{ITERATIONS}/{ITERATIONS}  win rate ",
         "before",
         "after",
         "95 % interval",

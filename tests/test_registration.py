@@ -80,7 +80,7 @@ def packed(hidden, weight, targets):
 
 
 def padded(hidden, weight, targets):
-    return wk.sequence_logps(hidden, weight, targets, memory_budget=0).sin().sum()
+    return wk.sequence_logps(hidden, weight, targets, memory_budget=0, backend="torch").sin().sum()
 
 
 def module(hidden, weight, targets):
@@ -98,6 +98,7 @@ def test_fullgraph_compile(graph_backend, function, train_head):
     targets[0, 0, :3] = -100
     leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
     torch._dynamo.reset()
+    wk.backends._preference.clear()  # as in a process whose first call is a compiled one
     compiled = torch.compile(function, backend=graph_backend, fullgraph=True)
     ours, plain = compiled(hidden, weight, targets), function(hidden, weight, targets)
     torch.testing.assert_close(ours, plain)
@@ -190,3 +191,40 @@ def test_saved_tensors_hold_no_logits_when_nothing_is_kept(backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         wk.token_logps(hidden, weight, torch.randint(0, 4001, (200,)), memory_budget=0, backend=backend)
     assert max(sizes) <= weight.numel() < 200 * 4001
+
+
+@traces
+@pytest.mark.parametrize("train_head", [False, True])
+def test_compile_of_transposed_inputs(train_head):
+    """Gradients come back contiguous whatever strides the inputs have, in the fake op as in the real one."""
+    hidden = torch.randn(16, 30).t().requires_grad_()
+    weight = torch.randn(16, 301).t().requires_grad_(train_head)
+    targets = torch.randint(0, 301, (30,))
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+
+    def function(hidden, weight):
+        return wk.token_logps(hidden, weight, targets, num_scored=33).logps.sin().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    got, want = (torch.autograd.grad(f(hidden, weight), leaves) for f in (compiled, function))
+    for one, two in zip(got, want, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_the_op_itself_takes_tensors_that_require_grad(backend):
+    """Called below autograd, as torch.export does, it computes and records nothing."""
+    arguments = op_arguments("scoring", entropy=False, kept=False, backend=backend)
+    hidden = [block.detach().requires_grad_() for block in arguments[0]]
+    logps, *_ = torch.ops.windkern.logprobs_fwd(hidden, *arguments[1:])
+    assert torch.equal(logps, torch.ops.windkern.logprobs_fwd(*arguments)[0])
+
+
+def test_padding_may_be_nan_beside_spare_rows(backend):
+    hidden, weight = torch.randn(6, 8), torch.randn(37, 8, requires_grad=True)
+    hidden[0] = torch.nan
+    targets = torch.tensor([-100, 1, 2, -100, 3, 4])
+    for bound in (4, 6):
+        logps = wk.token_logps(hidden, weight, targets, num_scored=bound, backend=backend).logps
+        (grad,) = torch.autograd.grad(logps.sum(), weight)
+        assert grad.isfinite().all() and logps.isfinite().all()

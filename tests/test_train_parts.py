@@ -382,7 +382,7 @@ def test_the_live_report_counts_down():
             live.finished(record)
         live.note("a [note]")
     shown = console.file.getvalue()
-    assert "iteration 1/3  win rate 0.55 ± 0.04  reward +0.10  KL  0.3  loss 0.050   30 tokens/s  1:00 left" in shown
+    assert "1/3  win rate 0.55 ± 0.04  reward +0.10  KL  0.3  loss 0.050   30 tokens/s  1:00 left" in shown
     assert "0:30 left" in shown and "a [note]" in shown
 
 

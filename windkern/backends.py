@@ -73,7 +73,7 @@ def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     if requested == "auto":
         return _preferred(device.type, dtype)
     check_choice("backend", requested, ["auto", *BACKENDS])
-    reason = why_not(requested, device, dtype)
+    reason = _reason(requested, device.type, dtype)
     if reason is not None:
         raise BackendUnavailableError(f"backend={requested!r} cannot run on {device} with {dtype}: {reason}")
     return requested
@@ -87,6 +87,16 @@ def _preferred(device_type: str, dtype: torch.dtype) -> str:
     if key not in _preference:
         _preference[key] = available(device_type, dtype)[0]
     return _preference[key]
+
+
+def _reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    return why_not(name, device_type, dtype)
+
+
+# Run while torch.compile traces, not traced: they import. It is what torch.compiler.assume_constant_result sets, which
+# itself costs a second of imports.
+_preferred._dynamo_marked_constant = True
+_reason._dynamo_marked_constant = True
 
 
 def debug_mode() -> bool:

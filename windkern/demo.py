@@ -105,6 +105,7 @@ def _run(arguments: argparse.Namespace, settings: DemoSettings) -> int:
         f"{wind.prompts_per_iteration} prompts x {wind.num_responses} responses; {len(heldout)} held-out prompts; "
         f"seed {wind.seed}",
         highlight=False,
+        soft_wrap=True,
     )
     with report.LiveReport(wind.iterations, console) as observer:
         loop = WindLoop(
@@ -148,6 +149,7 @@ def _run(arguments: argparse.Namespace, settings: DemoSettings) -> int:
         f"[{low:.2f}, {high:.2f}]; KL {report.plus_minus(final.kl, 1)} nats a response; {watch} in all\n"
         f"picture {os.path.relpath(picture)}, numbers {os.path.relpath(numbers)}",
         highlight=False,
+        soft_wrap=True,
     )
     if not rose:
         console.print(

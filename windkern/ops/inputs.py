@@ -184,7 +184,8 @@ def must_keep_rows(targets: Tensor) -> bool:
 def first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tensor, Tensor, Tensor]:
     """Positions and targets of the first `num_scored` scored rows, with no size that depends on data.
 
-    Spare places point at row 0 with an ignored target; rows beyond the bound are reported.
+    Spare places point at the first scored row, which holds numbers whatever padding holds, with an ignored target;
+    rows beyond the bound are reported.
     """
     order = scored.cumsum(0) - 1
     fits = scored & (order < num_scored)
@@ -196,7 +197,7 @@ def first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tenso
     positions = torch.arange(scored.shape[0], device=scored.device)
     rows = torch.zeros(num_scored + 1, dtype=torch.int64, device=scored.device).scatter(0, place, positions)
     filled = torch.zeros(num_scored + 1, dtype=torch.bool, device=scored.device).scatter(0, place, fits)
-    rows, filled = torch.where(filled, rows, 0)[:num_scored], filled[:num_scored]
+    rows, filled = torch.where(filled, rows, rows[:1])[:num_scored], filled[:num_scored]
     return rows, torch.where(filled, labels.index_select(0, rows), IGNORED), scored & ~fits
 
 

@@ -149,9 +149,10 @@ def finish_hidden(total: Tensor, like: Tensor, rows: Tensor | None, num_rows: in
         return total[:num_rows].to(like.dtype)
     # Reason: spare rows of num_scored all point at row 0 and carry zeros; adding them keeps row 0 right.
     narrowed = buffers.track("cast", total[:num_rows].to(like.dtype))
-    return torch.zeros_like(like).index_add_(0, rows, narrowed)
+    return torch.zeros_like(like, memory_format=torch.contiguous_format).index_add_(0, rows, narrowed)
 
 
+@torch.no_grad()
 def _fwd(hidden, weight, bias, targets, rows, *config):
     config = Config(*config)
     walk = config.walk(targets.device.type)
@@ -197,6 +198,7 @@ def _fwd_fake(hidden, weight, bias, targets, rows, *config):
     )
 
 
+@torch.no_grad()
 def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entropy, kept, offsets, units, *config):
     config = Config(*config)
     walk = config.walk(targets.device.type)
@@ -239,8 +241,8 @@ def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entro
 
 def _bwd_fake(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entropy, kept, offsets, units, *config):
     config = Config(*config)
-    dhidden = [torch.empty_like(block) for block, flag in zip(hidden, config.hidden_grad, strict=True) if flag]
-    dweight = [torch.empty_like(head) for head, flag in zip(weight, config.weight_grad, strict=True) if flag]
+    dhidden = [block.new_empty(block.shape) for block, flag in zip(hidden, config.hidden_grad, strict=True) if flag]
+    dweight = [head.new_empty(head.shape) for head, flag in zip(weight, config.weight_grad, strict=True) if flag]
     return dhidden, dweight, torch.empty_like(bias) if config.bias_grad else stats.new_empty(0)
 
 

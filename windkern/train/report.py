@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -91,17 +92,18 @@ class LiveReport:
         self._progress.update(self._task, completed=self._done, left=f"{eta} left" if left else "")
         reward = "" if record.reward is None else f"  reward {record.reward:+.2f}"
         self.console.print(
-            f"iteration {record.iteration}/{self.iterations}  win rate [bold]{record.win_rate:.2f} ± "
+            f"{record.iteration:>2}/{self.iterations}  win rate [bold]{record.win_rate:.2f} ± "
             f"{record.win_rate_se:.2f}[/bold]{reward}  KL {record.kl:4.1f}  loss {record.loss:.3f}  "
             f"{record.tokens_per_second:3.0f} tokens/s  {eta} left",
             highlight=False,
+            soft_wrap=True,
         )
 
 
 def history_table(history: Sequence[Record]) -> Table:
     """One row an iteration."""
-    table = Table(title="Held-out prompts, policy against reference", title_justify="left", pad_edge=False)
-    for name in ("iteration", "win rate", "reward", "KL, nats", "loss", "cut off", "tokens/s", "seconds"):
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in ("", "win rate", "reward", "KL, nats", "loss", "cut off", "tokens/s", "seconds"):
         table.add_column(name, justify="right")
     for record in history:
         table.add_row(
