@@ -24,7 +24,7 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"hidden": (HIDDEN, HIDDEN)}, ValueError, "same number of blocks, got 2 and 1"),
         ({"hidden": HIDDEN[..., :3]}, ValueError, r"hidden must have last dimension 4 to match weight \(7, 4\)"),
         ({"weight": torch.zeros(7)}, ValueError, r"weight must have shape \(vocab, hidden\)"),
-        ({"weight": torch.zeros(0)}, ValueError, "weight must have shape"),
+        ({"weight": torch.zeros(0)}, ValueError, r"no elements .* windkern.sharding.gathered"),
         ({"weight": torch.zeros(0, 4)}, ValueError, r"no elements .* windkern.sharding.gathered"),
         ({"weight": WEIGHT.bfloat16()}, TypeError, "one dtype outside autocast, got hidden torch.float32, weight"),
         ({"weight": META}, ValueError, "weight is on meta but targets is on cpu"),

@@ -105,9 +105,10 @@ def test_non_contiguous_inputs(backend):
     hidden = torch.randn(8, 6, 5, dtype=torch.float64).permute(2, 1, 0)
     weight = torch.randn(8, 101, dtype=torch.float64).t()
     targets = torch.randint(0, 101, (6, 5)).t()
+    bias = torch.randn(101, 2, dtype=torch.float64)[:, 0]
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    ours = wk.token_logps(*leaves, targets, backend=backend).logps
-    exact = wk.reference.token_logps(*leaves, targets)[0]
+    ours = wk.token_logps(*leaves, targets, bias=bias, backend=backend).logps
+    exact = wk.reference.token_logps(*leaves, targets, bias=bias)[0]
     torch.testing.assert_close(ours, exact)
     for got, want in zip(
         torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(exact.sum(), leaves), strict=True

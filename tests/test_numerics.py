@@ -139,6 +139,7 @@ def test_small_and_large_upstream_in_float16(backend, scale, budget):
     weight = (0.2 * torch.randn(4001, 32)).half().requires_grad_()
     targets = torch.randint(0, 4001, (64,))
     upstream = scale * torch.randn(64).abs()
+    upstream[::3] = 0.0  # rows without upstream must not set the scale of the others
     results = []
     for function, leaves in (
         (lambda *a: wk.token_logps(*a, memory_budget=budget, backend=backend), (hidden, weight)),
@@ -181,3 +182,18 @@ def test_probabilities_of_all_targets_sum_to_one(backend):
     hidden, weight = torch.randn(1, 16), torch.randn(517, 16)
     logps = wk.token_logps(hidden.expand(517, 16), weight, torch.arange(517), backend=backend).logps
     assert logps.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("transform", [wk.LogitTransform(scale=64.0), wk.LogitTransform(temperature=0.05)])
+@pytest.mark.parametrize("budget", [0, UNLIMITED])
+def test_steep_transforms_do_not_overflow_float16(backend, transform, budget):
+    hidden = (0.1 * torch.randn(16, 32)).half().requires_grad_()
+    weight = (0.1 * torch.randn(501, 32)).half().requires_grad_()
+    logps = wk.token_logps(
+        hidden, weight, torch.arange(16), transform=transform, memory_budget=budget, backend=backend
+    ).logps
+    ours = torch.autograd.grad(logps.sum(), (hidden, weight))
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    exact = wk.reference.token_logps(*leaves, torch.arange(16), transform=transform)[0]
+    for got, want in zip(ours, torch.autograd.grad(exact.sum(), leaves), strict=True):
+        assert_within(got, want, want, torch.float16, "gradient")

@@ -212,6 +212,8 @@ class _Problem:
         if self.gear not in ("trained", "frozen_body"):
             return 0
         low, high = 0, -(-self.vocab_size // width)
+        if self.peak_bytes(width, high) <= budget:  # less than keeping all but one, which needs a slab to recompute
+            return high
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.peak_bytes(width, middle) <= budget else (low, middle - 1)

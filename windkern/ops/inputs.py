@@ -87,13 +87,13 @@ def _check_blocks(hidden: list[Tensor], weight: list[Tensor], targets: Tensor) -
     lead = shape_of(targets)
     for k, (block, head) in enumerate(zip(hidden, weight, strict=True)):
         mark = f"[{k}]" if len(hidden) > 1 else ""
-        if head.dim() != 2:
-            raise ValueError(f"weight{mark} must have shape (vocab, hidden) as in nn.Linear, got {shape_of(head)}")
         if head.numel() == 0:
             raise ValueError(
                 f"weight{mark} has no elements (shape {shape_of(head)}); a head partitioned by ZeRO-3 must be gathered "
                 "first, e.g. with windkern.sharding.gathered(weight)"
             )
+        if head.dim() != 2:
+            raise ValueError(f"weight{mark} must have shape (vocab, hidden) as in nn.Linear, got {shape_of(head)}")
         if block.dim() == 0 or block.shape[-1] != head.shape[1]:
             raise ValueError(
                 f"hidden{mark} must have last dimension {head.shape[1]} to match weight{mark} {shape_of(head)}, "
@@ -155,8 +155,10 @@ def prepare(
     scored = labels != ignore_index
     labels = torch.where(scored, torch.where(labels < 0, labels + IGNORED, labels), IGNORED)  # -1 stays an error
     rows, overflow = None, None
-    if num_scored is not None and check_count("num_scored", num_scored) >= 0 and labels.numel() > 0:
-        rows, labels, overflow = first_scored(scored, labels, num_scored)
+    if num_scored is not None:
+        check_count("num_scored", num_scored)
+    if num_scored is not None and labels.numel() > 0:
+        rows, labels, overflow = first_scored(scored, labels, min(num_scored, labels.numel()))
     elif drop and not must_keep_rows(targets):
         positions = scored.nonzero().squeeze(1)  # on a GPU: the one synchronisation that num_scored avoids
         if positions.numel() < labels.numel():

@@ -295,7 +295,7 @@ def row_logps(
         memory_budget=memory_budget,
         device=inputs.device,
         deterministic=deterministic,
-        total_rows=inputs.total_rows,
+        total_rows=inputs.num_rows + (inputs.rows is not None),
         weight_dtype=inputs.weight[0].dtype,
         **grads,
     )

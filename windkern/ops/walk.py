@@ -46,7 +46,7 @@ class Saved:
 
 
 def _bias_slab(walk: Walk, bias: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if bias is None else bias[start:stop].to(walk.gemm.acc)
+    return None if bias is None else bias[start:stop].to(walk.gemm.acc).contiguous()
 
 
 def _slab_logits(
@@ -168,7 +168,7 @@ class Grads:
     bias: Tensor | None
 
 
-def row_scale(upstream: Upstream, operand: torch.dtype) -> Tensor | None:
+def row_scale(upstream: Upstream, operand: torch.dtype, slope: float) -> Tensor | None:
     """float16 only: a power of two for each row, at least as large as its upstream gradients.
 
     Hazard: a coefficient of 1e-6 times a probability flushes to zero in float16. Remedy: dz is divided by this and
@@ -178,7 +178,8 @@ def row_scale(upstream: Upstream, operand: torch.dtype) -> Tensor | None:
         return None
     parts = [part.abs() for part in upstream if part is not None]
     largest = torch.stack(parts).amax(0)
-    exponent = torch.where(largest > 0, torch.ceil(torch.log2(largest)), 0.0).clamp(-120, 120)
+    # Reason: a row without upstream takes the smallest scale, so that it does not set the scale of all others.
+    exponent = torch.where(largest > 0, torch.ceil(torch.log2(largest * slope)), -100.0).clamp(-100, 120)
     return torch.exp2(exponent - DZ_BINADES[torch.float16])
 
 
@@ -197,7 +198,7 @@ def backward(
 ) -> Grads:
     """Gradients of sum(upstream * outputs). dweight_k (V, H_k) and dbias (V,) are filled, or added to."""
     M, V, device = targets.shape[0], weight[0].shape[0], targets.device
-    scale = row_scale(upstream, walk.gemm.operand)
+    scale = row_scale(upstream, walk.gemm.operand, walk.transform.slope_at_zero)
     if scale is not None:
         upstream = Upstream(*(None if part is None else part / scale for part in upstream))
     totals = [
