@@ -37,9 +37,14 @@ def _cpp_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return importlib.import_module("windkern.kernels.cpp_rows").why_not(device, dtype)
 
 
+def _cuda_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    return importlib.import_module("windkern.kernels.cuda_rows").why_not(device, dtype)
+
+
 # In order of preference: "auto" takes the first that can run.
 BACKENDS = {
     "cpp": Backend("cpp", "windkern.kernels.cpp_rows", _cpp_reason),
+    "cuda": Backend("cuda", "windkern.kernels.cuda_rows", _cuda_reason),
     "torch": Backend("torch", "windkern.kernels.torch_rows", _always),
 }
 

@@ -1,6 +1,7 @@
 // The maths of one row: online softmax, logit transform, and the slope of each upstream gradient.
 #pragma once
 
+#include "arguments.h"
 #include "exp.h"
 
 namespace windkern {
@@ -15,6 +16,11 @@ struct Transform {
   WK_FN bool identity() const { return !capped() && scale == temperature; }
   WK_FN S slope_at_zero() const { return scale / temperature; }
 };
+
+template <class S>
+WK_FN Transform<S> transform_of(const Slab& slab) {
+  return {S(slab.scale), S(slab.softcap), S(slab.temperature)};
+}
 
 template <class L>
 WK_FN L transform_logit(const L& z, const Transform<ScalarOf<L>>& t) {
