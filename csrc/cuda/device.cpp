@@ -1,7 +1,5 @@
-// What a device needs to run this build. Compiled by the C++ compiler: only runtime calls.
-#include <cuda_runtime.h>
-
-#include "launch.h"
+// What a device needs to run this build.
+#include "check.h"
 #include "launchers.h"
 
 namespace windkern {

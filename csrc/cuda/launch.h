@@ -1,11 +1,7 @@
-// How a kernel is started, and what a failed start says.
+// How a kernel is started.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
-#include <stdexcept>
-#include <string>
+#include "check.h"
 
 #ifndef WK_LAUNCH
 #define WK_LAUNCH(kernel, grid, block, stream) kernel<<<grid, block, 0, stream>>>
@@ -13,14 +9,6 @@
 
 namespace windkern {
 namespace cuda {
-
-inline void check(cudaError_t status, const char* file, int line, const char* what) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + what + ": " +
-                           cudaGetErrorString(status));
-}
-
-#define WK_CHECK(call) ::windkern::cuda::check(call, __FILE__, __LINE__, #call)
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
