@@ -21,7 +21,7 @@ from windkern.kernels import cuda_rows
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR_FLAGS = (
-    "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas "
+    "-std=c++17 -U_FORTIFY_SOURCE -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas "
     f"-DWK_ISA=emulated -I{ROOT}/tests/native/cuda_emulator -I{ROOT}/csrc"
 ).split()
 
@@ -71,7 +71,8 @@ def build_emulated(folder: Path) -> None:
 
 
 def load_emulated(folder: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_cuda", folder / "_cuda.so")
+    # Hazard: pybind11 returns a module it has already made under that full name. Remedy: the folder is part of it.
+    spec = importlib.util.spec_from_file_location(f"{folder.name}._cuda", folder / "_cuda.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

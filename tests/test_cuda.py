@@ -12,7 +12,7 @@ from cases import DTYPES, GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, Problem, S
 from test_logprobs import check
 
 import windkern as wk
-from windkern.kernels import cuda_rows, torch_rows
+from windkern.kernels import buffers, cuda_rows, torch_rows
 from windkern.kernels.contract import RowState, RowStats, Upstream
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -223,10 +223,18 @@ def test_a_value_that_is_no_number_stays_one(backend):
         assert state.run_sum.isnan().tolist() == [False, True, True, False]
 
 
-@pytest.mark.parametrize("gear", ["frozen_head", "trained"])
-def test_the_plan_is_obeyed(backend, gear):
-    for dtype in (torch.float32, torch.bfloat16):
-        test_plan.test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, "all", False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_plan_is_obeyed(backend, dtype):
+    """Scratch of dbias included, in tall and in wide slabs."""
+    for shape in (Shape((4, 40), (8,), 131), Shape((5,), (8,), 4001)):
+        problem = Problem(shape, "all")
+        for gear in ("frozen_head", "trained"):
+            for name, budget in test_plan.budgets(problem, dtype, gear).items():
+                plan = test_plan.plan_of(problem, dtype, gear, dropped=True, memory_budget=budget)
+                with buffers.recording() as record:
+                    problem.run(wk.token_logps, dtype, gear, memory_budget=budget, backend=backend)
+                assert record.flops == plan.flops, name
+                assert record.peak_bytes <= plan.peak_bytes, (name, record.by_name)
 
 
 @pytest.mark.parametrize(("loss", "link", "given"), test_pairs.CASES)
@@ -276,10 +284,10 @@ def test_bits_do_not_depend_on_the_order_of_threads(backend, monkeypatch):
         pairs = torch.randn(2, 2, 700)
         results += cuda_rows.pair_terms(pairs[0], None, pairs[1], None, "bradley_terry", "logistic")
         results += [cuda_rows.segment_sum(pairs.flatten(), torch.tensor([0, 700, 2800]))]
-        return results
+        return [value.nan_to_num(7.0) for value in results if value is not None]
 
     first = everything()
     for order in ("forward", "reverse"):
         monkeypatch.setenv("CUDA_EMULATOR_ORDER", order)
         for one, two in zip(first, everything(), strict=True):
-            assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
+            assert torch.equal(one, two)

@@ -5,6 +5,7 @@
 // different result.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -43,19 +44,22 @@ constexpr size_t kStack = 256 << 10;
 
 enum class State { ready, at_block, at_warp, done };
 
+// Reason: swapcontext saves signal masks, two system calls a switch; it only starts a fibre, the rest are jumps.
 struct Fibre {
   ucontext_t context;
+  jmp_buf place;
   std::unique_ptr<char[]> stack{new char[kStack]};
+  bool started = false;
   dim3 thread;
   State state;
-  int line;            // where it waits
+  int line;               // where it waits
   unsigned char sent[8];  // what it gives to the other lanes of its warp
   void* sanitizer = nullptr;
 };
 
 struct Machine {
   std::vector<std::unique_ptr<Fibre>> fibres;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
   Fibre* running = nullptr;
@@ -66,51 +70,60 @@ struct Machine {
 
 inline Machine machine;
 
-inline void enter_sanitizer([[maybe_unused]] void** save, [[maybe_unused]] const void* stack,
-                            [[maybe_unused]] size_t size) {
+// AddressSanitizer is told of every change of stack.
+inline void leaving([[maybe_unused]] void** save, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t size) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(save, stack, size);
 #endif
 }
 
-inline void leave_sanitizer([[maybe_unused]] void* saved, [[maybe_unused]] const void** stack,
-                            [[maybe_unused]] size_t* size) {
+inline void arrived([[maybe_unused]] void* saved, [[maybe_unused]] const void** stack, [[maybe_unused]] size_t* size) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(saved, stack, size);
 #endif
 }
 
-inline void fibre_main() {
-  leave_sanitizer(nullptr, &machine.scheduler_stack, &machine.scheduler_size);
-  try {
-    machine.body();
-  } catch (...) {
-    machine.error = std::current_exception();
-  }
-  Fibre* self = machine.running;
-  self->state = State::done;
-  enter_sanitizer(nullptr, machine.scheduler_stack, machine.scheduler_size);
-  setcontext(&machine.scheduler);
-}
-
+// Back to the scheduler; returns when the fibre is resumed.
 inline void wait(State state, int line) {
-  Fibre* self = machine.running;
+  Fibre* const self = machine.running;
   self->state = state;
   self->line = line;
-  enter_sanitizer(&self->sanitizer, machine.scheduler_stack, machine.scheduler_size);
-  swapcontext(&self->context, &machine.scheduler);
-  leave_sanitizer(self->sanitizer, &machine.scheduler_stack, &machine.scheduler_size);
+  leaving(&self->sanitizer, machine.scheduler_stack, machine.scheduler_size);
+  if (_setjmp(self->place) == 0) _longjmp(machine.scheduler, 1);
+  arrived(self->sanitizer, &machine.scheduler_stack, &machine.scheduler_size);
+}
+
+// A fibre serves one thread of block after block.
+inline void fibre_main() {
+  arrived(nullptr, &machine.scheduler_stack, &machine.scheduler_size);
+  for (;;) {
+    try {
+      machine.body();
+    } catch (...) {
+      machine.error = std::current_exception();
+    }
+    wait(State::done, 0);
+  }
 }
 
 inline void resume(unsigned index) {
-  Fibre* fibre = machine.fibres[index].get();
+  Fibre* const fibre = machine.fibres[index].get();
   machine.running = fibre;
   machine.index = index;
   threadIdx = fibre->thread;
   void* saved = nullptr;
-  enter_sanitizer(&saved, fibre->stack.get(), kStack);
-  swapcontext(&machine.scheduler, &fibre->context);
-  leave_sanitizer(saved, nullptr, nullptr);
+  leaving(&saved, fibre->stack.get(), kStack);
+  if (_setjmp(machine.scheduler) == 0) {
+    if (fibre->started) _longjmp(fibre->place, 1);
+    fibre->started = true;
+    getcontext(&fibre->context);
+    fibre->context.uc_stack.ss_sp = fibre->stack.get();
+    fibre->context.uc_stack.ss_size = kStack;
+    fibre->context.uc_link = nullptr;
+    makecontext(&fibre->context, fibre_main, 0);
+    setcontext(&fibre->context);
+  }
+  arrived(saved, nullptr, nullptr);
 }
 
 [[noreturn]] inline void diverged(const std::string& what, int line, int other) {
@@ -137,11 +150,6 @@ inline void run_block(bool reverse) {
     Fibre& fibre = *machine.fibres[i];
     fibre.thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
     fibre.state = State::ready;
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.get();
-    fibre.context.uc_stack.ss_size = kStack;
-    fibre.context.uc_link = nullptr;
-    makecontext(&fibre.context, fibre_main, 0);
   }
   for (;;) {
     bool moved = false;
@@ -188,9 +196,14 @@ inline void run(dim3 grid, dim3 block, std::function<void()> body) {
   machine.body = std::move(body);
   blockDim = block;
   gridDim = grid;
-  for (unsigned x = 0; x < grid.x; ++x) {
-    blockIdx = dim3(x, 0, 0);
-    run_block(order != nullptr && std::strcmp(order, "reverse") == 0);
+  try {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, 0, 0);
+      run_block(order != nullptr && std::strcmp(order, "reverse") == 0);
+    }
+  } catch (...) {
+    machine.fibres.clear();  // they stand in the middle of a block
+    throw;
   }
 }
 
