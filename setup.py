@@ -1,9 +1,12 @@
-"""Builds windkern._cpp and, where there is an nvcc, windkern._cuda with ninja, each file with its own flags. The package
-installs without what cannot be built: `windkern.backends.why_not("cpp", "cpu")` then says so.
+"""Builds windkern._cpp and, where there is an nvcc, windkern._cuda with ninja, each file with its own flags.
+
+The package installs without what cannot be built: `windkern.backends.why_not("cpp", "cpu")` then says so.
 
 WINDKERN_BUILD_CUDA=0 leaves the CUDA extension out, 1 makes its failure an error; without it nvcc on PATH (or in
 CUDA_HOME/bin) decides. WINDKERN_CUDA_ARCHS="90" builds for fewer GPUs. WINDKERN_BUILD_CPP=0 leaves the C++ extension
-out, WINDKERN_REQUIRE_CPP=1 makes its failure an error. CXX, WINDKERN_CXXFLAGS and WINDKERN_LDFLAGS, and nvcc's own NVCC_APPEND_FLAGS, are honoured."""
+out, WINDKERN_REQUIRE_CPP=1 makes its failure an error. CXX, WINDKERN_CXXFLAGS and WINDKERN_LDFLAGS, and nvcc's own
+NVCC_APPEND_FLAGS, are honoured.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +127,9 @@ def ninja_command() -> list[str]:
 class BuildWithNinja(build_ext):
     def run(self) -> None:
         names = ", ".join(ext.name for ext in self.extensions)
-        print(f"windkern: building {names}" + ("" if wants_cuda() else "; no nvcc, or CUDA not wanted"), file=sys.stderr)
+        print(
+            f"windkern: building {names}" + ("" if wants_cuda() else "; no nvcc, or CUDA not wanted"), file=sys.stderr
+        )
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

@@ -21,8 +21,8 @@ from windkern.kernels import cuda_rows
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR_FLAGS = (
-    "-std=c++17 -U_FORTIFY_SOURCE -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas "
-    f"-DWK_ISA=emulated -I{ROOT}/tests/native/cuda_emulator -I{ROOT}/csrc"
+    "-std=c++17 -U_FORTIFY_SOURCE -fPIC -fvisibility=hidden -fno-strict-aliasing "
+    f"-Wall -Wextra -Werror -Wno-unknown-pragmas -DWK_ISA=emulated -I{ROOT}/tests/native/cuda_emulator -I{ROOT}/csrc"
 ).split()
 
 

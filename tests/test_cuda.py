@@ -59,31 +59,37 @@ def wide_of(dtype):
 class Rows:
     """Arguments of the row kernels for one slab: targets before, in and after it, an ignored row, a masked row."""
 
-    def __init__(self, rows, width, dtype, transform="identity", *, bias=False, entropy=False, shifted=False):
-        self.dtype, self.wide, self.shifted = dtype, wide_of(dtype), shifted
+    def __init__(
+        self, rows, width, dtype, transform="identity", *, bias=False, entropy=False, shifted=False, device="cpu"
+    ):
+        self.dtype, self.wide, self.shifted, self.device = dtype, wide_of(dtype), shifted, device
         self.rows, self.width, self.start = rows, width, 7
         self.z = self.place(3 * torch.randn(rows, width, dtype=self.wide))
         self.bias = self.place(torch.randn(width, dtype=self.wide)) if bias else None
         if bias and width > 1:
             self.bias[width // 2] = -torch.inf
         self.z[rows - 1] = -torch.inf
-        self.targets = self.start + torch.arange(rows) * 5 % width
-        self.targets[1], self.targets[2], self.targets[3] = -100, self.start - 1, self.start + width
+        targets = self.start + torch.arange(rows) * 5 % width
+        targets[1], targets[2], targets[3] = -100, self.start - 1, self.start + width
+        self.targets = targets.to(device)
         self.transform, self.entropy = TRANSFORMS[transform], entropy
         self.arguments = self.bias, self.targets, self.start, self.transform
 
     def place(self, value):
-        """A copy of `value`, 16-byte aligned or just not."""
-        room = torch.empty(value.numel() + 16, dtype=value.dtype)
+        """A copy of `value` on the device, 16-byte aligned or just not."""
+        room = torch.empty(value.numel() + 16, dtype=value.dtype, device=self.device)
         skip = 1 if self.shifted else 0
         return room[skip : skip + value.numel()].view(value.shape).copy_(value)
 
-    def empty(self, *shape, dtype=None):
-        return self.place(torch.empty(*shape, dtype=dtype or self.dtype))
+    def slab(self):
+        return self.place(torch.empty(self.rows, self.width, dtype=self.dtype))
+
+    def row(self, *shape):
+        return torch.empty(*(shape or (self.rows,)), dtype=self.wide, device=self.device)
 
     def state(self):
         """One that has seen nothing in its first rows and another slab in the others."""
-        some = torch.linspace(-2, 5, self.rows, dtype=self.wide)
+        some = torch.linspace(-2, 5, self.rows, dtype=self.wide, device=self.device)
         some[:2] = -torch.inf
         seen = some > -torch.inf
         entropy = torch.where(seen, -0.3, 0.0).to(self.wide) if self.entropy else None
@@ -91,41 +97,38 @@ class Rows:
 
     def forward(self, kernels, keep):
         state = self.state()
-        kept = self.empty(self.rows, self.width) if keep else None
-        offset = torch.empty(self.rows, 1, dtype=self.wide) if keep else None
+        kept = self.slab() if keep else None
+        offset = self.row(self.rows, 1) if keep else None
         kernels.slab_forward(self.place(self.z), *self.arguments, state, kept, offset)
         return [*state, kept, offset]
 
     def unit(self, kernels, alias):
         state, z = self.state(), self.place(self.z)
-        unit = z if alias else self.empty(self.rows, self.width)
-        logged = self.empty(self.rows, self.width) if self.entropy else None
-        rescale = torch.empty(self.rows, dtype=self.wide)
-        step = torch.empty(self.rows, dtype=self.wide) if self.entropy else None
+        unit = z if alias else self.slab()
+        logged = self.slab() if self.entropy else None
+        rescale = self.row()
+        step = self.row() if self.entropy else None
         kernels.slab_forward_unit(z, *self.arguments, state, unit, logged, rescale, step)
         return [*state, unit, logged, rescale, step]
 
     def backward(self, kernels, kept, alias, dbias):
         """From probabilities that torch_rows kept, so that both see the same ones."""
-        state = RowState(*(None if part is None else part for part in self.state()))
-        stored = torch.empty(self.rows, self.width, dtype=self.dtype)
-        offset = torch.empty(self.rows, 1, dtype=self.wide)
+        state, offset = self.state(), self.row(self.rows, 1)
+        stored = self.slab()
         torch_rows.slab_forward(self.z.clone(), *self.arguments, state, stored, offset)
         seen = state.run_sum > 0
         log_sum = torch.where(seen, state.run_sum.log(), torch.nan)
         entropy = None if state.entropy_sum is None else log_sum - state.entropy_sum / state.run_sum
         stats = RowStats(state.run_max, log_sum, state.target_logit, entropy)
-        places = torch.arange(self.rows, dtype=self.wide)
+        places = torch.arange(self.rows, dtype=self.wide, device=self.device)
         upstream = Upstream(
             torch.sin(1 + places), torch.cos(places), torch.sin(2 + 3 * places) if self.entropy else None
         )
         scale = torch.exp2(-(places % 5)) if self.dtype == torch.float16 else None
-        total = torch.full((self.width,), torch.nan, dtype=self.wide) if dbias else None
-        src = self.place(stored) if kept else self.place(self.z)
-        dz = src if alias else self.empty(self.rows, self.width)
-        kernels.slab_backward(
-            src, offset if kept else None, *self.arguments, stats, upstream, scale, dz, total
-        )
+        total = self.row(self.width).fill_(torch.nan) if dbias else None
+        src = stored if kept else self.place(self.z)
+        dz = src if alias else self.slab()
+        kernels.slab_backward(src, offset if kept else None, *self.arguments, stats, upstream, scale, dz, total)
         return [dz, total]
 
 
@@ -177,9 +180,7 @@ def test_rows_of_every_tile_reach_dbias(backend, rows):
     results = []
     for kernels in (cuda_rows, torch_rows):
         dz, dbias = torch.empty_like(z), torch.empty(width, dtype=torch.float64)
-        kernels.slab_backward(
-            z.clone(), None, None, targets, 0, wk.LogitTransform(), stats, upstream, None, dz, dbias
-        )
+        kernels.slab_backward(z.clone(), None, None, targets, 0, wk.LogitTransform(), stats, upstream, None, dz, dbias)
         results.append((dz, dbias))
     torch.testing.assert_close(*results)
     torch.testing.assert_close(results[0][1], results[0][0].sum(0))

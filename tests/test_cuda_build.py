@@ -91,7 +91,9 @@ def test_no_kernel_spills_or_uses_local_memory(library):
 def test_row_kernels_move_16_bytes_at_a_time(library):
     sass = cuda_tools.run([cuobjdump(), "-sass", "-arch", "sm_90", str(library)])
     functions = re.split(r"\n\s*Function : ", sass)[1:]
-    wide = [text for text in functions if re.search(r"(two_looks|score|backward)I.*Lb1E(EE|NS)", text.split("\n", 1)[0])]
+    wide = [
+        text for text in functions if re.search(r"(two_looks|score|backward)I.*Lb1E(EE|NS)", text.split("\n", 1)[0])
+    ]
     assert len(wide) == 1 + 6 + 6
     for text in wide:
         name = text.split("\n", 1)[0]

@@ -1,4 +1,4 @@
-"""The tests of the CUDA kernels can fail: planted faults are caught, and the emulator finds what it is there to find."""
+"""The tests of the CUDA kernels can fail: planted faults are caught, and the emulator finds what it is there for."""
 
 import shutil
 import subprocess

@@ -28,6 +28,7 @@ __all__ = [
     "win_rates",
 ]
 
+
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device.type}"

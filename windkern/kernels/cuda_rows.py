@@ -145,9 +145,7 @@ def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
     sums = values.new_empty(bounds.shape[0] - 1)
     values, bounds = contiguous(values, bounds)
     with _queue_of(values) as queue:
-        _cuda.segment_sum(
-            queue, DTYPES[values.dtype], address(values), address(bounds), sums.shape[0], address(sums)
-        )
+        _cuda.segment_sum(queue, DTYPES[values.dtype], address(values), address(bounds), sums.shape[0], address(sums))
     return sums
 
 
