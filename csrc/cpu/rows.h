@@ -56,7 +56,7 @@ void see_target(const ForwardState& state, int64_t row, const S* y, int64_t colu
 
 template <class S, class E>
 void forward_rows(const Slab& slab, const ForwardState& state, const ForwardOutputs& out) {
-  const Transform<S> t = transform_of<S>(slab);
+  const Transform<S> t(slab);
   const int64_t W = slab.width;
   const S gain = S(1 << kept_binades<E>);
   const S log_gain = S(0.69314718055994530942 * kept_binades<E>);
@@ -89,7 +89,7 @@ void forward_rows(const Slab& slab, const ForwardState& state, const ForwardOutp
 
 template <class S, class E>
 void unit_rows(const Slab& slab, const ForwardState& state, const UnitOutputs& out) {
-  const Transform<S> t = transform_of<S>(slab);
+  const Transform<S> t(slab);
   const int64_t W = slab.width;
   const S gain = S(1 << kept_binades<E>);
 #pragma omp parallel for num_threads(slab.threads) schedule(static) if (slab.rows * slab.width > kSerialSlab)
@@ -198,7 +198,7 @@ void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>
 
 template <class S, class E>
 void backward_rows(const Slab& slab, const BackwardInputs& in) {
-  const Transform<S> t = transform_of<S>(slab);
+  const Transform<S> t(slab);
   const int64_t W = slab.width;
   const int64_t threads = slab.rows * W > kSerialSlab ? slab.threads : 1;
   Buffer<S> partial(in.dbias == nullptr ? 0 : threads * W);  // one row for each thread, summed in order

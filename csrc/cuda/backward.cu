@@ -12,6 +12,9 @@ constexpr int kMaxThreads = 256;
 constexpr int kBatch = 32;  // rows whose terms are in shared memory together: one for each lane of the first warp
 constexpr int kRowsAtOnce = 2;  // rows a thread loads before it uses the first
 constexpr int kTileRows = 16;
+// Blocks a multiprocessor has room for: 64 registers a thread, more where float64 would spill.
+template <class S>
+constexpr int kBlocks = sizeof(S) == 8 ? 1 : 4;
 
 // What one row needs of its statistics and upstream gradients.
 template <class S>
@@ -78,8 +81,8 @@ __device__ __forceinline__ S slope_of(S x, const RowTerms<S>& row, const Transfo
 }
 
 template <class S, class E, bool from_kept, bool wide>
-__global__ void __launch_bounds__(kMaxThreads)
-    backward(const Slab slab, const BackwardInputs in, int column_tiles, int64_t tile_rows, S* partial) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<S>)
+    backward(const Slab slab, const Transform<S> t, const BackwardInputs in, int column_tiles, int64_t tile_rows, S* partial) {
   constexpr int size = kPack<E, wide>, at_once = kRowsAtOnce;
   __shared__ RowTerms<S> terms[kBatch];
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
@@ -88,7 +91,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t first_row = tile * tile_rows;
   const int64_t last_row = first_row + tile_rows < slab.rows ? first_row + tile_rows : slab.rows;
   const Columns<wide, size> columns{thread, threads, int(width)};
-  const Transform<S> t = transform_of<S>(slab);
   const bool plain = slab.bias == nullptr && t.identity(), has_entropy = in.c_ent != nullptr;
   E* const dz = (E*)in.dz;
   S sums[size];
@@ -159,8 +161,8 @@ void run(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_
   constexpr bool may = kMayBeWide<S>;
   const auto kernel = in.kept != nullptr ? (wide ? backward<S, E, true, may> : backward<S, E, true, false>)
                                          : (wide ? backward<S, E, false, may> : backward<S, E, false, false>);
-  WK_RUN("slab_backward", kernel, tiles * column_tiles, dim3(threads), cudaStream_t(stream), slab, in, column_tiles,
-         tile_rows, scratch);
+  WK_RUN("slab_backward", kernel, tiles * column_tiles, dim3(threads), cudaStream_t(stream), slab, Transform<S>(slab), in,
+         column_tiles, tile_rows, scratch);
   if (in.dbias != nullptr) {
     WK_RUN("slab_backward (dbias)", add_tiles<S>, ceil_div(width, kMaxThreads), dim3(kMaxThreads),
            cudaStream_t(stream), scratch, tiles, width, (S*)in.dbias);

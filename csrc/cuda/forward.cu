@@ -12,13 +12,12 @@ template <bool wide>
 constexpr int kPacksAtOnce = wide ? 4 : 2;
 
 template <class S, bool wide>
-__global__ void __launch_bounds__(kMaxTeam) score(const Slab slab, const ForwardState state) {
+__global__ void __launch_bounds__(kMaxTeam) score(const Slab slab, const Transform<S> t, const ForwardState state) {
   constexpr int size = kPack<S, wide>, at_once = kPacksAtOnce<wide>;
   __shared__ TeamSlots<S> slots[3];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= slab.rows) return;  // whole warps: a block of several rows has one warp for each
   const Columns<wide, size> columns{int(threadIdx.x), int(blockDim.x), int(slab.width)};
-  const Transform<S> t = transform_of<S>(slab);
   const S* z = (const S*)slab.logits + row * slab.width;
   const S* bias = (const S*)slab.bias;
   const bool plain = bias == nullptr && t.identity(), wants_entropy = state.entropy != nullptr;
@@ -73,7 +72,7 @@ void run(const Slab& slab, const ForwardState& state, Stream stream) {
   const dim3 block = team_block(team);
   const bool wide = aligned16(slab.logits) && aligned16(slab.bias) && width % kPack<S, true> == 0;
   WK_RUN("slab_forward", wide ? score<S, kMayBeWide<S>> : score<S, false>, ceil_div(slab.rows, block.y), block,
-         cudaStream_t(stream), slab, state);
+         cudaStream_t(stream), slab, Transform<S>(slab), state);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ struct KeptOutput {
   S* offset;
   int64_t width;
 
-  __device__ void begin(int64_t row, S slab_max, S, const Transform<S>&, bool) {
+  __device__ void begin(int64_t row, S slab_max, S) {
     constexpr double log_gain = 0.69314718055994530942 * kept_binades<E>;
     kept += row * width;
     if (threadIdx.x == 0) offset[row] = slab_max - S(log_gain);

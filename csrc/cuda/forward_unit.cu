@@ -14,9 +14,8 @@ struct UnitOutput {
   Transform<S> t;
   S factor, step;  // of this row, from begin()
 
-  __device__ void begin(int64_t row, S slab_max, S old_max, const Transform<S>& transform, bool) {
+  __device__ void begin(int64_t row, S slab_max, S old_max) {
     const S new_max = finite_shift(lane_max(old_max, slab_max));
-    t = transform;
     factor = lane_exp(slab_max - new_max) * S(1 << kept_binades<E>);
     step = slab_max == minus_infinity<S>() ? S(0) : slab_max - new_max;
     unit += row * width;
@@ -54,7 +53,7 @@ struct UnitOutput {
 template <class S, class E>
 void run(const Slab& slab, const ForwardState& state, const UnitOutputs& out, Stream stream) {
   const UnitOutput<S, E> output{(E*)out.unit,     (E*)out.unit_entropy, (S*)out.rescale,
-                                (S*)out.max_step, slab.width,           transform_of<S>(slab), S(0), S(0)};
+                                (S*)out.max_step, slab.width,           Transform<S>(slab), S(0), S(0)};
   const bool aligned = aligned16(out.unit) && aligned16(out.unit_entropy);
   launch_two_looks<S, E>("slab_forward_unit", slab, state, output, aligned, stream);
 }

@@ -14,14 +14,13 @@ namespace cuda {
 // kTeam and kBlocks bound its registers: several blocks on a multiprocessor, so that one loads while another computes.
 template <class S, class E, bool wide, class Output>
 __global__ void __launch_bounds__(Output::kTeam, Output::kBlocks)
-    two_looks(const Slab slab, const ForwardState state, Output output) {
+    two_looks(const Slab slab, const Transform<S> t, const ForwardState state, Output output) {
   // Unaligned rows, at most the last slab of a vocabulary, are read twice: single columns need an address each.
   constexpr int size = kPack<E, wide>, held = wide ? kHeldBytes / int(sizeof(S)) / size : 0;
   __shared__ TeamSlots<S> slots[3];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= slab.rows) return;  // whole warps: a block of several rows has one warp for each
   const Columns<wide, size> columns{int(threadIdx.x), int(blockDim.x), int(slab.width)};
-  const Transform<S> t = transform_of<S>(slab);
   const S* z = (const S*)slab.logits + row * slab.width;
   const S* bias = (const S*)slab.bias;
   const bool plain = bias == nullptr && t.identity(), wants_entropy = state.entropy != nullptr;
@@ -52,7 +51,7 @@ __global__ void __launch_bounds__(Output::kTeam, Output::kBlocks)
   OnlineSoftmax<S> running = load_state<S>(state, row);
   part.max = over_team(part.max, slots[0], Larger{});
   const S shift = finite_shift(part.max);
-  output.begin(row, part.max, running.max, t, wants_entropy);
+  output.begin(row, part.max, running.max);
 
   const auto look = [&](int p, const S(&entries)[size]) {
     S e[size];
@@ -93,7 +92,7 @@ void launch_two_looks(const char* name, const Slab& slab, const ForwardState& st
   const dim3 block = team_block(team);
   const bool wide = aligned && aligned16(slab.logits) && aligned16(slab.bias) && width % kPack<E, true> == 0;
   WK_RUN(name, wide ? two_looks<S, E, kMayBeWide<S>, Output> : two_looks<S, E, false, Output>, ceil_div(slab.rows, block.y),
-         block, cudaStream_t(stream), slab, state, output);
+         block, cudaStream_t(stream), slab, Transform<S>(slab), state, output);
 }
 
 }  // namespace cuda
