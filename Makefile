@@ -18,7 +18,7 @@ help:
 ## setup   create .venv with windkern, its tests, the demo and the benchmarks' peers
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 	@echo "Setting up $(VENV) (a few minutes on a fresh machine) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH_INDEX) "$(TORCH)"
@@ -50,12 +50,13 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.readme
 
-## gpu     on a machine with a GPU and torch: build the extension and run the GPU suite, log in $$OUT (default: out)
+## gpu     on a machine with a GPU and torch: build the extensions, run the GPU suite and the bandwidth benchmark into OUT
 OUT ?= out
 gpu:
 	mkdir -p $(OUT)
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_gpu.py -m gpu $(ARGS) 2>&1 | tee $(OUT)/gpu-tests.log
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_gpu.py tests/test_gpu_cuda.py -m gpu $(ARGS) 2>&1 | tee $(OUT)/gpu-tests.log
+	$(PYTHON) -m benchmarks.bandwidth --out $(OUT) 2>&1 | tee $(OUT)/bandwidth.log
 
 clean:
 	rm -rf $(VENV) build *.egg-info windkern/*.so

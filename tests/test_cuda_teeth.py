@@ -89,6 +89,6 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
     native, program = cuda_tools.ROOT / "tests" / "native", str(tmp_path / "sanitize")
     sources = [str(native / name) for name in ("sanitize.cpp", "cuda_table.cpp")]
     cuda_tools.run(["g++", *cuda_tools.EMULATOR_FLAGS, *flags, *sources, *objects, "-o", program])
-    command = [program, "3", "64", "520"]
+    command = [program, "3", "64", "520", "pairs", "5"]
     ran = subprocess.run(command, capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
     assert ran.returncode == 0 and ran.stdout == "clean\n", ran.stderr[-3000:]
