@@ -92,6 +92,13 @@ def test_threads_follow_torch():
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-5)
 
 
+def test_an_instruction_set_that_is_not_there_is_a_reason_not_a_crash():
+    code = "import windkern as wk; print(wk.backends.available('cpu'), wk.backends.why_not('cpp', 'cpu'))"
+    environment = {**os.environ, "WINDKERN_CPP_ISA": "avx1024"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("('torch',) WINDKERN_CPP_ISA='avx1024' names no instruction set of this CPU")
+
+
 def test_it_is_the_default_on_a_cpu():
     assert wk.backends.available("cpu")[0] == "cpp"
     assert "it runs on a CPU" in wk.backends.why_not("cpp", "cuda")

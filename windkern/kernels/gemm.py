@@ -28,13 +28,14 @@ _probed: dict[str, bool] = {}
 
 
 def _cuda_has_out_dtype() -> bool:
-    """Whether torch.mm can return float32 from bfloat16 operands on this build and GPU (probed once)."""
+    """Whether torch.mm and addmm can return float32 from bfloat16 operands on this build and GPU (probed once)."""
     if not torch.cuda.is_available():
         return True  # planning for a GPU from a machine without one
     if "out_dtype" not in _probed:
         try:
             probe = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
-            torch.mm(probe, probe, out_dtype=torch.float32)
+            total = torch.mm(probe, probe, out_dtype=torch.float32)
+            torch.addmm(total, probe, probe, out_dtype=torch.float32, out=total)
             _probed["out_dtype"] = True
         except (TypeError, RuntimeError):
             _probed["out_dtype"] = False
