@@ -97,7 +97,7 @@ class _Problem:
         H_max = max(self.hidden_sizes)
         acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
         total = self._common_bytes(R, width) + R * width * acc + kept * M * (width * item + acc)
-        total += self.gemm.upcasts_logits * M * H * acc
+        total += self.gemm.upcasts_logits * M * H * acc + self.gemm.packed_bytes(width, H_max)
         if self.gear == "frozen_head":
             H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
             total += (1 + self.entropy) * M * H_grad * acc
@@ -121,14 +121,17 @@ class _Problem:
         total += M * width * (item if item != acc else 0)
         if self.gemm.upcasts_logits and not all_kept:
             total += M * H * acc
+        packed = [0 if all_kept else self.gemm.packed_bytes(width, H_max)]
         if any(self.hidden_grad):
             total += M * H_grad * acc + self.compact * M * H_max * item
             total += self._product_bytes(M, width, H_max)
+            packed.append(self.gemm.packed_bytes(H_max, width))
         if any(self.weight_grad):
+            packed.append(self.gemm.packed_bytes(H_max, M))
             total += width * H_max * acc * self._weight_product()
             total += self.gemm.upcasts_grads * M * H * acc
             total += M * H * item * (self.gemm.operand == torch.float16)
-        return total
+        return total + max(packed)
 
     def _common_bytes(self, rows: int, width: int) -> int:
         """Row vectors, compacted rows, block scratch, and the head's slab in another dtype."""
@@ -148,6 +151,8 @@ class _Problem:
 
     def _weight_product(self) -> bool:
         """Whether dweight of a slab exists apart from its place in the gradient."""
+        if self.gemm.packs:
+            return False
         same = self.weight_dtype == self.gemm.operand and not self.accumulates
         return self.gemm.device_type == "cpu" or self.gemm.operand == torch.float16 or not same
 
