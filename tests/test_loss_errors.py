@@ -7,13 +7,9 @@ import sys
 
 import pytest
 import torch
-from loss_cases import (
-    BETA,
-    CASE,
-    ETA,
-    STEP,
-    assert_matches_reference,
-)
+from loss_cases import CASE, STEP
+from loss_checks import assert_matches_reference
+from loss_references import BETA, ETA
 from torch import Tensor
 
 from windkern.losses import LOSSES, WindLoss, check_prefs, wind

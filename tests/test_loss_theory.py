@@ -9,24 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import (
-    B_,
-    BETA,
-    CASE,
-    ETA,
-    STEP,
-    WON,
-    A,
-    C,
-    assert_same,
-    generator,
-    normal,
-    partial_mask,
-    quick,
-    random_prefs,
-    seeds,
-    value_and_gradient,
-)
+from loss_cases import CASE, STEP, normal, random_prefs
+from loss_checks import WON, assert_same, generator, partial_mask, quick, seeds, value_and_gradient
+from loss_references import B_, BETA, ETA, A, C
 from torch import Tensor
 
 from windkern.losses import WindLoss, check_prefs, dpo, sppo, wind
@@ -187,7 +172,7 @@ def test_rebel_and_trajectory_balance_are_square_with_a_reward_as_utility():
 
 def test_module_is_the_function():
     inputs = CASE["wind-kl"].make(5)
-    where = partial_mask(5, 4)
+    where = partial_mask(CASE["wind-kl"])
     module = WindLoss(eta=ETA, beta=BETA, objective="kl", reduction="sum")
     assert torch.equal(module(**inputs, where=where), CASE["wind-kl"](inputs, where=where, reduction="sum"))
     assert repr(module) == f"WindLoss(eta={ETA}, beta={BETA}, objective='kl', reduction='sum')"
