@@ -91,8 +91,8 @@ CONSTANTS: dict[str, Inputs] = {
 }
 
 
-def drawn(*names: str, tokens: int | None = None) -> Inputs:
-    """Log-probs of sequences near -40 nats, or of tokens near -2, under policies close to each other; and constants."""
+def drawn(*names: str, tokens: int | None = None, far: float = 0.25) -> Inputs:
+    """Log-probs of sequences near -40 nats, or of tokens near -2, `far` from those of the old policy; and constants."""
 
     def inputs(B: int, N: int, generator: torch.Generator) -> dict[str, Tensor]:
         shape = (B, N) if tokens is None else (B, N, tokens)
@@ -102,7 +102,7 @@ def drawn(*names: str, tokens: int | None = None) -> Inputs:
             else -4 * uniform(*shape, generator=generator)
         )
         ref = old + 0.7 * normal(*shape, generator=generator)
-        logps = old + 0.25 * normal(*shape, generator=generator)
+        logps = old + far * normal(*shape, generator=generator)
         policies = {"old_logps": old, "anchor_logps": old, "ref_logps": ref}
         made = {"logps": logps} | {name: policies[name] for name in names if name in policies}
         for name in names:
@@ -251,7 +251,7 @@ CASES = [
         Case(
             "aot",
             "paired" if paired else "unpaired",
-            drawn("ref_logps"),
+            drawn("ref_logps", far=3.0),
             lambda groups, start, paired=paired: plain.aot(groups, start, paired),
             {"beta": 0.5, "paired": paired, "label_smoothing": 0.1},
             SHIFT if paired else NONE,
@@ -269,6 +269,7 @@ CASES = [
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 CASE = {str(case): case for case in CASES}
+ONE_OF_EACH = {case.loss: case for case in reversed(CASES)}  # the first row of each loss
 
 
 def having(name: str):

@@ -22,7 +22,7 @@ def partial_mask(case: Case, groups: int = 5, responses: int | None = None) -> T
     where = torch.ones(shape, dtype=torch.bool)
     where[0] = False
     where[1, 1:] = False
-    if shape[1] > 2:
+    if shape[1] > case.least:
         where[3:, 1] = False
     if case.per_token:
         where[3:, 0, 1:] = False
