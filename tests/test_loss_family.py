@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import CASE, CASES, normal, random_prefs
+from loss_cases import CASE, CASES, normal
 from loss_checks import WON, assert_same, generator, quick, seeds, value_and_gradient
 from loss_references import B_, BETA, ETA, A, C
 from torch import Tensor
@@ -21,7 +21,7 @@ from windkern.losses.orpo import log_odds
 
 DOUBLE = torch.float64
 
-# One residual (docs/theory.md, section 10): the gradient is factor * (2/K) (d_i - mean d), d = l - a o - b r - c u ------
+# One residual (docs/theory.md, section 10): gradients are (2/K) (d_i - mean d), d = l - a o - b r - c u ----------------
 
 CONVERSIONS = {  # row: a, b, c, what c multiplies, whether the loss is a mean over pairs
     "wind-square": (A, B_, C, "V", False),
@@ -56,9 +56,8 @@ def test_one_residual_serves_them_all(row, seed, K):
 def test_point_forms_are_the_residual_with_a_constant(row):
     inputs = CASE[row].make(3, 5)
     _, gradient = value_and_gradient(CASE[row], inputs)
-    a, b, c = (
-        (A, B_, C) if row.startswith("wind") else (1.0, 0.0, ETA) if row.startswith("sppo") else (0.0, 1.0, 1 / BETA)
-    )
+    steps = {"wind": (A, B_, C), "sppo": (1.0, 0.0, ETA), "trajectory_balance": (0.0, 1.0, 1 / BETA)}
+    a, b, c = steps[row.split("-")[0]]
     s = inputs["logps"] - a * inputs.get("old_logps", 0) - b * inputs.get("ref_logps", 0)
     if row.startswith("wind"):
         u = (inputs["prefs"].sum(-1) - 0.5) / 4  # U
@@ -95,11 +94,9 @@ def test_swapping_two_responses_and_their_label_swaps_the_gradient(case):
 
 def test_trajectory_balance_on_policy_is_the_gradient_of_the_reverse_kl():
     g = generator(0)
-    logits, ref, rewards = (
-        normal(4, generator=g).requires_grad_(),
-        normal(4, generator=g).log_softmax(-1),
-        normal(4, generator=g),
-    )
+    logits, ref, rewards = (normal(4, generator=g) for _ in range(3))
+    ref = ref.log_softmax(-1)
+    logits.requires_grad_()
     rows = torch.cartesian_prod(*[torch.arange(4)] * 3)  # every group of three draws
     logps = logits.log_softmax(-1)
     chance = logps.detach()[rows].sum(-1).exp()
@@ -271,13 +268,11 @@ def test_orpo_is_finite_up_to_certainty(means, dtype):
 
 def test_no_gradient_flows_through_the_reference_point_of_kto():
     inputs = CASE["kto-batch"].make(4)
+    inputs["logps"] += 2  # so that the mean gap is positive
     gaps = (inputs["logps"] - inputs["ref_logps"]).flatten()
-    assert gaps.mean() > 0 or (inputs["logps"].add_(1) is not None)
-    gaps = (inputs["logps"] - inputs["ref_logps"]).flatten()
-    value, gradient = value_and_gradient(CASE["kto-batch"], inputs)
-    for got, want in zip(
-        value_and_gradient(CASE["kto-kl_gaps"], {**inputs, "kl_gaps": gaps}), (value, gradient), strict=True
-    ):
+    own = value_and_gradient(CASE["kto-batch"], inputs)
+    given = value_and_gradient(CASE["kto-kl_gaps"], {**inputs, "kl_gaps": gaps})
+    for got, want in zip(own, given, strict=True):
         assert_same(got, want)
     negative = value_and_gradient(CASE["kto-kl_gaps"], {**inputs, "kl_gaps": -gaps.abs()})
     at_zero = value_and_gradient(CASE["kto-kl_gaps"], {**inputs, "kl_gaps": 0 * gaps})
@@ -303,7 +298,7 @@ def test_tamed_exp_is_exp_and_then_its_tangent(x):
     assert value.grad.item() == pytest.approx(slope, rel=1e-5)
 
 
-@pytest.mark.parametrize("gap", [-1e4, -90.0, 90.0, 1e4])
+@pytest.mark.parametrize("gap", [-1e4, -200.0, 90.0, 1e4])
 @pytest.mark.parametrize("advantage", [-1.0, 1.0])
 def test_grpo_is_finite_and_pushes_back_however_far_a_token_has_gone(gap, advantage):
     old = torch.full((1, 2, 2), -2.0)
@@ -382,7 +377,3 @@ def test_fused_loss_equals_the_loss_by_hand(case, budget):
     assert_same(fused, by_hand)
     for got, want in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (fused, by_hand)), strict=True):
         assert_same(got, want)
-
-
-def test_random_preferences_are_preferences():
-    losses.check_prefs(random_prefs(3, 4, generator(11)))
