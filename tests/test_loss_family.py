@@ -21,7 +21,7 @@ from windkern.losses.orpo import log_odds
 
 DOUBLE = torch.float64
 
-# One residual (docs/theory.md, section 10): gradients are (2/K) (d_i - mean d), d = l - a o - b r - c u ----------------
+# One residual (docs/theory.md, section 10): gradients are (2/K) (d_i - mean d), d = l - a o - b r - c u ---------------
 
 CONVERSIONS = {  # row: a, b, c, what c multiplies, whether the loss is a mean over pairs
     "wind-square": (A, B_, C, "V", False),

@@ -36,8 +36,8 @@ def trajectory_balance(
     estimate log Z = -mean d (VarGrad), which makes it the variance of d. The optimum is pi_ref exp(R / beta) / Z.
 
     The responses may come from any policy: no importance ratio occurs, so a replay buffer needs no correction. Samples
-    of the policy itself make the gradient, in expectation, that of 2 KL(policy || optimum), times (K-1)/K with the group's
-    estimate of log Z.
+    of the policy itself make the gradient, in expectation, that of 2 KL(policy || optimum), times (K-1)/K with the
+    group's estimate of log Z.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
