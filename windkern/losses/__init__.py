@@ -76,7 +76,8 @@ class Loss:
     separable: bool  # treats groups apart, so it works inside fused_loss
     when: str
     shape: tuple[str | int, ...] = ("B", "N")  # of logps
-    settings: dict[str, float] = field(default_factory=dict)  # values for what has no default, used in pictures
+    settings: dict[str, object] = field(default_factory=dict)  # arguments for its picture; numbers without default
+    span: float = 6.0  # nats to both sides that its picture shows
     variants: tuple[str, tuple[str, ...]] | None = None  # an argument and the names it takes
 
 
@@ -93,7 +94,7 @@ LOSSES = {
             source="WIND (arXiv 2410.20727), docs/theory.md eq. (1.31) to (1.44)",
             separable=True,
             when="several sampled responses per prompt, judged in pairs or by win rate, with a pull to the reference",
-            settings={"eta": 1.0, "beta": 0.25},
+            settings={"eta": 4.0, "beta": 0.05},
             variants=("objective", tuple(OBJECTIVES)),
         ),
         Loss(
@@ -104,7 +105,7 @@ LOSSES = {
             source="SPPO (arXiv 2405.00675)",
             separable=True,
             when="as wind without a reference, or to compare with published SPPO runs",
-            settings={"eta": 1.0},
+            settings={"eta": 4.0},
         ),
         Loss(
             name="inpo",
@@ -114,7 +115,7 @@ LOSSES = {
             source="INPO (arXiv 2407.00617)",
             separable=True,
             when="wind's pair form in INPO's parameters; pairs with a known winner and two frozen policies",
-            settings={"eta": 1.0, "tau": 0.25},
+            settings={"eta": 0.25, "tau": 0.05},
         ),
         Loss(
             name="rebel",
@@ -164,6 +165,7 @@ LOSSES = {
             separable=True,
             when="fixed pairs of a chosen and a rejected response, nothing sampled",
             shape=PAIR,
+            settings={"beta": 1.0},
             variants=("link", tuple(LINKS)),
         ),
         Loss(
@@ -175,6 +177,7 @@ LOSSES = {
             separable=True,
             when="demonstrations only: they are chosen over the model's own samples",
             shape=PAIR,
+            settings={"beta": 1.0},
         ),
         Loss(
             name="exo",
@@ -184,7 +187,7 @@ LOSSES = {
             source="EXO (arXiv 2402.00856)",
             separable=True,
             when="as infonca, but seeking the mode of the target",
-            settings={"beta": 0.5},
+            settings={"beta": 1.0},
         ),
         Loss(
             name="infonca",
@@ -194,6 +197,7 @@ LOSSES = {
             source="InfoNCA (arXiv 2402.05369)",
             separable=True,
             when="graded rewards on fixed responses; dpo for more than two",
+            settings={"beta": 1.0},
         ),
         Loss(
             name="nca",
@@ -203,7 +207,7 @@ LOSSES = {
             source="NCA (arXiv 2402.05369)",
             separable=True,
             when="as infonca or dpo, when the likelihood of good responses must not fall",
-            settings={"beta": 0.5},
+            settings={"beta": 1.0},
         ),
         Loss(
             name="listwise_dpo",
@@ -213,6 +217,7 @@ LOSSES = {
             source="Plackett-Luce form of DPO (arXiv 2305.18290)",
             separable=True,
             when="fixed responses in order, without trust in the size of the rewards",
+            settings={"beta": 1.0},
         ),
         Loss(
             name="simpo",
@@ -233,6 +238,7 @@ LOSSES = {
             separable=True,
             when="fine-tuning and preference in one stage, without a reference model",
             shape=PAIR,
+            settings={"beta": 1.0},
         ),
         Loss(
             name="cpo",
@@ -243,6 +249,7 @@ LOSSES = {
             separable=True,
             when="fixed pairs without a reference model, imitating the chosen response",
             shape=PAIR,
+            settings={"beta": 1.0},
         ),
         Loss(
             name="kto",
@@ -252,6 +259,7 @@ LOSSES = {
             source="KTO (arXiv 2402.01306)",
             separable=False,
             when="single responses marked good or bad; z0 spans the batch, so inside fused_loss only with kl_gaps",
+            settings={"beta": 1.0},
         ),
         Loss(
             name="apo",
@@ -262,6 +270,7 @@ LOSSES = {
             separable=True,
             when="pairs of which it is known whether the chosen one beats the model",
             shape=PAIR,
+            settings={"beta": 1.0},
             variants=("variant", tuple(VARIANTS)),
         ),
         Loss(
@@ -273,6 +282,7 @@ LOSSES = {
             separable=False,
             when="chosen and rejected as two distributions, paired or not; sorts the whole batch",
             shape=PAIR,
+            settings={"beta": 1.0},
         ),
         Loss(
             name="grpo",
@@ -283,6 +293,8 @@ LOSSES = {
             separable=False,
             when="policy gradient on token_logps; per token, so not inside fused_loss",
             shape=("B", "N", "T"),
+            settings={"clip_high": 0.3},
+            span=1.0,
         ),
     )
 }
