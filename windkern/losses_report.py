@@ -80,28 +80,29 @@ def curves(loss: Loss) -> list[Curve]:
     constants = _constants(loss, start)
     moving = [(place, label) for place, label in enumerate(_labels(loss, constants)) if label]
     if loss.variants is None:
-        return [_curve(loss, constants, start, place, label, loss.settings) for place, label in moving]
+        return [_curve(loss, start, place, label, loss.settings) for place, label in moving]
     argument, names = loss.variants
     if len(names) * len(moving) > MOST:
         moving = [(0, "")]
     return [
-        _curve(loss, constants, start, place, f"{name}, {label}" if label else name, {**loss.settings, argument: name})
+        _curve(loss, start, place, f"{name}, {label}" if label else name, {**loss.settings, argument: name})
         for name in names
         for place, label in moving
     ]
 
 
-def _curve(loss: Loss, constants: dict[str, Tensor], start: Tensor, response: int, label: str, settings: dict) -> Curve:
-    moves, values, slopes = torch.linspace(-loss.span, loss.span, POINTS).tolist(), [], []
-    for move in moves:  # one by one, because some losses couple the groups of a batch
-        logps = start.clone()
-        logps[0, response] += move
+def _curve(loss: Loss, start: Tensor, response: int, label: str, settings: dict[str, object]) -> Curve:
+    moves, values, slopes = torch.linspace(-loss.span, loss.span, POINTS, dtype=start.dtype), [], []
+    for part in moves.split(POINTS if loss.separable else 1):  # the others would couple the points
+        fixed = start.expand(len(part), *start.shape[1:])
+        logps = fixed.clone()
+        logps[:, response] += part.view(-1, *[1] * (start.dim() - 2))
         logps.requires_grad_()
-        value = loss.function(logps, **constants, **settings)
-        (gradient,) = torch.autograd.grad(value, logps)
-        values.append(value.item())
-        slopes.append(gradient[0, response].sum().item())
-    return Curve(label, response, moves, values, slopes)
+        value = loss.function(logps, **_constants(loss, fixed), **settings, reduction="none")
+        (gradient,) = torch.autograd.grad(value.sum(), logps)
+        values += value.tolist()
+        slopes += gradient[:, response].reshape(len(part)).tolist()
+    return Curve(label, response, moves.tolist(), values, slopes)
 
 
 def draw(path: Path, loss: Loss) -> None:
@@ -129,9 +130,8 @@ def draw(path: Path, loss: Loss) -> None:
         axes.set_xlim(-loss.span, loss.span)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(found), 6), frameon=False)
-    settings = ", ".join(
-        f"{name} = {value:g}" for name, value in loss.settings.items() if not isinstance(value, Tensor)
-    )
+    numbers = {name: value for name, value in loss.settings.items() if not isinstance(value, Tensor)}
+    settings = ", ".join(f"{name} = {value:g}" for name, value in numbers.items())
     figure.suptitle(f"{loss.name}: {loss.formula}" + (f"\n{settings}" if settings else ""), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
