@@ -50,11 +50,5 @@ def test_measures_of_quality(ranking):
 def test_command_prints_quality_time_and_memory(ranking, capsys):
     assert ranking.main(["--items", "200", "--steps", "5"]) == 0
     shown = capsys.readouterr().out
-    for words in (
-        "39,800 ordered pairs",
-        "before    Kendall tau",
-        "after     Kendall tau",
-        "pair_loss",
-        "N x N expression",
-    ):
+    for words in ("39,800 ordered pairs", "before    Kendall", "after     Kendall", "pair_loss", "N x N expression"):
         assert words in shown

@@ -67,13 +67,6 @@ def test_point_forms_are_the_residual_with_a_constant(row):
     assert_same(gradient, 2 / 5 * (s + log_z - c * u))
 
 
-@pytest.mark.parametrize(("eta", "beta"), [(0.8, 0.3), (0.8, 0.0), (3.0, 0.1)])
-def test_inpo_is_wind_in_other_parameters(eta, beta):
-    inputs = CASE["inpo-prefs"].make(4, 5)
-    ours = losses.wind(**inputs, eta=eta, beta=beta, objective="square_pair")
-    assert_same(losses.inpo(**inputs, eta=1 / eta + beta, tau=beta), ours)
-
-
 def test_inpo_is_ipo_at_both_ends():
     inputs = CASE["inpo-won"].make(4)
     iterative = losses.dpo(inputs["logps"], inputs["old_logps"], beta=0.7, link="ipo")

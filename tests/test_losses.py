@@ -289,17 +289,6 @@ def test_start_of_the_inner_loop_is_reinforce_with_baseline_one_half():
     assert_same(gradient, 2 / 5 * (pull - pull.mean(-1, keepdim=True) - C * (rates - 0.5)))
 
 
-def test_swapping_a_pair_and_its_label_swaps_the_gradient():
-    case = CASE["wind-square_pair"]
-    inputs = case.make(4, 2)
-    swapped = {name: tensor.flip(1) for name, tensor in inputs.items()}
-    swapped["prefs"] = 1 - inputs["prefs"]
-    (value, gradient), (got, got_gradient) = (value_and_gradient(case, each) for each in (inputs, swapped))
-    assert_same(got, value)
-    assert_same(got_gradient, gradient.flip(1))
-    assert_same(gradient.sum(-1), torch.zeros(4, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("case", [case for case in CASES if case.bound is not None], ids=str)
 @quick(10)
 @given(seed=seeds)
