@@ -198,6 +198,11 @@ def pair_square(s: Tensor, target: Tensor, where: Tensor) -> Tensor:
     return pair_mean((gaps - target).square(), where)
 
 
+def first_of_pair(logps: Tensor) -> Tensor:
+    """(2,) bool, True for the chosen response. Made on the device: a list copied there would make Python wait."""
+    return torch.arange(2, device=logps.device) == 0
+
+
 def pair_gaps(logps: Tensor, base_logps: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 2) -> log-ratios (B,) of the chosen and of the rejected response, 0 where masked."""
     return (fill(logps, where) - fill(base_logps, where)).unbind(-1)

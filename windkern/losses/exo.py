@@ -13,6 +13,7 @@ from windkern.losses._groups import (
     check_reduction,
     check_rewards,
     fill,
+    first_of_pair,
     kept_responses,
     masked_log_softmax,
     reduce_groups,
@@ -85,7 +86,8 @@ def exo(
             raise ValueError(f"label_smoothing must be below 0.5, got {label_smoothing!r}")
         if logps.shape[1] != 2:
             raise ValueError(f"label_smoothing is for pairs, got {logps.shape[1]} responses a group; give rewards")
-        log_q = logps.new_tensor([math.log1p(-label_smoothing), math.log(label_smoothing)])
+        chosen = first_of_pair(logps).to(logps.dtype)
+        log_q = chosen * math.log1p(-label_smoothing) + (1 - chosen) * math.log(label_smoothing)
     else:
         log_q = masked_log_softmax(check_rewards(rewards, logps, where) / alpha, where)
     log_p = masked_log_softmax(beta * (fill(logps, where) - fill(ref_logps, where)), where)

@@ -11,6 +11,7 @@ from windkern.losses._groups import (
     check_reduction,
     choose_target,
     fill,
+    first_of_pair,
     kept_responses,
     pair_square,
     reduce_groups,
@@ -83,7 +84,8 @@ def inpo(
     if prefs is None:
         if logps.shape[1] != 2:
             raise ValueError(f"prefs may be left out for pairs only, got {logps.shape[1]} responses a group")
-        prefs = logps.new_tensor([[0.5, 1.0], [0.0, 0.5]]).expand(logps.shape[0], 2, 2)
+        won = first_of_pair(logps).to(logps.dtype)
+        prefs = (0.5 + (won[:, None] - won) / 2).expand(logps.shape[0], 2, 2)
     prefs = choose_target(logps, prefs, None, "pairs", where, "inpo")
     logps, old_logps, ref_logps = (fill(value, where) for value in (logps, old_logps, ref_logps))
     s = residual(logps, old_logps, ref_logps, b=tau / eta)

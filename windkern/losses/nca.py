@@ -12,6 +12,7 @@ from windkern.losses._groups import (
     check_reduction,
     check_rewards,
     fill,
+    first_of_pair,
     group_mean,
     kept_responses,
     masked_softmax,
@@ -78,7 +79,7 @@ def nca(
     if rewards is not None:
         q = masked_softmax(check_rewards(rewards, logps, where) / alpha, where)
     elif logps.shape[1] == 2:
-        q = logps.new_tensor([1.0, 0.0]) * where
+        q = (where & first_of_pair(logps)).to(logps.dtype)
     else:
         raise ValueError(f"rewards may be left out for pairs only, got {logps.shape[1]} responses a group")
     d = beta * (fill(logps, where) - fill(ref_logps, where))
