@@ -97,7 +97,7 @@ class _Problem:
         H_max = max(self.hidden_sizes)
         acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
         total = self._common_bytes(R, width) + R * width * acc + kept * M * (width * item + acc)
-        total += self.gemm.upcasts_logits * M * H * acc
+        total += self.gemm.upcasts_logits * M * H * acc + self.gemm.packed_bytes(width, H_max)
         if self.gear == "frozen_head":
             H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
             total += (1 + self.entropy) * M * H_grad * acc
@@ -121,14 +121,17 @@ class _Problem:
         total += M * width * (item if item != acc else 0)
         if self.gemm.upcasts_logits and not all_kept:
             total += M * H * acc
+        packed = [0 if all_kept else self.gemm.packed_bytes(width, H_max)]
         if any(self.hidden_grad):
-            total += M * H_grad * acc * (item != acc or self.compact) + self.compact * M * H_max * item
+            total += M * H_grad * acc + self.compact * M * H_max * item
             total += self._product_bytes(M, width, H_max)
+            packed.append(self.gemm.packed_bytes(H_max, width))
         if any(self.weight_grad):
+            packed.append(self.gemm.packed_bytes(H_max, M))
             total += width * H_max * acc * self._weight_product()
             total += self.gemm.upcasts_grads * M * H * acc
             total += M * H * item * (self.gemm.operand == torch.float16)
-        return total
+        return total + max(packed)
 
     def _common_bytes(self, rows: int, width: int) -> int:
         """Row vectors, compacted rows, block scratch, and the head's slab in another dtype."""
@@ -148,6 +151,8 @@ class _Problem:
 
     def _weight_product(self) -> bool:
         """Whether dweight of a slab exists apart from its place in the gradient."""
+        if self.gemm.packs:
+            return False
         same = self.weight_dtype == self.gemm.operand and not self.accumulates
         return self.gemm.device_type == "cpu" or self.gemm.operand == torch.float16 or not same
 
@@ -292,7 +297,7 @@ def plan(
         >>> p.gear, 6 <= p.units <= 8, p.peak_bytes <= 2 << 30
         ('trained', True, True)
     """
-    sizes = (hidden_size,) if isinstance(hidden_size, (int, torch.SymInt)) else tuple(hidden_size)
+    sizes = (hidden_size,) if isinstance(hidden_size, int) else tuple(hidden_size)
     check_count("rows", rows)
     for size in sizes:
         check_count("hidden_size", size, least=1)
@@ -321,15 +326,41 @@ def plan(
     return _solve_chunks(problem, rows, group_rows, budget)
 
 
-def _solve(problem: _Problem, budget: int) -> Plan:
-    if torch.compiler.is_compiling() or type(problem.rows) is not int:
-        return problem.plan(budget)
-    return _solve_cached(problem, budget)
-
-
 @functools.lru_cache(maxsize=1024)
-def _solve_cached(problem: _Problem, budget: int) -> Plan:
+def _solve(problem: _Problem, budget: int) -> Plan:
     return problem.plan(budget)
+
+
+def walk_sizes(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: object) -> tuple[str, int, int]:
+    """Gear, slab width and slabs kept of the plan with these arguments: all that a walk over slabs must know."""
+    made = plan(rows, hidden_sizes, vocab_size, **options)
+    return made.gear, made.slab_width, made.slabs_kept
+
+
+# Run while torch.compile traces, not traced: the search would take minutes there.
+walk_sizes._dynamo_marked_constant = True
+
+
+def fixed_size(size: int) -> int:
+    """`size` as a number: torch.compile may hold the sizes of the head as symbols, and a head keeps its sizes."""
+    return len(range(size)) if torch.compiler.is_compiling() else int(size)
+
+
+def bounded_rows(rows: int) -> int:
+    """The row count to plan for: `rows`, or the next power of two where torch.compile holds a symbol.
+
+    The plan of more rows fits the budget for fewer, and one graph serves a whole octave of row counts.
+    """
+    if type(rows) is int and not torch.compiler.is_compiling():
+        return rows
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    if has_static_value(rows):
+        return int(rows)
+    bound = 64
+    while bound < rows:
+        bound *= 2
+    return bound
 
 
 def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) -> Plan:
@@ -338,7 +369,8 @@ def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) ->
     groups = -(-rows // group_rows)
 
     def chunk(num_groups: int) -> tuple[_Problem, Plan]:
-        several = num_groups < groups and any(problem.weight_grad)
+        # Reason: fused_loss hands float16 gradients over scaled by a power of two, known only at the end.
+        several = any(problem.weight_grad) and (num_groups < groups or problem.gemm.operand == torch.float16)
         part = replace(problem, rows=_round_up(min(rows, num_groups * group_rows), tile), accumulates=several)
         return part, _solve(part, budget)
 

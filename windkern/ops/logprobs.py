@@ -14,7 +14,7 @@ from windkern.kernels.gemm import Gemm, accumulator
 from windkern.ops import walk as walks
 from windkern.ops.inputs import Blocks, Inputs, check_targets, prepare
 from windkern.ops.once import differentiable_once
-from windkern.plan import Plan, plan
+from windkern.plan import bounded_rows, deterministic_tile, fixed_size, walk_sizes
 from windkern.transform import LogitTransform
 
 # Arguments that say what a walk does; the same tail for forward and backward.
@@ -79,7 +79,7 @@ class Config(NamedTuple):
         return any(self.hidden_grad) and not (any(self.weight_grad) or self.bias_grad)
 
 
-def config_of(inputs: Inputs, made: Plan, grads: dict, entropy: bool) -> Config:
+def config_of(inputs: Inputs, slab_width: int, slabs_kept: int, row_block: int, grads: dict, entropy: bool) -> Config:
     transform = inputs.transform
     return Config(
         scale=transform.scale,
@@ -89,9 +89,9 @@ def config_of(inputs: Inputs, made: Plan, grads: dict, entropy: bool) -> Config:
         weight_grad=grads["weight_grad"],
         bias_grad=grads["bias_grad"],
         entropy=entropy,
-        slab_width=made.slab_width,
-        slabs_kept=made.slabs_kept,
-        row_block=made.row_block,
+        slab_width=slab_width,
+        slabs_kept=slabs_kept,
+        row_block=row_block,
         operand=inputs.operand,
         backend=inputs.backend,
     )
@@ -286,21 +286,23 @@ def row_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiable logps, lse, entropy of the compacted rows, each (M,); entropy is empty unless asked for."""
     grads = inputs.grads()
-    made = plan(
-        inputs.num_rows,
-        inputs.hidden_sizes,
-        inputs.weight[0].shape[0],
-        inputs.operand,
+    rows = bounded_rows(inputs.num_rows)
+    gear, slab_width, slabs_kept = walk_sizes(
+        rows,
+        tuple(fixed_size(size) for size in inputs.hidden_sizes),
+        fixed_size(inputs.weight[0].shape[0]),
+        dtype=inputs.operand,
         entropy=entropy,
         memory_budget=memory_budget,
-        device=inputs.device,
+        device=inputs.device.type,
         deterministic=deterministic,
-        total_rows=inputs.num_rows + (inputs.rows is not None),
+        total_rows=rows + (inputs.rows is not None),
         weight_dtype=inputs.weight[0].dtype,
         **grads,
     )
-    config = config_of(inputs, made, grads, entropy)
-    if made.gear == "scoring":
+    row_block = deterministic_tile(inputs.device.type)[0] if deterministic else inputs.num_rows
+    config = config_of(inputs, slab_width, slabs_kept, row_block, grads, entropy)
+    if gear == "scoring":
         return torch.ops.windkern.logprobs_fwd(
             inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *config
         )[:3]

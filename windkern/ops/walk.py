@@ -177,10 +177,16 @@ def row_scale(upstream: Upstream, operand: torch.dtype, slope: float) -> Tensor 
     if operand != torch.float16:
         return None
     parts = [part.abs() for part in upstream if part is not None]
-    largest = torch.stack(parts).amax(0)
-    # Reason: a row without upstream takes the smallest scale, so that it does not set the scale of all others.
-    exponent = torch.where(largest > 0, torch.ceil(torch.log2(largest * slope)), -100.0).clamp(-100, 120)
-    return torch.exp2(exponent - DZ_BINADES[torch.float16])
+    return power_of_two(torch.stack(parts).amax(0) * slope, DZ_BINADES[torch.float16])
+
+
+def power_of_two(largest: Tensor, binades: int) -> Tensor:
+    """A power of two that `largest` may be divided by to stay below 2^binades, elementwise.
+
+    Reason: where there is nothing, the smallest is taken, so that an empty row does not set the scale of others.
+    """
+    exponent = torch.where(largest > 0, torch.ceil(torch.log2(largest)), -100.0).clamp(-100, 120)
+    return torch.exp2(exponent - binades)
 
 
 def backward(
