@@ -239,6 +239,26 @@ def test_backward_bond_is_the_policy_gradient_and_gamma_attracts():
     assert_same(bond_gradient(policy, anchor, rewards, beta=1.0, gamma=0.3) - want, 0.3 * pull)
 
 
+@pytest.mark.parametrize(
+    ("rewards", "punished"),
+    [
+        ((0, 1, 2), True),
+        ((0, 0, 2), False),
+        ((0, 2, 0), False),
+        ((1, 0, 2), False),
+        ((0, 0, 0), False),
+        ((0, 1, 1), True),
+    ],
+)
+def test_bond_punishes_what_is_worse_than_both_and_a_tie_is_not(rewards, punished):
+    logps = torch.tensor([[-3.0, -5.0, -7.0]], dtype=DOUBLE)
+    inputs = {"logps": logps, "anchor_logps": logps, "rewards": torch.tensor([rewards], dtype=DOUBLE)}
+    _, gradient = value_and_gradient(CASE["bond-ties"], inputs)
+    share = 0.5 if rewards[1] == rewards[2] else float(rewards[1] > rewards[2])
+    want = [0.5 * math.log(16) if punished else 0.0, -0.5 * share, -0.5 * (1 - share)]
+    assert_same(gradient, torch.tensor([want], dtype=DOUBLE))
+
+
 # Hazards --------------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +287,10 @@ def test_no_gradient_flows_through_the_reference_point_of_kto():
     given = value_and_gradient(CASE["kto-kl_gaps"], {**inputs, "kl_gaps": gaps})
     for got, want in zip(own, given, strict=True):
         assert_same(got, want)
+    inputs["logps"] -= 9  # the mean is negative, and counts as 0
+    own = value_and_gradient(CASE["kto-batch"], inputs)
+    for got, want in zip(own, value_and_gradient(CASE["kto-kl_gaps"], {**inputs, "kl_gaps": 0 * gaps}), strict=True):
+        assert torch.equal(got, want)
     negative = value_and_gradient(CASE["kto-kl_gaps"], {**inputs, "kl_gaps": -gaps.abs()})
     at_zero = value_and_gradient(CASE["kto-kl_gaps"], {**inputs, "kl_gaps": 0 * gaps})
     assert torch.equal(negative[0], at_zero[0]) and torch.equal(negative[1], at_zero[1])

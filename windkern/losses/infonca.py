@@ -71,4 +71,4 @@ def infonca(
     where = kept_responses(where, logps)
     q = masked_softmax(check_rewards(rewards, logps, where) / alpha, where)
     log_p = masked_log_softmax(beta * (fill(logps, where) - fill(ref_logps, where)), where)
-    return reduce_groups(-fill(q * log_p, where).sum(-1), reduction)
+    return reduce_groups(-(q * log_p).sum(-1), reduction)

@@ -71,7 +71,7 @@ def _nce(fit: Fit) -> Tensor:
 
 def _nce_ratio(fit: Fit) -> Tensor:
     target = masked_softmax(fit.pull + fit.c * fit.target, fit.where)
-    return -fill(target * masked_log_softmax(fit.gap, fit.where), fit.where).sum(-1)
+    return -(target * masked_log_softmax(fit.gap, fit.where)).sum(-1)
 
 
 @dataclass(frozen=True)
