@@ -41,7 +41,9 @@ def op_arguments(gear: str, *, entropy: bool, kept: bool, backend: str):
         memory_budget=UNLIMITED if kept else NARROW,
         **grads,
     )
-    config = logprobs.config_of(inputs, made.slab_width, made.slabs_kept, made.row_block, grads, entropy)
+    config = logprobs.config_of(
+        inputs, made.slab_width, made.slabs_kept, made.row_block, made.offset_tiles, grads, entropy
+    )
     return (inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *config)
 
 

@@ -50,6 +50,7 @@ class Plan:
     units: float
     peak_bytes: int
     memory_budget: int
+    offset_tiles: int = 1  # offsets of a row in a kept slab; more than one where the forward runs in fused tiles
     chunk_groups: int | None = None  # fused_loss: groups finished together
     num_chunks: int = 1
 
@@ -81,6 +82,7 @@ class _Problem:
     compact: bool  # rows are copied before the walk (ignored ones dropped, or padded to fixed tiles)
     deterministic: bool
     accumulates: bool = False  # dweight of several chunks adds up in float32
+    tile_columns: int | None = None  # of the fused tiles of a forward that has no slab
 
     @property
     def gear(self) -> str:
@@ -92,11 +94,21 @@ class _Problem:
     def row_block(self) -> int:
         return deterministic_tile(self.gemm.device_type)[0] if self.deterministic else self.rows
 
+    @property
+    def tiled(self) -> bool:
+        """Whether forward runs in fused tiles; the frozen head needs the slab itself."""
+        return self.tile_columns is not None and self.gear != "frozen_head" and not self.deterministic
+
+    def tiles(self, width: int) -> int:
+        return -(-width // self.tile_columns) if self.tiled else 1
+
     def forward_bytes(self, width: int, kept: int) -> int:
         M, R, H = self.rows, self.row_block, sum(self.hidden_sizes)
         H_max = max(self.hidden_sizes)
         acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
-        total = self._common_bytes(R, width) + R * width * acc + kept * M * (width * item + acc)
+        tiles = self.tiles(width)
+        total = self._common_bytes(R, width) + kept * M * (width * item + tiles * acc)
+        total += R * tiles * acc * (2 + self.entropy) if self.tiled else R * width * acc
         total += self.gemm.upcasts_logits * M * H * acc + self.gemm.packed_bytes(width, H_max)
         if self.gear == "frozen_head":
             H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
@@ -116,7 +128,7 @@ class _Problem:
             block = 3 * min(MIB, M * H_max * acc)
             return (2 + self.entropy) * M * H_grad * acc + self.compact * M * (H + H_max) * item + block
         all_kept = kept * width >= self.vocab_size
-        total = self._common_bytes(M, width) + kept * M * (width * item + acc)
+        total = self._common_bytes(M, width) + kept * M * (width * item + self.tiles(width) * acc)
         total += M * width * (acc if (item == acc or not all_kept) else 0)
         total += M * width * (item if item != acc else 0)
         if self.gemm.upcasts_logits and not all_kept:
@@ -187,6 +199,7 @@ class _Problem:
             units=flops / max(1, self.rows * sum(self.hidden_sizes) * self.vocab_size),
             peak_bytes=self.peak_bytes(width, kept),
             memory_budget=budget,
+            offset_tiles=self.tiles(width),
         )
 
     def _choose(self, budget: int) -> tuple[int, int]:
@@ -207,6 +220,8 @@ class _Problem:
         device_type = self.gemm.device_type
         if self.deterministic:
             return [min(deterministic_tile(device_type)[1], _round_up(self.vocab_size, COLUMN_STEP))]
+        if self.tiled and self.gear == "scoring":
+            return [_even_width(self.vocab_size, widest)]
         target = SLAB_BYTES.get(device_type, SLAB_BYTES_GPU) // max(1, self.rows * self.gemm.acc.itemsize)
         widths = [_even_width(self.vocab_size, min(widest, max(narrowest, target)))]
         while widths[-1] > narrowest:
@@ -267,6 +282,7 @@ def plan(
     deterministic: bool = False,
     total_rows: int | None = None,
     weight_dtype: torch.dtype | None = None,
+    tile_columns: int | None = None,
 ) -> Plan:
     """Return the plan an op with these arguments will follow. Pure: the same arguments give the same plan anywhere.
 
@@ -284,6 +300,7 @@ def plan(
         deterministic: fixed tiles, so that a row's log-prob does not depend on anything but the row.
         total_rows: rows before ignored ones are dropped; larger than `rows` means that rows are copied first.
         weight_dtype: of the head where it differs from `dtype` (autocast); its slabs are cast one at a time.
+        tile_columns: of the tiles of a forward without a slab, where a back end runs one for these sizes.
 
     Returns:
         A `Plan` with the gear, slab width, slabs kept, units, FLOPs and peak bytes; `print(plan)` explains it.
@@ -319,6 +336,7 @@ def plan(
         entropy=bool(entropy),
         compact=bool(deterministic or (total_rows is not None and total_rows > rows)),
         deterministic=deterministic,
+        tile_columns=tile_columns,
     )
     if group_rows is None:
         return _solve(problem, budget)
@@ -331,10 +349,12 @@ def _solve(problem: _Problem, budget: int) -> Plan:
     return problem.plan(budget)
 
 
-def walk_sizes(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: object) -> tuple[str, int, int]:
-    """Gear, slab width and slabs kept of the plan with these arguments: all that a walk over slabs must know."""
+def walk_sizes(
+    rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: object
+) -> tuple[str, int, int, int]:
+    """Gear, slab width, slabs kept and offset tiles of the plan: all that a walk over slabs must know."""
     made = plan(rows, hidden_sizes, vocab_size, **options)
-    return made.gear, made.slab_width, made.slabs_kept
+    return made.gear, made.slab_width, made.slabs_kept, made.offset_tiles
 
 
 # Run while torch.compile traces, not traced: the search would take minutes there.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from windkern import backends
 from windkern._checks import check_choice, check_tensor, shape_of
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.ops import walk as walks
@@ -71,6 +72,7 @@ class _Job:
             deterministic=self.deterministic,
             total_rows=total_rows,
             weight_dtype=self.inputs.weight[0].dtype,
+            tile_columns=backends.tile_columns(self.inputs.backend, self.inputs.hidden_sizes, self.inputs.operand),
             **self.grads,
         )
 
@@ -166,7 +168,7 @@ def _run_chunk(job: _Job, chunk: _Chunk, scale: float, held: HeldGradients | Non
     hidden = [block[places] for block in inputs.hidden]
     num_rows, scored = targets.shape[0], targets >= 0
     made = job.make_plan(num_rows, total_rows=num_rows + (rows is not None))
-    sizes = made.slab_width, made.slabs_kept, made.row_block
+    sizes = made.slab_width, made.slabs_kept, made.row_block, made.offset_tiles
     walk = config_of(inputs, *sizes, job.grads, False).walk(inputs.device.type)
     total_rows = padded_rows(num_rows, max(1, made.row_block))
     compact, labels = gather_rows(hidden, rows, total_rows), pad_rows(targets, total_rows, IGNORED)

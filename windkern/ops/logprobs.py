@@ -20,7 +20,8 @@ from windkern.transform import LogitTransform
 # Arguments that say what a walk does; the same tail for forward and backward.
 _CONFIG = (
     "float scale, float? softcap, float temperature, bool[] hidden_grad, bool[] weight_grad, bool bias_grad, "
-    "bool entropy, SymInt slab_width, SymInt slabs_kept, SymInt row_block, ScalarType operand, str backend"
+    "bool entropy, SymInt slab_width, SymInt slabs_kept, SymInt row_block, int offset_tiles, ScalarType operand, "
+    "str backend"
 )
 _ROWS = "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor targets, Tensor? rows"
 _library = torch.library.Library("windkern", "FRAGMENT")
@@ -56,6 +57,7 @@ class Config(NamedTuple):
     slab_width: int
     slabs_kept: int
     row_block: int
+    offset_tiles: int
     operand: torch.dtype
     backend: str
 
@@ -71,6 +73,7 @@ class Config(NamedTuple):
             slab_width=self.slab_width,
             slabs_kept=self.slabs_kept,
             row_block=self.row_block,
+            offset_tiles=self.offset_tiles,
             frozen_head=self.frozen_head,
         )
 
@@ -79,7 +82,9 @@ class Config(NamedTuple):
         return any(self.hidden_grad) and not (any(self.weight_grad) or self.bias_grad)
 
 
-def config_of(inputs: Inputs, slab_width: int, slabs_kept: int, row_block: int, grads: dict, entropy: bool) -> Config:
+def config_of(
+    inputs: Inputs, slab_width: int, slabs_kept: int, row_block: int, offset_tiles: int, grads: dict, entropy: bool
+) -> Config:
     transform = inputs.transform
     return Config(
         scale=transform.scale,
@@ -92,6 +97,7 @@ def config_of(inputs: Inputs, slab_width: int, slabs_kept: int, row_block: int, 
         slab_width=slab_width,
         slabs_kept=slabs_kept,
         row_block=row_block,
+        offset_tiles=offset_tiles,
         operand=inputs.operand,
         backend=inputs.backend,
     )
@@ -193,7 +199,7 @@ def _fwd_fake(hidden, weight, bias, targets, rows, *config):
         torch.empty_like(vector) if config.entropy else vector.new_empty(0),
         vector.new_empty((3, total)),
         targets.new_empty(total * columns, dtype=config.operand),
-        vector.new_empty((config.slabs_kept, total)),
+        vector.new_empty((config.slabs_kept, total, config.offset_tiles)),
         units,
     )
 
@@ -287,9 +293,10 @@ def row_logps(
     """Differentiable logps, lse, entropy of the compacted rows, each (M,); entropy is empty unless asked for."""
     grads = inputs.grads()
     rows = bounded_rows(inputs.num_rows)
-    gear, slab_width, slabs_kept = walk_sizes(
+    hidden_sizes = tuple(fixed_size(size) for size in inputs.hidden_sizes)
+    gear, slab_width, slabs_kept, offset_tiles = walk_sizes(
         rows,
-        tuple(fixed_size(size) for size in inputs.hidden_sizes),
+        hidden_sizes,
         fixed_size(inputs.weight[0].shape[0]),
         dtype=inputs.operand,
         entropy=entropy,
@@ -298,10 +305,11 @@ def row_logps(
         deterministic=deterministic,
         total_rows=rows + (inputs.rows is not None),
         weight_dtype=inputs.weight[0].dtype,
+        tile_columns=backends.tile_columns(inputs.backend, hidden_sizes, inputs.operand),
         **grads,
     )
     row_block = deterministic_tile(inputs.device.type)[0] if deterministic else inputs.num_rows
-    config = config_of(inputs, slab_width, slabs_kept, row_block, grads, entropy)
+    config = config_of(inputs, slab_width, slabs_kept, row_block, offset_tiles, grads, entropy)
     if gear == "scoring":
         return torch.ops.windkern.logprobs_fwd(
             inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *config
