@@ -29,8 +29,10 @@ X86_FLAGS = {
     "cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
     "cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c "
     "-mprefer-vector-width=512",
+    "cpu/products_avx512bf16.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma",
 }
-CPP_SOURCES = ["binding.cpp", "cpu/dispatch.cpp"] + [f"cpu/kernels_{n}.cpp" for n in ("portable", "avx2", "avx512")]
+CPP_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/products_avx512bf16.cpp"]
+CPP_SOURCES += [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx512")]
 # Machine code for each, and PTX of the newest for GPUs to come.
 CUDA_ARCHS = ("80", "90", "100")
 NVCC_FLAGS = "-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"

@@ -39,8 +39,10 @@ void rates(const Pairs& in, void* out) { cuda::win_rates(in, out, nullptr); }
 
 }  // namespace
 
+MultiplyBf16 runnable_product() { return nullptr; }
+
 std::vector<const KernelTable*> runnable_kernels() {
-  static const KernelTable table{"emulated", forward, unit, backward, segments, terms, rates, nullptr};
+  static const KernelTable table{"emulated", forward, unit, backward, segments, terms, rates};
   return {&table};
 }
 
