@@ -227,7 +227,7 @@ def test_a_value_that_is_no_number_stays_one(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_plan_is_obeyed(backend, dtype):
     """Scratch of dbias included, in tall and in wide slabs."""
-    for shape in (Shape((4, 40), (8,), 131), Shape((5,), (8,), 4001)):
+    for shape in (Shape((4, 40), (64,), 131), Shape((5,), (64,), 4001)):
         problem = Problem(shape, "all")
         for gear in ("frozen_head", "trained"):
             for name, budget in test_plan.budgets(problem, dtype, gear).items():
