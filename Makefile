@@ -50,12 +50,12 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.readme
 
-## gpu     on a machine with a GPU and torch: build the extensions, run the GPU suite and the bandwidth benchmark into OUT
+## gpu     on a machine with a GPU and torch: build the extensions, GPU suite and bandwidth benchmark, into $$OUT (out)
 OUT ?= out
 gpu:
 	mkdir -p $(OUT)
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_gpu.py tests/test_gpu_cuda.py -m gpu $(ARGS) 2>&1 | tee $(OUT)/gpu-tests.log
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_gpu*.py -m gpu $(ARGS) 2>&1 | tee $(OUT)/gpu-tests.log
 	$(PYTHON) -m benchmarks.bandwidth --out $(OUT) 2>&1 | tee $(OUT)/bandwidth.log
 
 clean:

@@ -1,15 +1,15 @@
 // dz from kept exp(y - offset) or from recomputed logits. A block owns a tile of columns and walks down its rows, so a
 // thread's columns, bias and share of dbias stay in registers; what a row needs is worked out once for the whole tile.
+#include "launch.h"
 #include "launchers.h"
 #include "packs.h"
-#include "launch.h"
 
 namespace windkern {
 namespace cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kBatch = 32;  // rows whose terms are in shared memory together: one for each lane of the first warp
+constexpr int kBatch = 32;      // rows whose terms are in shared memory together: one for each lane of the first warp
 constexpr int kRowsAtOnce = 2;  // rows a thread loads before it uses the first
 constexpr int kTileRows = 16;
 // Blocks a multiprocessor has room for: 64 registers a thread, more where float64 would spill.
@@ -82,7 +82,8 @@ __device__ __forceinline__ S slope_of(S x, const RowTerms<S>& row, const Transfo
 
 template <class S, class E, bool from_kept, bool wide>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<S>)
-    backward(const Slab slab, const Transform<S> t, const BackwardInputs in, int column_tiles, int64_t tile_rows, S* partial) {
+    backward(const Slab slab, const Transform<S> t, const BackwardInputs in, int column_tiles, int64_t tile_rows,
+             S* partial) {
   constexpr int size = kPack<E, wide>, at_once = kRowsAtOnce;
   __shared__ RowTerms<S> terms[kBatch];
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
@@ -161,8 +162,8 @@ void run(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_
   constexpr bool may = kMayBeWide<S>;
   const auto kernel = in.kept != nullptr ? (wide ? backward<S, E, true, may> : backward<S, E, true, false>)
                                          : (wide ? backward<S, E, false, may> : backward<S, E, false, false>);
-  WK_RUN("slab_backward", kernel, tiles * column_tiles, dim3(threads), cudaStream_t(stream), slab, Transform<S>(slab), in,
-         column_tiles, tile_rows, scratch);
+  WK_RUN("slab_backward", kernel, tiles * column_tiles, dim3(threads), cudaStream_t(stream), slab, Transform<S>(slab),
+         in, column_tiles, tile_rows, scratch);
   if (in.dbias != nullptr) {
     WK_RUN("slab_backward (dbias)", add_tiles<S>, ceil_div(width, kMaxThreads), dim3(kMaxThreads),
            cudaStream_t(stream), scratch, tiles, width, (S*)in.dbias);

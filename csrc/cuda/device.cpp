@@ -13,7 +13,9 @@ std::string device_problem(int device) {
   if (status != cudaSuccess) {
     return std::string("the CUDA driver is missing or cannot be used (") + cudaGetErrorString(status) + ")";
   }
-  if (device >= count) return "there is no GPU number " + std::to_string(device) + ", the driver sees " + std::to_string(count);
+  if (device >= count) {
+    return "there is no GPU number " + std::to_string(device) + ", the driver sees " + std::to_string(count);
+  }
   int major = 0, minor = 0;
   WK_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   WK_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));

@@ -1,4 +1,4 @@
-// All ordered pairs of each group in O(n) memory. A warp has four responses i in registers and meets every j; the j come
+// All ordered pairs of each group in O(n) memory. A warp has four responses i in registers and meets every j; they come
 // through shared memory, a tile at a time, once for all warps of the block.
 #include "../include/windkern/pairs.h"
 
@@ -143,7 +143,9 @@ __global__ void __launch_bounds__(kWarps * kWarp, 1) meet_for_rates(const Pairs 
 }
 
 int checked_tiles(int64_t n) {
-  if (n > (int64_t(1) << 30)) throw std::invalid_argument("a group must have up to 2^30 responses, got " + std::to_string(n));
+  if (n > (int64_t(1) << 30)) {
+    throw std::invalid_argument("a group must have up to 2^30 responses, got " + std::to_string(n));
+  }
   return int(pair_tiles(n));
 }
 

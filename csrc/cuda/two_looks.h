@@ -10,8 +10,9 @@
 namespace windkern {
 namespace cuda {
 
-// Output: begin() with the row's maxima, write() a pack, at_target() by the thread that wrote the target's column, end().
-// kTeam and kBlocks bound its registers: several blocks on a multiprocessor, so that one loads while another computes.
+// Output: begin() with the row's maxima, write() of a pack, at_target() by the thread that wrote the target's column,
+// end(). kTeam and kBlocks bound its registers: several blocks on a multiprocessor, so that one loads while another
+// computes.
 template <class S, class E, bool wide, class Output>
 __global__ void __launch_bounds__(Output::kTeam, Output::kBlocks)
     two_looks(const Slab slab, const Transform<S> t, const ForwardState state, Output output) {
@@ -91,8 +92,9 @@ void launch_two_looks(const char* name, const Slab& slab, const ForwardState& st
   const int width = checked_width(slab.width), team = team_size(width, sizeof(S), Output::kTeam);
   const dim3 block = team_block(team);
   const bool wide = aligned && aligned16(slab.logits) && aligned16(slab.bias) && width % kPack<E, true> == 0;
-  WK_RUN(name, wide ? two_looks<S, E, kMayBeWide<S>, Output> : two_looks<S, E, false, Output>, ceil_div(slab.rows, block.y),
-         block, cudaStream_t(stream), slab, Transform<S>(slab), state, output);
+  const auto kernel = wide ? two_looks<S, E, kMayBeWide<S>, Output> : two_looks<S, E, false, Output>;
+  WK_RUN(name, kernel, ceil_div(slab.rows, block.y), block, cudaStream_t(stream), slab, Transform<S>(slab), state,
+         output);
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// The CUDA launchers as a table of the CPU's kind, scratch exactly as large as the contract says: sanitize.cpp then runs
-// them under the emulator.
+// The CUDA launchers as a table of the CPU's kind, scratch exactly as large as the contract says: sanitize.cpp runs them
+// under the emulator.
 #include <vector>
 
 #include "cpu/dispatch.h"

@@ -7,8 +7,8 @@
 namespace windkern {
 inline namespace WK_ISA {
 
-// y = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature without a softcap (softcap = 0). What
-// is divided is divided here, once and in double.
+// y = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature without a softcap (softcap = 0).
+// What is divided is divided here, once and in double.
 template <class S>
 struct Transform {
   S into_tanh, from_tanh, to_tanh;  // scale / softcap, softcap / temperature, and the inverse of that
