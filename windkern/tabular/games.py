@@ -58,7 +58,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     Hazard: where p is 0, its log is -inf and 0 * -inf is NaN. Remedy: select before the product.
     """
     gap = torch.where(p > -torch.inf, p - q, 0.0)
-    return (p.exp() * gap).sum(-1)
+    return (p.exp() * gap).sum(-1).clamp(min=0)
 
 
 def best_of_n_logs(logs: Tensor, rewards: Tensor, n: int) -> Tensor:

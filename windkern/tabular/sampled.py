@@ -19,6 +19,7 @@ from windkern.tabular.solvers import LOG_FLOOR, Solution, check_jbond, mixing_we
 
 VERDICTS = ("hard", "soft")
 LOG_ZS = ("free", "exact", "half")
+STARTS = ("update", "policy")
 
 
 class Batch(NamedTuple):
@@ -36,6 +37,7 @@ class Settings:
 
     eta: float
     log_z: str
+    start: str
     steps: int
     groups: int
     responses: int
@@ -120,15 +122,18 @@ def _log_z(game: Game, logs: Tensor, settings: Settings) -> Tensor:
 
 
 def _regressions(game: Game, logs: Tensor, settings: Settings, chosen: Fit, generator) -> Iterator[Tensor]:
-    """Every iteration: draw from pi_t, fit pi_{t+1} from the update that knows nothing (all win rates 1/2)."""
+    """Every iteration: draw from pi_t, fit pi_{t+1}."""
     b, size = chosen.pull(game, settings), settings.responses
     free = chosen.free and settings.log_z == "free"
     while True:
         batch = draw(game, logs, settings.groups, size, settings.verdicts, generator)
         log_z = _log_z(game, logs, settings).repeat_interleave(settings.groups) if chosen.free else logs.new_zeros(0)
-        start = (1 - b) * logs + b * game.log_ref
+        unknown = (1 - b) * logs + b * game.log_ref  # the update if every win rate were 1/2
+        start = logs if settings.start == "policy" else unknown
         if free:
-            start = start + step_coefficients(settings.eta, game.beta)[2] / 2
+            # Free scores have a level: lift those of responses not drawn as the fit lifts the others on average.
+            lift = step_coefficients(settings.eta, game.beta)[2] / 2
+            start = start + lift + (unknown - start).gather(1, batch.responses).mean(-1, keepdim=True)
         # Hazard: often drawn responses have steep losses, rare ones flat. Remedy: scale by 1/sqrt(count), (Jacobi).
         drawn = torch.zeros_like(logs).scatter_add_(
             1, batch.responses, torch.ones_like(batch.responses, dtype=logs.dtype)
@@ -190,6 +195,7 @@ def fit(
     *,
     verdicts: str = "hard",
     log_z: str = "free",
+    start: str = "policy",
     steps: int = 10,
     policy0: Array | None = None,
     n: int = 2,
@@ -203,8 +209,8 @@ def fit(
     """Solve a game from samples: WIND as a trainer runs it, with `wk.losses.wind` on a table of log-probs.
 
     Every iteration draws `groups` groups of `responses` responses from pi_t in each context, has all pairs of a group
-    judged, and minimises the loss over the softmax policy. The fit starts at the update without information,
-    pi_t^a ref^b, where responses that were not drawn stay.
+    judged, and minimises the loss over the softmax policy. A response that was not drawn has no part in the loss: it
+    stays where the fit starts.
 
     Args:
         game: contexts, reference, beta and preferences. Only draws, verdicts and log-probs of it are used, unless
@@ -220,6 +226,8 @@ def fit(
         verdicts: "hard" (0/1, one draw for each pair) or "soft" (the preference itself).
         log_z: for "square_point" and "nce": "free" fits unnormalised scores, which carry log Z themselves; "exact"
             computes it from the game; "half" is the constant c/2, biased once pi_t has left `ref`.
+        start: of each fit: "policy" is pi_t, as in training; "update" is the step with every win rate at 1/2, which
+            pulls responses that are not drawn back to `ref` although nobody saw how bad they are.
         steps: L-BFGS iterations of a fit; 10 are close to the minimum.
         policy0: (X, Y) where to start, positive; None for `game.ref`.
         n, alpha1, alpha2: of "iterative_bond", as in `solve`.
@@ -244,6 +252,7 @@ def fit(
     check_choice("objective", objective, [*FITS, "jbond"])
     check_choice("verdicts", verdicts, VERDICTS)
     check_choice("log_z", log_z, LOG_ZS)
+    check_choice("start", start, STARTS)
     check_number("eta", eta, above=0)
     for name, value, least in (
         ("groups", groups, 1),
@@ -254,21 +263,21 @@ def fit(
     ):
         check_count(name, value, least=least)
     settings = Settings(
-        eta, log_z, steps, groups, responses, verdicts, n, alpha1, alpha2, mix, gamma, rate, learning_rate
+        eta, log_z, start, steps, groups, responses, verdicts, n, alpha1, alpha2, mix, gamma, rate, learning_rate
     )
-    start = start_logs(game, policy0)
-    generator = torch.Generator(device=start.device).manual_seed(seed)
+    first = start_logs(game, policy0)
+    generator = torch.Generator(device=first.device).manual_seed(seed)
     if objective == "jbond":
         check_jbond(mix, gamma, rate, learning_rate)
         if responses != 3:
             raise ValueError(
                 f"responses must be 3 for objective='jbond' (one draw, two of the anchor), got {responses}"
             )
-        policies = _jbond(game, start, settings, generator)
+        policies = _jbond(game, first, settings, generator)
     else:
         if objective == "iterative_bond":
             mixing_weights(game, n, alpha1, alpha2)
-        policies = _regressions(game, start, settings, FITS[objective], generator)
-    solution = run(game, policies, start, iterations, tol=-1.0)
+        policies = _regressions(game, first, settings, FITS[objective], generator)
+    solution = run(game, policies, first, iterations, tol=-1.0)
     solution.trace["samples"] = np.arange(solution.iterations + 1) * float(groups * responses)
     return solution
