@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -12,6 +13,8 @@ from tabular_cases import rock_paper_scissors
 
 import windkern as wk
 from windkern.tabular import FITS, METHODS, Game, Solution, best_of_n, fit, games, solve
+from windkern.tabular.sampled import draw
+from windkern.tabular.solvers import measure
 
 REF, REWARDS = [[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], [[1.0, 0.0, 2.0], [0.0, 0.0, 1.0]]
 CYCLE = rock_paper_scissors(3).expand(2, 3, 3)
@@ -108,9 +111,10 @@ def test_a_low_pull_is_fine_where_everybody_wins_sometimes():
 
 
 def test_repeated_best_of_2_stays_finite():
-    solution = solve(game(), "iterative_bond", iterations=1500, tol=0)
-    assert solution.policy.isfinite().all() and solution.policy[:, 2].min() == 1
-    assert all(np.isfinite(values).all() for values in solution.trace.values())
+    """Log-probs of the worst response double each time; 1500 doublings leave float64."""
+    logs = next(itertools.islice(METHODS["iterative_bond"].policies(game(), game().log_ref), 1500, None))
+    assert logs.isfinite().all() and (logs.exp()[:, 2] == 1).all()
+    assert all(np.isfinite(value) for value in measure(game(), logs).values())
 
 
 def test_torch_and_numpy_are_the_same_and_everything_is_float64():
@@ -151,8 +155,6 @@ def test_trace_leaves_out_what_a_game_does_not_have():
 
 
 def test_hard_verdicts_average_to_the_preferences():
-    from windkern.tabular.sampled import draw
-
     soft = game(link="bradley_terry")
     batch = draw(soft, soft.log_ref, 4000, 3, "hard", torch.Generator().manual_seed(0))
     assert ((batch.prefs == 0) | (batch.prefs == 0.5) | (batch.prefs == 1)).all()
@@ -185,3 +187,27 @@ def test_sampled_bond_and_sppo_follow_their_updates():
     bond = solve(soft, "iterative_bond", iterations=5, tol=0, **weights).policy
     options = {"verdicts": "soft", **weights}
     torch.testing.assert_close(fit(soft, "iterative_bond", 2000, 24, 5, **options).policy, bond, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("objective", ["square", "square_point"])
+def test_responses_that_were_not_drawn_stay_and_the_drawn_keep_their_level(objective):
+    """Centred losses leave the mean log-ratio of the draws at that of the others; free scores are lifted to match."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(2, 30, generator=generator, dtype=torch.float64)
+    ref = torch.randn(2, 30, generator=generator, dtype=torch.float64).softmax(-1)
+    wide = Game(ref, 0.3, rewards=rewards)
+    start = torch.randn(2, 30, generator=generator, dtype=torch.float64).softmax(-1)
+    options = {"groups": 5, "iterations": 1, "policy0": start, "steps": 60, "seed": 3}
+    ratio = (fit(wide, objective, **options).policy / start).log()
+    drawn = draw(wide, start.log(), 5, 4, "hard", torch.Generator().manual_seed(3)).responses
+    others = torch.ones_like(ratio, dtype=torch.bool).scatter(1, drawn, False)
+    for x in range(2):
+        still = ratio[x, others[x]]
+        assert len(still) > 5
+        torch.testing.assert_close(still, still[:1].expand_as(still), rtol=0, atol=1e-12)
+        torch.testing.assert_close(ratio[x, drawn[x]].mean(), still[0], rtol=0, atol=1e-6)
+    pulled = fit(wide, objective, start="update", **options).policy
+    a = 1 / (1 + 0.4 * 0.3)
+    base = (pulled / (start**a * wide.ref ** (1 - a))).log()
+    for x in range(2):
+        torch.testing.assert_close(base[x, drawn[x]].mean(), base[x, others[x]][0], rtol=0, atol=1e-6)

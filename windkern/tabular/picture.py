@@ -63,7 +63,7 @@ def draw(path: Path, content: dict) -> None:
         _curves(axes[2][0], content, "sampled", objectives, "kl", "samples")
         axes[2][0].set_xlabel("thousand responses drawn in a context")
         axes[2][0].set_title("WIND's objectives: KL(equilibrium || policy)")
-        axes[2][0].legend(loc="lower left", frameon=False, fontsize=8, handlelength=1.5, labelspacing=0.3)
+        axes[2][0].legend(loc="upper right", frameon=False, fontsize=8, handlelength=1.5, labelspacing=0.3)
         _curves(axes[2][1], content, "sampled", SAMPLED, "kl", "iterations")
         axes[2][1].set_xscale("log")
         axes[2][1].set_xlabel("iteration (J-BOND: gradient step)")
@@ -77,7 +77,7 @@ def draw(path: Path, content: dict) -> None:
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=10.5)
         figure.supxlabel(_caption(content["settings"]), fontsize=8, color="0.35")
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=130)
         pyplot.close(figure)
 
 
