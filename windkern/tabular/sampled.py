@@ -15,7 +15,7 @@ from windkern._checks import check_choice, check_count, check_number
 from windkern.losses import OBJECTIVES, sppo, wind
 from windkern.losses._groups import centred, group_mean, residual, step_coefficients, v_win_rates
 from windkern.tabular.games import Array, Game, normalised
-from windkern.tabular.solvers import LOG_FLOOR, Solution, check_jbond, mixing_weights, run, start_logs
+from windkern.tabular.solvers import LOG_FLOOR, Solution, check_jbond, check_mixing, run, start_logs
 
 VERDICTS = ("hard", "soft")
 LOG_ZS = ("free", "exact", "half")
@@ -276,7 +276,7 @@ def fit(
         policies = _jbond(game, first, settings, generator)
     else:
         if objective == "iterative_bond":
-            mixing_weights(game, n, alpha1, alpha2)
+            check_mixing(game, n, alpha1, alpha2)
         policies = _regressions(game, first, settings, FITS[objective], generator)
     solution = run(game, policies, first, iterations, tol=-1.0)
     solution.trace["samples"] = np.arange(solution.iterations + 1) * float(groups * responses)

@@ -123,7 +123,7 @@ def _best_of_n_or_product(game: Game, logs: Tensor, n: int) -> Tensor:
     return normalised(logs + (n - 1) * wins.log())
 
 
-def mixing_weights(game: Game, n: int, alpha1: float, alpha2: float) -> None:
+def check_mixing(game: Game, n: int, alpha1: float, alpha2: float) -> None:
     """Check the options of iterative best-of-n; refuse the settings whose limit is a collapse."""
     check_count("n", n, least=2)
     check_number("alpha1", alpha1, above=0)
@@ -141,7 +141,7 @@ def mixing_weights(game: Game, n: int, alpha1: float, alpha2: float) -> None:
 def _iterative_bond(
     game: Game, logs: Tensor, *, n: int = 2, alpha1: float = 1.0, alpha2: float = 0.0
 ) -> Iterator[Tensor]:
-    mixing_weights(game, n, alpha1, alpha2)
+    check_mixing(game, n, alpha1, alpha2)
     while True:
         best = _best_of_n_or_product(game, logs, n)
         logs = normalised(alpha1 * best + alpha2 * game.log_ref + (1 - alpha1 - alpha2) * logs).clamp(min=LOG_FLOOR)
