@@ -13,6 +13,7 @@ ALLOWED = {
     "ops": BASE | {"kernels", "plan", "backends"},
     "losses": BASE | {"kernels", "ops", "backends"},
     "tabular": BASE | {"losses"},
+    "losses_report": BASE | {"losses"},
     "integrations": BASE | {"kernels", "ops", "plan", "backends", "losses"},
     "reference": set(),
     "plan": BASE | {"kernels"},

@@ -65,6 +65,19 @@ def _bandit(arguments: argparse.Namespace) -> int:
     return bandit.run(arguments)
 
 
+def _losses_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="show this one, with a picture of its value and slope (default: all)")
+    add("--output", type=Path, metavar="FILE", help="the picture goes here (default: losses/NAME.png)")
+    add("--json", action="store_true", help="JSON on stdout instead of a table")
+
+
+def _losses(arguments: argparse.Namespace) -> int:
+    from windkern import losses_report
+
+    return losses_report.run(arguments)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "demo": ("align a small real model on this machine, in minutes, and show what happens", _demo_arguments, _demo),
     "bandit": (
@@ -72,6 +85,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
         _bandit_arguments,
         _bandit,
     ),
+    "losses": ("list the losses, or show one with a picture of its value and slope", _losses_arguments, _losses),
 }
 
 

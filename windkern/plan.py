@@ -20,7 +20,7 @@ DEFAULT_BUDGET_GPU = 2048 * MIB
 # GPU wide enough for full-rate GEMMs.
 SLAB_BYTES = {"cpu": 16 * MIB}
 SLAB_BYTES_GPU = 256 * MIB
-SLAB_COLUMNS = (256, 32768)  # narrowest and widest slab
+SLAB_COLUMNS = (256, 16384)  # narrowest and widest slab; a Triton program holds a row of one in registers
 # Relative cost of a slab of w columns is 1 + this / w: narrow products run below full rate.
 NARROW_SLAB_COST = 32
 COLUMN_STEP = 64

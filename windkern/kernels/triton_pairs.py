@@ -9,7 +9,7 @@ from torch import Tensor
 
 LINKS = {"bradley_terry": 0, "step": 1}
 PAIR_LOSSES = {"square": 0, "logistic": 1, "hinge": 2}
-_TILE = 64  # rows and columns of pairs that a program looks at together
+TILE, WARPS = 32, 4  # rows and columns of pairs that a program looks at together
 _SEGMENT_BLOCK = 1024
 
 
@@ -170,7 +170,7 @@ def pair_terms(
     groups, n = scores.shape
     values, slope = torch.zeros_like(scores), torch.zeros_like(scores)
     if scores.numel():
-        pair_kernel[(triton.cdiv(n, _TILE), groups)](
+        pair_kernel[(triton.cdiv(n, TILE), groups)](
             scores,
             given,
             scores if where is None else where.contiguous().view(torch.uint8),
@@ -181,8 +181,8 @@ def pair_terms(
             LOSS=PAIR_LOSSES[loss],
             FROM_REWARDS=rewards is not None,
             MASKED=where is not None,
-            TILE=_TILE,
-            num_warps=4,
+            TILE=TILE,
+            num_warps=WARPS,
         )
     return values.sum(1), slope
 
@@ -193,7 +193,7 @@ def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None
     groups, n = given.shape[:2]
     rates = given.new_zeros(groups, n)
     if rates.numel():
-        win_rate_kernel[(triton.cdiv(n, _TILE), groups)](
+        win_rate_kernel[(triton.cdiv(n, TILE), groups)](
             given,
             given if where is None else where.contiguous().view(torch.uint8),
             rates,
@@ -201,8 +201,8 @@ def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None
             LINK=LINKS[link],
             FROM_REWARDS=rewards is not None,
             MASKED=where is not None,
-            TILE=_TILE,
-            num_warps=4,
+            TILE=TILE,
+            num_warps=WARPS,
         )
     return rates
 

@@ -1,7 +1,7 @@
 """Row kernels in Triton: each slab is read once, one launch each, 64-bit offsets.
 
 A program of a forward kernel holds one whole row of a slab in registers, so the maximum, the sums and what is kept
-come from one read. A slab is at most 32768 columns wide (`windkern.plan.SLAB_COLUMNS`).
+come from one read. A slab is at most 16384 columns wide (`windkern.plan.SLAB_COLUMNS`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "win_rates",
 ]
 
-WIDEST = 32768
+WIDEST = 16384
 COLUMN_SUM_ROWS = 1024  # rows that one program of the bias gradient sums
 
 

@@ -241,7 +241,7 @@ class Game:
     def _solve(self) -> Tensor:
         if self.beta == 0:
             raise ValueError("beta must be greater than 0 for an equilibrium: without the pull there may be many")
-        # Scores are carried relative to ref, which keeps them of the size of 1 / beta. PU's largest step, (1.48).
+        # Scores are carried relative to ref, which keeps them of the size of 1 / beta. PU's largest step, (1.49).
         step = 1 / (1 + self.beta)
         keep = 1 - step * self.beta
         tilt = torch.zeros_like(self.log_ref)
