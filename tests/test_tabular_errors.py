@@ -172,11 +172,31 @@ def test_hard_verdicts_average_to_the_preferences():
                 assert chosen.mean().item() == pytest.approx(soft.prefs[x, i, j].item(), abs=3.5 / len(chosen) ** 0.5)
 
 
-def test_sampled_jbond_follows_its_expected_gradient():
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_sampled_jbond_follows_its_expected_gradient(gamma):
     soft = game(link="bradley_terry")
-    exact = solve(soft, "jbond", iterations=60, tol=0, learning_rate=0.2).policy
-    sampled = fit(soft, "jbond", 4000, 3, 60, learning_rate=0.2).policy
-    torch.testing.assert_close(sampled, exact, rtol=0, atol=0.01)
+    options = {"learning_rate": 0.2, "gamma": gamma}
+    exact = solve(soft, "jbond", iterations=60, tol=0, **options).policy
+    torch.testing.assert_close(fit(soft, "jbond", 4000, 3, 60, **options).policy, exact, rtol=0, atol=0.01)
+
+
+def test_jbond_steps_along_the_gradient_of_its_objective():
+    """(1.51) against autograd, after the anchor has fallen behind."""
+    soft, mix, gamma, rate, size = game(link="bradley_terry"), 0.3, 0.7, 0.1, 0.5
+    scores, anchor = soft.log_ref, soft.log_ref
+    for _ in range(4):
+        leaf, old = scores.clone().requires_grad_(), anchor.softmax(-1)
+        logs = leaf.log_softmax(-1)
+        gap = logs - old.log()
+        rewards = (-math.log(16) * (1 - soft.win_rate(old)).square() - gap).detach()
+        forward = -(2 * old * soft.win_rate(old) * logs).sum()
+        backward = -(logs.exp() * rewards).sum()
+        ((1 - mix) * forward + mix * backward + gamma * (logs.exp() * gap).sum()).backward()
+        anchor = (1 - rate) * anchor + rate * scores
+        scores = scores - size * leaf.grad
+    options = {"mix": mix, "gamma": gamma, "rate": rate, "learning_rate": size}
+    policy = solve(soft, "jbond", iterations=4, tol=0, **options).policy
+    torch.testing.assert_close(policy, scores.softmax(-1), rtol=1e-12, atol=1e-14)
 
 
 def test_sampled_bond_and_sppo_follow_their_updates():
