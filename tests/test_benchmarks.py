@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import compare, errors, exact, peers, plot, readme, record, run, timing  # noqa: E402
 from benchmarks.cases import SHAPES, TINY, Case, make_problem, select_cases  # noqa: E402
+from benchmarks.provider import LEVELS as provider_levels  # noqa: E402
 from benchmarks.provider import quiet  # noqa: E402
 
 CASES = "tiny/trained/fp32,tiny/frozen/bf16,tiny/scoring/fp32"
@@ -310,3 +311,20 @@ def test_pytest_benchmark_rows(tmp_path):
     assert [row["group"] for row in data["benchmarks"]] == ["tiny/trained/fp32"] * 2
     assert all({"times_floor", "extra_bytes", "command"} <= set(row["extra_info"]) for row in data["benchmarks"])
     assert "node" not in data["machine_info"]
+
+
+def test_gpu_cases_and_providers_are_named_and_ordered():
+    cases = select_cases("*", "cuda")
+    assert cases[0].name == "8192x4096x128256/trained/bf16" and len(cases) == 4 * 4 * 3
+    names = [provider.name for provider in peers.all_providers("cuda")]
+    assert len(names) == len(set(names)) and names[0] == "gemm"
+    assert {"cce-exact", "cce-filtered", "liger-flce", "plain-compile", "trl", "windkern-torch"} <= set(names)
+    assert {provider.level for provider in peers.all_providers("cuda")} == {"floor", *provider_levels}
+
+
+def test_a_gpu_is_asked_for_by_name(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cuda"])
+    assert "needs a GPU that torch can use" in capsys.readouterr().err
