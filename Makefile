@@ -60,12 +60,11 @@ aot-all: $(STAMP)
 	  "$$($(OLD_TRITON)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	$(OLD_TRITON)/bin/python -m benchmarks.aot
 
-## gpu     on a machine with a GPU and torch: build the extension and run the GPU suite, log in $$OUT (default: out)
+## gpu     on a machine with a GPU, torch and nvcc: build, test, tune, profile, measure beside every peer, into $$OUT
 OUT ?= out
+MINUTES ?= 9
 gpu:
-	mkdir -p $(OUT)
-	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_gpu.py -m gpu $(ARGS) 2>&1 | tee $(OUT)/gpu-tests.log
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --out $(OUT) --minutes $(MINUTES) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info windkern/*.so

@@ -17,7 +17,7 @@ import windkern as wk
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, errors, exact, peers, plot, readme, record, run, timing  # noqa: E402
+from benchmarks import compare, errors, exact, gpu, peers, plot, readme, record, run, timing  # noqa: E402
 from benchmarks.cases import SHAPES, TINY, Case, make_problem, select_cases  # noqa: E402
 from benchmarks.provider import LEVELS as provider_levels  # noqa: E402
 from benchmarks.provider import quiet  # noqa: E402
@@ -328,3 +328,22 @@ def test_a_gpu_is_asked_for_by_name(capsys):
     with pytest.raises(SystemExit):
         run.main(["--device", "cuda"])
     assert "needs a GPU that torch can use" in capsys.readouterr().err
+
+
+def test_the_gpu_run_says_what_it_lacks(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--steps", "test"])
+    assert "unknown step test; there are build, tests" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            gpu.main([])
+        assert "torch sees none" in capsys.readouterr().err
+
+
+def test_a_step_of_the_gpu_run_is_logged_and_stopped_in_time(tmp_path, capsys):
+    script = "print('measured', flush=True); import time; time.sleep({})"
+    for seconds, ended in ((0, "ok"), (30, "stopped after 3 s")):
+        command = [sys.executable, "-c", script.format(seconds)]
+        assert gpu.run_step("speed", command, tmp_path / "speed.log", 3) == ended
+        assert "measured" in (tmp_path / "speed.log").read_text()
+    assert "== speed: ok" in capsys.readouterr().out
