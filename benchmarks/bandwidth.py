@@ -210,11 +210,13 @@ def measure(
     pair_sizes: tuple[int, ...] = PAIR_SIZES,
     copy_bytes: int = COPY_BYTES,
     largest_matrix: int = 16384,
+    save: Callable[[dict[str, Any]], None] = lambda data: None,
 ) -> dict[str, Any]:
-    """Everything, as the results file holds it; prints one line for each row."""
+    """Everything, as the results file holds it; prints one line for each row, and saves after each shape."""
     copy = copy_rate(timer, samples, device, copy_bytes)
     print(f"copy on the device: {copy / 1e9:.0f} GB/s")
-    results = []
+    results: list[dict] = []
+    data = {"schema": record.SCHEMA, "kind": "bandwidth", "copy_bytes_per_s": copy, "rows": results}
     for shape in shapes:
         for dtype in dtypes:
             for backend in wk.backends.available(device, DTYPES[dtype]):
@@ -227,24 +229,14 @@ def measure(
                         f"{row['bytes_per_s'] / 1e9:7.0f} GB/s {100 * row['share_of_copy']:5.0f} %",
                         flush=True,
                     )
+        save(data)
     for n in pair_sizes:
         for row in pair_results(timer, n, device, samples, largest_matrix):
             results.append(row)
             peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:9.1f} MiB"
             print(f"pairs N = {n:5d}  {row['backend']:7s} {1e6 * row['median_s']:9.1f} us {peak}", flush=True)
-    return {"schema": record.SCHEMA, "kind": "bandwidth", "copy_bytes_per_s": copy, "rows": results}
-
-
-def gpu_info() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "l2_bytes": getattr(properties, "L2_cache_size", None),
-        "multiprocessors": properties.multi_processor_count,
-        "cuda": torch.version.cuda,
-    }
+        save(data)
+    return data
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -260,9 +252,14 @@ def main(arguments: list[str] | None = None) -> int:
         reason = wk.backends.why_not(name, "cuda")
         if reason is not None:
             print(f"{name} is left out: {reason}")
-    data = measure(EventTimer(), "cuda", options.samples, dtypes=tuple(options.dtypes))
-    data["run"] = {**record.run_info({"samples": options.samples}), "gpu": gpu_info()}
-    record.write_atomically(options.out / "bandwidth.json", data)
+    run = {"runs": [record.run_info({"samples": options.samples}, device="cuda")]}
+    measure(
+        EventTimer(),
+        "cuda",
+        options.samples,
+        dtypes=tuple(options.dtypes),
+        save=lambda data: record.write_atomically(options.out / "bandwidth.json", {**data, **run}),
+    )
     return 0
 
 

@@ -44,6 +44,19 @@ SHAPES = (
     Shape("512x896x151936", 512, 896, 151936, 128, "head of Qwen2.5-0.5B"),
     Shape("1024x2048x128256", 1024, 2048, 128256, 256, "head of Llama-3.2-1B"),
 )
+# Heads of a GPU, the project's first target first; each with rows of a micro-batch up to a packed batch.
+GPU_HEADS = {
+    (4096, 128256): "head of Llama-3.1-8B",
+    (896, 151936): "head of Qwen2.5-0.5B",
+    (2048, 128256): "head of Llama-3.2-1B",
+    (2304, 256000): "head of Gemma-2-2B",
+}
+GPU_ROWS = (8192, 2048, 512, 32768)
+GPU_SHAPES = tuple(
+    Shape(f"{rows}x{hidden}x{vocab}", rows, hidden, vocab, 128, source)
+    for rows in GPU_ROWS
+    for (hidden, vocab), source in GPU_HEADS.items()
+)
 # Smoke tests only: selected by name, never by a wildcard alone, never reported.
 TINY = Shape("tiny", 64, 32, 515, 16, "no model: smoke tests")
 
@@ -90,12 +103,14 @@ class Case:
         return item * shape.hidden * (self.wants_hidden * shape.rows + self.wants_weight * shape.vocab)
 
 
-def all_cases() -> list[Case]:
-    """Every case, small heads first, tiny ones last."""
-    return [Case(shape, mode, dtype_name) for shape in (*SHAPES, TINY) for dtype_name in DTYPES for mode in PRODUCTS]
+def all_cases(device: str = "cpu") -> list[Case]:
+    """Every case in the order it is measured: on a CPU small heads first, on a GPU bf16 of the first target first."""
+    if device == "cpu":
+        return [Case(shape, mode, name) for shape in (*SHAPES, TINY) for name in DTYPES for mode in PRODUCTS]
+    return [Case(shape, mode, "bf16", device) for shape in (*GPU_SHAPES, TINY) for mode in PRODUCTS]
 
 
-def select_cases(patterns: str = "*") -> list[Case]:
+def select_cases(patterns: str = "*", device: str = "cpu") -> list[Case]:
     """Cases matching any of the comma-separated shell patterns; tiny ones only where a pattern names them.
 
     Raises:
@@ -105,13 +120,14 @@ def select_cases(patterns: str = "*") -> list[Case]:
     for pattern in patterns.split(","):
         found = [
             case
-            for case in all_cases()
+            for case in all_cases(device)
             if fnmatchcase(case.name, pattern) and (case.shape is not TINY or pattern.startswith("tiny"))
         ]
         if not found:
-            raise ValueError(f"no case matches {pattern!r}; cases are named SHAPE/MODE/DTYPE, as {all_cases()[0].name}")
+            example = all_cases(device)[0].name
+            raise ValueError(f"no case matches {pattern!r}; cases are named SHAPE/MODE/DTYPE, as {example}")
         chosen |= {case.name: case for case in found}
-    return [case for case in all_cases() if case.name in chosen]
+    return [case for case in all_cases(device) if case.name in chosen]
 
 
 @dataclass
@@ -132,15 +148,15 @@ class Problem:
 
 
 @functools.lru_cache(maxsize=1)
-def _values(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(SEED)
-    hidden = torch.randn(shape.rows, shape.hidden, generator=generator).bfloat16()
-    weight = torch.randn(shape.vocab, shape.hidden, generator=generator).mul_(LOGIT_STD / shape.hidden**0.5).bfloat16()
-    targets = torch.randint(0, shape.vocab, (shape.rows,), generator=generator)
-    upstream = torch.randn(shape.rows, generator=generator)
+def _values(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = {"generator": torch.Generator(device).manual_seed(SEED), "device": device}
+    hidden = torch.randn(shape.rows, shape.hidden, **made).bfloat16()
+    weight = torch.randn(shape.vocab, shape.hidden, **made).mul_(LOGIT_STD / shape.hidden**0.5).bfloat16()
+    targets = torch.randint(0, shape.vocab, (shape.rows,), **made)
+    upstream = torch.randn(shape.rows, **made)
     return hidden, weight, targets, upstream
 
 
 def make_problem(case: Case) -> Problem:
-    hidden, weight, targets, upstream = _values(case.shape)
+    hidden, weight, targets, upstream = _values(case.shape, case.device)
     return Problem(case, hidden.to(case.dtype), weight.to(case.dtype), targets, upstream)

@@ -28,11 +28,11 @@ class Exact:
 
 
 @functools.lru_cache(maxsize=1)
-def _row_statistics(shape: Shape) -> tuple[Tensor, Tensor]:
+def _row_statistics(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
     """lse (M,) and logps (M,) in float64. Inputs are the same numbers in every dtype, so once for each shape."""
-    problem = make_problem(Case(shape, "scoring", "bf16"))
+    problem = make_problem(Case(shape, "scoring", "bf16", device))
     hidden = problem.hidden.double()
-    lse = torch.full((shape.rows,), -torch.inf, dtype=torch.float64)
+    lse = torch.full((shape.rows,), -torch.inf, dtype=torch.float64, device=device)
     for start in range(0, shape.vocab, VOCAB_STEP):
         z = hidden @ problem.weight[start : start + VOCAB_STEP].double().T
         lse = torch.logaddexp(lse, z.logsumexp(-1))
@@ -48,14 +48,14 @@ def pair_loss(shape: Shape, logps: Tensor) -> Tensor:
 
 def exact_tokens(problem: Problem) -> Exact:
     """What a provider of log-probs must return for the problem's random upstream."""
-    _, logps = _row_statistics(problem.case.shape)
+    _, logps = _row_statistics(problem.case.shape, problem.case.device)
     return _with_gradients(problem, logps, problem.upstream.double())
 
 
 def exact_loss(problem: Problem) -> Exact:
     """What a provider of the pair loss must return."""
     shape = problem.case.shape
-    leaf = _row_statistics(shape)[1].clone().requires_grad_()
+    leaf = _row_statistics(shape, problem.case.device)[1].clone().requires_grad_()
     loss = pair_loss(shape, leaf)
     (upstream,) = torch.autograd.grad(loss, leaf)
     made = _with_gradients(problem, loss.detach(), upstream)
@@ -66,16 +66,26 @@ def exact_loss(problem: Problem) -> Exact:
     return made
 
 
+def exact_mean(problem: Problem) -> Exact:
+    """What a provider of the mean negative log-prob must return."""
+    _, logps = _row_statistics(problem.case.shape, problem.case.device)
+    return _with_gradients(problem, -logps.mean(), torch.full_like(logps, -1 / logps.shape[0]))
+
+
+EXACT = {"tokens": exact_tokens, "loss": exact_loss, "mean": exact_mean}
+
+
 def _with_gradients(problem: Problem, output: Tensor, upstream: Tensor) -> Exact:
     shape = problem.case.shape
-    lse, _ = _row_statistics(shape)
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randperm(shape.rows, generator=generator)[:SAMPLES]
+    device = problem.case.device
+    lse, _ = _row_statistics(shape, device)
+    made = {"generator": torch.Generator(device).manual_seed(1), "device": device}
+    rows = torch.randperm(shape.rows, **made)[:SAMPLES]
     # Half of the vocabulary entries are targets of some row: the others never see the one-hot term.
     columns = torch.cat(
         [
-            problem.targets[torch.randperm(shape.rows, generator=generator)[: SAMPLES // 2]],
-            torch.randint(0, shape.vocab, (SAMPLES // 2,), generator=generator),
+            problem.targets[torch.randperm(shape.rows, **made)[: SAMPLES // 2]],
+            torch.randint(0, shape.vocab, (SAMPLES // 2,), **made),
         ]
     )
     targets, hidden = problem.targets, problem.hidden.double()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import windkern as wk
 from benchmarks.cases import BETA, Case, Problem
-from benchmarks.provider import PER_TOKEN, Provider, Step, differentiated
+from benchmarks.provider import MEAN_LOSS, PER_TOKEN, Provider, Step, differentiated
 
 UNLIMITED = 1 << 50
 
@@ -42,12 +42,27 @@ def _build_token_logps(problem: Problem, backend: str, budget: int | None) -> St
 def _build_fused_loss(problem: Problem, backend: str) -> Step:
     shape = problem.case.shape
     lead = (shape.pairs, 2, shape.tokens)
-    targets, constants = problem.targets.view(lead), {"ref_logps": torch.zeros(shape.pairs, 2)}
+    reference = torch.zeros(shape.pairs, 2, device=problem.case.device)
+    targets, constants = problem.targets.view(lead), {"ref_logps": reference}
     loss_fn = functools.partial(wk.losses.dpo, beta=BETA, reduction="none")
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         grouped = hidden.view(*lead, shape.hidden)
         return wk.fused_loss(loss_fn, grouped, weight, targets, per_group=constants, backend=backend)
+
+    return Step(differentiated(problem, loss, None))
+
+
+def _build_mean_loss(problem: Problem, backend: str) -> Step:
+    shape = problem.case.shape
+    lead = (shape.pairs, 2, shape.tokens)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        grouped = hidden.view(*lead, shape.hidden)
+        total = wk.fused_loss(
+            lambda logps: -logps.sum(-1), grouped, weight, problem.targets.view(lead), reduction="sum", backend=backend
+        )
+        return total / shape.rows
 
     return Step(differentiated(problem, loss, None))
 
@@ -89,5 +104,30 @@ def our_providers(backend: str, *, preferred: bool) -> list[Provider]:
             modes=("trained", "frozen"),
             by_default=preferred,
             **common,
+        ),
+        Provider(
+            f"windkern-{backend}-mean",
+            f"windkern ({backend}), mean NLL",
+            f"fused_loss with the mean over tokens: {MEAN_LOSS}",
+            "mean",
+            functools.partial(_build_mean_loss, backend=backend),
+            modes=("trained", "frozen"),
+            devices=("cuda",),  # nothing to compare with on a CPU
+            by_default=preferred,
+            **common,
+        ),
+        *(
+            Provider(
+                f"windkern-{backend}-{budget >> 20}mib",
+                f"windkern ({backend}), {budget >> 20} MiB",
+                f"token_logps, memory_budget {budget >> 20} MiB; {PER_TOKEN}",
+                "tokens",
+                functools.partial(_build_token_logps, backend=backend, budget=budget),
+                modes=("trained",),
+                devices=("cuda",),
+                by_default=preferred,
+                **common,
+            )
+            for budget in (0, 768 << 20, 2560 << 20)
         ),
     ]

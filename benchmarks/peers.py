@@ -10,6 +10,7 @@ from torch import Tensor
 
 import windkern as wk
 from benchmarks.cases import BETA, Case, Problem
+from benchmarks.gpu_peers import gpu_peers
 from benchmarks.ours import our_providers
 from benchmarks.provider import (
     PAIR_LOSS,
@@ -26,7 +27,7 @@ from benchmarks.provider import (
 def _build_products(problem: Problem) -> Step:
     """torch.mm of full shapes into buffers that exist already: nothing is allocated, nothing else is computed."""
     case, hidden, weight = problem.case, problem.hidden, problem.weight
-    z = torch.empty(case.shape.rows, case.shape.vocab, dtype=case.dtype)
+    z = torch.empty(case.shape.rows, case.shape.vocab, dtype=case.dtype, device=case.device)
     dhidden = torch.empty_like(hidden) if case.wants_hidden else None
     dweight = torch.empty_like(weight) if case.wants_weight else None
 
@@ -106,7 +107,12 @@ def _build_liger_dpo(problem: Problem, compiled: bool) -> Step:
 
     shape = problem.case.shape
     # Shape: Liger wants all chosen responses first, then all rejected ones.
-    order = torch.arange(shape.rows).view(shape.pairs, 2, shape.tokens).transpose(0, 1).reshape(-1)
+    order = (
+        torch.arange(shape.rows, device=problem.case.device)
+        .view(shape.pairs, 2, shape.tokens)
+        .transpose(0, 1)
+        .reshape(-1)
+    )
     hidden = problem.hidden[order].view(2 * shape.pairs, shape.tokens, shape.hidden)
     targets = problem.targets[order].view(2 * shape.pairs, shape.tokens)
     loss_module = LigerFusedLinearDPOLoss(beta=BETA, compiled=compiled, use_ref_model=False, loss_type="sigmoid")
@@ -189,7 +195,7 @@ def _peers() -> list[Provider]:
 
 def _scalar_only(cce: dict, liger: dict) -> list[Provider]:
     def never(problem: Problem) -> Step:
-        raise NotImplementedError
+        raise RuntimeError("a provider that cannot was built")
 
     return [
         Provider(
@@ -206,6 +212,7 @@ def _scalar_only(cce: dict, liger: dict) -> list[Provider]:
             "LigerFusedLinearCrossEntropyLoss",
             "tokens",
             never,
+            devices=("cpu",),
             cannot=f"{_ONE_UPSTREAM}; and its Triton kernels need a GPU",
             **liger,
         ),
@@ -215,6 +222,7 @@ def _scalar_only(cce: dict, liger: dict) -> list[Provider]:
             "cut_cross_entropy, impl='cce'",
             "tokens",
             never,
+            devices=("cpu",),
             cannot="its Triton kernels need a GPU; on a CPU it offers torch_compile only",
             **cce,
         ),
@@ -223,11 +231,15 @@ def _scalar_only(cce: dict, liger: dict) -> list[Provider]:
 
 def all_providers(device: str = "cpu") -> list[Provider]:
     """Floors first, then peers, then windkern with each back end that can run on the device."""
-    providers = [
-        _floor("gemm-mkl", "bare products, MKL", ("fp32",), onednn=False),
-        _floor("gemm-onednn", "bare products, oneDNN", ("fp32", "bf16"), onednn=True),
-        *_peers(),
-    ]
+    if device == "cpu":
+        floors = [
+            _floor("gemm-mkl", "bare products, MKL", ("fp32",), onednn=False),
+            _floor("gemm-onednn", "bare products, oneDNN", ("fp32", "bf16"), onednn=True),
+        ]
+        providers = [*floors, *_peers()]
+    else:
+        everybody = [provider for provider in _peers() if not provider.onednn]
+        providers = [_floor("gemm", "bare products", ("fp32", "bf16"), onednn=False), *everybody, *gpu_peers()]
     for index, backend in enumerate(wk.backends.available(device)):
         providers += our_providers(backend, preferred=index == 0)
-    return providers
+    return [provider for provider in providers if device in provider.devices]

@@ -21,11 +21,15 @@ import windkern as wk
 from benchmarks.cases import Case, Problem
 
 PER_TOKEN = "returns log-probs and takes any upstream gradient per token"
+MEAN_LOSS = "the mean negative log-prob; gradients finished in forward, scalar upstream"
 PAIR_LOSS = "the whole DPO loss of pairs without a reference; gradients finished in forward, scalar upstream"
 
 
+LEVELS = ("tokens", "loss", "mean")  # compared within themselves only
+
+
 class Result(NamedTuple):
-    output: Tensor  # (M,) log-probs, or the () pair loss
+    output: Tensor  # (M,) log-probs, or a () loss
     dhidden: Tensor | None = None  # (M, H)
     dweight: Tensor | None = None  # (V, H)
 
@@ -48,7 +52,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Provider:
-    """One row of every case it can do. `level`: "floor", "tokens" (log-probs, any upstream) or "loss" (pair loss)."""
+    """One row of every case it can do.
+
+    `level`: "floor", "tokens" (log-probs, any upstream), "loss" (a pair loss) or "mean" (mean negative log-prob).
+    """
 
     name: str
     label: str
@@ -59,6 +66,7 @@ class Provider:
     module: str = "torch"
     modes: tuple[str, ...] = ("trained", "frozen", "scoring")
     dtypes: tuple[str, ...] = ("fp32", "bf16")
+    devices: tuple[str, ...] = ("cpu", "cuda")
     by_default: bool = True  # else only where --peers names it
     compiles: bool = False  # its first call runs a compiler
     onednn: bool = False  # float32 products through oneDNN, where torch would take MKL
@@ -85,6 +93,8 @@ class Provider:
             return "absent", f"{self.package} is not installed"
         if case.mode not in self.modes:
             return "cannot", f"computes nothing comparable in mode {case.mode}"
+        if case.device not in self.devices:
+            return "cannot", f"it is measured on {' and '.join(self.devices)}"
         if case.dtype_name not in self.dtypes:
             return "cannot", f"{case.dtype_name} products have one library on a CPU, oneDNN: see the other rows"
         if self.onednn and not torch.backends.mkldnn.is_available():

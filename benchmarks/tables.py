@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.cases import DTYPES, PRODUCTS, TINY, all_cases
+from benchmarks.provider import LEVELS
 
 Row = dict[str, Any]
 MIB = 2**20
@@ -35,7 +36,7 @@ def memory(num_bytes: int | None) -> str:
 
 def by_case(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows grouped by case, cases in the order of `cases.py`."""
-    order = {case.name: index for index, case in enumerate(all_cases())}
+    order = {case.name: index for index, case in enumerate([*all_cases("cpu"), *all_cases("cuda")])}
     grouped: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: order.get(row["case"], len(order))):
         grouped.setdefault(row["case"], []).append(row)
@@ -126,12 +127,16 @@ def _caption(data: dict[str, Any], rows: list[Row]) -> str:
     peers = ", ".join(
         f"{name} {version}" for name, version in versions.items() if version and name not in ("windkern",)
     )
+    if "gpu" in machine:
+        where = f"{machine['gpu']}, {machine['gpu_memory_gib']:.0f} GiB, CUDA {machine['cuda']}"
+    else:
+        where = f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
     commit = (run["commit"] or "unknown")[:9] + (" with local changes" if run["dirty"] else "")
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}; {peers}; commit {commit}, "
+        f"{where}; {peers}; commit {commit}, "
         f"{run['date'][:10]}. Columns are tokens x hidden x vocabulary. Each cell: median time as a multiple of the "
         "bare matrix products (first row: their time), and peak memory beyond outputs and gradients. Bold: the "
-        "fastest. DPO-loss rows compute a whole loss of pairs and compare with each other only.\n"
+        "fastest. Rows of a whole loss (DPO of pairs, mean NLL) compare with each other only.\n"
     )
 
 
@@ -146,7 +151,7 @@ def _mode_table(rows: list[Row], mode: str) -> list[str]:
             (row["times_floor"] for row in group if measured(row) and row["level"] == level), default=None
         )
         for group in groups.values()
-        for level in ("tokens", "loss")
+        for level in LEVELS
     }
     lines = [
         f"**{MODE_TITLES[mode]}**\n",
@@ -154,7 +159,7 @@ def _mode_table(rows: list[Row], mode: str) -> list[str]:
         "|---|" + "---:|" * len(columns),
         "| bare products | " + " | ".join(_floor_cell(rows, *column) for column in columns) + " |",
     ]
-    for level in ("tokens", "loss"):
+    for level in LEVELS:
         labels = dict.fromkeys(row["label"] for row in rows if row["level"] == level and measured(row))
         for label in labels:
             row_cells = [_cell(cells.get((label, *column)), winners.get((*column, level))) for column in columns]
@@ -184,7 +189,7 @@ def _losses(rows: list[Row]) -> str:
     """Every case in which a peer is faster than the fastest of ours, and what that peer pays for it."""
     lines = []
     for name, group in by_case(rows).items():
-        for level in ("tokens", "loss"):
+        for level in LEVELS:
             ours, peer = best(group, level, ours=True), best(group, level, ours=False)
             if ours is None or peer is None or peer["times_floor"] >= ours["times_floor"]:
                 continue

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a call on a CPU, and how calls of several providers are interleaved."""
+"""Seconds and peak memory of a call, and how calls of several providers are interleaved."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 MIN_SAMPLES = 3
 MAX_SAMPLES = 25
@@ -23,6 +25,7 @@ FAR_BEHIND = 2.5  # times the fastest call of the case
 DISPUTED_RATIO = 1.3
 DISPUTED_FLOORS = 10.0
 
+_FLUSH_BYTES = 256 << 20  # several times the second-level cache of any GPU
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -35,10 +38,24 @@ class Measured(NamedTuple):
     result: Any
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+def timed(call: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
+    """Seconds of a call; on a GPU between two events, after its second-level cache was overwritten."""
+    if device == "cpu":
+        start = time.perf_counter()
+        result = call()
+        return time.perf_counter() - start, result
+    torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
+    return _between_events(call)
+
+
+def _between_events(call: Callable[[], Any]) -> tuple[float, Any]:
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
     result = call()
-    return time.perf_counter() - start, result
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1e3, result
 
 
 def why_no_memory() -> str | None:
@@ -64,11 +81,19 @@ def _trim() -> None:
         libc.malloc_trim(0)
 
 
-def measure(call: Callable[[], Any]) -> Measured:
-    """Run once and read the kernel's high-water mark of resident memory, reset just before the call.
+def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
+    """Run once and read the high-water mark of memory, reset just before the call.
 
-    Everything counts that becomes resident: outputs, gradients, temporaries of any library, the allocator's waste.
+    On a CPU that of resident memory: outputs, gradients, temporaries of any library, the allocator's waste. On a GPU
+    that of torch's allocator, which everything here goes through.
     """
+    if device != "cpu":
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        seconds, result = _between_events(call)
+        return Measured(seconds, torch.cuda.max_memory_allocated() - allocated, result)
     if why_no_memory() is not None:
         return Measured(*_without_peak(call))
     _trim()
@@ -128,7 +153,10 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def interleave(
-    calls: dict[str, Callable[[], Any]], counts: dict[str, int], after_round: Callable[[dict], None] | None = None
+    calls: dict[str, Callable[[], Any]],
+    counts: dict[str, int],
+    after_round: Callable[[dict], None] | None = None,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """Samples in seconds by name: rounds over all calls, each call spread evenly over the rounds."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -138,7 +166,7 @@ def interleave(
             for name, call in calls.items():
                 due = (index + 1) * counts[name] // rounds > index * counts[name] // rounds
                 if due:
-                    seconds, result = timed(call)
+                    seconds, result = timed(call, device)
                     samples[name].append(seconds)
                     del result
         if after_round is not None:

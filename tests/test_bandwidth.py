@@ -31,7 +31,12 @@ class FakeTimer:
 
 
 @pytest.fixture
-def data(capsys):
+def saved():
+    return []
+
+
+@pytest.fixture
+def data(capsys, saved):
     return bandwidth.measure(
         FakeTimer(3e-6, 1e-6, 2e-6),
         "cpu",
@@ -40,6 +45,7 @@ def data(capsys):
         pair_sizes=(16, 32),
         copy_bytes=1000,
         largest_matrix=16,
+        save=lambda data: saved.append(len(data["rows"])),
     )
 
 
@@ -67,6 +73,11 @@ def test_rates_follow_from_bytes_and_the_median(data):
             assert row["bytes"] == wanted[row["kernel"]] * row["rows"] * row["width"]
             assert row["bytes_per_s"] == row["bytes"] / 2e-6
             assert row["share_of_copy"] == row["bytes_per_s"] / data["copy_bytes_per_s"]
+
+
+def test_a_run_that_is_stopped_leaves_what_it_has(data, saved):
+    assert saved == sorted(set(saved)) and len(saved) == 4
+    assert saved[-1] == len(data["rows"])
 
 
 def test_the_results_can_be_written_and_read(data, tmp_path):

@@ -17,22 +17,26 @@ import windkern as wk
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, errors, exact, peers, plot, readme, record, run, timing  # noqa: E402
+from benchmarks import compare, errors, exact, gpu, peers, plot, readme, record, run, timing  # noqa: E402
 from benchmarks.cases import SHAPES, TINY, Case, make_problem, select_cases  # noqa: E402
+from benchmarks.provider import LEVELS as provider_levels  # noqa: E402
 from benchmarks.provider import quiet  # noqa: E402
 
 CASES = "tiny/trained/fp32,tiny/frozen/bf16,tiny/scoring/fp32"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_no_compiler():
+def _one_thread_no_compiler_and_no_interpreter():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    interpret = os.environ.pop("TRITON_INTERPRET", None)  # kernels run by Python are nothing to measure
     with quiet():
         stance = torch.compiler.set_stance("force_eager")
     with stance:
         yield
     torch.set_num_threads(threads)
+    if interpret is not None:
+        os.environ["TRITON_INTERPRET"] = interpret
 
 
 @pytest.fixture(scope="module")
@@ -307,3 +311,39 @@ def test_pytest_benchmark_rows(tmp_path):
     assert [row["group"] for row in data["benchmarks"]] == ["tiny/trained/fp32"] * 2
     assert all({"times_floor", "extra_bytes", "command"} <= set(row["extra_info"]) for row in data["benchmarks"])
     assert "node" not in data["machine_info"]
+
+
+def test_gpu_cases_and_providers_are_named_and_ordered():
+    cases = select_cases("*", "cuda")
+    assert cases[0].name == "8192x4096x128256/trained/bf16" and len(cases) == 4 * 4 * 3
+    names = [provider.name for provider in peers.all_providers("cuda")]
+    assert len(names) == len(set(names)) and names[0] == "gemm"
+    assert {"cce-exact", "cce-filtered", "liger-flce", "plain-compile", "trl", "windkern-torch"} <= set(names)
+    assert {provider.level for provider in peers.all_providers("cuda")} == {"floor", *provider_levels}
+
+
+def test_a_gpu_is_asked_for_by_name(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cuda"])
+    assert "needs a GPU that torch can use" in capsys.readouterr().err
+
+
+def test_the_gpu_run_says_what_it_lacks(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--steps", "test"])
+    assert "unknown step test; there are build, tests" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            gpu.main([])
+        assert "torch sees none" in capsys.readouterr().err
+
+
+def test_a_step_of_the_gpu_run_is_logged_and_stopped_in_time(tmp_path, capsys):
+    script = "print('measured', flush=True); import time; time.sleep({})"
+    for seconds, ended in ((0, "ok"), (30, "stopped after 3 s")):
+        command = [sys.executable, "-c", script.format(seconds)]
+        assert gpu.run_step("speed", command, tmp_path / "speed.log", 3) == ended
+        assert "measured" in (tmp_path / "speed.log").read_text()
+    assert "== speed: ok" in capsys.readouterr().out

@@ -12,6 +12,7 @@ ALLOWED = {
     "kernels": BASE | {"_cpp", "_cuda"},
     "ops": BASE | {"kernels", "plan", "backends"},
     "losses": BASE | {"kernels", "ops", "backends"},
+    "tabular": BASE | {"losses"},
     "losses_report": BASE | {"losses"},
     "integrations": BASE | {"kernels", "ops", "plan", "backends", "losses"},
     "reference": set(),

@@ -42,10 +42,13 @@ def _cuda_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"it runs on NVIDIA and AMD GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
     try:
-        return importlib.import_module("windkern.kernels.triton_rows").why_not(device, dtype)
+        importlib.import_module("windkern.kernels.triton_rows")
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install 'triton>=3.4'"
+    return None
 
 
 # In order of preference: "auto" takes the first that can run.
@@ -98,7 +101,8 @@ _preference: dict[tuple[str, torch.dtype], str] = {}
 def _preferred(device_type: str, dtype: torch.dtype) -> str:
     key = (device_type, dtype)
     if key not in _preference:
-        _preference[key] = available(device_type, dtype)[0]
+        # Reason: stop at the first; asking the others why not would import what is never used here.
+        _preference[key] = next(name for name in BACKENDS if why_not(name, device_type, dtype) is None)
     return _preference[key]
 
 

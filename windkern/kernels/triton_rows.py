@@ -14,7 +14,7 @@ from torch import Tensor
 from windkern.kernels import buffers
 from windkern.kernels.contract import RowState, RowStats, Upstream, kept_gain, kept_log_gain
 from windkern.kernels.torch_rows import other_slope, target_slope
-from windkern.kernels.triton_launch import interprets, or_unused, transform_numbers
+from windkern.kernels.triton_launch import or_unused, transform_numbers
 from windkern.kernels.triton_maths import finite, merge, one_minus_p, relative_slope, transform_logit
 from windkern.kernels.triton_pairs import pair_terms, segment_sum, win_rates
 from windkern.kernels.triton_table import backward_config, row_warps, tile_config
@@ -36,14 +36,6 @@ __all__ = [
 
 WIDEST = 16384
 COLUMN_SUM_ROWS = 1024  # rows that one program of the bias gradient sums
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "cuda":
-        return None
-    if device.type == "cpu" and interprets():
-        return None
-    return f"it runs on NVIDIA and AMD GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
 
 
 @triton.jit
@@ -161,7 +153,8 @@ def unit_rows(
     )
     weighted = e * (part_factor * gain)
     if CAPPED:
-        weighted = weighted * relative_slope(y, cap_out)
+        # Reason: y from the gap keeps one array less in registers; the gap is exact where the slope matters.
+        weighted = weighted * relative_slope(gap + finite(part_max), cap_out)
     # Reason: W_y - sum P W cancels where the model is sure of the target; the target entry is added apart.
     weighted = tl.where(columns == column, 0.0, weighted)
     tl.store(unit_ptr + row * width + columns, weighted.to(unit_ptr.dtype.element_ty), mask=inside)
