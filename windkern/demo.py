@@ -27,7 +27,8 @@ class DemoSettings:
         default_factory=lambda: WindSettings(
             iterations=6,
             prompts_per_iteration=16,
-            num_responses=4,
+            num_responses=8,
+            fit_responses=4,
             eta=5.0,
             beta=0.05,
             learning_rate=4e-5,

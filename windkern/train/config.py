@@ -19,6 +19,8 @@ class WindSettings:
         iterations: outer iterations: sample, judge, fit.
         prompts_per_iteration: training prompts answered in each; the training set is gone through in shuffled order.
         num_responses: N, responses to each of them.
+        fit_responses: how many of the N are fitted: those with the highest and the lowest win rates against all N. None
+            fits all. Sampling costs less than fitting, and extremes say most about the direction to go.
         eta: step size of the update. Below, c = eta / (1 + eta * beta) nats separate a certain winner from a certain
             loser after a perfect fit.
         beta: weight of the KL to the reference.
@@ -42,6 +44,7 @@ class WindSettings:
     iterations: int = 6
     prompts_per_iteration: int = 16
     num_responses: int = 4
+    fit_responses: int | None = None
     eta: float = 5.0
     beta: float = 0.05
     objective: str = "square"
@@ -69,6 +72,22 @@ class WindSettings:
         for name in ("beta", "final_learning_rate"):
             check_number(name, getattr(self, name), least=0)
         check_choice("objective", self.objective, OBJECTIVES)
+        if self.fit_responses is not None:
+            check_count("fit_responses", self.fit_responses, least=2)
+            if self.fit_responses > self.num_responses:
+                raise ValueError(
+                    f"fit_responses must be at most num_responses = {self.num_responses}, got {self.fit_responses}"
+                )
+            if OBJECTIVES[self.objective].statistic != "V":
+                raise ValueError(
+                    f"fit_responses must be None for objective={self.objective!r}, whose target is not a win rate "
+                    "against all N"
+                )
+
+    @property
+    def fitted_responses(self) -> int:
+        """Responses to a prompt that go through the model in a fit."""
+        return self.num_responses if self.fit_responses is None else self.fit_responses
 
     @property
     def steps_per_iteration(self) -> int:

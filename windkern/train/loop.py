@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import windkern
 from windkern import hf
-from windkern.losses import wind
+from windkern.losses import check_prefs, wind
 from windkern.train import checkpoint as checkpoints
 from windkern.train.config import Observer, Record, Unobserved, WindSettings, stream
 from windkern.train.evaluate import Evaluation, compare
@@ -31,7 +31,7 @@ class _Pass:
 
     batch: Completions
     targets: Tensor  # (B, N, L)
-    constants: dict[str, Tensor]  # old_logps (B, N), ref_logps (B, N), prefs (B, N, N)
+    constants: dict[str, Tensor]  # old_logps (B, N), ref_logps (B, N), prefs (B, N, N) or win_rates (B, N)
 
 
 class ResumeError(ValueError):
@@ -192,7 +192,7 @@ class WindLoop:
 
     def _cuts(self, prompts: Sequence[str], num_responses: int) -> list[range]:
         """Prompts that go through the model at once: as many responses as in a pass of training."""
-        size = max(1, self.settings.prompts_per_pass * self.settings.num_responses // num_responses)
+        size = max(1, self.settings.prompts_per_pass * self.settings.fitted_responses // num_responses)
         return [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class WindLoop:
         ).view(-1, batch.num_responses)
 
     def _prepare(self, iteration: int, batch: Completions, verdict: Verdict) -> list[_Pass]:
-        """Cut an iteration's responses into passes and score each with pi_t and pi_ref.
+        """Cut the responses to fit into passes and score each with pi_t and pi_ref.
 
         Reason: the rounding of a bfloat16 pass depends on its shape, so pi_t is scored in the passes of training;
         then log pi_theta - log pi_t is exactly 0 before the first step.
@@ -215,18 +215,34 @@ class WindLoop:
         size = min(self.settings.prompts_per_pass, self.settings.prompts_per_step)
         cuts = [range(first, min(first + size, len(batch.texts))) for first in range(0, len(batch.texts), size)]
         self.observer.phase(iteration, "scoring", len(cuts))
+        places, target = self._to_fit(verdict.prefs)
         passes = []
         for chosen in cuts:
-            part = batch.groups(chosen)
+            part = batch.responses(chosen, places[chosen.start : chosen.stop])
             targets = hf.completion_targets(part.input_ids, part.completion_mask)
             constants = {
                 "old_logps": self._score(self.model, part),
                 "ref_logps": self._score(self.reference, part),
-                "prefs": verdict.prefs[chosen.start : chosen.stop],
+                **{name: value[chosen.start : chosen.stop] for name, value in target.items()},
             }
             passes.append(_Pass(part, targets.view(len(chosen), -1, targets.shape[1]), constants))
             self.observer.advance()
         return passes
+
+    def _to_fit(self, prefs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Which of the N responses to fit, (B, K) places, and what to.
+
+        Reason: the update holds at every response, so any choice of them has it as its minimiser, as long as a win rate
+        stays that against all N.
+        """
+        keep = self.settings.fit_responses
+        if keep is None:
+            return torch.arange(prefs.shape[-1]).expand(len(prefs), -1), {"prefs": prefs}
+        check_prefs(prefs)
+        win_rates = prefs.mean(-1)  # the own comparison counts 1/2
+        order = win_rates.argsort(-1, stable=True)
+        places = torch.cat([order[:, : keep // 2], order[:, keep // 2 - keep :]], 1)
+        return places, {"win_rates": win_rates.gather(-1, places)}
 
     def _fit(self, iteration: int, passes: list[_Pass]) -> tuple[list[float], list[float]]:
         """Gradient steps on one iteration's responses; returns the loss and the gradient norm of each step."""
