@@ -22,7 +22,9 @@ from windkern.train.judges import Judge, Verdict
 from windkern.train.optim import MasterWeights
 from windkern.train.sampler import Completions, Sampler
 
-ADAM_BETAS = (0.9, 0.95)
+# Reason: the optimizer starts anew in each iteration. With a first moment of 0.9 and four steps, the first step's
+# gradient would move the weights seven times as far as the last one's; without, all responses count alike.
+ADAM_BETAS = (0.0, 0.95)
 
 
 @dataclass
@@ -240,7 +242,7 @@ class WindLoop:
             return torch.arange(prefs.shape[-1]).expand(len(prefs), -1), {"prefs": prefs}
         check_prefs(prefs)
         win_rates = prefs.mean(-1)  # the own comparison counts 1/2
-        order = win_rates.argsort(-1, stable=True)
+        order = win_rates.argsort(dim=-1, stable=True)
         places = torch.cat([order[:, : keep // 2], order[:, keep // 2 - keep :]], 1)
         return places, {"win_rates": win_rates.gather(-1, places)}
 
