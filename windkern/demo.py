@@ -108,7 +108,7 @@ def _run(arguments: argparse.Namespace, settings: DemoSettings) -> int:
         f"WIND, objective {wind.objective}, eta {wind.eta:g}, beta {wind.beta:g}, seed {wind.seed}\n"
         f"{wind.iterations} iterations of {wind.prompts_per_iteration} prompts, {wind.num_responses} responses each; "
         f"the {wind.fitted_responses} with the highest and lowest win rates are fitted\n"
-        f"evaluated on {len(heldout)} held-out prompts, against {wind.reference_responses} responses of the reference each",
+        f"evaluated on {len(heldout)} held-out prompts, against {wind.reference_responses} responses of the reference",
         highlight=False,
         soft_wrap=True,
     )
