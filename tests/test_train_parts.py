@@ -356,7 +356,15 @@ def test_a_policy_against_itself_wins_half():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("iterations", 0), ("num_responses", 1), ("eta", 0.0), ("beta", -1.0), ("objective", "sqare"), ("seed", -1)],
+    [
+        ("iterations", 0),
+        ("num_responses", 1),
+        ("eta", 0.0),
+        ("beta", -1.0),
+        ("objective", "sqare"),
+        ("seed", -1),
+        ("momentum", 1.0),
+    ],
 )
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=field):

@@ -33,6 +33,7 @@ class DemoSettings:
             beta=0.05,
             learning_rate=1e-4,
             final_learning_rate=0.5,
+            momentum=0.0,
             prompts_per_step=4,
             prompts_per_pass=4,
             temperature=0.7,

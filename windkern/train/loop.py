@@ -22,9 +22,7 @@ from windkern.train.judges import Judge, Verdict
 from windkern.train.optim import MasterWeights
 from windkern.train.sampler import Completions, Sampler
 
-# Reason: the optimizer starts anew in each iteration. With a first moment of 0.9 and four steps, the first step's
-# gradient would move the weights seven times as far as the last one's; without, all responses count alike.
-ADAM_BETAS = (0.0, 0.95)
+_ADAM_BETA2 = 0.95  # a second moment of the last 20 steps: an iteration has few
 
 
 @dataclass
@@ -234,8 +232,8 @@ class WindLoop:
     def _to_fit(self, prefs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Which of the N responses to fit, (B, K) places, and what to.
 
-        Reason: the update holds at every response, so any choice of them has it as its minimiser, as long as a win rate
-        stays that against all N.
+        Reason: the update holds at every response, so choosing by the true win rates does not move the minimiser. By
+        win rates that N samples estimate, the extremes are exaggerated a little, less as N grows.
         """
         keep = self.settings.fit_responses
         if keep is None:
@@ -250,7 +248,11 @@ class WindLoop:
         """Gradient steps on one iteration's responses; returns the loss and the gradient norm of each step."""
         settings = self.settings
         optimizer = torch.optim.AdamW(
-            self.master.parameters(), lr=settings.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True
+            self.master.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.momentum, _ADAM_BETA2),
+            weight_decay=0.0,
+            fused=True,
         )
         per_step = max(1, settings.prompts_per_step // settings.prompts_per_pass)
         self.observer.phase(iteration, "fitting", settings.epochs * len(passes))
