@@ -11,7 +11,7 @@ ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test check lint bench gpu clean
+.PHONY: help setup demo test check lint bench aot-all gpu clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -51,6 +51,16 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.errors
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.readme
+
+## aot-all every Triton kernel compiled for every chip, with the pinned Triton and with the older one of GPU machines
+OLD_TRITON := .venv-triton-3.6
+aot-all: $(STAMP)
+	$(BIN)/python -m benchmarks.aot
+	test -x $(OLD_TRITON)/bin/python || $(PYTHON) -m venv $(OLD_TRITON)
+	$(OLD_TRITON)/bin/python -m pip install -q --disable-pip-version-check triton==3.6.0 "numpy<2.4"
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	  "$$($(OLD_TRITON)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
+	$(OLD_TRITON)/bin/python -m benchmarks.aot
 
 ## gpu     on a machine with a GPU and torch: build the extension and run the GPU suite, log in $$OUT (default: out)
 OUT ?= out

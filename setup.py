@@ -20,8 +20,10 @@ X86_FLAGS = {
     "cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
     "cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c "
     "-mprefer-vector-width=512",
+    "cpu/products_avx512bf16.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma",
 }
-SOURCES = ["binding.cpp", "cpu/dispatch.cpp"] + [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx512")]
+SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/products_avx512bf16.cpp"]
+SOURCES += [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx512")]
 
 
 def ninja_file(output: Path) -> str:

@@ -96,9 +96,16 @@ PYBIND11_MODULE(_cpp, m) {
              k.table.win_rates({DType(dtype), groups, n, nullptr, pointer<void>(prefs), pointer<void>(rewards),
                                 pointer<bool>(where), link, 0, threads},
                                pointer<void>(rates));
-           })
-      .def("widen", [](const Kernels& k, int dtype, Address from, Address to, int64_t count, int threads) {
-        py::gil_scoped_release release;
-        k.table.widen(DType(dtype), pointer<void>(from), pointer<float>(to), count, threads);
-      });
+           });
+  m.def("packed_size", &windkern::packed_size);
+  m.def("has_bf16_product", [] { return windkern::runnable_product() != nullptr; });
+  m.def("multiply_bf16",
+        [](int64_t rows, int64_t columns, int64_t inner, Address a, int64_t a_stride, bool a_transposed, Address b,
+           int64_t b_stride, bool b_transposed, Address c, int64_t c_stride, bool c_is_float, bool accumulate,
+           Address packed, int threads) {
+          py::gil_scoped_release release;
+          windkern::runnable_product()({rows, columns, inner, pointer<uint16_t>(a), a_stride, a_transposed,
+                                        pointer<uint16_t>(b), b_stride, b_transposed, pointer<void>(c), c_stride,
+                                        c_is_float, accumulate, pointer<uint32_t>(packed), threads});
+        });
 }

@@ -1,27 +1,26 @@
-"""THE table of loss rows: every test of test_losses.py that can be generated runs over CASES.
+"""THE table of loss rows: every test that can be generated runs over CASES.
 
 Each row has a reference: plain Python floats, one group at a time, masked responses already dropped. It shares no code
-with windkern, so value, mask and gradient (by central differences) of a loss are all judged against it.
+with windkern, so value, mask and gradient (by central differences) of a loss are all judged against it
+(`loss_checks.assert_matches_reference`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import loss_references as plain
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
+from loss_references import B_, BETA, ETA, C
 from torch import Tensor
 
 from windkern.losses import LOSSES
 
-ETA, BETA = 0.8, 0.3
-A, B_, C = 1 / (1 + ETA * BETA), ETA * BETA / (1 + ETA * BETA), ETA / (1 + ETA * BETA)
 LOG_Z = 0.21
-Group = dict[str, list]
+STEP = {"eta": ETA, "beta": BETA}
+Inputs = Callable[[int, int, torch.Generator], dict[str, Tensor]]  # (B, N, generator) -> logps and constants
 
 
 @dataclass(frozen=True)
@@ -29,152 +28,89 @@ class Case:
     """One way to call a loss.
 
     `properties`: "shift" (adding a constant to a group changes nothing, gradients sum to 0), "permutes" (responses may
-    be reordered), "quadratic" (the gradient is linear in the log-probs).
+    be reordered), "quadratic" (the gradient is linear in the log-probs), "detached" (the
+    gradient is not that of the value).
     """
 
     loss: str
     label: str
-    inputs: Callable[[int, int, torch.Generator], dict[str, Tensor]]  # (B, N, generator) -> logps and constants
-    reference: Callable[[Group], float]
+    inputs: Inputs
+    reference: Callable  # group -> value; where coupled, (groups, groups at the start) -> values
     options: dict = field(default_factory=dict)
     properties: frozenset[str] = frozenset()
-    responses: int = 4
+    responses: int | None = None  # where the loss takes this many only
+    least: int = 2  # responses below which a group is off
+    coupled: bool = False  # groups are not treated apart
+    bound: float | None = None  # no gradient is larger
 
     def __str__(self) -> str:
         return f"{self.loss}-{self.label}"
 
+    @property
+    def per_token(self) -> bool:
+        return LOSSES[self.loss].shape == ("B", "N", "T")
+
     def make(self, groups: int = 3, responses: int | None = None, seed: int = 0) -> dict[str, Tensor]:
-        if responses is None or self.responses == 2:
-            responses = self.responses
-        return self.inputs(groups, responses, torch.Generator().manual_seed(seed))
+        return self.inputs(groups, self.responses or responses or 4, torch.Generator().manual_seed(seed))
 
     def __call__(self, inputs: dict[str, Tensor], **options: object) -> Tensor:
         return LOSSES[self.loss].function(**inputs, **{**self.options, **options})
+
+
+# Inputs ---------------------------------------------------------------------------------------------------------------
 
 
 def normal(*shape: int, generator: torch.Generator) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
+def uniform(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+
 def random_prefs(B: int, N: int, generator: torch.Generator, hard: bool = False) -> Tensor:
     """Any preferences, cyclic ones included; hard ones are 0 or 1 off the diagonal."""
-    upper = torch.rand(B, N, N, generator=generator, dtype=torch.float64)
+    upper = uniform(B, N, N, generator=generator)
     upper = upper.round() if hard else 0.1 + 0.8 * upper
     prefs = torch.where(torch.ones(N, N).triu(1).bool(), upper, 1 - upper.mT)
     return torch.where(torch.eye(N).bool(), 0.5, prefs)
 
 
-def policies(B: int, N: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Sequence log-probs near -40 nats; the policy is far enough from pi_t that some implied win rates leave (0, 1)."""
-    old = -40 + 3 * normal(B, N, generator=generator)
-    ref = old + 0.7 * normal(B, N, generator=generator)
-    return {"logps": old + 0.25 * normal(B, N, generator=generator), "old_logps": old, "ref_logps": ref}
+CONSTANTS: dict[str, Inputs] = {
+    "prefs": random_prefs,
+    "hard_prefs": lambda B, N, g: random_prefs(B, N, g, hard=True),
+    "win_rates": lambda B, N, g: uniform(B, N, generator=g),
+    "log_z": lambda B, N, g: LOG_Z + 0.1 * normal(B, generator=g),
+    "rewards": lambda B, N, g: normal(B, N, generator=g),
+    "tied_rewards": lambda B, N, g: torch.randint(0, 2, (B, N), generator=g).double(),
+    "advantages": lambda B, N, g: normal(B, N, generator=g),
+    "baseline": lambda B, N, g: normal(B, generator=g),
+    "lengths": lambda B, N, g: torch.randint(5, 20, (B, N), generator=g),
+    "desirable": lambda B, N, g: torch.rand(B, N, generator=g) < 0.5,
+    "kl_gaps": lambda B, N, g: 0.5 + normal(7, generator=g),
+}
 
 
-def judged(*names: str, hard: bool = False) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
-    """Inputs with the three policies and the constants named."""
+def drawn(*names: str, tokens: int | None = None, far: float = 0.25) -> Inputs:
+    """Log-probs of sequences near -40 nats, or of tokens near -2, `far` from those of the old policy; and constants."""
 
     def inputs(B: int, N: int, generator: torch.Generator) -> dict[str, Tensor]:
-        made = policies(B, N, generator)
-        if "prefs" in names:
-            made["prefs"] = random_prefs(B, N, generator, hard)
-        if "win_rates" in names:
-            made["win_rates"] = torch.rand(B, N, generator=generator, dtype=torch.float64)
-        if "log_z" in names:
-            made["log_z"] = LOG_Z + 0.1 * normal(B, generator=generator)
+        shape = (B, N) if tokens is None else (B, N, tokens)
+        old = (
+            3 * normal(*shape, generator=generator) - 40
+            if tokens is None
+            else -4 * uniform(*shape, generator=generator)
+        )
+        ref = old + 0.7 * normal(*shape, generator=generator)
+        logps = old + far * normal(*shape, generator=generator)
+        policies = {"old_logps": old, "anchor_logps": old, "ref_logps": ref}
+        made = {"logps": logps} | {name: policies[name] for name in names if name in policies}
+        for name in names:
+            if name not in policies:
+                made[name.removeprefix("hard_").removeprefix("tied_")] = CONSTANTS[name](B, N, generator)
         return made
 
     return inputs
-
-
-def without(name: str, inputs: Callable) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
-    return lambda B, N, generator: {k: v for k, v in inputs(B, N, generator).items() if k != name}
-
-
-# References -----------------------------------------------------------------------------------------------------------
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def v_rates(g: Group) -> list[float]:
-    return g.get("win_rates") or [mean(row) for row in g["prefs"]]
-
-
-def u_rates(g: Group) -> list[float]:
-    return g.get("win_rates") or [(sum(row) - 0.5) / (len(row) - 1) for row in g["prefs"]]
-
-
-def s_of(g: Group) -> list[float]:
-    return [
-        logp - A * old - B_ * ref for logp, old, ref in zip(g["logps"], g["old_logps"], g["ref_logps"], strict=True)
-    ]
-
-
-def log_taylor(p: float, delta: float = 0.02) -> float:
-    for end, outside in ((delta, p < delta), (1 - delta, p > 1 - delta)):
-        if outside:
-            return math.log(end) + (p - end) / end - (p - end) ** 2 / (2 * end**2)
-    return math.log(p)
-
-
-def ordered_pairs(g: Group) -> list[tuple[int, int]]:
-    n = len(g["logps"])
-    return [(i, j) for i in range(n) for j in range(n) if i != j]
-
-
-def square(g: Group) -> float:
-    d = [s - C * w for s, w in zip(s_of(g), v_rates(g), strict=True)]
-    return mean([(x - mean(d)) ** 2 for x in d])
-
-
-def square_pair(g: Group) -> float:
-    s = s_of(g)
-    return mean([(s[i] - s[j] - C * (g["prefs"][i][j] - 0.5)) ** 2 for i, j in ordered_pairs(g)])
-
-
-def square_point(g: Group) -> float:
-    log_z = g.get("log_z", C / 2)
-    return mean([(s + log_z - C * w) ** 2 for s, w in zip(s_of(g), u_rates(g), strict=True)])
-
-
-def kl(g: Group) -> float:
-    s, rates, total = s_of(g), v_rates(g), []
-    for x, w in zip(s, rates, strict=True):
-        p = mean(rates) + (x - mean(s)) / C
-        total.append(w * (math.log(w) - log_taylor(p)) + (1 - w) * (math.log(1 - w) - log_taylor(1 - p)))
-    return mean(total)
-
-
-def nce(g: Group) -> float:
-    p = [(s + g.get("log_z", C / 2)) / C for s in s_of(g)]
-    return mean([g["prefs"][i][j] * (-log_taylor(p[i]) - log_taylor(1 - p[j])) for i, j in ordered_pairs(g)])
-
-
-def log_softmax(x: list[float]) -> list[float]:
-    total = math.log(sum(math.exp(v - max(x)) for v in x)) + max(x)
-    return [v - total for v in x]
-
-
-def nce_ratio(g: Group) -> float:
-    rows = zip(g["logps"], g["old_logps"], g["ref_logps"], v_rates(g), strict=True)
-    gaps, tilts = zip(*[(logp - old, B_ * (ref - old) + C * w) for logp, old, ref, w in rows], strict=True)
-    return -sum(math.exp(t) * q for t, q in zip(log_softmax(list(tilts)), log_softmax(list(gaps)), strict=True))
-
-
-def sppo(g: Group) -> float:
-    rows = zip(g["logps"], g["old_logps"], v_rates(g), strict=True)
-    return mean([(logp - old - ETA * (w - 0.5)) ** 2 for logp, old, w in rows])
-
-
-def margin(g: Group) -> float:
-    (chosen, rejected), (ref_chosen, ref_rejected) = g["logps"], g["ref_logps"]
-    return (chosen - ref_chosen) - (rejected - ref_rejected)
-
-
-def log_sigma(x: float) -> float:
-    return -math.log(1 + math.exp(-x))
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -182,140 +118,159 @@ def log_sigma(x: float) -> float:
 CENTRED = frozenset({"shift", "permutes"})
 SQUARE = CENTRED | {"quadratic"}
 POINT = frozenset({"permutes", "quadratic"})
-STEP = {"eta": ETA, "beta": BETA}
+PERMUTES = frozenset({"permutes"})
+SHIFT = frozenset({"shift"})
+NONE: frozenset[str] = frozenset()
 
 
-def wind_row(label: str, inputs: Callable, reference: Callable, properties: frozenset, objective: str) -> Case:
+def wind_row(label: str, names: str, reference: Callable, properties: frozenset, objective: str) -> Case:
+    inputs = drawn("old_logps", "ref_logps", *names.split())
     return Case("wind", label, inputs, reference, {**STEP, "objective": objective}, properties)
 
 
-def dpo_row(label: str, reference: Callable, properties: frozenset, **options: object) -> Case:
-    return Case("dpo", label, without("old_logps", judged()), reference, options, properties, responses=2)
+def pair_row(loss: str, label: str, reference: Callable, properties: frozenset, bound: float | None = None, **options):
+    constants = [name for name in LOSSES[loss].inputs[1:] if not name.endswith("?")]
+    return Case(loss, label, drawn(*constants), reference, options, properties, responses=2, bound=bound)
 
+
+def grpo_row(label: str, names: str, reference: Callable, **options: object) -> Case:
+    inputs = drawn("old_logps", *names.split(), tokens=3)
+    return Case("grpo", label, inputs, reference, {"clip_high": 0.3, **options}, PERMUTES, least=1)
+
+
+INPO = drawn("old_logps", "ref_logps", "prefs")
+WON = drawn("old_logps", "ref_logps")
+INPO_STEP = {"eta": 2.5, "tau": 0.5}
+REWARDED = drawn("ref_logps", "rewards")
+TIED = drawn("ref_logps", "tied_rewards")
+SOFT = {"beta": 0.5, "alpha": 0.7}
+KTO = {"beta": 0.5, "desirable_weight": 0.8, "undesirable_weight": 1.3}
 
 CASES = [
-    wind_row("square", judged("prefs"), square, SQUARE, "square"),
-    wind_row("square-hard", judged("prefs", hard=True), square, SQUARE, "square"),
-    wind_row("square-win_rates", judged("win_rates"), square, SQUARE, "square"),
-    wind_row("square_pair", judged("prefs"), square_pair, SQUARE, "square_pair"),
-    wind_row("square_point", judged("prefs"), square_point, POINT, "square_point"),  # c/2 for log Z
-    wind_row("square_point-log_z", judged("prefs", "log_z"), square_point, POINT, "square_point"),
-    wind_row("square_point-win_rates", judged("win_rates", "log_z"), square_point, POINT, "square_point"),
-    wind_row("kl", judged("prefs"), kl, CENTRED, "kl"),
-    wind_row("kl-win_rates", judged("win_rates"), kl, CENTRED, "kl"),  # their mean is not 1/2
-    wind_row("nce", judged("prefs"), nce, frozenset({"permutes"}), "nce"),
-    wind_row("nce-hard", judged("prefs", "log_z", hard=True), nce, frozenset({"permutes"}), "nce"),
-    wind_row("nce_ratio", judged("prefs"), nce_ratio, CENTRED, "nce_ratio"),
-    wind_row("nce_ratio-win_rates", judged("win_rates"), nce_ratio, CENTRED, "nce_ratio"),
-    Case("sppo", "prefs", without("ref_logps", judged("prefs")), sppo, {"eta": ETA}, POINT),
-    Case("sppo", "win_rates", without("ref_logps", judged("win_rates")), sppo, {"eta": ETA}, POINT),
-    dpo_row("sigmoid", lambda g: -log_sigma(2 * margin(g)), frozenset({"shift"}), beta=2.0),
-    dpo_row(
+    wind_row("square", "prefs", plain.square, SQUARE, "square"),
+    wind_row("square-hard", "hard_prefs", plain.square, SQUARE, "square"),
+    wind_row("square-win_rates", "win_rates", plain.square, SQUARE, "square"),
+    wind_row("square_pair", "prefs", lambda g: plain.pair_square(g, B_, C), SQUARE, "square_pair"),
+    wind_row("square_point", "prefs", plain.square_point, POINT, "square_point"),  # c/2 for log Z
+    wind_row("square_point-log_z", "prefs log_z", plain.square_point, POINT, "square_point"),
+    wind_row("square_point-win_rates", "win_rates log_z", plain.square_point, POINT, "square_point"),
+    wind_row("kl", "prefs", plain.kl, CENTRED, "kl"),
+    wind_row("kl-win_rates", "win_rates", plain.kl, CENTRED, "kl"),  # their mean is not 1/2
+    wind_row("nce", "prefs", plain.nce, PERMUTES, "nce"),
+    wind_row("nce-hard", "hard_prefs log_z", plain.nce, PERMUTES, "nce"),
+    wind_row("nce_ratio", "prefs", plain.nce_ratio, CENTRED, "nce_ratio"),
+    wind_row("nce_ratio-win_rates", "win_rates", plain.nce_ratio, CENTRED, "nce_ratio"),
+    Case("sppo", "prefs", drawn("old_logps", "prefs"), plain.sppo, {"eta": ETA}, POINT),
+    Case("sppo", "win_rates", drawn("old_logps", "win_rates"), plain.sppo, {"eta": ETA}, POINT),
+    Case("inpo", "prefs", INPO, lambda g: plain.pair_square(g, 0.2, 0.4), INPO_STEP, SQUARE),
+    Case("inpo", "won", WON, lambda g: plain.pair_square(g, 0.2, 0.4), INPO_STEP, SHIFT | {"quadratic"}, 2),
+    Case("rebel", "rewards", drawn("old_logps", "rewards"), plain.rebel, {"eta": ETA}, SQUARE),
+    Case("trajectory_balance", "group", REWARDED, plain.balance, {"beta": BETA}, SQUARE),
+    Case("trajectory_balance", "log_z", drawn("ref_logps", "rewards", "log_z"), plain.balance, {"beta": BETA}, POINT),
+    Case(
+        "bond",
+        "baseline",
+        drawn("anchor_logps", "rewards", "baseline"),
+        lambda g: plain.bond(g, 0.6, 0.2),
+        {"beta": 0.6, "gamma": 0.2},
+        frozenset({"quadratic"}),
+        responses=3,
+        least=3,
+    ),
+    Case(
+        "bond",
+        "ties",
+        drawn("anchor_logps", "tied_rewards"),
+        lambda g: plain.bond(g, 0.5, 0.1),
+        properties=frozenset({"quadratic"}),
+        responses=3,
+        least=3,
+    ),
+    Case("bon_sft", "rewards", drawn("rewards"), plain.bon_sft, {}, POINT, bound=1.0),
+    Case("bon_sft", "ties", drawn("tied_rewards"), plain.bon_sft, {}, POINT, bound=1.0),
+    pair_row("dpo", "sigmoid", lambda g: plain.smoothed(2 * plain.margin(g)), SHIFT, 2.0, beta=2.0),
+    pair_row(
+        "dpo",
         "smoothed",
-        lambda g: -0.9 * log_sigma(0.5 * margin(g)) - 0.1 * log_sigma(-0.5 * margin(g)),
-        frozenset({"shift"}),
+        lambda g: plain.smoothed(0.5 * plain.margin(g), 0.1),
+        SHIFT,
+        0.5,
         beta=0.5,
         label_smoothing=0.1,
     ),
-    dpo_row("ipo", lambda g: (margin(g) - 1 / 0.6) ** 2, frozenset({"shift", "quadratic"}), beta=0.3, link="ipo"),
-    dpo_row("hinge", lambda g: max(0.0, 1 - 0.4 * margin(g)), frozenset({"shift"}), beta=0.4, link="hinge"),
+    pair_row(
+        "dpo",
+        "robust",
+        lambda g: (0.9 * plain.smoothed(0.5 * plain.margin(g)) - 0.1 * plain.smoothed(-0.5 * plain.margin(g))) / 0.8,
+        SHIFT,
+        0.5 * 0.9 / 0.8,
+        beta=0.5,
+        label_smoothing=0.1,
+        link="robust",
+    ),
+    pair_row("dpo", "ipo", lambda g: (plain.margin(g) - 1 / 0.6) ** 2, SHIFT | {"quadratic"}, beta=0.3, link="ipo"),
+    pair_row("dpo", "hinge", lambda g: max(0.0, 1 - 0.4 * plain.margin(g)), SHIFT, 0.4, beta=0.4, link="hinge"),
+    pair_row("dpo", "bco", plain.bco, NONE, 0.5, beta=0.5, link="bco"),
+    pair_row("dpo", "discopop", plain.discopop, SHIFT, beta=0.1, link="discopop"),
+    pair_row("spin", "pair", lambda g: plain.smoothed(0.5 * plain.margin(g, "old_logps")), SHIFT, 0.5, beta=0.5),
+    Case("exo", "rewards", REWARDED, plain.exo, SOFT, CENTRED),
+    Case("exo", "pair", drawn("ref_logps"), plain.exo, {"beta": 0.5, "label_smoothing": 0.1}, SHIFT, responses=2),
+    Case("infonca", "rewards", REWARDED, plain.infonca, SOFT, CENTRED, bound=0.5),
+    Case("nca", "rewards", REWARDED, plain.nca, SOFT, PERMUTES, bound=0.5),
+    Case("nca", "pair", drawn("ref_logps"), plain.nca, {"beta": 0.5}, NONE, responses=2, bound=0.5),
+    Case("listwise_dpo", "rewards", REWARDED, plain.plackett_luce, {"beta": 0.5}, CENTRED),
+    Case("listwise_dpo", "ties", TIED, plain.breslow, {"beta": 0.5}, CENTRED),
+    pair_row("simpo", "pair", plain.simpo, NONE, 2 / 5, beta=2.0, gamma=0.6),
+    pair_row("simpo", "smoothed", lambda g: plain.simpo(g, 0.1), NONE, 2 / 5, beta=2.0, gamma=0.6, label_smoothing=0.1),
+    pair_row("orpo", "pair", plain.orpo, NONE, beta=0.4),
+    pair_row("cpo", "pair", plain.cpo, NONE, 0.5 + 0.7 / 5, beta=0.5, alpha=0.7, label_smoothing=0.1),
+    Case(
+        "kto",
+        "batch",
+        drawn("ref_logps", "desirable"),
+        plain.kto,
+        KTO,
+        frozenset({"permutes", "detached"}),
+        least=1,
+        coupled=True,
+        bound=0.5 * 1.3 / 4,
+    ),
+    Case(
+        "kto",
+        "kl_gaps",
+        drawn("ref_logps", "desirable", "kl_gaps"),
+        lambda g: plain.kto_values(g, max(0.0, plain.mean(g["kl_gaps"]))),
+        KTO,
+        PERMUTES,
+        least=1,
+        bound=0.5 * 1.3 / 4,
+    ),
+    pair_row("apo", "zero", plain.apo_zero, NONE, 0.5 / 4, beta=0.5),
+    pair_row("apo", "down", plain.apo_down, NONE, 0.5 / 4, beta=0.5, variant="down"),
+    *(
+        Case(
+            "aot",
+            "paired" if paired else "unpaired",
+            drawn("ref_logps", far=3.0),
+            lambda groups, start, paired=paired: plain.aot(groups, start, paired),
+            {"beta": 0.5, "paired": paired, "label_smoothing": 0.1},
+            SHIFT if paired else NONE,
+            responses=2,
+            coupled=True,
+            bound=0.5,
+        )
+        for paired in (True, False)
+    ),
+    grpo_row("rewards", "rewards", plain.grpo),
+    grpo_row("advantages", "ref_logps advantages", lambda g: plain.grpo(g, beta=0.3), beta=0.3),
+    grpo_row("group", "rewards", lambda g: plain.grpo(g, "group", scale=False), average="group", scale_rewards=False),
+    grpo_row("none", "advantages", lambda g: plain.grpo(g, "none"), average="none"),
 ]
-
-
-# The comparison that a loss has to pass and a planted fault must not --------------------------------------------------
-
-
-def partial_mask(groups: int, responses: int) -> Tensor:
-    """Row 0 is empty, row 1 has a single response, row 2 is whole, the others miss one or none."""
-    where = torch.ones(groups, responses, dtype=torch.bool)
-    where[0] = False
-    where[1, 1:] = False
-    if responses > 2:
-        where[3:, 1] = False
-    return where
-
-
-def poison(inputs: dict[str, Tensor], where: Tensor, junk: float) -> dict[str, Tensor]:
-    """`junk` wherever a response is masked: the losses may not read it."""
-    pairs = where[:, :, None] & where[:, None, :]
-    masks = {"prefs": pairs, "log_z": where.sum(-1) >= 2}
-    return {name: torch.where(masks.get(name, where), value, junk) for name, value in inputs.items()}
-
-
-def reference_values(case: Case, inputs: dict[str, Tensor], where: Tensor) -> list[float]:
-    """Per group, computed on what is left after dropping masked responses; 0 for fewer than two."""
-    values = []
-    for b, keep in enumerate(where):
-        if keep.sum() < 2:
-            values.append(0.0)
-            continue
-        group = {}
-        for name, value in inputs.items():
-            kept = value[b] if name == "log_z" else value[b][keep]
-            group[name] = (kept[:, keep] if name == "prefs" else kept).tolist()
-        values.append(case.reference(group))
-    return values
-
-
-def reference_gradient(case: Case, inputs: dict[str, Tensor], where: Tensor, step: float = 1e-5) -> Tensor:
-    """Central differences of the sum over groups; responses of different groups are moved together."""
-    gradient = torch.zeros_like(inputs["logps"])
-    for i in range(gradient.shape[1]):
-        ends = []
-        for sign in (1, -1):
-            moved = {**inputs, "logps": inputs["logps"].clone()}
-            moved["logps"][:, i] += sign * step
-            ends.append(torch.tensor(reference_values(case, moved, where), dtype=torch.float64))
-        gradient[:, i] = (ends[0] - ends[1]) / (2 * step)
-    return torch.where(where, gradient, 0.0)
-
-
-def assert_matches_reference(
-    function: Callable[..., Tensor], case: Case, *, junk: float = math.nan, responses: int | None = None, seed: int = 0
-) -> None:
-    """Values per group, mean, and gradients of `function` against the reference, on a masked batch with junk."""
-    inputs = case.make(5, responses, seed)
-    where = partial_mask(*inputs["logps"].shape)
-    expected = torch.tensor(reference_values(case, inputs, where), dtype=torch.float64)
-    slope = reference_gradient(case, inputs, where)
-
-    dirty = poison(inputs, where, junk)
-    logps = dirty.pop("logps").requires_grad_()
-    values = function(logps, **dirty, **case.options, where=where, reduction="none")
-    (gradient,) = torch.autograd.grad(values.sum(), logps)
-    torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(gradient, slope, rtol=1e-7, atol=1e-7)
-    average = function(logps, **dirty, **case.options, where=where, reduction="mean")
-    torch.testing.assert_close(average, expected.sum() / 5, rtol=1e-10, atol=1e-12)
-
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 CASE = {str(case): case for case in CASES}
-STEP = {"eta": ETA, "beta": BETA}
-seeds = st.integers(0, 2**31)
+ONE_OF_EACH = {case.loss: case for case in reversed(CASES)}  # the first row of each loss
 
 
 def having(name: str):
     return pytest.mark.parametrize("case", [case for case in CASES if name in case.properties], ids=str)
-
-
-def quick(examples: int = 25):
-    return settings(max_examples=examples, deadline=None, database=None, derandomize=True)
-
-
-def value_and_gradient(case, inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
-    logps = inputs["logps"].clone().requires_grad_()
-    values = case({**inputs, "logps": logps}, reduction="none", **options)
-    return values.detach(), torch.autograd.grad(values.sum(), logps)[0]
-
-
-def assert_same(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-# One group of two responses, the first of which won.
-WON = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]], dtype=torch.float64)

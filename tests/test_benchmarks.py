@@ -25,14 +25,17 @@ CASES = "tiny/trained/fp32,tiny/frozen/bf16,tiny/scoring/fp32"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_no_compiler():
+def _one_thread_no_compiler_and_no_interpreter():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    interpret = os.environ.pop("TRITON_INTERPRET", None)  # kernels run by Python are nothing to measure
     with quiet():
         stance = torch.compiler.set_stance("force_eager")
     with stance:
         yield
     torch.set_num_threads(threads)
+    if interpret is not None:
+        os.environ["TRITON_INTERPRET"] = interpret
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,14 @@ import torch
 import windkern as wk
 
 ROOT = Path(__file__).parents[1]
-NEEDS_EXTRAS = ("windkern.hf", "windkern.train", "windkern.demo", "windkern.cli", "windkern.__main__")
+NEEDS_EXTRAS = (
+    "windkern.hf",
+    "windkern.train",
+    "windkern.demo",
+    "windkern.cli",
+    "windkern.__main__",
+    "windkern.tabular.bandit",
+)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages([str(ROOT / "windkern")], "windkern.")
@@ -29,6 +36,10 @@ PUBLIC = {
     "LogitTransform": wk.LogitTransform,
     "FusedLogProbs": wk.nn.FusedLogProbs,
     "gathered": wk.sharding.gathered,
+    "Game": wk.tabular.Game,
+    "solve": wk.tabular.solve,
+    "fit": wk.tabular.fit,
+    "best_of_n": wk.tabular.best_of_n,
 }
 
 

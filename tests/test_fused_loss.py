@@ -193,3 +193,54 @@ def test_a_parameter_inside_the_loss_raises():
         wk.fused_loss(None, groups.hidden[0], groups.weight[0], groups.targets)
     with pytest.raises(ValueError, match=r"targets must have shape \(B, N, T\)"):
         wk.fused_loss(centred, groups.hidden[0][0], groups.weight[0], groups.targets[0])
+
+
+@pytest.mark.parametrize("gear", ["trained", "frozen_head"])
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_float16_gradients_of_a_tiny_loss_survive_until_the_loss_scale_comes(backend, gear, retain, bounded):
+    """Coefficients near 1e-7, brought back by the upstream gradient of a loss scaler."""
+    groups = Groups()
+    groups.strength = groups.strength * 1e-5
+    num_scored = int((groups.targets != -100).sum()) + 5 if bounded else None
+
+    def scaled(function):
+        return lambda *args, **kwargs: function(*args, **kwargs) * 2.0**23
+
+    exact = groups.run(scaled(reference.fused_loss), torch.float64, WANTS[gear], rounded_to=torch.float16)
+    plain = groups.run(scaled(reference.fused_loss), torch.float16, WANTS[gear])
+    fused = groups.run(scaled(wk.fused_loss), torch.float16, WANTS[gear], backend=backend, num_scored=num_scored)
+    for value, want, other in zip(fused, exact, plain, strict=True):
+        assert_within(value, want, other, torch.float16, gear)
+    if retain:
+        groups.hidden = [groups.hidden[0][:2]]
+        hidden = groups.hidden[0].half().requires_grad_()
+        loss = wk.fused_loss(
+            lambda logps: 1e-8 * logps.square().sum(-1),
+            hidden,
+            groups.weight[0].half(),
+            groups.targets[:2],
+            backend=backend,
+        )
+        first = torch.autograd.grad(loss * 2.0**20, hidden, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(loss * 2.0**20, hidden)[0])
+        assert first.abs().max() > 1e-3
+
+
+def test_an_upstream_gradient_is_not_rounded_to_the_storage_dtype(backend):
+    """1/3, as gradient accumulation makes it: bfloat16 would scale every gradient by 0.998."""
+    hidden = torch.randn(1, 2, 4, 16).bfloat16().requires_grad_()
+    weight = torch.randn(301, 16).bfloat16()
+    targets = torch.randint(0, 301, (1, 2, 4))
+    loss = wk.fused_loss(lambda logps: logps.square().sum(-1), hidden, weight, targets, backend=backend)
+    whole = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    third = torch.autograd.grad(loss / 3, hidden)[0]
+    assert torch.equal(third, (whole.float() / 3).bfloat16())
+
+
+def test_num_scored_bounds_all_groups_together(backend):
+    hidden, weight, targets = torch.randn(4, 2, 5, 8), torch.randn(301, 8), torch.randint(0, 301, (4, 2, 5))
+    with pytest.raises(ValueError, match="num_scored must be at least the number of scored targets, 40, got 12"):
+        wk.fused_loss(
+            lambda logps: logps.sum(-1), hidden, weight, targets, num_scored=12, memory_budget=0, backend=backend
+        )

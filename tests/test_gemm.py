@@ -6,16 +6,31 @@ from cases import NARROW, UNLIMITED, Problem, Shape
 from test_logprobs import check
 from tolerances import assert_within
 
-from windkern.kernels import buffers, gemm
+from windkern.kernels import buffers, cpu_products, gemm
+from windkern.plan import _solve
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
-@pytest.fixture(params=["mkl", pytest.param("onednn", marks=needs_onednn), pytest.param("zen4", marks=needs_onednn)])
+needs_product = pytest.mark.skipif(not cpu_products.AVAILABLE, reason="needs AVX512_BF16 and the C++ extension")
+
+
+@pytest.fixture(
+    params=[
+        "mkl",
+        pytest.param("onednn", marks=needs_onednn),
+        pytest.param("zen4", marks=needs_onednn),
+        pytest.param("packed", marks=needs_product),
+    ]
+)
 def library(request, monkeypatch):
+    monkeypatch.setattr(cpu_products, "AVAILABLE", request.param == "packed")
     monkeypatch.setattr(gemm, "_ONEDNN", request.param != "mkl")
     monkeypatch.setattr(gemm, "_ONEDNN_WEIGHT_GRAD", request.param == "onednn")
     monkeypatch.setattr(gemm, "_SMALL_PRODUCT", 1)
+    _solve.cache_clear()
+    yield
+    _solve.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -48,11 +63,51 @@ def test_products(library, dtype):
 
 
 @pytest.mark.parametrize("gear", ["frozen_head", "trained"])
-@pytest.mark.parametrize("backend_name", ["torch"])
-def test_gears(library, gear, backend_name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gears(library, gear, dtype):
     problem = Problem(Shape((3, 11), (24, 5), 1003), "all")
     for budget in (NARROW, UNLIMITED):
-        check(problem, torch.float32, gear, memory_budget=budget, backend=backend_name)
+        check(problem, dtype, gear, memory_budget=budget, backend="torch")
+
+
+@needs_product
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (7, 65, 3), (50, 130, 33), (49, 64, 1025), (97, 200, 600), (0, 3, 3), (3, 4, 0)]
+)
+def test_bfloat16_products_with_float32_sums(shape, threads):
+    """Tails of every kind, both layouts of both operands, into a view whose surroundings must stay as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    rows, columns, inner = shape
+    left, right, start = torch.randn(rows, inner), torch.randn(inner, columns), torch.randn(rows, columns)
+    left, right = left.bfloat16(), right.bfloat16()
+    exact = left.double() @ right.double()
+    try:
+        for a in (left, left.t().contiguous().t()):
+            for b in (right, right.t().contiguous().t()):
+                for dtype, accumulate in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+                    around = torch.full((rows, columns + 5), torch.nan, dtype=dtype)
+                    out = around[:, :columns]
+                    if accumulate:
+                        out.copy_(start)
+                    cpu_products.multiply(a, b, out, accumulate=accumulate)
+                    wanted = exact + start.double() if accumulate else exact
+                    # A sum of `inner` products of numbers near 1, rounded once more where it is stored.
+                    bound = 2e-7 * max(1, inner) + torch.finfo(dtype).eps * wanted.abs()
+                    assert ((out.double() - wanted).abs() <= bound).all()
+                    assert around[:, columns:].isnan().all()
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_product
+def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_other_rows():
+    left, right = torch.randn(100, 70).bfloat16(), torch.randn(70, 130).bfloat16()
+    whole = cpu_products.multiply(left, right, torch.empty(100, 130))
+    for rows in (slice(0, 1), slice(5, 12), slice(47, 100)):
+        part = left[rows]
+        assert torch.equal(cpu_products.multiply(part, right, torch.empty(len(part), 130)), whole[rows])
 
 
 def test_flops_are_counted():

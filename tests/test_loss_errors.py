@@ -7,13 +7,9 @@ import sys
 
 import pytest
 import torch
-from loss_cases import (
-    BETA,
-    CASE,
-    ETA,
-    STEP,
-    assert_matches_reference,
-)
+from loss_cases import CASE, CONSTANTS, ONE_OF_EACH, STEP
+from loss_checks import assert_matches_reference, assert_same, generator
+from loss_references import BETA, ETA
 from torch import Tensor
 
 from windkern.losses import LOSSES, WindLoss, check_prefs, wind
@@ -56,6 +52,34 @@ FAULTS = {
     ),
     "chosen and rejected swapped": ("dpo-ipo", lambda f, logps, **k: f(-logps, **k)),
     "smoothing forgotten": ("dpo-smoothed", lambda f, logps, label_smoothing, **k: f(logps, **k)),
+    "tie given to one": (
+        "bond-ties",
+        lambda f, logps, rewards, **k: f(logps, rewards=rewards - torch.arange(3) / 9, **k),
+    ),
+    "ties broken by index": (
+        "listwise_dpo-ties",
+        lambda f, logps, rewards, **k: f(logps, rewards=rewards - torch.arange(rewards.shape[1]) / 99, **k),
+    ),
+    "best of what is masked": ("bon_sft-rewards", lambda f, logps, where, **k: f(logps, where=None, **k)),
+    "anchor repels": ("bond-baseline", lambda f, logps, gamma, beta, **k: f(logps, beta=beta, gamma=0.0, **k)),
+    "the other KL": ("exo-rewards", lambda f, logps, **k: LOSSES["infonca"].function(logps, **k)),
+    "opponent and policy mixed": ("inpo-prefs", lambda f, logps, tau, eta, **k: f(logps, tau=eta - tau, eta=eta, **k)),
+    "reward of the wrong size": ("rebel-rewards", lambda f, logps, eta, **k: f(logps, eta=2 * eta, **k)),
+    "sums for means": ("simpo-pair", lambda f, logps, lengths, **k: f(logps, lengths=torch.ones_like(lengths), **k)),
+    "odds forgotten": ("orpo-pair", lambda f, logps, lengths, beta, **k: f(logps, lengths=lengths, beta=1e-9, **k)),
+    "weights swapped": (
+        "kto-kl_gaps",
+        lambda f, logps, desirable_weight, undesirable_weight, **k: f(
+            logps, desirable_weight=undesirable_weight, undesirable_weight=desirable_weight, **k
+        ),
+    ),
+    "reference point forgotten": (
+        "kto-batch",
+        lambda f, logps, **k: f(logps, kl_gaps=torch.zeros(1, dtype=torch.float64), **k),
+    ),
+    "not sorted": ("aot-paired", lambda f, logps, paired, **k: LOSSES["dpo"].function(logps, **k)),
+    "clip on one side": ("grpo-rewards", lambda f, logps, clip_high, **k: f(logps, **k)),
+    "tokens counted alike": ("grpo-rewards", lambda f, logps, **k: f(logps, average="group", **k)),
     "mean token": ("sppo-win_rates", lambda f, logps, **k: f(logps / 2, **k)),
 }
 
@@ -80,33 +104,50 @@ def test_clamping_instead_of_extending_is_caught(name, monkeypatch):
 
 # Errors: every Raises line --------------------------------------------------------------------------------------------
 
-VALID = {
-    "wind": {**CASE["wind-square"].make(2), **STEP},
-    "sppo": {**CASE["sppo-prefs"].make(2), "eta": ETA},
-    "dpo": CASE["dpo-sigmoid"].make(2),
-}
+
+def valid(loss: str) -> dict[str, object]:
+    case = ONE_OF_EACH[loss]
+    return {**case.make(2), **case.options}
+
+
 WHOLE = torch.ones(2, 4, dtype=torch.bool)
 RATES = torch.full((2, 4), 0.5, dtype=torch.float64)
 LOG_Z = torch.zeros(2, dtype=torch.float64)
+TYPED = ("lengths", "desirable")  # not floats
 TENSORS = [
-    *(("wind", name) for name in ("logps", "old_logps", "ref_logps", "prefs", "win_rates", "log_z")),
-    *(("sppo", name) for name in ("logps", "old_logps", "prefs", "win_rates")),
-    *(("dpo", name) for name in ("logps", "ref_logps")),
+    (name, argument.strip(" ?"))
+    for name, loss in LOSSES.items()
+    for entry in loss.inputs
+    for argument in entry.split("|")
+    if argument.strip(" ?") not in TYPED
 ]
 
 
 def call(loss: str, **changes) -> Tensor:
-    arguments = {**VALID[loss], **changes}
-    if "win_rates" in changes:
-        arguments["prefs"] = changes.get("prefs")
-    if "log_z" in changes:
+    """The first row of a loss with some arguments changed, and what goes with the change."""
+    arguments = {**valid(loss), **changes}
+    for given, other in (("win_rates", "prefs"), ("advantages", "rewards")):
+        if given in changes:
+            arguments[other] = changes.get(other)
+    if "log_z" in changes and loss == "wind":
         arguments.setdefault("objective", "square_point")
+        arguments["objective"] = changes.get("objective", "square_point")
+    if "ref_logps" in changes and loss == "grpo":
+        arguments["beta"] = 0.1
     return LOSSES[loss].function(**arguments)
 
 
 @pytest.mark.parametrize(("loss", "name"), TENSORS)
 def test_tensor_errors_name_the_argument(loss, name):
-    value = {"win_rates": RATES, "log_z": LOG_Z, **VALID[loss]}[name]
+    made = valid(loss)
+    shape = made["logps"].shape
+    value = (
+        made[name]
+        if name in made
+        else made["logps"]
+        if name == "ref_logps"
+        else CONSTANTS[name](*shape[:2], generator(0))
+    )
     call(loss, **{name: value})
     for bad, error, message in [
         (value.tolist(), TypeError, "must be a torch.Tensor, got list"),
@@ -118,7 +159,7 @@ def test_tensor_errors_name_the_argument(loss, name):
         (value.half(), TypeError, "must be float32 or float64, got torch.float16, which rounds"),
         (value.long(), TypeError, "must be float32 or float64, got torch.int64"),
         (value[..., None], ValueError, "must have shape"),
-        (value[:1] if name != "logps" else value[0], ValueError, "must have shape"),
+        (value[:1] if name not in ("logps", "kl_gaps") else value[0], ValueError, "must have shape"),
     ]:
         with pytest.raises(error, match=f"^{name} {message}"):
             call(loss, **{name: bad})
@@ -132,13 +173,54 @@ def test_tensor_errors_name_the_argument(loss, name):
             call(loss, **{name: value.float()})
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_masks_and_reductions_are_checked_by_every_loss(loss):
+    whole = torch.ones(ONE_OF_EACH[loss].make(2)["logps"].shape, dtype=torch.bool)
+    assert torch.equal(call(loss, where=whole), call(loss))
+    for bad, error, message in [
+        (whole.long(), TypeError, "where must be torch.bool, got torch.int64"),
+        (whole[:1], ValueError, "where must have shape"),
+        (whole.to("meta"), ValueError, "where is on meta"),
+        ([True], TypeError, "where must be a torch.Tensor"),
+    ]:
+        with pytest.raises(error, match=message):
+            call(loss, where=bad)
+    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'none', got 'avg'"):
+        call(loss, reduction="avg")
+
+
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if "rewards" in "".join(loss.inputs)])
+def test_rewards_must_be_finite_where_they_count(loss):
+    made = valid(loss)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="rewards must be finite for every response that takes part"):
+            call(loss, rewards=torch.full_like(made["rewards"], bad))
+
+
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if "lengths" in loss.inputs])
+def test_lengths_are_counts(loss):
+    lengths = valid(loss)["lengths"]
+    assert_same(call(loss, lengths=lengths.float()), call(loss, lengths=lengths))
+    for bad, error, message in [
+        (lengths.tolist(), TypeError, "must be a torch.Tensor"),
+        (lengths > 0, TypeError, "must be integers or floats, got torch.bool"),
+        (lengths[:, :1], ValueError, "must have shape"),
+        (lengths * 0, ValueError, "must be at least 1 .* mask empty ones with where"),
+        (lengths * math.nan, ValueError, "must be at least 1"),
+        (lengths.to("meta"), ValueError, "is on meta"),
+        (lengths.float().requires_grad_(), ValueError, "is a constant of the loss but requires grad"),
+    ]:
+        with pytest.raises(error, match=f"lengths {message}"):
+            call(loss, lengths=bad)
+
+
+def numbers(loss: str, *bad: tuple[str, float, str]) -> list[tuple]:
+    return [(loss, {name: value}, ValueError, f"{name} must be {message}") for name, value, message in bad]
+
+
 HALF = torch.full((2, 4, 4), 0.5, dtype=torch.float64)
 TILTED = torch.where(torch.eye(4).bool(), 0.5, HALF + 0.01)
 SETTINGS = [
-    ("wind", {"where": WHOLE.double()}, TypeError, "where must be torch.bool, got torch.float64"),
-    ("wind", {"where": WHOLE[:1]}, ValueError, r"where must have shape \(2, 4\), got \(1, 4\)"),
-    ("wind", {"where": WHOLE.to("meta")}, ValueError, "where is on meta"),
-    ("wind", {"where": [True]}, TypeError, "where must be a torch.Tensor"),
     ("wind", {"prefs": None}, ValueError, "exactly one of prefs and win_rates, got neither"),
     ("wind", {"win_rates": RATES, "prefs": HALF}, ValueError, "exactly one of prefs and win_rates, got both"),
     *(
@@ -160,14 +242,11 @@ SETTINGS = [
     ("wind", {"prefs": HALF - 0.1 * torch.eye(4)}, ValueError, "must be 1 .* off by up to 0.2"),
     ("wind", {"win_rates": RATES + 1}, ValueError, r"win_rates must lie in \[0, 1\]"),
     ("wind", {"win_rates": RATES * math.nan}, ValueError, "win_rates must lie in .* no NaN"),
-    ("sppo", {"where": WHOLE.long()}, TypeError, "where must be torch.bool"),
     ("sppo", {"prefs": None}, ValueError, "got neither"),
     ("sppo", {"win_rates": RATES, "prefs": HALF}, ValueError, "got both"),
     ("sppo", {"eta": 0.0}, ValueError, "eta must be greater than 0"),
-    ("sppo", {"reduction": "avg"}, ValueError, "reduction must be one of"),
     ("sppo", {"prefs": TILTED}, ValueError, "off by up to 0.02"),
     ("sppo", {"win_rates": -RATES}, ValueError, "win_rates must lie in"),
-    ("dpo", {"where": WHOLE[:, :2].byte()}, TypeError, "where must be torch.bool"),
     ("dpo", {"logps": RATES, "ref_logps": RATES}, ValueError, r"logps must have shape \(B, 2\), got \(2, 4\)"),
     ("dpo", {"beta": 0.0}, ValueError, "beta must be greater than 0"),
     ("dpo", {"link": "sigmoidal"}, ValueError, "link must be one of .* did you mean 'sigmoid'"),
@@ -175,9 +254,48 @@ SETTINGS = [
     ("dpo", {"label_smoothing": -0.1}, ValueError, "label_smoothing must be at least 0"),
     *(
         ("dpo", {"label_smoothing": 0.1, "link": link}, ValueError, f"label_smoothing has no meaning for link='{link}'")
-        for link in ("ipo", "hinge")
+        for link in ("ipo", "hinge", "bco", "discopop")
     ),
-    ("dpo", {"reduction": "avg"}, ValueError, "reduction must be one of"),
+    *numbers("inpo", ("eta", 0.0, "greater than 0"), ("tau", -0.1, "at least 0"), ("tau", 2.6, "at most eta = 2.5")),
+    ("inpo", {"prefs": None}, ValueError, "prefs may be left out for pairs only, got 4 responses"),
+    ("inpo", {"prefs": TILTED}, ValueError, "off by up to 0.02"),
+    *numbers("rebel", ("eta", 0.0, "greater than 0")),
+    *numbers("trajectory_balance", ("beta", 0.0, "greater than 0")),
+    *numbers("bond", ("beta", -0.1, "at least 0"), ("beta", 1.1, "at most 1"), ("gamma", -0.1, "at least 0")),
+    ("bond", {"logps": RATES}, ValueError, r"logps must have shape \(B, 3\), got \(2, 4\)"),
+    *numbers("spin", ("beta", 0.0, "greater than 0")),
+    *numbers("exo", ("beta", 0.0, "greater than 0"), ("alpha", 0.0, "greater than 0")),
+    ("exo", {"rewards": None}, ValueError, "give exactly one of rewards and label_smoothing, got neither"),
+    ("exo", {"label_smoothing": 0.1}, ValueError, "give exactly one of rewards and label_smoothing, got both"),
+    ("exo", {"rewards": None, "label_smoothing": 0.1}, ValueError, "label_smoothing is for pairs, got 4 responses"),
+    *(
+        ("exo", {"rewards": None, "label_smoothing": bad}, ValueError, f"label_smoothing must be {message}")
+        for bad, message in ((0.0, "greater than 0"), (0, "greater than 0"), (0.5, "below 0.5"))
+    ),
+    *numbers("infonca", ("beta", 0.0, "greater than 0"), ("alpha", 0.0, "greater than 0")),
+    *numbers("nca", ("beta", 0.0, "greater than 0"), ("alpha", 0.0, "greater than 0")),
+    ("nca", {"rewards": None}, ValueError, "rewards may be left out for pairs only, got 4 responses"),
+    *numbers("listwise_dpo", ("beta", 0.0, "greater than 0")),
+    *numbers(
+        "simpo", ("beta", 0.0, "greater than 0"), ("gamma", math.inf, "a finite"), ("label_smoothing", 0.5, "below")
+    ),
+    *numbers("orpo", ("beta", 0.0, "greater than 0")),
+    *numbers("cpo", ("beta", 0.0, "greater than 0"), ("alpha", -1.0, "at least"), ("label_smoothing", 0.5, "below")),
+    *numbers("kto", ("beta", 0.0, "greater than 0"), ("desirable_weight", -1.0, "at least 0")),
+    *numbers("kto", ("undesirable_weight", -1.0, "at least 0")),
+    ("kto", {"desirable": RATES}, TypeError, "desirable must be torch.bool, got torch.float64"),
+    ("kto", {"desirable": [True]}, TypeError, "desirable must be a torch.Tensor"),
+    ("kto", {"desirable": WHOLE[:1]}, ValueError, r"desirable must have shape \(2, 4\)"),
+    ("kto", {"desirable": WHOLE.to("meta")}, ValueError, "desirable is on meta"),
+    ("kto", {"kl_gaps": LOG_Z[:0]}, ValueError, "kl_gaps must hold at least one"),
+    *numbers("apo", ("beta", 0.0, "greater than 0"), ("variant", "up", "one of 'zero', 'down'")),
+    *numbers("aot", ("beta", 0.0, "greater than 0"), ("label_smoothing", 0.5, "below 0.5")),
+    *numbers("grpo", ("clip", 0.0, "greater than 0"), ("clip", 1.0, "below 1"), ("clip_high", 0.0, "greater than 0")),
+    *numbers("grpo", ("beta", -1.0, "at least 0"), ("average", "token", "one of 'sequence', 'group', 'none'")),
+    ("grpo", {"beta": 0.1}, ValueError, "ref_logps and beta > 0 go together, got beta = 0.1"),
+    ("grpo", {"rewards": None}, ValueError, "exactly one of rewards and advantages, got neither"),
+    ("grpo", {"advantages": RATES, "rewards": RATES}, ValueError, "exactly one of rewards and advantages, got both"),
+    ("grpo", {"advantages": RATES * math.nan}, ValueError, "advantages must be finite"),
 ]
 
 

@@ -9,27 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import (
-    B_,
-    BETA,
-    CASE,
-    ETA,
-    STEP,
-    WON,
-    A,
-    C,
-    assert_same,
-    generator,
-    normal,
-    partial_mask,
-    quick,
-    random_prefs,
-    seeds,
-    value_and_gradient,
-)
+from loss_cases import CASE, STEP, normal, random_prefs
+from loss_checks import WON, assert_same, generator, partial_mask, quick, seeds, value_and_gradient
+from loss_references import B_, BETA, ETA, A, C
 from torch import Tensor
 
-from windkern.losses import WindLoss, check_prefs, dpo, sppo, wind
+from windkern.losses import WindLoss, check_prefs, dpo, inpo, rebel, sppo, trajectory_balance, wind
 from windkern.losses import _groups as groups
 
 # Statistics -----------------------------------------------------------------------------------------------------------
@@ -152,18 +137,14 @@ def test_sppo_code_pair_is_two_responses_of_the_group():
 
 @pytest.mark.parametrize(("eta", "beta"), [(ETA, BETA), (ETA, 0.0), (ALMOST_INFINITE, BETA)])
 def test_inpo_is_square_pair_under_the_conversion(eta, beta):
-    inputs = CASE["wind-square_pair"].make(4, 2)
-    inputs["prefs"] = WON.expand(4, 2, 2)
-    eta_inpo, tau = 1 / eta + beta, beta
-    mixed = tau / eta_inpo * inputs["ref_logps"] + (1 - tau / eta_inpo) * inputs["old_logps"]
-    margin = (inputs["logps"] - mixed) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-    published = (margin - 1 / (2 * eta_inpo)) ** 2
-    got = wind(**inputs, eta=eta, beta=beta, objective="square_pair", reduction="none")
+    inputs = CASE["inpo-won"].make(4)
+    published = inpo(**inputs, eta=1 / eta + beta, tau=beta, reduction="none")
+    got = wind(**inputs, prefs=WON.expand(4, 2, 2), eta=eta, beta=beta, objective="square_pair", reduction="none")
     assert_same(got, published, 1e-6 if eta == ALMOST_INFINITE else 1e-12)
 
 
 def test_ipo_is_square_pair_at_both_ends():
-    inputs = CASE["wind-square_pair"].make(4, 2)
+    inputs = CASE["inpo-won"].make(4)
     inputs["prefs"] = WON.expand(4, 2, 2)
     iterative = wind(**inputs, eta=ETA, beta=0.0, objective="square_pair")  # the reference is pi_t
     assert_same(iterative, dpo(inputs["logps"], inputs["old_logps"], beta=1 / ETA, link="ipo"))
@@ -171,23 +152,19 @@ def test_ipo_is_square_pair_at_both_ends():
     assert_same(response, dpo(inputs["logps"], inputs["ref_logps"], beta=BETA, link="ipo"), 1e-6)
 
 
-def test_rebel_and_trajectory_balance_are_square_with_a_reward_as_utility():
-    inputs = CASE["wind-square-win_rates"].make(3, 2)
-    l, o, r, reward = (inputs[name] for name in ("logps", "old_logps", "ref_logps", "win_rates"))
-    rebel = ((l - o)[:, 0] - (l - o)[:, 1] - ETA * (reward[:, 0] - reward[:, 1])) ** 2
-    assert_same(4 * wind(l, o, r, win_rates=reward, eta=ETA, beta=0.0, reduction="none"), rebel)
-
-    inputs = CASE["wind-square-win_rates"].make(3, 5)
-    l, o, r, reward = (inputs[name] for name in ("logps", "old_logps", "ref_logps", "win_rates"))
-    log_z = (r - l + reward / BETA).mean(-1, keepdim=True)
-    balance = (log_z + l - r - reward / BETA).square().mean(-1)
-    got = wind(l, o, r, win_rates=reward, eta=ALMOST_INFINITE, beta=BETA, reduction="none")
-    assert_same(got, balance, 1e-6)
+@pytest.mark.parametrize("K", [2, 5])
+def test_rebel_and_trajectory_balance_are_square_with_a_reward_as_utility(K):
+    inputs = CASE["wind-square-win_rates"].make(3, K)
+    logps, old, ref, rewards = (inputs[name] for name in ("logps", "old_logps", "ref_logps", "win_rates"))
+    square = wind(logps, old, ref, win_rates=rewards, eta=ETA, beta=0.0)
+    assert_same(2 * K / (K - 1) * square, rebel(logps, old, rewards, eta=ETA))
+    square = wind(logps, old, ref, win_rates=rewards, eta=ALMOST_INFINITE, beta=BETA)
+    assert_same(square, trajectory_balance(logps, ref, rewards, beta=BETA), 1e-6)
 
 
 def test_module_is_the_function():
     inputs = CASE["wind-kl"].make(5)
-    where = partial_mask(5, 4)
+    where = partial_mask(CASE["wind-kl"])
     module = WindLoss(eta=ETA, beta=BETA, objective="kl", reduction="sum")
     assert torch.equal(module(**inputs, where=where), CASE["wind-kl"](inputs, where=where, reduction="sum"))
     assert repr(module) == f"WindLoss(eta={ETA}, beta={BETA}, objective='kl', reduction='sum')"

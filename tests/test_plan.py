@@ -41,9 +41,12 @@ def budgets(problem, dtype, gear):
 def test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, variant, deterministic):
     if gear == "bias_only" and variant == "plain":
         pytest.skip("this variant has no bias")
-    for shape in (Shape((4, 100), (48,), 4001), SHAPES["blocks"]):
+    # A wide head with short slabs: there, what dhidden takes is most of the plan.
+    for shape in (Shape((4, 100), (48,), 4001), SHAPES["blocks"], Shape((150,), (1100,), 301)):
         problem = Problem(shape, variant)
         for name, budget in budgets(problem, dtype, gear).items():
+            if shape.hidden[0] > 1000 and (name == "half" or gear == "bias_only"):
+                continue
             plan = plan_of(problem, dtype, gear, dropped=True, memory_budget=budget, deterministic=deterministic)
             with buffers.recording() as record:
                 problem.run(

@@ -41,7 +41,9 @@ def op_arguments(gear: str, *, entropy: bool, kept: bool, backend: str):
         memory_budget=UNLIMITED if kept else NARROW,
         **grads,
     )
-    config = logprobs.config_of(inputs, made, grads, entropy)
+    config = logprobs.config_of(
+        inputs, made.slab_width, made.slabs_kept, made.row_block, made.offset_tiles, grads, entropy
+    )
     return (inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *config)
 
 
@@ -116,6 +118,33 @@ def test_compile_with_dynamic_sizes():
         got, want = compiled(hidden, weight, targets), padded(hidden, weight, targets)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got, hidden), torch.autograd.grad(want, hidden))
+
+
+@traces
+def test_a_symbolic_row_count_is_planned_at_once_and_one_graph_serves_an_octave():
+    """Traced symbol by symbol, the search for a plan at a real vocabulary would take minutes."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    weight = (0.2 * torch.randn(32003, 16)).requires_grad_()
+    step = torch.compile(lambda *args: wk.token_logps(*args).logps, backend="aot_eager", fullgraph=True)
+    for rows in (5, 7, 33, 60, 64, 65, 100):
+        hidden, targets = torch.randn(rows, 16, requires_grad=True), torch.randint(0, 32003, (rows,))
+        got, want = step(hidden, weight, targets), wk.token_logps(hidden, weight, targets).logps
+        torch.testing.assert_close(got, want)
+        for one, two in zip(
+            torch.autograd.grad(got.sum(), (hidden, weight)),
+            torch.autograd.grad(want.sum(), (hidden, weight)),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, two)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # the first size, up to 64, up to 128
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own
+def test_forward_mode_is_refused():
+    hidden, weight, targets = torch.randn(3, 8), torch.randn(11, 8), torch.tensor([1, 2, 3])
+    with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+        torch.func.jvp(lambda h: wk.token_logps(h, weight, targets).logps, (hidden,), (hidden,))
 
 
 @traces

@@ -28,12 +28,17 @@ __all__ = [
     "reference",
     "sequence_logps",
     "sharding",
+    "tabular",
     "token_logps",
     "win_rates",
 ]
 
 # Imported at first use: they pull in libraries that `import windkern` should not wait for.
-_LAZY = {"hf": "windkern.hf", "sharding": "windkern.integrations.sharding"}
+_LAZY = {
+    "hf": "windkern.hf",
+    "sharding": "windkern.integrations.sharding",
+    "tabular": "windkern.tabular",
+}
 
 
 def __getattr__(name: str):

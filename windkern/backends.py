@@ -37,9 +37,20 @@ def _cpp_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return importlib.import_module("windkern.kernels.cpp_rows").why_not(device, dtype)
 
 
+def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"it runs on NVIDIA and AMD GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
+    try:
+        importlib.import_module("windkern.kernels.triton_rows")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install 'triton>=3.4'"
+    return None
+
+
 # In order of preference: "auto" takes the first that can run.
 BACKENDS = {
     "cpp": Backend("cpp", "windkern.kernels.cpp_rows", _cpp_reason),
+    "triton": Backend("triton", "windkern.kernels.triton_rows", _triton_reason),
     "torch": Backend("torch", "windkern.kernels.torch_rows", _always),
 }
 
@@ -85,7 +96,8 @@ _preference: dict[tuple[str, torch.dtype], str] = {}
 def _preferred(device_type: str, dtype: torch.dtype) -> str:
     key = (device_type, dtype)
     if key not in _preference:
-        _preference[key] = available(device_type, dtype)[0]
+        # Reason: stop at the first; asking the others why not would import what is never used here.
+        _preference[key] = next(name for name in BACKENDS if why_not(name, device_type, dtype) is None)
     return _preference[key]
 
 
@@ -93,10 +105,21 @@ def _reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return why_not(name, device_type, dtype)
 
 
+def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """Columns of the fused tiles that a back end runs the forward of such a head in; None where it walks slabs."""
+    return _tile_columns(name, len(hidden_sizes), hidden_sizes[0], dtype) if name == "triton" else None
+
+
+def _tile_columns(name: str, blocks: int, hidden_size: int, dtype: torch.dtype) -> int | None:
+    kernels = BACKENDS[name].kernels()
+    return kernels.tile_columns(blocks, hidden_size, dtype)
+
+
 # Run while torch.compile traces, not traced: they import. It is what torch.compiler.assume_constant_result sets, which
 # itself costs a second of imports.
 _preferred._dynamo_marked_constant = True
 _reason._dynamo_marked_constant = True
+_tile_columns._dynamo_marked_constant = True
 
 
 def debug_mode() -> bool:

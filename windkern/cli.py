@@ -41,8 +41,51 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.run(arguments)
 
 
+def _bandit_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("bandit"), help="picture and JSON go here (default: bandit)")
+    add("--seeds", type=int, help="games, each with its own rewards, reference and draws (default: 5)")
+    add("--contexts", type=int, help="of a game (default: 10)")
+    add("--responses", type=int, help="of a context (default: 100)")
+    add("--link", help="what rewards mean for a pair: bradley_terry (default) or step, where the better always wins")
+    add("--beta", type=float, metavar="X", help="weight of the KL to the reference (default: 0.1)")
+    add("--eta", type=float, metavar="X", help="step size of WIND and SPPO (default: 0.4)")
+    add("--exact-iterations", type=int, metavar="N", help="iterations of the exact methods (default: 1000)")
+    add("--iterations", type=int, metavar="N", help="iterations of the sampled methods (default: 120)")
+    add("--groups", type=int, metavar="N", help="groups drawn in an iteration and context (default: 32)")
+    add("--group-size", type=int, metavar="N", help="responses of a group (default: 4)")
+
+
+def _bandit(arguments: argparse.Namespace) -> int:
+    from windkern.train.models import require
+
+    require("rich", "matplotlib")
+    from windkern.tabular import bandit
+
+    return bandit.run(arguments)
+
+
+def _losses_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="show this one, with a picture of its value and slope (default: all)")
+    add("--output", type=Path, metavar="FILE", help="the picture goes here (default: losses/NAME.png)")
+    add("--json", action="store_true", help="JSON on stdout instead of a table")
+
+
+def _losses(arguments: argparse.Namespace) -> int:
+    from windkern import losses_report
+
+    return losses_report.run(arguments)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "demo": ("align a small real model on this machine, in minutes, and show what happens", _demo_arguments, _demo),
+    "bandit": (
+        "WIND, iterative BOND, J-BOND and SPPO on the same contextual bandits, exact and sampled",
+        _bandit_arguments,
+        _bandit,
+    ),
+    "losses": ("list the losses, or show one with a picture of its value and slope", _losses_arguments, _losses),
 }
 
 
@@ -67,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("windkern: interrupted; --resume goes on from the last finished iteration", file=sys.stderr)
+        hint = "; --resume goes on from the last finished iteration" if hasattr(arguments, "resume") else ""
+        print(f"windkern: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except (ImportError, OSError, TypeError, ValueError, BackendUnavailableError) as error:
         if backends.debug_mode():

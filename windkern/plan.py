@@ -20,7 +20,7 @@ DEFAULT_BUDGET_GPU = 2048 * MIB
 # GPU wide enough for full-rate GEMMs.
 SLAB_BYTES = {"cpu": 16 * MIB}
 SLAB_BYTES_GPU = 256 * MIB
-SLAB_COLUMNS = (256, 32768)  # narrowest and widest slab
+SLAB_COLUMNS = (256, 16384)  # narrowest and widest slab; a Triton program holds a row of one in registers
 # Relative cost of a slab of w columns is 1 + this / w: narrow products run below full rate.
 NARROW_SLAB_COST = 32
 COLUMN_STEP = 64
@@ -50,6 +50,7 @@ class Plan:
     units: float
     peak_bytes: int
     memory_budget: int
+    offset_tiles: int = 1  # offsets of a row in a kept slab; more than one where the forward runs in fused tiles
     chunk_groups: int | None = None  # fused_loss: groups finished together
     num_chunks: int = 1
 
@@ -81,6 +82,7 @@ class _Problem:
     compact: bool  # rows are copied before the walk (ignored ones dropped, or padded to fixed tiles)
     deterministic: bool
     accumulates: bool = False  # dweight of several chunks adds up in float32
+    tile_columns: int | None = None  # of the fused tiles of a forward that has no slab
 
     @property
     def gear(self) -> str:
@@ -92,12 +94,22 @@ class _Problem:
     def row_block(self) -> int:
         return deterministic_tile(self.gemm.device_type)[0] if self.deterministic else self.rows
 
+    @property
+    def tiled(self) -> bool:
+        """Whether forward runs in fused tiles; the frozen head needs the slab itself."""
+        return self.tile_columns is not None and self.gear != "frozen_head" and not self.deterministic
+
+    def tiles(self, width: int) -> int:
+        return -(-width // self.tile_columns) if self.tiled else 1
+
     def forward_bytes(self, width: int, kept: int) -> int:
         M, R, H = self.rows, self.row_block, sum(self.hidden_sizes)
         H_max = max(self.hidden_sizes)
         acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
-        total = self._common_bytes(R, width) + R * width * acc + kept * M * (width * item + acc)
-        total += self.gemm.upcasts_logits * M * H * acc
+        tiles = self.tiles(width)
+        total = self._common_bytes(R, width) + kept * M * (width * item + tiles * acc)
+        total += R * tiles * acc * (2 + self.entropy) if self.tiled else R * width * acc
+        total += self.gemm.upcasts_logits * M * H * acc + self.gemm.packed_bytes(width, H_max)
         if self.gear == "frozen_head":
             H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
             total += (1 + self.entropy) * M * H_grad * acc
@@ -116,19 +128,22 @@ class _Problem:
             block = 3 * min(MIB, M * H_max * acc)
             return (2 + self.entropy) * M * H_grad * acc + self.compact * M * (H + H_max) * item + block
         all_kept = kept * width >= self.vocab_size
-        total = self._common_bytes(M, width) + kept * M * (width * item + acc)
+        total = self._common_bytes(M, width) + kept * M * (width * item + self.tiles(width) * acc)
         total += M * width * (acc if (item == acc or not all_kept) else 0)
         total += M * width * (item if item != acc else 0)
         if self.gemm.upcasts_logits and not all_kept:
             total += M * H * acc
+        packed = [0 if all_kept else self.gemm.packed_bytes(width, H_max)]
         if any(self.hidden_grad):
-            total += M * H_grad * acc * (item != acc or self.compact) + self.compact * M * H_max * item
+            total += M * H_grad * acc + self.compact * M * H_max * item
             total += self._product_bytes(M, width, H_max)
+            packed.append(self.gemm.packed_bytes(H_max, width))
         if any(self.weight_grad):
+            packed.append(self.gemm.packed_bytes(H_max, M))
             total += width * H_max * acc * self._weight_product()
             total += self.gemm.upcasts_grads * M * H * acc
             total += M * H * item * (self.gemm.operand == torch.float16)
-        return total
+        return total + max(packed)
 
     def _common_bytes(self, rows: int, width: int) -> int:
         """Row vectors, compacted rows, block scratch, and the head's slab in another dtype."""
@@ -148,6 +163,8 @@ class _Problem:
 
     def _weight_product(self) -> bool:
         """Whether dweight of a slab exists apart from its place in the gradient."""
+        if self.gemm.packs:
+            return False
         same = self.weight_dtype == self.gemm.operand and not self.accumulates
         return self.gemm.device_type == "cpu" or self.gemm.operand == torch.float16 or not same
 
@@ -182,6 +199,7 @@ class _Problem:
             units=flops / max(1, self.rows * sum(self.hidden_sizes) * self.vocab_size),
             peak_bytes=self.peak_bytes(width, kept),
             memory_budget=budget,
+            offset_tiles=self.tiles(width),
         )
 
     def _choose(self, budget: int) -> tuple[int, int]:
@@ -202,6 +220,8 @@ class _Problem:
         device_type = self.gemm.device_type
         if self.deterministic:
             return [min(deterministic_tile(device_type)[1], _round_up(self.vocab_size, COLUMN_STEP))]
+        if self.tiled and self.gear == "scoring":
+            return [_even_width(self.vocab_size, widest)]
         target = SLAB_BYTES.get(device_type, SLAB_BYTES_GPU) // max(1, self.rows * self.gemm.acc.itemsize)
         widths = [_even_width(self.vocab_size, min(widest, max(narrowest, target)))]
         while widths[-1] > narrowest:
@@ -262,6 +282,7 @@ def plan(
     deterministic: bool = False,
     total_rows: int | None = None,
     weight_dtype: torch.dtype | None = None,
+    tile_columns: int | None = None,
 ) -> Plan:
     """Return the plan an op with these arguments will follow. Pure: the same arguments give the same plan anywhere.
 
@@ -279,6 +300,7 @@ def plan(
         deterministic: fixed tiles, so that a row's log-prob does not depend on anything but the row.
         total_rows: rows before ignored ones are dropped; larger than `rows` means that rows are copied first.
         weight_dtype: of the head where it differs from `dtype` (autocast); its slabs are cast one at a time.
+        tile_columns: of the tiles of a forward without a slab, where a back end runs one for these sizes.
 
     Returns:
         A `Plan` with the gear, slab width, slabs kept, units, FLOPs and peak bytes; `print(plan)` explains it.
@@ -292,7 +314,7 @@ def plan(
         >>> p.gear, 6 <= p.units <= 8, p.peak_bytes <= 2 << 30
         ('trained', True, True)
     """
-    sizes = (hidden_size,) if isinstance(hidden_size, (int, torch.SymInt)) else tuple(hidden_size)
+    sizes = (hidden_size,) if isinstance(hidden_size, int) else tuple(hidden_size)
     check_count("rows", rows)
     for size in sizes:
         check_count("hidden_size", size, least=1)
@@ -314,6 +336,7 @@ def plan(
         entropy=bool(entropy),
         compact=bool(deterministic or (total_rows is not None and total_rows > rows)),
         deterministic=deterministic,
+        tile_columns=tile_columns,
     )
     if group_rows is None:
         return _solve(problem, budget)
@@ -321,15 +344,43 @@ def plan(
     return _solve_chunks(problem, rows, group_rows, budget)
 
 
-def _solve(problem: _Problem, budget: int) -> Plan:
-    if torch.compiler.is_compiling() or type(problem.rows) is not int:
-        return problem.plan(budget)
-    return _solve_cached(problem, budget)
-
-
 @functools.lru_cache(maxsize=1024)
-def _solve_cached(problem: _Problem, budget: int) -> Plan:
+def _solve(problem: _Problem, budget: int) -> Plan:
     return problem.plan(budget)
+
+
+def walk_sizes(
+    rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: object
+) -> tuple[str, int, int, int]:
+    """Gear, slab width, slabs kept and offset tiles of the plan: all that a walk over slabs must know."""
+    made = plan(rows, hidden_sizes, vocab_size, **options)
+    return made.gear, made.slab_width, made.slabs_kept, made.offset_tiles
+
+
+# Run while torch.compile traces, not traced: the search would take minutes there.
+walk_sizes._dynamo_marked_constant = True
+
+
+def fixed_size(size: int) -> int:
+    """`size` as a number: torch.compile may hold the sizes of the head as symbols, and a head keeps its sizes."""
+    return len(range(size)) if torch.compiler.is_compiling() else int(size)
+
+
+def bounded_rows(rows: int) -> int:
+    """The row count to plan for: `rows`, or the next power of two where torch.compile holds a symbol.
+
+    The plan of more rows fits the budget for fewer, and one graph serves a whole octave of row counts.
+    """
+    if type(rows) is int and not torch.compiler.is_compiling():
+        return rows
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    if has_static_value(rows):
+        return int(rows)
+    bound = 64
+    while bound < rows:
+        bound *= 2
+    return bound
 
 
 def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) -> Plan:
@@ -338,7 +389,8 @@ def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) ->
     groups = -(-rows // group_rows)
 
     def chunk(num_groups: int) -> tuple[_Problem, Plan]:
-        several = num_groups < groups and any(problem.weight_grad)
+        # Reason: fused_loss hands float16 gradients over scaled by a power of two, known only at the end.
+        several = any(problem.weight_grad) and (num_groups < groups or problem.gemm.operand == torch.float16)
         part = replace(problem, rows=_round_up(min(rows, num_groups * group_rows), tile), accumulates=several)
         return part, _solve(part, budget)
 

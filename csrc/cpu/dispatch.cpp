@@ -23,7 +23,18 @@ bool cpu_has_avx512() {
 #endif
 }
 
+bool cpu_has_bf16() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+MultiplyBf16 runnable_product() { return cpu_has_bf16() ? avx512bf16_product() : nullptr; }
 
 std::vector<const KernelTable*> runnable_kernels() {
   std::vector<const KernelTable*> tables;

@@ -63,7 +63,6 @@ struct KernelTable {
   void (*segment_sum)(DType, const void* values, const int64_t* bounds, int64_t segments, void* sums, int threads);
   void (*pair_terms)(const Pairs&, void* value, void* slope);  // (groups,) and (groups, n)
   void (*win_rates)(const Pairs&, void* rates);                // (groups, n)
-  void (*widen)(DType, const void* from, float* to, int64_t count, int threads);
 };
 
 const KernelTable* portable_kernels();

@@ -11,7 +11,7 @@ namespace windkern {
 
 const KernelTable* avx2_kernels() {
   static const KernelTable table{"avx2",  slab_forward, slab_forward_unit, slab_backward,
-                                 segment_sum, pair_terms,   win_rates,         widen};
+                                 segment_sum, pair_terms,   win_rates};
   return &table;
 }
 

@@ -10,7 +10,7 @@ namespace windkern {
 
 const KernelTable* portable_kernels() {
   static const KernelTable table{"portable",  slab_forward, slab_forward_unit, slab_backward,
-                                 segment_sum, pair_terms,   win_rates,         widen};
+                                 segment_sum, pair_terms,   win_rates};
   return &table;
 }
 

@@ -269,24 +269,5 @@ void segment_sum(DType dtype, const void* values, const int64_t* bounds, int64_t
   segment_sums((const float*)values, bounds, segments, (float*)sums, threads);
 }
 
-template <class S, class E>
-void widen_all(const void* from, float* to, int64_t count, int threads) {
-  constexpr int64_t block = 1 << 14;
-  const int64_t blocks = (count + block - 1) / block;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = b * block, size = block < count - first ? block : count - first;
-    for_lanes<float>(size, [&](int64_t i, auto lane) {
-      using L = decltype(lane);
-      store(to + first + i, load<L>((const E*)from + first + i));
-    });
-  }
-}
-
-void widen(DType dtype, const void* from, float* to, int64_t count, int threads) {
-  if (dtype == DType::bfloat16) return widen_all<float, BFloat16>(from, to, count, threads);
-  widen_all<float, Half>(from, to, count, threads);
-}
-
 }  // namespace
 }  // namespace windkern

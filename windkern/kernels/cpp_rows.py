@@ -40,12 +40,19 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
             f"the extension windkern._cpp cannot be imported ({_import_error}); reinstall windkern with a C++17 "
             "compiler (g++ or clang) on PATH"
         )
+    if _kernels is None:
+        return (
+            f"WINDKERN_CPP_ISA={os.environ['WINDKERN_CPP_ISA']!r} names no instruction set of this CPU and build; "
+            f"it has {', '.join(_cpp.instruction_sets())}"
+        )
     return None
 
 
 def _make_kernels():
-    """The newest instruction set this CPU runs, or the one WINDKERN_CPP_ISA names (portable, avx2, avx512)."""
-    return None if _cpp is None else _cpp.Kernels(os.environ.get("WINDKERN_CPP_ISA") or _cpp.instruction_sets()[0])
+    """The newest instruction set this CPU runs, or the one WINDKERN_CPP_ISA names; None where there is no such one."""
+    names = [] if _cpp is None else _cpp.instruction_sets()
+    name = os.environ.get("WINDKERN_CPP_ISA") or (names[0] if names else None)
+    return _cpp.Kernels(name) if name in names else None
 
 
 _kernels = _make_kernels()

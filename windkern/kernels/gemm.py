@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from windkern.kernels import buffers
+from windkern.kernels import buffers, cpu_products
 
 # Reason: glibc serves blocks up to 32 MiB from its heap again and again; above, each call pays fresh page faults.
 _HEAP_BLOCK = 32 << 20
@@ -28,13 +28,14 @@ _probed: dict[str, bool] = {}
 
 
 def _cuda_has_out_dtype() -> bool:
-    """Whether torch.mm can return float32 from bfloat16 operands on this build and GPU (probed once)."""
+    """Whether torch.mm and addmm can return float32 from bfloat16 operands on this build and GPU (probed once)."""
     if not torch.cuda.is_available():
         return True  # planning for a GPU from a machine without one
     if "out_dtype" not in _probed:
         try:
             probe = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
-            torch.mm(probe, probe, out_dtype=torch.float32)
+            total = torch.mm(probe, probe, out_dtype=torch.float32)
+            torch.addmm(total, probe, probe, out_dtype=torch.float32, out=total)
             _probed["out_dtype"] = True
         except (TypeError, RuntimeError):
             _probed["out_dtype"] = False
@@ -84,9 +85,15 @@ class Gemm:
         return self.operand in (torch.bfloat16, torch.float16)
 
     @property
+    def packs(self) -> bool:
+        """True where the products are ours: bfloat16 operands on a CPU that multiplies them into float32 sums."""
+        return self.device_type == "cpu" and self.operand == torch.bfloat16 and cpu_products.AVAILABLE
+
+    @property
     def upcasts_logits(self) -> bool:
-        """True where no library multiplies this dtype into float32: operands are widened slab by slab."""
-        return self.is_low_precision and not (self.device_type == "cuda" and _cuda_has_out_dtype())
+        """True where nothing multiplies this dtype into float32: operands are widened slab by slab."""
+        has_product = self.packs or (self.device_type == "cuda" and _cuda_has_out_dtype())
+        return self.is_low_precision and not has_product
 
     @property
     def upcasts_grads(self) -> bool:
@@ -127,6 +134,10 @@ class Gemm:
             out = buffers.empty("slab", (rows, width), self.acc, hidden.device)
         return self._mm(hidden, weight.t(), out)
 
+    def packed_bytes(self, columns: int, inner: int) -> int:
+        """Scratch of one product beside its operands and result."""
+        return cpu_products.packed_bytes(columns, inner) + 64 if self.packs else 0
+
     def hidden_grad(self, dz: Tensor, weight: Tensor, total: Tensor) -> Tensor:
         """total (M, H) + dz (M, W) @ weight (W, H); the result replaces `total`, which may be overwritten."""
         rows, width = dz.shape
@@ -145,8 +156,8 @@ class Gemm:
         if _ONEDNN_WEIGHT_GRAD and self._use_onednn(dz, inner) and width * inner * 4 <= _HEAP_BLOCK:
             product = torch.ops.mkldnn._linear_pointwise(dz.t(), hidden.t(), None, "none", [], "")
             product = buffers.track("dweight", product)
-        elif plain and out.dtype == dz.dtype:
-            torch.mm(dz.t(), hidden, out=out)
+        elif plain and (out.dtype == dz.dtype or self.packs):
+            self._mm(dz.t(), hidden, out)
             return
         elif gain is None and accumulate and out.dtype == self.acc and not self._rounds(dz):
             self._addmm(out, dz.t(), hidden)
@@ -166,6 +177,8 @@ class Gemm:
         return operand.dtype in (torch.bfloat16, torch.float16) and self.upcasts_logits
 
     def _mm(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        if self.packs and left.dtype == self.operand:
+            return cpu_products.multiply(left, right, out)
         if out.dtype == left.dtype:
             return torch.mm(left, right, out=out)
         if self._rounds(left):
@@ -173,6 +186,8 @@ class Gemm:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
     def _addmm(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        if self.packs and left.dtype == self.operand:
+            return cpu_products.multiply(left, right, total, accumulate=True)
         if total.dtype == left.dtype:
             return total.addmm_(left, right)
         if self._rounds(left):

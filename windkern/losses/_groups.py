@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from windkern._checks import check_choice, check_number, check_same_device, check_shape, check_tensor, shape_of
 
@@ -51,6 +52,36 @@ def check_frozen_logps(name: str, value: object, logps: Tensor) -> Tensor:
     if value.dtype != logps.dtype:
         raise TypeError(f"{name} is {value.dtype} but logps is {logps.dtype}; score both policies in one precision")
     return tensor
+
+
+def check_rewards(rewards: object, logps: Tensor, where: Tensor, name: str = "rewards") -> Tensor:
+    """(B, N) scores, 0 where masked: any finite numbers."""
+    rewards = fill(check_constant(name, rewards, logps, shape_of(where)), where)
+    if readable(rewards) and not rewards.isfinite().all():
+        raise ValueError(f"{name} must be finite for every response that takes part")
+    return rewards
+
+
+def check_lengths(lengths: object, logps: Tensor, where: Tensor) -> Tensor:
+    """(B, N) token counts in the dtype of `logps`, 1 where masked; at least 1, so that a mean can be taken."""
+    tensor = check_tensor("lengths", lengths)
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise TypeError(f"lengths must be integers or floats, got {tensor.dtype}")
+    check_shape("lengths", tensor, shape_of(logps))
+    check_same_device("lengths", tensor, "logps", logps)
+    if tensor.requires_grad:
+        raise ValueError("lengths is a constant of the loss but requires grad; pass lengths.detach() if that is meant")
+    tensor = fill(tensor.to(logps.dtype), where, 1.0)
+    if readable(tensor) and not (tensor >= 1).all():
+        raise ValueError("lengths must be at least 1 for every response that takes part; mask empty ones with where")
+    return tensor.clamp(min=1)
+
+
+def check_smoothing(label_smoothing: float) -> float:
+    check_number("label_smoothing", label_smoothing, least=0)
+    if label_smoothing >= 0.5:
+        raise ValueError(f"label_smoothing must be below 0.5, got {label_smoothing!r}")
+    return label_smoothing
 
 
 def check_prefs(prefs: Tensor, where: Tensor | None = None) -> None:
@@ -98,8 +129,8 @@ def pairs_of(where: Tensor) -> Tensor:
     return where[:, :, None] & where[:, None, :]
 
 
-def kept_responses(where: Tensor | None, logps: Tensor) -> Tensor:
-    """The mask every later step uses: (B, N) bool, cleared for groups with fewer than two responses."""
+def kept_responses(where: Tensor | None, logps: Tensor, least: int = 2) -> Tensor:
+    """The mask every later step uses: (B, N) bool, cleared for groups with fewer than `least` responses."""
     if where is None:
         where = torch.ones_like(logps, dtype=torch.bool)
     else:
@@ -108,7 +139,7 @@ def kept_responses(where: Tensor | None, logps: Tensor) -> Tensor:
             raise TypeError(f"where must be torch.bool, got {where.dtype}")
         check_shape("where", where, shape_of(logps))
         check_same_device("where", where, "logps", logps)
-    return where & (where.sum(-1, keepdim=True) >= 2)
+    return where & (where.sum(-1, keepdim=True) >= least)
 
 
 def fill(value: Tensor, where: Tensor, filler: float = 0.0) -> Tensor:
@@ -132,6 +163,24 @@ def centred(terms: Tensor, where: Tensor) -> Tensor:
     return terms - group_mean(terms, where)[:, None]
 
 
+def group_variance(terms: Tensor, where: Tensor) -> Tensor:
+    """(1/K) sum_i (d_i - mean d)^2 over the responses that take part: (B, N) -> (B,)."""
+    return group_mean(centred(terms, where).square(), where)
+
+
+def masked_log_softmax(terms: Tensor, where: Tensor) -> Tensor:
+    """Log-softmax over the responses that take part; masked entries hold a finite number to be dropped.
+
+    Hazard: -inf for masked entries turns a group that is all masked into NaN. Remedy: a finite floor, exp of it is 0.
+    """
+    return fill(terms, where, torch.finfo(terms.dtype).min / 4).log_softmax(-1)
+
+
+def masked_softmax(terms: Tensor, where: Tensor) -> Tensor:
+    """Softmax over the responses that take part, 0 elsewhere."""
+    return fill(masked_log_softmax(terms, where).exp(), where)
+
+
 def rivals(where: Tensor) -> Tensor:
     """Ordered pairs i != j that take part: (B, N, N) bool."""
     return pairs_of(where) & ~torch.eye(where.shape[-1], dtype=torch.bool, device=where.device)
@@ -141,6 +190,27 @@ def pair_mean(terms: Tensor, where: Tensor) -> Tensor:
     """Mean over ordered pairs i != j that take part: (B, N, N) -> (B,)."""
     pairs = count(where) * (count(where) - 1).clamp(min=1)
     return fill(terms, rivals(where)).sum((-2, -1)) / pairs
+
+
+def pair_square(s: Tensor, target: Tensor, where: Tensor) -> Tensor:
+    """Mean over ordered pairs i != j of (s_i - s_j - t_ij)^2: (B, N), (B, N, N) -> (B,)."""
+    gaps = s[:, :, None] - s[:, None, :]  # (B, N, N)
+    return pair_mean((gaps - target).square(), where)
+
+
+def first_of_pair(logps: Tensor) -> Tensor:
+    """(2,) bool, True for the chosen response. Made on the device: a list copied there would make Python wait."""
+    return torch.arange(2, device=logps.device) == 0
+
+
+def pair_gaps(logps: Tensor, base_logps: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 2) -> log-ratios (B,) of the chosen and of the rejected response, 0 where masked."""
+    return (fill(logps, where) - fill(base_logps, where)).unbind(-1)
+
+
+def logistic(margin: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-(1-eps) log sigma(u) - eps log sigma(-u), finite for any u."""
+    return -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
 
 
 def v_win_rates(prefs: Tensor, where: Tensor) -> Tensor:

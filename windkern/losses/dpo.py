@@ -1,10 +1,11 @@
-"""DPO and its relatives: one margin between a chosen and a rejected response, several links."""
+"""DPO and its relatives: a chosen and a rejected response against the reference, several links."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -13,29 +14,50 @@ from windkern.losses._groups import (
     check_frozen_logps,
     check_logps,
     check_reduction,
+    check_smoothing,
     fill,
     kept_responses,
+    logistic,
+    pair_gaps,
     reduce_groups,
 )
 
-
-def _sigmoid(margin: Tensor, beta: float, smoothing: float) -> Tensor:
-    return -(1 - smoothing) * logsigmoid(beta * margin) - smoothing * logsigmoid(-beta * margin)
+DISCOPOP_TAU = 0.05  # of the published loss
 
 
-def _ipo(margin: Tensor, beta: float, smoothing: float) -> Tensor:
-    return (margin - 1 / (2 * beta)).square()
+def _sigmoid(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
+    return logistic(beta * (chosen - rejected), smoothing)
 
 
-def _hinge(margin: Tensor, beta: float, smoothing: float) -> Tensor:
-    return (1 - beta * margin).relu()
+def _robust(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
+    u = beta * (chosen - rejected)
+    return ((1 - smoothing) * logistic(u) - smoothing * logistic(-u)) / (1 - 2 * smoothing)
+
+
+def _ipo(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
+    return (chosen - rejected - 1 / (2 * beta)).square()
+
+
+def _hinge(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
+    return (1 - beta * (chosen - rejected)).relu()
+
+
+def _bco(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
+    return logistic(beta * chosen) + logistic(-beta * rejected)
+
+
+def _discopop(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
+    # Hazard: sigma(u / tau) exp(-u) is 0 * inf for u far below 0. Remedy: the product of the two as one exponential.
+    u = beta * (chosen - rejected)
+    gate = logsigmoid(u / DISCOPOP_TAU)
+    return logistic(u) * torch.sigmoid(-u / DISCOPOP_TAU) + (gate - u).exp()
 
 
 @dataclass(frozen=True)
 class Link:
-    """What a margin h costs."""
+    """What a pair costs, from the log-ratios to the reference of its two responses."""
 
-    value: Callable[[Tensor, float, float], Tensor]  # (margin (B,), beta, label smoothing) -> (B,)
+    value: Callable[[Tensor, Tensor, float, float], Tensor]  # (chosen (B,), rejected (B,), beta, smoothing) -> (B,)
     takes_smoothing: bool
     formula: str
     source: str
@@ -48,8 +70,23 @@ LINKS = {
         "-(1-eps) log sigma(beta h) - eps log sigma(-beta h)",
         "DPO (arXiv 2305.18290); cDPO for eps > 0",
     ),
+    "robust": Link(
+        _robust,
+        True,
+        "[-(1-eps) log sigma(beta h) + eps log sigma(-beta h)] / (1 - 2 eps)",
+        "robust DPO (arXiv 2403.00409)",
+    ),
     "ipo": Link(_ipo, False, "(h - 1/(2 beta))^2", "IPO (arXiv 2310.12036)"),
     "hinge": Link(_hinge, False, "max(0, 1 - beta h)", "SLiC (arXiv 2305.10425)"),
+    "bco": Link(
+        _bco, False, "-log sigma(beta (l_w - r_w)) - log sigma(-beta (l_l - r_l))", "BCO (arXiv 2404.04656), pairs"
+    ),
+    "discopop": Link(
+        _discopop,
+        False,
+        "-(1-g) log sigma(beta h) + g exp(-beta h), g = sigma(beta h / 0.05)",
+        "DiscoPOP (arXiv 2406.08414)",
+    ),
 }
 
 
@@ -71,16 +108,24 @@ def dpo(
     link        value of a pair                                             known as
     =========== =========================================================== ======================================
     sigmoid     -(1-eps) log sigma(beta h) - eps log sigma(-beta h)         DPO; cDPO with eps = `label_smoothing`
+    robust      [-(1-eps) log sigma(beta h) + eps log sigma(-beta h)]       robust DPO: unbiased when a share eps of
+                / (1 - 2 eps)                                               the labels is flipped
     ipo         (h - 1/(2 beta))^2                                          IPO
     hinge       max(0, 1 - beta h)                                          SLiC
+    bco         -log sigma(beta (l_w - r_w)) - log sigma(-beta (l_l - r_l)) BCO without its running shift
+    discopop    -(1-g) log sigma(beta h) + g exp(-beta h),                  DiscoPOP, a loss found by search; not
+                g = sigma(beta h / 0.05)                                    convex
     =========== =========================================================== ======================================
+
+    What other libraries offer beside these under the name of DPO is here `exo`, `nca`, `apo`, `aot` and, for verdicts
+    instead of win rates, `sppo(win_rates=[1, 0], eta=1/beta)`.
 
     Args:
         logps: (B, 2) float32 or float64, log-probs of chosen and rejected under the policy, nats, summed over tokens.
         ref_logps: (B, 2), dtype of `logps`, under the frozen reference.
         beta: weight of the KL to the reference, positive.
         link: a name from the table above.
-        label_smoothing: chance that a label is wrong, in [0, 1/2); for the sigmoid link only.
+        label_smoothing: chance that a label is wrong, in [0, 1/2); for the links sigmoid and robust only.
         where: (B, 2) bool, responses that take part, None for all. A pair that is not whole contributes 0 and gradient
             0, whatever it holds.
         reduction: "mean" (sum over pairs / B), "sum", or "none".
@@ -95,7 +140,10 @@ def dpo(
 
     Source:
         Rafailov et al. 2023 (arXiv 2305.18290) for sigmoid, Azar et al. 2023 (arXiv 2310.12036) for ipo (with log-probs
-        summed, not averaged, over tokens), Zhao et al. 2023 (arXiv 2305.10425) for hinge.
+        summed as in the paper; TRL averages them over tokens), Zhao et al. 2023 (arXiv 2305.10425) for hinge, Ray
+        Chowdhury et al. 2024 (arXiv 2403.00409) for robust, Jung et al. 2024 (arXiv 2404.04656) for bco (TRL's table of
+        losses prints the formula of sigmoid for it; its code has this one), Lu et al. 2024 (arXiv 2406.08414) for
+        discopop.
 
     Example:
         >>> import torch
@@ -110,13 +158,10 @@ def dpo(
     ref_logps = check_frozen_logps("ref_logps", ref_logps, logps)
     check_number("beta", beta, above=0)
     chosen_link = LINKS[check_choice("link", link, LINKS)]
-    check_number("label_smoothing", label_smoothing, least=0)
-    if label_smoothing >= 0.5:
-        raise ValueError(f"label_smoothing must be below 0.5, got {label_smoothing!r}")
+    check_smoothing(label_smoothing)
     if label_smoothing and not chosen_link.takes_smoothing:
-        raise ValueError(f"label_smoothing has no meaning for link={link!r}; leave it out or use link='sigmoid'")
+        raise ValueError(f"label_smoothing has no meaning for link={link!r}; use link='sigmoid' or 'robust'")
     check_reduction(reduction)
     where = kept_responses(where, logps)
-    chosen, rejected = (fill(logps, where) - fill(ref_logps, where)).unbind(-1)
-    values = chosen_link.value(chosen - rejected, beta, label_smoothing)
+    values = chosen_link.value(*pair_gaps(logps, ref_logps, where), beta, label_smoothing)
     return reduce_groups(fill(values, where.all(-1)), reduction)

@@ -14,6 +14,7 @@ from windkern.losses._groups import (
     group_mean,
     kept_responses,
     reduce_groups,
+    residual,
 )
 
 
@@ -74,5 +75,6 @@ def sppo(
     check_reduction(reduction)
     where = kept_responses(where, logps)
     w = choose_target(logps, prefs, win_rates, "V", where, "sppo")
-    gap = fill(logps, where) - fill(old_logps, where)
-    return reduce_groups(group_mean((gap - eta * (w - 0.5)).square(), where), reduction)
+    old_logps = fill(old_logps, where)
+    s = residual(fill(logps, where), old_logps, old_logps, b=0.0)  # no pull to a reference
+    return reduce_groups(group_mean((s - eta * (w - 0.5)).square(), where), reduction)

@@ -20,8 +20,12 @@ from windkern.losses._groups import (
     extended_log,
     fill,
     group_mean,
+    group_variance,
     kept_responses,
+    masked_log_softmax,
+    masked_softmax,
     pair_mean,
+    pair_square,
     reduce_groups,
     residual,
     step_coefficients,
@@ -41,12 +45,11 @@ class Fit(NamedTuple):
 
 
 def _square(fit: Fit) -> Tensor:
-    return group_mean(centred(fit.s - fit.c * fit.target, fit.where).square(), fit.where)
+    return group_variance(fit.s - fit.c * fit.target, fit.where)
 
 
 def _square_pair(fit: Fit) -> Tensor:
-    gaps = fit.s[:, :, None] - fit.s[:, None, :]  # (B, N, N)
-    return pair_mean((gaps - fit.c * (fit.target - 0.5)).square(), fit.where)
+    return pair_square(fit.s, fit.c * (fit.target - 0.5), fit.where)
 
 
 def _square_point(fit: Fit) -> Tensor:
@@ -67,10 +70,8 @@ def _nce(fit: Fit) -> Tensor:
 
 
 def _nce_ratio(fit: Fit) -> Tensor:
-    # Hazard: -inf for masked entries turns a group that is all masked into NaN. Remedy: a finite floor, exp of it is 0.
-    floor = torch.finfo(fit.gap.dtype).min / 4
-    target = fill(fit.pull + fit.c * fit.target, fit.where, floor).softmax(-1)
-    return -fill(target * fill(fit.gap, fit.where, floor).log_softmax(-1), fit.where).sum(-1)
+    target = masked_softmax(fit.pull + fit.c * fit.target, fit.where)
+    return -(target * masked_log_softmax(fit.gap, fit.where)).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,35 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from windkern import backends
 from windkern._checks import check_choice, check_tensor, shape_of
-from windkern.kernels import buffers
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.ops import walk as walks
-from windkern.ops.inputs import IGNORED, Blocks, Inputs, acc_dtype, first_scored, must_keep_rows, prepare
-from windkern.ops.logprobs import config_of, finish_hidden, gather_rows, pad_rows, padded_rows, run_forward
+from windkern.ops.held_grads import HeldGradients
+from windkern.ops.inputs import (
+    IGNORED,
+    Blocks,
+    Inputs,
+    acc_dtype,
+    check_num_scored,
+    first_scored,
+    must_keep_rows,
+    prepare,
+)
+from windkern.ops.logprobs import config_of, gather_rows, pad_rows, padded_rows, run_forward
 from windkern.ops.once import differentiable_once
 from windkern.plan import Plan, plan
 from windkern.transform import LogitTransform
+
+
+@dataclass
+class _Chunk:
+    """Whole groups that go through the walk together."""
+
+    groups: slice
+    rows: Tensor | None  # (m,) positions of the rows in the chunk, None where all take part
+    targets: Tensor  # (m,)
+    overflow: Tensor | None  # rows of the chunk beyond num_scored
 
 
 @dataclass
@@ -52,25 +72,43 @@ class _Job:
             deterministic=self.deterministic,
             total_rows=total_rows,
             weight_dtype=self.inputs.weight[0].dtype,
+            tile_columns=backends.tile_columns(self.inputs.backend, self.inputs.hidden_sizes, self.inputs.operand),
             **self.grads,
         )
 
-    def chunks(self) -> tuple[Plan, Iterator[slice]]:
-        """The plan, and slices of groups; sized by the largest group's scored rows where the host may know them."""
-        scored = self.inputs.targets >= 0
-        if self.num_scored is not None or must_keep_rows(self.inputs.targets):
-            per_group, rows = self.group_tokens, self.inputs.total_rows
-            if self.num_scored is not None:
-                rows = min(rows, self.num_scored)
-        else:
-            counts = scored.view(self.groups, self.group_tokens).sum(1)
-            per_group, rows = int(counts.max()) if self.groups else 0, int(scored.sum())
+    def chunks(self) -> tuple[Plan, Iterator[_Chunk]]:
+        """The plan, sized by the largest group's scored rows where the host may know them, and the chunks."""
+        targets = self.inputs.targets
+        scored = targets >= 0
+        total_rows, positions, counts = self.inputs.total_rows, None, None
+        if self.num_scored is not None or must_keep_rows(targets):
+            per_group, any_scored = self.group_tokens, self.num_scored != 0
+        else:  # on a GPU: two synchronisations, however many chunks there are
+            counts = scored.view(self.groups, self.group_tokens).sum(1).tolist()
+            per_group, any_scored = max(counts, default=0), any(counts)
+            positions = scored.nonzero().squeeze(1)
         per_group = max(1, per_group)
-        made = self.make_plan(
-            per_group * self.groups, group_rows=per_group, total_rows=self.inputs.total_rows + (rows == 0)
-        )
-        step = made.chunk_groups
-        return made, (slice(first, min(first + step, self.groups)) for first in range(0, self.groups, step))
+        made = self.make_plan(per_group * self.groups, group_rows=per_group, total_rows=total_rows + (not any_scored))
+        return made, self._cut(made.chunk_groups, targets, positions, counts)
+
+    def _cut(self, step: int, targets: Tensor, positions: Tensor | None, counts: list[int] | None) -> Iterator[_Chunk]:
+        """Chunks of `step` groups; `positions` of all scored rows and `counts` by group where the host knows them."""
+        passed = 0
+        for start in range(0, self.groups, step):
+            groups = slice(start, min(start + step, self.groups))
+            first = groups.start * self.group_tokens
+            labels = targets[first : groups.stop * self.group_tokens]
+            rows, overflow = None, None
+            if self.num_scored is not None and labels.numel() > 0:
+                bound = min(self.num_scored, labels.shape[0])
+                rows, labels, overflow = first_scored(labels >= 0, labels, bound)
+            elif counts is not None:
+                found = sum(counts[groups])
+                if found < labels.shape[0]:
+                    rows = positions[passed : passed + found] - first
+                    labels = labels.index_select(0, rows)
+                passed += found
+            yield _Chunk(groups, rows, labels, overflow)
 
 
 def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -89,7 +127,7 @@ def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tu
         if not wants_grad:
             return total, None
         if total.grad_fn is None:
-            return total.detach(), torch.zeros_like(logps)
+            return total, torch.zeros_like(logps)
         _refuse_other_leaves(total, leaf)
         (coefficients,) = torch.autograd.grad(total, leaf, allow_unused=True)
     return total.detach(), torch.zeros_like(logps) if coefficients is None else coefficients
@@ -112,73 +150,42 @@ def _refuse_other_leaves(total: Tensor, leaf: Tensor) -> None:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
-class _Gradients:
-    """Gradients of all chunks: dhidden rows are written, dweight and dbias add up in float32."""
-
-    def __init__(self, job: _Job, num_chunks: int):
-        inputs, grads = job.inputs, job.grads
-        self.several = num_chunks > 1
-        acc = acc_dtype(inputs)
-        self.hidden = [
-            torch.zeros_like(block) if flag else None
-            for block, flag in zip(inputs.hidden, grads["hidden_grad"], strict=True)
-        ]
-        self.weight: list[Tensor | None] = [None] * len(inputs.weight)
-        for k, (head, flag) in enumerate(zip(inputs.weight, grads["weight_grad"], strict=True)):
-            if flag and self.several and head.dtype != acc:
-                self.weight[k] = buffers.zeros("accumulator", tuple(head.shape), acc, head.device)
-            elif flag:
-                self.weight[k] = torch.zeros(head.shape, dtype=head.dtype, device=head.device)
-        self.bias = torch.zeros_like(inputs.bias, dtype=acc) if grads["bias_grad"] else None
-
-    def finish(self, job: _Job) -> list[Tensor | None]:
-        for k, head in enumerate(job.inputs.weight):
-            if self.weight[k] is not None:
-                self.weight[k] = self.weight[k].to(head.dtype)
-        bias = None if self.bias is None else self.bias.to(job.inputs.bias.dtype)
-        return [bias, *self.hidden, *self.weight]
-
-
-def _run(job: _Job, wants_grad: bool) -> tuple[Tensor, list[Tensor | None]]:
+def _run(job: _Job, scale: float, wants_grad: bool) -> tuple[Tensor, HeldGradients | None]:
+    """The summed loss times `scale`, and its gradients."""
     made, chunks = job.chunks()
-    gradients = _Gradients(job, made.num_chunks) if wants_grad else None
+    held = HeldGradients(job.inputs, job.grads, made.num_chunks) if wants_grad else None
     total = job.inputs.hidden[0].new_zeros((), dtype=acc_dtype(job.inputs))
-    for groups in chunks:
-        total = total + _run_chunk(job, groups, gradients)
-    return total, [] if gradients is None else gradients.finish(job)
+    for chunk in chunks:
+        total = total + _run_chunk(job, chunk, scale, held)
+    if held is not None:
+        held.finish()
+    return total * scale, held
 
 
-def _run_chunk(job: _Job, groups: slice, gradients: _Gradients | None) -> Tensor:
-    inputs = job.inputs
+def _run_chunk(job: _Job, chunk: _Chunk, scale: float, held: HeldGradients | None) -> Tensor:
+    inputs, groups, rows, targets = job.inputs, chunk.groups, chunk.rows, chunk.targets
     places = slice(groups.start * job.group_tokens, groups.stop * job.group_tokens)
     hidden = [block[places] for block in inputs.hidden]
-    targets, rows, overflow = inputs.targets[places], None, None
-    if job.num_scored is not None and targets.numel() > 0:
-        bound = min(job.num_scored, targets.shape[0])
-        rows, targets, overflow = first_scored(targets >= 0, targets, bound)
-    elif not must_keep_rows(targets):
-        positions = (targets >= 0).nonzero().squeeze(1)
-        if positions.numel() < targets.numel():
-            rows, targets = positions, targets.index_select(0, positions)
-    num_rows = targets.shape[0]
-    chunk_plan = job.make_plan(num_rows, total_rows=num_rows + (rows is not None))
-    walk = config_of(inputs, chunk_plan, job.grads, False).walk(inputs.device.type)
-    total_rows = padded_rows(num_rows, max(1, chunk_plan.row_block))
+    num_rows, scored = targets.shape[0], targets >= 0
+    made = job.make_plan(num_rows, total_rows=num_rows + (rows is not None))
+    sizes = made.slab_width, made.slabs_kept, made.row_block, made.offset_tiles
+    walk = config_of(inputs, *sizes, job.grads, False).walk(inputs.device.type)
+    total_rows = padded_rows(num_rows, max(1, made.row_block))
     compact, labels = gather_rows(hidden, rows, total_rows), pad_rows(targets, total_rows, IGNORED)
     saved = run_forward(walk, compact, inputs.weight, inputs.bias, labels)
-    token_logps = torch.where(targets >= 0, RowStats(*saved.stats).logps[:num_rows], 0.0)
+    token_logps = torch.where(scored, RowStats(*saved.stats).logps[:num_rows], 0.0)
     if rows is not None:
         token_logps = token_logps.new_zeros(places.stop - places.start).index_add_(0, rows, token_logps)
-    if overflow is not None:
-        token_logps = torch.where(overflow, torch.nan, token_logps)
-    num_groups = groups.stop - groups.start
-    logps = token_logps.view(num_groups, job.responses, job.tokens).sum(-1)
-    loss, coefficients = _chunk_loss(job, logps, groups, gradients is not None)
-    if gradients is None:
+    if chunk.overflow is not None:
+        token_logps = torch.where(chunk.overflow, torch.nan, token_logps)
+    logps = token_logps.view(groups.stop - groups.start, job.responses, job.tokens).sum(-1)
+    loss, coefficients = _chunk_loss(job, logps, groups, held is not None)
+    if held is None:
         return loss
-    c_logp = coefficients.to(logps.dtype).unsqueeze(-1).expand(-1, -1, job.tokens).reshape(-1)
+    # Reason: the scale goes in here, in float32, and not into gradients that are already rounded.
+    c_logp = (coefficients.to(logps.dtype) * scale).unsqueeze(-1).expand(-1, -1, job.tokens).reshape(-1)
     c_logp = c_logp if rows is None else c_logp.index_select(0, rows)
-    upstream = Upstream(pad_rows(torch.where(targets >= 0, c_logp, 0.0), total_rows, 0.0), None, None)
+    upstream = Upstream(pad_rows(torch.where(scored, c_logp, 0.0), total_rows, 0.0), None, None)
     if walk.frozen_head:
         grads = walks.backward_unit(walk, upstream, compact, inputs.weight, labels, saved)
     else:
@@ -190,13 +197,13 @@ def _run_chunk(job: _Job, groups: slice, gradients: _Gradients | None) -> Tensor
             inputs.bias,
             labels,
             saved,
-            gradients.weight,
-            gradients.bias,
-            accumulate=gradients.several,
+            held.weight,
+            held.bias,
+            accumulate=held.accumulates,
         )
-    for k, block in enumerate(hidden):
+    for k in range(len(hidden)):
         if grads.hidden[k] is not None:
-            gradients.hidden[k][places].copy_(finish_hidden(grads.hidden[k], block, rows, num_rows))
+            held.write_hidden(k, places, grads.hidden[k], rows, scored)
             grads.hidden[k] = None
     return loss
 
@@ -206,22 +213,22 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, job, scale, bias, *blocks):
         n = len(blocks) // 2
         inputs = replace(job.inputs, hidden=list(blocks[:n]), weight=list(blocks[n:]), bias=bias)
-        total, grads = _run(replace(job, inputs=inputs), wants_grad=True)
-        ctx.grads = [None if grad is None else grad.mul_(scale) for grad in grads]
-        return total * scale
+        total, ctx.held = _run(replace(job, inputs=inputs), scale, wants_grad=True)
+        return total
 
     @staticmethod
     @differentiable_once("fused_loss")
     def backward(ctx, upstream):
-        if ctx.grads is None:
+        if ctx.held is None:
             raise RuntimeError(
                 "fused_loss was backpropagated a second time after its gradients were freed; "
                 "pass retain_graph=True to the first backward"
             )
-        if _keeps_graph():
-            return None, None, *[None if grad is None else grad * upstream for grad in ctx.grads]
-        grads, ctx.grads = ctx.grads, None
-        return None, None, *[None if grad is None else grad.mul_(upstream) for grad in grads]
+        keep = _keeps_graph()
+        grads = ctx.held.times(upstream, keep=keep)
+        if not keep:
+            ctx.held = None
+        return None, None, *grads
 
 
 def _keeps_graph() -> bool:
@@ -342,6 +349,8 @@ def fused_loss(
         backend=backend,
         drop=False,
     )
+    if num_scored is not None:
+        check_num_scored(inputs.targets >= 0, num_scored)
     groups, responses, tokens = targets.shape
     grads = inputs.grads()
     job = _Job(
@@ -358,5 +367,5 @@ def fused_loss(
     )
     scale = 1.0 / max(1, groups) if reduction == "mean" else 1.0
     if not (any(grads["hidden_grad"]) or any(grads["weight_grad"]) or grads["bias_grad"]):
-        return _run(job, wants_grad=False)[0] * scale
+        return _run(job, scale, wants_grad=False)[0]
     return _FusedLoss.apply(job, scale, inputs.bias, *inputs.hidden, *inputs.weight)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from windkern import backends
 from windkern._checks import (
@@ -110,6 +111,15 @@ def _check_blocks(hidden: list[Tensor], weight: list[Tensor], targets: Tensor) -
         check_same_device(f"weight{mark}", head, "targets", targets)
 
 
+def _refuse_forward_mode(tensors: list[Tensor]) -> None:
+    """Hazard: tangents would be dropped in silence. Remedy: raise."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
+        raise RuntimeError(
+            "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) is not implemented for windkern; "
+            "use reverse mode, or windkern.reference for small sizes"
+        )
+
+
 def _operand_dtype(hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None) -> torch.dtype:
     """The autocast dtype under autocast, else the one dtype everything must have."""
     device_type = hidden[0].device.type
@@ -140,6 +150,7 @@ def prepare(
     check_integer("targets", targets)
     blocks, heads = _as_blocks("hidden", hidden), _as_blocks("weight", weight)
     _check_blocks(blocks, heads, targets)
+    _refuse_forward_mode([*blocks, *heads, *([] if bias is None else [bias])])
     if bias is not None:
         check_shape("bias", check_floating("bias", bias), (heads[0].shape[0],))
         check_same_device("bias", bias, "targets", targets)
@@ -156,7 +167,7 @@ def prepare(
     labels = torch.where(scored, torch.where(labels < 0, labels + IGNORED, labels), IGNORED)  # -1 stays an error
     rows, overflow = None, None
     if num_scored is not None:
-        check_count("num_scored", num_scored)
+        check_num_scored(scored, num_scored)
     if num_scored is not None and labels.numel() > 0:
         rows, labels, overflow = first_scored(scored, labels, min(num_scored, labels.numel()))
     elif drop and not must_keep_rows(targets):
@@ -183,6 +194,16 @@ def must_keep_rows(targets: Tensor) -> bool:
     return torch.compiler.is_compiling() or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def check_num_scored(scored: Tensor, num_scored: int) -> None:
+    """Refuse a bound that is too small: always on a CPU, on a GPU in debug mode (it synchronises)."""
+    check_count("num_scored", num_scored)
+    if torch.compiler.is_compiling() or not (scored.device.type == "cpu" or backends.debug_mode()):
+        return
+    found = int(scored.sum())
+    if found > num_scored:
+        raise ValueError(f"num_scored must be at least the number of scored targets, {found}, got {num_scored}")
+
+
 def first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tensor, Tensor, Tensor]:
     """Positions and targets of the first `num_scored` scored rows, with no size that depends on data.
 
@@ -191,10 +212,6 @@ def first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tenso
     """
     order = scored.cumsum(0) - 1
     fits = scored & (order < num_scored)
-    if not torch.compiler.is_compiling() and (scored.device.type == "cpu" or backends.debug_mode()):
-        found = int(scored.sum())
-        if found > num_scored:
-            raise ValueError(f"num_scored must be at least the number of scored targets, {found}, got {num_scored}")
     place = torch.where(fits, order, num_scored)
     positions = torch.arange(scored.shape[0], device=scored.device)
     rows = torch.zeros(num_scored + 1, dtype=torch.int64, device=scored.device).scatter(0, place, positions)

@@ -14,13 +14,14 @@ from windkern.kernels.gemm import Gemm, accumulator
 from windkern.ops import walk as walks
 from windkern.ops.inputs import Blocks, Inputs, check_targets, prepare
 from windkern.ops.once import differentiable_once
-from windkern.plan import Plan, plan
+from windkern.plan import bounded_rows, deterministic_tile, fixed_size, walk_sizes
 from windkern.transform import LogitTransform
 
 # Arguments that say what a walk does; the same tail for forward and backward.
 _CONFIG = (
     "float scale, float? softcap, float temperature, bool[] hidden_grad, bool[] weight_grad, bool bias_grad, "
-    "bool entropy, SymInt slab_width, SymInt slabs_kept, SymInt row_block, ScalarType operand, str backend"
+    "bool entropy, SymInt slab_width, SymInt slabs_kept, SymInt row_block, int offset_tiles, ScalarType operand, "
+    "str backend"
 )
 _ROWS = "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor targets, Tensor? rows"
 _library = torch.library.Library("windkern", "FRAGMENT")
@@ -56,6 +57,7 @@ class Config(NamedTuple):
     slab_width: int
     slabs_kept: int
     row_block: int
+    offset_tiles: int
     operand: torch.dtype
     backend: str
 
@@ -71,6 +73,7 @@ class Config(NamedTuple):
             slab_width=self.slab_width,
             slabs_kept=self.slabs_kept,
             row_block=self.row_block,
+            offset_tiles=self.offset_tiles,
             frozen_head=self.frozen_head,
         )
 
@@ -79,7 +82,9 @@ class Config(NamedTuple):
         return any(self.hidden_grad) and not (any(self.weight_grad) or self.bias_grad)
 
 
-def config_of(inputs: Inputs, made: Plan, grads: dict, entropy: bool) -> Config:
+def config_of(
+    inputs: Inputs, slab_width: int, slabs_kept: int, row_block: int, offset_tiles: int, grads: dict, entropy: bool
+) -> Config:
     transform = inputs.transform
     return Config(
         scale=transform.scale,
@@ -89,9 +94,10 @@ def config_of(inputs: Inputs, made: Plan, grads: dict, entropy: bool) -> Config:
         weight_grad=grads["weight_grad"],
         bias_grad=grads["bias_grad"],
         entropy=entropy,
-        slab_width=made.slab_width,
-        slabs_kept=made.slabs_kept,
-        row_block=made.row_block,
+        slab_width=slab_width,
+        slabs_kept=slabs_kept,
+        row_block=row_block,
+        offset_tiles=offset_tiles,
         operand=inputs.operand,
         backend=inputs.backend,
     )
@@ -193,7 +199,7 @@ def _fwd_fake(hidden, weight, bias, targets, rows, *config):
         torch.empty_like(vector) if config.entropy else vector.new_empty(0),
         vector.new_empty((3, total)),
         targets.new_empty(total * columns, dtype=config.operand),
-        vector.new_empty((config.slabs_kept, total)),
+        vector.new_empty((config.slabs_kept, total, config.offset_tiles)),
         units,
     )
 
@@ -286,21 +292,25 @@ def row_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiable logps, lse, entropy of the compacted rows, each (M,); entropy is empty unless asked for."""
     grads = inputs.grads()
-    made = plan(
-        inputs.num_rows,
-        inputs.hidden_sizes,
-        inputs.weight[0].shape[0],
-        inputs.operand,
+    rows = bounded_rows(inputs.num_rows)
+    hidden_sizes = tuple(fixed_size(size) for size in inputs.hidden_sizes)
+    gear, slab_width, slabs_kept, offset_tiles = walk_sizes(
+        rows,
+        hidden_sizes,
+        fixed_size(inputs.weight[0].shape[0]),
+        dtype=inputs.operand,
         entropy=entropy,
         memory_budget=memory_budget,
-        device=inputs.device,
+        device=inputs.device.type,
         deterministic=deterministic,
-        total_rows=inputs.num_rows + (inputs.rows is not None),
+        total_rows=rows + (inputs.rows is not None),
         weight_dtype=inputs.weight[0].dtype,
+        tile_columns=backends.tile_columns(inputs.backend, hidden_sizes, inputs.operand),
         **grads,
     )
-    config = config_of(inputs, made, grads, entropy)
-    if made.gear == "scoring":
+    row_block = deterministic_tile(inputs.device.type)[0] if deterministic else inputs.num_rows
+    config = config_of(inputs, slab_width, slabs_kept, row_block, offset_tiles, grads, entropy)
+    if gear == "scoring":
         return torch.ops.windkern.logprobs_fwd(
             inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *config
         )[:3]

@@ -28,6 +28,7 @@ class Walk:
     slab_width: int
     slabs_kept: int
     row_block: int
+    offset_tiles: int  # offsets of a row in a kept slab; above 1, forward runs in fused tiles
     frozen_head: bool
 
     def slabs(self, vocab_size: int) -> list[tuple[int, int]]:
@@ -37,7 +38,7 @@ class Walk:
 
 @dataclass
 class Saved:
-    """What forward leaves for backward. `kept` is one flat buffer of whole slabs, offsets is (slabs_kept, M)."""
+    """What forward leaves for backward: `kept` is one flat buffer of whole slabs, offsets (slabs_kept, M, tiles)."""
 
     stats: RowStats
     kept: Tensor
@@ -81,7 +82,8 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
         entropy_sum=buffers.zeros("rows", (M,), acc, device) if walk.entropy else None,
     )
     kept = buffers.empty("kept", (M * kept_columns(walk, V),), walk.gemm.operand, device)
-    offsets = buffers.empty("kept", (walk.slabs_kept, M), acc, device)
+    offsets = buffers.empty("kept", (walk.slabs_kept, M, walk.offset_tiles), acc, device)
+    tiled = walk.offset_tiles > 1
     units: list[Tensor] = []
     if walk.frozen_head:
         for _ in range(1 + walk.entropy):
@@ -89,7 +91,7 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
                 if wanted:
                     units.append(buffers.zeros("dhidden", tuple(block.shape), acc, device))
     operands = [walk.gemm.logit_operand(block) for block in hidden]
-    slab_buffer = _slab_buffer(walk, walk.row_block, walk.slab_width, device)
+    slab_buffer = None if tiled else _slab_buffer(walk, walk.row_block, walk.slab_width, device)
     for first in range(0, M, max(1, walk.row_block)):
         rows = slice(first, min(first + walk.row_block, M))
         block_state = RowState(*(None if part is None else part[rows] for part in state))
@@ -97,19 +99,21 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
         block_units = units if walk.row_block >= M else [unit[rows] for unit in units]
         for index, (start, stop) in enumerate(walk.slabs(V)):
             size, width = rows.stop - rows.start, stop - start
-            z = _view(slab_buffer, size, width)
-            z = _slab_logits(walk, [operand[rows] for operand in operands], weight, start, stop, z)
             bias_slab = _bias_slab(walk, bias, start, stop)
-            if walk.frozen_head:
-                _unit_slab(walk, z, bias_slab, targets[rows], weight, start, block_state, block_units)
-                continue
             slab_kept, offset = None, None
             if index < walk.slabs_kept:
-                slab_kept = _kept_slab(walk, kept, M, index, width)[rows]
-                offset = offsets[index].unsqueeze(1)[rows]
-            walk.kernels.slab_forward(
-                z, bias_slab, targets[rows], start, walk.transform, block_state, slab_kept, offset
-            )
+                slab_kept, offset = _kept_slab(walk, kept, M, index, width)[rows], offsets[index][rows]
+            results = bias_slab, targets[rows], start, walk.transform, block_state, slab_kept, offset
+            if tiled:
+                slab = walk.gemm.logit_operand(weight[0][start:stop])
+                walk.kernels.tile_forward(operands[0][rows], slab, *results)
+                continue
+            z = _view(slab_buffer, size, width)
+            z = _slab_logits(walk, [operand[rows] for operand in operands], weight, start, stop, z)
+            if walk.frozen_head:
+                _unit_slab(walk, z, bias_slab, targets[rows], weight, start, block_state, block_units)
+            else:
+                walk.kernels.slab_forward(z, *results)
         if block_units is not units:
             for unit, block_unit in zip(units, block_units, strict=True):
                 unit[rows].copy_(block_unit)
@@ -177,10 +181,16 @@ def row_scale(upstream: Upstream, operand: torch.dtype, slope: float) -> Tensor 
     if operand != torch.float16:
         return None
     parts = [part.abs() for part in upstream if part is not None]
-    largest = torch.stack(parts).amax(0)
-    # Reason: a row without upstream takes the smallest scale, so that it does not set the scale of all others.
-    exponent = torch.where(largest > 0, torch.ceil(torch.log2(largest * slope)), -100.0).clamp(-100, 120)
-    return torch.exp2(exponent - DZ_BINADES[torch.float16])
+    return power_of_two(torch.stack(parts).amax(0) * slope, DZ_BINADES[torch.float16])
+
+
+def power_of_two(largest: Tensor, binades: int) -> Tensor:
+    """A power of two that `largest` may be divided by to stay below 2^binades, elementwise.
+
+    Reason: where there is nothing, the smallest is taken, so that an empty row does not set the scale of others.
+    """
+    exponent = torch.where(largest > 0, torch.ceil(torch.log2(largest)), -100.0).clamp(-100, 120)
+    return torch.exp2(exponent - binades)
 
 
 def backward(
@@ -216,7 +226,7 @@ def backward(
     for index, (start, stop) in enumerate(walk.slabs(V)):
         width = stop - start
         if index < walk.slabs_kept:
-            src, offset = _kept_slab(walk, saved.kept, M, index, width), saved.offsets[index].unsqueeze(1)
+            src, offset = _kept_slab(walk, saved.kept, M, index, width), saved.offsets[index]
             dz = _view(dz_buffer if dz_buffer is not None else slab_buffer, M, width)
             if dz is None:
                 dz = buffers.empty("slab", (M, width), walk.gemm.acc, device)

@@ -1,0 +1,248 @@
+// bfloat16 products with vdpbf16ps: each step multiplies a pair along `inner` for 16 columns and adds it in float32.
+// A row's sum runs in one fixed order whatever the other rows are, so results do not depend on the row count.
+#include "products.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#include <omp.h>
+
+#include <cstdlib>
+#include <cstring>
+
+namespace windkern {
+namespace {
+
+constexpr int kRows = 6;                   // rows and vectors of a register tile: 24 sums, 4 vectors of B, 1 of A
+constexpr int kVectors = kPanel / 16;
+constexpr int64_t kBlockRows = 8 * kRows;  // rows of A that pass over all of B together
+constexpr int64_t kChunkPairs = 256;       // of `inner` at a time: 64 KiB of B stay in the second-level cache
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+__mmask16 mask_of(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+// 16 rows of 16 numbers of 32 bits, transposed.
+void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      t[8 * i + j] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + 4 + j], 0x88);
+      t[8 * i + 4 + j] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + 4 + j], 0xdd);
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+  }
+}
+
+// One panel of B stored as (columns, inner): out[pair][column], zeros beyond both ends.
+void pack_transposed(const Product& p, int64_t first, uint32_t* out) {
+  const int64_t pairs = (p.inner + 1) / 2;
+  for (int64_t group = 0; group < kPanel; group += 16) {
+    for (int64_t k = 0; k < pairs; k += 16) {
+      const int64_t left = smaller(32, p.inner - 2 * k);
+      const __mmask32 mask = left == 32 ? 0xffffffffu : (1u << left) - 1;
+      __m512i rows[16];
+      for (int i = 0; i < 16; ++i) {
+        const int64_t column = first + group + i;
+        rows[i] = column < p.columns ? _mm512_maskz_loadu_epi16(mask, p.b + column * p.b_stride + 2 * k)
+                                     : _mm512_setzero_si512();
+      }
+      transpose(rows);
+      const int64_t count = smaller(16, pairs - k);
+      for (int64_t i = 0; i < count; ++i) _mm512_store_si512(out + (k + i) * kPanel + group, rows[i]);
+    }
+  }
+}
+
+// 16 pairs from two neighbouring rows; `odd` is absent at the end of an odd `inner`.
+__m512i interleave(const uint16_t* even, const uint16_t* odd, __mmask16 mask) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even));
+  if (odd == nullptr) return low;
+  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd)), 16));
+}
+
+// One panel of B stored as (inner, columns).
+void pack_plain(const Product& p, int64_t first, uint32_t* out) {
+  for (int64_t k = 0; k < (p.inner + 1) / 2; ++k) {
+    const uint16_t* even = p.b + 2 * k * p.b_stride + first;
+    const uint16_t* odd = 2 * k + 1 < p.inner ? even + p.b_stride : nullptr;
+    for (int64_t j = 0; j < kPanel; j += 16) {
+      const __m512i pairs = interleave(even + j, odd == nullptr ? nullptr : odd + j, mask_of(p.columns - first - j));
+      _mm512_store_si512(out + k * kPanel + j, pairs);
+    }
+  }
+}
+
+// Rows of A stored as (inner, rows): out[tile][pair][row of the tile].
+void pack_rows(const Product& p, int64_t first, int64_t count, uint32_t* out) {
+  const int64_t pairs = (p.inner + 1) / 2;
+  alignas(64) uint32_t line[kBlockRows];
+  for (int64_t k = 0; k < pairs; ++k) {
+    const uint16_t* even = p.a + 2 * k * p.a_stride + first;
+    const uint16_t* odd = 2 * k + 1 < p.inner ? even + p.a_stride : nullptr;
+    for (int64_t j = 0; j < kBlockRows; j += 16) {
+      _mm512_store_si512(line + j, interleave(even + j, odd == nullptr ? nullptr : odd + j, mask_of(count - j)));
+    }
+    for (int64_t tile = 0; tile * kRows < count; ++tile) {
+      memcpy(out + (tile * pairs + k) * kRows, line + tile * kRows, kRows * sizeof(uint32_t));
+    }
+  }
+}
+
+// A where the register tile reads it: pair k of row r.
+struct RowsOfA {
+  const uint16_t* data;
+  int64_t stride;
+  __m512bh pair(int64_t k, int r) const {
+    int32_t value;
+    memcpy(&value, data + r * stride + 2 * k, 4);
+    return (__m512bh)_mm512_set1_epi32(value);
+  }
+  __m512bh last(int64_t k, int r) const { return (__m512bh)_mm512_set1_epi32(data[r * stride + 2 * k]); }
+};
+
+struct PackedA {
+  const uint32_t* data;
+  __m512bh pair(int64_t k, int r) const { return (__m512bh)_mm512_set1_epi32(int32_t(data[k * kRows + r])); }
+  __m512bh last(int64_t k, int r) const { return pair(k, r); }  // its odd half is 0
+};
+
+// c (R, panel) = A B over `pairs` pairs, and one half pair more where `half`; adds to c where `add`.
+template <int R, class A>
+void multiply_tile(const A& a, const uint32_t* b, int64_t pairs, bool half, float* c, int64_t stride, int64_t width,
+                   bool add) {
+  __m512 sum[R][kVectors];
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < kVectors; ++j) {
+      sum[r][j] = add ? _mm512_maskz_loadu_ps(mask_of(width - 16 * j), c + r * stride + 16 * j) : _mm512_setzero_ps();
+    }
+  }
+  __m512bh columns[kVectors];
+  for (int64_t k = 0; k < pairs; ++k) {
+    for (int j = 0; j < kVectors; ++j) columns[j] = (__m512bh)_mm512_load_si512(b + k * kPanel + 16 * j);
+    for (int r = 0; r < R; ++r) {
+      const __m512bh x = a.pair(k, r);
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, columns[j]);
+    }
+  }
+  if (half) {
+    for (int j = 0; j < kVectors; ++j) columns[j] = (__m512bh)_mm512_load_si512(b + pairs * kPanel + 16 * j);
+    for (int r = 0; r < R; ++r) {
+      const __m512bh x = a.last(pairs, r);
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, columns[j]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < kVectors; ++j) {
+      _mm512_mask_storeu_ps(c + r * stride + 16 * j, mask_of(width - 16 * j), sum[r][j]);
+    }
+  }
+}
+
+template <class A>
+void multiply_rows(int64_t rows, const A& a, const uint32_t* b, int64_t pairs, bool half, float* c, int64_t stride,
+                   int64_t width, bool add) {
+  switch (rows) {
+    case 1: return multiply_tile<1>(a, b, pairs, half, c, stride, width, add);
+    case 2: return multiply_tile<2>(a, b, pairs, half, c, stride, width, add);
+    case 3: return multiply_tile<3>(a, b, pairs, half, c, stride, width, add);
+    case 4: return multiply_tile<4>(a, b, pairs, half, c, stride, width, add);
+    case 5: return multiply_tile<5>(a, b, pairs, half, c, stride, width, add);
+    default: return multiply_tile<6>(a, b, pairs, half, c, stride, width, add);
+  }
+}
+
+void round_rows(const float* from, int64_t rows, int64_t width, uint16_t* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < width; j += 16) {
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(from + r * kPanel + j));
+      _mm256_mask_storeu_epi16(to + r * stride + j, mask_of(width - j), rounded);
+    }
+  }
+}
+
+// Rows first .. first + count of C over the panels begin .. end.
+void multiply_block(const Product& p, int64_t first, int64_t count, int64_t begin, int64_t end, uint32_t* packed_a,
+                    float* scratch) {
+  const int64_t pairs = (p.inner + 1) / 2;
+  if (p.a_transposed) pack_rows(p, first, count, packed_a);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t column = panel * kPanel, width = smaller(kPanel, p.columns - column);
+    float* c = p.c_is_float ? (float*)p.c + first * p.c_stride + column : scratch;
+    const int64_t stride = p.c_is_float ? p.c_stride : kPanel;
+    int64_t k = 0;
+    do {  // once at the least: an empty sum is 0
+      const int64_t chunk = smaller(kChunkPairs, pairs - k);
+      const bool half = k + chunk == pairs && p.inner % 2 == 1, add = k > 0 || p.accumulate;
+      const uint32_t* b = p.packed + (panel * pairs + k) * kPanel;
+      for (int64_t row = 0; row < count; row += kRows) {
+        const int64_t rows = smaller(kRows, count - row);
+        if (p.a_transposed) {
+          const PackedA a{packed_a + (row / kRows * pairs + k) * kRows};
+          multiply_rows(rows, a, b, chunk - half, half, c + row * stride, stride, width, add);
+        } else {
+          const RowsOfA a{p.a + (first + row) * p.a_stride + 2 * k, p.a_stride};
+          multiply_rows(rows, a, b, chunk - half, half, c + row * stride, stride, width, add);
+        }
+      }
+      k += kChunkPairs;
+    } while (k < pairs);
+    if (!p.c_is_float) round_rows(scratch, count, width, (uint16_t*)p.c + first * p.c_stride + column, p.c_stride);
+  }
+}
+
+void* scratch_memory(int64_t bytes) {
+  void* memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+  if (memory == nullptr) abort();
+  return memory;
+}
+
+void multiply(const Product& p) {
+  if (p.rows == 0 || p.columns == 0) return;
+  const int64_t pairs = (p.inner + 1) / 2, panels = (p.columns + kPanel - 1) / kPanel;
+  const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
+  // Few rows on many cores: split the panels too.
+  const int64_t wanted = (4 * p.threads + blocks - 1) / blocks, parts = smaller(panels, wanted);
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      uint32_t* out = p.packed + panel * pairs * kPanel;
+      p.b_transposed ? pack_transposed(p, panel * kPanel, out) : pack_plain(p, panel * kPanel, out);
+    }
+    uint32_t* packed_a = p.a_transposed ? (uint32_t*)scratch_memory(kBlockRows * pairs * 4) : nullptr;
+    float* scratch = p.c_is_float ? nullptr : (float*)scratch_memory(kBlockRows * kPanel * 4);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < blocks * parts; ++task) {
+      const int64_t first = task / parts * kBlockRows, part = task % parts;
+      multiply_block(p, first, smaller(kBlockRows, p.rows - first), panels * part / parts, panels * (part + 1) / parts,
+                     packed_a, scratch);
+    }
+    free(packed_a);
+    free(scratch);
+  }
+}
+
+}  // namespace
+
+MultiplyBf16 avx512bf16_product() { return multiply; }
+
+}  // namespace windkern
+#else  // built for another kind of CPU, or by an older compiler
+
+namespace windkern {
+MultiplyBf16 avx512bf16_product() { return nullptr; }
+}  // namespace windkern
+#endif

@@ -1,0 +1,54 @@
+"""The examples run, small, and do what they say."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def ranking():
+    specification = importlib.util.spec_from_file_location("ranking", EXAMPLES / "ranking.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["ranking"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    yield module
+    del sys.modules["ranking"]
+
+
+def test_ranker_learns_more_than_its_noisy_feedback_says(ranking):
+    result = ranking.run(items=600, steps=50)
+    assert result.wrong == pytest.approx(0.25, abs=0.03)
+    assert abs(result.before.tau) < 0.3 < result.feedback.tau < result.after.tau - 0.05
+    assert result.after.ndcg > 0.9 > result.before.ndcg
+    assert result.ours.value == pytest.approx(result.plain.value, rel=1e-5)
+
+
+def test_both_losses_have_one_gradient(ranking):
+    scores, observed = torch.randn(50, requires_grad=True), torch.randn(50).round()  # with ties
+    ours, plain = (loss(scores, observed) for loss in (ranking.ranking_loss, ranking.plain_loss))
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(torch.autograd.grad(ours, scores)[0], torch.autograd.grad(plain, scores)[0])
+
+
+def test_measures_of_quality(ranking):
+    worth = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    assert ranking.kendall_tau(worth, worth, rows=3) == 1 and ranking.kendall_tau(-worth, worth) == -1
+    assert ranking.kendall_tau(torch.tensor([3.0, 1.0, 2.0, 0.0]), worth) == pytest.approx(1 - 2 / 6)
+    assert ranking.ndcg(worth, worth) == pytest.approx(1)
+    best = 3 + 2 / math.log2(3)
+    assert ranking.ndcg(torch.tensor([2.0, 3.0, 1.0, 0.0]), worth, top=2) == pytest.approx(
+        (2 + 3 / math.log2(3)) / best
+    )
+
+
+def test_command_prints_quality_time_and_memory(ranking, capsys):
+    assert ranking.main(["--items", "200", "--steps", "5"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("39,800 ordered pairs", "before    Kendall", "after     Kendall", "pair_loss", "N x N expression"):
+        assert words in shown

@@ -1,0 +1,380 @@
+"""The Triton kernels in Triton's interpreter: the maths and the masks, on a CPU. Speed and races need a GPU."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import NARROW, SHAPES, UNLIMITED, Problem, Shape
+from tolerances import assert_within
+
+import windkern as wk
+from windkern.kernels import torch_pairs, torch_rows
+from windkern.kernels.contract import RowState, RowStats, Upstream
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("a GPU runs the kernels themselves: tests/test_gpu.py", allow_module_level=True)
+
+from windkern.kernels import triton_maths, triton_pairs, triton_rows, triton_table, triton_tile
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy"),
+]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TRANSFORMS = {"identity": wk.LogitTransform(), "softcap": wk.LogitTransform(1.3, 5.0, 1.7)}
+
+
+def close(got, want, dtype):
+    """float64 to 1e-11; float32 to rounding; 16 bits to one unit, because the interpreter truncates."""
+    if dtype.itemsize == 2:
+        torch.testing.assert_close(got.double(), want.double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    else:
+        tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+class Slabs:
+    """Two neighbouring slabs with targets in either, in none, and beyond; one masked entry where there is a bias."""
+
+    def __init__(self, dtype, transform, entropy, with_bias, rows=5, width=67):
+        self.dtype, self.acc = dtype, torch.float64 if dtype == torch.float64 else torch.float32
+        self.transform, self.entropy, self.rows, self.width = transform, entropy, rows, width
+        self.targets = torch.tensor([3, -1, width + 2, 2 * width - 1, 0])
+        self.logits = [3 * torch.randn(rows, width, dtype=self.acc) for _ in range(2)]
+        self.bias = [torch.randn(width, dtype=self.acc) if with_bias else None for _ in range(2)]
+        if with_bias:
+            self.bias[0][5] = self.bias[1][0] = -torch.inf
+
+    def state(self):
+        fresh = [torch.full((self.rows,), value, dtype=self.acc) for value in (-torch.inf, 0.0, -torch.inf, 0.0)]
+        return RowState(*fresh[:3], fresh[3] if self.entropy else None)
+
+    def vector(self):
+        return torch.full((self.rows,), torch.nan, dtype=self.acc)
+
+    def matrix(self):
+        return torch.full((self.rows, self.width), torch.nan, dtype=self.dtype)
+
+    def forward(self, kernels, *, unit):
+        """Everything the forward kernels write, slab after slab."""
+        state, written = self.state(), []
+        for k, z in enumerate(self.logits):
+            arguments = z.clone(), self.bias[k], self.targets, k * self.width, self.transform, state
+            if unit:
+                outputs = [self.matrix(), self.matrix() if self.entropy else None, self.vector()]
+                outputs.append(self.vector() if self.entropy else None)
+                kernels.slab_forward_unit(*arguments, *outputs)
+            else:
+                outputs = [self.matrix(), self.vector().unsqueeze(1)]
+                kernels.slab_forward(*arguments, *outputs)
+            written += [part for part in outputs if part is not None]
+        return written + [part for part in state if part is not None]
+
+    def backward(self, kernels, *, kept, scaled=False):
+        state = self.state()
+        kept_slabs = []
+        for k, z in enumerate(self.logits):
+            slab, offset = self.matrix(), self.vector().unsqueeze(1)
+            arguments = z.clone(), self.bias[k], self.targets, k * self.width, self.transform, state
+            torch_rows.slab_forward(*arguments, slab, offset)
+            kept_slabs.append((slab, offset))
+        log_sum = state.run_sum.log()
+        entropy = log_sum - state.entropy_sum / state.run_sum if self.entropy else None
+        stats = RowStats(state.run_max, log_sum, state.target_logit, entropy)
+        places = torch.arange(self.rows, dtype=self.acc)
+        upstream = Upstream(torch.sin(places), torch.cos(places), torch.sin(2 * places) if self.entropy else None)
+        scale = 2.0 ** (places - 3) if scaled else None
+        written = []
+        for k, z in enumerate(self.logits):
+            src, offset = kept_slabs[k] if kept else (z.clone(), None)
+            dz, dbias = self.matrix(), torch.full((self.width,), torch.nan, dtype=self.acc)
+            arguments = src, offset, self.bias[k], self.targets, k * self.width, self.transform, stats, upstream, scale
+            kernels.slab_backward(*arguments, dz, dbias)
+            written += [dz, dbias]
+        return written
+
+
+def compare_rows(kernels, dtype, transform, entropy, with_bias):
+    slabs = Slabs(dtype, transform, entropy, with_bias)
+    for unit in (False, True):
+        for got, want in zip(slabs.forward(kernels, unit=unit), slabs.forward(torch_rows, unit=unit), strict=True):
+            close(got, want, dtype if got.dtype == dtype else slabs.acc)
+    for kept in (False, True):
+        ours = slabs.backward(kernels, kept=kept, scaled=dtype == torch.float16)
+        plain = slabs.backward(torch_rows, kept=kept, scaled=dtype == torch.float16)
+        for got, want in zip(ours, plain, strict=True):
+            if got.dim() == 1 and dtype.itemsize == 2:  # summed from rounded dz
+                torch.testing.assert_close(got, want, rtol=0.03, atol=0.03)
+            else:
+                close(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("entropy", "with_bias"), [(False, False), (True, True)])
+def test_row_kernels(dtype, transform, entropy, with_bias):
+    compare_rows(triton_rows, dtype, TRANSFORMS[transform], entropy, with_bias)
+
+
+@pytest.mark.parametrize(
+    ("shape", "gear", "dtype"),
+    [
+        ("odd", "scoring", torch.float32),
+        ("odd", "frozen_head", torch.float16),
+        ("odd", "trained", torch.bfloat16),
+        ("blocks", "frozen_body", torch.float32),
+        ("blocks", "trained", torch.float64),
+        ("tiny", "trained", torch.float32),
+    ],
+)
+def test_gears(shape, gear, dtype):
+    problem = Problem(SHAPES[shape], "all")
+    exact, plain = problem.exact(dtype, gear), problem.plain(dtype, gear)
+    for budget in (NARROW, UNLIMITED):
+        ours = problem.run(wk.token_logps, dtype, gear, memory_budget=budget, backend="triton")
+        for name, value in ours.items():
+            assert_within(value, exact[name], plain[name], dtype, name)
+
+
+def test_gradcheck():
+    hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 6, -100])
+
+    def outputs(hidden, weight, bias):
+        options = {"transform": wk.LogitTransform(softcap=4.0), "entropy": True, "backend": "triton"}
+        return tuple(wk.token_logps(hidden, weight, targets, bias=bias, **options))
+
+    assert torch.autograd.gradcheck(outputs, (hidden, weight, bias))
+
+
+def test_fused_loss():
+    hidden = torch.randn(2, 2, 3, 8, requires_grad=True)
+    weight, targets = torch.randn(301, 8, requires_grad=True), torch.randint(0, 301, (2, 2, 3))
+
+    def value_and_gradients(backend):
+        loss = wk.fused_loss(lambda logps: logps.square().sum(-1), hidden, weight, targets, backend=backend)
+        return loss, *torch.autograd.grad(loss, (hidden, weight))
+
+    for got, want in zip(value_and_gradients("triton"), value_and_gradients("torch"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+# Tiles ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    config = triton_table.Tile(rows=16, columns=64, inner=16, warps=4, stages=3, group=2)
+    for module in (triton_tile, triton_rows):
+        monkeypatch.setattr(module, "tile_config", lambda arch=None: config)
+    monkeypatch.setattr(triton_tile, "tile_hidden", lambda arch=None: 1 << 20)
+
+
+def compare_tiles(tile_forward, dtype, inner, variant):
+    """Statistics and kept probabilities of tiles against a product and torch's row kernel."""
+    entropy = variant == "all"
+    transform = TRANSFORMS["softcap" if entropy else "identity"]
+    rows, width = 37, 150
+    hidden, weight = torch.randn(rows, inner).to(dtype), torch.randn(width, inner).to(dtype)
+    bias = torch.randn(width) if entropy else None
+    if entropy:
+        bias[70] = -torch.inf
+    targets = torch.randint(-1, 2 * width, (rows,))
+    fresh = [[torch.full((rows,), value) for value in (-torch.inf, 0.0, -torch.inf, 0.0)] for _ in range(2)]
+    ours, plain = (RowState(*state[:3], state[3] if entropy else None) for state in fresh)
+    kept, offset = torch.full((rows, width), torch.nan, dtype=dtype), torch.full((rows, 3), torch.nan)
+    plain_kept, plain_offset = torch.empty(rows, width, dtype=dtype), torch.empty(rows, 1)
+    for start in (0, width):
+        tile_forward(hidden, weight, bias, targets, start, transform, ours, kept, offset)
+        z = hidden.float() @ weight.float().T
+        torch_rows.slab_forward(z, bias, targets, start, transform, plain, plain_kept, plain_offset)
+    for got, want in zip(ours, plain, strict=True):
+        if got is not None:
+            close(got, want, torch.float32)
+    columns = torch.arange(width) // 64
+    got, want = kept.float().log() + offset[:, columns], plain_kept.float().log() + plain_offset
+    seen = plain_kept.float() > 1e-3
+    torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inner", [24, 20])  # rows the tensor copy engine can address, and rows it cannot
+@pytest.mark.parametrize("variant", ["plain", "all"])
+def test_tile_kernel(small_tiles, dtype, inner, variant):
+    compare_tiles(triton_tile.tile_forward, dtype, inner, variant)
+
+
+@pytest.mark.parametrize("gear", ["scoring", "trained"])
+def test_a_walk_over_tiles(small_tiles, gear):
+    problem = Problem(Shape((3, 11), (24,), 517), "all")
+    exact, plain = problem.exact(torch.bfloat16, gear), problem.plain(torch.bfloat16, gear)
+    for budget in (NARROW, UNLIMITED):
+        ours = problem.run(wk.token_logps, torch.bfloat16, gear, memory_budget=budget, backend="triton")
+        for name, value in ours.items():
+            assert_within(value, exact[name], plain[name], torch.bfloat16, name)
+
+
+def test_a_walk_over_tiles_obeys_its_plan(small_tiles):
+    hidden = torch.randn(40, 24).bfloat16().requires_grad_()
+    weight = torch.randn(517, 24).bfloat16().requires_grad_()
+    targets = torch.randint(0, 517, (40,))
+    for budget in (NARROW, UNLIMITED):
+        plan = wk.plan(40, 24, 517, torch.bfloat16, memory_budget=budget, device="cpu", tile_columns=64)
+        assert plan.offset_tiles > 1
+        with wk.kernels.buffers.recording() as record:
+            wk.token_logps(hidden, weight, targets, memory_budget=budget, backend="triton").logps.sum().backward()
+        assert record.peak_bytes <= plan.peak_bytes
+
+
+def test_rows_of_tiles_do_not_depend_on_their_neighbours(small_tiles):
+    hidden, weight = torch.randn(40, 24).bfloat16(), torch.randn(301, 24).bfloat16()
+    targets = torch.randint(0, 301, (40,))
+    whole = wk.token_logps(hidden, weight, targets, backend="triton").logps
+    assert torch.equal(wk.token_logps(hidden[7:20], weight, targets[7:20], backend="triton").logps, whole[7:20])
+
+
+# Pairs and segments ---------------------------------------------------------------------------------------------------
+
+
+def compare_pairs(kernels, n=41):
+    scores, rewards = torch.randn(2, n, dtype=torch.float64), torch.randn(2, n, dtype=torch.float64).round()
+    prefs = torch.rand(2, n, n, dtype=torch.float64)
+    where = torch.rand(2, n) < 0.7
+    scores[~where] = rewards[~where] = torch.nan
+    clean = scores.nan_to_num(), rewards.nan_to_num()
+    for link in ("bradley_terry", "step"):
+        for mask, (s, r) in ((None, clean), (where, (scores, rewards))):
+            for given in ((None, r), (prefs, None)):
+                want = torch_pairs.win_rates(*given, mask, link)
+                torch.testing.assert_close(kernels.win_rates(*given, mask, link), want, rtol=1e-9, atol=1e-9)
+                for loss in ("square", "logistic", "hinge"):
+                    got = kernels.pair_terms(s, *given, mask, link, loss)
+                    want = torch_pairs.pair_terms(s, *given, mask, link, loss)
+                    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_pair_kernels():
+    compare_pairs(triton_pairs)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (1, 1)])
+def test_no_pairs(shape):
+    value, slope = triton_pairs.pair_terms(torch.ones(shape), None, torch.ones(shape), None, "step", "hinge")
+    assert value.tolist() == [0.0] * shape[0] and slope.tolist() == torch.zeros(shape).tolist()
+
+
+def test_segment_sum():
+    values, bounds = torch.randn(3000), torch.tensor([0, 0, 5, 2500, 3000])
+    torch.testing.assert_close(triton_pairs.segment_sum(values, bounds), torch_rows.segment_sum(values, bounds))
+
+
+def test_one_minus_p_and_tanh_keep_their_digits(monkeypatch):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(x_ptr, p_ptr, tanh_ptr, N: tl.constexpr):
+        place = tl.arange(0, N)
+        x = tl.load(x_ptr + place)
+        tl.store(p_ptr + place, triton_maths.one_minus_p(x))
+        tl.store(tanh_ptr + place, triton_maths.tanh(-x))
+
+    for dtype, tolerance in ((torch.float32, 5e-7), (torch.float64, 1e-13)):
+        x = -torch.logspace(-20, 1.3, 512, dtype=dtype)
+        p, tanh = torch.empty_like(x), torch.empty_like(x)
+        kernel[(1,)](x, p, tanh, N=512)
+        torch.testing.assert_close(p, -torch.expm1(x), rtol=tolerance, atol=0)
+        torch.testing.assert_close(tanh, torch.tanh(-x), rtol=4 * tolerance, atol=0)
+
+
+# Planted faults -------------------------------------------------------------------------------------------------------
+
+ROWS, MATHS, TILE, PAIRS = (Path(module.__file__) for module in (triton_rows, triton_maths, triton_tile, triton_pairs))
+
+
+def broken(path, old, new, folder, monkeypatch):
+    """The module at `path` with one piece of its text replaced."""
+    text = path.read_text()
+    assert old in text, f"{path.name} no longer contains {old!r}"
+    copy = folder / f"broken_{path.name}"
+    copy.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location(copy.stem, copy)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, copy.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('y = tl.where(inside, y, float("-inf"))', "y = y * 1.0"),
+        ("- start).to(tl.int32)", "- start + 1).to(tl.int32)"),
+        ("c_logp * one_minus_p(target_logp)", "c_logp * 0.0"),
+        ("tl.store(kept_ptr + row * width", "tl.store(kept_ptr + row"),
+        ("d * relative_slope(y, cap_out)", "d * 1.0"),
+    ],
+    ids=["dropped tail mask", "target off by one", "zero gradient", "rows on top of each other", "slope forgotten"],
+)
+def test_a_fault_in_the_row_kernels_is_seen(old, new, tmp_path, monkeypatch):
+    fault = broken(ROWS, old, new, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        compare_rows(fault, torch.float32, TRANSFORMS["softcap"], True, True)
+
+
+def test_a_missing_rescale_is_seen(tmp_path, monkeypatch):
+    fault = broken(MATHS, "run_sum * old_factor + part_sum", "run_sum + part_sum", tmp_path, monkeypatch)
+    monkeypatch.setattr(triton_rows, "merge", fault.merge)
+    with pytest.raises(AssertionError):
+        compare_rows(triton_rows, torch.float32, TRANSFORMS["identity"], False, False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('total, input_precision="ieee")', 'total, input_precision="ieee").to(tl.bfloat16).to(tl.float32)'),
+        ('y = tl.where(in_columns[None, :], y, float("-inf"))', "y = y * 1.0"),
+        ("tile * BV + tl.arange(0, BV)", "tile * BV + tl.arange(0, BV) + 1"),
+    ],
+    ids=["storage-dtype accumulation", "dropped tail mask", "columns off by one"],
+)
+def test_a_fault_in_the_tile_kernel_is_seen(small_tiles, old, new, tmp_path, monkeypatch):
+    fault = broken(TILE, old, new, tmp_path, monkeypatch)
+    monkeypatch.setattr(fault, "tile_config", triton_tile.tile_config)
+    with pytest.raises(AssertionError):
+        compare_tiles(fault.tile_forward, torch.bfloat16, 20, "plain")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("& (i[:, None] != j[None, :])", ""), ("other=0) != 0)", "other=0) < 2)"), ("4.0 * r", "2.0 * r")]
+)
+def test_a_fault_in_the_pair_kernels_is_seen(old, new, tmp_path, monkeypatch):
+    fault = broken(PAIRS, old, new, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        compare_pairs(fault)
+
+
+# The table and the reasons --------------------------------------------------------------------------------------------
+
+
+def test_reasons(monkeypatch):
+    assert wk.backends.why_not("triton", "cpu") is None  # interpreting
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "it runs on NVIDIA and AMD GPUs, not on cpu" in wk.backends.why_not("triton", "cpu")
+    with pytest.raises(wk.BackendUnavailableError, match="backend='triton' cannot run on cpu"):
+        wk.token_logps(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([1, 2]), backend="triton")
+
+
+def test_block_sizes_come_from_the_table():
+    assert triton_table.row_warps(16384, "sm_90") == 16 and triton_table.row_warps(64, "sm_90") == 1
+    assert triton_table.backward_config(10**6, "sm_90") == (4096, 8)
+    assert triton_table.backward_config(300, "sm_90") == (512, 1)
+    assert triton_table.tile_hidden("default") == 0  # no GPU has shown that tiles pay
+    with pytest.raises(RuntimeError, match="at most 16384 columns"):
+        state = RowState(*(torch.zeros(1) for _ in range(3)), None)
+        triton_rows.slab_forward(torch.zeros(1, 20000), None, None, 0, wk.LogitTransform(), state, None, None)

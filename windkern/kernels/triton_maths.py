@@ -1,0 +1,75 @@
+"""Device functions shared by the Triton kernels: the maths of csrc/include/windkern, once more."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def finite(maximum):
+    # Hazard: -inf - (-inf) is NaN while all entries so far are masked. Remedy: such a maximum shifts by 0.
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def tanh(x):
+    # Near 0 the quotient of exponentials loses relative digits; the odd series has them.
+    limit: tl.constexpr = 0.02 if x.dtype == tl.float64 else 0.15
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    far = (1.0 - e) / (1.0 + e)
+    x2 = x * x
+    series = -1382.0 / 155925.0
+    series = 62.0 / 2835.0 + x2 * series
+    series = -17.0 / 315.0 + x2 * series
+    series = 2.0 / 15.0 + x2 * series
+    series = -1.0 / 3.0 + x2 * series
+    near = x + x * x2 * series
+    return tl.where(size < limit, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def one_minus_p(logp):
+    """1 - exp(logp) for logp <= 0 without cancellation."""
+    terms: tl.constexpr = 20 if logp.dtype == tl.float64 else 11
+    x = tl.maximum(logp, -1.0)
+    series = x / terms + 1.0
+    for k in tl.static_range(terms - 1, 1, -1):
+        series = 1.0 + x / k * series
+    return tl.where(logp > -1.0, -x * series, 1.0 - tl.exp(logp))
+
+
+@triton.jit
+def transform_logit(z, bias, slope, cap_in, cap_out, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """z -> cap_out * tanh(cap_in * (z + bias)), or slope * (z + bias); a -inf bias masks after any transform."""
+    y = z
+    if HAS_BIAS:
+        y = z + bias
+    if CAPPED:
+        y = cap_out * tanh(y * cap_in)
+        if HAS_BIAS:
+            y = tl.where(bias == float("-inf"), float("-inf"), y)
+    else:
+        y = y * slope
+    return y
+
+
+@triton.jit
+def relative_slope(y, cap_out):
+    """1 - tanh^2 of a transformed logit: the transform's slope over its slope at zero; 0 for a masked entry."""
+    t = y / cap_out
+    return tl.maximum(1.0 - t * t, 0.0)
+
+
+@triton.jit
+def merge(run_max, run_sum, run_entropy, part_max, part_sum, part_entropy):
+    """Join the statistics of one slab or tile to the running ones."""
+    new_max = tl.maximum(run_max, part_max)
+    shift = finite(new_max)
+    old_factor = tl.exp(run_max - shift)
+    part_factor = tl.exp(part_max - shift)
+    old_gap = tl.where(run_max == float("-inf"), 0.0, run_max - shift)
+    part_gap = tl.where(part_max == float("-inf"), 0.0, part_max - shift)
+    entropy = old_factor * (run_entropy + run_sum * old_gap) + part_factor * (part_entropy + part_sum * part_gap)
+    return new_max, run_sum * old_factor + part_sum * part_factor, entropy, old_factor, part_factor

@@ -1,0 +1,65 @@
+"""Block sizes of the Triton kernels by architecture, from triton_table.json, which `benchmarks/tune.py` writes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+PATH = Path(__file__).with_name("triton_table.json")
+_WARP = 32
+
+
+class Tile(NamedTuple):
+    """Blocks of the GEMM-fused forward."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    group: int  # row tiles that pass over the vocabulary side by side, for the second-level cache
+
+
+@functools.cache
+def table(architecture: str) -> dict:
+    """The default entries, with those of the architecture over them."""
+    entries = json.loads(PATH.read_text())
+    return {**entries["default"], **entries.get(architecture, {})}
+
+
+@functools.cache
+def architecture() -> str:
+    """sm_90 or gfx942 of the current GPU; "default" where there is none."""
+    if not torch.cuda.is_available():
+        return "default"
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    name = getattr(properties, "gcnArchName", "").split(":")[0]
+    return name or f"sm_{properties.major}{properties.minor}"
+
+
+def row_warps(block: int, arch: str | None = None) -> int:
+    """Warps of a program that holds `block` columns in registers."""
+    per_warp = _WARP * table(arch or architecture())["row_elements_per_thread"]
+    return max(1, min(32, block // per_warp))
+
+
+def backward_config(width: int, arch: str | None = None) -> tuple[int, int]:
+    """Columns and warps of a backward program for a slab of `width` columns."""
+    entry = table(arch or architecture())["backward"]
+    block, warps = entry["block"], entry["warps"]
+    while block > 128 and block >= 2 * width:
+        block, warps = block // 2, max(1, warps // 2)
+    return block, warps
+
+
+def tile_config(arch: str | None = None) -> Tile:
+    return Tile(**table(arch or architecture())["tile"])
+
+
+def tile_hidden(arch: str | None = None) -> int:
+    """Hidden sizes up to this run the GEMM-fused forward; 0 until it has been measured to win."""
+    return table(arch or architecture())["tile_hidden"]

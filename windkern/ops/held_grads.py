@@ -1,0 +1,96 @@
+"""Gradients that `fused_loss` computes in forward and holds until backward asks for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from windkern.kernels import buffers
+from windkern.kernels.contract import DZ_BINADES
+from windkern.ops.inputs import Inputs, acc_dtype
+from windkern.ops.walk import power_of_two
+
+# Elements that are scaled at once: bounds the float32 copy.
+_BLOCK = {"cpu": 1 << 20}
+_BLOCK_GPU = 1 << 26
+
+
+class HeldGradients:
+    """dhidden is written chunk by chunk; dweight and dbias add up, in float32 where there are several chunks.
+
+    float16 gradients are held divided by a power of two, one for each row of dhidden and one for dweight.
+    Hazard: a loss scaled down by 1e-6 flushes to zero in float16 before backward brings the loss scale that was to
+    save it. Remedy: what is stored is near the top of the format, the factor stays in float32 beside it.
+    """
+
+    def __init__(self, inputs: Inputs, wanted: dict, num_chunks: int):
+        self.is_half = inputs.operand == torch.float16
+        self.accumulates = num_chunks > 1 or self.is_half
+        acc = acc_dtype(inputs)
+        self.weight_dtypes = [head.dtype for head in inputs.weight]
+        self.bias_dtype = None if inputs.bias is None else inputs.bias.dtype
+        self.hidden = [
+            torch.zeros_like(block, memory_format=torch.contiguous_format) if flag else None
+            for block, flag in zip(inputs.hidden, wanted["hidden_grad"], strict=True)
+        ]
+        self.hidden_scale = [
+            block.new_zeros((block.shape[0], 1), dtype=acc) if flag and self.is_half else None
+            for block, flag in zip(inputs.hidden, wanted["hidden_grad"], strict=True)
+        ]
+        self.weight: list[Tensor | None] = []
+        for head, flag in zip(inputs.weight, wanted["weight_grad"], strict=True):
+            if flag and self.accumulates and head.dtype != acc:
+                self.weight.append(buffers.zeros("accumulator", tuple(head.shape), acc, head.device))
+            else:
+                self.weight.append(torch.zeros_like(head, memory_format=torch.contiguous_format) if flag else None)
+        self.weight_scale: list[Tensor | None] = [None] * len(self.weight)
+        self.bias = torch.zeros_like(inputs.bias, dtype=acc) if wanted["bias_grad"] else None
+
+    def write_hidden(self, k: int, places: slice, total: Tensor, rows: Tensor | None, scored: Tensor) -> None:
+        """dhidden of block k at `places`, from the accumulator (m or more, H) of its `scored` (m,) compacted rows."""
+        total = total[: scored.shape[0]]
+        target = self.hidden[k][places]
+        if self.is_half:
+            largest = torch.linalg.vector_norm(total, torch.inf, dim=1, keepdim=True)
+            scale = power_of_two(largest, DZ_BINADES[torch.float16])
+            total = total.div_(scale)
+            scale = torch.where(scored.unsqueeze(1), scale, 0.0)
+            place = self.hidden_scale[k][places]
+            place.copy_(scale) if rows is None else place.index_add_(0, rows, scale)
+        narrowed = total if total.dtype == target.dtype else buffers.track("cast", total.to(target.dtype))
+        # Reason: spare rows of num_scored all point at one scored row and carry zeros; adding them keeps it right.
+        target.copy_(narrowed) if rows is None else target.index_add_(0, rows, narrowed)
+
+    def finish(self) -> None:
+        """Narrow what was added up in float32."""
+        for k, dtype in enumerate(self.weight_dtypes):
+            total = self.weight[k]
+            if total is None or total.dtype == dtype:
+                continue
+            if dtype == torch.float16:
+                largest = torch.linalg.vector_norm(total, torch.inf).view(1, 1)
+                self.weight_scale[k] = power_of_two(largest, DZ_BINADES[torch.float16])
+                total = total.div_(self.weight_scale[k])
+            self.weight[k] = total.to(dtype)
+
+    def times(self, upstream: Tensor, *, keep: bool) -> list[Tensor | None]:
+        """Gradients of bias, hidden and weight blocks times a scalar; without `keep` in the memory held here."""
+        grads = [None if self.bias is None else (self.bias * upstream).to(self.bias_dtype)]
+        for values, scales in ((self.hidden, self.hidden_scale), (self.weight, self.weight_scale)):
+            for value, scale in zip(values, scales, strict=True):
+                grads.append(None if value is None else _times(value, scale, upstream, keep))
+        return grads
+
+
+def _times(value: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
+    out = torch.empty_like(value) if keep else value
+    if scale is None and value.dtype == upstream.dtype:
+        return torch.mul(value, upstream, out=out)
+    # Hazard: times a scalar tensor, torch rounds that scalar to the low precision of the other factor. Remedy: a
+    # float32 factor with dimensions, in blocks.
+    factor = upstream.view(1, 1) if scale is None else scale * upstream
+    step = max(1, _BLOCK.get(value.device.type, _BLOCK_GPU) // max(1, value.shape[1]))
+    for first in range(0, value.shape[0], step):
+        rows = slice(first, first + step)
+        out[rows].copy_(value[rows] * (factor if factor.shape[0] == 1 else factor[rows]))
+    return out
