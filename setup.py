@@ -10,6 +10,7 @@ NVCC_APPEND_FLAGS, are honoured.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -72,10 +73,22 @@ def object_of(source: str) -> str:
     return source.replace("/", "_").rsplit(".", 1)[0] + ".o"
 
 
-def common_rules() -> list[str]:
-    import pybind11
+def pybind11_include() -> str:
+    """Of the package, or the copy torch brings along, for machines without a network."""
+    try:
+        import pybind11
 
-    includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+        return pybind11.get_include()
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        folder = None if torch is None else Path(torch.origin).parent / "include"
+        if folder is None or not (folder / "pybind11").is_dir():
+            raise
+        return str(folder)
+
+
+def common_rules() -> list[str]:
+    includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11_include()}"
     return [
         f"cxx = {os.environ.get('CXX', 'g++')}",
         f"common = {COMMON} {includes} {os.environ.get('WINDKERN_CXXFLAGS', '')}",

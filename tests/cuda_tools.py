@@ -34,10 +34,12 @@ def run(command: list[str]) -> str:
 
 def compile_emulated(folder: Path, flags: list[str], *, binding: bool) -> list[str]:
     """Objects of csrc/cuda for the emulator, two at a time."""
-    import pybind11
-
     sources = sorted(CUDA.glob("*.cu")) + [CUDA / "device.cpp"] + [CUDA / "binding.cpp"] * binding
-    python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()] if binding else []
+    python: list[str] = []
+    if binding:
+        import pybind11
+
+        python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
 
     def one(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")

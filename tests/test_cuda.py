@@ -16,7 +16,6 @@ from windkern.kernels import buffers, cuda_rows, torch_rows
 from windkern.kernels.contract import RowState, RowStats, Upstream
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-pytest.importorskip("pybind11")
 
 # A warp or a block for a row, with and without 16-byte accesses, rows that a team's registers hold and wider ones.
 WIDTHS = (1, 3, 32, 65, 512, 520, 1003, 4096, 4104, 8200, 8203)
@@ -29,6 +28,7 @@ TRANSFORMS = {
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
+    pytest.importorskip("pybind11")
     folder = cuda_tools.once(cuda_tools.shared_folder(tmp_path_factory), "emulated", cuda_tools.build_emulated)
     return cuda_tools.load_emulated(folder)
 

@@ -12,7 +12,6 @@ from test_cuda import Rows, compare
 from test_logprobs import check
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-pytest.importorskip("pybind11")
 
 # (file, what it says, what the fault says)
 FAULTS = {
@@ -29,6 +28,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory) -> Path:
+    pytest.importorskip("pybind11")
     return cuda_tools.once(cuda_tools.shared_folder(tmp_path_factory), "emulated", cuda_tools.build_emulated)
 
 
