@@ -8,7 +8,7 @@ import cuda_tools
 import pytest
 import torch
 from cases import SHAPES, Problem
-from test_cuda import Rows, compare
+from cuda_cases import Rows, compare
 from test_logprobs import check
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

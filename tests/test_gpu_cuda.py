@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
 from cases import DTYPES  # noqa: E402
-from test_cuda import WIDTHS, Rows, close  # noqa: E402
+from cuda_cases import WIDTHS, Rows, close  # noqa: E402
 
 import windkern as wk  # noqa: E402
 from windkern.kernels import cuda_rows, torch_rows  # noqa: E402
