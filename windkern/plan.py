@@ -109,13 +109,15 @@ class _Problem:
         tiles = self.tiles(width)
         total = self._common_bytes(R, width) + kept * M * (width * item + tiles * acc)
         total += R * tiles * acc * (2 + self.entropy) if self.tiled else R * width * acc
-        total += self.gemm.upcasts_logits * M * H * acc + self.gemm.packed_bytes(width, H_max)
+        total += self.gemm.upcasts_logits * M * H * acc
+        packed = self.gemm.packed_bytes(width, H_max)
         if self.gear == "frozen_head":
             H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
             total += (1 + self.entropy) * M * H_grad * acc
             total += R * width * item * ((item != acc) + self.entropy)
             total += self._product_bytes(R, width, H_max)
-        return total
+            packed = max(packed, self.gemm.packed_bytes(H_max, width))
+        return total + packed
 
     def backward_bytes(self, width: int, kept: int) -> int:
         M, H, H_max = self.rows, sum(self.hidden_sizes), max(self.hidden_sizes)
