@@ -55,7 +55,9 @@ def make_model(size: str, adapter: str, device: str) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**SIZES[size], tie_word_embeddings=True)).bfloat16()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Reason: transformers is renaming the one to the other.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
     if adapter == "lora":
         from peft import LoraConfig, get_peft_model
 

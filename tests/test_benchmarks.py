@@ -322,6 +322,7 @@ def test_gpu_cases_and_providers_are_named_and_ordered():
     assert {provider.level for provider in peers.all_providers("cuda")} == {"floor", *provider_levels}
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft's use of transformers
 def test_a_whole_step_with_and_without_the_fused_ops(tmp_path, capsys):
     pytest.importorskip("transformers")
     out = tmp_path / "step.json"

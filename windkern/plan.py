@@ -156,10 +156,10 @@ class _Problem:
         return total + max(packed)
 
     def _common_bytes(self, rows: int, width: int) -> int:
-        """Row vectors, compacted rows, block scratch, and the head's slab in another dtype."""
+        """Row vectors, a slab's bias and its gradient, compacted rows, scratch, the head's slab in another dtype."""
         acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
         slab = width * max(self.hidden_sizes)
-        total = self.rows * (12 * acc + 16) + self.compact * self.rows * sum(self.hidden_sizes) * item
+        total = self.rows * (12 * acc + 16) + 2 * width * acc + self.compact * self.rows * sum(self.hidden_sizes) * item
         total += torch_rows.scratch_bytes(rows, width, acc, self.gemm.device_type)
         total += slab * item * (self.weight_dtype != self.gemm.operand)
         return total + slab * acc * (self.gemm.upcasts_logits or self.gemm.upcasts_grads)
