@@ -1,10 +1,19 @@
-"""Builds windkern._cpp with ninja, each file with its own flags. The package installs without it where it cannot be
-built: `windkern.backends.why_not("cpp", "cpu")` then says so."""
+"""Builds windkern._cpp and, where there is an nvcc, windkern._cuda with ninja, each file with its own flags.
+
+The package installs without what cannot be built: `windkern.backends.why_not("cpp", "cpu")` then says so.
+
+WINDKERN_BUILD_CUDA=0 leaves the CUDA extension out, 1 makes its failure an error; without it nvcc on PATH (or in
+CUDA_HOME/bin) decides. WINDKERN_CUDA_ARCHS="90" builds for fewer GPUs. WINDKERN_BUILD_CPP=0 leaves the C++ extension
+out, WINDKERN_REQUIRE_CPP=1 makes its failure an error. CXX, WINDKERN_CXXFLAGS and WINDKERN_LDFLAGS, and nvcc's own
+NVCC_APPEND_FLAGS, are honoured.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +23,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Wno-psabi"
+CSRC = ROOT / "csrc"
+COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-psabi"
 # Never -march=native: the CPU that runs a wheel is not the one that built it. dispatch.cpp chooses at run time.
 X86_FLAGS = {
     "cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
@@ -22,29 +32,102 @@ X86_FLAGS = {
     "-mprefer-vector-width=512",
     "cpu/products_avx512bf16.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma",
 }
-SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/products_avx512bf16.cpp"]
-SOURCES += [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx512")]
+CPP_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/products_avx512bf16.cpp"]
+CPP_SOURCES += [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx512")]
+# Machine code for each, and PTX of the newest for GPUs to come.
+CUDA_ARCHS = ("80", "90", "100")
+NVCC_FLAGS = "-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+# In order of how long they take to compile.
+CUDA_SOURCES = [
+    *(f"cuda/{n}.cu" for n in ("backward", "forward_unit", "pairs", "forward_kept", "forward", "segments")),
+    "cuda/device.cpp",
+]
+CUDA_BINDING = "cuda/binding.cpp"
 
 
-def ninja_file(output: Path) -> str:
-    import pybind11
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
 
-    includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    lines = [
+
+def wants_cuda() -> bool:
+    wanted = os.environ.get("WINDKERN_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"WINDKERN_BUILD_CUDA must be 0 or 1, got {wanted!r}")
+    return wanted == "1" or (wanted == "" and find_nvcc() is not None)
+
+
+def gencode(nvcc: str) -> str:
+    """Flags for every GPU of the table that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    chosen = os.environ.get("WINDKERN_CUDA_ARCHS", "").replace(",", " ").split() or CUDA_ARCHS
+    archs = [arch for arch in chosen if f"compute_{arch}" in listed]
+    if not archs:
+        raise OSError(f"{nvcc} compiles for none of {', '.join(chosen)}")
+    newest = archs[-1]
+    machine = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return " ".join([*machine, f"-gencode arch=compute_{newest},code=compute_{newest}"])
+
+
+def object_of(source: str) -> str:
+    return source.replace("/", "_").rsplit(".", 1)[0] + ".o"
+
+
+def pybind11_include() -> str:
+    """Of the package, or the copy torch brings along, for machines without a network."""
+    try:
+        import pybind11
+
+        return pybind11.get_include()
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        folder = None if torch is None else Path(torch.origin).parent / "include"
+        if folder is None or not (folder / "pybind11").is_dir():
+            raise
+        return str(folder)
+
+
+def common_rules() -> list[str]:
+    includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11_include()}"
+    return [
         f"cxx = {os.environ.get('CXX', 'g++')}",
         f"common = {COMMON} {includes} {os.environ.get('WINDKERN_CXXFLAGS', '')}",
+        f"ldflags = {os.environ.get('WINDKERN_LDFLAGS', '')}",
         "rule compile\n  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = $cxx -shared -fopenmp {os.environ.get('WINDKERN_LDFLAGS', '')} $in -o $out",
     ]
-    objects = []
-    for source in SOURCES:
-        objects.append(source.replace("/", "_").replace(".cpp", ".o"))
+
+
+def cpp_ninja(output: Path) -> str:
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    lines = [*common_rules(), "rule link\n  command = $cxx -shared -fopenmp $ldflags $in -o $out"]
+    for source in CPP_SOURCES:
         flags = X86_FLAGS.get(source, "") if is_x86 else ""
-        lines.append(f"build {objects[-1]}: compile {ROOT / 'csrc' / source}\n  flags = {flags}")
-    lines.append(f"build {output}: link {' '.join(objects)}")
+        lines.append(f"build {object_of(source)}: compile {CSRC / source}\n  flags = -fopenmp {flags}")
+    lines.append(f"build {output}: link {' '.join(map(object_of, CPP_SOURCES))}")
     return "\n".join(lines) + "\n"
+
+
+def cuda_ninja(output: Path) -> str:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise OSError("nvcc is not on PATH; set CUDA_HOME")
+    # The runtime is linked in, and hidden: the extension imports without a driver and never meets torch's runtime.
+    lines = [
+        *common_rules(),
+        f"nvcc = {nvcc}",
+        f"rule cuda\n  command = $nvcc {NVCC_FLAGS} {gencode(nvcc)} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
+        "rule link\n  command = $nvcc -shared --cudart static -Xlinker --exclude-libs,ALL $in -o $out",
+    ]
+    lines += [f"build {object_of(source)}: cuda {CSRC / source}" for source in CUDA_SOURCES]
+    lines.append(f"build {object_of(CUDA_BINDING)}: compile {CSRC / CUDA_BINDING}")
+    lines.append(f"build {output}: link {' '.join(map(object_of, [*CUDA_SOURCES, CUDA_BINDING]))}")
+    return "\n".join(lines) + "\n"
+
+
+EXTENSIONS = {"windkern._cpp": cpp_ninja, "windkern._cuda": cuda_ninja}
+REQUIRED_BY = {"windkern._cpp": "WINDKERN_REQUIRE_CPP", "windkern._cuda": "WINDKERN_BUILD_CUDA"}
 
 
 def ninja_command() -> list[str]:
@@ -57,30 +140,48 @@ def ninja_command() -> list[str]:
 
 
 class BuildWithNinja(build_ext):
+    def run(self) -> None:
+        names = ", ".join(ext.name for ext in self.extensions)
+        print(
+            f"windkern: building {names}" + ("" if wants_cuda() else "; no nvcc, or CUDA not wanted"), file=sys.stderr
+        )
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp).resolve() / "ninja"
+        folder = Path(self.build_temp).resolve() / f"ninja{ext.name.removeprefix('windkern.')}"
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "build.ninja").write_text(ninja_file(output))
+            (folder / "build.ninja").write_text(EXTENSIONS[ext.name](output))
             subprocess.run([*ninja_command(), "-C", str(folder)], check=True)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            if os.environ.get("WINDKERN_REQUIRE_CPP") == "1":
+            if os.environ.get(REQUIRED_BY[ext.name]) == "1":
                 raise
-            print(f"windkern: the C++ back end was not built ({error}); the torch one still works", file=sys.stderr)
+            kind = {"windkern._cpp": "C++", "windkern._cuda": "CUDA"}[ext.name]
+            print(f"windkern: the {kind} back end was not built ({error}); the torch one still works", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
     def copy_extensions_to_source(self) -> None:
         """Editable installs: what could not be built is not copied."""
-        built = os.path.join(self.build_lib, self.get_ext_filename(self.extensions[0].name))
-        if os.path.exists(built):
-            super().copy_extensions_to_source()
+        every = self.extensions
+        built = [os.path.join(self.build_lib, self.get_ext_filename(ext.name)) for ext in every]
+        self.extensions = [ext for ext, path in zip(every, built, strict=True) if os.path.exists(path)]
+        super().copy_extensions_to_source()
+        self.extensions = every
+
+
+def extension(name: str, sources: list[str]) -> Extension:
+    headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.h"))
+    return Extension(name, [f"csrc/{source}" for source in sources], depends=headers)
 
 
 setup(
-    ext_modules=[Extension("windkern._cpp", [f"csrc/{source}" for source in SOURCES])],
+    ext_modules=[
+        *([extension("windkern._cpp", CPP_SOURCES)] if os.environ.get("WINDKERN_BUILD_CPP") != "0" else []),
+        *([extension("windkern._cuda", [*CUDA_SOURCES, CUDA_BINDING])] if wants_cuda() else []),
+    ],
     cmdclass={"build_ext": BuildWithNinja},
 )

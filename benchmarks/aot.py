@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from windkern.kernels import triton_pairs, triton_rows, triton_table, triton_tile
+from windkern.kernels import triton_pairs, triton_rows, triton_tile, tuned
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -79,7 +79,7 @@ def cases(target: str) -> Iterator[Case]:
     low = {"kept_ptr": "bf16", "unit_ptr": "bf16", "logged_ptr": "bf16", "dz_ptr": "bf16", "targets_ptr": "i64"}
     wide_loads = ("LDG.E.128",)
     for block in (2048, triton_rows.WIDEST):
-        warps = triton_table.row_warps(block, target)
+        warps = tuned.row_warps(block, target)
         for label, flags in (("plain", plain), ("full", full)):
             for kept in (False, True):
                 name = f"forward_rows[{block},{label}{',kept' if kept else ''}]"
@@ -88,12 +88,12 @@ def cases(target: str) -> Iterator[Case]:
             constants = {**flags, "BLOCK": block}
             yield Case(f"unit_rows[{block},{label}]", triton_rows.unit_rows, low, constants, warps, wants=wide_loads)
     for width in (512, 8192):
-        block, warps = triton_table.backward_config(width, target)
+        block, warps = tuned.backward_config(width, target)
         for kept in (False, True):
             for label, entropy, capped in (("plain", False, False), ("full", True, True)):
                 constants = _flags(
                     KEPT=kept,
-                    TILE=triton_table.tile_config(target).columns if kept and entropy else 0,
+                    TILE=tuned.tile_config(target).columns if kept and entropy else 0,
                     HAS_BIAS=entropy,
                     CAPPED=capped,
                     HAS_LOGP=True,
@@ -107,7 +107,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _float64_cases(full)
     constants = _flags(ROWS=triton_rows.COLUMN_SUM_ROWS, SCALED=True, BR=32, BC=128)
     yield Case("column_sums", triton_rows.column_sums, low, constants, 4)
-    config = triton_table.tile_config(target)
+    config = tuned.tile_config(target)
     sizes = _flags(BM=config.rows, BV=config.columns, BK=config.inner, GROUP=config.group, WIDEN=False)
     for described in (False, True):
         operand = "bf16"

@@ -46,6 +46,28 @@ def pair_loss(shape: Shape, logps: Tensor) -> Tensor:
     return wk.losses.dpo(sums, torch.zeros_like(sums), beta=BETA)
 
 
+RESPONSES, RESPONSE_TOKENS = 8, 64  # of a group of the WIND rows
+WIND = {"eta": 1.0, "beta": 0.1}
+
+
+@functools.lru_cache(maxsize=1)
+def wind_constants(shape: Shape, device: str) -> dict[str, Tensor]:
+    """Log-probs of the sampling and the reference policy near those of the problem, and preferences, by group."""
+    groups = shape.rows // (RESPONSES * RESPONSE_TOKENS)
+    made = {"generator": torch.Generator(device).manual_seed(2), "device": device}
+    old = _row_statistics(shape, device)[1].view(groups, RESPONSES, RESPONSE_TOKENS).sum(-1).float()
+    old = old + 0.3 * torch.randn(groups, RESPONSES, **made)
+    ref = old + 0.3 * torch.randn(groups, RESPONSES, **made)
+    scores = torch.randn(groups, RESPONSES, **made)
+    return {"old_logps": old, "ref_logps": ref, "prefs": torch.sigmoid(scores[:, :, None] - scores[:, None, :])}
+
+
+def wind_loss(shape: Shape, logps: Tensor, constants: dict[str, Tensor]) -> Tensor:
+    """Mean over groups of eight responses of the WIND loss; logps (M,) by token."""
+    sums = logps.view(-1, RESPONSES, RESPONSE_TOKENS).sum(-1)
+    return wk.losses.wind(sums, **constants, **WIND)
+
+
 def exact_tokens(problem: Problem) -> Exact:
     """What a provider of log-probs must return for the problem's random upstream."""
     _, logps = _row_statistics(problem.case.shape, problem.case.device)
@@ -72,7 +94,21 @@ def exact_mean(problem: Problem) -> Exact:
     return _with_gradients(problem, -logps.mean(), torch.full_like(logps, -1 / logps.shape[0]))
 
 
-EXACT = {"tokens": exact_tokens, "loss": exact_loss, "mean": exact_mean}
+def exact_wind(problem: Problem) -> Exact:
+    """What a provider of the WIND loss must return."""
+    shape, device = problem.case.shape, problem.case.device
+    leaf = _row_statistics(shape, device)[1].clone().requires_grad_()
+    constants = {name: value.double() for name, value in wind_constants(shape, device).items()}
+    loss = wind_loss(shape, leaf, constants)
+    (upstream,) = torch.autograd.grad(loss, leaf)
+    made = _with_gradients(problem, loss.detach(), upstream)
+    # Reason: one float32 rounding of each log-prob moves a residual, which is of the size of the root of the loss.
+    moved = torch.finfo(torch.float32).eps * leaf.detach().abs().view(-1, RESPONSE_TOKENS).sum(-1).max()
+    made.slack = float(2 * moved / loss.detach().sqrt())
+    return made
+
+
+EXACT = {"tokens": exact_tokens, "loss": exact_loss, "mean": exact_mean, "wind": exact_wind}
 
 
 def _with_gradients(problem: Problem, output: Tensor, upstream: Tensor) -> Exact:

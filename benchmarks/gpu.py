@@ -1,6 +1,6 @@
 """Everything a machine with a GPU is wanted for, in one command and a fixed time: what `make gpu` runs.
 
-    python -m benchmarks.gpu [--out out] [--minutes 9] [--steps build,tests,bandwidth,tune,kernels,speed]
+    python -m benchmarks.gpu [--out out] [--minutes 9] [--steps build,tests,bandwidth,tune,kernels,step,speed]
 
 Needs torch, Triton, pytest and nvcc, no network. Each step logs to OUT/STEP.log and may take the time that is left;
 the rows of `speed` come in the order of their importance, and rows that a results file of this GPU in
@@ -21,9 +21,9 @@ import torch
 
 from benchmarks import record
 
-STEPS = ("build", "tests", "bandwidth", "tune", "kernels", "speed")
+STEPS = ("build", "tests", "bandwidth", "tune", "kernels", "step", "speed")
 # Share of the whole time a step may take at the most; `speed` takes what is left.
-SHARES = {"build": 0.3, "tests": 0.45, "bandwidth": 0.2, "tune": 0.25, "kernels": 0.1, "speed": 1.0}
+SHARES = {"build": 0.3, "tests": 0.45, "bandwidth": 0.2, "tune": 0.25, "kernels": 0.1, "step": 0.2, "speed": 1.0}
 LEAST_SECONDS = 20
 TAIL = 25
 
@@ -45,6 +45,10 @@ def commands(out: Path, minutes: dict[str, float]) -> dict[str, list[str]]:
             f"{minutes['tune']:.2f}",
         ],
         "kernels": [python, "-m", "benchmarks.kernels", "--out", str(out / "kernels.txt")],
+        "step": [
+            *(python, "-m", "benchmarks.step", "--out", str(out / "step.json")),
+            *("--minutes", f"{minutes['step']:.2f}"),
+        ],
         "speed": [
             *(python, "-m", "benchmarks.run", "--device", "cuda", "--append", "--seconds", "4"),
             *("--out", str(speed), "--minutes", f"{minutes['speed']:.2f}"),
@@ -100,8 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         if seconds < LEAST_SECONDS:
             ended[name] = "no time left"
             continue
-        # Reason: tune and speed stop by themselves in time to write what they have.
-        minutes = dict.fromkeys(("tune", "speed"), max(0.2, seconds / 60 - 0.5))
+        # Reason: these stop by themselves in time to write what they have.
+        minutes = dict.fromkeys(("tune", "step", "speed"), max(0.2, seconds / 60 - 0.5))
         ended[name] = run_step(name, commands(out, minutes)[name], out / f"{name}.log", seconds)
     print("\n" + "\n".join(f"{name:<10} {how}" for name, how in ended.items()))
     return int(any(how != "ok" for how in ended.values()))

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import exact
 from benchmarks.cases import Problem
-from benchmarks.provider import MEAN_LOSS, PER_TOKEN, Provider, Step, differentiated
+from benchmarks.provider import MEAN_LOSS, PER_TOKEN, WIND_LOSS, Provider, Step, differentiated
 
 _GPU = ("cuda",)
 
@@ -50,6 +51,18 @@ def _build_cce_mean(problem: Problem) -> Step:
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, problem.targets)
+
+    return Step(differentiated(problem, loss, None))
+
+
+def _build_plain_wind(problem: Problem) -> Step:
+    shape = problem.case.shape
+    constants = exact.wind_constants(shape, problem.case.device)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight).float()
+        logps = logits.log_softmax(-1).gather(-1, problem.targets.unsqueeze(-1)).squeeze(-1)
+        return exact.wind_loss(shape, logps, constants)
 
     return Step(differentiated(problem, loss, None))
 
@@ -102,6 +115,15 @@ def gpu_peers() -> list[Provider]:
             _build_trl,
             package="trl",
             module="trl",
+            devices=_GPU,
+        ),
+        Provider(
+            "plain-wind",
+            "plain logits, WIND loss",
+            f"full logits and autograd: {WIND_LOSS}",
+            "wind",
+            _build_plain_wind,
+            modes=("trained", "frozen"),
             devices=_GPU,
         ),
         Provider(

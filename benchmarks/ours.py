@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import windkern as wk
+from benchmarks import exact
 from benchmarks.cases import BETA, Case, Problem
-from benchmarks.provider import MEAN_LOSS, PER_TOKEN, Provider, Step, differentiated
+from benchmarks.provider import MEAN_LOSS, PER_TOKEN, WIND_LOSS, Provider, Step, differentiated
 
 UNLIMITED = 1 << 50
 
@@ -48,6 +49,20 @@ def _build_fused_loss(problem: Problem, backend: str) -> Step:
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         grouped = hidden.view(*lead, shape.hidden)
+        return wk.fused_loss(loss_fn, grouped, weight, targets, per_group=constants, backend=backend)
+
+    return Step(differentiated(problem, loss, None))
+
+
+def _build_wind_loss(problem: Problem, backend: str) -> Step:
+    shape = problem.case.shape
+    lead = (-1, exact.RESPONSES, exact.RESPONSE_TOKENS)
+    constants = exact.wind_constants(shape, problem.case.device)
+    loss_fn = functools.partial(wk.losses.wind, reduction="none", **exact.WIND)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        grouped = hidden.view(*lead, shape.hidden)
+        targets = problem.targets.view(lead)
         return wk.fused_loss(loss_fn, grouped, weight, targets, per_group=constants, backend=backend)
 
     return Step(differentiated(problem, loss, None))
@@ -113,6 +128,17 @@ def our_providers(backend: str, *, preferred: bool) -> list[Provider]:
             functools.partial(_build_mean_loss, backend=backend),
             modes=("trained", "frozen"),
             devices=("cuda",),  # nothing to compare with on a CPU
+            by_default=preferred,
+            **common,
+        ),
+        Provider(
+            f"windkern-{backend}-wind",
+            f"windkern ({backend}), WIND loss",
+            f"fused_loss with losses.wind: {WIND_LOSS}",
+            "wind",
+            functools.partial(_build_wind_loss, backend=backend),
+            modes=("trained", "frozen"),
+            devices=("cuda",),
             by_default=preferred,
             **common,
         ),

@@ -22,10 +22,11 @@ from benchmarks.cases import Case, Problem
 
 PER_TOKEN = "returns log-probs and takes any upstream gradient per token"
 MEAN_LOSS = "the mean negative log-prob; gradients finished in forward, scalar upstream"
+WIND_LOSS = "the WIND loss (objective square) of groups of eight responses"
 PAIR_LOSS = "the whole DPO loss of pairs without a reference; gradients finished in forward, scalar upstream"
 
 
-LEVELS = ("tokens", "loss", "mean")  # compared within themselves only
+LEVELS = ("tokens", "loss", "wind", "mean")  # compared within themselves only
 
 
 class Result(NamedTuple):
@@ -54,7 +55,8 @@ class Step:
 class Provider:
     """One row of every case it can do.
 
-    `level`: "floor", "tokens" (log-probs, any upstream), "loss" (a pair loss) or "mean" (mean negative log-prob).
+    `level`: "floor", "tokens" (log-probs, any upstream), "loss" (a pair loss), "wind" (the WIND loss of
+    groups of eight) or "mean" (mean negative log-prob).
     """
 
     name: str

@@ -2,9 +2,9 @@
 
     python -m benchmarks.tune [--out FILE] [--write] [--minutes N]
 
-Times the row kernels at several block sizes against a device copy, and the fused tiles against a product followed by
-a row kernel, for hidden sizes from 512 to 4096. Prints what it found, writes it to FILE, and with --write puts the
-winners into windkern/kernels/triton_table.json under the GPU's architecture.
+Times the row kernels at several block sizes against a device copy, those of the CUDA back end beside them, and the
+fused tiles against a product followed by a row kernel, for hidden sizes from 512 to 4096. Prints what it found, writes
+it to FILE, and with --write puts the winners into windkern/kernels/tuned.json under the GPU's architecture.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from benchmarks import record, timing
-from windkern.kernels import triton_table
+from windkern import backends
+from windkern.kernels import tuned
 from windkern.kernels.contract import RowState, RowStats, Upstream
 from windkern.kernels.gemm import Gemm
 from windkern.transform import LogitTransform
@@ -55,7 +57,7 @@ class Tuner:
         from windkern.kernels import triton_rows, triton_tile
 
         self.rows_module, self.tile_module, self.deadline = triton_rows, triton_tile, deadline
-        self.entry = dict(triton_table.table(triton_table.architecture()))
+        self.entry = dict(tuned.table(tuned.architecture()))
         self.log: list[dict[str, Any]] = []
         self.targets = torch.randint(0, WIDTH, (ROWS,), device="cuda")
 
@@ -75,7 +77,7 @@ class Tuner:
     def _using(self, **changes: Any) -> None:
         """Let the launchers see these entries instead of the table's."""
         entry = {**self.entry, **changes}
-        triton_table.table = lambda architecture: entry
+        tuned.table = lambda architecture: entry
 
     def state(self) -> RowState:
         fresh = [torch.full((ROWS,), value, device="cuda") for value in (-torch.inf, 0.0, -torch.inf)]
@@ -115,6 +117,18 @@ class Tuner:
             timed.append((took, settings))
         took, self.entry["backward"] = min(timed, key=lambda pair: pair[0])
         self.log.append({"what": "backward share of a copy", "share": backward_bytes / took / bandwidth})
+        self._using()
+        self._prefer(arguments, inputs)
+
+    def _prefer(self, forward: tuple, backward: tuple) -> None:
+        """Put the back end whose forward and backward row kernels take less time first."""
+        totals = {}
+        for name in self.entry["prefer"]:
+            if backends.why_not(name, "cuda") is None:
+                kernels = backends.BACKENDS[name].kernels()
+                totals[name] = self._try("forward + backward", {"backend": name}, _both(kernels, forward, backward))
+        rest = [name for name in self.entry["prefer"] if name not in totals]
+        self.entry["prefer"] = [*sorted(totals, key=totals.get), *rest]
 
     def tune_tiles(self) -> None:
         """The fastest tile at a small head, then the largest hidden size at which tiles beat a product and a pass."""
@@ -154,10 +168,18 @@ class Tuner:
         return call
 
 
+def _both(kernels: ModuleType, forward: tuple, backward: tuple) -> Callable[[], None]:
+    def call() -> None:
+        kernels.slab_forward(*forward)
+        kernels.slab_backward(*backward)
+
+    return call
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tune.json"), metavar="FILE")
-    parser.add_argument("--write", action="store_true", help="put the winners into triton_table.json")
+    parser.add_argument("--write", action="store_true", help="put the winners into tuned.json")
     parser.add_argument("--minutes", type=float, default=3.0, help="try nothing more after this many")
     chosen = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -166,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     tuner.tune_rows(tuner.copy_bandwidth())
     tuner.tune_tiles()
     finished = time.monotonic() <= tuner.deadline
-    architecture = triton_table.architecture()
+    architecture = tuned.architecture()
     document = {**record.run_info({}, "cuda"), "architecture": architecture, "entry": tuner.entry, "log": tuner.log}
     record.write_atomically(chosen.out, document)
     print(json.dumps({architecture: tuner.entry}, indent=1))
@@ -174,9 +196,9 @@ def main(argv: list[str] | None = None) -> int:
         print("out of time: not all settings were tried, the table is left as it is", file=sys.stderr)
         return 1
     if chosen.write:
-        entries = json.loads(triton_table.PATH.read_text())
+        entries = json.loads(tuned.PATH.read_text())
         entries[architecture] = tuner.entry
-        triton_table.PATH.write_text(json.dumps(entries, indent=2) + "\n")
+        tuned.PATH.write_text(json.dumps(entries, indent=2) + "\n")
     return 0
 
 

@@ -17,7 +17,7 @@ import windkern as wk
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, errors, exact, gpu, peers, plot, readme, record, run, timing  # noqa: E402
+from benchmarks import compare, errors, exact, gpu, peers, plot, readme, record, run, step, timing  # noqa: E402
 from benchmarks.cases import SHAPES, TINY, Case, make_problem, select_cases  # noqa: E402
 from benchmarks.provider import LEVELS as provider_levels  # noqa: E402
 from benchmarks.provider import quiet  # noqa: E402
@@ -320,6 +320,28 @@ def test_gpu_cases_and_providers_are_named_and_ordered():
     assert len(names) == len(set(names)) and names[0] == "gemm"
     assert {"cce-exact", "cce-filtered", "liger-flce", "plain-compile", "trl", "windkern-torch"} <= set(names)
     assert {provider.level for provider in peers.all_providers("cuda")} == {"floor", *provider_levels}
+
+
+def test_a_whole_step_with_and_without_the_fused_ops(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    out = tmp_path / "step.json"
+    assert step.main(["--size", "tiny", "--device", "cpu", "--tokens", "8", "--most", "1", "--out", str(out)]) == 0
+    rows = [row for row in json.loads(out.read_text())["rows"] if "absent" not in row]
+    assert {(row["adapter"], row["step"]) for row in rows} >= {("full", "fused"), ("full", "plain")}
+    assert all(row["fits"] and row["median_s"] > 0 for row in rows)
+
+
+def test_the_two_steps_have_the_same_gradients():
+    pytest.importorskip("transformers")
+    model = step.make_model("tiny", "full", "cpu").float()
+    batch = step._batch(model, 2, 8, "cpu")
+    found = []
+    for call in step.STEPS.values():
+        model.zero_grad()
+        call(model, *batch)
+        found.append({name: value.grad.clone() for name, value in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_a_gpu_is_asked_for_by_name(capsys):

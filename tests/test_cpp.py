@@ -111,7 +111,7 @@ def test_without_the_extension_the_reason_is_told(monkeypatch):
     cpp_rows.__spec__.loader.exec_module(without)
     assert "reinstall windkern with a C++17 compiler" in without.why_not(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(cpp_rows, "why_not", without.why_not)
-    assert wk.backends.available("cpu") == ("torch",)
+    assert "cpp" not in wk.backends.available("cpu")
     with pytest.raises(wk.BackendUnavailableError, match="C\\+\\+17 compiler"):
         wk.token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="cpp")
 
@@ -180,32 +180,6 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
     assert ran.returncode == 0 and ran.stdout == "clean\n", ran.stderr[-3000:]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_the_maths_headers_compile_for_devices(tmp_path):
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
-    command = [
-        "nvcc",
-        "-std=c++17",
-        "-Werror",
-        "all-warnings",
-        "--threads",
-        "2",
-        *targets,
-        f"-I{ROOT}/csrc",
-        "-Xptxas",
-        "-v",
-        "-c",
-        f"{ROOT}/tests/native/headers.cu",
-        "-o",
-        str(tmp_path / "headers.o"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    spills = [line for line in done.stderr.splitlines() if "spill" in line]
-    assert len(spills) == 3 * 8
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
-
-
 def test_without_a_compiler_the_package_still_builds(tmp_path):
     """setup.py reports what failed and goes on; WINDKERN_REQUIRE_CPP=1 makes it an error."""
     pytest.importorskip("setuptools")
@@ -215,7 +189,7 @@ def test_without_a_compiler_the_package_still_builds(tmp_path):
         copy(ROOT / name, tmp_path / name, **options)
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
     for required in ("0", "1"):
-        environment = {**os.environ, "CXX": "false", "WINDKERN_REQUIRE_CPP": required}
+        environment = {**os.environ, "CXX": "false", "WINDKERN_REQUIRE_CPP": required, "WINDKERN_BUILD_CUDA": "0"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert (done.returncode == 0) == (required == "0"), done.stderr
         if required == "0":

@@ -225,6 +225,23 @@ def test_the_first_loss_is_the_variance_of_the_win_rates():
     assert losses[0] == pytest.approx(want, rel=1e-5)
 
 
+def test_the_extremes_are_fitted_to_their_win_rates_against_all():
+    loop = make_loop(num_responses=8, fit_responses=3)
+    batch = loop.sampler.sample(loop.train_prompts, 8, seed=0)
+    verdict = loop.judge.judge(loop.train_prompts, batch.texts)
+    part = loop._prepare(1, batch, verdict)[0]
+    win_rates = verdict.prefs.mean(-1)
+    for fitted, texts, rates, among in zip(
+        part.constants["win_rates"], part.batch.texts, win_rates, batch.texts, strict=True
+    ):
+        ordered = rates.sort().values
+        torch.testing.assert_close(fitted, ordered[[0, -2, -1]])
+        assert all(rate in rates[[text == other for other in among]] for rate, text in zip(fitted, texts, strict=True))
+    assert torch.equal(part.constants["old_logps"], loop._score(loop.model, part.batch))
+    losses, _ = loop._fit(1, [part])
+    assert losses[0] == pytest.approx(float(part.constants["win_rates"].var(-1, unbiased=False).mean()), rel=1e-5)
+
+
 @pytest.mark.parametrize("per_pass", [4, 1])
 def test_the_loss_falls_whatever_the_passes(per_pass):
     loop = make_loop(epochs=30, learning_rate=0.01, prompts_per_pass=per_pass)

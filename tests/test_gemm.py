@@ -126,10 +126,3 @@ def test_amd_family_reads_the_first_processor(monkeypatch):
         monkeypatch.setattr(gemm.Path, "exists", lambda path: True)
         monkeypatch.setattr(gemm.Path, "read_text", lambda path, v=vendor, f=family: text.format(v, f))
         assert gemm._amd_family() == wanted
-
-
-def test_large_buffers_keep_their_values_on_huge_pages():
-    large = buffers.on_huge_pages(torch.empty(12 << 20).fill_(3.0))
-    assert bool((large == 3.0).all())
-    small = torch.ones(4)
-    assert buffers.on_huge_pages(small) is small

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "windkern"
 # What each part may import of the package, beside what lies in its own folder.
 BASE = {"_checks", "transform"}
 ALLOWED = {
-    "kernels": BASE | {"_cpp"},
+    "kernels": BASE | {"_cpp", "_cuda"},
     "ops": BASE | {"kernels", "plan", "backends"},
     "losses": BASE | {"kernels", "ops", "backends"},
     "tabular": BASE | {"losses"},

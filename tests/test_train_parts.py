@@ -145,6 +145,14 @@ def test_a_group_of_responses_is_cut_out_without_spare_columns(model, tokenizer)
     )
 
 
+def test_responses_are_cut_out_by_their_places(model, tokenizer):
+    batch = sampler.TransformersSampler(model, tokenizer, max_new_tokens=6).sample(PROMPTS, 3, seed=0)
+    part = batch.responses([2, 0], torch.tensor([[2, 0], [1, 1]]))
+    assert part.texts == ((batch.texts[2][2], batch.texts[2][0]), (batch.texts[0][1],) * 2)
+    rows = [8, 6, 1, 1]
+    assert torch.equal(part.input_ids[part.attention_mask], batch.input_ids[rows][batch.attention_mask[rows]])
+
+
 def test_sampler_arguments_are_checked(model, tokenizer):
     with pytest.raises(ValueError, match="max_new_tokens"):
         sampler.TransformersSampler(model, tokenizer, max_new_tokens=0)
@@ -348,11 +356,28 @@ def test_a_policy_against_itself_wins_half():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("iterations", 0), ("num_responses", 1), ("eta", 0.0), ("beta", -1.0), ("objective", "sqare"), ("seed", -1)],
+    [
+        ("iterations", 0),
+        ("num_responses", 1),
+        ("eta", 0.0),
+        ("beta", -1.0),
+        ("objective", "sqare"),
+        ("seed", -1),
+        ("momentum", 1.0),
+    ],
 )
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         config.WindSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"fit_responses": 5}, "at most num_responses = 4"), ({"objective": "square_pair"}, "objective='square_pair'")],
+)
+def test_what_cannot_be_fitted_in_part_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"fit_responses must be .*{message}"):
+        config.WindSettings(**{"fit_responses": 2} | changes)
 
 
 def test_the_learning_rate_falls_to_its_share():

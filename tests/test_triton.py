@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("a GPU runs the kernels themselves: tests/test_gpu.py", allow_module_level=True)
 
-from windkern.kernels import triton_maths, triton_pairs, triton_rows, triton_table, triton_tile
+from windkern.kernels import triton_maths, triton_pairs, triton_rows, triton_tile, tuned
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
@@ -169,7 +169,7 @@ def test_fused_loss():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    config = triton_table.Tile(rows=16, columns=64, inner=16, warps=4, stages=3, group=2)
+    config = tuned.Tile(rows=16, columns=64, inner=16, warps=4, stages=3, group=2)
     for module in (triton_tile, triton_rows):
         monkeypatch.setattr(module, "tile_config", lambda arch=None: config)
     monkeypatch.setattr(triton_tile, "tile_hidden", lambda arch=None: 1 << 20)
@@ -236,6 +236,26 @@ def test_rows_of_tiles_do_not_depend_on_their_neighbours(small_tiles):
     targets = torch.randint(0, 301, (40,))
     whole = wk.token_logps(hidden, weight, targets, backend="triton").logps
     assert torch.equal(wk.token_logps(hidden[7:20], weight, targets[7:20], backend="triton").logps, whole[7:20])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_deterministic_runs_tiles_in_every_gear(small_tiles, monkeypatch, dtype):
+    """The same bits whatever the gear, the budget and the neighbours; gradients within the error budget."""
+    monkeypatch.setattr(triton_tile, "tile_hidden", lambda arch=None: 0)
+    problem = Problem(Shape((3, 11), (24,), 517), "all")
+    options = {"deterministic": True, "backend": "triton"}
+    whole = problem.run(wk.token_logps, dtype, "scoring", **options)["logps"]
+    for gear in ("frozen_head", "frozen_body"):
+        exact, plain = problem.exact(dtype, gear), problem.plain(dtype, gear)
+        for budget in (NARROW, UNLIMITED):
+            ours = problem.run(wk.token_logps, dtype, gear, memory_budget=budget, **options)
+            assert torch.equal(ours["logps"], whole)
+            for name, value in ours.items():
+                assert_within(value, exact[name], plain[name], dtype, name)
+    hidden, weight = problem.hidden[0].to(dtype)[1:2, 3:9], problem.weight[0].to(dtype)
+    bias, targets = problem.bias.to(dtype), problem.targets[1:2, 3:9]
+    part = wk.token_logps(hidden, weight, targets, bias=bias, transform=problem.options["transform"], **options).logps
+    assert torch.equal(part, whole[1:2, 3:9])
 
 
 # Pairs and segments ---------------------------------------------------------------------------------------------------
@@ -371,10 +391,11 @@ def test_reasons(monkeypatch):
 
 
 def test_block_sizes_come_from_the_table():
-    assert triton_table.row_warps(16384, "sm_90") == 16 and triton_table.row_warps(64, "sm_90") == 1
-    assert triton_table.backward_config(10**6, "sm_90") == (4096, 8)
-    assert triton_table.backward_config(300, "sm_90") == (512, 1)
-    assert triton_table.tile_hidden("default") == 0  # no GPU has shown that tiles pay
+    assert tuned.row_warps(16384, "sm_90") == 16 and tuned.row_warps(64, "sm_90") == 1
+    assert tuned.backward_config(10**6, "sm_90") == (4096, 8)
+    assert tuned.backward_config(300, "sm_90") == (512, 1)
+    assert tuned.tile_hidden("default") == 0  # no GPU has shown that tiles pay
+    assert {"cpp", *tuned.preferred("sm_90")} == set(wk.backends.BACKENDS)
     with pytest.raises(RuntimeError, match="at most 16384 columns"):
         state = RowState(*(torch.zeros(1) for _ in range(3)), None)
         triton_rows.slab_forward(torch.zeros(1, 20000), None, None, 0, wk.LogitTransform(), state, None, None)

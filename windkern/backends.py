@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from windkern._checks import check_choice
+from windkern.kernels import tuned
 
 
 class BackendUnavailableError(RuntimeError):
@@ -37,6 +38,10 @@ def _cpp_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return importlib.import_module("windkern.kernels.cpp_rows").why_not(device, dtype)
 
 
+def _cuda_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    return importlib.import_module("windkern.kernels.cuda_rows").why_not(device, dtype)
+
+
 def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it runs on NVIDIA and AMD GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
@@ -47,10 +52,11 @@ def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-# In order of preference: "auto" takes the first that can run.
+# In order of preference: "auto" takes the first that can run; on a GPU in the order of `kernels/tuned.json`.
 BACKENDS = {
     "cpp": Backend("cpp", "windkern.kernels.cpp_rows", _cpp_reason),
     "triton": Backend("triton", "windkern.kernels.triton_rows", _triton_reason),
+    "cuda": Backend("cuda", "windkern.kernels.cuda_rows", _cuda_reason),
     "torch": Backend("torch", "windkern.kernels.torch_rows", _always),
 }
 
@@ -96,8 +102,9 @@ _preference: dict[tuple[str, torch.dtype], str] = {}
 def _preferred(device_type: str, dtype: torch.dtype) -> str:
     key = (device_type, dtype)
     if key not in _preference:
+        names = BACKENDS if device_type != "cuda" else tuned.preferred()
         # Reason: stop at the first; asking the others why not would import what is never used here.
-        _preference[key] = next(name for name in BACKENDS if why_not(name, device_type, dtype) is None)
+        _preference[key] = next(name for name in names if why_not(name, device_type, dtype) is None)
     return _preference[key]
 
 
@@ -105,14 +112,15 @@ def _reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return why_not(name, device_type, dtype)
 
 
-def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype) -> int | None:
+def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, deterministic: bool) -> int | None:
     """Columns of the fused tiles that a back end runs the forward of such a head in; None where it walks slabs."""
-    return _tile_columns(name, len(hidden_sizes), hidden_sizes[0], dtype) if name == "triton" else None
+    if name != "triton" or len(hidden_sizes) > 1:
+        return None
+    return _tile_columns(name, hidden_sizes[0], dtype, deterministic)
 
 
-def _tile_columns(name: str, blocks: int, hidden_size: int, dtype: torch.dtype) -> int | None:
-    kernels = BACKENDS[name].kernels()
-    return kernels.tile_columns(blocks, hidden_size, dtype)
+def _tile_columns(name: str, hidden_size: int, dtype: torch.dtype, deterministic: bool) -> int | None:
+    return BACKENDS[name].kernels().tile_columns(hidden_size, dtype, deterministic)
 
 
 # Run while torch.compile traces, not traced: they import. It is what torch.compiler.assume_constant_result sets, which

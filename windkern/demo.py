@@ -27,10 +27,13 @@ class DemoSettings:
         default_factory=lambda: WindSettings(
             iterations=6,
             prompts_per_iteration=16,
-            num_responses=4,
+            num_responses=8,
+            fit_responses=4,
             eta=5.0,
             beta=0.05,
-            learning_rate=4e-5,
+            learning_rate=1e-4,
+            final_learning_rate=0.5,
+            momentum=0.0,
             prompts_per_step=4,
             prompts_per_pass=4,
             temperature=0.7,
@@ -53,6 +56,8 @@ def settings_from(arguments: argparse.Namespace) -> DemoSettings:
         "eta": arguments.eta,
         "beta": arguments.beta,
     }
+    if arguments.responses is not None:  # fewer than are fitted: fit them all
+        wind["fit_responses"] = min(base.wind.fitted_responses, arguments.responses)
     own = {"model": arguments.model, "max_new_tokens": arguments.max_new_tokens}
     return dataclasses.replace(
         base,
@@ -101,9 +106,10 @@ def _run(arguments: argparse.Namespace, settings: DemoSettings) -> int:
     console.print(
         f"[bold]{settings.model}[/bold]: {describe(model)}, every weight trained\n"
         f"judge: {judge.name}; P(i beats j) = sigmoid({judge.strength:g} * (reward_i - reward_j))\n"
-        f"WIND, objective {wind.objective}, eta {wind.eta:g}, beta {wind.beta:g}; {wind.iterations} iterations of "
-        f"{wind.prompts_per_iteration} prompts x {wind.num_responses} responses; {len(heldout)} held-out prompts; "
-        f"seed {wind.seed}",
+        f"WIND, objective {wind.objective}, eta {wind.eta:g}, beta {wind.beta:g}, seed {wind.seed}\n"
+        f"{wind.iterations} iterations of {wind.prompts_per_iteration} prompts, {wind.num_responses} responses each; "
+        f"the {wind.fitted_responses} with the highest and lowest win rates are fitted\n"
+        f"evaluated on {len(heldout)} held-out prompts, against {wind.reference_responses} responses of the reference",
         highlight=False,
         soft_wrap=True,
     )

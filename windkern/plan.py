@@ -88,16 +88,24 @@ class _Problem:
     def gear(self) -> str:
         if any(self.weight_grad) or self.bias_grad:
             return "trained" if any(self.hidden_grad) else "frozen_body"
-        return "frozen_head" if any(self.hidden_grad) else "scoring"
+        if not any(self.hidden_grad):
+            return "scoring"
+        # Reason: the frozen head's gear needs the slab; where all gears must give the same bits, all run tiles.
+        return "trained" if self.deterministic and self.tile_columns is not None else "frozen_head"
 
     @property
     def row_block(self) -> int:
-        return deterministic_tile(self.gemm.device_type)[0] if self.deterministic else self.rows
+        return deterministic_tile(self.gemm.device_type)[0] if self.pads else self.rows
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows are padded to the fixed tiles of a library's products."""
+        return self.deterministic and self.tile_columns is None
 
     @property
     def tiled(self) -> bool:
         """Whether forward runs in fused tiles; the frozen head needs the slab itself."""
-        return self.tile_columns is not None and self.gear != "frozen_head" and not self.deterministic
+        return self.tile_columns is not None and self.gear != "frozen_head"
 
     def tiles(self, width: int) -> int:
         return -(-width // self.tile_columns) if self.tiled else 1
@@ -109,13 +117,15 @@ class _Problem:
         tiles = self.tiles(width)
         total = self._common_bytes(R, width) + kept * M * (width * item + tiles * acc)
         total += R * tiles * acc * (2 + self.entropy) if self.tiled else R * width * acc
-        total += self.gemm.upcasts_logits * M * H * acc + self.gemm.packed_bytes(width, H_max)
+        total += self.gemm.upcasts_logits * M * H * acc
+        packed = self.gemm.packed_bytes(width, H_max)
         if self.gear == "frozen_head":
             H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
             total += (1 + self.entropy) * M * H_grad * acc
             total += R * width * item * ((item != acc) + self.entropy)
             total += self._product_bytes(R, width, H_max)
-        return total
+            packed = max(packed, self.gemm.packed_bytes(H_max, width))
+        return total + packed
 
     def backward_bytes(self, width: int, kept: int) -> int:
         M, H, H_max = self.rows, sum(self.hidden_sizes), max(self.hidden_sizes)
@@ -323,7 +333,8 @@ def plan(
     budget = default_budget(device_type) if memory_budget is None else check_count("memory_budget", memory_budget)
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-    padded = _round_up(rows, deterministic_tile(device_type)[0]) if deterministic else rows
+    pads = deterministic and tile_columns is None
+    padded = _round_up(rows, deterministic_tile(device_type)[0]) if pads else rows
     problem = _Problem(
         rows=padded,
         hidden_sizes=sizes,
@@ -334,7 +345,7 @@ def plan(
         weight_grad=_flags("weight_grad", weight_grad, len(sizes)),
         bias_grad=bool(bias_grad),
         entropy=bool(entropy),
-        compact=bool(deterministic or (total_rows is not None and total_rows > rows)),
+        compact=bool(pads or (total_rows is not None and total_rows > rows)),
         deterministic=deterministic,
         tile_columns=tile_columns,
     )
@@ -385,7 +396,7 @@ def bounded_rows(rows: int) -> int:
 
 def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) -> Plan:
     """As many groups at once as finish within the budget without recomputing a logit; one group at the least."""
-    tile = problem.row_block if problem.deterministic else 1
+    tile = problem.row_block if problem.pads else 1
     groups = -(-rows // group_rows)
 
     def chunk(num_groups: int) -> tuple[_Problem, Plan]:

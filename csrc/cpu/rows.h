@@ -11,17 +11,6 @@ namespace {
 // Reason: below this many elements, waking a team of threads costs more than it saves.
 constexpr int64_t kSerialSlab = 1 << 15;
 
-template <class S>
-Transform<S> transform_of(const Slab& slab) {
-  return {S(slab.scale), S(slab.softcap), S(slab.temperature)};
-}
-
-// exp(z - maximum) starts at the top of float16's range when it is stored: see contract.py.
-template <class E>
-constexpr int kept_binades() {
-  return SameType<E, Half>::value ? 15 : 0;
-}
-
 // z (width,) becomes the transformed logits, masked where the bias is -inf; returns their maximum.
 template <class S>
 S transform_row(S* z, const S* bias, int64_t width, const Transform<S>& t) {
@@ -67,10 +56,10 @@ void see_target(const ForwardState& state, int64_t row, const S* y, int64_t colu
 
 template <class S, class E>
 void forward_rows(const Slab& slab, const ForwardState& state, const ForwardOutputs& out) {
-  const Transform<S> t = transform_of<S>(slab);
+  const Transform<S> t(slab);
   const int64_t W = slab.width;
-  const S gain = S(1 << kept_binades<E>());
-  const S log_gain = S(0.69314718055994530942 * kept_binades<E>());
+  const S gain = S(1 << kept_binades<E>);
+  const S log_gain = S(0.69314718055994530942 * kept_binades<E>);
 #pragma omp parallel for num_threads(slab.threads) schedule(static) if (slab.rows * slab.width > kSerialSlab)
   for (int64_t row = 0; row < slab.rows; ++row) {
     S* z = (S*)slab.logits + row * W;
@@ -100,9 +89,9 @@ void forward_rows(const Slab& slab, const ForwardState& state, const ForwardOutp
 
 template <class S, class E>
 void unit_rows(const Slab& slab, const ForwardState& state, const UnitOutputs& out) {
-  const Transform<S> t = transform_of<S>(slab);
+  const Transform<S> t(slab);
   const int64_t W = slab.width;
-  const S gain = S(1 << kept_binades<E>());
+  const S gain = S(1 << kept_binades<E>);
 #pragma omp parallel for num_threads(slab.threads) schedule(static) if (slab.rows * slab.width > kSerialSlab)
   for (int64_t row = 0; row < slab.rows; ++row) {
     S* z = (S*)slab.logits + row * W;
@@ -209,7 +198,7 @@ void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>
 
 template <class S, class E>
 void backward_rows(const Slab& slab, const BackwardInputs& in) {
-  const Transform<S> t = transform_of<S>(slab);
+  const Transform<S> t(slab);
   const int64_t W = slab.width;
   const int64_t threads = slab.rows * W > kSerialSlab ? slab.threads : 1;
   Buffer<S> partial(in.dbias == nullptr ? 0 : threads * W);  // one row for each thread, summed in order

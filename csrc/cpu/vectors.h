@@ -3,7 +3,7 @@
 
 #include <cstdlib>
 
-#include "../include/windkern/lane.h"
+#include "../include/windkern/storage.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define WK_BYTES 64
@@ -11,9 +11,6 @@
 #define WK_BYTES 32
 #else
 #define WK_BYTES 16
-#endif
-#if defined(__F16C__)
-#include <immintrin.h>
 #endif
 
 namespace windkern {
@@ -50,14 +47,6 @@ struct VectorOf<double> {
   using type = DoubleVec;
 };
 
-// Storage types of kept probabilities and of dz: the lane's own, or 16 bits of one of two formats.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
 template <class L, class S>
 inline L load(const S* from) {
   static_assert(sizeof(S) == sizeof(ScalarOf<L>), "load of the lane's own type");
@@ -74,13 +63,13 @@ inline void store(S* to, const L& value) {
 // bfloat16: round to nearest even; NaN keeps a set bit.
 template <class L>
 inline void store(BFloat16* to, const L& value) {
-  using B = BitsOf<L>;
-  const B bits = bit_cast<B>(value);
-  B rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = select(value != value, B{} + 0x7fc0, rounded);
   if constexpr (LaneTraits<L>::width == 1) {
-    to->bits = uint16_t(rounded);
+    to->bits = bfloat16_bits(value);
   } else {
+    using B = BitsOf<L>;
+    const B bits = bit_cast<B>(value);
+    B rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    rounded = select(value != value, B{} + 0x7fc0, rounded);
     const FloatHalves halves = __builtin_convertvector(rounded, FloatHalves);
     memcpy(to, &halves, sizeof(halves));
   }
@@ -89,40 +78,13 @@ inline void store(BFloat16* to, const L& value) {
 template <class L>
 inline L load(const BFloat16* from) {
   if constexpr (LaneTraits<L>::width == 1) {
-    return bit_cast<L>(uint32_t(from->bits) << 16);
+    return bfloat16_value(from->bits);
   } else {
     FloatHalves halves;
     memcpy(&halves, from, sizeof(halves));
     typedef uint32_t Wide __attribute__((vector_size(WK_BYTES)));
     return bit_cast<L>(Wide(__builtin_convertvector(halves, Wide) << 16));
   }
-}
-
-// float16 one number at a time, in software where the CPU has no conversion: not a fast path on a CPU.
-inline uint16_t half_bits(float value) {
-#if defined(__F16C__)
-  return uint16_t(_cvtss_sh(value, 0));
-#else
-  const uint32_t bits = bit_cast<uint32_t>(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 65536 or more
-  if (magnitude < 0x38800000u) {                                  // subnormal: let the float adder round
-    const float scaled = bit_cast<float>(magnitude) + 0.5f;
-    return uint16_t(sign | (bit_cast<uint32_t>(scaled) - 0x3f000000u));
-  }
-  return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
-#endif
-}
-
-inline float half_value(uint16_t bits) {
-#if defined(__F16C__)
-  return _cvtsh_ss(bits);
-#else
-  const uint32_t sign = uint32_t(bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  const float value = bit_cast<float>(uint32_t(magnitude << 13)) * 5.192296858534828e33f;  // 2^112
-  return sign ? -value : value;
-#endif
 }
 
 template <class L>
@@ -177,15 +139,6 @@ struct Buffer {
   ~Buffer() { free(data); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-};
-
-template <class A, class B>
-struct SameType {
-  static constexpr bool value = false;
-};
-template <class A>
-struct SameType<A, A> {
-  static constexpr bool value = true;
 };
 
 // A running value for the vector part of a loop and one for its tail.

@@ -1,8 +1,10 @@
-// The CPU kernels over odd shapes under AddressSanitizer and UndefinedBehaviorSanitizer: every array is exactly as
+// The kernels over odd shapes under AddressSanitizer and UndefinedBehaviorSanitizer: every array is exactly as
 // large as the contract says, so one element too far is an error. Prints "clean" at the end.
+// Arguments: widths of slabs, the word pairs, sizes of groups; without any, those for a CPU.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -96,7 +98,7 @@ static bool product(int64_t rows, int64_t columns, int64_t inner) {
   return true;
 }
 
-int main() {
+int main(int count, char** arguments) {
   if (runnable_product() != nullptr) {
     for (int64_t rows : {1, 5, 49}) {
       for (int64_t columns : {1, 63, 130}) {
@@ -106,8 +108,21 @@ int main() {
       }
     }
   }
+  std::vector<int64_t> widths, sizes;
+  bool pairs_now = false;
+  for (int i = 1; i < count; ++i) {
+    if (std::strcmp(arguments[i], "pairs") == 0) {
+      pairs_now = true;
+    } else {
+      (pairs_now ? sizes : widths).push_back(std::atoll(arguments[i]));
+    }
+  }
+  if (count == 1) {
+    widths = {1, 3, 15, 16, 17, 33, 130};
+    sizes = {1, 2, 17, 40};
+  }
   for (const KernelTable* k : runnable_kernels()) {
-    for (int64_t W : {1, 3, 15, 16, 17, 33, 130}) {
+    for (int64_t W : widths) {
       for (bool bias : {false, true}) {
         for (double softcap : {0.0, 3.0}) {
           for (bool entropy : {false, true}) {
@@ -120,7 +135,7 @@ int main() {
       }
     }
     rows<float>(*k, DType::float32, 4, 0, 16, true, 0.0, true);
-    for (int64_t n : {1, 2, 17, 40}) {
+    for (int64_t n : sizes) {
       pairs<double>(*k, DType::float64, 3, n);
       pairs<float>(*k, DType::float32, 3, n);
     }

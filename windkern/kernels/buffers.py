@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,28 +68,7 @@ def add_flops(flops: int) -> None:
 
 
 def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return track(name, on_huge_pages(torch.empty(shape, dtype=dtype, device=device)))
-
-
-_HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14
-
-
-def on_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask Linux for 2 MiB pages under a large CPU tensor; it stays as it is where that cannot be had.
-
-    Reason: first touch of 400 MiB in 4 KiB pages costs 0.12 s, more than computing what goes there.
-    """
-    if tensor.device.type == "cpu" and tensor.nbytes >= 16 * _HUGE_PAGE and sys.platform == "linux":
-        first = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        last = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
-    return tensor
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    return track(name, torch.empty(shape, dtype=dtype, device=device))
 
 
 def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from windkern.kernels.contract import RowState, RowStats, Upstream
+from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous
 from windkern.kernels.torch_rows import other_slope, target_slope
 from windkern.transform import LogitTransform
 
@@ -26,10 +27,6 @@ __all__ = [
     "target_slope",
     "win_rates",
 ]
-
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-LINKS = {"bradley_terry": 0, "step": 1}
-PAIR_LOSSES = {"square": 0, "logistic": 1, "hinge": 2}
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -58,24 +55,15 @@ def _make_kernels():
 _kernels = _make_kernels()
 
 
-def _address(tensor: Tensor | None) -> int:
-    """Pointer of a contiguous tensor, 0 for None."""
-    if tensor is None:
-        return 0
-    if not tensor.is_contiguous():
-        raise RuntimeError(f"a row kernel needs contiguous memory, got strides {tensor.stride()}")
-    return tensor.data_ptr()
-
-
 def _slab(operand: torch.dtype, logits: Tensor | None, shape, bias, targets, start: int, transform: LogitTransform):
     return _cpp.Slab(
-        _DTYPES[operand],
+        DTYPES[operand],
         shape[0],
         shape[1],
         start,
-        _address(logits),
-        _address(bias),
-        _address(targets),
+        address(logits),
+        address(bias),
+        address(targets),
         transform.scale,
         transform.softcap or 0.0,
         transform.temperature,
@@ -95,7 +83,7 @@ def slab_forward(
 ) -> None:
     """As `torch_rows.slab_forward`."""
     slab = _slab(z.dtype if kept is None else kept.dtype, z, z.shape, bias, targets, start, transform)
-    _kernels.slab_forward(slab, *map(_address, state), _address(kept), _address(offset))
+    _kernels.slab_forward(slab, *map(address, state), address(kept), address(offset))
 
 
 def slab_forward_unit(
@@ -112,8 +100,8 @@ def slab_forward_unit(
 ) -> None:
     """As `torch_rows.slab_forward_unit`."""
     slab = _slab(unit.dtype, z, z.shape, bias, targets, start, transform)
-    outputs = map(_address, (unit, unit_entropy, rescale, max_step))
-    _kernels.slab_forward_unit(slab, *map(_address, state), *outputs)
+    outputs = map(address, (unit, unit_entropy, rescale, max_step))
+    _kernels.slab_forward_unit(slab, *map(address, state), *outputs)
 
 
 def slab_backward(
@@ -132,20 +120,20 @@ def slab_backward(
     """As `torch_rows.slab_backward`."""
     kept = None if offset is None else src
     slab = _slab(dz.dtype, None if kept is not None else src, src.shape, bias, targets, start, transform)
-    rows = map(_address, (*stats, *upstream, row_scale))
-    _kernels.slab_backward(slab, _address(kept), _address(offset), *rows, _address(dz), _address(dbias))
+    rows = map(address, (*stats, *upstream, row_scale))
+    _kernels.slab_backward(slab, address(kept), address(offset), *rows, address(dz), address(dbias))
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
     """As `torch_rows.segment_sum`."""
     sums = values.new_empty(bounds.shape[0] - 1)
-    values, bounds = values.contiguous(), bounds.contiguous()
+    values, bounds = contiguous(values, bounds)
     _kernels.segment_sum(
-        _DTYPES[values.dtype],
-        _address(values),
-        _address(bounds),
+        DTYPES[values.dtype],
+        address(values),
+        address(bounds),
         sums.shape[0],
-        _address(sums),
+        address(sums),
         torch.get_num_threads(),
     )
     return sums
@@ -155,25 +143,23 @@ def pair_terms(
     scores: Tensor, prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str, loss: str
 ) -> tuple[Tensor, Tensor]:
     """As `torch_pairs.pair_terms`."""
-    scores, prefs, rewards, where = (
-        None if part is None else part.contiguous() for part in (scores, prefs, rewards, where)
-    )
+    scores, prefs, rewards, where = contiguous(scores, prefs, rewards, where)
     groups, n = scores.shape
     value, slope = scores.new_empty(groups), scores.new_empty(groups, n)
-    pointers = map(_address, (scores, prefs, rewards, where))
+    pointers = map(address, (scores, prefs, rewards, where))
     codes = LINKS[link], PAIR_LOSSES[loss]
-    results = _address(value), _address(slope)
-    _kernels.pair_terms(_DTYPES[scores.dtype], groups, n, *pointers, *codes, *results, torch.get_num_threads())
+    results = address(value), address(slope)
+    _kernels.pair_terms(DTYPES[scores.dtype], groups, n, *pointers, *codes, *results, torch.get_num_threads())
     return value, slope
 
 
 def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str) -> Tensor:
     """As `torch_pairs.win_rates`."""
-    prefs, rewards, where = (None if part is None else part.contiguous() for part in (prefs, rewards, where))
+    prefs, rewards, where = contiguous(prefs, rewards, where)
     given = prefs if rewards is None else rewards
     groups, n = given.shape[:2]
     rates = given.new_empty(groups, n)
-    pointers = map(_address, (prefs, rewards, where))
-    code = _DTYPES[given.dtype]
-    _kernels.win_rates(code, groups, n, *pointers, LINKS[link], _address(rates), torch.get_num_threads())
+    pointers = map(address, (prefs, rewards, where))
+    code = DTYPES[given.dtype]
+    _kernels.win_rates(code, groups, n, *pointers, LINKS[link], address(rates), torch.get_num_threads())
     return rates

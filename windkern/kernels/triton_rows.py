@@ -17,8 +17,8 @@ from windkern.kernels.torch_rows import other_slope, target_slope
 from windkern.kernels.triton_launch import or_unused, transform_numbers
 from windkern.kernels.triton_maths import finite, merge, one_minus_p, relative_slope, transform_logit
 from windkern.kernels.triton_pairs import pair_terms, segment_sum, win_rates
-from windkern.kernels.triton_table import backward_config, row_warps, tile_config
 from windkern.kernels.triton_tile import tile_columns, tile_forward
+from windkern.kernels.tuned import backward_config, row_warps, tile_config
 from windkern.transform import LogitTransform
 
 __all__ = [

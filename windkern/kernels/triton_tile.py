@@ -17,7 +17,7 @@ from windkern.kernels import buffers
 from windkern.kernels.contract import RowState, kept_gain, kept_log_gain
 from windkern.kernels.triton_launch import interprets, transform_numbers
 from windkern.kernels.triton_maths import finite, merge, transform_logit
-from windkern.kernels.triton_table import tile_config, tile_hidden
+from windkern.kernels.tuned import tile_config, tile_hidden
 from windkern.transform import LogitTransform
 
 _JOIN_ROWS = 16
@@ -174,10 +174,14 @@ def _has_copy_engine(tensor: Tensor) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
-def tile_columns(blocks: int, hidden_size: int, dtype: torch.dtype) -> int | None:
-    """Columns of a tile where a walk over such a head runs tiles: one block of 16 bits, measured to gain by it."""
-    fits = blocks == 1 and dtype in (torch.bfloat16, torch.float16) and hidden_size <= tile_hidden()
-    return tile_config().columns if fits else None
+def tile_columns(hidden_size: int, dtype: torch.dtype, deterministic: bool) -> int | None:
+    """Columns of a tile where a walk over a head runs tiles, for 16-bit operands; None where it walks slabs.
+
+    Tiles run where they were measured to be faster, and wherever a row's results may depend on nothing but the row,
+    which a library's product of a varying shape does not promise.
+    """
+    runs = dtype in (torch.bfloat16, torch.float16) and (deterministic or hidden_size <= tile_hidden())
+    return tile_config().columns if runs else None
 
 
 def tile_forward(

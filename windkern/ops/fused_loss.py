@@ -72,7 +72,9 @@ class _Job:
             deterministic=self.deterministic,
             total_rows=total_rows,
             weight_dtype=self.inputs.weight[0].dtype,
-            tile_columns=backends.tile_columns(self.inputs.backend, self.inputs.hidden_sizes, self.inputs.operand),
+            tile_columns=backends.tile_columns(
+                self.inputs.backend, self.inputs.hidden_sizes, self.inputs.operand, self.deterministic
+            ),
             **self.grads,
         )
 

@@ -79,7 +79,7 @@ class Config(NamedTuple):
 
     @property
     def frozen_head(self) -> bool:
-        return any(self.hidden_grad) and not (any(self.weight_grad) or self.bias_grad)
+        return any(self.hidden_grad) and not (any(self.weight_grad) or self.bias_grad) and self.offset_tiles == 1
 
 
 def config_of(
@@ -104,7 +104,7 @@ def config_of(
 
 
 def padded_rows(num_rows: int, row_block: int) -> int:
-    """Rows of the walk: `row_block` divides them (it is the row count itself unless tiles are fixed)."""
+    """Rows of the walk: `row_block` divides them (it is the row count itself unless products have fixed tiles)."""
     return -(-num_rows // row_block) * row_block if num_rows else 0
 
 
@@ -228,7 +228,7 @@ def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entro
         grads = walks.backward_unit(walk, upstream, compact, weight, labels, saved)
     else:
         dweight = [
-            buffers.on_huge_pages(torch.empty_like(head, memory_format=torch.contiguous_format)) if flag else None
+            torch.empty_like(head, memory_format=torch.contiguous_format) if flag else None
             for head, flag in zip(weight, config.weight_grad, strict=True)
         ]
         dbias = torch.empty_like(bias) if config.bias_grad else None
@@ -298,6 +298,7 @@ def row_logps(
     grads = inputs.grads()
     rows = bounded_rows(inputs.num_rows)
     hidden_sizes = tuple(fixed_size(size) for size in inputs.hidden_sizes)
+    tile_columns = backends.tile_columns(inputs.backend, hidden_sizes, inputs.operand, deterministic)
     gear, slab_width, slabs_kept, offset_tiles = walk_sizes(
         rows,
         hidden_sizes,
@@ -309,10 +310,11 @@ def row_logps(
         deterministic=deterministic,
         total_rows=rows + (inputs.rows is not None),
         weight_dtype=inputs.weight[0].dtype,
-        tile_columns=backends.tile_columns(inputs.backend, hidden_sizes, inputs.operand),
+        tile_columns=tile_columns,
         **grads,
     )
-    row_block = deterministic_tile(inputs.device.type)[0] if deterministic else inputs.num_rows
+    pads = deterministic and tile_columns is None
+    row_block = deterministic_tile(inputs.device.type)[0] if pads else inputs.num_rows
     config = config_of(inputs, slab_width, slabs_kept, row_block, offset_tiles, grads, entropy)
     if gear == "scoring":
         return torch.ops.windkern.logprobs_fwd(

@@ -19,12 +19,16 @@ class WindSettings:
         iterations: outer iterations: sample, judge, fit.
         prompts_per_iteration: training prompts answered in each; the training set is gone through in shuffled order.
         num_responses: N, responses to each of them.
+        fit_responses: how many of the N are fitted: those with the highest and lowest win rates against all N; None
+            fits all. A response costs less to sample than to fit, and the extremes say most about where to go.
         eta: step size of the update. Below, c = eta / (1 + eta * beta) nats separate a certain winner from a certain
             loser after a perfect fit.
         beta: weight of the KL to the reference.
         objective: of `windkern.losses.wind`.
         learning_rate: of AdamW at the first step; it falls linearly to `final_learning_rate` times this at the last.
         final_learning_rate: share of the learning rate left at the end of the run.
+        momentum: beta_1 of AdamW, which starts anew in each iteration. With 0.9 and four steps, the first step's
+            gradient moves the weights seven times as far as the last one's; with 0 all responses count alike.
         epochs: passes over the responses of an iteration.
         prompts_per_step: whose responses make up one optimizer step.
         prompts_per_pass: whose responses go through the model at once; gradients of passes add up to a step.
@@ -42,11 +46,13 @@ class WindSettings:
     iterations: int = 6
     prompts_per_iteration: int = 16
     num_responses: int = 4
+    fit_responses: int | None = None
     eta: float = 5.0
     beta: float = 0.05
     objective: str = "square"
     learning_rate: float = 2e-5
     final_learning_rate: float = 1.0
+    momentum: float = 0.9
     epochs: int = 1
     prompts_per_step: int = 4
     prompts_per_pass: int = 4
@@ -66,9 +72,27 @@ class WindSettings:
         check_count("seed", self.seed)
         for name in ("eta", "learning_rate", "max_grad_norm", "temperature"):
             check_number(name, getattr(self, name), above=0)
-        for name in ("beta", "final_learning_rate"):
+        for name in ("beta", "final_learning_rate", "momentum"):
             check_number(name, getattr(self, name), least=0)
+        if self.momentum >= 1:
+            raise ValueError(f"momentum must be below 1, got {self.momentum}")
         check_choice("objective", self.objective, OBJECTIVES)
+        if self.fit_responses is not None:
+            check_count("fit_responses", self.fit_responses, least=2)
+            if self.fit_responses > self.num_responses:
+                raise ValueError(
+                    f"fit_responses must be at most num_responses = {self.num_responses}, got {self.fit_responses}"
+                )
+            if OBJECTIVES[self.objective].statistic != "V":
+                raise ValueError(
+                    f"fit_responses must be None for objective={self.objective!r}, whose target is not a win rate "
+                    "against all N"
+                )
+
+    @property
+    def fitted_responses(self) -> int:
+        """Responses to a prompt that go through the model in a fit."""
+        return self.num_responses if self.fit_responses is None else self.fit_responses
 
     @property
     def steps_per_iteration(self) -> int:
@@ -97,9 +121,9 @@ class Record:
     kl_se: float
     loss: float  # mean over the iteration's steps, in units of win rate squared
     gradient_norm: float  # largest of the iteration, before clipping
-    train_reward: float | None  # of the responses that were fitted
+    train_reward: float | None  # of the responses to training prompts
     truncated: float  # share of them that met the length limit
-    tokens: int  # completion tokens sampled and fitted
+    tokens: int  # of the responses to training prompts
     seconds: float  # of the whole iteration
 
     @property

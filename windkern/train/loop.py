@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import windkern
 from windkern import hf
-from windkern.losses import wind
+from windkern.losses import check_prefs, wind
 from windkern.train import checkpoint as checkpoints
 from windkern.train.config import Observer, Record, Unobserved, WindSettings, stream
 from windkern.train.evaluate import Evaluation, compare
@@ -22,7 +22,7 @@ from windkern.train.judges import Judge, Verdict
 from windkern.train.optim import MasterWeights
 from windkern.train.sampler import Completions, Sampler
 
-ADAM_BETAS = (0.9, 0.95)
+_ADAM_BETA2 = 0.95  # a second moment of the last 20 steps: an iteration has few
 
 
 @dataclass
@@ -31,7 +31,7 @@ class _Pass:
 
     batch: Completions
     targets: Tensor  # (B, N, L)
-    constants: dict[str, Tensor]  # old_logps (B, N), ref_logps (B, N), prefs (B, N, N)
+    constants: dict[str, Tensor]  # old_logps (B, N), ref_logps (B, N), prefs (B, N, N) or win_rates (B, N)
 
 
 class ResumeError(ValueError):
@@ -192,7 +192,7 @@ class WindLoop:
 
     def _cuts(self, prompts: Sequence[str], num_responses: int) -> list[range]:
         """Prompts that go through the model at once: as many responses as in a pass of training."""
-        size = max(1, self.settings.prompts_per_pass * self.settings.num_responses // num_responses)
+        size = max(1, self.settings.prompts_per_pass * self.settings.fitted_responses // num_responses)
         return [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class WindLoop:
         ).view(-1, batch.num_responses)
 
     def _prepare(self, iteration: int, batch: Completions, verdict: Verdict) -> list[_Pass]:
-        """Cut an iteration's responses into passes and score each with pi_t and pi_ref.
+        """Cut the responses to fit into passes and score each with pi_t and pi_ref.
 
         Reason: the rounding of a bfloat16 pass depends on its shape, so pi_t is scored in the passes of training;
         then log pi_theta - log pi_t is exactly 0 before the first step.
@@ -215,24 +215,44 @@ class WindLoop:
         size = min(self.settings.prompts_per_pass, self.settings.prompts_per_step)
         cuts = [range(first, min(first + size, len(batch.texts))) for first in range(0, len(batch.texts), size)]
         self.observer.phase(iteration, "scoring", len(cuts))
+        places, target = self._to_fit(verdict.prefs)
         passes = []
         for chosen in cuts:
-            part = batch.groups(chosen)
+            part = batch.responses(chosen, places[chosen.start : chosen.stop])
             targets = hf.completion_targets(part.input_ids, part.completion_mask)
             constants = {
                 "old_logps": self._score(self.model, part),
                 "ref_logps": self._score(self.reference, part),
-                "prefs": verdict.prefs[chosen.start : chosen.stop],
+                **{name: value[chosen.start : chosen.stop] for name, value in target.items()},
             }
             passes.append(_Pass(part, targets.view(len(chosen), -1, targets.shape[1]), constants))
             self.observer.advance()
         return passes
 
+    def _to_fit(self, prefs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Which of the N responses to fit, (B, K) places, and what to.
+
+        Reason: the update holds at every response, so choosing by the true win rates does not move the minimiser. By
+        win rates that N samples estimate, the extremes are exaggerated a little, less as N grows.
+        """
+        keep = self.settings.fit_responses
+        if keep is None:
+            return torch.arange(prefs.shape[-1]).expand(len(prefs), -1), {"prefs": prefs}
+        check_prefs(prefs)
+        win_rates = prefs.mean(-1)  # the own comparison counts 1/2
+        order = win_rates.argsort(dim=-1, stable=True)
+        places = torch.cat([order[:, : keep // 2], order[:, keep // 2 - keep :]], 1)
+        return places, {"win_rates": win_rates.gather(-1, places)}
+
     def _fit(self, iteration: int, passes: list[_Pass]) -> tuple[list[float], list[float]]:
         """Gradient steps on one iteration's responses; returns the loss and the gradient norm of each step."""
         settings = self.settings
         optimizer = torch.optim.AdamW(
-            self.master.parameters(), lr=settings.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True
+            self.master.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.momentum, _ADAM_BETA2),
+            weight_decay=0.0,
+            fused=True,
         )
         per_step = max(1, settings.prompts_per_step // settings.prompts_per_pass)
         self.observer.phase(iteration, "fitting", settings.epochs * len(passes))

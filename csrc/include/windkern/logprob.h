@@ -1,31 +1,43 @@
 // The maths of one row: online softmax, logit transform, and the slope of each upstream gradient.
 #pragma once
 
+#include "arguments.h"
 #include "exp.h"
 
 namespace windkern {
 inline namespace WK_ISA {
 
 // y = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature without a softcap (softcap = 0).
+// What is divided is divided here, once and in double.
 template <class S>
 struct Transform {
-  S scale, softcap, temperature;
+  S into_tanh, from_tanh, to_tanh;  // scale / softcap, softcap / temperature, and the inverse of that
+  S slope;
+  bool is_capped, is_identity;
 
-  WK_FN bool capped() const { return softcap > S(0); }
-  WK_FN bool identity() const { return !capped() && scale == temperature; }
-  WK_FN S slope_at_zero() const { return scale / temperature; }
+  explicit Transform(const Slab& slab)
+      : into_tanh(slab.softcap > 0 ? S(slab.scale / slab.softcap) : S(0)),
+        from_tanh(S(slab.softcap / slab.temperature)),
+        to_tanh(slab.softcap > 0 ? S(slab.temperature / slab.softcap) : S(0)),
+        slope(S(slab.scale / slab.temperature)),
+        is_capped(slab.softcap > 0),
+        is_identity(slab.softcap <= 0 && slab.scale == slab.temperature) {}
+
+  WK_FN bool capped() const { return is_capped; }
+  WK_FN bool identity() const { return is_identity; }
+  WK_FN S slope_at_zero() const { return slope; }
 };
 
 template <class L>
 WK_FN L transform_logit(const L& z, const Transform<ScalarOf<L>>& t) {
   if (!t.capped()) return z * t.slope_at_zero();
-  return lane_tanh(L(z * (t.scale / t.softcap))) * (t.softcap / t.temperature);
+  return lane_tanh(L(z * t.into_tanh)) * t.from_tanh;
 }
 
 // Slope of the transform over its slope at zero, from the transformed logit: 1 - tanh^2. Masked entries (-inf) get 0.
 template <class L>
 WK_FN L relative_slope(const L& y, const Transform<ScalarOf<L>>& t) {
-  const L tanh = y * (t.temperature / t.softcap);
+  const L tanh = y * t.to_tanh;
   const L slope = ScalarOf<L>(1) - tanh * tanh;
   return select(slope > splat<L>(0), slope, splat<L>(0));
 }

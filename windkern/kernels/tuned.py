@@ -1,4 +1,7 @@
-"""Block sizes of the Triton kernels by architecture, from triton_table.json, which `benchmarks/tune.py` writes."""
+"""What was measured on GPUs, by architecture: block sizes of the Triton kernels, and which back end is faster.
+
+It is in tuned.json, which `benchmarks/tune.py` writes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-PATH = Path(__file__).with_name("triton_table.json")
+PATH = Path(__file__).with_name("tuned.json")
 _WARP = 32
 
 
@@ -54,6 +57,11 @@ def backward_config(width: int, arch: str | None = None) -> tuple[int, int]:
     while block > 128 and block >= 2 * width:
         block, warps = block // 2, max(1, warps // 2)
     return block, warps
+
+
+def preferred(arch: str | None = None) -> tuple[str, ...]:
+    """Back ends of a GPU, the one measured to be fastest first."""
+    return tuple(table(arch or architecture())["prefer"])
 
 
 def tile_config(arch: str | None = None) -> Tile:

@@ -1,0 +1,180 @@
+// dz from kept exp(y - offset) or from recomputed logits. A block owns a tile of columns and walks down its rows, so a
+// thread's columns, bias and share of dbias stay in registers; what a row needs is worked out once for the whole tile.
+#include "launch.h"
+#include "launchers.h"
+#include "packs.h"
+
+namespace windkern {
+namespace cuda {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int kBatch = 32;      // rows whose terms are in shared memory together: one for each lane of the first warp
+constexpr int kRowsAtOnce = 2;  // rows a thread loads before it uses the first
+constexpr int kTileRows = 16;
+// Blocks a multiprocessor has room for: 64 registers a thread, more where float64 would spill.
+template <class S>
+constexpr int kBlocks = sizeof(S) == 8 ? 1 : 4;
+
+// What one row needs of its statistics and upstream gradients.
+template <class S>
+struct alignas(sizeof(S) * 8) RowTerms {
+  S log_shift, kept_factor, y_shift;  // from kept: log P - log e, their factor, y - log e; else max and log(sum)
+  S factor, entropy_factor;           // of P, and of P log P
+  S entry;                            // d loss / d logit at the target
+  S row_scale;
+  int column;  // of the target in this slab, or -1
+};
+
+template <class S>
+__device__ __forceinline__ S at_or(const void* values, int64_t row, S absent) {
+  return values == nullptr ? absent : ((const S*)values)[row];
+}
+
+template <class S, bool from_kept>
+__device__ RowTerms<S> terms_of(const Slab& slab, const BackwardInputs& in, const Transform<S>& t, int64_t row) {
+  const RowStats<S> stats{((const S*)in.max)[row], ((const S*)in.log_sum)[row], ((const S*)in.target)[row],
+                          at_or(in.entropy, row, S(0))};
+  const Upstream<S> c{at_or(in.c_logp, row, S(0)), at_or(in.c_lse, row, S(0)), at_or(in.c_ent, row, S(0)),
+                      in.c_ent != nullptr};
+  RowTerms<S> terms;
+  if constexpr (from_kept) {
+    const S offset = ((const S*)in.offset)[row];
+    terms.log_shift = (offset - stats.max) - stats.log_sum;
+    terms.kept_factor = lane_exp(terms.log_shift);
+    terms.y_shift = finite_shift(offset);
+  } else {
+    terms.log_shift = stats.max;
+    terms.kept_factor = stats.log_sum;
+    terms.y_shift = S(0);
+  }
+  terms.factor = other_factor(stats, c, t);
+  terms.entropy_factor = c.entropy * t.slope_at_zero();
+  const int64_t column = slab.targets[row] - slab.start;
+  terms.column = column >= 0 && column < slab.width ? int(column) : -1;
+  terms.entry = terms.column < 0 ? S(0) : target_slope(stats, c, t);
+  terms.row_scale = at_or(in.row_scale, row, S(1));
+  return terms;
+}
+
+// dz of one entry: `x` is exp(y - offset), or the transformed logit y.
+template <class S, bool from_kept>
+__device__ __forceinline__ S slope_of(S x, const RowTerms<S>& row, const Transform<S>& t, bool has_entropy) {
+  S p, y = x, logp = S(0);
+  if constexpr (from_kept) {
+    p = x * row.kept_factor;
+    if (t.capped() || has_entropy) {
+      const S log_e = lane_log(x);
+      y = log_e + row.y_shift;
+      logp = log_e + row.log_shift;
+    }
+  } else {
+    // Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
+    logp = (x - row.log_shift) - row.kept_factor;
+    p = lane_exp(logp);
+  }
+  S d = p * row.factor;
+  // Hazard: 0 * -inf where P is 0. Remedy: only entries above 0 have the term.
+  if (has_entropy) d -= p > S(0) ? p * logp * row.entropy_factor : S(0);
+  if (t.capped()) d *= relative_slope(y, t);
+  return d;
+}
+
+template <class S, class E, bool from_kept, bool wide>
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<S>)
+    backward(const Slab slab, const Transform<S> t, const BackwardInputs in, int column_tiles, int64_t tile_rows,
+             S* partial) {
+  constexpr int size = kPack<E, wide>, at_once = kRowsAtOnce;
+  __shared__ RowTerms<S> terms[kBatch];
+  const int thread = int(threadIdx.x), threads = int(blockDim.x);
+  const int64_t width = slab.width, tile = blockIdx.x / column_tiles;
+  const int column_tile = int(blockIdx.x % column_tiles);
+  const int64_t first_row = tile * tile_rows;
+  const int64_t last_row = first_row + tile_rows < slab.rows ? first_row + tile_rows : slab.rows;
+  const Columns<wide, size> columns{thread, threads, int(width)};
+  const bool plain = slab.bias == nullptr && t.identity(), has_entropy = in.c_ent != nullptr;
+  E* const dz = (E*)in.dz;
+  S sums[size];
+#pragma unroll
+  for (int k = 0; k < size; ++k) sums[k] = S(0);
+
+  for (int64_t batch = first_row; batch < last_row; batch += kBatch) {
+    const int count = int(last_row - batch < kBatch ? last_row - batch : kBatch);
+    __syncthreads();
+    if (thread < count) terms[thread] = terms_of<S, from_kept>(slab, in, t, batch + thread);
+    __syncthreads();
+    for (int first = 0; first < count; first += at_once) {
+      // Hazard: dz may be the slab, so no load can move above an earlier store. Remedy: load several rows, then store.
+      S x[at_once][size];
+#pragma unroll
+      for (int r = 0; r < at_once; ++r) {
+        if (first + r >= count) continue;
+        const int64_t start = (batch + first + r) * width;
+        if constexpr (from_kept) {
+          load_pack((const E*)in.kept + start, columns, column_tile, S(0), x[r]);
+        } else {
+          load_pack((const S*)slab.logits + start, columns, column_tile, minus_infinity<S>(), x[r]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < at_once; ++r) {
+        if (first + r >= count) continue;
+        if (!from_kept && !plain) transform_pack((const S*)slab.bias, columns, column_tile, t, x[r]);
+        const RowTerms<S>& row = terms[first + r];
+#pragma unroll
+        for (int k = 0; k < size; ++k) {
+          S d = slope_of<S, from_kept>(x[r][k], row, t, has_entropy);
+          if (row.column == columns.at(column_tile, k)) d = row.entry;
+          x[r][k] = d;
+          sums[k] += d * row.row_scale;
+        }
+        store_pack(dz + (batch + first + r) * width, columns, column_tile, x[r]);
+      }
+    }
+  }
+  if (partial != nullptr) store_pack(partial + tile * width, columns, column_tile, sums);
+}
+
+// The sum over row tiles, in their order.
+template <class S>
+__global__ void __launch_bounds__(kMaxThreads) add_tiles(const S* partial, int64_t tiles, int64_t width, S* dbias) {
+  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (column >= width) return;
+  double total = 0;
+#pragma unroll 8
+  for (int64_t tile = 0; tile < tiles; ++tile) total += double(partial[tile * width + column]);
+  dbias[column] = S(total);
+}
+
+template <class S, class E>
+void run(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_tiles, Stream stream) {
+  const int width = checked_width(slab.width);
+  const bool wide = kMayBeWide<S> && aligned16(slab.logits) && aligned16(in.kept) && aligned16(in.dz) &&
+                    aligned16(slab.bias) && aligned16(partial) && width % kPack<E, true> == 0;
+  const int size = wide ? kPack<E, true> : kPack<E, false>;
+  int threads = 32;
+  while (threads < kMaxThreads && threads * size < width) threads *= 2;
+  const int column_tiles = int(ceil_div(width, threads * size));
+  // dbias takes as many row tiles as it has scratch for.
+  const int64_t tile_rows = in.dbias == nullptr ? kTileRows : ceil_div(slab.rows, row_tiles > 0 ? row_tiles : 1);
+  const int64_t tiles = slab.rows == 0 ? 0 : ceil_div(slab.rows, tile_rows);
+  S* const scratch = in.dbias == nullptr ? nullptr : (S*)partial;
+  constexpr bool may = kMayBeWide<S>;
+  const auto kernel = in.kept != nullptr ? (wide ? backward<S, E, true, may> : backward<S, E, true, false>)
+                                         : (wide ? backward<S, E, false, may> : backward<S, E, false, false>);
+  WK_RUN("slab_backward", kernel, tiles * column_tiles, dim3(threads), cudaStream_t(stream), slab, Transform<S>(slab),
+         in, column_tiles, tile_rows, scratch);
+  if (in.dbias != nullptr) {
+    WK_RUN("slab_backward (dbias)", add_tiles<S>, ceil_div(width, kMaxThreads), dim3(kMaxThreads),
+           cudaStream_t(stream), scratch, tiles, width, (S*)in.dbias);
+  }
+}
+
+}  // namespace
+
+void slab_backward(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_tiles, Stream stream) {
+  WK_FOR_DTYPE(slab.operand, run, slab, in, partial, row_tiles, stream)
+}
+
+}  // namespace cuda
+}  // namespace windkern

@@ -1,0 +1,93 @@
+// Python module windkern._cuda: pointers, sizes, dtype codes, a device and a stream in; no torch header, so one build
+// serves every torch.
+#include <pybind11/pybind11.h>
+
+#include "launchers.h"
+
+namespace py = pybind11;
+using windkern::DType;
+using windkern::Slab;
+using Address = uintptr_t;  // 0 is null
+
+namespace {
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Where a kernel runs: the number of a device and its stream.
+struct Queue {
+  int device;
+  Address stream;
+
+  windkern::cuda::Stream enter() const {
+    windkern::cuda::use_device(device);
+    return pointer(stream);
+  }
+};
+
+Slab make_slab(int operand, int64_t rows, int64_t width, int64_t start, Address logits, Address bias, Address targets,
+               double scale, double softcap, double temperature) {
+  return {DType(operand),           rows,  width,   start,       pointer(logits), pointer(bias),
+          pointer<int64_t>(targets), scale, softcap, temperature, 0};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA row kernels of windkern";
+  // module_local: windkern._cpp has the same C++ type.
+  py::class_<Slab>(m, "Slab", py::module_local()).def(py::init(&make_slab));
+  py::class_<Queue>(m, "Queue", py::module_local()).def(py::init([](int device, Address stream) {
+    return Queue{device, stream};
+  }));
+  m.def("device_problem", &windkern::cuda::device_problem);
+  m.def("pair_tiles", &windkern::cuda::pair_tiles);
+  m.def("slab_forward", [](const Queue& queue, const Slab& slab, Address max, Address sum, Address target,
+                           Address entropy, Address kept, Address offset) {
+    py::gil_scoped_release release;
+    windkern::cuda::slab_forward(slab, {pointer(max), pointer(sum), pointer(target), pointer(entropy)},
+                                 {pointer(kept), pointer(offset)}, queue.enter());
+  });
+  m.def("slab_forward_unit", [](const Queue& queue, const Slab& slab, Address max, Address sum, Address target,
+                                Address entropy, Address unit, Address unit_entropy, Address rescale,
+                                Address max_step) {
+    py::gil_scoped_release release;
+    windkern::cuda::slab_forward_unit(slab, {pointer(max), pointer(sum), pointer(target), pointer(entropy)},
+                                      {pointer(unit), pointer(unit_entropy), pointer(rescale), pointer(max_step)},
+                                      queue.enter());
+  });
+  m.def("slab_backward",
+        [](const Queue& queue, const Slab& slab, Address kept, Address offset, Address max, Address log_sum,
+           Address target, Address entropy, Address c_logp, Address c_lse, Address c_ent, Address row_scale, Address dz,
+           Address dbias, Address partial, int64_t row_tiles) {
+          py::gil_scoped_release release;
+          windkern::cuda::slab_backward(
+              slab,
+              {pointer(kept), pointer(offset), pointer(max), pointer(log_sum), pointer(target), pointer(entropy),
+               pointer(c_logp), pointer(c_lse), pointer(c_ent), pointer(row_scale), pointer(dz), pointer(dbias)},
+              pointer(partial), row_tiles, queue.enter());
+        });
+  m.def("segment_sum",
+        [](const Queue& queue, int dtype, Address values, Address bounds, int64_t segments, Address sums) {
+          py::gil_scoped_release release;
+          windkern::cuda::segment_sum(DType(dtype), pointer(values), pointer<int64_t>(bounds), segments, pointer(sums),
+                                      queue.enter());
+        });
+  m.def("pair_terms", [](const Queue& queue, int dtype, int64_t groups, int64_t n, Address scores, Address prefs,
+                         Address rewards, Address where, int link, int loss, Address value, Address slope,
+                         Address scratch) {
+    py::gil_scoped_release release;
+    windkern::cuda::pair_terms({DType(dtype), groups, n, pointer(scores), pointer(prefs), pointer(rewards),
+                                pointer<bool>(where), link, loss, 0},
+                               pointer(value), pointer(slope), pointer<double>(scratch), queue.enter());
+  });
+  m.def("win_rates", [](const Queue& queue, int dtype, int64_t groups, int64_t n, Address prefs, Address rewards,
+                        Address where, int link, Address rates) {
+    py::gil_scoped_release release;
+    windkern::cuda::win_rates({DType(dtype), groups, n, nullptr, pointer(prefs), pointer(rewards),
+                               pointer<bool>(where), link, 0, 0},
+                              pointer(rates), queue.enter());
+  });
+}

@@ -1,0 +1,23 @@
+// What a failed call of the runtime, or a failed start of a kernel, says.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace windkern {
+namespace cuda {
+
+inline void check(cudaError_t status, const char* path, int line, const char* what) {
+  if (status == cudaSuccess) return;
+  const std::string file = path;
+  throw std::runtime_error(file.substr(file.rfind('/') + 1) + ":" + std::to_string(line) + ": " + what + ": " +
+                           cudaGetErrorString(status));
+}
+
+#define WK_CHECK(call) ::windkern::cuda::check(call, __FILE__, __LINE__, #call)
+
+}  // namespace cuda
+}  // namespace windkern

@@ -1,0 +1,31 @@
+// Launchers of the CUDA kernels. Plain C++: no CUDA, torch or Python header. Nothing here allocates or synchronises.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../include/windkern/arguments.h"
+
+namespace windkern {
+namespace cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// Why no kernel of this build can run on a device, or an empty string.
+std::string device_problem(int device);
+
+// Makes `device` current in this module's runtime; a negative number leaves it alone.
+void use_device(int device);
+
+void slab_forward(const Slab& slab, const ForwardState& state, const ForwardOutputs& out, Stream stream);
+void slab_forward_unit(const Slab& slab, const ForwardState& state, const UnitOutputs& out, Stream stream);
+// `partial` is scratch (row_tiles, width) where dbias is wanted, else null with row_tiles 0.
+void slab_backward(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_tiles, Stream stream);
+void segment_sum(DType dtype, const void* values, const int64_t* bounds, int64_t segments, void* sums, Stream stream);
+// Doubles of scratch pair_terms takes for each group of n.
+int64_t pair_tiles(int64_t n);
+void pair_terms(const Pairs& in, void* value, void* slope, double* scratch, Stream stream);
+void win_rates(const Pairs& in, void* rates, Stream stream);
+
+}  // namespace cuda
+}  // namespace windkern

@@ -1,0 +1,140 @@
+// Which columns of a row a thread has, and how it loads and stores them: 16 bytes of the operand dtype at a time.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../include/windkern/logprob.h"
+#include "../include/windkern/storage.h"
+
+namespace windkern {
+namespace cuda {
+
+template <class T, int n>
+struct alignas(sizeof(T) * n) Aligned {
+  T v[n];
+};
+
+// Numbers of a pack: 16 bytes of them, or few enough single ones that their addresses fit in registers.
+template <class E, bool wide>
+constexpr int kPack = wide ? 16 / int(sizeof(E)) : sizeof(E) == 8 ? 2 : 4;
+
+// Reason: float64 is for checks of gradients, where 8-byte accesses do; its wide kernels are not built.
+template <class S>
+constexpr bool kMayBeWide = sizeof(S) == 4;
+
+// Pack p of thread `thread` is `size` columns side by side where pointers and width allow 16-byte accesses (wide), else
+// `size` columns a team apart, so that each is one coalesced access of a warp.
+template <bool wide, int size>
+struct Columns {
+  int thread, team, width;
+
+  __device__ int at(int p, int k) const {
+    return wide ? (p * team + thread) * size + k : (p * size + k) * team + thread;
+  }
+  // A wide row is whole packs: all columns of one are inside or none.
+  __device__ bool has(int p, int k) const { return at(p, wide ? 0 : k) < width; }
+  __device__ int packs() const { return (width + team * size - 1) / (team * size); }
+  __device__ bool owns(int column) const { return (wide ? column / size : column) % team == thread; }
+};
+
+template <class S, int size>
+__device__ __forceinline__ void load_wide(const S* from, S (&to)[size]) {
+  constexpr int n = 16 / int(sizeof(S));
+#pragma unroll
+  for (int first = 0; first < size; first += n) {
+    const Aligned<S, n> part = *reinterpret_cast<const Aligned<S, n>*>(from + first);
+#pragma unroll
+    for (int k = 0; k < n; ++k) to[first + k] = part.v[k];
+  }
+}
+
+template <class E>
+__device__ __forceinline__ void load_wide_halves(const E* from, float (&to)[8]) {
+  const Aligned<uint32_t, 4> words = *reinterpret_cast<const Aligned<uint32_t, 4>*>(from);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    to[2 * k] = low_value(words.v[k], E{});
+    to[2 * k + 1] = high_value(words.v[k], E{});
+  }
+}
+
+__device__ __forceinline__ void load_wide(const BFloat16* from, float (&to)[8]) { load_wide_halves(from, to); }
+__device__ __forceinline__ void load_wide(const Half* from, float (&to)[8]) { load_wide_halves(from, to); }
+
+template <class S, int size>
+__device__ __forceinline__ void store_wide(S* to, const S (&from)[size]) {
+  constexpr int n = 16 / int(sizeof(S));
+#pragma unroll
+  for (int first = 0; first < size; first += n) {
+    Aligned<S, n> part;
+#pragma unroll
+    for (int k = 0; k < n; ++k) part.v[k] = from[first + k];
+    *reinterpret_cast<Aligned<S, n>*>(to + first) = part;
+  }
+}
+
+template <class E>
+__device__ __forceinline__ void store_wide_halves(E* to, const float (&from)[8]) {
+  Aligned<uint32_t, 4> words;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) words.v[k] = pair_word(from[2 * k], from[2 * k + 1], E{});
+  *reinterpret_cast<Aligned<uint32_t, 4>*>(to) = words;
+}
+
+__device__ __forceinline__ void store_wide(BFloat16* to, const float (&from)[8]) { store_wide_halves(to, from); }
+__device__ __forceinline__ void store_wide(Half* to, const float (&from)[8]) { store_wide_halves(to, from); }
+
+// Columns outside the row read as `fill`.
+template <class S, class E, bool wide, int size>
+__device__ __forceinline__ void load_pack(const E* row, const Columns<wide, size>& columns, int p, S fill,
+                                          S (&to)[size]) {
+  if constexpr (wide) {
+#pragma unroll
+    for (int k = 0; k < size; ++k) to[k] = fill;
+    if (columns.has(p, 0)) load_wide(row + columns.at(p, 0), to);
+  } else {
+#pragma unroll
+    for (int k = 0; k < size; ++k) to[k] = columns.has(p, k) ? widened(row[columns.at(p, k)]) : fill;
+  }
+}
+
+template <class S, class E, bool wide, int size>
+__device__ __forceinline__ void store_pack(E* row, const Columns<wide, size>& columns, int p, const S (&from)[size]) {
+  if constexpr (wide) {
+    if (columns.has(p, 0)) store_wide(row + columns.at(p, 0), from);
+  } else {
+#pragma unroll
+    for (int k = 0; k < size; ++k) {
+      if (columns.has(p, k)) row[columns.at(p, k)] = narrowed<E>(from[k]);
+    }
+  }
+}
+
+// Logits to transformed logits in place; -inf where the bias is, and outside the row.
+template <class S, bool wide, int size>
+__device__ __forceinline__ void transform_pack(const S* bias, const Columns<wide, size>& columns, int p,
+                                               const Transform<S>& t, S (&y)[size]) {
+  S b[size];
+  if (bias != nullptr) {
+    load_pack(bias, columns, p, minus_infinity<S>(), b);
+  } else {
+#pragma unroll
+    for (int k = 0; k < size; ++k) b[k] = columns.has(p, k) ? S(0) : minus_infinity<S>();
+  }
+#pragma unroll
+  for (int k = 0; k < size; ++k) {
+    const S shifted = transform_logit(y[k] + b[k], t);
+    y[k] = b[k] == minus_infinity<S>() ? b[k] : shifted;
+  }
+}
+
+// The transformed logit of one column.
+template <class S>
+__device__ __forceinline__ S logit_at(const S* z, const S* bias, int column, const Transform<S>& t) {
+  if (bias == nullptr) return t.identity() ? z[column] : transform_logit(z[column], t);
+  const S b = bias[column], shifted = transform_logit(z[column] + b, t);
+  return b == minus_infinity<S>() ? b : shifted;
+}
+
+}  // namespace cuda
+}  // namespace windkern

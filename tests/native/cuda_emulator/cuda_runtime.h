@@ -1,0 +1,4 @@
+// Stands before the real one on the include path when csrc/cuda is compiled for the CPU.
+#pragma once
+
+#include "../cuda_emulator.h"

@@ -1,0 +1,184 @@
+"""The CUDA kernels under the emulator: every kernel against torch_rows, and through the walk against float64."""
+
+import shutil
+
+import cuda_tools
+import pytest
+import test_pairs
+import test_plan
+import test_sequence
+import torch
+from cases import DTYPES, GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, Problem, Shape
+from cuda_cases import WIDTHS, Rows, compare
+from test_logprobs import check
+
+import windkern as wk
+from windkern.kernels import buffers, cuda_rows, torch_rows
+from windkern.kernels.contract import RowState, RowStats, Upstream
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    pytest.importorskip("pybind11")
+    folder = cuda_tools.once(cuda_tools.shared_folder(tmp_path_factory), "emulated", cuda_tools.build_emulated)
+    return cuda_tools.load_emulated(folder)
+
+
+@pytest.fixture
+def backend(monkeypatch, emulated):
+    """Named as the fixture of the other tests, so that they run on this back end too."""
+    cuda_tools.install(monkeypatch, emulated)
+    return "cuda"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_row_kernels(backend, dtype, width):
+    for transform, bias, entropy, shifted in (
+        ("identity", False, False, False),
+        ("scaled", True, True, False),
+        ("softcap", False, True, True),
+        ("softcap", True, False, False),
+        ("identity", True, True, True),
+    ):
+        if width > 2000 and shifted:
+            continue
+
+        def make(options=(transform,), bias=bias, entropy=entropy, shifted=shifted):
+            return Rows(9 if width < 2000 else 5, width, dtype, *options, bias=bias, entropy=entropy, shifted=shifted)
+
+        for keep in (False, True):
+            compare(make, "forward", keep)
+        own = dtype in (torch.float32, torch.float64)
+        for alias in {False, own}:
+            compare(make, "unit", alias)
+        for kept in (False, True):
+            for alias in {False, own and not kept}:
+                compare(make, "backward", kept, alias, bias)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 33, 100])
+def test_rows_of_every_tile_reach_dbias(backend, rows):
+    """Row tiles of 32 and the batch inside a tile end at any row; no row at all gives zeros."""
+    width = 40
+    z, targets = torch.randn(rows, width, dtype=torch.float64), torch.full((rows,), 3)
+    zeros = torch.zeros(rows, dtype=torch.float64)
+    stats = RowStats(zeros, z.exp().sum(1).log(), z[:, 3].contiguous(), None)
+    upstream = Upstream(torch.ones(rows, dtype=torch.float64), None, None)
+    results = []
+    for kernels in (cuda_rows, torch_rows):
+        dz, dbias = torch.empty_like(z), torch.empty(width, dtype=torch.float64)
+        kernels.slab_backward(z.clone(), None, None, targets, 0, wk.LogitTransform(), stats, upstream, None, dz, dbias)
+        results.append((dz, dbias))
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0][1], results[0][0].sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gear", GEARS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_walk(backend, variant, gear, dtype):
+    if gear == "bias_only" and not VARIANTS[variant]["bias"]:
+        pytest.skip("this variant has no bias")
+    problem = Problem(SHAPES["odd"], variant)
+    for budget in (NARROW, UNLIMITED):
+        check(problem, dtype, gear, memory_budget=budget, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["tiny", "blocks", "one_row"])
+def test_walk_of_other_shapes(backend, shape, dtype):
+    for gear in ("frozen_head", "trained"):
+        problem = Problem(SHAPES[shape], "all")
+        for budget in (NARROW, problem.middle_budget(dtype, gear)):
+            check(problem, dtype, gear, memory_budget=budget, backend=backend)
+
+
+def test_ignored_rows_and_no_rows(backend):
+    problem = Problem(Shape((2, 3), (8,), 37), "all")
+    problem.targets.fill_(-100)
+    for gear in ("frozen_head", "trained"):
+        results = problem.run(wk.token_logps, torch.float32, gear, num_scored=3, backend=backend)
+        assert all(torch.equal(value, torch.zeros_like(value)) for value in results.values())
+
+
+def test_a_value_that_is_no_number_stays_one(backend):
+    z = torch.randn(4, 600)
+    z[1, 77], z[2, 599] = torch.nan, torch.inf
+    for keep in (False, True):
+        state = RowState(torch.full((4,), -torch.inf), torch.zeros(4), torch.full((4,), -torch.inf), None)
+        kept = (torch.empty(4, 600), torch.empty(4, 1)) if keep else (None, None)
+        cuda_rows.slab_forward(z.clone(), None, torch.arange(4), 0, wk.LogitTransform(), state, *kept)
+        assert state.run_sum.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_plan_is_obeyed(backend, dtype):
+    """Scratch of dbias included, in tall and in wide slabs."""
+    for shape in (Shape((4, 40), (64,), 131), Shape((5,), (64,), 4001)):
+        problem = Problem(shape, "all")
+        for gear in ("frozen_head", "trained"):
+            for name, budget in test_plan.budgets(problem, dtype, gear).items():
+                plan = test_plan.plan_of(problem, dtype, gear, dropped=True, memory_budget=budget)
+                with buffers.recording() as record:
+                    problem.run(wk.token_logps, dtype, gear, memory_budget=budget, backend=backend)
+                assert record.flops == plan.flops, name
+                assert record.peak_bytes <= plan.peak_bytes, (name, record.by_name)
+
+
+@pytest.mark.parametrize(("loss", "link", "given"), test_pairs.CASES)
+def test_pair_kernels(backend, loss, link, given):
+    for dtype in (torch.float64, torch.float32):
+        for masked in (False, True):
+            for n in (2, 13, 70):
+                test_pairs.test_parity(backend, loss, link, given, dtype, masked, n)
+
+
+def test_pair_kernels_of_large_and_of_masked_groups(backend):
+    for loss in ("square", "logistic", "hinge"):
+        test_pairs.test_masked_responses_equal_dropped_ones_even_as_nan(backend, loss)
+        scores, rewards = torch.randn(1, 1100), torch.randn(1, 1100)
+        for got, want in zip(
+            cuda_rows.pair_terms(scores, None, rewards, None, "step", loss),
+            torch_rows.pair_terms(scores.double(), None, rewards.double(), None, "step", loss),
+            strict=True,
+        ):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-3)
+    for left in (0, 1):
+        test_pairs.test_groups_with_fewer_than_two_contribute_zero(backend, left)
+    assert cuda_rows.pair_terms(torch.empty(0, 3), None, torch.empty(0, 3), None, "step", "hinge")[0].shape == (0,)
+
+
+def test_segment_sums(backend):
+    for index in (torch.int64, torch.int32):
+        test_sequence.test_packed(backend, "sum", index)
+    values, bounds = torch.randn(5000), torch.tensor([0, 0, 1, 130, 130, 5000])
+    exact = torch_rows.segment_sum(values.double(), bounds)
+    torch.testing.assert_close(cuda_rows.segment_sum(values, bounds).double(), exact, rtol=1e-6, atol=0)
+    assert cuda_rows.segment_sum(values, torch.tensor([0])).shape == (0,)
+
+
+def test_bits_do_not_depend_on_the_order_of_threads(backend, monkeypatch):
+    """Twice the same bits, and the same with the last thread of every block run first: no barrier is missing."""
+
+    def everything():
+        torch.manual_seed(0)
+        rows = Rows(9, 1000, torch.bfloat16, "softcap", bias=True, entropy=True)
+        narrow = Rows(9, 40, torch.float32, "softcap", bias=True, entropy=True)
+        results = []
+        for one in (rows, narrow):
+            results += one.forward(cuda_rows, True) + one.forward(cuda_rows, False)
+            results += one.unit(cuda_rows, one is narrow) + one.backward(cuda_rows, True, False, True)
+            results += one.backward(cuda_rows, False, one is narrow, True)
+        pairs = torch.randn(2, 2, 700)
+        results += cuda_rows.pair_terms(pairs[0], None, pairs[1], None, "bradley_terry", "logistic")
+        results += [cuda_rows.segment_sum(pairs.flatten(), torch.tensor([0, 700, 2800]))]
+        return [value.nan_to_num(7.0) for value in results if value is not None]
+
+    first = everything()
+    for order in ("forward", "reverse"):
+        monkeypatch.setenv("CUDA_EMULATOR_ORDER", order)
+        for one, two in zip(first, everything(), strict=True):
+            assert torch.equal(one, two)
