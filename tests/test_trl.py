@@ -73,7 +73,7 @@ def make(kind: str, folder, output, model=None, peft_config=None, **options):
 
 def inputs_of(trainer) -> dict:
     """What the trainer's loss sees in its first step."""
-    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # which `train` would set
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     transformers.set_seed(0)

@@ -185,11 +185,16 @@ def _replace(
     options: Mapping[str, object],
 ) -> None:
     """Put our forward in front of the one TRL gave the model (for a PEFT model, its base model)."""
-    hf.hidden_and_head(model)  # refuses what it cannot serve, before anything has been replaced
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base in _in_use:
         raise UnsupportedTrainerError(f"this {type(base).__name__} is in use already; remove the first handle first")
     theirs = base.forward
+    # Hazard: accelerate's wrapper autocasts the logits that the check compares with. Remedy: check without it.
+    base.forward = getattr(base, "_original_forward", theirs)
+    try:
+        hf.hidden_and_head(model)  # refuses what it cannot serve, before anything has been replaced
+    finally:
+        base.forward = theirs
     head = FusedHead(fields, temperature, output, options)
 
     @functools.wraps(type(base).forward)  # `generate` checks its arguments against this signature
