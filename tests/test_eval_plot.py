@@ -36,7 +36,7 @@ def inputs(tmp_path_factory):
     with torch.no_grad():
         head.weight.copy_(better.lm_head.weight)
         hidden = better.model(torch.tensor([tokenizer(" ".join(PROMPTS))["input_ids"]])).last_hidden_state[0]
-        head.weight[good] += 1.5 * hidden.mean(0) / hidden.mean(0).norm() ** 2
+        head.weight[good] += 6 * hidden.mean(0) / hidden.mean(0).norm() ** 2
     better.config.tie_word_embeddings = False
     better.lm_head = head
     better.save_pretrained(folder / "better")
@@ -157,7 +157,7 @@ def test_a_run_is_drawn_again(tmp_path):
 
 
 def test_bandits_are_drawn_again(tmp_path):
-    sizes = ("--seeds", "2", "--contexts", "1", "--responses", "3", "--exact-iterations", "3", "--iterations", "2")
+    sizes = ("--seeds", "2", "--contexts", "1", "--responses", "2", "--exact-iterations", "2", "--iterations", "1")
     assert main(["bandit", *sizes, "--groups", "2", "--output-dir", str(tmp_path)]) == 0
     assert_redrawn(tmp_path / "bandit.json", tmp_path / "bandit.png", tmp_path)
 

@@ -83,6 +83,7 @@ def inputs_of(trainer) -> dict:
 def loss_gradients_metrics(trainer, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, list]]:
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
+    trainer._total_train_tokens = 0
     loss = trainer.compute_loss(trainer.model, dict(inputs))
     loss.backward()
     gradients = {name: value.grad.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}

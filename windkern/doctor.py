@@ -26,6 +26,7 @@ PACKAGES = (
 )
 # Relative error in norm that the self-test allows: rounding of sums in the dtype, and some.
 ALLOWED = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3}
+SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
 QUANTITIES = ("logps", "entropy", "dhidden", "dweight")
 
 
@@ -103,7 +104,7 @@ def states(on: list[Device]) -> list[BackendState]:
 def cpp_extension() -> dict[str, object]:
     """The C++ extension: what it can use on this CPU, what it uses, and whether it multiplies bfloat16."""
     sets = [] if cpp_rows._cpp is None else list(cpp_rows._cpp.instruction_sets())
-    usable = backends.why_not("cpp", "cpu") is None
+    usable = cpp_rows.why_not(torch.device("cpu"), torch.float32) is None
     chosen = os.environ.get("WINDKERN_CPP_ISA") or (sets[0] if sets else None)
     return {
         "built": cpp_rows._cpp is not None,
@@ -215,7 +216,7 @@ def _print(console, on: list[Device], found: list[BackendState], checks: list[Ch
     def table(*headers: str) -> Table:
         made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         for header in headers:
-            made.add_column(header, overflow="fold")
+            made.add_column(header, overflow="fold", no_wrap=header not in ("why not", ""))
         return made
 
     packages = ", ".join(f"{name} {version}" for name, version in versions().items() if version is not None)
@@ -237,7 +238,7 @@ def _print(console, on: list[Device], found: list[BackendState], checks: list[Ch
         runs = "[green]yes[/green]" if state.reason is None else "no"
         available.add_row(state.device, state.name, runs, escape(state.reason or ""))
     console.print(available)
-    results = table("device", "back end", "dtype", *QUANTITIES, "allowed", "")
+    results = table("device", "back end", "type", *QUANTITIES, "allowed", "")
     groups: dict[tuple[str, str, str], list[Check]] = {}
     for check in checks:
         groups.setdefault((check.device, check.backend, check.dtype), []).append(check)
@@ -249,6 +250,6 @@ def _print(console, on: list[Device], found: list[BackendState], checks: list[Ch
         ]
         wrong = [check for check in group if not check.ok]
         verdict = "[green]ok[/green]" if not wrong else f"[red]wrong[/red] {escape(wrong[0].message)}".rstrip()
-        results.add_row(device, name, dtype, *cells, f"{group[0].allowed:.0e}", verdict)
+        results.add_row(device, name, SHORT[dtype], *cells, f"{group[0].allowed:.0e}", verdict)
     console.print("self-test: relative error beside windkern.reference in float64", highlight=False)
     console.print(results)

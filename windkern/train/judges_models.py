@@ -217,7 +217,7 @@ class PairJudge:
         asked = [
             (prompt, group[i], group[j]) for prompt, group in zip(prompts, responses, strict=True) for i, j in pairs
         ]
-        values = torch.as_tensor(list(self.prefer(*map(list, zip(*asked, strict=True)))), dtype=torch.float32)
+        values = torch.as_tensor(list(self.prefer(*map(list, zip(*asked, strict=True)))), dtype=torch.float64)
         if values.shape != (len(asked),):
             raise ValueError(
                 f"preference {self.name!r} must return one number for each of {len(asked)} ordered pairs, "
@@ -226,7 +226,7 @@ class PairJudge:
         if not bool(((values >= 0) & (values <= 1)).all()):
             bad = int((~((values >= 0) & (values <= 1))).nonzero()[0])
             raise ValueError(f"preference {self.name!r} must return chances in [0, 1], got {float(values[bad])}")
-        raw = torch.full((len(prompts), count, count), 0.5)
+        raw = torch.full((len(prompts), count, count), 0.5, dtype=torch.float64)
         rows, columns = (list(each) for each in zip(*pairs, strict=True))
         raw[:, rows, columns] = values.view(len(prompts), len(pairs))
-        return Verdict((raw + 1 - raw.mT) / 2, None)
+        return Verdict(((raw + 1 - raw.mT) / 2).float(), None)
