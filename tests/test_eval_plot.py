@@ -7,7 +7,6 @@ import math
 import statistics
 
 import pytest
-import torch
 
 transformers = pytest.importorskip("transformers")
 for package in ("rich", "matplotlib", "safetensors"):
@@ -27,20 +26,11 @@ PROMPTS = ("rain was", "bus was", "a day", "so very", "the bus")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Two models, the second taught to say good; prompts; recorded responses."""
+    """Two models, prompts, recorded responses."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny_model.save(folder / "base")
-    better, tokenizer = tiny_model.make_model(), tiny_model.make_tokenizer()
-    good = tokenizer.convert_tokens_to_ids("good")
-    head = torch.nn.Linear(16, better.config.vocab_size, bias=False)
-    with torch.no_grad():
-        head.weight.copy_(better.lm_head.weight)
-        hidden = better.model(torch.tensor([tokenizer(" ".join(PROMPTS))["input_ids"]])).last_hidden_state[0]
-        head.weight[good] += 6 * hidden.mean(0) / hidden.mean(0).norm() ** 2
-    better.config.tie_word_embeddings = False
-    better.lm_head = head
-    better.save_pretrained(folder / "better")
-    tokenizer.save_pretrained(folder / "better")
+    tiny_model.make_model(seed=5).save_pretrained(folder / "other")
+    tiny_model.make_tokenizer().save_pretrained(folder / "other")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     save_records(folder / "good.jsonl", [Recorded(prompt, ("good good", "good")) for prompt in PROMPTS])
     save_records(folder / "mixed.jsonl", [Recorded(prompt, ("bad", "good")) for prompt in PROMPTS])
@@ -58,7 +48,7 @@ def test_two_models_are_sampled_judged_and_shown(inputs, tmp_path, capsys, monke
     monkeypatch.setenv("COLUMNS", "120")
     output = tmp_path / "eval"
     options = ("--responses", "4", "--strength", "6", "--dtype", "float32", "--batch-size", "8")
-    assert main(command(inputs, output, str(inputs / "better"), str(inputs / "base"), *options)) == 0
+    assert main(command(inputs, output, str(inputs / "other"), str(inputs / "base"), *options)) == 0
     shown = capsys.readouterr().out
     content = json.loads((output / "eval.json").read_text())
     assert content["kind"] == "eval" and content["settings"]["responses"] == 4
@@ -74,13 +64,13 @@ def test_two_models_are_sampled_judged_and_shown(inputs, tmp_path, capsys, monke
     assert content["win_rate"]["mean"] == pytest.approx(mean, abs=1e-6)
     assert content["win_rate"]["se"] == pytest.approx(error, abs=1e-6)
     assert content["win_rate"]["95"] == pytest.approx([mean - 1.96 * error, mean + 1.96 * error], abs=1e-6)
-    assert mean > 0.55 and content["kl"]["mean"] > 0  # it was taught to say good
+    assert content["kl"]["mean"] > 1 and content["reward"] is not None
     assert f"{mean:.3f} ± {error:.3f}" in shown and "95 % interval" in shown and "KL(model, base)" in shown
     assert "base" in shown and PROMPTS[0] in shown and "eval.png" in shown
     assert (output / "eval.png").read_bytes().startswith(b"\x89PNG")
     assert 1 <= content["tokens"]["model"] <= 6 and 0 <= content["truncated"]["base"] <= 1
 
-    assert main(command(inputs, tmp_path / "again", str(inputs / "better"), str(inputs / "base"), *options)) == 0
+    assert main(command(inputs, tmp_path / "again", str(inputs / "other"), str(inputs / "base"), *options)) == 0
     assert json.loads((tmp_path / "again" / "eval.json").read_text()) == content
 
 
