@@ -11,14 +11,23 @@ import torch
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module")
-def ranking():
-    specification = importlib.util.spec_from_file_location("ranking", EXAMPLES / "ranking.py")
+def imported(name: str):
+    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
-    sys.modules["ranking"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
     yield module
-    del sys.modules["ranking"]
+    del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def ranking():
+    yield from imported("ranking")
+
+
+@pytest.fixture(scope="module")
+def plain_loop():
+    yield from imported("plain_loop")
 
 
 def test_ranker_learns_more_than_its_noisy_feedback_says(ranking):
@@ -52,3 +61,24 @@ def test_command_prints_quality_time_and_memory(ranking, capsys):
     shown = capsys.readouterr().out
     for words in ("39,800 ordered pairs", "before    Kendall", "after     Kendall", "pair_loss", "N x N expression"):
         assert words in shown
+
+
+def test_the_plain_loop_learns_its_pairs(plain_loop):
+    model = plain_loop.ToyLM()
+    ids, targets = plain_loop.make_pairs(count=3, length=10, prompt=4)
+    assert (targets == -100).sum() == 3 * 2 * 3 and torch.equal(ids[:, 0, :4], ids[:, 1, :4])
+    losses = plain_loop.train(model, ids, targets, steps=8)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < 0.3
+
+
+def test_the_plain_loop_has_the_gradient_of_the_logits(plain_loop):
+    model = plain_loop.ToyLM()
+    ids, targets = plain_loop.make_pairs(count=2, length=6, prompt=3)
+    ours = plain_loop.wk.sequence_logps(model(ids), model.head.weight, targets)
+    tokens = model.head(model(ids)).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    plain = torch.where(targets >= 0, tokens, 0.0).sum(-1)
+    torch.testing.assert_close(ours, plain)
+    for mine, other in zip(
+        *(torch.autograd.grad(x.square().sum(), model.parameters()) for x in (ours, plain)), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)

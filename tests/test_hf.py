@@ -28,11 +28,27 @@ SMALL = {
 }
 FAMILIES = {
     "Llama": {},
+    "Mistral": {"sliding_window": 4},
     "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 8},
     "Gemma2": {"head_dim": 8, "final_logit_softcapping": 4.0},
+    "Gemma3": {"head_dim": 8, "final_logit_softcapping": 4.0, "sliding_window": 4},
     "Cohere": {"logit_scale": 0.3},
+    "Cohere2": {"logit_scale": 0.3, "sliding_window": 4},
     "Granite": {"logits_scaling": 5.0},
+    "Phi": {},  # its head has a bias
+    "Phi3": {},
+    "Olmo": {},
+    "Olmo2": {},
     "GPT2": None,
+}
+CONFIGURATIONS = {"Gemma3": "Gemma3TextConfig"}
+TRANSFORMS = {
+    "Gemma2": LogitTransform(softcap=4.0),
+    "Gemma3": LogitTransform(softcap=4.0),
+    "Cohere": LogitTransform(scale=0.3),
+    "Cohere2": LogitTransform(scale=0.3),
+    "Granite": LogitTransform(scale=0.2),
 }
 
 
@@ -43,8 +59,11 @@ def build(family: str) -> nn.Module:
             vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4, bos_token_id=1, eos_token_id=2
         )
         return transformers.GPT2LMHeadModel(config)
-    config = getattr(transformers, f"{family}Config")(**SMALL, **FAMILIES[family])
-    return getattr(transformers, f"{family}ForCausalLM")(config)
+    config = getattr(transformers, CONFIGURATIONS.get(family, f"{family}Config"))(**SMALL, **FAMILIES[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    if getattr(model.lm_head, "bias", None) is not None:
+        nn.init.normal_(model.lm_head.bias)  # zeros would hide a bias that is left out
+    return model
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -96,11 +115,10 @@ def test_bfloat16_is_closer_to_the_truth_than_the_logits_are(model):
 
 
 def test_the_logit_transform_is_read_from_the_configuration():
-    found = {family: hf.hidden_and_head(build(family)).transform for family in FAMILIES}
-    assert found["Gemma2"] == LogitTransform(softcap=4.0)
-    assert found["Cohere"] == LogitTransform(scale=0.3)
-    assert found["Granite"] == LogitTransform(scale=0.2)
-    assert all(found[family].is_identity for family in ("Llama", "Qwen2", "GPT2"))
+    for family in FAMILIES:
+        parts = hf.hidden_and_head(build(family))
+        assert parts.transform == TRANSFORMS.get(family, LogitTransform()), family
+        assert (parts.bias is not None) == (family == "Phi"), family
 
 
 def test_temperature_divides_last():

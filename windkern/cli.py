@@ -78,6 +78,56 @@ def _losses(arguments: argparse.Namespace) -> int:
     return losses_report.run(arguments)
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="folder or hub id of a causal LM, or recorded:FILE (JSON lines)")
+    add("--base", required=True, metavar="NAME", help="what it is compared with, likewise")
+    add("--prompts", required=True, type=Path, metavar="FILE", help=".jsonl or text")
+    add(
+        "--judge",
+        required=True,
+        metavar="JUDGE",
+        help="vader, MODULE:FUNCTION, reward-model:NAME, pair-model:NAME or recorded:FILE",
+    )
+    add("--output-dir", type=Path, default=Path("eval"), help="picture and JSON go here (default: eval)")
+    add("--strength", type=float, metavar="X", help="of the Bradley-Terry link, per unit of reward (default: 1)")
+    add("--responses", type=int, metavar="N", help="of each of the two to each prompt (default: 2)")
+    add("--max-new-tokens", type=int, metavar="N", help="longest response (default: 128)")
+    add("--temperature", type=float, metavar="X", help="of both (default: 1)")
+    add("--system", metavar="TEXT", help="system message for chat templates (default: the template's own)")
+    add("--batch-size", type=int, metavar="N", help="sequences at a time (default: 64)")
+    add("--device", metavar="NAME", help="cpu or cuda (default: cpu)")
+    add("--dtype", help="bfloat16 (default), float32 or float16")
+    add("--seed", type=int, help="of the draws (default: 0)")
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from windkern import evaluation
+
+    return evaluation.run(arguments)
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what demo, eval or bandit wrote")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the picture goes here (default: beside RESULTS)")
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from windkern import plotting
+
+    return plotting.run(arguments)
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of tables")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from windkern import doctor
+
+    return doctor.run(arguments)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "demo": ("align a small real model on this machine, in minutes, and show what happens", _demo_arguments, _demo),
     "bandit": (
@@ -86,6 +136,9 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
         _bandit,
     ),
     "losses": ("list the losses, or show one with a picture of its value and slope", _losses_arguments, _losses),
+    "eval": ("win rate of a model against a base, by a judge, with error bars", _eval_arguments, _eval),
+    "plot": ("draw the picture of a results file again", _plot_arguments, _plot),
+    "doctor": ("which back ends run here, why others do not, and whether they are right", _doctor_arguments, _doctor),
 }
 
 

@@ -42,6 +42,7 @@ class CausalLM:
     weight: Tensor  # (V, H), the head's own parameter
     bias: Tensor | None  # (V,)
     transform: LogitTransform
+    decoder: nn.Module  # what `hidden` calls
 
     def at_temperature(self, temperature: float) -> CausalLM:
         """The same model with its logits divided by `temperature` last, as a tempered sampler draws from them."""
@@ -135,8 +136,8 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
             `model.config`.
 
     Returns:
-        CausalLM(hidden, weight, bias, transform); weight and bias are the model's own parameters, so gradients reach
-        them, and a tied embedding gets both of its gradients.
+        CausalLM(hidden, weight, bias, transform, decoder); weight and bias are the model's own parameters, so gradients
+        reach them, and a tied embedding gets both of its gradients.
 
     Raises:
         TypeError: `model` is no torch module.
@@ -160,7 +161,8 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
     base = _base_model(model)
     head = _head(base)
     transform = _transform(base.config)
-    parts = CausalLM(_hidden_states(_decoder(base, head)), head.weight, head.bias, transform)
+    decoder = _decoder(base, head)
+    parts = CausalLM(_hidden_states(decoder), head.weight, head.bias, transform, decoder)
     if _verdicts.get(base) != transform:
         _compare_with_logits(base, parts)
         _verdicts[base] = transform

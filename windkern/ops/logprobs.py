@@ -268,11 +268,12 @@ class _LogProbs(torch.autograd.Function):
         ctx.save_for_backward(targets, rows, bias, entropy, *saved, *blocks, *units)
         ctx.config, ctx.num_blocks = config, num_blocks
         ctx.set_materialize_grads(False)
-        return logps, lse, entropy
+        ctx.mark_non_differentiable(saved[0])
+        return logps, lse, entropy, saved[0]
 
     @staticmethod
     @differentiable_once("token_logps")
-    def backward(ctx, c_logp, c_lse, c_ent):
+    def backward(ctx, c_logp, c_lse, c_ent, _):
         config, n = Config(*ctx.config), ctx.num_blocks
         targets, rows, bias, entropy, stats, kept, offsets, *rest = ctx.saved_tensors
         hidden, weight, units = rest[:n], rest[n : 2 * n], rest[2 * n :]
@@ -289,8 +290,11 @@ class _LogProbs(torch.autograd.Function):
 
 def row_logps(
     inputs: Inputs, *, entropy: bool, memory_budget: int | None, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable logps, lse, entropy of the compacted rows, each (M,); entropy is empty unless asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differentiable logps, lse, entropy of the compacted rows, each (M,); entropy is empty unless asked for.
+
+    Last a constant (3, M or more): largest transformed logit, log of the sum relative to it, target's logit.
+    """
     grads = inputs.grads()
     rows = bounded_rows(inputs.num_rows)
     hidden_sizes = tuple(fixed_size(size) for size in inputs.hidden_sizes)
@@ -315,7 +319,7 @@ def row_logps(
     if gear == "scoring":
         return torch.ops.windkern.logprobs_fwd(
             inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *config
-        )[:3]
+        )[:4]
     return _LogProbs.apply(
         tuple(config), len(inputs.hidden), inputs.targets, inputs.rows, inputs.bias, *inputs.hidden, *inputs.weight
     )
@@ -392,5 +396,5 @@ def token_logps(
         num_scored=num_scored,
         backend=backend,
     )
-    logps, lse, ent = row_logps(inputs, entropy=entropy, memory_budget=memory_budget, deterministic=deterministic)
+    logps, lse, ent, _ = row_logps(inputs, entropy=entropy, memory_budget=memory_budget, deterministic=deterministic)
     return TokenLogps(inputs.scatter(logps), inputs.scatter(lse), inputs.scatter(ent) if entropy else None)

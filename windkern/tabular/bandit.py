@@ -254,7 +254,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = experiment(settings, advance)
     seconds = time.perf_counter() - began
     numbers, drawing = output / "bandit.json", output / "bandit.png"
-    content = {"settings": dataclasses.asdict(settings), "seconds": seconds, **result}
+    content = {"kind": "bandit", "settings": dataclasses.asdict(settings), "seconds": seconds, **result}
     numbers.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     picture.draw(drawing, content)
     console.print(final_table(result))

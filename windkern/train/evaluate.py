@@ -53,6 +53,7 @@ class Evaluation:
     win_rate: Estimate  # chance that a response of the policy beats one of the reference
     reward: Estimate | None  # of the policy's responses, where the judge has rewards
     kl: Estimate | None  # KL(policy || reference) of a whole response, nats
+    win_rates: tuple[float, ...] = ()  # of each prompt, means over its pairs of responses
 
 
 def compare(
@@ -83,8 +84,10 @@ def compare(
         )
     verdict = judge.judge(prompts, [[*ours, *theirs] for ours, theirs in zip(policy, reference, strict=True)])
     count = len(policy[0])
+    wins = verdict.prefs[:, :count, count:]
     return Evaluation(
-        win_rate=over_prompts(verdict.prefs[:, :count, count:]),
+        win_rate=over_prompts(wins),
         reward=None if verdict.rewards is None else over_prompts(verdict.rewards[:, :count]),
         kl=None if log_ratios is None else over_prompts(log_ratios),
+        win_rates=tuple(wins.double().flatten(1).mean(1).tolist()),
     )

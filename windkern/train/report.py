@@ -125,11 +125,12 @@ def print_completions(
     before: Sequence[Sequence[str]],
     after: Sequence[Sequence[str]],
     count: int,
+    labels: tuple[str, str] = ("before", "after "),
 ) -> None:
     """The first response to each of the first prompts, before and after; nothing is picked."""
     for prompt, old, new in list(zip(prompts, before, after, strict=True))[:count]:
         console.print(f"\n[bold]{escape(prompt)}[/bold]", highlight=False)
-        for label, style, text in (("before", "dim", old[0]), ("after ", "green", new[0])):
+        for label, style, text in zip(labels, ("dim", "green"), (old[0], new[0]), strict=True):
             lines = textwrap.wrap(" ".join(text.split()), max(40, console.width - 12)) or ["(nothing)"]
             body = escape(("\n" + " " * 10).join(lines))
             console.print(f"  [{style}]{label}  {body}[/{style}]", highlight=False)
@@ -144,10 +145,12 @@ def as_json(
     prompts: Sequence[str],
     before: Sequence[Sequence[str]],
     after: Sequence[Sequence[str]],
+    kind: str = "demo",
 ) -> None:
-    """Write everything a program may want to read back."""
+    """Write everything a program may want to read back; `windkern plot` knows by `kind` what it is."""
     low, high = final.win_rate.interval
     content = {
+        "kind": kind,
         "settings": settings,
         "final": {
             "win_rate": final.win_rate.mean,

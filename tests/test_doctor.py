@@ -1,0 +1,87 @@
+"""`windkern doctor`: what it finds, and that it sees a back end that is wrong."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import windkern as wk
+from windkern import backends, doctor
+from windkern.cli import main
+from windkern.kernels import torch_rows
+
+pytest.importorskip("rich")
+
+
+@pytest.fixture(autouse=True)
+def _without_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # slow, and tested elsewhere
+
+
+def test_the_tables_name_versions_devices_back_ends_and_errors(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert f"windkern {wk.__version__}" in shown and f"torch {torch.__version__}"[:9] in shown
+    assert "cpu: " in shown and "instruction sets" in shown and "bfloat16 products" in shown
+    assert "it runs on NVIDIA and AMD GPUs, not on cpu" in shown
+    rows = [line.split() for line in shown.splitlines() if line.split()[-1:] == ["ok"]]
+    assert {(row[1], row[2]) for row in rows} == {
+        (name, dtype) for name in wk.backends.available("cpu") for dtype in doctor.SHORT.values()
+    }
+    assert "wrong" not in shown
+
+
+def test_json_is_what_programs_read(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "doctor" and found["ok"] is True
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["devices"][0]["name"] == "cpu"
+    reasons = {(entry["name"], entry["device"]): entry["reason"] for entry in found["backends"]}
+    assert reasons["torch", "cpu"] is None and "GPUs" in reasons["triton", "cpu"]
+    assert all(0 < entry["error"] <= entry["allowed"] for entry in found["self_test"])
+    assert {entry["quantity"] for entry in found["self_test"]} == set(doctor.QUANTITIES)
+
+
+def test_the_instruction_set_is_the_one_in_use():
+    found = doctor.cpp_extension()
+    if not found["built"]:
+        assert found == {"built": False, "instruction_sets": [], "in_use": None, "bf16_products": False}
+    else:
+        assert found["in_use"] in found["instruction_sets"]
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_a_wrong_back_end_is_seen(part, monkeypatch, capsys):
+    name = {"forward": "slab_forward", "backward": "slab_backward"}[part]
+    right = getattr(torch_rows, name)
+
+    def wrong(z, *args, **options):
+        if part == "forward":
+            z[:, 3] += 0.5
+            return right(z, *args, **options)
+        out = right(z, *args, **options)
+        args[8].mul_(1.01)  # dz
+        return out
+
+    monkeypatch.setattr(torch_rows, name, wrong)
+    monkeypatch.setattr(backends, "BACKENDS", {"torch": backends.BACKENDS["torch"]})
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    bad = {entry["quantity"] for entry in found["self_test"] if not entry["ok"] and entry["dtype"] == "float32"}
+    assert not found["ok"] and bad == (set(doctor.QUANTITIES) if part == "forward" else {"dhidden", "dweight"})
+    assert main(["doctor"]) == 1
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_a_back_end_that_raises_is_a_finding(monkeypatch, capsys):
+    broken = dataclasses.replace(backends.BACKENDS["torch"], module="no_such_module")
+    monkeypatch.setattr(backends, "BACKENDS", {"torch": broken})
+    assert main(["doctor", "--json"]) == 1
+    messages = {entry["message"] for entry in json.loads(capsys.readouterr().out)["self_test"]}
+    assert messages == {"ModuleNotFoundError: No module named 'no_such_module'"}
+    assert main(["doctor"]) == 1
+    (check, *_) = doctor.check_backend("torch", "cpu", torch.float32)
+    assert not check.ok and check.error is None

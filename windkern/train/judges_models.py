@@ -1,0 +1,232 @@
+"""Judges made of classification models: a reward model, and a model that compares two responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from windkern._checks import check_count
+from windkern.train.judges import Verdict
+from windkern.train.models import require
+
+PreferenceFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
+TEMPLATE = "{prompt}\n\nResponse A:\n{first}\n\nResponse B:\n{second}\n\nWhich is better?"
+
+
+def load_classifier(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    """Return (model in eval mode, tokenizer) of a sequence classifier, from a folder or the hub.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+        OSError: the folder or the hub id cannot be read (transformers says why).
+    """
+    require("transformers")
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+class Classifier:
+    """Logits of a sequence classifier for many texts, some at a time, longest together.
+
+    Args:
+        model: any AutoModelForSequenceClassification; it is used in the mode it is in.
+        tokenizer: its tokenizer.
+        batch_size: texts at a time; 1 is used where the model's configuration names no padding token, since such a
+            model cannot tell where a padded text ends.
+        max_length: longer texts are cut, on the side the tokenizer's `truncation_side` names; None takes them whole.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, *, batch_size: int = 16, max_length: int | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        padded = tokenizer.pad_token_id is not None and model.config.pad_token_id is not None
+        self.batch_size = check_count("batch_size", batch_size, least=1) if padded else 1
+        self.max_length = None if max_length is None else check_count("max_length", max_length, least=1)
+
+    @property
+    def num_labels(self) -> int:
+        return self.model.config.num_labels
+
+    def encode(self, text: str, second: str | None = None, *, special: bool = True) -> dict[str, list[int]]:
+        """Model inputs of a text or of a pair of texts."""
+        cut = self.max_length is not None
+        encoded = self.tokenizer(
+            text, second, add_special_tokens=special, truncation=cut, max_length=self.max_length if cut else None
+        )
+        return dict(encoded)
+
+    def __call__(self, encoded: Sequence[dict[str, list[int]]]) -> Tensor:
+        """(S, labels) float32 logits, on the CPU."""
+        order = sorted(range(len(encoded)), key=lambda k: len(encoded[k]["input_ids"]))
+        logits = torch.empty(len(encoded), self.num_labels)
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            logits[chosen] = self._batch([encoded[k] for k in chosen])
+        return logits
+
+    @torch.no_grad()
+    def _batch(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        if len(rows) == 1:
+            batch = {name: torch.tensor([ids]) for name, ids in rows[0].items()}
+        else:
+            batch = self.tokenizer.pad(rows, return_tensors="pt")
+        return self.model(**{name: ids.to(self.model.device) for name, ids in batch.items()}).logits.float().cpu()
+
+
+class ModelReward:
+    """A reward function made of a reward model, for `RewardJudge(ModelReward(...), strength=1.0)`.
+
+        reward = logit of the one label, or of `label` where there are several
+
+    With a chat template prompt and response are a user's and an assistant's turn; without one they are a pair of texts,
+    as the tokenizer joins pairs. A model trained with the Bradley-Terry likelihood has strength 1.
+
+    Args:
+        model, tokenizer, batch_size, max_length: see `Classifier`.
+        label: index of the logit that is the reward; needed where the model has more than one.
+
+    Raises:
+        ValueError: the model has several labels and `label` is None, or it has no such label.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        label: int | None = None,
+        batch_size: int = 16,
+        max_length: int | None = None,
+    ):
+        self.classifier = Classifier(model, tokenizer, batch_size=batch_size, max_length=max_length)
+        labels = self.classifier.num_labels
+        if label is None and labels != 1:
+            names = [model.config.id2label[k] for k in range(labels)]
+            raise ValueError(f"label must say which of the model's {labels} labels {names} is the reward")
+        self.label = check_count("label", label or 0)
+        if self.label >= labels:
+            raise ValueError(f"label must be below the model's {labels} labels, got {label}")
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        tokenizer, encode = self.classifier.tokenizer, self.classifier.encode
+        if tokenizer.chat_template is None:
+            encoded = [encode(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+        else:
+            turns = (
+                [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+                for prompt, text in zip(prompts, responses, strict=True)
+            )
+            # Reason: the template has put the special tokens in.
+            encoded = [encode(tokenizer.apply_chat_template(turn, tokenize=False), special=False) for turn in turns]
+        return self.classifier(encoded)[:, self.label].tolist()
+
+
+class ModelPreference:
+    """A preference function made of a cross-encoder that reads a prompt and two responses, for `PairJudge`.
+
+        P(first beats second) = sigmoid(logit)            one label
+        P(first beats second) = softmax(logits)[label]    several
+
+    Args:
+        model, tokenizer, batch_size, max_length: see `Classifier`.
+        template: text with {prompt}, {first} and {second}.
+        label: index of the label that says the first is better.
+
+    Raises:
+        ValueError: the template lacks a field, or the model has no such label.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        template: str = TEMPLATE,
+        label: int = 0,
+        batch_size: int = 16,
+        max_length: int | None = None,
+    ):
+        self.classifier = Classifier(model, tokenizer, batch_size=batch_size, max_length=max_length)
+        if missing := [name for name in ("prompt", "first", "second") if "{" + name + "}" not in template]:
+            raise ValueError(f"template must hold {{prompt}}, {{first}} and {{second}}, got none of {missing}")
+        self.template = template
+        self.label = check_count("label", label)
+        if self.label >= self.classifier.num_labels:
+            raise ValueError(f"label must be below the model's {self.classifier.num_labels} labels, got {label}")
+
+    def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
+        texts = [self._fill(*entry) for entry in zip(prompts, firsts, seconds, strict=True)]
+        logits = self.classifier([self.classifier.encode(text) for text in texts])
+        one = self.classifier.num_labels == 1
+        return (logits[:, 0].sigmoid() if one else logits.softmax(-1)[:, self.label]).tolist()
+
+    def _fill(self, prompt: str, first: str, second: str) -> str:
+        """Reason: str.format would read braces in the texts' own places again."""
+        parts = {"{prompt}": prompt, "{first}": first, "{second}": second}
+        return "".join(parts.get(piece, piece) for piece in _pieces(self.template, parts))
+
+
+def _pieces(template: str, fields: Sequence[str]) -> Iterator[str]:
+    """The template cut at its fields."""
+    while template:
+        found = [(template.index(name), name) for name in fields if name in template]
+        if not found:
+            yield template
+            return
+        place, name = min(found)
+        yield template[:place]
+        yield name
+        template = template[place + len(name) :]
+
+
+class PairJudge:
+    """A judge made of a function that compares two responses, asked in both orders.
+
+        P <- (P + 1 - P^T) / 2,    P_ii = 1/2
+
+    so that a preference for the first place, which such models have, cancels and prefs + prefs^T = 1.
+
+    Args:
+        prefer: called as prefer(prompts, firsts, seconds) on three lists of strings; returns for each the chance in
+            [0, 1] that the first beats the second. It is called once, with all N (N - 1) ordered pairs of every prompt.
+        name: for reports.
+
+    Raises:
+        ValueError: when judging, the function returned another number of values, or one outside [0, 1].
+
+    Example:
+        >>> judge = PairJudge(lambda prompts, firsts, seconds: [0.8] * len(firsts), name="prefers the first place")
+        >>> judge.judge(["hi"], [["a", "b"]]).prefs.tolist()
+        [[[0.5, 0.5], [0.5, 0.5]]]
+    """
+
+    def __init__(self, prefer: PreferenceFunction, *, name: str | None = None):
+        self.prefer = prefer
+        self.name = name or getattr(prefer, "__name__", type(prefer).__name__)
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
+        count = len(responses[0])
+        pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+        asked = [
+            (prompt, group[i], group[j]) for prompt, group in zip(prompts, responses, strict=True) for i, j in pairs
+        ]
+        values = torch.as_tensor(list(self.prefer(*map(list, zip(*asked, strict=True)))), dtype=torch.float64)
+        if values.shape != (len(asked),):
+            raise ValueError(
+                f"preference {self.name!r} must return one number for each of {len(asked)} ordered pairs, "
+                f"got shape {tuple(values.shape)}"
+            )
+        if not bool(((values >= 0) & (values <= 1)).all()):
+            bad = int((~((values >= 0) & (values <= 1))).nonzero()[0])
+            raise ValueError(f"preference {self.name!r} must return chances in [0, 1], got {float(values[bad])}")
+        raw = torch.full((len(prompts), count, count), 0.5, dtype=torch.float64)
+        rows, columns = (list(each) for each in zip(*pairs, strict=True))
+        raw[:, rows, columns] = values.view(len(prompts), len(pairs))
+        return Verdict(((raw + 1 - raw.mT) / 2).float(), None)

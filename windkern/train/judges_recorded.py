@@ -1,0 +1,110 @@
+"""A judge that looks up what somebody has judged before, and the judge a command line names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from windkern._checks import check_number
+from windkern.train.judges import Judge, RewardJudge, Verdict, bradley_terry, load_function, vader_judge
+from windkern.train.judges_models import ModelPreference, ModelReward, PairJudge, load_classifier
+from windkern.train.records import load_records
+
+
+class RecordedJudge:
+    """A judge made of recorded preferences, or of recorded rewards and the Bradley-Terry link.
+
+        P_ij = prefs[i][j],    else    P_ij = sigmoid(strength * (r_i - r_j))
+
+    Responses are found by their text, with the space around it taken off; an answer that was never judged is an error,
+    not a tie.
+
+    Args:
+        path: JSON lines, see `windkern.train.records.load_records`; all lines with "prefs", or all with "rewards".
+        strength: of the link for rewards, per unit of reward; positive.
+
+    Raises:
+        FileNotFoundError, ValueError: the file does not exist or a line is wrong; some lines have neither prefs nor
+            rewards, or not the same as the others; when judging, a response or a pair is not in the file.
+    """
+
+    def __init__(self, path: str | Path, *, strength: float = 1.0):
+        self.name = f"recorded in {Path(path).name}"
+        self.strength = check_number("strength", strength, above=0)
+        records = load_records(path)
+        self.has_prefs = all(record.prefs is not None for record in records)
+        if not self.has_prefs and any(record.rewards is None for record in records):
+            raise ValueError(f'{path}: every line must have "prefs", or every line "rewards"')
+        self._rewards: dict[tuple[str, str], float] = {}
+        self._prefs: dict[tuple[str, str, str], float] = {}
+        for record in records:
+            if self.has_prefs:
+                for i, row in enumerate(record.prefs):
+                    for j, chance in enumerate(row):
+                        self._prefs[record.prompt, record.responses[i], record.responses[j]] = chance
+            else:
+                self._rewards |= {
+                    (record.prompt, text): reward for text, reward in zip(record.responses, record.rewards, strict=True)
+                }
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
+        asked = [
+            (prompt.strip(), [text.strip() for text in group]) for prompt, group in zip(prompts, responses, strict=True)
+        ]
+        if self.has_prefs:
+            prefs = [
+                [[0.5 if a == b else self._found(self._prefs, prompt, a, b) for b in group] for a in group]
+                for prompt, group in asked
+            ]
+            return Verdict(torch.tensor(prefs, dtype=torch.float32), None)
+        rewards = [[self._found(self._rewards, prompt, text) for text in group] for prompt, group in asked]
+        values = torch.tensor(rewards, dtype=torch.float32)
+        return Verdict(bradley_terry(values, self.strength), values)
+
+    def _found(self, table: dict, *key: str) -> float:
+        if key not in table:
+            prompt, *texts = key
+            what = "was not judged" if len(texts) == 1 else "were not compared"
+            raise ValueError(f"{self.name}: {' and '.join(map(repr, texts))} to {prompt!r} {what}")
+        return table[key]
+
+
+def load_judge(specification: str, *, strength: float = 1.0, device: str = "cpu") -> Judge:
+    """Return the judge a command line names.
+
+        vader                      positive sentiment without repetition
+        module:function            reward(prompts, responses) -> numbers
+        reward-model:NAME          a sequence classifier with one label, folder or hub id
+        pair-model:NAME            a cross-encoder of (prompt, first, second), folder or hub id
+        recorded:FILE              scores or preferences in JSON lines
+
+    Args:
+        specification: one of the above.
+        strength: of the Bradley-Terry link for rewards, per unit of reward.
+        device: of models.
+
+    Raises:
+        ValueError: it is none of these, or what it names cannot be loaded; the message says which.
+        OSError: a model cannot be read.
+
+    Example:
+        >>> load_judge("math:sqrt").name
+        'math:sqrt'
+    """
+    kind, _, name = specification.partition(":")
+    if specification == "vader":
+        return vader_judge(strength)
+    if not name:
+        raise ValueError(
+            "judge must be vader, module:function, reward-model:NAME, pair-model:NAME or recorded:FILE, "
+            f"got {specification!r}"
+        )
+    if kind == "reward-model":
+        return RewardJudge(ModelReward(*load_classifier(name, device=device)), strength=strength, name=name)
+    if kind == "pair-model":
+        return PairJudge(ModelPreference(*load_classifier(name, device=device)), name=name)
+    if kind == "recorded":
+        return RecordedJudge(name, strength=strength)
+    return RewardJudge(load_function(specification), strength=strength, name=specification)

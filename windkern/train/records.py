@@ -1,0 +1,106 @@
+"""Responses somebody recorded, with their scores or preferences where there are any, from JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_SUM_TOLERANCE = 1e-3  # of prefs[i][j] + prefs[j][i] = 1, for files with rounded numbers
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One line: a prompt and N responses to it."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    rewards: tuple[float, ...] | None = None  # N
+    prefs: tuple[tuple[float, ...], ...] | None = None  # N x N, chance that response i beats response j
+
+
+def _strings(value: object, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
+        raise ValueError(f'"{name}" must be a list of one string or more')
+    return tuple(value)
+
+
+def _numbers(value: object, name: str, count: int) -> tuple[float, ...]:
+    fits = isinstance(value, list) and len(value) == count
+    if not fits or not all(
+        isinstance(each, (int, float)) and not isinstance(each, bool) and math.isfinite(each) for each in value
+    ):
+        raise ValueError(f'"{name}" must be a list of {count} finite numbers, one for each response')
+    return tuple(float(each) for each in value)
+
+
+def _preferences(value: object, count: int) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(value, list) or len(value) != count:
+        raise ValueError(f'"prefs" must be a list of {count} lists, one for each response')
+    rows = tuple(_numbers(row, "prefs", count) for row in value)
+    for i, row in enumerate(rows):
+        for j, chance in enumerate(row):
+            if not 0 <= chance <= 1 or abs(chance + rows[j][i] - 1) > _SUM_TOLERANCE:
+                raise ValueError(
+                    f'"prefs" must be chances with prefs[i][j] + prefs[j][i] = 1, got prefs[{i}][{j}] = {chance} and '
+                    f"prefs[{j}][{i}] = {rows[j][i]}"
+                )
+    return rows
+
+
+def _parse(line: str) -> Recorded:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError('expected an object with a string under "prompt"')
+    responses = _strings(entry.get("responses"), "responses")
+    count = len(responses)
+    rewards = None if entry.get("rewards") is None else _numbers(entry["rewards"], "rewards", count)
+    prefs = None if entry.get("prefs") is None else _preferences(entry["prefs"], count)
+    return Recorded(entry["prompt"].strip(), tuple(text.strip() for text in responses), rewards, prefs)
+
+
+def load_records(path: str | Path) -> list[Recorded]:
+    """Return the lines of a JSON-lines file of recorded responses.
+
+        {"prompt": "...", "responses": ["...", "..."], "rewards": [0.1, -2.0], "prefs": [[0.5, 0.9], [0.1, 0.5]]}
+
+    Args:
+        path: UTF-8 file. "rewards" and "prefs" are optional; other fields are not looked at; empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line is not such an object (the message names the line and what is wrong), or there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"file of recorded responses {path} does not exist")
+    found = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                found.append(_parse(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    if not found:
+        raise ValueError(f"{path} holds no recorded responses")
+    return found
+
+
+def save_records(path: Path, records: Sequence[Recorded]) -> None:
+    """Write what `load_records` reads."""
+    lines = []
+    for record in records:
+        entry: dict[str, object] = {"prompt": record.prompt, "responses": list(record.responses)}
+        if record.rewards is not None:
+            entry["rewards"] = list(record.rewards)
+        if record.prefs is not None:
+            entry["prefs"] = [list(row) for row in record.prefs]
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
