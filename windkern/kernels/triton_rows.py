@@ -39,6 +39,54 @@ COLUMN_SUM_ROWS = 1024  # rows that one program of the bias gradient sums
 
 
 @triton.jit
+def look_at_row(
+    z_ptr,
+    bias_ptr,
+    targets_ptr,
+    entropy_ptr,
+    row,
+    width,
+    start,
+    slope,
+    cap_in,
+    cap_out,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One read of a row of the slab: exp(y - maximum), the gaps in it, its statistics, and its target.
+
+    Hazard: what is written later may be the slab. Remedy: the target is read before the reductions, whose barriers
+    come before any store.
+    """
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    z_row = z_ptr + row * width
+    column = (tl.load(targets_ptr + row) - start).to(tl.int32)
+    has_target = (column >= 0) & (column < width)
+    target = tl.load(z_row + column, mask=has_target, other=0.0)
+    z = tl.load(z_row + columns, mask=inside, other=0.0)
+    bias, target_bias = z, target
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
+        target_bias = tl.load(bias_ptr + column, mask=has_target, other=0.0)
+    y = transform_logit(z, bias, slope, cap_in, cap_out, HAS_BIAS, CAPPED)
+    y = tl.where(inside, y, float("-inf"))
+    target = transform_logit(target, target_bias, slope, cap_in, cap_out, HAS_BIAS, CAPPED)
+    part_max = tl.max(y, 0)
+    gap = y - finite(part_max)
+    e = tl.exp(gap)
+    part_sum = tl.sum(e, 0)
+    part_entropy = part_sum * 0.0
+    run_entropy = part_entropy
+    if ENTROPY:
+        part_entropy = tl.sum(tl.where(e > 0.0, e * gap, 0.0), 0)
+        run_entropy = tl.load(entropy_ptr + row)
+    return e, gap, part_max, part_sum, part_entropy, run_entropy, target, column, has_target
+
+
+@triton.jit
 def forward_rows(
     z_ptr,  # (M, W) logits
     bias_ptr,  # (W,)
@@ -65,30 +113,25 @@ def forward_rows(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    z_row = z_ptr + row * width
-    column = (tl.load(targets_ptr + row) - start).to(tl.int32)
-    has_target = (column >= 0) & (column < width)
-    target = tl.load(z_row + column, mask=has_target, other=0.0)
-    z = tl.load(z_row + columns, mask=inside, other=0.0)
-    bias, target_bias = z, target
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
-        target_bias = tl.load(bias_ptr + column, mask=has_target, other=0.0)
-    y = transform_logit(z, bias, slope, cap_in, cap_out, HAS_BIAS, CAPPED)
-    y = tl.where(inside, y, float("-inf"))
-    part_max = tl.max(y, 0)
-    gap = y - finite(part_max)
-    e = tl.exp(gap)
-    part_sum = tl.sum(e, 0)
-    part_entropy = part_sum * 0.0
-    run_entropy = part_entropy
-    if ENTROPY:
-        part_entropy = tl.sum(tl.where(e > 0.0, e * gap, 0.0), 0)
-        run_entropy = tl.load(entropy_ptr + row)
+    e, _gap, part_max, part_sum, part_entropy, run_entropy, target, _column, has_target = look_at_row(
+        z_ptr,
+        bias_ptr,
+        targets_ptr,
+        entropy_ptr,
+        row,
+        width,
+        start,
+        slope,
+        cap_in,
+        cap_out,
+        HAS_BIAS,
+        CAPPED,
+        ENTROPY,
+        BLOCK,
+    )
     new_max, new_sum, new_entropy, _, _ = merge(
         tl.load(max_ptr + row), tl.load(sum_ptr + row), run_entropy, part_max, part_sum, part_entropy
     )
-    target = transform_logit(target, target_bias, slope, cap_in, cap_out, HAS_BIAS, CAPPED)
     tl.store(target_ptr + row, target, mask=has_target)
     tl.store(max_ptr + row, new_max)
     tl.store(sum_ptr + row, new_sum)
@@ -126,27 +169,22 @@ def unit_rows(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    z_row = z_ptr + row * width
-    column = (tl.load(targets_ptr + row) - start).to(tl.int32)
-    has_target = (column >= 0) & (column < width)
-    # Hazard: unit may be the slab. Remedy: the target is read before the reductions, whose barriers come before stores.
-    target = tl.load(z_row + column, mask=has_target, other=0.0)
-    z = tl.load(z_row + columns, mask=inside, other=0.0)
-    bias, target_bias = z, target
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
-        target_bias = tl.load(bias_ptr + column, mask=has_target, other=0.0)
-    y = transform_logit(z, bias, slope, cap_in, cap_out, HAS_BIAS, CAPPED)
-    y = tl.where(inside, y, float("-inf"))
-    part_max = tl.max(y, 0)
-    gap = y - finite(part_max)
-    e = tl.exp(gap)
-    part_sum = tl.sum(e, 0)
-    part_entropy = part_sum * 0.0
-    run_entropy = part_entropy
-    if ENTROPY:
-        part_entropy = tl.sum(tl.where(e > 0.0, e * gap, 0.0), 0)
-        run_entropy = tl.load(entropy_ptr + row)
+    e, gap, part_max, part_sum, part_entropy, run_entropy, target, column, has_target = look_at_row(
+        z_ptr,
+        bias_ptr,
+        targets_ptr,
+        entropy_ptr,
+        row,
+        width,
+        start,
+        slope,
+        cap_in,
+        cap_out,
+        HAS_BIAS,
+        CAPPED,
+        ENTROPY,
+        BLOCK,
+    )
     run_max = tl.load(max_ptr + row)
     new_max, new_sum, new_entropy, old_factor, part_factor = merge(
         run_max, tl.load(sum_ptr + row), run_entropy, part_max, part_sum, part_entropy
@@ -165,7 +203,6 @@ def unit_rows(
         tl.store(logged_ptr + row * width + columns, logged.to(logged_ptr.dtype.element_ty), mask=inside)
         tl.store(step_ptr + row, tl.where(run_max == float("-inf"), 0.0, run_max - shift))
         tl.store(entropy_ptr + row, new_entropy)
-    target = transform_logit(target, target_bias, slope, cap_in, cap_out, HAS_BIAS, CAPPED)
     tl.store(target_ptr + row, target, mask=has_target)
     tl.store(rescale_ptr + row, old_factor)
     tl.store(max_ptr + row, new_max)
