@@ -1,6 +1,6 @@
 """Everything a machine with a GPU is wanted for, in one command and a fixed time: what `make gpu` runs.
 
-    python -m benchmarks.gpu [--out out] [--minutes 9] [--steps build,tests,bandwidth,tune,kernels,step,speed]
+    python -m benchmarks.gpu [--out out] [--minutes 9] [--steps build,tests,bandwidth,pairs,tune,kernels,step,speed]
 
 Needs torch, Triton, pytest and nvcc, no network. Each step logs to OUT/STEP.log and may take the time that is left;
 the rows of `speed` come in the order of their importance, and rows that a results file of this GPU in
@@ -21,9 +21,18 @@ import torch
 
 from benchmarks import record
 
-STEPS = ("build", "tests", "bandwidth", "tune", "kernels", "step", "speed")
+STEPS = ("build", "tests", "bandwidth", "pairs", "tune", "kernels", "step", "speed")
 # Share of the whole time a step may take at the most; `speed` takes what is left.
-SHARES = {"build": 0.3, "tests": 0.45, "bandwidth": 0.2, "tune": 0.25, "kernels": 0.1, "step": 0.2, "speed": 1.0}
+SHARES = {
+    "build": 0.3,
+    "tests": 0.45,
+    "bandwidth": 0.2,
+    "pairs": 0.1,
+    "tune": 0.25,
+    "kernels": 0.1,
+    "step": 0.2,
+    "speed": 1.0,
+}
 LEAST_SECONDS = 20
 TAIL = 25
 
@@ -35,6 +44,10 @@ def commands(out: Path, minutes: dict[str, float]) -> dict[str, list[str]]:
         "build": [python, "setup.py", "-q", "build_ext", "--inplace"],
         "tests": [python, "-m", "pytest", "-m", "gpu", *map(str, sorted(Path("tests").glob("test_gpu*.py")))],
         "bandwidth": [python, "-m", "benchmarks.bandwidth", "--out", str(out)],
+        "pairs": [
+            *(python, "-m", "benchmarks.pairs", "--device", "cuda", "--out", str(out / "pairs.json")),
+            *("--picture", str(out / "pairs.png")),
+        ],
         "tune": [
             python,
             "-m",

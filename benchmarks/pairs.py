@@ -1,6 +1,6 @@
 """Pair losses over N: `windkern.pair_loss` beside the N x N expression in the same process, time and peak memory.
 
-python -m benchmarks.pairs            # JSON into benchmarks/results/, picture into docs/img/pairs.png
+python -m benchmarks.pairs [--device cuda]      # JSON into benchmarks/results/, picture into docs/img/pairs.png
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from benchmarks import record, timing
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
 LARGEST_MATRIX = 8192  # N x N float32 of a larger group, with autograd's copies, would take over 6 GiB
 PICTURE = record.ROOT / "docs" / "img" / "pairs.png"
-COLOURS = {"n x n": "#b0533b", "torch": "#7f9fb8", "cpp": "#1f5f8b"}
+COLOURS = {"n x n": "#b0533b", "torch": "#7f9fb8", "cpp": "#1f5f8b", "triton": "#5b2a9d", "cuda": "#d9480f"}
 
 
-def make_group(n: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(n)
-    scores = torch.randn(1, n, generator=generator).requires_grad_()
-    return scores, torch.randn(1, n, generator=generator)
+def make_group(n: int, device: str) -> tuple[Tensor, Tensor]:
+    made = {"generator": torch.Generator(device).manual_seed(n), "device": device}
+    scores = torch.randn(1, n, **made).requires_grad_()
+    return scores, torch.randn(1, n, **made)
 
 
 def matrix_step(scores: Tensor, rewards: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -48,27 +48,27 @@ def fused_step(backend: str) -> Callable:
     return build
 
 
-def steps_of(n: int) -> dict[str, Callable]:
-    scores, rewards = make_group(n)
+def steps_of(n: int, device: str) -> dict[str, Callable]:
+    scores, rewards = make_group(n, device)
     builders = {"n x n": matrix_step} if n <= LARGEST_MATRIX else {}
-    builders |= {name: fused_step(name) for name in wk.backends.available("cpu")}
+    builders |= {name: fused_step(name) for name in wk.backends.available(device)}
     return {name: build(scores, rewards) for name, build in builders.items()}
 
 
-def run_size(n: int, samples: int, results: record.Results) -> None:
-    steps = steps_of(n)
-    scores, rewards = make_group(n)
+def run_size(n: int, samples: int, results: record.Results, device: str = "cpu") -> None:
+    steps = steps_of(n, device)
+    scores, rewards = make_group(n, device)
     exact = None
     if n <= LARGEST_MATRIX // 4:
         exact = float(wk.reference.pair_loss(scores.detach().double(), rewards=rewards.double(), loss="logistic"))
     peaks = {}
     for name, step in steps.items():
         step()
-        measured = timing.measure(step)
+        measured = timing.measure(step, device)
         peaks[name], value = measured.peak_bytes, float(measured.result[0])
         if exact is not None and abs(value - exact) > 1e-4 * abs(exact):
             raise RuntimeError(f"{name} at N = {n} gave {value}, exact {exact}")
-    timings = timing.interleave(steps, dict.fromkeys(steps, samples))
+    timings = timing.interleave(steps, dict.fromkeys(steps, samples), device=device)
     for name in steps:
         summary = timing.summary(timings[name])
         row = {
@@ -79,7 +79,7 @@ def run_size(n: int, samples: int, results: record.Results) -> None:
             "n": n,
             "peak_bytes": peaks[name],
             **summary,
-            "reproduce": f"python -m benchmarks.pairs --sizes {n}",
+            "reproduce": f"python -m benchmarks.pairs --device {device} --sizes {n}",
         }
         results.put(row)
         print(
@@ -89,6 +89,10 @@ def run_size(n: int, samples: int, results: record.Results) -> None:
     results.save()
 
 
+def _label(name: str) -> str:
+    return "N x N expression" if name == "n x n" else f"pair_loss, {name}"
+
+
 def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -96,13 +100,12 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    labels = {"n x n": "N x N expression", "torch": "pair_loss, torch", "cpp": "pair_loss, cpp"}
     for name, colour in COLOURS.items():
         mine = sorted((row for row in rows if row["provider"] == name), key=lambda row: row["n"])
         if not mine:
             continue
         sizes = [row["n"] for row in mine]
-        axes[0].plot(sizes, [1e3 * row["median_s"] for row in mine], "o-", color=colour, label=labels[name], ms=4)
+        axes[0].plot(sizes, [1e3 * row["median_s"] for row in mine], "o-", color=colour, label=_label(name), ms=4)
         axes[1].plot(sizes, [max(row["peak_bytes"], 1 << 16) / 2**20 for row in mine], "o-", color=colour, ms=4)
     for axis, title in zip(axes, ("value and gradient, ms", "peak memory, MiB"), strict=True):
         axis.set_xscale("log", base=2)
@@ -118,15 +121,19 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args(arguments)
-    path = options.out or record.default_path("pairs")
-    results = record.Results(path, "pairs", {"samples": options.samples}, append=True)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can use, and there is none")
+    path = options.out or record.default_path("pairs", options.device)
+    kind = "pairs" if options.device == "cpu" else "pairs-gpu"
+    results = record.Results(path, kind, {"samples": options.samples}, append=True, device=options.device)
     for n in options.sizes:
-        run_size(n, options.samples, results)
+        run_size(n, options.samples, results, options.device)
     plot(results.data["rows"], options.picture)
     return 0
 
