@@ -60,7 +60,7 @@ aot-all: $(STAMP)
 	  "$$($(OLD_TRITON)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	$(OLD_TRITON)/bin/python -m benchmarks.aot
 
-## gpu     on a machine with a GPU, torch and nvcc: build, test, tune, profile, measure beside every peer, into $$OUT
+## gpu     on a machine with a GPU, torch and nvcc: build, test, tune, profile, measure beside every peer, into OUT (default: out)
 OUT ?= out
 MINUTES ?= 9
 gpu:

@@ -45,6 +45,9 @@ class Curve:
     slopes: list[float]  # of the value in the log-prob that moves
 
 
+WIDE = 120  # columns of a terminal that all columns of the table need
+
+
 def _start(loss: Loss) -> Tensor:
     """(1, N) or (1, N, 1): log-probs at the start, where all policies agree."""
     sizes = [size if isinstance(size, int) else {"B": 1, "N": GROUP, "T": 1}[size] for size in loss.shape]
@@ -178,12 +181,20 @@ def print_table(console) -> None:
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), row_styles=["", "dim"])
     table.add_column("name", no_wrap=True, style="bold")
-    for name, ratio in (("formula of a group", 5), ("inputs", 3), ("source", 3), ("separable", None), ("when", 4)):
+    columns = [("formula of a group", 5), ("inputs", 3), ("source", 3), ("separable", None), ("when", 4)]
+    if console.width < WIDE:  # words would break: the rest is in `windkern losses NAME`
+        columns = [column for column in columns if column[0] in ("formula of a group", "when")]
+    for name, ratio in columns:
         table.add_column(name, ratio=ratio, overflow="fold")
     for loss in LOSSES.values():
-        separable = "yes" if loss.separable else "no"
-        cells = (loss.name, loss.formula, " ".join(loss.inputs), loss.source, separable, loss.when)
-        table.add_row(*map(escape, cells))
+        cells = {
+            "formula of a group": loss.formula,
+            "inputs": " ".join(loss.inputs),
+            "source": loss.source,
+            "separable": "yes" if loss.separable else "no",
+            "when": loss.when,
+        }
+        table.add_row(escape(loss.name), *(escape(cells[name]) for name, _ in columns))
     console.print(table)
     console.print(
         "l policy, o sampler, r reference (log-probs); w win rate, R reward. Separable losses work inside fused_loss. "
