@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from windkern.kernels import triton_pairs, triton_rows, triton_tile, tuned
+from windkern.kernels import triton_backward, triton_pairs, triton_rows, triton_tile, tuned
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -103,10 +103,10 @@ def cases(target: str) -> Iterator[Case]:
                 )
                 pointers = {**low, "src_ptr": "bf16" if kept else "fp32"}
                 name = f"backward_rows[{block},{label},{'kept' if kept else 'logits'}]"
-                yield Case(name, triton_rows.backward_rows, pointers, constants, warps)
+                yield Case(name, triton_backward.backward_rows, pointers, constants, warps)
     yield from _float64_cases(full)
-    constants = _flags(ROWS=triton_rows.COLUMN_SUM_ROWS, SCALED=True, BR=32, BC=128)
-    yield Case("column_sums", triton_rows.column_sums, low, constants, 4)
+    constants = _flags(ROWS=triton_backward.COLUMN_SUM_ROWS, SCALED=True, BR=32, BC=128)
+    yield Case("column_sums", triton_backward.column_sums, low, constants, 4)
     config = tuned.tile_config(target)
     sizes = _flags(BM=config.rows, BV=config.columns, BK=config.inner, GROUP=config.group, WIDEN=False)
     for described in (False, True):
@@ -141,14 +141,22 @@ def _float64_cases(full: dict[str, object]) -> Iterator[Case]:
     """float64 takes the transform as constants."""
     numbers = _flags(slope=1.5, cap_in=0.25, cap_out=4.0)
     wide = dict.fromkeys(
-        [name for name in triton_rows.backward_rows.arg_names + triton_rows.forward_rows.arg_names if "ptr" in name],
+        [
+            name
+            for name in triton_backward.backward_rows.arg_names + triton_rows.forward_rows.arg_names
+            if "ptr" in name
+        ],
         "fp64",
     ) | {"targets_ptr": "i64"}
     constants = {**numbers, **full, "KEPT": True, "BLOCK": 1024}
     yield Case("forward_rows[1024,full,kept,fp64]", triton_rows.forward_rows, wide, constants, 4)
     flags = _flags(TILE=0, HAS_BIAS=True, CAPPED=True, HAS_LOGP=True, HAS_LSE=True, HAS_ENT=True, KEPT=False)
     yield Case(
-        "backward_rows[1024,full,logits,fp64]", triton_rows.backward_rows, wide, {**numbers, **flags, "BLOCK": 1024}, 4
+        "backward_rows[1024,full,logits,fp64]",
+        triton_backward.backward_rows,
+        wide,
+        {**numbers, **flags, "BLOCK": 1024},
+        4,
     )
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("a GPU runs the kernels themselves: tests/test_gpu.py", allow_module_level=True)
 
-from windkern.kernels import triton_maths, triton_pairs, triton_rows, triton_tile, tuned
+from windkern.kernels import triton_backward, triton_maths, triton_pairs, triton_rows, triton_tile, tuned
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
@@ -170,7 +171,7 @@ def test_fused_loss():
 @pytest.fixture
 def small_tiles(monkeypatch):
     config = tuned.Tile(rows=16, columns=64, inner=16, warps=4, stages=3, group=2)
-    for module in (triton_tile, triton_rows):
+    for module in (triton_tile, triton_backward):
         monkeypatch.setattr(module, "tile_config", lambda arch=None: config)
     monkeypatch.setattr(triton_tile, "tile_hidden", lambda arch=None: 1 << 20)
 
@@ -314,7 +315,9 @@ def test_one_minus_p_and_tanh_keep_their_digits(monkeypatch):
 
 # Planted faults -------------------------------------------------------------------------------------------------------
 
-ROWS, MATHS, TILE, PAIRS = (Path(module.__file__) for module in (triton_rows, triton_maths, triton_tile, triton_pairs))
+ROWS, BACKWARD, MATHS, TILE, PAIRS = (
+    Path(module.__file__) for module in (triton_rows, triton_backward, triton_maths, triton_tile, triton_pairs)
+)
 
 
 def broken(path, old, new, folder, monkeypatch):
@@ -331,18 +334,28 @@ def broken(path, old, new, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("path", "old", "new"),
     [
-        ('y = tl.where(inside, y, float("-inf"))', "y = y * 1.0"),
-        ("- start).to(tl.int32)", "- start + 1).to(tl.int32)"),
-        ("c_logp * one_minus_p(target_logp)", "c_logp * 0.0"),
-        ("tl.store(kept_ptr + row * width", "tl.store(kept_ptr + row"),
-        ("d * relative_slope(y, cap_out)", "d * 1.0"),
+        (ROWS, 'y = tl.where(inside, y, float("-inf"))', "y = y * 1.0"),
+        (ROWS, "- start).to(tl.int32)", "- start + 1).to(tl.int32)"),
+        (BACKWARD, "- start).to(tl.int32)", "- start + 1).to(tl.int32)"),
+        (BACKWARD, "c_logp * one_minus_p(target_logp)", "c_logp * 0.0"),
+        (ROWS, "tl.store(kept_ptr + row * width", "tl.store(kept_ptr + row"),
+        (BACKWARD, "d * relative_slope(y, cap_out)", "d * 1.0"),
     ],
-    ids=["dropped tail mask", "target off by one", "zero gradient", "rows on top of each other", "slope forgotten"],
+    ids=[
+        "tail mask",
+        "target forward",
+        "target backward",
+        "zero gradient",
+        "rows on top of each other",
+        "slope forgotten",
+    ],
 )
-def test_a_fault_in_the_row_kernels_is_seen(old, new, tmp_path, monkeypatch):
-    fault = broken(ROWS, old, new, tmp_path, monkeypatch)
+def test_a_fault_in_the_row_kernels_is_seen(path, old, new, tmp_path, monkeypatch):
+    module = broken(path, old, new, tmp_path, monkeypatch)
+    names = ("slab_forward", "slab_forward_unit", "slab_backward")
+    fault = SimpleNamespace(**{name: getattr(module, name, getattr(triton_rows, name)) for name in names})
     with pytest.raises(AssertionError):
         compare_rows(fault, torch.float32, TRANSFORMS["softcap"], True, True)
 
