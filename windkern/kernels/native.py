@@ -1,4 +1,4 @@
-"""What the C++ and the CUDA extension share on the Python side: codes of dtypes and names, pointers of tensors."""
+"""What the native back ends share on the Python side: codes of dtypes and names, pointers of tensors."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LINKS = {"bradley_terry": 0, "step": 1}
-PAIR_LOSSES = {"square": 0, "logistic": 1, "hinge": 2}
+from windkern.kernels.native import LINKS, PAIR_LOSSES
+
 TILE, WARPS = 32, 4  # rows and columns of pairs that a program looks at together
 _SEGMENT_BLOCK = 1024
 
