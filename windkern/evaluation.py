@@ -100,9 +100,9 @@ def load_side(name: str, settings: EvalSettings) -> Side:
 
 def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: str, advance: Callable[[int], None]):
     """Give the side its responses; `advance` is told how many prompts are done."""
-    from windkern.train.config import stream
     from windkern.train.records import load_records
     from windkern.train.sampler import TransformersSampler
+    from windkern.train.seeds import stream
 
     if side.model is None:
         path = side.name.removeprefix(RECORDED)

@@ -1,182 +1,285 @@
-"""What determines a run, what it reports, and who may watch it."""
+"""WindConfig: what determines a run, on top of transformers.TrainingArguments."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
 
 from windkern._checks import check_choice, check_count, check_number
-from windkern.losses import OBJECTIVES
+from windkern.losses import LOSSES, OBJECTIVES
+
+REFERENCES = ("model", "adapter", "precomputed")
+TRUNCATED = ("keep", "drop")
+FOCUS = ("uniform", "hardest")
+# Of losses whose step size or weight has no default of its own: what the demo uses, or what their papers' code does.
+LOSS_DEFAULTS: dict[str, dict[str, float]] = {
+    "wind": {"eta": 5.0, "beta": 0.05},
+    "sppo": {"eta": 4.0},
+    "inpo": {"eta": 0.25, "tau": 0.05},
+    "rebel": {"eta": 1.0},
+    "trajectory_balance": {"beta": 1.0},
+}
 
 
-@dataclass(frozen=True)
-class WindSettings:
-    """The numbers of a WIND run; with model, judge and prompts they determine it.
+def _field(default, help: str, **options):
+    return field(default=default, metadata={"help": help, **options})
 
-    Args:
-        iterations: outer iterations: sample, judge, fit.
-        prompts_per_iteration: training prompts answered in each; the training set is gone through in shuffled order.
-        num_responses: N, responses to each of them.
-        fit_responses: how many of the N are fitted: those with the highest and lowest win rates against all N; None
-            fits all. A response costs less to sample than to fit, and the extremes say most about where to go.
-        eta: step size of the update. Below, c = eta / (1 + eta * beta) nats separate a certain winner from a certain
-            loser after a perfect fit.
-        beta: weight of the KL to the reference.
-        objective: of `windkern.losses.wind`.
-        learning_rate: of AdamW at the first step; it falls linearly to `final_learning_rate` times this at the last.
-        final_learning_rate: share of the learning rate left at the end of the run.
-        momentum: beta_1 of AdamW, which starts anew in each iteration. With 0.9 and four steps, the first step's
-            gradient moves the weights seven times as far as the last one's; with 0 all responses count alike.
-        epochs: passes over the responses of an iteration.
-        prompts_per_step: whose responses make up one optimizer step.
-        prompts_per_pass: whose responses go through the model at once; gradients of passes add up to a step.
-        max_grad_norm: gradients are scaled down to this norm.
-        temperature: of the policy, in its samples and its log-probs alike.
-        eval_responses: of the policy to each held-out prompt, after each iteration.
-        final_responses: the same after the last iteration.
-        reference_responses: of the reference to each held-out prompt, drawn once.
-        seed: of all randomness.
+
+@dataclass
+class WindConfig(TrainingArguments):
+    """Settings of a `WindTrainer` run, in addition to those of `transformers.TrainingArguments`.
+
+    Of the inherited ones, `per_device_train_batch_size` and `per_device_eval_batch_size` count prompts: all responses
+    to a prompt go through the model together. An outer iteration samples and judges
+
+        prompts_per_iteration = steps_per_iteration * gradient_accumulation_steps * per_device_train_batch_size
+                                * processes / passes_per_iteration
+
+    prompts, and the run takes num_iterations * steps_per_iteration optimizer steps; one "epoch" in logs is one outer
+    iteration. `num_train_epochs` and `max_steps` follow from that and cannot be set. `save_strategy` and
+    `eval_strategy` "epoch" mean after each iteration. Every field's meaning, unit, range and the origin of its default
+    is in its help: `windkern train --fields`.
 
     Raises:
-        ValueError, TypeError: a field is out of range; the message names it.
+        ValueError, TypeError: a field is out of range, or fields contradict each other; the message names them.
+
+    Example:
+        >>> config = WindConfig(output_dir="run", num_iterations=2, steps_per_iteration=4, report_to="none")
+        >>> config.total_steps, round(config.step_scale, 3)
+        (8, 4.0)
     """
 
-    iterations: int = 6
-    prompts_per_iteration: int = 16
-    num_responses: int = 4
-    fit_responses: int | None = None
-    eta: float = 5.0
-    beta: float = 0.05
-    objective: str = "square"
-    learning_rate: float = 2e-5
-    final_learning_rate: float = 1.0
-    momentum: float = 0.9
-    epochs: int = 1
-    prompts_per_step: int = 4
-    prompts_per_pass: int = 4
-    max_grad_norm: float = 1.0
-    temperature: float = 1.0
-    eval_responses: int = 1
-    final_responses: int = 4
-    reference_responses: int = 4
-    seed: int = 0
+    loss: str = _field(
+        "wind",
+        "Loss that is fitted: a separable one of windkern.losses.LOSSES (`windkern losses`). Losses over pairs get the "
+        "best and the worst response of a group; spin a demonstration and a sample; bond one sample of the policy and "
+        "two of its moving average. Default: the paper this package implements.",
+    )
+    objective: str = _field(
+        "square",
+        "Objective of loss=wind: " + ", ".join(OBJECTIVES) + ". Default: the one with the paper's guarantee, centred "
+        "in the group, so that no partition function is needed.",
+    )
+    eta: float | None = _field(
+        None,
+        "Step size of the update, positive, per unit of win rate (of reward for rebel). After a perfect fit "
+        "c = eta / (1 + eta * beta) nats separate a certain winner from a certain loser. None: wind 5 (as in the "
+        "demo), sppo 4, rebel 1, inpo 0.25.",
+    )
+    beta: float | None = _field(
+        None,
+        "Weight of the KL to the reference (for losses with another beta, theirs), not negative. None: wind 0.05 (as "
+        "in the demo), trajectory_balance 1, else the loss's own default.",
+    )
+    loss_settings: dict | None = _field(
+        None, "Further keyword arguments of the loss by name, such as {tau: 0.1} for inpo. None: its defaults."
+    )
+    num_iterations: int = _field(
+        3, "Outer iterations: freeze the policy, sample, judge, fit. At least 1. Default: as SPPO's runs."
+    )
+    steps_per_iteration: int = _field(
+        32, "Optimizer steps in each outer iteration. At least 1. Default: ours, small enough to stay near the policy."
+    )
+    passes_per_iteration: int = _field(
+        1, "How often an iteration's responses are gone through; divides steps_per_iteration. Default: one, as SPPO."
+    )
+    num_responses: int | None = _field(
+        None, "Responses sampled to each prompt, at least 2. None: 5 as SPPO; spin needs 1 and bond 3."
+    )
+    fit_responses: int | None = _field(
+        None,
+        "How many of them are fitted: those with the highest and lowest win rates against all; at least 2. A response "
+        "costs less to sample than to fit, and the extremes say most about where to go. None: all.",
+    )
+    reset_optimizer: bool = _field(
+        False,
+        "Whether the optimizer forgets its moments at the start of each iteration, which is a regression of its own. "
+        "Default: no, as transformers.",
+    )
+    sampler: str = _field(
+        "transformers",
+        "Who samples: transformers (the policy's own generate), recorded:FILE (JSON lines), or http:URL (a server that "
+        "speaks the OpenAI protocol and serves the current policy). Default: what is always right.",
+    )
+    http_model: str | None = _field(None, "Name of the model on the server of sampler=http:URL. None: policy.")
+    temperature: float = _field(
+        1.0,
+        "Divides the logits, of samples and log-probs alike; positive. Default 1: the theory compares the policy as "
+        "it is.",
+    )
+    top_p: float = _field(
+        1.0,
+        "Samples come from the smallest set of tokens with this probability; in (0, 1]. Below 1 they are not samples "
+        "of the policy whose log-probs are fitted. Default 1: the theory needs it.",
+    )
+    max_new_tokens: int = _field(512, "Longest response, in tokens, end token included; at least 1. Default: ours.")
+    system: str | None = _field(None, "System message for the chat template. None: the template's own.")
+    sampling_batch_size: int = _field(
+        64, "Sequences generated, and judged, at a time on a device; what a kill can lose. Default: ours."
+    )
+    truncated: str = _field(
+        "keep",
+        "What happens to responses that met max_new_tokens: keep (scored as the prefixes they are) or drop (judged, "
+        "but not fitted). Default: keep, which is unbiased for a judge that reads what was written.",
+        choices=TRUNCATED,
+    )
+    judge: str | None = _field(
+        None,
+        "Who says which response wins: vader, MODULE:FUNCTION (prompts, responses -> numbers), reward-model:NAME, "
+        "pair-model:NAME or recorded:FILE. None: the judge given to the trainer.",
+    )
+    judge_strength: float = _field(
+        1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
+    )
+    reference: str = _field(
+        "model",
+        "Where log pi_ref comes from: model (a frozen second model), adapter (the policy without its LoRA adapter) or "
+        "precomputed (scored once, before the first step; needs sampler=recorded:FILE). Default: works for all.",
+        choices=REFERENCES,
+    )
+    focus: str = _field(
+        "uniform",
+        "Which prompts are answered and judged: uniform (all in turn) or hardest (those with the largest estimated "
+        "exploitability, arXiv 2502.08924). Default: uniform, the distribution that was asked for.",
+        choices=FOCUS,
+    )
+    focus_uniform_share: float = _field(
+        0.25, "Share of an iteration's prompts that focus=hardest draws uniformly, to measure on; in (0, 1]. Ours."
+    )
+    replay: bool = _field(
+        False, "Whether groups are also drawn from responses of earlier iterations (TBA); loss=trajectory_balance only."
+    )
+    replay_capacity: int = _field(100, "Newest responses kept for each prompt, at least num_responses. As TBA's code.")
+    replay_on_policy_prob: float = _field(
+        0.5, "Share of groups made of this iteration's responses; in [0, 1]. Default: TBA's for TL;DR."
+    )
+    replay_inverse_temperature: float = _field(
+        1.0, "Replayed responses are drawn with probability proportional to exp(this * reward); not negative. Ours."
+    )
+    anchor_rate: float = _field(
+        0.02, "Of the moving average of the weights in loss=bond: anchor += rate * (policy - anchor); in (0, 1]."
+    )
+    memory_budget: int | None = _field(
+        None, "Bytes a fused op may allocate beside outputs and gradients. None: 2 GiB on a GPU, 256 MiB on a CPU."
+    )
+    backend: str = _field("auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run.")
+    deterministic: bool = _field(
+        False, "Whether a row's log-prob must not depend on its neighbours to the last bit. Costs time; default no."
+    )
+    master_weights: bool = _field(
+        True,
+        "Whether trainable 16-bit weights get float32 copies that AdamW steps; 4 bytes a parameter more. Default yes: "
+        "a bfloat16 weight cannot take steps below 1/256 of itself.",
+    )
+    disable_dropout: bool = _field(
+        True, "Whether dropout is off in training. Default yes: policies must differ by their weights only."
+    )
+    eval_responses: int = _field(1, "Responses of the policy to each held-out prompt in an evaluation. Default: ours.")
+    reference_responses: int = _field(
+        2, "Responses of the reference to each held-out prompt, drawn once, to compare with. Default: ours."
+    )
+    overwrite: bool = _field(
+        False, "Whether a run that does not resume deletes an earlier run's checkpoints in output_dir. Default no."
+    )
+    # Inherited, with defaults that suit this trainer.
+    per_device_train_batch_size: int = _field(
+        1, "Prompts on a device at a time, each with all its fitted responses. Default 1: groups are large."
+    )
+    per_device_eval_batch_size: int = _field(4, "Held-out prompts scored on a device at a time. Default: ours.")
+    learning_rate: float = _field(5e-7, "Initial learning rate. Default: SPPO's for 8B models; LoRA wants 1e-5 or so.")
+    lr_scheduler_type: str = _field("constant", "Learning-rate schedule over the run. Default: ours.")
+    logging_steps: float = _field(1, "Steps between log lines. Default 1: steps are long.")
+    save_strategy: str = _field("epoch", "When to save: no, steps, epoch (after each iteration). Default: epoch.")
+    save_total_limit: int | None = _field(2, "Checkpoints kept. Default 2: one to fall back to.")
+    remove_unused_columns: bool = _field(False, "Not used: the trainer makes its own batches.")
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "prompts_per_iteration", "epochs", "prompts_per_step", "prompts_per_pass"):
+        self._check()
+        self.num_train_epochs, self.max_steps = float(self.num_iterations), -1
+        super().__post_init__()
+
+    def _check(self) -> None:
+        for name in ("num_iterations", "steps_per_iteration", "passes_per_iteration", "max_new_tokens"):
             check_count(name, getattr(self, name), least=1)
-        for name in ("eval_responses", "final_responses", "reference_responses"):
+        for name in ("sampling_batch_size", "eval_responses", "reference_responses"):
             check_count(name, getattr(self, name), least=1)
-        check_count("num_responses", self.num_responses, least=2)
-        check_count("seed", self.seed)
-        for name in ("eta", "learning_rate", "max_grad_norm", "temperature"):
+        if self.steps_per_iteration % self.passes_per_iteration:
+            raise ValueError(
+                f"passes_per_iteration must divide steps_per_iteration = {self.steps_per_iteration}, "
+                f"got {self.passes_per_iteration}"
+            )
+        for name in ("temperature", "judge_strength", "top_p", "focus_uniform_share", "anchor_rate"):
             check_number(name, getattr(self, name), above=0)
-        for name in ("beta", "final_learning_rate", "momentum"):
+        for name in ("top_p", "focus_uniform_share", "anchor_rate", "replay_on_policy_prob"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
+        for name in ("replay_on_policy_prob", "replay_inverse_temperature"):
             check_number(name, getattr(self, name), least=0)
-        if self.momentum >= 1:
-            raise ValueError(f"momentum must be below 1, got {self.momentum}")
+        check_choice("truncated", self.truncated, TRUNCATED)
+        check_choice("reference", self.reference, REFERENCES)
+        check_choice("focus", self.focus, FOCUS)
+        self._check_loss()
+        self._check_responses()
+        if self.reference == "precomputed" and not self.sampler.startswith("recorded:"):
+            raise ValueError(
+                "reference='precomputed' needs responses that are known beforehand, sampler=recorded:FILE, "
+                f"got sampler={self.sampler!r}"
+            )
+        if self.dataloader_num_workers:
+            raise ValueError(
+                f"dataloader_num_workers must be 0, got {self.dataloader_num_workers}: batches are made of responses "
+                "that are sampled during the run"
+            )
+
+    def _check_loss(self) -> None:
+        names = [name for name, loss in LOSSES.items() if loss.separable]
+        check_choice("loss", self.loss, names)
         check_choice("objective", self.objective, OBJECTIVES)
+        if self.objective != "square" and self.loss != "wind":
+            raise ValueError(f"objective={self.objective!r} belongs to loss='wind', got loss={self.loss!r}")
+        defaults = LOSS_DEFAULTS.get(self.loss, {})
+        self.eta = defaults.get("eta") if self.eta is None else check_number("eta", self.eta, above=0)
+        self.beta = defaults.get("beta") if self.beta is None else check_number("beta", self.beta, least=0)
+        if self.replay and self.loss != "trajectory_balance":
+            raise ValueError(
+                "replay=True needs loss='trajectory_balance', the one that is right for responses of any policy, "
+                f"got loss={self.loss!r}"
+            )
+
+    def _check_responses(self) -> None:
+        least = {"spin": 1, "bond": 3}.get(self.loss, 2)
+        if self.num_responses is None:
+            self.num_responses = least if self.loss in ("spin", "bond") else 5
+        check_count("num_responses", self.num_responses, least=least)
+        if self.loss in ("spin", "bond") and self.num_responses != least:
+            raise ValueError(f"num_responses must be {least} for loss={self.loss!r}, got {self.num_responses}")
         if self.fit_responses is not None:
             check_count("fit_responses", self.fit_responses, least=2)
             if self.fit_responses > self.num_responses:
                 raise ValueError(
                     f"fit_responses must be at most num_responses = {self.num_responses}, got {self.fit_responses}"
                 )
-            if OBJECTIVES[self.objective].statistic != "V":
+            if self.loss not in ("wind", "sppo") or OBJECTIVES[self.objective].statistic != "V":
                 raise ValueError(
-                    f"fit_responses must be None for objective={self.objective!r}, whose target is not a win rate "
-                    "against all N"
+                    f"fit_responses must be None for loss={self.loss!r}, objective={self.objective!r}, whose target is "
+                    "not a win rate against all responses"
                 )
+        if self.replay:
+            check_count("replay_capacity", self.replay_capacity, least=self.num_responses)
 
     @property
-    def fitted_responses(self) -> int:
-        """Responses to a prompt that go through the model in a fit."""
-        return self.num_responses if self.fit_responses is None else self.fit_responses
-
-    @property
-    def steps_per_iteration(self) -> int:
-        return self.epochs * -(-self.prompts_per_iteration // self.prompts_per_step)
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.num_iterations * self.steps_per_iteration
 
     @property
     def step_scale(self) -> float:
-        """c = eta / (1 + eta * beta), what a win rate is multiplied by in the log-prob target."""
+        """c = eta / (1 + eta * beta), what a win rate is multiplied by in the log-prob target of wind."""
         return self.eta / (1 + self.eta * self.beta)
 
-    def learning_rate_at(self, step: int) -> float:
-        """At optimizer step `step`, counted from 0 over the whole run."""
-        last = max(1, self.iterations * self.steps_per_iteration - 1)
-        return self.learning_rate * (1 + (self.final_learning_rate - 1) * min(1.0, step / last))
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one iteration did; the same numbers go to the screen, the picture, the JSON file and the checkpoint."""
-
-    iteration: int
-    win_rate: float  # on held-out prompts against the reference
-    win_rate_se: float
-    reward: float | None  # of the held-out responses, where the judge has rewards
-    kl: float  # KL(policy || reference) of a held-out response, nats
-    kl_se: float
-    loss: float  # mean over the iteration's steps, in units of win rate squared
-    gradient_norm: float  # largest of the iteration, before clipping
-    train_reward: float | None  # of the responses to training prompts
-    truncated: float  # share of them that met the length limit
-    tokens: int  # of the responses to training prompts
-    seconds: float  # of the whole iteration
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
-
-class Observer(Protocol):
-    """Who wants to know how far a run is."""
-
-    def phase(self, iteration: int, name: str, steps: int) -> None:
-        """A phase of an iteration begins and will `advance` this many times."""
-        ...
-
-    def advance(self) -> None: ...
-
-    def finished(self, record: Record) -> None:
-        """An iteration is over and, if the run keeps checkpoints, on the disk."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something a reader of the log should know."""
-        ...
-
-
-class Unobserved:
-    """Nobody watches."""
-
-    def phase(self, iteration: int, name: str, steps: int) -> None:
-        pass
-
-    def advance(self) -> None:
-        pass
-
-    def finished(self, record: Record) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-def stream(seed: int, *labels: object) -> int:
-    """Return a seed for one use of randomness.
-
-    Every use (the responses of iteration 3, the order of its steps ...) has its own, so a resumed run draws what an
-    uninterrupted one would have drawn, and no random-number state has to be saved.
-
-    Example:
-        >>> stream(0, "sample", 3) == stream(0, "sample", 3), stream(0, "sample", 3) == stream(0, "sample", 4)
-        (True, False)
-    """
-    digest = hashlib.sha256("/".join(map(str, (seed, *labels))).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    def own_settings(self) -> dict:
+        """The fields declared here and their values, for reports."""
+        own = WindConfig.__annotations__
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name in own}

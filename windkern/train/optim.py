@@ -1,85 +1,112 @@
-"""float32 master weights for models that compute in bfloat16."""
+"""AdamW for models that compute in 16 bits: the weights it steps are float32 copies."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-class MasterWeights:
-    """float32 copies of a model's trainable parameters, for a torch optimizer to step.
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW that keeps a float32 copy of every 16-bit parameter, steps the copy and rounds it into the parameter.
 
     A bfloat16 weight cannot take steps smaller than 1/256 of itself, which is most steps of a fine-tune; its float32
-    copy can. Gradients are added up in float32 over micro-batches. Parameters that are float32 already are their own
-    copy.
+    copy can. Parameters that are float32 already are their own copy.
 
     Args:
-        model: its parameters with requires_grad are trained; a tied one counts once.
-        max_grad_norm: gradients are scaled down to this norm, all parameters together.
-
-    Raises:
-        ValueError: nothing in the model is trainable.
+        params: as any torch optimizer.
+        lr: learning rate.
+        betas: of the first and second moment; the first may be 0.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
 
     Memory:
-        4 bytes a parameter for the copy and 4 for its gradient, beside the optimizer's own.
+        12 bytes a 16-bit parameter (copy and two moments), and 4 more during a step.
+
+    Source:
+        Loshchilov and Hutter 2019 (arXiv 1711.05101), by torch.optim.adamw; master weights: Micikevicius et al. 2018
+        (arXiv 1710.03740).
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        >>> optimizer = MasterAdamW([weight], lr=1e-4, weight_decay=0.0)
+        >>> for _ in range(40):
+        ...     weight.grad = torch.ones_like(weight)
+        ...     optimizer.step()
+        >>> weight.tolist(), round(float(optimizer.state[weight]["master"][0]), 4)
+        ([0.99609375, 0.99609375, 0.99609375], 0.996)
     """
 
-    def __init__(self, model: nn.Module, *, max_grad_norm: float):
-        self._working = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        if not self._working:
-            raise ValueError("model has no parameter that requires grad; nothing would be trained")
-        self.weights = {
-            name: value if value.dtype == torch.float32 else nn.Parameter(value.detach().float())
-            for name, value in self._working.items()
-        }
-        self.max_grad_norm = max_grad_norm
-
-    def parameters(self) -> list[Tensor]:
-        """The float32 tensors an optimizer is made for."""
-        return list(self.weights.values())
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def collect(self) -> None:
-        """Add the model's gradients to the copies' and free them."""
-        for name, value in self._working.items():
-            master = self.weights[name]
-            if value.grad is None or master is value:
+    def step(self, closure=None) -> None:
+        """One step with the gradients the parameters hold."""
+        if closure is not None:
+            raise ValueError("closure must be None: MasterAdamW takes the gradients that are there")
+        for group in self.param_groups:
+            working = [value for value in group["params"] if value.grad is not None]
+            if not working:
                 continue
-            if master.grad is None:
-                master.grad = value.grad.float()
-            else:
-                master.grad += value.grad
-            value.grad = None
+            states = [self._state_of(value) for value in working]
+            masters = [state.get("master", value) for state, value in zip(states, working, strict=True)]
+            beta1, beta2 = group["betas"]
+            adamw(
+                masters,
+                [value.grad.to(master.dtype) for value, master in zip(working, masters, strict=True)],
+                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for value, master in zip(working, masters, strict=True):
+                if master is not value:
+                    value.copy_(master)
 
-    @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer) -> float:
-        """One optimizer step with the gradients collected so far; returns their norm before scaling."""
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.publish()
-        return float(norm)
+    def _state_of(self, value: Tensor) -> dict[str, Tensor]:
+        state = self.state[value]
+        if value.dtype in (torch.bfloat16, torch.float16) and "master" not in state:
+            state["master"] = value.detach().float()
+        if "step" not in state:
+            kept = state.get("master", value)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(kept), torch.zeros_like(kept)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=value.device)
+        return state
 
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Round the copies into the model."""
-        for name, value in self._working.items():
-            if self.weights[name] is not value:
-                value.copy_(self.weights[name])
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As any optimizer; float32 copies and moments stay float32, which torch would round to the parameters'."""
+        super().load_state_dict(state_dict)
+        saved = [place for group in state_dict["param_groups"] for place in group["params"]]
+        values = [value for group in self.param_groups for value in group["params"]]
+        for place, value in zip(saved, values, strict=True):
+            for name, tensor in state_dict["state"].get(place, {}).items():
+                self.state[value][name] = tensor.to(value.device, copy=True)
 
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Take the copies from a checkpoint and round them into the model.
 
-        Raises:
-            ValueError: names or shapes are not those of this model.
-        """
-        if set(weights) != set(self.weights):
-            raise ValueError(f"checkpoint has other parameters: {sorted(set(weights) ^ set(self.weights))[:3]} ...")
-        for name, master in self.weights.items():
-            if weights[name].shape != master.shape:
-                raise ValueError(
-                    f"checkpoint has {name} of shape {tuple(weights[name].shape)}, the model {tuple(master.shape)}"
-                )
-            master.copy_(weights[name])
-        self.publish()
+def forget_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer start anew, with the weights as they are; float32 copies stay."""
+    for value, state in list(optimizer.state.items()):
+        if "master" in state:
+            for name in _MOMENTS:
+                state.pop(name, None)
+        else:
+            del optimizer.state[value]

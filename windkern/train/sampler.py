@@ -8,7 +8,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from windkern._checks import check_count, check_number
 from windkern.train.data import encode_prompts, padding_id
@@ -124,8 +130,12 @@ class TransformersSampler:
         tokenizer: its tokenizer.
         max_new_tokens: longest response, end token included.
         temperature: divides the logits; positive.
+        top_p: samples come from the smallest set of tokens with this probability. Below 1 they are not samples of the
+            policy any more.
         system: system message for the chat template, None for the template's own.
         batch_size: sequences generated at a time.
+        synced: whether a forward of the model talks to other processes (a sharded model), so that all must take equally
+            many.
 
     Raises:
         ValueError: a number is out of range, or neither the model nor the tokenizer names an end token.
@@ -138,13 +148,19 @@ class TransformersSampler:
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         system: str | None = None,
         batch_size: int = 64,
+        synced: bool = False,
     ):
         self.model, self.tokenizer, self.system = model, tokenizer, system
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
+        self.top_p = check_number("top_p", top_p, above=0)
+        if top_p > 1:
+            raise ValueError(f"top_p must be at most 1, got {top_p!r}")
         self.batch_size = check_count("batch_size", batch_size, least=1)
+        self.synced = synced
         ends = model.generation_config.eos_token_id
         if ends is None:
             ends = tokenizer.eos_token_id
@@ -202,8 +218,16 @@ class TransformersSampler:
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([GumbelNoise(generator, self.temperature)]),
+                logits_processor=self._processors(generator),
+                synced_gpus=self.synced,
             )
         finally:
             self.model.train(was_training)
         return out[:, ids.shape[1] :].cpu()
+
+    def _processors(self, generator: torch.Generator) -> LogitsProcessorList:
+        if self.top_p == 1:
+            return LogitsProcessorList([GumbelNoise(generator, self.temperature)])
+        return LogitsProcessorList(
+            [TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p), GumbelNoise(generator, 1.0)]
+        )

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from windkern._checks import check_count, check_number
-from windkern.train.config import stream
 from windkern.train.sampler import Completions
 from windkern.train.samplers_recorded import completions_of_texts
+from windkern.train.seeds import stream
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may be gone the next time
 _LONGEST_ANSWER = 400  # characters of a server's answer in an error message

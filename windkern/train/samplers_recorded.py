@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from windkern._checks import check_count
-from windkern.train.config import stream
 from windkern.train.data import encode_prompts
 from windkern.train.records import load_records
 from windkern.train.sampler import Completions
+from windkern.train.seeds import generator
 
 
 def completions_of_texts(
@@ -109,9 +109,21 @@ class RecordedSampler:
             max_new_tokens=self.max_new_tokens,
         )
 
+    def everything(self, prompt: str) -> Completions:
+        """All responses recorded for a prompt.
+
+        Raises:
+            ValueError: there are none.
+        """
+        count = len(self._responses.get(prompt.strip(), []))
+        texts = [self._choose(prompt, max(1, count), 0)]
+        return completions_of_texts(
+            self.tokenizer, [prompt], texts, system=self.system, max_new_tokens=self.max_new_tokens
+        )
+
     def _choose(self, prompt: str, count: int, seed: int) -> list[str]:
         found = self._responses.get(prompt.strip(), [])
         if len(found) < count:
             raise ValueError(f"{self.path} has {len(found)} responses to {prompt!r}, {count} are wanted")
-        generator = torch.Generator().manual_seed(stream(seed, prompt))
-        return [found[k] for k in torch.randperm(len(found), generator=generator)[:count].tolist()]
+        order = torch.randperm(len(found), generator=generator(seed, prompt))
+        return [found[k] for k in order[:count].tolist()]

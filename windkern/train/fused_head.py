@@ -1,0 +1,146 @@
+"""A causal LM whose `__call__` returns what a job makes of its hidden states and head, instead of logits."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+import windkern
+from windkern import hf
+from windkern.integrations.sharding import gathered
+from windkern.ops.sequence import sequence_logps
+
+Job = Callable[[hf.CausalLM, Tensor], Tensor]
+
+
+class FusedHead:
+    """Runs fused ops inside the `__call__` of a model, however it is wrapped.
+
+    The model's forward is replaced on the object, once. Without a job it is the old one, so `generate` and everything
+    else go on as before; with a job it runs the decoder and then calls the head module, whose forward is the job while
+    it runs. Hooks of DDP, FSDP2 and ZeRO-3 on the wrapped model, its decoder and its head therefore fire as for any
+    forward, and whatever they gather is whole inside.
+
+    Args:
+        model: a transformers causal LM, or a PEFT model around one; not wrapped yet.
+
+    Raises:
+        UnsupportedModelError: see `windkern.hf.hidden_and_head`.
+    """
+
+    def __init__(self, model: nn.Module):
+        hf.hidden_and_head(model)  # an unsupported model is refused now, not after the first sampling
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        theirs, owner = base.forward, self
+        self._job: Job | None = None
+
+        @functools.wraps(type(base).forward)  # `generate` checks its arguments against this signature
+        def forward(self, *args, **given):
+            if owner._job is None:
+                return theirs(*args, **given)
+            return _through_head(self, owner._job, given["input_ids"], given["attention_mask"])
+
+        base.forward = types.MethodType(forward, base)
+
+    def __call__(self, wrapped: nn.Module, input_ids: Tensor, attention_mask: Tensor, job: Job) -> Tensor:
+        """Return job(parts, hidden) from inside `wrapped(input_ids, attention_mask)`.
+
+        Reason: constants travel in the job, not as arguments, because FSDP2 rounds floating arguments to its mixed
+        precision.
+        """
+        self._job = job
+        try:
+            return wrapped(input_ids=input_ids, attention_mask=attention_mask)
+        finally:
+            self._job = None
+
+
+def _through_head(base: nn.Module, job: Job, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    parts = hf.hidden_and_head(base)
+    head, hidden = parts.head, parts.hidden(input_ids, attention_mask)  # (S, L, H)
+    before = head.__dict__.get("forward")
+    # Hazard: a sharded head's parameters are other objects once its hooks have run. Remedy: take apart again inside.
+    head.forward = lambda states: job(hf.hidden_and_head(base), states)
+    try:
+        return head(hidden)
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def _whole_blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple:
+    """Blocks of hidden states and weights, and the bias, as whole plain tensors while `stack` is open."""
+    states, weights = parts.blocks(hidden)
+    bias = None if parts.bias is None else stack.enter_context(gathered(parts.bias))
+    if isinstance(weights, tuple):
+        return states, tuple(stack.enter_context(gathered(weight)) for weight in weights), bias
+    return states, stack.enter_context(gathered(weights)), bias
+
+
+def score_job(targets: Tensor, temperature: float, options: Mapping[str, object]) -> Job:
+    """A job that returns (S,) log-probs of the targets (S, L), nats."""
+
+    def job(parts: hf.CausalLM, hidden: Tensor) -> Tensor:
+        parts = parts.at_temperature(temperature)
+        with ExitStack() as stack:
+            states, weights, bias = _whole_blocks(stack, parts, hidden)
+            return sequence_logps(states, weights, targets, bias=bias, transform=parts.transform, **options)
+
+    return job
+
+
+def loss_job(
+    loss: Callable[..., Tensor],
+    targets: Tensor,
+    constants: Mapping[str, Tensor],
+    temperature: float,
+    options: Mapping[str, object],
+) -> Job:
+    """A job that returns the mean of a separable loss over groups; targets (B, K, L), constants (B, ...)."""
+
+    def job(parts: hf.CausalLM, hidden: Tensor) -> Tensor:
+        parts = parts.at_temperature(temperature)
+        groups = targets.shape
+        with ExitStack() as stack:
+            states, weights, bias = _whole_blocks(stack, parts, hidden)
+            blocks = states if isinstance(states, tuple) else (states,)
+            split = tuple(block.view(*groups, block.shape[-1]) for block in blocks)
+            return windkern.fused_loss(
+                loss,
+                split if isinstance(states, tuple) else split[0],
+                weights,
+                targets,
+                per_group=constants,
+                bias=bias,
+                transform=parts.transform,
+                **options,
+            )
+
+    return job
+
+
+class Watch:
+    """A loss function that remembers the log-probs it saw, for metrics.
+
+    `fused_loss` hands over groups chunk by chunk, in order.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], scale: float):
+        self.function, self.scale = function, scale
+        self._seen: list[Tensor] = []
+
+    def __call__(self, logps: Tensor, **constants: Tensor) -> Tensor:
+        self._seen.append(logps.detach())
+        return self.scale * self.function(logps, **constants)
+
+    @property
+    def logps(self) -> Tensor:
+        """(B, K) of the last call."""
+        return torch.cat(self._seen)

@@ -1,0 +1,137 @@
+"""Groups of responses on their way to the loss: padded batches, scored constants, the data set of an iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from windkern.hf import completion_targets
+from windkern.train.objectives import Objective
+from windkern.train.rollouts import Rollout, verdict_of
+from windkern.train.seeds import shuffled
+
+
+@dataclass(frozen=True)
+class FitGroup:
+    """K responses to a prompt that are fitted, with all that is constant about them."""
+
+    place: int  # of the prompt in the list of prompts
+    prompt_ids: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]  # K
+    constants: dict[str, Tensor]  # (K,) or (K, K): prefs, win_rates, rewards, where, old_logps ...
+
+    def with_constants(self, **more: Tensor) -> FitGroup:
+        return replace(self, constants={**self.constants, **more})
+
+
+@dataclass
+class Batch:
+    """B groups of K responses, padded to one length: prompts on the left, completions on the right."""
+
+    input_ids: Tensor  # (B * K, L) int64
+    attention_mask: Tensor  # (B * K, L) bool
+    completion_mask: Tensor  # (B * K, L) bool
+    shape: tuple[int, int]  # (B, K)
+    constants: dict[str, Tensor]
+
+    @property
+    def targets(self) -> Tensor:
+        """(B * K, L), aligned with hidden states."""
+        return completion_targets(self.input_ids, self.completion_mask)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.completion_mask.to(device),
+            self.shape,
+            {name: value.to(device) for name, value in self.constants.items()},
+        )
+
+
+def collate(groups: Sequence[FitGroup], fill: int) -> Batch:
+    """Pad groups of the same size into one batch; `fill` is the id in padding, which no mask lets through.
+
+    Example:
+        >>> batch = collate([FitGroup(0, (5, 6), ((7,), (8, 9)), {})], fill=0)
+        >>> batch.input_ids.tolist(), batch.completion_mask.int().tolist()
+        ([[5, 6, 7, 0], [5, 6, 8, 9]], [[0, 0, 1, 0], [0, 0, 1, 1]])
+    """
+    head = max(len(group.prompt_ids) for group in groups)
+    tail = max(len(tokens) for group in groups for tokens in group.completions)
+    rows = [(group.prompt_ids, tokens) for group in groups for tokens in group.completions]
+    ids = torch.full((len(rows), head + tail), fill, dtype=torch.int64)
+    attended, own = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, tokens) in enumerate(rows):
+        ids[row, head - len(prompt) : head] = torch.tensor(prompt)
+        ids[row, head : head + len(tokens)] = torch.tensor(tokens)
+        attended[row, head - len(prompt) : head + len(tokens)] = True
+        own[row, head : head + len(tokens)] = True
+    names = groups[0].constants
+    constants = {name: torch.stack([group.constants[name] for group in groups]) for name in names}
+    return Batch(ids, attended, own, (len(groups), len(groups[0].completions)), constants)
+
+
+def fit_groups(rollouts: Sequence[Rollout], objective: Objective) -> list[FitGroup]:
+    """The groups of an iteration, with the constants the judge gives; log-probs come later."""
+    truncated = torch.tensor([rollout.truncated for rollout in rollouts])
+    lengths = torch.tensor([[len(tokens) for tokens in rollout.completions] for rollout in rollouts])
+    chosen = objective.choose(verdict_of(rollouts), truncated, lengths)
+    return [
+        FitGroup(
+            place=rollout.place,
+            prompt_ids=rollout.prompt_ids,
+            completions=tuple(rollout.completions[place] for place in chosen.places[k].tolist()),
+            constants={name: value[k] for name, value in chosen.constants.items()},
+        )
+        for k, rollout in enumerate(rollouts)
+    ]
+
+
+class IterationData(Dataset):
+    """The groups of the current outer iteration, as many items as its steps take, pass after pass.
+
+    Groups that go through a model together (`batch_size` neighbours) stay together in every pass, in the order of the
+    list; their batches change places between passes. The rounding of a 16-bit forward depends on its batch, so with the
+    old policy scored in the same batches, log pi_theta - log pi_t is exactly 0 before the first step.
+
+    Args:
+        length: items of an iteration.
+        batch_size: groups of a device's batch.
+        seed: of the order.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.groups: list[FitGroup] = []
+        self.iteration = 0
+        self._orders: dict[int, list[int]] = {}
+
+    def fill(self, iteration: int, groups: Sequence[FitGroup]) -> None:
+        """Take the groups of an iteration.
+
+        Raises:
+            ValueError: the items of an iteration are not a whole number of passes over whole batches.
+        """
+        if len(groups) % self.batch_size or self.length % len(groups):
+            raise ValueError(
+                f"groups must come in whole batches of {self.batch_size} and fill {self.length} items in whole "
+                f"passes, got {len(groups)}"
+            )
+        self.iteration, self.groups = iteration, list(groups)
+        self._orders = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, item: int) -> FitGroup:
+        turn, place = divmod(item, len(self.groups))
+        if turn not in self._orders:
+            batches = len(self.groups) // self.batch_size
+            self._orders[turn] = shuffled(batches, self.seed, "fit", self.iteration, turn).tolist()
+        batch, within = divmod(place, self.batch_size)
+        return self.groups[self._orders[turn][batch] * self.batch_size + within]

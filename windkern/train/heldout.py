@@ -1,0 +1,87 @@
+"""Evaluation on held-out prompts: the policy's responses against the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from windkern.train.config import WindConfig
+from windkern.train.evaluate import Evaluation, compare
+from windkern.train.groups import FitGroup
+from windkern.train.judges import Judge
+from windkern.train.rollouts import Rollout, RolloutStore, collect, rollouts_of
+from windkern.train.sampler import TransformersSampler
+from windkern.train.seeds import stream
+from windkern.train.world import World
+
+Scores = Callable[[list[FitGroup], int], list[torch.Tensor]]  # groups, batch size -> (K,) log-probs of each
+
+
+class HeldOut:
+    """Compares a policy with its reference on prompts it was not trained on.
+
+    The policy's draws have the same seeds at every evaluation, so that its noise is the same, too. The reference
+    answers once; its responses are kept in `folder`.
+
+    Args:
+        prompts: held-out prompts.
+        config: of the run.
+        judge: says who wins.
+        world: the processes.
+        folder: for the reference's responses.
+    """
+
+    def __init__(self, prompts: Sequence[str], config: WindConfig, judge: Judge, world: World, folder: Path):
+        self.prompts, self.config, self.judge, self.world = list(prompts), config, judge, world
+        self.store, self.folder = RolloutStore(folder), folder
+
+    def _block_size(self, responses: int) -> int:
+        return max(1, self.config.sampling_batch_size // responses)
+
+    def reference_texts(self, sampler: TransformersSampler, together: bool) -> list[tuple[str, ...]]:
+        """Responses of the reference to each prompt, sampled at the first call and read from the disk afterwards."""
+        config = self.config
+        count = config.reference_responses
+
+        def sample(block) -> list[Rollout]:
+            seed = stream(config.seed, "reference", block.index)
+            prompts = [self.prompts[place] for place in block.places]
+            return rollouts_of(sampler.sample(prompts, count, seed), block.places)
+
+        places = range(len(self.prompts))
+        found = collect(
+            self.world, self.store, self.folder, places, self._block_size(count), sample, None, together=together
+        )
+        return [rollout.texts for rollout in found]
+
+    def sample(self, sampler: TransformersSampler, responses: int, together: bool) -> list[Rollout]:
+        """Responses of the policy as it is now."""
+        size, count = self._block_size(responses), len(self.prompts)
+        cuts = [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+        def work(cut: range) -> list[Rollout]:
+            seed = stream(self.config.seed, "evaluate", responses, cut.start)
+            return rollouts_of(sampler.sample([self.prompts[place] for place in cut], responses, seed), cut)
+
+        return [rollout for part in self.world.share(cuts, work, together=together) for rollout in part]
+
+    def evaluate(
+        self, rollouts: Sequence[Rollout], reference: Sequence[Sequence[str]], policy: Scores, frozen: Scores | None
+    ) -> Evaluation:
+        """Judge the policy's responses against the reference's; `frozen` scores with the reference where it can."""
+        ratios = None
+        if frozen is not None:
+            groups = [FitGroup(each.place, each.prompt_ids, each.completions, {}) for each in rollouts]
+            size = self.config.per_device_eval_batch_size
+            pairs = zip(policy(groups, size), frozen(groups, size), strict=True)
+            ratios = torch.stack([ours - theirs for ours, theirs in pairs])
+        texts = [rollout.texts for rollout in rollouts]
+        if self.world.size == 1:
+            return compare(self.judge, self.prompts, texts, reference, ratios)
+        verdict = self.world.agree(
+            compare(self.judge, self.prompts, texts, reference, ratios) if self.world.is_main else None
+        )
+        return replace(verdict)

@@ -1,0 +1,96 @@
+"""Numbers a step reports about its groups, beside the loss."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from windkern.train.config import WindConfig
+from windkern.train.rollouts import Rollout
+
+
+def step_metrics(logps: Tensor, constants: dict[str, Tensor], config: WindConfig) -> dict[str, float]:
+    """Return how far the policy has moved in the groups of a step, and how well the target is met.
+
+    Args:
+        logps: (B, K) of the policy, nats.
+        constants: old_logps, ref_logps (B, K), prefs (B, K, K) or win_rates (B, K), as far as the loss has them.
+        config: with eta and beta of loss="wind".
+
+    Returns:
+        kl_old: mean of log pi_t - log pi_theta over the responses, an estimate of KL(pi_t || pi_theta), nats.
+        kl_ref: mean of log pi_theta - log pi_ref over the responses, nats; samples are those of pi_t.
+        residual: root mean square of (s_i - mean s) / c - (w_i - mean w), in units of win rate (wind).
+        implied_win_rate_max, outside: largest p_i = mean w + (s_i - mean s) / c, and the share outside [0, 1] (wind).
+    """
+    found = {}
+    old, ref = constants.get("old_logps"), constants.get("ref_logps")
+    if old is not None:
+        found["kl_old"] = float((old - logps).mean())
+    if ref is not None:
+        found["kl_ref"] = float((logps - ref).mean())
+    if config.loss == "wind":
+        win_rates = constants["win_rates"] if "win_rates" in constants else constants["prefs"].mean(-1)
+        c = config.step_scale
+        s = (logps - old) + config.eta * config.beta / (1 + config.eta * config.beta) * (old - ref)
+        implied = win_rates.mean(-1, keepdim=True) + (s - s.mean(-1, keepdim=True)) / c
+        found["residual"] = float((implied - win_rates).square().mean().sqrt())
+        found["implied_win_rate_max"] = float(implied.max())
+        found["outside"] = float(((implied < 0) | (implied > 1)).float().mean())
+    return found
+
+
+def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """Return what an iteration's responses are like.
+
+    Returns:
+        length: mean tokens of a response.
+        truncated: share of the responses that met the length limit.
+        reward: mean, where the judge has rewards.
+        ties: share of the pairs with preference 1/2, where responses were judged.
+        decided: mean |2 P_ij - 1| over pairs.
+    """
+    responses = sum(len(rollout.texts) for rollout in rollouts)
+    found = {
+        "length": sum(rollout.tokens for rollout in rollouts) / responses,
+        "truncated": sum(sum(rollout.truncated) for rollout in rollouts) / responses,
+    }
+    rewards = [reward for rollout in rollouts for reward in rollout.rewards or ()]
+    if rewards:
+        found["reward"] = sum(rewards) / len(rewards)
+    if rollouts[0].prefs is not None:
+        prefs = torch.tensor([rollout.prefs for rollout in rollouts])
+        pairs = prefs[:, ~torch.eye(prefs.shape[-1], dtype=torch.bool)]
+        found["ties"] = float((pairs == 0.5).float().mean())
+        found["decided"] = float((2 * pairs - 1).abs().mean())
+    return found
+
+
+class Averages:
+    """Means of numbers since they were last taken."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._values[name].append(value)
+
+    def take(self) -> dict[str, float]:
+        means = {name: mean(values) for name, values in self._values.items()}
+        self._values.clear()
+        return means
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean.
+
+    Example:
+        >>> mean([1.0, 2.0])
+        1.5
+    """
+    values = list(values)
+    return sum(values) / len(values)

@@ -1,0 +1,216 @@
+"""The outer iteration of WIND: which prompts, their responses, the verdicts, the groups that are fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from windkern.train.anchor import Anchor
+from windkern.train.config import WindConfig
+from windkern.train.focus import PromptFocus, exploitability
+from windkern.train.groups import FitGroup, fit_groups
+from windkern.train.judges import Judge
+from windkern.train.objectives import Objective
+from windkern.train.progress import Observer
+from windkern.train.replay import ReplayBuffer, Replayed
+from windkern.train.rollouts import (
+    Block,
+    Rollout,
+    RolloutStore,
+    collect,
+    judged,
+    read_json,
+    verdict_of,
+    write_json,
+)
+from windkern.train.scoring import Scorer
+from windkern.train.world import World
+
+Respond = Callable[[Sequence[int], int, int], list[Rollout]]  # prompt places, iteration, block -> rollouts
+
+
+class OuterLoop:
+    """Makes the groups of one outer iteration after another, and keeps all of it on the disk.
+
+    Everything is a function of the seed, the weights at the start of the iteration and earlier iterations' files, so a
+    run that was killed makes the same groups again, and does not repeat what it finds on the disk.
+
+    Args:
+        config: of the run.
+        objective: what is fitted.
+        prompts: training prompts.
+        world: the processes.
+        store: where rollouts live.
+        respond: samples responses to the prompts at some places.
+        judge: None where the objective needs none.
+        scorer: scores groups.
+        observer: told about progress.
+        batch_size: groups on a device at a time.
+        prompts_per_iteration: sampled and fitted in an iteration.
+    """
+
+    def __init__(
+        self,
+        config: WindConfig,
+        objective: Objective,
+        prompts: Sequence[str],
+        world: World,
+        store: RolloutStore,
+        respond: Respond,
+        judge: Judge | None,
+        scorer: Scorer,
+        observer: Observer,
+        prompts_per_iteration: int,
+    ):
+        self.config, self.objective, self.prompts, self.world = config, objective, list(prompts), world
+        self.store, self.respond, self.judge, self.scorer, self.observer = store, respond, judge, scorer, observer
+        self.prompts_per_iteration = prompts_per_iteration
+        self.anchor: Anchor | None = None
+        self.rollouts: list[Rollout] = []  # of the current iteration
+        self.focus = PromptFocus(
+            len(self.prompts), mode=config.focus, uniform_share=config.focus_uniform_share, seed=config.seed
+        )
+        self.replay = (
+            ReplayBuffer(
+                config.replay_capacity,
+                on_policy_prob=config.replay_on_policy_prob,
+                inverse_temperature=config.replay_inverse_temperature,
+                seed=config.seed,
+            )
+            if config.replay
+            else None
+        )
+        self._prompt_ids: dict[int, tuple[int, ...]] = {}
+        self._done = 0  # iterations that focus and replay know about
+
+    def begin(self, iteration: int, *, inside: bool, together: bool) -> list[FitGroup]:
+        """The groups to fit in an iteration, with all their constants.
+
+        Args:
+            iteration: counted from 1.
+            inside: whether its first steps have been taken already (a resumed run), so that pi_t is gone and its
+                log-probs must be on the disk.
+            together: whether the policy's forwards talk to each other.
+
+        Raises:
+            FileNotFoundError: `inside`, and the log-probs of pi_t are not on the disk.
+        """
+        for earlier in range(self._done + 1, iteration):
+            self._recall(earlier)
+        folder = self.store.iteration(iteration)
+        places = self.focus.choose(iteration, self.prompts_per_iteration).places
+        size = max(1, self.config.sampling_batch_size // self.config.num_responses)
+        self.observer.phase(iteration, "sampling", max(1, -(-len(places) // size // self.world.size)))
+        self.rollouts = collect(
+            self.world,
+            self.store,
+            folder,
+            places,
+            size,
+            lambda block: self.respond(block.places, iteration, block.index),
+            self._judge if self.objective.judged else None,
+            together=together,
+            advance=self.observer.advance,
+        )
+        groups = fit_groups(self.rollouts, self.objective)
+        scored = read_json(folder / "scored.json") if inside else None
+        if inside and scored is None:
+            raise FileNotFoundError(
+                f"{folder / 'scored.json'} is missing, and iteration {iteration} has begun: its old log-probs cannot "
+                "be had again. Resume from a checkpoint at the end of an iteration, or start anew"
+            )
+        if scored is None:
+            scored = self._score(iteration, groups)
+            if self.world.is_main:
+                write_json(folder / "scored.json", scored)
+            self.world.wait()
+        self._learn(iteration, groups, scored)
+        groups = [
+            group.with_constants(**{name: torch.tensor(scored[name][k]) for name in self.objective.logps})
+            for k, group in enumerate(groups)
+        ]
+        return groups if self.replay is None else self._replayed(iteration)
+
+    def _judge(self, block: Block, rollouts: list[Rollout]) -> list[Rollout]:
+        return judged(rollouts, [self.prompts[place] for place in block.places], self.judge)
+
+    def _score(self, iteration: int, groups: list[FitGroup]) -> dict[str, list[list[float]]]:
+        """The log-probs the loss needs, by name, (K,) for each group."""
+        size = self.config.per_device_train_batch_size
+        wanted = set(self.objective.logps) | ({"old_logps", "ref_logps"} if self.config.focus == "hardest" else set())
+        batches = -(-len(groups) // size // self.world.size)
+        self.observer.phase(iteration, "scoring", max(1, batches * len(wanted)))
+        found: dict[str, list[Tensor]] = {}
+        if "old_logps" in wanted:
+            found["old_logps"] = self.scorer.policy(groups, size, self.observer.advance)
+        if "ref_logps" in wanted:
+            found["ref_logps"] = self.scorer.frozen(groups, size, self.observer.advance)
+        if "anchor_logps" in wanted:
+            with self.anchor.in_place():
+                found["anchor_logps"] = self.scorer.policy(groups, size, self.observer.advance)
+        return {name: [row.tolist() for row in rows] for name, rows in found.items()}
+
+    def _recall(self, iteration: int) -> None:
+        """Let focus and replay know about an iteration of the past."""
+        if self.replay is None and self.config.focus == "uniform":
+            self._done = iteration
+            return
+        folder = self.store.iteration(iteration)
+        scored = read_json(folder / "scored.json")
+        blocks = len(list(folder.glob("block-*.json")))
+        if scored is None or not blocks:
+            raise FileNotFoundError(f"{folder} is missing or not whole; focus and replay need it to go on")
+        rollouts = [rollout for block in range(blocks) for rollout in self.store.read(folder, block)[0]]
+        self.rollouts = rollouts
+        self._learn(iteration, fit_groups(rollouts, self.objective), scored)
+
+    def _learn(self, iteration: int, groups: list[FitGroup], scored: dict) -> None:
+        self._done = iteration
+        if self.config.focus == "hardest":
+            verdict = verdict_of(self.rollouts)
+            win_rates = (
+                torch.stack([group.constants["win_rates"] for group in groups])
+                if "win_rates" in groups[0].constants
+                else verdict.prefs.mean(-1)
+            )
+            old, ref = torch.tensor(scored["old_logps"]), torch.tensor(scored["ref_logps"])
+            values = exploitability(old, ref, win_rates, self.config.beta)
+            self.focus.update([group.place for group in groups], values.tolist())
+        if self.replay is not None:
+            self._remember(iteration, groups, scored)
+
+    def _remember(self, iteration: int, groups: list[FitGroup], scored: dict) -> None:
+        entries = []
+        for group, rollout, ref_logps in zip(groups, self.rollouts, scored["ref_logps"], strict=True):
+            self._prompt_ids[group.place] = group.prompt_ids
+            rewards = group.constants["rewards"].tolist()
+            for k, tokens in enumerate(group.completions):
+                entries.append(
+                    Replayed(
+                        place=group.place,
+                        tokens=tokens,
+                        reward=rewards[k],
+                        ref_logp=ref_logps[k],
+                        truncated=rollout.truncated[k],
+                        text=rollout.texts[k],
+                        iteration=iteration,
+                    )
+                )
+        self.replay.add(entries)
+
+    def _replayed(self, iteration: int) -> list[FitGroup]:
+        """Groups drawn from the buffer instead of the fresh ones."""
+        drawn = self.replay.draw(iteration, self.prompts_per_iteration, self.config.num_responses)
+        found = []
+        for entries in drawn:
+            constants = {
+                "rewards": torch.tensor([entry.reward for entry in entries]),
+                "ref_logps": torch.tensor([entry.ref_logp for entry in entries]),
+            }
+            if self.objective.drop_truncated:
+                constants["where"] = torch.tensor([not entry.truncated for entry in entries])
+            place = entries[0].place
+            found.append(FitGroup(place, self._prompt_ids[place], tuple(entry.tokens for entry in entries), constants))
+        return found

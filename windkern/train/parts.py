@@ -1,0 +1,93 @@
+"""Parts of a run made from its settings: sampler, dropout switch, clean output folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from windkern.train.config import WindConfig
+from windkern.train.sampler import Sampler, TransformersSampler
+
+
+def transformers_sampler(
+    model: nn.Module, tokenizer, config: WindConfig, *, synced: bool = False
+) -> TransformersSampler:
+    """A sampler of a model with the settings of a run."""
+    return TransformersSampler(
+        model,
+        tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        system=config.system if tokenizer.chat_template is not None else None,
+        batch_size=config.sampling_batch_size,
+        synced=synced,
+    )
+
+
+def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
+    """The sampler that `config.sampler` names, None for the policy's own `generate`.
+
+    Raises:
+        ValueError: it names none; FileNotFoundError: there is no file of recorded responses.
+    """
+    from windkern.train.samplers_http import HttpSampler
+    from windkern.train.samplers_recorded import RecordedSampler
+
+    kind, _, name = config.sampler.partition(":")
+    system = config.system if tokenizer.chat_template is not None else None
+    if config.sampler == "transformers":
+        return None
+    if kind == "recorded" and name:
+        return RecordedSampler(name, tokenizer, max_new_tokens=config.max_new_tokens, system=system)
+    if kind == "http" and name:
+        return HttpSampler(
+            name if "://" in name else config.sampler,
+            config.http_model or "policy",
+            tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            system=system,
+        )
+    raise ValueError(f"sampler must be transformers, recorded:FILE or http:URL, got {config.sampler!r}")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to 0, those of attention included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def check_prompts(prompts: Sequence[str], heldout: Sequence[str]) -> None:
+    """Raise unless there are training prompts and none of them is held out.
+
+    Raises:
+        ValueError: no training prompts, or some are in both lists.
+    """
+    if not prompts:
+        raise ValueError("train_prompts must hold at least one prompt, got none")
+    if shared := set(prompts) & set(heldout):
+        raise ValueError(f"{len(shared)} held-out prompts are also training prompts, e.g. {min(shared)!r}")
+
+
+def clear_run(output_dir: Path, *, overwrite: bool) -> None:
+    """Delete an earlier run's checkpoints, if that is wanted.
+
+    Raises:
+        ValueError: there are checkpoints and `overwrite` is False.
+    """
+    found = sorted(output_dir.glob("checkpoint-*"))
+    if found and not overwrite:
+        raise ValueError(
+            f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it, or take another "
+            "output_dir, or set overwrite=True to delete them"
+        )
+    for folder in found:
+        shutil.rmtree(folder)

@@ -1,0 +1,66 @@
+"""What an iteration reports, and who may watch a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one iteration did; the same numbers go to the screen, the picture, the JSON file and the checkpoint."""
+
+    iteration: int
+    win_rate: float | None  # on held-out prompts against the reference, where there are any
+    win_rate_se: float | None
+    reward: float | None  # of the held-out responses, where the judge has rewards
+    kl: float | None  # KL(policy || reference) of a held-out response, nats
+    kl_se: float | None
+    loss: float  # mean over the iteration's steps, in units of win rate squared
+    gradient_norm: float  # largest of the iteration, before clipping
+    train_reward: float | None  # of the responses to training prompts
+    truncated: float  # share of them that met the length limit
+    tokens: int  # of the responses to training prompts
+    seconds: float  # of the whole iteration
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+class Observer(Protocol):
+    """Who wants to know how far a run is."""
+
+    def phase(self, iteration: int, name: str, steps: int) -> None:
+        """A phase of an iteration begins and will `advance` this many times."""
+        ...
+
+    def advance(self) -> None: ...
+
+    def finished(self, record: Record) -> None:
+        """An iteration is over and, if the run keeps checkpoints, on the disk."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something a reader of the log should know."""
+        ...
+
+
+class Unobserved:
+    """Nobody watches."""
+
+    def phase(self, iteration: int, name: str, steps: int) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def finished(self, record: Record) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass

@@ -1,0 +1,150 @@
+"""Where log pi_ref comes from: a second model, the base under an adapter, or a table made before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from windkern.losses import LOSSES
+from windkern.train.config import WindConfig
+from windkern.train.fused_head import FusedHead, score_job
+from windkern.train.groups import Batch, FitGroup
+from windkern.train.rollouts import read_json, write_json
+from windkern.train.scoring import Scorer
+
+
+class Reference(Protocol):
+    """pi_ref of a run."""
+
+    def score(self, batch: Batch, groups: list[FitGroup]) -> Tensor:
+        """(B, K) log-probs under pi_ref, nats."""
+        ...
+
+    def sampling(self) -> Iterator[nn.Module]:
+        """A context manager that yields a model which generates as pi_ref does."""
+        ...
+
+
+class ModelReference:
+    """A frozen second model.
+
+    Raises:
+        UnsupportedModelError: see `windkern.hf.hidden_and_head`.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float, options: dict):
+        self.model = model.eval().requires_grad_(False)
+        self.head = FusedHead(model)
+        self.temperature, self.options = temperature, options
+
+    @torch.no_grad()
+    def score(self, batch: Batch, groups: list[FitGroup]) -> Tensor:
+        job = score_job(batch.targets, self.temperature, self.options)
+        return self.head(self.model, batch.input_ids, batch.attention_mask, job).view(batch.shape)
+
+    @contextmanager
+    def sampling(self) -> Iterator[nn.Module]:
+        yield self.model
+
+
+class AdapterReference:
+    """The policy without its adapter.
+
+    Args:
+        model: the PEFT model, unwrapped.
+        scorer: scores a batch with the policy as it is at that moment.
+    """
+
+    def __init__(self, model: nn.Module, scorer: Scorer):
+        self.model, self.scorer = model, scorer
+
+    def score(self, batch: Batch, groups: list[FitGroup]) -> Tensor:
+        with self.model.disable_adapter():
+            return self.scorer.score_batch(batch)
+
+    @contextmanager
+    def sampling(self) -> Iterator[nn.Module]:
+        with self.model.disable_adapter():
+            yield self.model
+
+
+class PrecomputedReference:
+    """Log-probs of known responses, scored with the policy before its first step and kept in a file.
+
+    Args:
+        path: of the file, JSON.
+        model: generates the responses that evaluations compare with, before the first step.
+    """
+
+    def __init__(self, path: Path, model: nn.Module):
+        self.path, self.model = path, model
+        self._table: dict[tuple[int, tuple[int, ...]], float] = {}
+
+    def load(self) -> bool:
+        """Read the file; False where there is none."""
+        content = read_json(self.path)
+        if content is None:
+            return False
+        self._table = {(place, tuple(tokens)): logp for place, tokens, logp in content}
+        return True
+
+    def save(self, groups: list[FitGroup], logps: list[Tensor], *, write: bool) -> None:
+        """Keep the (K,) log-probs of groups; on the disk, too, where `write` says so."""
+        self._table = {
+            (group.place, tokens): logp
+            for group, row in zip(groups, logps, strict=True)
+            for tokens, logp in zip(group.completions, row.tolist(), strict=True)
+        }
+        if write:
+            write_json(self.path, [[place, list(tokens), logp] for (place, tokens), logp in self._table.items()])
+
+    def score(self, batch: Batch, groups: list[FitGroup]) -> Tensor:
+        rows = [[self._found(group.place, tokens) for tokens in group.completions] for group in groups]
+        return torch.tensor(rows, device=batch.input_ids.device)
+
+    def _found(self, place: int, tokens: tuple[int, ...]) -> float:
+        if (place, tokens) not in self._table:
+            raise ValueError(
+                f"{self.path} has no log-prob for a response to prompt {place}; the recorded responses have changed "
+                "since the run began"
+            )
+        return self._table[place, tokens]
+
+    @contextmanager
+    def sampling(self) -> Iterator[nn.Module]:
+        yield self.model
+
+
+def needs_reference(config: WindConfig) -> bool:
+    """Whether the loss, or the choice of prompts, asks for log pi_ref."""
+    return "ref_logps" in LOSSES[config.loss].inputs or config.focus == "hardest"
+
+
+def make_reference(config: WindConfig, policy: nn.Module, model: nn.Module | None, scorer: Scorer) -> Reference | None:
+    """The reference that `config.reference` names; None where there is none and none is needed.
+
+    Raises:
+        ValueError: a model is missing, or given where none is wanted; or the policy has no adapter to leave out.
+    """
+    if config.reference != "model" and model is not None:
+        raise ValueError(f"reference must be None with args.reference={config.reference!r}, got a model")
+    if config.reference == "adapter":
+        if not hasattr(policy, "disable_adapter"):
+            raise ValueError("args.reference='adapter' needs a PEFT model; pass peft_config")
+        return AdapterReference(policy, scorer)
+    if config.reference == "precomputed":
+        return PrecomputedReference(Path(config.output_dir) / "ref_logps.json", policy)
+    if model is None and needs_reference(config):
+        raise ValueError(
+            f"reference must be given for loss={config.loss!r}: a second model, or args.reference='adapter' with LoRA"
+        )
+    if model is None:
+        return None
+    if model is policy:
+        raise ValueError("reference must be another object than model, or it would move with it; load it twice")
+    return ModelReference(model.to(config.device), config.temperature, scorer.options)

@@ -1,0 +1,440 @@
+"""WindTrainer: sample, judge, fit, and again, on transformers.Trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
+
+from windkern.train.anchor import Anchor
+from windkern.train.card import write_card
+from windkern.train.config import WindConfig
+from windkern.train.data import Demonstration, padding_id
+from windkern.train.evaluate import Evaluation
+from windkern.train.fused_head import FusedHead, Watch, loss_job
+from windkern.train.groups import IterationData, collate
+from windkern.train.heldout import HeldOut
+from windkern.train.identity import check_same, identity_of
+from windkern.train.judges import Judge
+from windkern.train.judges_recorded import load_judge
+from windkern.train.metrics import Averages, mean, rollout_metrics, step_metrics
+from windkern.train.objectives import make_objective
+from windkern.train.optim import MasterAdamW, forget_moments
+from windkern.train.outer import OuterLoop
+from windkern.train.parts import check_prompts, clear_run, disable_dropout, make_sampler, transformers_sampler
+from windkern.train.progress import Observer, Record, Unobserved
+from windkern.train.reference import PrecomputedReference, make_reference
+from windkern.train.responder import Responder
+from windkern.train.rollouts import RolloutStore, read_json, write_json
+from windkern.train.sampler import Sampler, TransformersSampler
+from windkern.train.saving import AtomicCheckpoints
+from windkern.train.scoring import Scorer
+from windkern.train.world import World
+
+
+class WindTrainer(AtomicCheckpoints, Trainer):
+    """Aligns a causal LM with a judge by WIND, or by another separable loss of `windkern.losses`.
+
+    An outer iteration freezes pi_t, samples N responses to each of some prompts, has them judged, scores them with pi_t
+    and pi_ref, and fits
+
+        log pi_{t+1} = a log pi_t + b log pi_ref + c w - log Z,   a = 1/(1 + eta*beta), b = eta*beta*a, c = eta*a
+
+    by `steps_per_iteration` optimizer steps on `windkern.losses.wind` inside `windkern.fused_loss`. No logits exist
+    outside generation, and no log-prob is taken over from a sampler. One epoch of transformers is one outer iteration.
+
+    What is sampled and judged is saved under `output_dir/completions` as it comes; checkpoints are written as a whole
+    or not at all. A killed run goes on with `train(resume_from_checkpoint=True)`; on a CPU it ends with the same bits.
+
+    Args:
+        model: causal LM to train, in any mode; with `peft_config`, the base under the adapter.
+        args: the settings.
+        train_prompts: user messages (or `ChatPrompt`s); for loss="spin" `Demonstration`s of a prompt and an answer.
+        eval_prompts: held-out ones for `evaluate`; None or empty where there is no evaluation.
+        judge: says who wins; None takes the one that `args.judge` names.
+        reference: frozen causal LM, pi_ref, where `args.reference` is "model" and the loss or the evaluation needs it;
+            another object than `model`.
+        sampler: answers prompts; None takes the one that `args.sampler` names. If it has a method `update(model)`, that
+            is called before each iteration, for servers whose weights must follow.
+        processing_class: tokenizer of the model.
+        peft_config: makes the model a PEFT model; `args.reference` "adapter" then needs no second model.
+        observer: told about progress.
+        callbacks, optimizers: as `transformers.Trainer`.
+
+    Raises:
+        ValueError: prompt lists overlap or are empty, something is missing that the settings ask for, or they
+            contradict each other.
+        UnsupportedModelError: see `windkern.hf.hidden_and_head`.
+
+    Memory:
+        Of a step: the decoder's, and what `windkern.plan` gives for the scored tokens of a batch.
+
+    Source:
+        WIND, arXiv 2410.20727; docs/theory.md.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: WindConfig,
+        *,
+        train_prompts: Sequence[str] | Sequence[Demonstration],
+        processing_class,
+        eval_prompts: Sequence[str] | None = None,
+        judge: Judge | None = None,
+        reference: nn.Module | None = None,
+        sampler: Sampler | None = None,
+        peft_config=None,
+        observer: Observer | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        if not isinstance(args, WindConfig):
+            raise TypeError(f"args must be a WindConfig, got {type(args).__name__}")
+        self.objective = make_objective(args)
+        self._demonstrations = _demonstrations_of(train_prompts, self.objective.group == "demonstration")
+        prompts = [one.prompt for one in self._demonstrations] or list(train_prompts)
+        self.eval_prompts = list(eval_prompts or ())
+        check_prompts(prompts, self.eval_prompts)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.observer = observer or Unobserved()
+        self.head = FusedHead(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collate,
+            train_dataset=(),
+            eval_dataset=self.eval_prompts or None,
+            processing_class=processing_class,
+            callbacks=[_Iterations(self), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
+        self.world = World(self.accelerator)
+        self.judge = judge or (load_judge(args.judge, strength=args.judge_strength) if args.judge else None)
+        if self.judge is None and (self.objective.judged or self.eval_prompts):
+            raise ValueError(f"judge must be given for loss={args.loss!r}: pass judge=, or name one in args.judge")
+        self.responder = Responder(
+            args,
+            self.objective.group,
+            prompts,
+            self._demonstrations,
+            processing_class,
+            sampler or make_sampler(args, processing_class),
+            self._policy_sampler,
+        )
+        self.fill = padding_id(processing_class)
+        self.scorer = Scorer(self.head, lambda: self.model_wrapped, self.world, args, self.fill, self._sharded)
+        self.scorer.reference = self.reference = make_reference(args, self.model, reference, self.scorer)
+        folder = Path(args.output_dir) / "completions"
+        self.store = RolloutStore(folder)
+        self.heldout = HeldOut(self.eval_prompts, args, self.judge, self.world, folder / "held-out")
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.world.size
+        self.train_dataset = IterationData(
+            args.steps_per_iteration * per_step, args.per_device_train_batch_size, args.seed
+        )
+        self.outer = OuterLoop(
+            args,
+            self.objective,
+            prompts,
+            self.world,
+            self.store,
+            self.responder,
+            self.judge,
+            self.scorer,
+            self.observer,
+            args.steps_per_iteration * per_step // args.passes_per_iteration,
+        )
+        self.history: list[Record] = []
+        self._averages, self._iteration = Averages(), 0
+        self._iteration_start, self._losses, self._norms = time.perf_counter(), [], []
+        self._anchor_path: Path | None = None  # of the checkpoint that is resumed
+
+    # Setting up.
+
+    def _policy_sampler(self) -> TransformersSampler:
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        return transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
+
+    def _sharded(self) -> bool:
+        """Whether a forward of the policy talks to other processes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+
+    def _get_train_sampler(self, *_) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # IterationData has the order
+
+    def _collate(self, groups) -> dict:
+        return {"batch": collate(groups, self.fill)}
+
+    def create_optimizer(self, model=None):
+        """As transformers, with float32 master weights where 16-bit weights are trained."""
+        args = self.args
+        half = any(
+            value.requires_grad and value.dtype in (torch.bfloat16, torch.float16) for value in self.model.parameters()
+        )
+        plain = str(getattr(args.optim, "value", args.optim)) in ("adamw_torch", "adamw_torch_fused")
+        if self.optimizer is None and half and plain and args.master_weights and not self._sharded():
+            self.optimizer_cls_and_kwargs = (
+                MasterAdamW,
+                {
+                    "lr": args.learning_rate,
+                    "betas": (args.adam_beta1, args.adam_beta2),
+                    "eps": args.adam_epsilon,
+                },
+            )
+        return super().create_optimizer(model)
+
+    # The run.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **given) -> TrainOutput:
+        """Do the iterations that are left.
+
+        Args:
+            resume_from_checkpoint: True goes on from the newest whole checkpoint in `output_dir`, a path from that one;
+                without it, completions of an earlier run are deleted, and checkpoints too if `args.overwrite`.
+            given: as `transformers.Trainer.train`.
+
+        Raises:
+            ResumeError: what is in `output_dir` is of a run with other settings, prompts or judge.
+            ValueError: not resuming, and `output_dir` holds checkpoints that may not be deleted.
+        """
+        if self.world.is_main:
+            self._open(bool(resume_from_checkpoint))
+        self.world.wait()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
+
+    def _open(self, resume: bool) -> None:
+        path = self.store.folder / "run.json"
+        judge = "" if self.judge is None else self.judge.name
+        identity = identity_of(self.args, self.outer.prompts, self.eval_prompts, judge, self.world.size)
+        found = read_json(path)
+        if resume and found is not None:
+            check_same(found, identity, str(self.args.output_dir))
+            return
+        if not resume:
+            clear_run(Path(self.args.output_dir), overwrite=self.args.overwrite)
+            Path(self.args.output_dir, "ref_logps.json").unlink(missing_ok=True)
+        self.store.clear()
+        write_json(path, identity)
+
+    def _begin_iteration(self, step: int) -> None:
+        """Fill the data set for the iteration that optimizer step `step` belongs to."""
+        done, inside = divmod(step, self.args.steps_per_iteration)
+        self._iteration_start, self._losses, self._norms = time.perf_counter(), [], []
+        self._iteration = done + 1
+        self.history = self._records(done)
+        self._prepare_reference(step)
+        self._prepare_anchor(step)
+        if self.args.reset_optimizer and not inside:
+            self._forget_moments()
+        self.responder.update(self.model)
+        groups = self.outer.begin(self._iteration, inside=inside > 0, together=self._sharded())
+        self.train_dataset.fill(self._iteration, groups)
+        if not inside:
+            self._averages.add(rollout_metrics(self.outer.rollouts))
+        batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
+        self.observer.phase(self._iteration, "fitting", batches)
+
+    def _prepare_reference(self, step: int) -> None:
+        """What can only be done while the policy still is what it was in the beginning."""
+        if isinstance(self.reference, PrecomputedReference) and not self.reference.load():
+            if step:
+                raise FileNotFoundError(f"{self.reference.path} is missing, and the policy has moved since it was made")
+            groups = self.responder.recorded()
+            self.reference.save(groups, self.scorer.policy(groups, 1), write=self.world.is_main)
+        if self.eval_prompts and not step:
+            self._reference_texts()
+
+    def _prepare_anchor(self, step: int) -> None:
+        if self.objective.group != "anchor" or self.outer.anchor is not None:
+            return
+        self.outer.anchor = Anchor(self.accelerator.unwrap_model(self.model_wrapped), self.args.anchor_rate)
+        self.responder.anchor = self.outer.anchor
+        if step:
+            self.outer.anchor.load_state_dict(torch.load(self._anchor_path, weights_only=True))
+
+    def _write_extra(self, folder: Path) -> None:
+        if self.outer.anchor is not None:
+            torch.save(self.outer.anchor.state_dict(), folder / _anchor_name(self.world))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.reset_optimizer and self.state.global_step % self.args.steps_per_iteration == 0:
+            self._forget_moments()  # the next step would; two thirds of the file
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _forget_moments(self) -> None:
+        forget_moments(getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._anchor_path = Path(checkpoint) / _anchor_name(self.world)
+
+    def _reference_texts(self) -> list[tuple[str, ...]]:
+        self.observer.phase(self._iteration, "sampling the reference", 1)
+        if self.reference is None:
+            raise ValueError("an evaluation compares with the reference: pass reference=")
+        with self.reference.sampling() as model:
+            together = self._sharded() and model is self.model
+            sampler = transformers_sampler(model, self.processing_class, self.args, synced=together)
+            texts = self.heldout.reference_texts(sampler, together)
+        self.observer.advance()
+        return texts
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss over the groups of a batch, through the wrapped model's `__call__`."""
+        batch = inputs["batch"].to(self.args.device)
+        watch = Watch(self.objective.function, self.objective.scale)
+        targets = batch.targets.view(*batch.shape, -1)
+        job = loss_job(watch, targets, batch.constants, self.args.temperature, self.scorer.options)
+        loss = self.head(model, batch.input_ids, batch.attention_mask, job)
+        self._losses.append(float(loss.detach()))
+        self._averages.add(step_metrics(watch.logps, batch.constants, self.args))
+        self.observer.advance()
+        return (loss, {}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs) -> int:
+        """6 operations for each parameter and token."""
+        return 6 * inputs["batch"].input_ids.numel() * sum(value.numel() for value in self.model.parameters())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers, with the means of what was counted since the last line."""
+        if "loss" in logs:
+            extra = self._averages.take()
+            if extra and self.world.size > 1:
+                values = torch.tensor(list(extra.values()), device=self.args.device)
+                extra = dict(zip(extra, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+            logs = {**logs, **extra}
+            self._norms.append(logs.get("grad_norm", 0.0))
+        super().log(logs, start_time)
+
+    # Evaluation and records.
+
+    def compare(self, responses: int) -> tuple[Evaluation, list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Compare the policy as it is now with the reference on the held-out prompts.
+
+        Args:
+            responses: of the policy to each prompt. The draws are the same at every call.
+
+        Returns:
+            The evaluation, the responses of the policy, and those of the reference.
+        """
+        self.observer.phase(self._iteration, "evaluating", 2)
+        reference = self._reference_texts()
+        rollouts = self.heldout.sample(self._policy_sampler(), responses, self._sharded())
+        self.observer.advance()
+        frozen = None if isinstance(self.reference, PrecomputedReference) else self.scorer.frozen
+        result = self.heldout.evaluate(rollouts, reference, self.scorer.policy, frozen)
+        self.observer.advance()
+        return result, [rollout.texts for rollout in rollouts], reference
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Win rate against the reference on the held-out prompts, its standard error, reward and KL.
+
+        Raises:
+            ValueError: there are no held-out prompts, or others are given here.
+        """
+        if not self.eval_prompts:
+            raise ValueError("eval_prompts must be given to the trainer for an evaluation")
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            raise ValueError("eval_dataset must be None: the trainer evaluates on its eval_prompts")
+        result, _, _ = self.compare(self.args.eval_responses)
+        metrics = {}
+        for name in ("win_rate", "reward", "kl"):
+            estimate = getattr(result, name)
+            if estimate is not None:
+                metrics[f"{metric_key_prefix}_{name}"] = estimate.mean
+                metrics[f"{metric_key_prefix}_{name}_se"] = estimate.standard_error
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.is_in_train and self._evaluates_each_iteration:
+            self._finish_iteration(result)
+        return metrics
+
+    @property
+    def _evaluates_each_iteration(self) -> bool:
+        return bool(self.eval_prompts) and self.args.eval_strategy == IntervalStrategy.EPOCH
+
+    def _finish_iteration(self, result: Evaluation | None) -> None:
+        """Record the iteration that has just been fitted."""
+        found = rollout_metrics(self.outer.rollouts)
+        values = {}
+        for name in ("win_rate", "kl", "reward"):
+            estimate = None if result is None else getattr(result, name)
+            values[name] = None if estimate is None else estimate.mean
+            values[f"{name}_se"] = None if estimate is None else estimate.standard_error
+        del values["reward_se"]
+        record = Record(
+            iteration=self._iteration,
+            loss=mean(self._losses) if self._losses else float("nan"),
+            gradient_norm=max(self._norms, default=float("nan")),
+            train_reward=found.get("reward"),
+            truncated=found["truncated"],
+            tokens=sum(rollout.tokens for rollout in self.outer.rollouts),
+            seconds=time.perf_counter() - self._iteration_start,
+            **values,
+        )
+        self.history.append(record)
+        if self.world.is_main:
+            write_json(self.store.iteration(self._iteration) / "record.json", record.as_dict())
+        self.observer.finished(record)
+
+    def _records(self, iterations: int) -> list[Record]:
+        found = [read_json(self.store.iteration(k) / "record.json") for k in range(1, iterations + 1)]
+        return [Record(**content) for content in found if content is not None]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_card(
+                Path(output_dir or self.args.output_dir),
+                base_model=getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
+                loss=self.args.loss,
+                settings=self.args.own_settings(),
+                judge="none" if self.judge is None else self.judge.name,
+                history=[record.as_dict() for record in self.history],
+                peft=hasattr(self.model, "peft_config"),
+            )
+
+
+class _Iterations(TrainerCallback):
+    """Tells the trainer where its iterations begin and end."""
+
+    def __init__(self, trainer: WindTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **given) -> None:
+        self.trainer._begin_iteration(state.global_step)
+
+    def on_step_end(self, args, state, control, **given) -> None:
+        if self.trainer.outer.anchor is not None:
+            self.trainer.outer.anchor.update()
+
+    def on_epoch_end(self, args, state, control, **given) -> None:
+        if not self.trainer._evaluates_each_iteration:
+            self.trainer._finish_iteration(None)
+
+
+def _anchor_name(world: World) -> str:
+    return f"anchor-{world.rank}-of-{world.size}.pt"
+
+
+def _demonstrations_of(prompts: Sequence, wanted: bool) -> list[Demonstration]:
+    found = [each for each in prompts if isinstance(each, Demonstration)]
+    if (wanted or found) and len(found) != len(prompts):
+        raise ValueError(
+            f"train_prompts must all be Demonstrations (prompt, answer) for loss='spin', got {len(found)} of "
+            f"{len(prompts)}"
+        )
+    return found

@@ -1,0 +1,61 @@
+"""Several processes that share out work: the same items everywhere, each done once, everybody knows the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class World:
+    """The processes of an Accelerator.
+
+    Example:
+        >>> World(Accelerator(cpu=True)).share([1, 2, 3], lambda item: item * item)
+        [1, 4, 9]
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, value: Item) -> Item:
+        """The first process's value, on all of them."""
+        if self.size == 1:
+            return value
+        held = [value]
+        broadcast_object_list(held)
+        return held[0]
+
+    def share(self, items: Sequence[Item], work: Callable[[Item], Result], *, together: bool = False) -> list[Result]:
+        """Do `work` for each item on one process or another; returns all results, in order, on every process.
+
+        Args:
+            items: the same on every process.
+            work: called with items k with k % size == rank; its results are pickled between processes.
+            together: every process calls `work` equally often (the last item again where there are too few), because
+                the calls talk to each other, as the forwards of a sharded model do.
+        """
+        rounds = -(-len(items) // self.size)
+        found: list[tuple[int, Result]] = []
+        for turn in range(rounds):
+            place = turn * self.size + self.rank
+            if place < len(items):
+                found.append((place, work(items[place])))
+            elif together:
+                work(items[-1])
+        if self.size > 1:
+            found = gather_object(found)
+        return [result for _, result in sorted(found, key=lambda entry: entry[0])]
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
