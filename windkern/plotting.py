@@ -13,8 +13,8 @@ from windkern.train.models import require
 
 def _draw_run(path: Path, content: dict) -> None:
     from windkern.train import report
-    from windkern.train.config import Record
     from windkern.train.evaluate import Estimate, Evaluation
+    from windkern.train.progress import Record
 
     final, settings = content["final"], content["settings"]
     result = Evaluation(win_rate=Estimate(final["win_rate"], final["win_rate_se"]), reward=None, kl=None)

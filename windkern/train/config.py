@@ -201,6 +201,12 @@ class WindConfig(TrainingArguments):
         super().__post_init__()
 
     def _check(self) -> None:
+        if self.max_steps != -1 or self.num_train_epochs not in (3.0, float(self.num_iterations)):
+            raise ValueError(
+                "max_steps follows from num_iterations * steps_per_iteration and num_train_epochs from "
+                f"num_iterations; leave them out, got max_steps={self.max_steps}, "
+                f"num_train_epochs={self.num_train_epochs}"
+            )
         for name in ("num_iterations", "steps_per_iteration", "passes_per_iteration", "max_new_tokens"):
             check_count(name, getattr(self, name), least=1)
         for name in ("sampling_batch_size", "eval_responses", "reference_responses"):
@@ -242,6 +248,11 @@ class WindConfig(TrainingArguments):
         defaults = LOSS_DEFAULTS.get(self.loss, {})
         self.eta = defaults.get("eta") if self.eta is None else check_number("eta", self.eta, above=0)
         self.beta = defaults.get("beta") if self.beta is None else check_number("beta", self.beta, least=0)
+        if self.focus == "hardest" and (self.loss != "wind" or not self.beta):
+            raise ValueError(
+                "focus='hardest' needs loss='wind' with beta above 0, whose exploitability it estimates, "
+                f"got loss={self.loss!r}, beta={self.beta!r}"
+            )
         if self.replay and self.loss != "trajectory_balance":
             raise ValueError(
                 "replay=True needs loss='trajectory_balance', the one that is right for responses of any policy, "

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from windkern.train.config import Record
 from windkern.train.evaluate import Estimate, Evaluation
+from windkern.train.progress import Record
 
 # Shares of an iteration's time, so that the bar moves evenly; measured on two cores.
 _PHASES = {"sampling": 0.26, "scoring": 0.18, "fitting": 0.30, "evaluating": 0.22, "saving": 0.04}
@@ -90,14 +90,15 @@ class LiveReport:
         left = self.iterations - record.iteration
         eta = clock(left * sum(self._seconds) / len(self._seconds))
         self._progress.update(self._task, completed=self._done, left=f"{eta} left" if left else "")
-        reward = "" if record.reward is None else f"  reward {record.reward:+.2f}"
-        self.console.print(
-            f"{record.iteration:>2}/{self.iterations}  win rate [bold]{record.win_rate:.2f} ± "
-            f"{record.win_rate_se:.2f}[/bold]{reward}  KL {record.kl:4.1f}  loss {record.loss:.3f}  "
-            f"{record.tokens_per_second:3.0f} tokens/s  {eta} left",
-            highlight=False,
-            soft_wrap=True,
-        )
+        parts = [f"{record.iteration:>2}/{self.iterations}"]
+        if record.win_rate is not None:
+            parts.append(f"win rate [bold]{record.win_rate:.2f} ± {record.win_rate_se:.2f}[/bold]")
+        if record.reward is not None or record.train_reward is not None:
+            parts.append(f"reward {record.train_reward if record.reward is None else record.reward:+.2f}")
+        if record.kl is not None:
+            parts.append(f"KL {record.kl:4.1f}")
+        parts += [f"loss {record.loss:.3f}", f"{record.tokens_per_second:3.0f} tokens/s", f"{eta} left"]
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
 
 def history_table(history: Sequence[Record]) -> Table:
@@ -108,9 +109,9 @@ def history_table(history: Sequence[Record]) -> Table:
     for record in history:
         table.add_row(
             str(record.iteration),
-            plus_minus(Estimate(record.win_rate, record.win_rate_se)),
+            "" if record.win_rate is None else plus_minus(Estimate(record.win_rate, record.win_rate_se)),
             "" if record.reward is None else f"{record.reward:+.2f}",
-            plus_minus(Estimate(record.kl, record.kl_se), 1),
+            "" if record.kl is None else plus_minus(Estimate(record.kl, record.kl_se), 1),
             f"{record.loss:.3f}",
             f"{record.truncated:.0%}",
             f"{record.tokens_per_second:.0f}",

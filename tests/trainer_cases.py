@@ -1,0 +1,98 @@
+"""A trainer on a model of a few words, for tests, and runs of it that can be killed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import tiny_model
+
+PROMPTS = ("rain was", "bus was", "day was", "the bus was", "a day was", "so very was", "was a was", "not the was")
+HELDOUT = ("rain and", "a day and")
+
+
+def make_config(folder, **changes):
+    from windkern.train.config import WindConfig
+
+    settings = {
+        "output_dir": str(folder),
+        "num_iterations": 2,
+        "steps_per_iteration": 2,
+        "per_device_train_batch_size": 2,
+        "num_responses": 4,
+        "max_new_tokens": 6,
+        "sampling_batch_size": 8,
+        "learning_rate": 0.02,
+        "optim": "adamw_torch",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "eval_strategy": "no",
+    }
+    return WindConfig(**settings | changes)
+
+
+def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), prompts=PROMPTS, given=None, **changes):
+    from windkern.train.judges import RewardJudge
+    from windkern.train.trainer import WindTrainer
+
+    config = make_config(folder, **changes)
+    parts = {
+        "judge": RewardJudge(reward, strength=4.0),
+        "reference": tiny_model.make_model() if config.reference == "model" else None,
+        "processing_class": tiny_model.make_tokenizer(),
+    } | (given or {})
+    return WindTrainer(
+        tiny_model.make_model() if model is None else model,
+        config,
+        train_prompts=list(prompts),
+        eval_prompts=list(heldout),
+        **parts,
+    )
+
+
+def weights_of(trainer) -> dict:
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def run_or_hang(folder: str, resume: bool, hang_at: str | None, changes: dict) -> None:
+    """A run in a process of its own; at `hang_at`, "place:n", it touches folder/hanging and never returns."""
+    import torch
+
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    torch.set_num_threads(1)
+    if hang_at is not None:
+        _hang_at(hang_at, Path(folder) / "hanging")
+    run = make_trainer(folder, heldout=HELDOUT, eval_strategy="epoch", **changes)
+    run.train(resume_from_checkpoint=resume)
+    run.save_model()
+
+
+def _hang_at(place: str, sign: Path) -> None:
+    """Let the n-th arrival at a place of the trainer never return: a place to be killed at."""
+    from windkern.train import outer, responder, rollouts, saving, trainer
+
+    name, number = place.split(":")
+    owner, attribute = {
+        "sampling": (responder.Responder, "__call__"),
+        "judging": (outer, "judged"),
+        "writing a block": (rollouts, "sync_dir"),
+        "scoring": (outer.OuterLoop, "_score"),
+        "a step": (trainer.WindTrainer, "compute_loss"),
+        "saving": (trainer.WindTrainer, "_save_optimizer_and_scheduler"),
+        "the manifest": (saving, "sync_files"),
+        "evaluating": (trainer.WindTrainer, "compare"),
+    }[name]
+    original, calls = getattr(owner, attribute), [0]
+
+    def counted(*args, **given):
+        calls[0] += 1
+        if calls[0] == int(number):
+            sign.touch()
+            time.sleep(600)
+        return original(*args, **given)
+
+    setattr(owner, attribute, counted)
