@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from windkern import __version__, backends
+from windkern import __version__, backends, recipes
 from windkern.backends import BackendUnavailableError
 
 USAGE, INTERRUPTED = 2, 130
@@ -39,6 +39,30 @@ def _demo(arguments: argparse.Namespace) -> int:
     from windkern import demo
 
     return demo.run(arguments)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", metavar="FILE", help=f"settings in YAML, or the name of a recipe: {', '.join(recipes.names())}")
+    add(
+        "--override",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="wins over the file; the value in YAML, dots lead into mappings (peft.r=8)",
+    )
+    add("--output-dir", type=Path, metavar="DIR", help="wins over output_dir of the file")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint in the output directory")
+    add("--method", choices=("wind", "value"), help="wins over method of the file (default: wind)")
+    add("--fields", action="store_true", help="list the keys of a settings file, with types, defaults and meaning")
+    add("--all", action="store_true", help="with --fields: those of transformers.TrainingArguments too")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from windkern.train import run
+
+    return run.run(arguments)
 
 
 def _bandit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +154,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "demo": ("align a small real model on this machine, in minutes, and show what happens", _demo_arguments, _demo),
+    "train": ("train a policy with WIND, or another loss, by a settings file or a recipe", _train_arguments, _train),
     "bandit": (
         "WIND, iterative BOND, J-BOND and SPPO on the same contextual bandits, exact and sampled",
         _bandit_arguments,

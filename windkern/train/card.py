@@ -1,0 +1,225 @@
+"""The model card that goes with trained weights: README.md with what was done, and nothing that was not."""
+
+from __future__ import annotations
+
+import enum
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from windkern import __version__
+from windkern._checks import check_choice
+from windkern.losses import LOSSES
+from windkern.train.models import PACKAGED
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
+# Settings that say where a run lived or what it may access, and nothing about the weights.
+PRIVATE = re.compile(
+    r"(^|_)(token|key|secret|password|dir|api_key|run_name|model_id|bucket_id|space_id)$|^(hub|logging)_"
+)
+_PUBLISHED = {PACKAGED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_LONGEST = 300  # characters of a value
+_CITATIONS = """```bibtex
+@misc{yang2024fasterwind,
+  title         = {Faster WIND: Accelerating Iterative Best-of-N Distillation for LLM Alignment},
+  author        = {Tong Yang and Jincheng Mei and Hanjun Dai and Zixin Wen and Shicong Cen and Dale Schuurmans and
+                   Yuejie Chi and Bo Dai},
+  year          = {2024},
+  eprint        = {2410.20727},
+  archivePrefix = {arXiv}
+}
+
+@software{windkern,
+  title  = {windkern: log-probs and win-rate losses straight from hidden states},
+  author = {{The windkern authors}},
+  year   = {2026},
+  note   = {Implements WIND, arXiv 2410.20727}
+}
+```"""
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of windkern, Python and the libraries a run goes through, those that are installed.
+
+    Example:
+        >>> list(installed_versions())[:3]
+        ['windkern', 'python', 'torch']
+    """
+    found = {"windkern": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _is_hub_id(name: str) -> bool:
+    return (
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name) and name not in (".", "..")
+    )
+
+
+def _plain(value: object) -> str:
+    """One line, without users, passwords and queries of URLs and without the name of the home folder."""
+    text = "" if value is None else str(value.value if isinstance(value, enum.Enum) else value)
+    text = re.sub(r"(\w+://)[^/\s@]+@", r"\1", " ".join(text.split()))
+    text = re.sub(r"(\w+://[^\s?#]*)[?#]\S*", r"\1", text).replace(str(Path.home()), "~")
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def _escaped(value: object) -> str:
+    """Text that Markdown shows as it is, also in a table."""
+    text = _plain(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", text)
+
+
+def _code(value: object) -> str:
+    """A code span, also in a table."""
+    text = _plain(value)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") or not text else ""
+    return f"{fence}{space}{text.replace('|', chr(92) + '|')}{space}{fence}"
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _settings(config: Mapping[str, object], defaults: Mapping[str, object]) -> str:
+    rows = [
+        [_code(name), _code(value), _code(defaults[name]) if name in defaults else ""]
+        for name, value in config.items()
+        if not PRIVATE.search(name) and not (name in defaults and defaults[name] == value)
+    ]
+    return _table(["setting", "value", "default"], rows) if rows else "All settings have their defaults."
+
+
+def _results(history: Sequence[Mapping[str, object]]) -> str:
+    names = list(dict.fromkeys(name for row in history for name in row))
+    if not names:
+        return "Nothing was measured."
+    rows = [[row.get(name) for name in names] for row in history]
+    shown = [[f"{each:.4g}" if isinstance(each, float) else _escaped(each) for each in row] for row in rows]
+    return _table([_escaped(name) for name in names], shown)
+
+
+def _loading(name: str, base: str, library: str) -> str:
+    if library == "peft":
+        code = (
+            "from peft import AutoPeftModelForCausalLM\n"
+            "from transformers import AutoTokenizer\n\n"
+            f"model = AutoPeftModelForCausalLM.from_pretrained({name!r})  # on top of {_plain(base)!r}\n"
+        )
+    else:
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({name!r})\n"
+        )
+    return f"```python\n{code}tokenizer = AutoTokenizer.from_pretrained({name!r})\n```"
+
+
+def card_text(
+    *,
+    config: Mapping[str, object],
+    base_model: str,
+    judge: str | None,
+    history: Sequence[Mapping[str, object]],
+    name: str,
+    library: str = "transformers",
+    defaults: Mapping[str, object] | None = None,
+    prompts: str | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """Return the Markdown of a model card, with its YAML head.
+
+    Nothing is asked of a network. Settings that name folders, hub repositories or tokens are left out, and so are
+    users and passwords in URLs; a base model that is a local folder is named by the folder's last part only and does
+    not go into the head, where the hub takes it for an id.
+
+    Args:
+        config: settings of the run by name; "loss" and "objective" are explained.
+        base_model: folder or hub id that training started from.
+        judge: who said which response wins, None where nobody did.
+        history: a row of numbers for each iteration.
+        name: of the trained model, as one loads it: a hub id or a folder.
+        library: transformers or peft, what the weights are loaded with.
+        defaults: of the settings; those equal to theirs are left out.
+        prompts: where the training prompts came from; "hub:NAME..." is named as data set in the head.
+        versions: of the libraries; None takes those that are installed.
+
+    Raises:
+        ValueError: config names a loss that does not exist, or library is neither.
+
+    Example:
+        >>> text = card_text(
+        ...     config={"loss": "wind", "eta": 5.0}, base_model="gpt2", judge="vader", history=[], name="mine"
+        ... )
+        >>> text.splitlines()[:3]
+        ['---', 'base_model: gpt2', 'library_name: transformers']
+    """
+    check_choice("library", library, ("transformers", "peft"))
+    settings, versions = dict(config), installed_versions() if versions is None else versions
+    loss_name = str(settings.get("loss", "wind"))
+    check_choice("loss", loss_name, LOSSES)
+    loss = LOSSES[loss_name]
+    base_model = _PUBLISHED.get(base_model, base_model)
+    on_hub = _is_hub_id(base_model)
+    base = base_model if on_hub else os.path.basename(os.path.normpath(base_model))
+    data_set = prompts.split(":")[1] if prompts and prompts.startswith("hub:") else None
+    head = ModelCardData(
+        base_model=base_model if on_hub else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        datasets=[data_set] if data_set and _is_hub_id(data_set) else None,
+        tags=list(dict.fromkeys(["windkern", "wind", loss_name])),
+    )
+    objective = settings.get("objective")
+    variant = f", objective {_code(objective)}" if loss_name == "wind" and objective else ""
+    done = [f"{_code(base)}{'' if on_hub else ' (a local folder)'}, trained with the loss {_code(loss_name)}{variant}"]
+    if judge is not None:
+        done.append(f"judged by {_code(judge)}")
+    if prompts is not None:
+        done.append(f"on prompts of {_code(prompts if data_set else os.path.basename(prompts))}")
+    sections = {
+        "What was done": ", ".join(done) + ".",
+        "Loss": (
+            f"`{loss.name}`, of one group of responses to a prompt:\n\n```text\n{loss.formula}\n```\n\n"
+            f"l, o, r: log-probs of a response under the model, the policy that sampled it, and the reference; "
+            f"w: its win rate, P: preferences, R: rewards. Source: {_escaped(loss.source)}."
+        ),
+        "Settings": _settings(settings, defaults or {}),
+        "Results": _results(history),
+        "Loading": _loading(name, base, library),
+        "Versions": _table(["package", "version"], [[_escaped(key), _escaped(each)] for key, each in versions.items()]),
+        "Citation": _CITATIONS,
+    }
+    title = _escaped(os.path.basename(os.path.normpath(name)))
+    body = "\n\n".join([f"# {title}", *(f"## {section}\n\n{text}" for section, text in sections.items())])
+    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n"))
+
+
+def write_card(folder: str | Path, *, name: str | None = None, **content) -> Path:
+    """Write `card_text` to README.md in a folder and return its path.
+
+    Args:
+        folder: existing, of the weights.
+        name: as in `card_text`; None takes the folder's last part.
+        content: all else that `card_text` takes.
+
+    Raises:
+        ValueError: as `card_text`.
+        OSError: the file cannot be written.
+    """
+    path = Path(folder) / "README.md"
+    text = card_text(name=path.parent.resolve().name if name is None else name, **content)
+    scratch = path.with_name(".README.md.part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+    return path

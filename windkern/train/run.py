@@ -1,0 +1,146 @@
+"""`windkern train`: settings from a file and the command line, made into a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from windkern import recipes
+from windkern._checks import check_choice, check_count
+from windkern.train.models import require
+
+METHODS = ("wind", "value")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class RunConfig:
+    """What a run needs beside the trainer's settings: model, prompts, method.
+
+    Raises:
+        ValueError, TypeError: a field is out of range; the message names it.
+
+    Example:
+        >>> RunConfig(model="gpt2", train_prompts="demo", dtype="int8")
+        Traceback (most recent call last):
+        ValueError: dtype must be one of 'float32', 'bfloat16', 'float16', got 'int8'
+    """
+
+    model: str = field(
+        metadata=_help("Policy at the start: folder or hub id of a causal LM, or smollm2-135m-instruct (packaged).")
+    )
+    train_prompts: str = field(
+        metadata=_help("Prompts to train on: a file (.jsonl or text), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged).")
+    )
+    eval_prompts: str | None = field(
+        default=None, metadata=_help("Held-out prompts, likewise. null: the policy is not evaluated.")
+    )
+    max_train_prompts: int | None = field(
+        default=None, metadata=_help("Use only so many of train_prompts, from the first; at least 1. null: all.")
+    )
+    max_eval_prompts: int | None = field(default=None, metadata=_help("The same of eval_prompts."))
+    method: str = field(
+        default="wind", metadata=_help("What is trained: wind, a policy; or value, a value head that guides one.")
+    )
+    dtype: str = field(default="bfloat16", metadata=_help("Of the weights: float32, bfloat16 or float16."))
+    attention: str | None = field(
+        default=None, metadata=_help("Implementation, as transformers names it. null: transformers chooses.")
+    )
+    peft: dict | None = field(
+        default=None, metadata=_help("Arguments of peft.LoraConfig, such as {r: 16}. null: every weight is trained.")
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata=_help("Of reference=model: folder or hub id of the frozen reference. null: the same as model."),
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("dtype", self.dtype, DTYPES)
+        for name in ("max_train_prompts", "max_eval_prompts"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least=1)
+        for name in ("model", "train_prompts"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} must not be empty")
+
+
+def config_class(method: str) -> type:
+    """The settings of a method's trainer, a subclass of transformers.TrainingArguments.
+
+    Raises:
+        ValueError: no such method.
+    """
+    check_choice("method", method, METHODS)
+    if method == "value":
+        from windkern.train.value_trainer import ValueConfig
+
+        return ValueConfig
+    from windkern.train.config import WindConfig
+
+    return WindConfig
+
+
+def load_settings(
+    config: str, overrides: Sequence[str] = (), *, output_dir: object = None, method: str | None = None
+) -> tuple:
+    """Return (RunConfig, the trainer's configuration) of a settings file.
+
+    Args:
+        config: path, or name of a recipe.
+        overrides: `key=value`, which win over the file.
+        output_dir, method: win over both where given.
+
+    Raises:
+        FileNotFoundError: no such file or recipe.
+        MissingPackageError: the settings need peft or deepspeed, which is not installed.
+        ValueError: as `read_settings` and `build` raise it; the message names the file, and the overrides if any.
+    """
+    from windkern.train.settings_fields import build
+    from windkern.train.settings_file import read_settings
+
+    path = recipes.find(config)
+    content = read_settings(path, overrides)
+    content |= {} if output_dir is None else {"output_dir": str(output_dir)}
+    content |= {} if method is None else {"method": method}
+    require(*(name for name in ("peft", "deepspeed") if content.get(name)))
+    source = " ".join([str(path), *(f"--override {entry}" for entry in overrides)])
+    try:
+        trainer = config_class(content.get("method", "wind"))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return build([RunConfig, trainer], content, source)
+
+
+def show_fields(method: str, everything: bool) -> None:
+    """Print every key of a settings file, the inherited ones of transformers.TrainingArguments only if asked."""
+    from rich.console import Console
+
+    from windkern.train.settings_fields import describe_fields, own_fields
+
+    console, cls = Console(), config_class(method)
+    names = own_fields(cls)
+    if everything:
+        names += [each.name for each in dataclasses.fields(cls) if each.init and each.name not in names]
+    console.print(describe_fields(RunConfig, own_fields(RunConfig)))
+    console.print(describe_fields(cls, names))
+    if not everything:
+        console.print("and every key of transformers.TrainingArguments, see --all", highlight=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train as the command line says; returns 0 when the run is complete."""
+    require("transformers", "accelerate", "yaml", "rich")
+    if arguments.fields:
+        show_fields(arguments.method or "wind", arguments.all)
+        return 0
+    if arguments.config is None:
+        raise ValueError(f"--config must name a file or a recipe ({', '.join(recipes.names())})")
+    load_settings(arguments.config, arguments.override, output_dir=arguments.output_dir, method=arguments.method)
+    return 0
