@@ -17,7 +17,7 @@ import tiny_model  # noqa: E402
 from windkern import evaluation  # noqa: E402
 from windkern.cli import main  # noqa: E402
 from windkern.train import report  # noqa: E402
-from windkern.train.config import Record  # noqa: E402
+from windkern.train.progress import Record  # noqa: E402
 from windkern.train.evaluate import Estimate, Evaluation  # noqa: E402
 from windkern.train.records import Recorded, save_records  # noqa: E402
 

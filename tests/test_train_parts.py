@@ -1,4 +1,4 @@
-"""Prompts, sampler, judges, models, master weights, checkpoints, evaluation, report: each by itself."""
+"""Prompts, sampler, judges, models, master weights, evaluation, report: each by itself."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ pytest.importorskip("rich")
 
 from tiny_model import goodness, make_model, make_tokenizer  # noqa: E402
 
-from windkern.train import checkpoint as checkpoints  # noqa: E402
-from windkern.train import config, data, evaluate, judges, models, report, sampler  # noqa: E402
-from windkern.train.optim import MasterWeights  # noqa: E402
+from windkern.train import data, evaluate, judges, models, progress, report, sampler  # noqa: E402
+from windkern.train.optim import MasterAdamW, forget_moments  # noqa: E402
 
 PROMPTS = ["the bus was", "so very good a day", "rain"]
 
@@ -33,7 +32,26 @@ def model():
     return make_model()
 
 
-@pytest.mark.parametrize("module", [config, data, evaluate, judges, models, report, sampler], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [
+        config,
+        data,
+        evaluate,
+        groups,
+        judges,
+        metrics,
+        models,
+        objectives,
+        optim,
+        progress,
+        report,
+        sampler,
+        seeds,
+        world,
+    ],
+    ids=lambda m: m.__name__,
+)
 def test_the_examples_run(module):
     assert not doctest.testmod(module).failed
 
@@ -253,75 +271,43 @@ def test_a_conversion_is_kept_whole_or_not_at_all(monkeypatch, tmp_path):
 
 
 def test_master_weights_take_the_steps_bfloat16_cannot():
-    weight = torch.nn.Linear(4, 1, bias=False, dtype=torch.bfloat16)
-    with torch.no_grad():
-        weight.weight.fill_(1.0)
-    master = MasterWeights(weight, max_grad_norm=10.0)
-    optimizer = torch.optim.SGD(master.parameters(), lr=1e-3)  # steps of 1e-3, under half of bfloat16's 2^-8 at 1
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([weight], lr=1e-3, weight_decay=0.0)  # steps of 1e-3, under half of bfloat16's 2^-8 at 1
     for _ in range(8):
-        for _ in range(2):  # two passes add up
-            (0.5 * weight(torch.ones(1, 4, dtype=torch.bfloat16))).sum().backward()
-            master.collect()
-        assert master.step(optimizer) == pytest.approx(2.0)
-    torch.testing.assert_close(master.weights["weight"], torch.full((1, 4), 1 - 8e-3))
-    assert weight.weight.dtype == torch.bfloat16 and (weight.weight == 0.9921875).all() and weight.weight.grad is None
+        weight.grad = torch.full_like(weight, 2.0)
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["master"], torch.full((4,), 1 - 8e-3))
+    assert weight.dtype == torch.bfloat16 and (weight == 0.9921875).all()
 
 
-def test_float32_models_are_their_own_master_and_ties_count_once():
-    model = make_model()
-    master = MasterWeights(model, max_grad_norm=1.0)
-    assert master.weights["model.embed_tokens.weight"] is model.lm_head.weight
-    assert "lm_head.weight" not in master.weights
-    with pytest.raises(ValueError, match="nothing would be trained"):
-        MasterWeights(make_model().requires_grad_(False), max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="other parameters"):
-        master.load({"w": torch.zeros(1)})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_master_weights_are_adamw_and_come_back_from_their_state(dtype):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5).to(dtype), torch.randn(6, 5).to(dtype)
+    ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
+    settings = {"lr": 0.01, "betas": (0.0, 0.95), "weight_decay": 0.1}
+    first, theirs = MasterAdamW([ours], **settings), torch.optim.AdamW([plain], **settings)
+    for k, gradient in enumerate(gradients):
+        if k == 3:  # another object goes on from the state
+            state = first.state_dict()
+            first = MasterAdamW([ours], **settings)
+            first.load_state_dict(state)
+        ours.grad, plain.grad = gradient.clone(), gradient.float()
+        first.step()
+        theirs.step()
+    torch.testing.assert_close(first.state[ours].get("master", ours).detach(), plain.detach())
+    assert all(value.dtype == torch.float32 for value in first.state[ours].values())
 
 
-# Checkpoints
-
-
-def make_checkpoint(iteration: int) -> checkpoints.Checkpoint:
-    return checkpoints.Checkpoint(iteration, {"note": iteration}, {"w": torch.full((3,), float(iteration))})
-
-
-def test_checkpoints_come_back_and_old_ones_go(tmp_path):
-    for iteration in (1, 2, 3):
-        checkpoints.save(tmp_path, make_checkpoint(iteration))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration-0002", "iteration-0003"]
-    found = checkpoints.load_latest(tmp_path, pytest.fail)
-    assert (found.iteration, found.state) == (3, {"note": 3}) and found.weights["w"].tolist() == [3.0] * 3
-    assert checkpoints.load_latest(tmp_path / "none", pytest.fail) is None
-
-
-def test_a_save_that_dies_leaves_the_one_before(tmp_path, monkeypatch):
-    checkpoints.save(tmp_path, make_checkpoint(1))
-    monkeypatch.setattr(checkpoints, "sync_files", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(tmp_path, make_checkpoint(2))
-    monkeypatch.undo()
-    assert checkpoints.load_latest(tmp_path, pytest.fail).iteration == 1
-    checkpoints.save(tmp_path, make_checkpoint(2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration-0001", "iteration-0002"]
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "state"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_note(tmp_path, damage):
-    for iteration in (1, 2):
-        newest = checkpoints.save(tmp_path, make_checkpoint(iteration))
-    weights = newest / "weights.safetensors"
-    content = weights.read_bytes()
-    if damage == "truncate":
-        weights.write_bytes(content[:-5])
-    elif damage == "flip":
-        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    elif damage == "remove":
-        weights.unlink()
-    else:
-        (newest / "state.json").write_text("{")
-    notes = []
-    assert checkpoints.load_latest(tmp_path, notes.append).iteration == 1
-    assert len(notes) == 1 and "damaged" in notes[0] and newest.name in notes[0]
+def test_an_optimizer_forgets_its_moments_and_keeps_its_master_weights():
+    half, whole = (torch.nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    optimizer = MasterAdamW([half, whole], lr=1e-3)
+    half.grad, whole.grad = torch.ones_like(half), torch.ones_like(whole)
+    optimizer.step()
+    master = optimizer.state[half]["master"].clone()
+    forget_moments(optimizer)
+    assert list(optimizer.state[half]) == ["master"] and torch.equal(optimizer.state[half]["master"], master)
+    assert not optimizer.state.get(whole)
 
 
 # Evaluation, by hand
@@ -354,42 +340,9 @@ def test_a_policy_against_itself_wins_half():
 # Settings and report
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("iterations", 0),
-        ("num_responses", 1),
-        ("eta", 0.0),
-        ("beta", -1.0),
-        ("objective", "sqare"),
-        ("seed", -1),
-        ("momentum", 1.0),
-    ],
-)
-def test_settings_out_of_range_are_named(field, value):
-    with pytest.raises(ValueError, match=field):
-        config.WindSettings(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"fit_responses": 5}, "at most num_responses = 4"), ({"objective": "square_pair"}, "objective='square_pair'")],
-)
-def test_what_cannot_be_fitted_in_part_is_refused(changes, message):
-    with pytest.raises(ValueError, match=f"fit_responses must be .*{message}"):
-        config.WindSettings(**{"fit_responses": 2} | changes)
-
-
-def test_the_learning_rate_falls_to_its_share():
-    settings = config.WindSettings(iterations=2, learning_rate=1.0, final_learning_rate=0.5)
-    assert settings.steps_per_iteration == 4
-    rates = [settings.learning_rate_at(step) for step in range(8)]
-    assert rates[0] == 1.0 and rates[-1] == 0.5 and rates == sorted(rates, reverse=True)
-
-
-def make_records(count: int) -> list[config.Record]:
+def make_records(count: int) -> list[progress.Record]:
     return [
-        config.Record(k, 0.5 + 0.05 * k, 0.04, 0.1 * k, 0.3 * k, 0.1, 0.05, 3.0, 0.1, 0.5, 900, 30.0)
+        progress.Record(k, 0.5 + 0.05 * k, 0.04, 0.1 * k, 0.3 * k, 0.1, 0.05, 3.0, 0.1, 0.5, 900, 30.0)
         for k in range(1, count + 1)
     ]
 
@@ -440,3 +393,15 @@ def test_importing_the_package_does_not_import_transformers():
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_top_p_cuts_the_distribution_and_nothing_else(model, tokenizer):
+    """Of four known tokens the two likeliest have 0.8: with top_p 0.75 only they are drawn, 5 to 3."""
+    drawn = sampler.TransformersSampler(model, tokenizer, max_new_tokens=1, top_p=0.75)
+    scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4).clone()
+    for processor in drawn._processors(torch.Generator().manual_seed(0)):
+        scores = processor(torch.zeros(20_000, 1, dtype=torch.int64), scores)
+    shares = torch.bincount(scores.argmax(-1), minlength=4) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([5 / 8, 3 / 8, 0.0, 0.0]), atol=0.015, rtol=0)
+    with pytest.raises(ValueError, match="top_p must be at most 1"):
+        sampler.TransformersSampler(model, tokenizer, max_new_tokens=1, top_p=1.5)

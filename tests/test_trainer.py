@@ -10,16 +10,16 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-import tiny_model  # noqa: E402
-from trainer_cases import HELDOUT, PROMPTS, make_config, make_trainer, weights_of  # noqa: E402
+import tiny_model
+from trainer_cases import HELDOUT, PROMPTS, make_config, make_trainer, weights_of
 
-from windkern import hf  # noqa: E402
-from windkern.losses import LOSSES  # noqa: E402
-from windkern.train.config import WindConfig  # noqa: E402
-from windkern.train.data import Demonstration  # noqa: E402
-from windkern.train.groups import collate  # noqa: E402
-from windkern.train.identity import ResumeError  # noqa: E402
-from windkern.train.rollouts import verdict_of  # noqa: E402
+from windkern import hf
+from windkern.losses import LOSSES
+from windkern.train.config import WindConfig
+from windkern.train.data import Demonstration
+from windkern.train.groups import collate
+from windkern.train.identity import ResumeError
+from windkern.train.rollouts import verdict_of
 
 SEPARABLE = [name for name, loss in LOSSES.items() if loss.separable]
 
@@ -45,9 +45,15 @@ def test_the_first_loss_is_the_variance_of_the_win_rates(tmp_path):
 
 def test_the_loss_falls_and_the_win_rate_rises(tmp_path):
     trainer = make_trainer(
-        tmp_path, heldout=HELDOUT, num_iterations=3, steps_per_iteration=16, passes_per_iteration=4, eval_strategy="epoch",
-        eval_responses=8, reference_responses=8,
-    )  # fmt: skip
+        tmp_path,
+        heldout=HELDOUT,
+        num_iterations=3,
+        steps_per_iteration=16,
+        passes_per_iteration=4,
+        eval_strategy="epoch",
+        eval_responses=8,
+        reference_responses=8,
+    )
     trainer.train()
     rates = [record.win_rate for record in trainer.history]
     assert len(rates) == 3 and rates[-1] > 0.65 and rates[-1] > rates[0]
@@ -147,7 +153,9 @@ def test_a_demonstration_is_chosen_over_a_sample(tmp_path):
 
 
 def test_the_anchor_follows_the_policy_slowly(tmp_path):
-    trainer = make_trainer(tmp_path, loss="bond", num_responses=3, anchor_rate=0.25, steps_per_iteration=1, num_iterations=1)
+    trainer = make_trainer(
+        tmp_path, loss="bond", num_responses=3, anchor_rate=0.25, steps_per_iteration=1, num_iterations=1
+    )
     start = weights_of(trainer)
     trainer.train()
     end = weights_of(trainer)
@@ -175,9 +183,8 @@ def test_the_hardest_prompts_are_answered_more_often(tmp_path):
         return [score if "bus" in prompt else 0.0 for prompt, score in zip(prompts, scores, strict=True)]
 
     trainer = make_trainer(
-        tmp_path, reward=reward, focus="hardest", focus_uniform_share=0.5, steps_per_iteration=2, num_iterations=6,
-        learning_rate=1e-6,
-    )  # fmt: skip
+        tmp_path, reward=reward, focus="hardest", focus_uniform_share=0.5, num_iterations=6, learning_rate=1e-6
+    )
     asked = []
     for iteration in range(1, 7):
         trainer.outer.begin(iteration, inside=False, together=False)
@@ -185,9 +192,8 @@ def test_the_hardest_prompts_are_answered_more_often(tmp_path):
     late = [prompt for prompts in asked[3:] for prompt in prompts]
     assert sum("bus" in prompt for prompt in late) >= 6  # of 12; uniform would be 3
     again = make_trainer(
-        tmp_path, reward=reward, focus="hardest", focus_uniform_share=0.5, steps_per_iteration=2, num_iterations=6,
-        learning_rate=1e-6,
-    )  # fmt: skip
+        tmp_path, reward=reward, focus="hardest", focus_uniform_share=0.5, num_iterations=6, learning_rate=1e-6
+    )
     again.outer.begin(6, inside=True, together=False)
     assert [PROMPTS[rollout.place] for rollout in again.outer.rollouts] == asked[5]
 

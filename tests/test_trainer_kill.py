@@ -16,10 +16,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-import trainer_cases  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import trainer_cases
+from safetensors.torch import load_file
 
-from windkern.train import responder  # noqa: E402
+from windkern.train import responder
 
 CHANGES = {
     "num_iterations": 3,
@@ -130,7 +130,9 @@ def test_completions_that_were_sampled_and_judged_are_not_made_again(processes, 
     monkeypatch.setattr(
         responder.Responder,
         "__call__",
-        lambda self, places, iteration, block: asked.append((iteration, block)) or original(self, places, iteration, block),
+        lambda self, places, iteration, block: (
+            asked.append((iteration, block)) or original(self, places, iteration, block)
+        ),
     )
     trainer_cases.make_trainer(tmp_path, heldout=trainer_cases.HELDOUT, eval_strategy="epoch", **CHANGES).train(
         resume_from_checkpoint=True

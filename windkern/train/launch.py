@@ -1,0 +1,183 @@
+"""From settings to a finished run: load everything, train, compare, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback
+from transformers.utils import logging
+
+from windkern.train import report
+from windkern.train.config import WindConfig
+from windkern.train.data import demo_prompts, load_demonstrations, load_prompts
+from windkern.train.evaluate import Evaluation
+from windkern.train.judges_recorded import load_judge
+from windkern.train.models import describe, load_model
+from windkern.train.reference import needs_reference
+from windkern.train.run import RunConfig
+from windkern.train.trainer import WindTrainer
+
+SHOWN = 4  # prompts whose completions are printed
+DEMO_PROMPTS = "demo"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with."""
+
+    trainer: WindTrainer
+    final: Evaluation | None  # on held-out prompts, where there are any
+
+
+def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
+    """The prompts a setting names; nothing for None."""
+    if source is None:
+        return []
+    found = demo_prompts(split) if source == DEMO_PROMPTS else load_prompts(source)
+    return found[:limit]
+
+
+def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
+    """Load models, prompts and judge, and put them together.
+
+    Raises:
+        ValueError, TypeError, OSError: a setting is wrong or something cannot be read; the message says which.
+    """
+    import torch
+
+    if config.loss == "spin":
+        train = load_demonstrations(run.train_prompts)[: run.max_train_prompts]
+    else:
+        train = prompts_of(run.train_prompts, "train", run.max_train_prompts)
+    heldout = prompts_of(run.eval_prompts, "heldout", run.max_eval_prompts)
+    options = {"dtype": getattr(torch, run.dtype), "attention": run.attention}
+    judge = None
+    if config.judge is not None:
+        judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
+    model, tokenizer = load_model(run.model, **options)
+    reference = None
+    if config.reference == "model" and (heldout or needs_reference(config)):
+        reference, _ = load_model(run.reference_model or run.model, **options)
+    trainer = WindTrainer(
+        model,
+        config,
+        train_prompts=train,
+        eval_prompts=heldout,
+        judge=judge,
+        reference=reference,
+        processing_class=tokenizer,
+        peft_config=None if run.peft is None else LoraConfig(**{"task_type": "CAUSAL_LM"} | run.peft),
+        observer=observer,
+    )
+    for callback in (PrinterCallback, ProgressCallback):  # the observer shows what they would
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:
+    """A few lines about what is going to happen."""
+    config, judge = trainer.args, trainer.judge
+    trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
+    total = sum(value.numel() for value in trainer.model.parameters())
+    lines = [
+        f"[bold]{run.model}[/bold]: {describe(trainer.model)}, "
+        + ("every weight trained" if trained == total else f"{trained / 1e6:.2f} M of them trained")
+    ]
+    if judge is not None:
+        strength = getattr(judge, "strength", None)
+        link = "" if strength is None else f"; P(i beats j) = sigmoid({strength:g} * (reward_i - reward_j))"
+        lines.append(f"judge: {judge.name}{link}")
+    objective = f", objective {config.objective}" if config.loss == "wind" else ""
+    numbers = [f"{name} {getattr(config, name):g}" for name in ("eta", "beta") if getattr(config, name) is not None]
+    lines.append(", ".join([f"loss {config.loss}{objective}", *numbers, f"seed {config.seed}"]))
+    fitted = (
+        ""
+        if config.fit_responses in (None, config.num_responses)
+        else (f"; the {config.fit_responses} with the highest and lowest win rates are fitted")
+    )
+    lines.append(
+        f"{config.num_iterations} iterations of {trainer.outer.prompts_per_iteration} prompts, "
+        f"{config.num_responses} responses each{fitted}"
+    )
+    if trainer.eval_prompts:
+        lines.append(
+            f"evaluated on {len(trainer.eval_prompts)} held-out prompts, against {config.reference_responses} "
+            "responses of the reference"
+        )
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def start(run: RunConfig, config: WindConfig, *, resume: bool, console: Console, kind: str = "train") -> Outcome:
+    """Do a run, and leave model, card, picture and numbers in `config.output_dir`.
+
+    Args:
+        run, config: the settings.
+        resume: go on from the newest whole checkpoint.
+        console: where to print; made quiet on all processes but the first.
+        kind: of the results file.
+
+    Raises:
+        As `make_trainer` and `WindTrainer.train`.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console.quiet = config.process_index != 0
+    watch, output = report.Stopwatch(), Path(config.output_dir)
+    with report.LiveReport(config.num_iterations, console) as observer:
+        observer.waiting("loading the model (the packaged one is converted the first time: 30 seconds more)")
+        trainer = make_trainer(run, config, observer)
+        introduce(console, run, trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        final, after, before = trainer.compare(run.final_responses) if trainer.eval_prompts else (None, [], [])
+    if config.process_index == 0:
+        _report(console, run, trainer, final, before, after, output, kind, watch)
+    return Outcome(trainer, final)
+
+
+def _report(
+    console: Console,
+    run: RunConfig,
+    trainer: WindTrainer,
+    final: Evaluation | None,
+    before: Sequence[Sequence[str]],
+    after: Sequence[Sequence[str]],
+    output: Path,
+    kind: str,
+    watch: report.Stopwatch,
+) -> None:
+    console.print()
+    console.print(report.history_table(trainer.history))
+    picture, numbers = output / "win_rate.png", output / "result.json"
+    settings = {**dataclasses.asdict(run), **trainer.args.own_settings(), "seed": trainer.args.seed}
+    del settings["overwrite"]  # says how the run was begun, not what it is
+    report.as_json(
+        numbers,
+        settings=settings,
+        history=trainer.history,
+        final=final,
+        prompts=trainer.eval_prompts,
+        before=before,
+        after=after,
+        kind=kind,
+    )
+    where = f"model {os.path.relpath(output)}, numbers {os.path.relpath(numbers)}"
+    if final is None:
+        console.print(f"{watch} in all\n{where}", highlight=False, soft_wrap=True)
+        return
+    report.print_completions(console, trainer.eval_prompts, before, after, SHOWN)
+    report.draw(picture, trainer.history, final, f"{trainer.args.loss} on {run.model}, seed {trainer.args.seed}")
+    low, high = final.win_rate.interval
+    kl = "" if final.kl is None else f"; KL {report.plus_minus(final.kl, 1)} nats a response"
+    console.print(
+        f"\nheld-out win rate against the reference: [bold]{final.win_rate.mean:.2f}[/bold], 95 % interval "
+        f"[{low:.2f}, {high:.2f}]{kl}; {watch} in all\n{where}, picture {os.path.relpath(picture)}",
+        highlight=False,
+        soft_wrap=True,
+    )
