@@ -17,8 +17,8 @@ import tiny_model  # noqa: E402
 from windkern import evaluation  # noqa: E402
 from windkern.cli import main  # noqa: E402
 from windkern.train import report  # noqa: E402
-from windkern.train.progress import Record  # noqa: E402
 from windkern.train.evaluate import Estimate, Evaluation  # noqa: E402
+from windkern.train.progress import Record  # noqa: E402
 from windkern.train.records import Recorded, save_records  # noqa: E402
 
 PROMPTS = ("rain was", "bus was", "a day", "so very", "the bus")
@@ -133,7 +133,7 @@ def test_an_evaluation_is_drawn_again(inputs, tmp_path):
 def test_a_run_is_drawn_again(tmp_path):
     history = [Record(k, 0.5 + 0.1 * k, 0.04, 0.1, 0.3, 0.1, 0.05, 3.0, 0.1, 0.5, 900, 30.0) for k in (1, 2)]
     final = Evaluation(Estimate(0.8, 0.03), None, None)
-    report.draw(tmp_path / "a.png", history, final, "WIND on m, seed 4")
+    report.draw(tmp_path / "a.png", history, final, "wind on m, seed 4")
     report.as_json(
         tmp_path / "a.json",
         settings={"model": "m", "wind": {"seed": 4}},

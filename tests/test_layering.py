@@ -16,6 +16,8 @@ ALLOWED = {
     "losses_report": BASE | {"losses"},
     "hf": BASE | {"ops"},
     "integrations": BASE | {"kernels", "ops", "plan", "backends", "losses", "hf"},
+    "train": BASE | {"kernels", "ops", "losses", "backends", "hf", "integrations", "recipes", "__version__"},
+    "recipes": BASE,
     "reference": set(),
     "plan": BASE | {"kernels"},
     "backends": BASE | {"kernels"},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import io
 import json
 import math
+import pkgutil
 import sys
 
 import pytest
@@ -16,6 +18,7 @@ pytest.importorskip("rich")
 
 from tiny_model import goodness, make_model, make_tokenizer  # noqa: E402
 
+import windkern.train  # noqa: E402
 from windkern.train import data, evaluate, judges, models, progress, report, sampler  # noqa: E402
 from windkern.train.optim import MasterAdamW, forget_moments  # noqa: E402
 
@@ -32,28 +35,10 @@ def model():
     return make_model()
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        config,
-        data,
-        evaluate,
-        groups,
-        judges,
-        metrics,
-        models,
-        objectives,
-        optim,
-        progress,
-        report,
-        sampler,
-        seeds,
-        world,
-    ],
-    ids=lambda m: m.__name__,
-)
-def test_the_examples_run(module):
-    assert not doctest.testmod(module).failed
+def test_the_examples_run():
+    for found in pkgutil.iter_modules(windkern.train.__path__):
+        module = importlib.import_module(f"windkern.train.{found.name}")
+        assert not doctest.testmod(module).failed, found.name
 
 
 # Prompts

@@ -18,6 +18,8 @@ __all__ = [
     "LogitTransform",
     "Plan",
     "TokenLogps",
+    "WindConfig",
+    "WindTrainer",
     "backends",
     "fused_loss",
     "hf",
@@ -38,10 +40,14 @@ _LAZY = {
     "hf": "windkern.hf",
     "sharding": "windkern.integrations.sharding",
     "tabular": "windkern.tabular",
+    "WindConfig": "windkern.train.config:WindConfig",
+    "WindTrainer": "windkern.train.trainer:WindTrainer",
 }
 
 
 def __getattr__(name: str):
     if name in _LAZY:
-        return importlib.import_module(_LAZY[name])
+        module, _, attribute = _LAZY[name].partition(":")
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
     raise AttributeError(f"module 'windkern' has no attribute {name!r}")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import LoraConfig
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 from transformers.utils import logging
@@ -72,12 +71,21 @@ def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
         judge=judge,
         reference=reference,
         processing_class=tokenizer,
-        peft_config=None if run.peft is None else LoraConfig(**{"task_type": "CAUSAL_LM"} | run.peft),
+        peft_config=None if run.peft is None else _lora(run.peft),
         observer=observer,
     )
     for callback in (PrinterCallback, ProgressCallback):  # the observer shows what they would
         trainer.remove_callback(callback)
     return trainer
+
+
+def _lora(settings: dict):
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM"} | settings)
+    except TypeError as error:
+        raise ValueError(f"peft: {error}; its keys are arguments of peft.LoraConfig") from None
 
 
 def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:

@@ -149,7 +149,7 @@ def show_fields(method: str, everything: bool) -> None:
 def needed_packages(run: RunConfig, config: object) -> list[str]:
     """What a run imports, for one message about everything that is missing."""
     names = ["transformers", "accelerate", "safetensors", "rich", "matplotlib"]
-    names += ["peft"]
+    names += ["peft"] if run.peft is not None else []
     names += ["vaderSentiment"] if getattr(config, "judge", None) == "vader" else []
     sources = (run.train_prompts, run.eval_prompts or "")
     names += ["datasets"] if any(source.startswith("hub:") for source in sources) else []
