@@ -255,6 +255,7 @@ def test_data_sets_of_the_hub_give_demonstrations(hub):
             ValueError,
             "hub:odd must have the column prompt or messages, it has text, n; .* hub:odd:train:COL",
         ),
+        ("hub:qa", ValueError, "hub:qa must have the column prompt or messages, it has question, answer; "),
         ("hub:odd:train:txt", ValueError, "must have the column txt, it has text, n"),
         ("hub:odd:train:n", ValueError, 'hub:odd:train:n, row 0: expected .* got {"prompt": 4}'),
         ("hub:odd:train:text", ValueError, 'hub:odd:train:text, row 1: expected .* got {"prompt": ""}'),
@@ -262,6 +263,7 @@ def test_data_sets_of_the_hub_give_demonstrations(hub):
 )
 def test_what_is_wrong_with_a_data_set_is_said(hub, source, error, message):
     hub[0]["odd"] = [{"text": "rain", "n": 4}, {"text": "", "n": 5}]
+    hub[0]["qa"] = [{"question": "rain", "answer": "bad"}]
     with pytest.raises(error, match=message):
         load_prompts(source)
 

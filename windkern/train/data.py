@@ -88,24 +88,21 @@ def _hub_rows(source: str) -> _Rows:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{source} cannot be loaded: {error}") from error
-    known = ("prompt", "messages", *ANSWERS)
-    columns = [each for each in data.column_names if each == column or (not column and each in known)]
-    if not columns:
+    if not set(data.column_names) & ({column} if column else {"prompt", "messages"}):
         raise ValueError(
             f"{source} must have the column {column or 'prompt or messages'}, it has {', '.join(data.column_names)}; "
             f"another one can be named: {HUB}{name}:{split or 'train'}:COLUMN"
         )
-    rows = enumerate(data.select_columns(columns))
-    if not column:
-        return ((f"{source}, row {k}", row) for k, row in rows)
-    # Reason: a list in a column of another name, such as chosen, is a whole dialogue.
-    return (
-        (
-            f"{source}, row {k}",
-            {"messages" if column != "prompt" and isinstance(row[column], list) else "prompt": row[column]},
-        )
-        for k, row in rows
-    )
+    known = (column,) if column else ("prompt", "messages", *ANSWERS)
+    return _data_set_rows(data.select_columns([each for each in data.column_names if each in known]), source, column)
+
+
+def _data_set_rows(data, source: str, column: str) -> Iterator[tuple[str, object]]:
+    for number, row in enumerate(data):
+        if column and column != "prompt":
+            # Reason: a list in a column of another name, such as chosen, is a whole dialogue.
+            row = {"messages" if isinstance(row[column], list) else "prompt": row[column]}
+        yield f"{source}, row {number}", row
 
 
 def _prompt(record: object) -> str:
