@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from test_hf import FAMILIES, batch, build  # noqa: E402
+from test_hf import FAMILIES, batch, build
 
-from windkern import hf  # noqa: E402
-from windkern.losses import wind  # noqa: E402
-from windkern.train.fused_head import FusedHead, Watch, loss_job, score_job  # noqa: E402
+from windkern import hf
+from windkern.losses import wind
+from windkern.train.fused_head import FusedHead, Watch, loss_job, score_job
 
 OPTIONS = {"memory_budget": None, "deterministic": False, "backend": "auto"}
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import doctest
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
-from tiny_model import WORDS, goodness, make_model, make_tokenizer  # noqa: E402
+from completion_server import Server  # noqa: E402
+from tiny_model import goodness, make_classifier, make_model, make_tokenizer  # noqa: E402
 
 from windkern import hf  # noqa: E402
 from windkern.train import judges_models, judges_recorded, records, samplers_http, samplers_recorded  # noqa: E402
@@ -34,22 +32,6 @@ def test_the_examples_run(module):
 
 
 # Models that judge
-
-
-def make_classifier(kind: str = "Llama", labels: int = 1, padding: int | None = 0):
-    torch.manual_seed(0)
-    options = {
-        "vocab_size": 6 + len(WORDS),
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_labels": labels,
-        "pad_token_id": padding,
-        "initializer_range": 0.5,
-    }
-    configuration = getattr(transformers, f"{kind}Config")(**options)
-    return getattr(transformers, f"{kind}ForSequenceClassification")(configuration).eval()
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Bert"])
@@ -267,57 +249,6 @@ def test_recorded_responses_are_drawn_by_the_seed(tmp_path):
 
 
 # A server
-
-
-class Server:
-    """A real one on 127.0.0.1 that answers as OpenAI's do; `script` holds what to do instead, one entry a request."""
-
-    def __init__(self, most: int = 100):
-        self.requests: list[tuple[str, dict, str | None]] = []
-        self.script: list = []
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append((self.path, body, self.headers.get("Authorization")))
-                    step = outer.script.pop(0) if outer.script else None
-                if step == "hang":
-                    outer.release.wait(5)
-                    return
-                status, content, headers = step or (200, json.dumps(outer.answer(body, most)), {})
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content.encode())), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content.encode())
-
-            def log_message(self, *args):
-                """Quiet."""
-
-        self.release = threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self.thread.start()
-
-    @staticmethod
-    def answer(body: dict, most: int) -> dict:
-        words = [WORDS[(body["seed"] + k) % len(WORDS)] for k in range(min(body["n"], most))]
-        return {
-            "choices": [
-                {"message": {"content": f"{word} day"}, "finish_reason": "length" if word == "bad" else "stop"}
-                for word in words
-            ]
-        }
-
-    def close(self):
-        self.release.set()
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
 
 
 @pytest.fixture

@@ -51,6 +51,24 @@ def make_model(seed: int = 0):
     return LlamaForCausalLM(config).eval()
 
 
+def make_classifier(kind: str = "Llama", labels: int = 1, padding: int | None = 0):
+    import transformers
+
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": 6 + len(WORDS),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_labels": labels,
+        "pad_token_id": padding,
+        "initializer_range": 0.5,
+    }
+    configuration = getattr(transformers, f"{kind}Config")(**options)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(configuration).eval()
+
+
 def save(folder: Path) -> Path:
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -106,7 +106,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="folder or hub id of a causal LM, or recorded:FILE (JSON lines)")
     add("--base", required=True, metavar="NAME", help="what it is compared with, likewise")
-    add("--prompts", required=True, type=Path, metavar="FILE", help=".jsonl or text")
+    add("--prompts", required=True, metavar="SOURCE", help=".jsonl, .json or text, or hub:NAME[:SPLIT[:COLUMN]]")
     add(
         "--judge",
         required=True,

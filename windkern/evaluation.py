@@ -12,6 +12,7 @@ from pathlib import Path
 
 from windkern._checks import check_choice, check_count, check_number
 from windkern.train.models import PACKAGED, require
+from windkern.train.prompts import prompt_to_json
 
 SHOWN = 4  # prompts whose completions are printed
 DTYPES = ("bfloat16", "float32", "float16")
@@ -106,10 +107,10 @@ def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: st
 
     if side.model is None:
         path = side.name.removeprefix(RECORDED)
-        found = {record.prompt: record.responses for record in load_records(path)}
-        if missing := [prompt for prompt in prompts if len(found.get(prompt, ())) < settings.responses]:
+        found = {record.prompt.strip(): record.responses for record in load_records(path)}
+        if missing := [prompt for prompt in prompts if len(found.get(prompt.strip(), ())) < settings.responses]:
             raise ValueError(f"{path} has fewer than {settings.responses} responses to {missing[0]!r}")
-        side.texts = tuple(found[prompt][: settings.responses] for prompt in prompts)
+        side.texts = tuple(found[prompt.strip()][: settings.responses] for prompt in prompts)
         advance(len(prompts))
         return
     sampler = TransformersSampler(
@@ -175,7 +176,7 @@ def as_dict(settings: EvalSettings, result, prompts: Sequence[str], ours: Side, 
         "tokens": {"model": ours.tokens, "base": theirs.tokens},
         "truncated": {"model": ours.truncated, "base": theirs.truncated},
         "prompts": [
-            {"prompt": prompt, "win_rate": rate, "model": list(mine), "base": list(other)}
+            {"prompt": prompt_to_json(prompt), "win_rate": rate, "model": list(mine), "base": list(other)}
             for prompt, rate, mine, other in zip(prompts, result.win_rates, ours.texts, theirs.texts, strict=True)
         ],
     }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from windkern._checks import check_count
 from windkern.train.judges import Verdict
 from windkern.train.models import require
+from windkern.train.prompts import as_messages, render
 
 PreferenceFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
 TEMPLATE = "{prompt}\n\nResponse A:\n{first}\n\nResponse B:\n{second}\n\nWhich is better?"
@@ -85,8 +86,9 @@ class ModelReward:
 
         reward = logit of the one label, or of `label` where there are several
 
-    With a chat template prompt and response are a user's and an assistant's turn; without one they are a pair of texts,
-    as the tokenizer joins pairs. A model trained with the Bradley-Terry likelihood has strength 1.
+    With a chat template prompt and response are a user's and an assistant's turn, and the messages of a `ChatPrompt`
+    stay as they are; without one prompt and response are a pair of texts, as the tokenizer joins pairs. A model trained
+    with the Bradley-Terry likelihood has strength 1.
 
     Args:
         model, tokenizer, batch_size, max_length: see `Classifier`.
@@ -120,11 +122,11 @@ class ModelReward:
             encoded = [encode(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
         else:
             turns = (
-                [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+                [*as_messages(prompt), {"role": "assistant", "content": text}]
                 for prompt, text in zip(prompts, responses, strict=True)
             )
             # Reason: the template has put the special tokens in.
-            encoded = [encode(tokenizer.apply_chat_template(turn, tokenize=False), special=False) for turn in turns]
+            encoded = [encode(render(tokenizer, turn, open_turn=False), special=False) for turn in turns]
         return self.classifier(encoded)[:, self.label].tolist()
 
 

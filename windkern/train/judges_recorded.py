@@ -40,13 +40,14 @@ class RecordedJudge:
         self._rewards: dict[tuple[str, str], float] = {}
         self._prefs: dict[tuple[str, str, str], float] = {}
         for record in records:
+            prompt = record.prompt.strip()  # the plain string, of a conversation too
             if self.has_prefs:
                 for i, row in enumerate(record.prefs):
                     for j, chance in enumerate(row):
-                        self._prefs[record.prompt, record.responses[i], record.responses[j]] = chance
+                        self._prefs[prompt, record.responses[i], record.responses[j]] = chance
             else:
                 self._rewards |= {
-                    (record.prompt, text): reward for text, reward in zip(record.responses, record.rewards, strict=True)
+                    (prompt, text): reward for text, reward in zip(record.responses, record.rewards, strict=True)
                 }
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:

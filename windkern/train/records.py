@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from windkern.train.prompts import prompt_from_json, prompt_to_json
+
 _SUM_TOLERANCE = 1e-3  # of prefs[i][j] + prefs[j][i] = 1, for files with rounded numbers
 
 
@@ -15,7 +17,7 @@ _SUM_TOLERANCE = 1e-3  # of prefs[i][j] + prefs[j][i] = 1, for files with rounde
 class Recorded:
     """One line: a prompt and N responses to it."""
 
-    prompt: str
+    prompt: str  # or ChatPrompt
     responses: tuple[str, ...]
     rewards: tuple[float, ...] | None = None  # N
     prefs: tuple[tuple[float, ...], ...] | None = None  # N x N, chance that response i beats response j
@@ -55,13 +57,14 @@ def _parse(line: str) -> Recorded:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg})") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise ValueError('expected an object with a string under "prompt"')
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), (str, list)):
+        raise ValueError('expected an object with a string under "prompt", or with a list of chat messages there')
+    prompt = entry["prompt"].strip() if isinstance(entry["prompt"], str) else prompt_from_json(entry["prompt"])
     responses = _strings(entry.get("responses"), "responses")
     count = len(responses)
     rewards = None if entry.get("rewards") is None else _numbers(entry["rewards"], "rewards", count)
     prefs = None if entry.get("prefs") is None else _preferences(entry["prefs"], count)
-    return Recorded(entry["prompt"].strip(), tuple(text.strip() for text in responses), rewards, prefs)
+    return Recorded(prompt, tuple(text.strip() for text in responses), rewards, prefs)
 
 
 def load_records(path: str | Path) -> list[Recorded]:
@@ -70,7 +73,8 @@ def load_records(path: str | Path) -> list[Recorded]:
         {"prompt": "...", "responses": ["...", "..."], "rewards": [0.1, -2.0], "prefs": [[0.5, 0.9], [0.1, 0.5]]}
 
     Args:
-        path: UTF-8 file. "rewards" and "prefs" are optional; other fields are not looked at; empty lines are skipped.
+        path: UTF-8 file. "prompt" is a string or a list of chat messages (`ChatPrompt`). "rewards" and
+            "prefs" are optional; other fields are not looked at; empty lines are skipped.
 
     Raises:
         FileNotFoundError: no such file.
@@ -97,7 +101,7 @@ def save_records(path: Path, records: Sequence[Recorded]) -> None:
     """Write what `load_records` reads."""
     lines = []
     for record in records:
-        entry: dict[str, object] = {"prompt": record.prompt, "responses": list(record.responses)}
+        entry: dict[str, object] = {"prompt": prompt_to_json(record.prompt), "responses": list(record.responses)}
         if record.rewards is not None:
             entry["rewards"] = list(record.rewards)
         if record.prefs is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from windkern._checks import check_count, check_number
+from windkern.train.prompts import as_messages
 from windkern.train.sampler import Completions
 from windkern.train.samplers_recorded import completions_of_texts
 from windkern.train.seeds import stream
@@ -36,7 +37,7 @@ class HttpSampler:
         tokenizer: of that model.
         max_new_tokens: longest response, end token included.
         temperature: divides the logits; positive.
-        system: system message, None for none.
+        system: system message, for prompts that bring none of their own; None for none.
         api_key: sent as a bearer token where given.
         timeout: seconds a request may take.
         attempts: how often a request is tried; with pauses of 1, 2, 4 ... seconds, or what Retry-After says.
@@ -98,12 +99,11 @@ class HttpSampler:
 
     def _answers(self, prompt: str, count: int, seed: int) -> list[tuple[str, bool]]:
         """(text, cut off) of each response; servers that give one at a time are asked again."""
-        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
         found: list[tuple[str, bool]] = []
         while len(found) < count:
             body = {
                 "model": self.model,
-                "messages": [*opening, {"role": "user", "content": prompt}],
+                "messages": as_messages(prompt, self.system),
                 "n": count - len(found),
                 "max_tokens": self.max_new_tokens,
                 "temperature": self.temperature,

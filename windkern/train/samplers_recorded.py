@@ -96,7 +96,7 @@ class RecordedSampler:
         self.max_new_tokens = None if max_new_tokens is None else check_count("max_new_tokens", max_new_tokens, least=1)
         self._responses: dict[str, list[str]] = {}
         for record in load_records(path):
-            self._responses.setdefault(record.prompt, []).extend(record.responses)
+            self._responses.setdefault(record.prompt.strip(), []).extend(record.responses)
 
     def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
         """`num_responses` of the responses recorded for each prompt, without putting any back."""

@@ -1,0 +1,60 @@
+"""A server of completions for tests: a real one, that speaks the OpenAI protocol."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tiny_model import WORDS
+
+
+class Server:
+    """A real one on 127.0.0.1 that answers as OpenAI's do; `script` holds what to do instead, one entry a request."""
+
+    def __init__(self, most: int = 100):
+        self.requests: list[tuple[str, dict, str | None]] = []
+        self.script: list = []
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.requests.append((self.path, body, self.headers.get("Authorization")))
+                    step = outer.script.pop(0) if outer.script else None
+                if step == "hang":
+                    outer.release.wait(5)
+                    return
+                status, content, headers = step or (200, json.dumps(outer.answer(body, most)), {})
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content.encode())), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content.encode())
+
+            def log_message(self, *args):
+                """Quiet."""
+
+        self.release = threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+
+    @staticmethod
+    def answer(body: dict, most: int) -> dict:
+        words = [WORDS[(body["seed"] + k) % len(WORDS)] for k in range(min(body["n"], most))]
+        return {
+            "choices": [
+                {"message": {"content": f"{word} day"}, "finish_reason": "length" if word == "bad" else "stop"}
+                for word in words
+            ]
+        }
+
+    def close(self):
+        self.release.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()

@@ -1,0 +1,164 @@
+"""A prompt is a string everywhere; one that is a conversation brings its messages along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant")
+_LONGEST_SHOWN = 120  # characters of a wrong value in an error message
+
+
+def shown(value: object) -> str:
+    """A value as JSON, cut for an error message."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."
+
+
+def _turns(messages: object) -> tuple[tuple[str, str], ...]:
+    """(role, content) of each message."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"messages must be a list of at least one chat message, got {shown(messages)}")
+    for number, message in enumerate(messages):
+        fits = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+        if not fits or message.get("tool_calls"):
+            raise ValueError(
+                f'messages[{number}] must be an object with "role" {", ".join(ROLES)} and a string under "content", '
+                f"without tool calls, got {shown(message)}"
+            )
+    return tuple((str(message["role"]), str(message["content"])) for message in messages)
+
+
+class ChatPrompt(str):
+    r"""A prompt of several messages, which a chat template or a server gets as they are.
+
+    As a string, which it is for judges, dictionaries, logs and everything else, it is
+
+        content                                     one message, of the user
+        "role: content" joined by empty lines       otherwise
+
+    and equality and hash are those of that string; what `str` methods such as `strip` return is a plain string.
+    It does not change, and it can be pickled. `json.dumps` writes the string: see `prompt_to_json`.
+
+    Args:
+        messages: {"role": ..., "content": ...} each, roles system, developer, user and assistant; the last is not the
+            assistant's and not blank. Other keys are left out.
+
+    Raises:
+        ValueError: that is not what `messages` is; the message says which and why.
+
+    Example:
+        >>> prompt = ChatPrompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
+        >>> print(prompt)
+        system: Be brief.
+        <BLANKLINE>
+        user: Why?
+        >>> prompt.messages[1]
+        {'role': 'user', 'content': 'Why?'}
+        >>> ChatPrompt([{"role": "user", "content": "Why?"}]) == "Why?"
+        True
+    """
+
+    def __new__(cls, messages: Sequence[dict[str, str]]) -> ChatPrompt:
+        turns = _turns(messages)
+        role, content = turns[-1]
+        if role == "assistant" or not content.strip():
+            raise ValueError(
+                "the last message of a prompt must be the user's or the system's and not blank, "
+                f"got {shown({'role': role, 'content': content})}"
+            )
+        one = len(turns) == 1 and role == "user"
+        self = super().__new__(cls, content if one else "\n\n".join(f"{role}: {content}" for role, content in turns))
+        self._turns = turns
+        return self
+
+    def __reduce__(self):
+        return type(self), (self.messages,)
+
+    @property
+    def messages(self) -> tuple[dict[str, str], ...]:
+        """A copy of the messages."""
+        return tuple({"role": role, "content": content} for role, content in self._turns)
+
+    @property
+    def is_one_turn(self) -> bool:
+        """Whether it is one message of the user, so that the string says everything."""
+        return [role for role, _ in self._turns] == ["user"]
+
+
+def split_dialogue(messages: Sequence[dict[str, str]]) -> tuple[ChatPrompt, str | None]:
+    """Return (what comes before the assistant's last message, that message); the latter None where there is none.
+
+    Raises:
+        ValueError: `messages` are none, or nothing comes before the answer.
+
+    Example:
+        >>> split_dialogue([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}])
+        ('Why?', 'Because.')
+    """
+    turns = _turns(messages)
+    if turns[-1][0] != "assistant":
+        return ChatPrompt(messages), None
+    if len(turns) == 1:
+        raise ValueError(f"messages must hold a prompt before the assistant's answer, got {shown(messages)}")
+    return ChatPrompt(messages[:-1]), turns[-1][1]
+
+
+def prompt_to_json(prompt: str) -> str | list[dict[str, str]]:
+    """Return what JSON can hold of a prompt: the string, or the list of its messages; `prompt_from_json` reads it.
+
+    Example:
+        >>> prompt_to_json("Why?"), prompt_to_json(ChatPrompt([{"role": "user", "content": "Why?"}]))
+        ('Why?', [{'role': 'user', 'content': 'Why?'}])
+    """
+    return list(prompt.messages) if isinstance(prompt, ChatPrompt) else str(prompt)
+
+
+def prompt_from_json(value: object) -> str:
+    """Return the prompt that `prompt_to_json` wrote: a string for a string, a `ChatPrompt` for a list of messages.
+
+    Raises:
+        ValueError: neither, a blank string, or messages that are no prompt.
+
+    Example:
+        >>> prompt_from_json([{"role": "user", "content": "Why?"}]).messages
+        ({'role': 'user', 'content': 'Why?'},)
+    """
+    if isinstance(value, list):
+        return ChatPrompt(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"a prompt must be a non-empty string or a list of chat messages, got {shown(value)}")
+    return value
+
+
+def as_messages(prompt: str, system: str | None = None) -> list[dict[str, str]]:
+    """Return the messages of a prompt; a plain string is one of the user.
+
+    Args:
+        prompt: a string or `ChatPrompt`.
+        system: content of a system message to put first, unless the prompt brings one of its own.
+
+    Example:
+        >>> as_messages("Why?", system="Be brief.")
+        [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Why?'}]
+    """
+    messages = list(prompt.messages) if isinstance(prompt, ChatPrompt) else [{"role": "user", "content": str(prompt)}]
+    if system is None or any(message["role"] in SYSTEM_ROLES for message in messages):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def render(tokenizer, messages: Sequence[dict[str, str]], *, open_turn: bool) -> str:
+    """Return the text a tokenizer's chat template makes of messages, with the assistant's turn opened or not.
+
+    Raises:
+        ValueError: the template refuses the messages, such as a system message it has no place for.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template refuses messages of {roles}: {error}") from error
