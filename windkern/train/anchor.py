@@ -1,0 +1,153 @@
+"""A moving average of a model's trained weights: the anchor of J-BOND."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from windkern._checks import check_number
+
+
+class Anchor:
+    """Exponential moving average of a model's trainable parameters, which can take the model's place for a while.
+
+    Formula: a <- (1 - rate) a + rate theta at each `update`, from a = theta when the object is made.
+
+    The average is kept in float32 (float64 for float64 parameters): with a rate of 0.02 most of its steps are smaller
+    than bfloat16 can take. Frozen parameters and buffers are shared with the model, so with LoRA only adapters are
+    copied. Sharded parameters (DTensor) are averaged shard by shard, without communication.
+
+    Args:
+        model: its parameters with requires_grad are followed; a tied one counts once. Pass the model after sharding it
+            (FSDP2) and without a wrapper that renames parameters (DDP).
+        rate: share of the new weights in an update, in (0, 1].
+
+    Raises:
+        ValueError: nothing in the model is trainable, a parameter has no elements here (DeepSpeed ZeRO-3 partitions
+            it), or `rate` is out of range.
+
+    Memory:
+        4 bytes a trainable parameter, and inside `in_place` a copy of these parameters in their own dtype.
+
+    Source:
+        Sessa et al. 2024 (arXiv 2407.14622), J-BOND.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.data.fill_(0.0)
+        >>> anchor = Anchor(model, rate=0.25)
+        >>> _ = model.weight.data.fill_(1.0)  # an optimizer step
+        >>> anchor.update()
+        >>> with anchor.in_place():
+        ...     print(model.weight.item())
+        0.25
+        >>> model.weight.item()
+        1.0
+    """
+
+    def __init__(self, model: nn.Module, rate: float):
+        self.rate = check_number("rate", rate, above=0)
+        if rate > 1:
+            raise ValueError(f"rate must be at most 1, got {rate!r}")
+        self._model = model
+        _reshard(model)
+        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        if not self._parameters:
+            raise ValueError("model has no parameter that requires grad; its average would never move")
+        for name, value in self._parameters.items():
+            if value.numel() == 0:
+                raise ValueError(
+                    f"parameter {name} has no elements, as DeepSpeed ZeRO-3 leaves it on a rank; an average needs "
+                    "weights that can be read: ZeRO-1 or 2, or FSDP2"
+                )
+        self._average = {
+            name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
+            for name, value in self._parameters.items()
+        }
+        self._swapped = False
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights the model has now.
+
+        Raises:
+            RuntimeError: inside `in_place`, where the model's weights are the average's own.
+        """
+        self._refuse_if_swapped("update")
+        for name, average in self._average.items():
+            # Reason: written as a step, it leaves an average that has arrived exactly where it is.
+            average.add_(self._parameters[name].detach().to(average.dtype) - average, alpha=self.rate)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Give the model the average's weights, rounded to its dtype; afterwards its own come back, bit for bit.
+
+        They come back when an exception passes, too. Neither may happen between a forward pass and its backward pass:
+        autograd then raises, because the weights were changed.
+
+        Raises:
+            RuntimeError: inside itself.
+        """
+        self._refuse_if_swapped("in_place")
+        own = {name: value.detach().clone() for name, value in self._parameters.items()}
+        self._swapped = True
+        try:
+            self._put(self._average)
+            yield
+        finally:
+            self._put(own)
+            self._swapped = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by the names of the model's parameters; the tensors themselves, no copies."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the average from a checkpoint; the model's own weights stay.
+
+        Raises:
+            ValueError: names or shapes are not those of the model's trainable parameters. Then nothing is taken.
+            RuntimeError: inside `in_place`.
+        """
+        self._refuse_if_swapped("load_state_dict")
+        missing, unknown = sorted(self._average.keys() - state.keys()), sorted(state.keys() - self._average.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"state must hold the model's {len(self._average)} trainable parameters: {len(missing)} missing "
+                f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+            )
+        for name, average in self._average.items():
+            if state[name].shape != average.shape:
+                raise ValueError(
+                    f"state[{name!r}] must have shape {tuple(average.shape)}, got {tuple(state[name].shape)}"
+                )
+        for name, average in self._average.items():
+            average.copy_(state[name])
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, value in self._parameters.items():
+            value.detach().copy_(weights[name])
+        _reshard(self._model)
+
+    def _refuse_if_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{what} inside in_place: the model holds the average's weights there, not its own")
+
+
+def _reshard(model: nn.Module) -> None:
+    """Drop what FSDP2 gathered.
+
+    Hazard: it keeps the outermost weights of a forward pass until a backward pass, which evaluation never runs, and
+    would go on with the old values. Remedy: let go of them wherever the shards are read or written.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
