@@ -10,8 +10,8 @@ import torch
 
 from windkern.tabular import Game, solve
 from windkern.train import focus as module
-from windkern.train.config import stream
 from windkern.train.focus import PromptFocus, exploitability
+from windkern.train.seeds import stream
 
 
 def test_the_examples_run():

@@ -20,7 +20,7 @@ from windkern.losses._groups import (
     kept_responses,
     residual,
 )
-from windkern.train.config import stream
+from windkern.train.seeds import stream
 
 MODES = ("uniform", "hardest")
 

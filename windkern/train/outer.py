@@ -189,7 +189,7 @@ class OuterLoop:
             for k, tokens in enumerate(group.completions):
                 entries.append(
                     Replayed(
-                        place=group.place,
+                        prompt=group.place,
                         tokens=tokens,
                         reward=rewards[k],
                         ref_logp=ref_logps[k],
@@ -211,6 +211,6 @@ class OuterLoop:
             }
             if self.objective.drop_truncated:
                 constants["where"] = torch.tensor([not entry.truncated for entry in entries])
-            place = entries[0].place
+            place = entries[0].prompt
             found.append(FitGroup(place, self._prompt_ids[place], tuple(entry.tokens for entry in entries), constants))
         return found

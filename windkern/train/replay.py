@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from windkern._checks import check_count, check_number
-from windkern.train.config import stream
+from windkern.train.seeds import stream
 
 
 class Replayed(NamedTuple):
