@@ -41,6 +41,8 @@ def test_the_first_loss_is_the_variance_of_the_win_rates(tmp_path):
     assert losses_of(trainer) == [pytest.approx(float(win_rates.var(-1, unbiased=False).mean()), rel=1e-5)]
     first = trainer.state.log_history[0]
     assert first["kl_old"] == 0 and first["kl_ref"] == 0 and first["residual"] > 0
+    # At pi = pi_ref the exploitability is Var(w) / (2 beta) to second order.
+    assert first["exploitability"] == pytest.approx(losses_of(trainer)[0] / (2 * 0.05), rel=1e-4)
 
 
 def test_the_loss_falls_and_the_win_rate_rises(tmp_path):
@@ -61,12 +63,13 @@ def test_the_loss_falls_and_the_win_rate_rises(tmp_path):
     assert sum(losses[12:16]) < sum(losses[:4])
 
 
-def test_log_probs_are_those_of_plain_torch_and_completions_only(tmp_path):
-    trainer = make_trainer(tmp_path, num_iterations=1)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_plain_torch_and_completions_only(tmp_path, temperature):
+    trainer = make_trainer(tmp_path, num_iterations=1, temperature=temperature)
     group = begin(trainer)[0]
     for tokens, got in zip(group.completions, group.constants["old_logps"].tolist(), strict=True):
         ids = torch.tensor([[*group.prompt_ids, *tokens]])
-        logps = trainer.model(ids).logits.detach().double().log_softmax(-1)
+        logps = trainer.model(ids).logits.detach().double().div(temperature).log_softmax(-1)
         want = sum(float(logps[0, len(group.prompt_ids) + k - 1, token]) for k, token in enumerate(tokens))
         assert got == pytest.approx(want, abs=1e-4)
 

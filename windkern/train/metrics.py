@@ -10,6 +10,8 @@ from torch import Tensor
 
 from windkern.train.config import WindConfig
 from windkern.train.evaluate import Evaluation
+from windkern.train.focus import exploitability
+from windkern.train.groups import FitGroup
 from windkern.train.progress import Record
 from windkern.train.rollouts import Rollout
 
@@ -35,7 +37,7 @@ def step_metrics(logps: Tensor, constants: dict[str, Tensor], config: WindConfig
     if ref is not None:
         found["kl_ref"] = float((logps - ref).mean())
     if config.loss == "wind":
-        win_rates = constants["win_rates"] if "win_rates" in constants else constants["prefs"].mean(-1)
+        win_rates = win_rates_of(constants)
         c = config.step_scale
         s = (logps - old) + config.eta * config.beta / (1 + config.eta * config.beta) * (old - ref)
         implied = win_rates.mean(-1, keepdim=True) + (s - s.mean(-1, keepdim=True)) / c
@@ -96,6 +98,25 @@ def make_record(
         tokens=sum(rollout.tokens for rollout in rollouts),
         seconds=seconds,
     )
+
+
+def group_metrics(groups: Sequence[FitGroup], config: WindConfig) -> dict[str, float]:
+    """Return what an iteration's groups say about pi_t before its first step.
+
+    Returns:
+        exploitability: mean over groups of the estimate of `windkern.train.focus` (wind with beta above 0), in win
+            rates.
+    """
+    if config.loss != "wind" or not config.beta:
+        return {}
+    old, ref = (torch.stack([group.constants[name] for group in groups]) for name in ("old_logps", "ref_logps"))
+    win_rates = torch.stack([win_rates_of(group.constants) for group in groups])
+    return {"exploitability": float(exploitability(old, ref, win_rates, config.beta).mean())}
+
+
+def win_rates_of(constants: dict[str, Tensor]) -> Tensor:
+    """(..., K) win rates among the constants of groups, whether given or as means of preferences."""
+    return constants["win_rates"] if "win_rates" in constants else constants["prefs"].mean(-1)
 
 
 class Averages:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from windkern.losses.bond import PENALTY
 from windkern.train.anchor import Anchor
 from windkern.train.config import WindConfig
 from windkern.train.focus import PromptFocus, exploitability
 from windkern.train.groups import FitGroup, fit_groups
 from windkern.train.judges import Judge
+from windkern.train.metrics import win_rates_of
 from windkern.train.objectives import Objective
 from windkern.train.progress import Observer
 from windkern.train.replay import ReplayBuffer, Replayed
@@ -22,7 +24,6 @@ from windkern.train.rollouts import (
     collect,
     judged,
     read_json,
-    verdict_of,
     write_json,
 )
 from windkern.train.scoring import Scorer
@@ -69,6 +70,7 @@ class OuterLoop:
         self.prompts_per_iteration = prompts_per_iteration
         self.anchor: Anchor | None = None
         self.rollouts: list[Rollout] = []  # of the current iteration
+        self.measured: list[Rollout] = []  # those to prompts that were drawn uniformly
         self.focus = PromptFocus(
             len(self.prompts), mode=config.focus, uniform_share=config.focus_uniform_share, seed=config.seed
         )
@@ -100,7 +102,7 @@ class OuterLoop:
         for earlier in range(self._done + 1, iteration):
             self._recall(earlier)
         folder = self.store.iteration(iteration)
-        places = self.focus.choose(iteration, self.prompts_per_iteration).places
+        places, uniform = self.focus.choose(iteration, self.prompts_per_iteration)
         size = max(1, self.config.sampling_batch_size // self.config.num_responses)
         self.observer.phase(iteration, "sampling", max(1, -(-len(places) // size // self.world.size)))
         self.rollouts = collect(
@@ -114,6 +116,7 @@ class OuterLoop:
             together=together,
             advance=self.observer.advance,
         )
+        self.measured = [rollout for rollout, drawn in zip(self.rollouts, uniform, strict=True) if drawn]
         groups = fit_groups(self.rollouts, self.objective)
         scored = read_json(folder / "scored.json") if inside else None
         if inside and scored is None:
@@ -131,6 +134,9 @@ class OuterLoop:
             group.with_constants(**{name: torch.tensor(scored[name][k]) for name in self.objective.logps})
             for k, group in enumerate(groups)
         ]
+        if self.objective.group == "anchor":
+            baseline = _baseline(groups, scored["old_logps"])
+            groups = [group.with_constants(baseline=baseline) for group in groups]
         return groups if self.replay is None else self._replayed(iteration)
 
     def _judge(self, block: Block, rollouts: list[Rollout]) -> list[Rollout]:
@@ -139,7 +145,8 @@ class OuterLoop:
     def _score(self, iteration: int, groups: list[FitGroup]) -> dict[str, list[list[float]]]:
         """The log-probs the loss needs, by name, (K,) for each group."""
         size = self.config.per_device_train_batch_size
-        wanted = set(self.objective.logps) | ({"old_logps", "ref_logps"} if self.config.focus == "hardest" else set())
+        wanted = set(self.objective.logps)
+        wanted |= {"old_logps"} if self.objective.group == "anchor" else set()
         batches = -(-len(groups) // size // self.world.size)
         self.observer.phase(iteration, "scoring", max(1, batches * len(wanted)))
         found: dict[str, list[Tensor]] = {}
@@ -169,12 +176,7 @@ class OuterLoop:
     def _learn(self, iteration: int, groups: list[FitGroup], scored: dict) -> None:
         self._done = iteration
         if self.config.focus == "hardest":
-            verdict = verdict_of(self.rollouts)
-            win_rates = (
-                torch.stack([group.constants["win_rates"] for group in groups])
-                if "win_rates" in groups[0].constants
-                else verdict.prefs.mean(-1)
-            )
+            win_rates = torch.stack([win_rates_of(group.constants) for group in groups])
             old, ref = torch.tensor(scored["old_logps"]), torch.tensor(scored["ref_logps"])
             values = exploitability(old, ref, win_rates, self.config.beta)
             self.focus.update([group.place for group in groups], values.tolist())
@@ -214,3 +216,10 @@ class OuterLoop:
             place = entries[0].prompt
             found.append(FitGroup(place, self._prompt_ids[place], tuple(entry.tokens for entry in entries), constants))
         return found
+
+
+def _baseline(groups: Sequence[FitGroup], old_logps: Sequence[Sequence[float]]) -> Tensor:
+    """() mean of r_J - (l - a) over the policy's own samples, which lowers the variance of J-BOND's backward part."""
+    mine, first, second = torch.stack([group.constants["rewards"] for group in groups]).unbind(-1)
+    gap = torch.tensor(old_logps)[:, 0] - torch.stack([group.constants["anchor_logps"] for group in groups])[:, 0]
+    return (PENALTY * ((mine < first) & (mine < second)) - gap).mean()

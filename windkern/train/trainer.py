@@ -24,7 +24,7 @@ from windkern.train.heldout import HeldOut
 from windkern.train.identity import check_same, identity_of
 from windkern.train.judges import Judge
 from windkern.train.judges_recorded import load_judge
-from windkern.train.metrics import Averages, make_record, rollout_metrics, step_metrics
+from windkern.train.metrics import Averages, group_metrics, make_record, rollout_metrics, step_metrics
 from windkern.train.objectives import make_objective
 from windkern.train.optim import MasterAdamW, forget_moments
 from windkern.train.outer import OuterLoop
@@ -245,7 +245,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         groups = self.outer.begin(self._iteration, inside=inside > 0, together=self._sharded())
         self.train_dataset.fill(self._iteration, groups)
         if not inside:
-            self._averages.add(rollout_metrics(self.outer.rollouts))
+            self._averages.add(rollout_metrics(self.outer.measured) | group_metrics(groups, self.args))
         batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
         self.observer.phase(self._iteration, "fitting", batches)
 
