@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import windkern
+
 JOBS = Path(__file__).parent / "distributed_jobs.py"
 SECONDS = 120  # a rank that waits for another would wait for ever
 
@@ -16,7 +18,9 @@ def launch(job: str, folder: Path, *options: str, processes: int = 2) -> list[di
     """What each rank of `job` reported, in the order of ranks; an AssertionError with the output if one failed."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Hazard: a script has its own folder on its path, not ours; it would import whichever windkern is installed.
+    path = os.pathsep.join(filter(None, (str(Path(windkern.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, str(JOBS), job, str(folder), *options],
         env=environment,
