@@ -64,8 +64,8 @@ def main() -> None:
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Hazard: gloo's threads now and then abort the interpreter while it shuts down ("terminate called without an
-    # active exception"), all work being done. A job that failed has raised before this line.
+    # Hazard: after gloo the interpreter now and then aborts while it shuts down ("terminate called without an active
+    # exception"), all work being done. A job that failed has raised before this line.
     os._exit(0)
 
 
