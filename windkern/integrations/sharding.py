@@ -14,8 +14,9 @@ from windkern._checks import check_tensor
 def gathered(weight: Tensor) -> Iterator[Tensor]:
     """Yield the whole head of a sharded parameter: FSDP2 and tensor-parallel DTensors, ZeRO-3, or a plain tensor.
 
-    A DTensor is gathered differentiably: its gradient comes back in pieces. A ZeRO-3 parameter is whole only inside
-    the block, so forward and backward must both run there.
+    A DTensor is gathered differentiably: its gradient comes back in pieces, each the mean over the ranks, as FSDP2
+    reduces those of the other parameters. Every rank must therefore run its backward. A ZeRO-3 parameter is whole only
+    inside the block, so forward and backward must both run there.
 
     Args:
         weight: (V, H) parameter or tensor, sharded or not.
@@ -40,7 +41,10 @@ def gathered(weight: Tensor) -> Iterator[Tensor]:
         torch.Size([5, 2])
     """
     if hasattr(weight, "full_tensor"):
-        yield weight.full_tensor()
+        from torch.distributed.tensor import Partial
+
+        # Hazard: by default the gradient counts as equal on all ranks, and each would keep its piece of its own only.
+        yield weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
     elif hasattr(weight, "ds_id"):
         try:
             from deepspeed.zero import GatheredParameters

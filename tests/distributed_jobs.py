@@ -1,0 +1,73 @@
+"""What runs in each process of tests/test_distributed.py: `torchrun distributed_jobs.py JOB FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import windkern as wk
+
+VOCAB, WIDTH, ROWS, STEPS = 11, 6, 4, 5
+
+
+class Toy(nn.Module):
+    """A body and a head, apart from each other as in a causal LM."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs (ROWS, STEPS, WIDTH) and targets (ROWS, STEPS) of all ranks together."""
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(ROWS, STEPS, WIDTH, generator=random), torch.randint(VOCAB, (ROWS, STEPS), generator=random)
+
+
+def plain_loss(toy: Toy, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    with wk.sharding.gathered(toy.head.weight) as weight:
+        return -wk.token_logps(toy.body(inputs), weight, targets).logps.mean()
+
+
+def gathered(folder: Path) -> dict:
+    """One backward of a plain loop over this rank's half of the batch, the head whole only inside `gathered`."""
+    from torch.distributed.fsdp import fully_shard
+
+    toy = Toy()
+    fully_shard(toy.body)
+    fully_shard(toy.head)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    inputs, targets = (part.chunk(world)[rank] for part in batch())
+    loss = plain_loss(toy, inputs, targets)
+    loss.backward()
+    return {
+        "loss": float(loss.detach()),
+        "sharded": toy.head.weight.to_local().shape[0] < VOCAB,
+        "grads": {name: p.grad.full_tensor().tolist() for name, p in toy.named_parameters()},
+    }
+
+
+def main() -> None:
+    job, folder = sys.argv[1], Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    report = {"gathered": gathered}[job](folder)
+    (folder / f"{job}-{dist.get_rank()}.json").write_text(json.dumps(report))
+    dist.barrier()  # a rank that leaves first takes its connections with it
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Hazard: after gloo the interpreter now and then aborts while it shuts down ("terminate called without an active
+    # exception"), all work being done. A job that failed has raised before this line.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
