@@ -55,10 +55,70 @@ def gathered(folder: Path) -> dict:
     }
 
 
+def _let_fsdp_run_on_a_cpu() -> None:
+    """Accelerate turns FSDP on for GPUs only; what comes after that line is the same for a CPU."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    init = AcceleratorState.__init__
+
+    def patched(self, *args, fsdp_plugin=None, **given):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **given)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = patched
+
+
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+TRAINER = {
+    "num_iterations": 2,
+    "steps_per_iteration": 3,
+    "num_responses": 3,
+    "sampling_batch_size": 6,
+    "learning_rate": 1e-3,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "epoch",
+}
+
+
+ALONE = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
+
+
+def trainer(folder: Path, kind: str = "ddp", changes: str = "{}", resume: str = "") -> dict:
+    """A run of WindTrainer, one prompt on a process at a time."""
+    from trainer_cases import HELDOUT, lora, make_trainer
+
+    more = json.loads(changes)
+    if kind == "fsdp2":
+        _let_fsdp_run_on_a_cpu()
+        more |= FSDP
+    given = {"peft_config": lora()} if more.get("reference") == "adapter" else {}
+    torch.manual_seed(1)
+    run = make_trainer(
+        folder / "run",
+        heldout=HELDOUT,
+        given=given,
+        **{**TRAINER, "per_device_train_batch_size": 1, "ddp_backend": "gloo", **more},
+    )
+    run.train(resume_from_checkpoint=bool(resume))
+    run.save_model()
+    return {
+        "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
+        "rates": [entry["eval_win_rate"] for entry in run.state.log_history if "eval_win_rate" in entry],
+        "kls": [entry["eval_kl"] for entry in run.state.log_history if "eval_kl" in entry],
+        "wrapped": type(run.model_wrapped).__name__,
+        "texts": [rollout.texts for rollout in run.outer.rollouts],
+    }
+
+
 def main() -> None:
     job, folder = sys.argv[1], Path(sys.argv[2])
     dist.init_process_group("gloo")
-    report = {"gathered": gathered}[job](folder)
+    report = {"gathered": gathered, "trainer": trainer}[job](folder, *sys.argv[3:])
     (folder / f"{job}-{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.barrier()  # a rank that leaves first takes its connections with it
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import tiny_model
-from trainer_cases import HELDOUT, PROMPTS, make_config, make_trainer, weights_of
+from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer, weights_of
 
 from windkern import hf
 from windkern.losses import LOSSES
@@ -244,15 +244,10 @@ def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_p
     assert all(torch.equal(before[name], value) for name, value in trainer.reference.model.named_parameters())
 
 
-def lora(**changes):
-    peft = pytest.importorskip("peft")
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-    return peft.LoraConfig(**settings | changes)
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
 def test_an_adapter_has_its_base_as_reference(tmp_path, modules):
+    pytest.importorskip("peft")
     torch.manual_seed(1)
     trainer = make_trainer(
         tmp_path, reference="adapter", given={"peft_config": lora(target_modules=modules)}, num_iterations=1

@@ -53,6 +53,13 @@ def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), 
     )
 
 
+def lora(**changes):
+    import peft
+
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    return peft.LoraConfig(**settings | changes)
+
+
 def weights_of(trainer) -> dict:
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 

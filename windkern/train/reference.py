@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from windkern.losses import LOSSES
@@ -16,6 +17,7 @@ from windkern.train.fused_head import FusedHead, score_job
 from windkern.train.groups import Batch, FitGroup
 from windkern.train.rollouts import read_json, write_json
 from windkern.train.scoring import Scorer
+from windkern.train.sharded import shard_frozen
 
 
 class Reference(Protocol):
@@ -33,13 +35,20 @@ class Reference(Protocol):
 class ModelReference:
     """A frozen second model.
 
+    Args:
+        model: causal LM; its parameters are frozen here.
+        temperature: of its log-probs.
+        options: of the fused ops.
+        accelerator: with FSDP2; the model is cut in pieces as the policy is. None leaves it whole.
+
     Raises:
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
     """
 
-    def __init__(self, model: nn.Module, temperature: float, options: dict):
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, temperature: float, options: dict, accelerator: Accelerator | None = None):
+        model = model.eval().requires_grad_(False)
         self.head = FusedHead(model)
+        self.model = model if accelerator is None else shard_frozen(accelerator, model)
         self.temperature, self.options = temperature, options
 
     @torch.no_grad()
@@ -125,7 +134,13 @@ def needs_reference(config: WindConfig) -> bool:
     return "ref_logps" in LOSSES[config.loss].inputs or config.focus == "hardest"
 
 
-def make_reference(config: WindConfig, policy: nn.Module, model: nn.Module | None, scorer: Scorer) -> Reference | None:
+def make_reference(
+    config: WindConfig,
+    policy: nn.Module,
+    model: nn.Module | None,
+    scorer: Scorer,
+    accelerator: Accelerator | None = None,
+) -> Reference | None:
     """The reference that `config.reference` names; None where there is none and none is needed.
 
     Raises:
@@ -147,4 +162,4 @@ def make_reference(config: WindConfig, policy: nn.Module, model: nn.Module | Non
         return None
     if model is policy:
         raise ValueError("reference must be another object than model, or it would move with it; load it twice")
-    return ModelReference(model.to(config.device), config.temperature, scorer.options)
+    return ModelReference(model.to(config.device), config.temperature, scorer.options, accelerator)

@@ -36,6 +36,7 @@ from windkern.train.rollouts import RolloutStore, read_json, write_json
 from windkern.train.sampler import Sampler, TransformersSampler
 from windkern.train.saving import AtomicCheckpoints
 from windkern.train.scoring import Scorer
+from windkern.train.sharded import prepare_plugin
 from windkern.train.world import World
 
 
@@ -121,6 +122,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             callbacks=[_Iterations(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled:
+            prepare_plugin(self.accelerator)
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = World(self.accelerator)
         self.judge = judge or (load_judge(args.judge, strength=args.judge_strength) if args.judge else None)
@@ -137,7 +140,9 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         )
         self.fill = padding_id(processing_class)
         self.scorer = Scorer(self.head, lambda: self.model_wrapped, self.world, args, self.fill, self._sharded)
-        self.scorer.reference = self.reference = make_reference(args, self.model, reference, self.scorer)
+        self.scorer.reference = self.reference = make_reference(
+            args, self.model, reference, self.scorer, self.accelerator if self.is_fsdp_enabled else None
+        )
         folder = Path(args.output_dir) / "completions"
         self.store = RolloutStore(folder)
         self.heldout = HeldOut(self.eval_prompts, args, self.judge, self.world, folder / "held-out")
