@@ -80,8 +80,8 @@ def use(
 
     Policy and reference, training and evaluation. Losses, metrics, sampling and everything else stay TRL's. Values and
     gradients are those of TRL's own path within rounding; in bfloat16 they are closer to the truth, because TRL rounds
-    its logits to bfloat16 and windkern does not. LoRA on the head is the exception: TRL 1.16 reads `lm_head.weight` and
-    leaves the adapter out of its log-probs; here they are those of the model that is sampled from.
+    its logits to bfloat16 and windkern does not. A head among PEFT's `modules_to_save` is served;
+    TRL's trainers themselves refuse a model with LoRA on its head.
 
     Args:
         trainer: a `trl.DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` or `KTOTrainer`, or an instance of a subclass of one;
