@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from windkern._checks import check_integer, check_same_device, check_shape, check_tensor, shape_of
+from windkern.hf_head import UnsupportedModelError, blocks, check_adapters, linear_of
+from windkern.ops.inputs import Blocks
 from windkern.ops.logprobs import token_logps
 from windkern.ops.sequence import sequence_logps as _sequence_logps
 from windkern.transform import LogitTransform
@@ -30,19 +32,51 @@ _SCALES = {
 }
 
 
-class UnsupportedModelError(ValueError):
-    """A model's log-probs cannot be had from hidden states and a head; the message says why and what would do."""
-
-
 @dataclasses.dataclass(frozen=True)
 class CausalLM:
-    """A causal LM taken apart for the fused ops: `logits = transform(hidden(ids, mask) @ weight.T + bias)`."""
+    """A causal LM taken apart for the fused ops: `logits = transform(hidden(ids, mask) @ weight.T + bias)`.
+
+    A head that PEFT changed adds a block of a few columns for each LoRA adapter; `blocks` gives them all.
+    """
 
     hidden: Callable[[Tensor, Tensor], Tensor]  # input_ids (S, L), attention_mask (S, L) -> (S, L, H)
-    weight: Tensor  # (V, H), the head's own parameter
-    bias: Tensor | None  # (V,)
+    head: nn.Module  # what the model calls on hidden states: an nn.Linear, or the layer of PEFT around one
     transform: LogitTransform
     decoder: nn.Module  # what `hidden` calls
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, H), the parameter that the head uses now, without adapters."""
+        return linear_of(self.head).weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V,), the parameter that the head uses now."""
+        return linear_of(self.head).bias
+
+    def blocks(self, hidden: Tensor) -> tuple[Blocks, Blocks]:
+        """What the fused ops take as `hidden` and `weight`, with the adapters as they are at the time of the call.
+
+            logits = transform(sum_k hidden[k] @ weight[k].T + bias)
+            with LoRA on the head: hidden = (h, s * (dropout(h) @ A.T), ...), weight = (W, B, ...)
+
+        Dropout of the adapters is drawn in training mode, once a call and in the order in which PEFT draws it.
+
+        Args:
+            hidden: (..., H), the decoder's.
+
+        Returns:
+            (hidden, weight) for a plain head, for `modules_to_save` and where adapters are disabled or merged; else two
+            tuples, one more block of r columns for each active adapter. Gradients reach W, A and B. Outside autocast
+            the blocks of adapters are cast to the dtype of `hidden`.
+
+        Raises:
+            UnsupportedModelError: an active adapter is DoRA or another variant, or has a bias (`lora_bias`).
+
+        Memory:
+            r numbers per token and adapter; a copy of B (V, r) where its dtype is not that of `hidden`.
+        """
+        return blocks(self.head, hidden)
 
     def at_temperature(self, temperature: float) -> CausalLM:
         """The same model with its logits divided by `temperature` last, as a tempered sampler draws from them."""
@@ -79,11 +113,7 @@ def _head(model: nn.Module) -> nn.Linear:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no output embeddings; load it with AutoModelForCausalLM, not AutoModel"
         )
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise UnsupportedModelError(
-            f"the head of {type(model).__name__} is a {type(head).__name__}, not a plain nn.Linear; with LoRA leave "
-            "the head out of target_modules, with quantisation leave it out by llm_int8_skip_modules"
-        )
+    linear_of(head)
     return head
 
 
@@ -127,22 +157,25 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
 
         model(ids, mask).logits == transform(hidden(ids, mask) @ weight.T + bias)
 
-    The first time a model is seen, its log-probs are compared with its own logits on a few tokens; the verdict is kept
-    for as long as the model object lives.
+    The first time a model is seen, its log-probs are compared with its own logits on a few tokens; the first time an
+    adapter is seen on its head, its block is compared with the head's own output, with random numbers in the adapter's
+    place. Both verdicts are kept for as long as the model lives.
 
     Args:
-        model: a decoder-only transformers model with a plain nn.Linear head, or a PEFT model (LoRA and the like inside
-            the layers) around one. The scale of Cohere, Granite and Falcon-H1 and the softcap of Gemma are read from
-            `model.config`.
+        model: a decoder-only transformers model with a plain nn.Linear head, or a PEFT model around one: adapters of
+            any kind inside the layers, LoRA or `modules_to_save` on the head. The scale of Cohere, Granite and
+            Falcon-H1 and the softcap of Gemma are read from `model.config`.
 
     Returns:
-        CausalLM(hidden, weight, bias, transform, decoder); weight and bias are the model's own parameters, so gradients
-        reach them, and a tied embedding gets both of its gradients.
+        CausalLM(hidden, head, transform, decoder) with the properties weight and bias, the model's own parameters, so
+        gradients reach them, and a tied embedding gets both of its gradients; and the method blocks, which the fused
+        ops need where LoRA is on the head.
 
     Raises:
         TypeError: `model` is no torch module.
         UnsupportedModelError: no decoder, no plain head, an encoder-decoder, a wrapper such as DDP, prompt-learning
-            PEFT, or the log-probs do not match the model's own logits (the message gives the numbers).
+            PEFT, another adapter on the head (DoRA, `lora_bias`, IA3, ...), or the log-probs do not match the model's
+            own logits (the message gives the numbers).
 
     Memory:
         The check holds logits of 8 tokens, once.
@@ -162,7 +195,8 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
     head = _head(base)
     transform = _transform(base.config)
     decoder = _decoder(base, head)
-    parts = CausalLM(_hidden_states(decoder), head.weight, head.bias, transform, decoder)
+    parts = CausalLM(_hidden_states(decoder), head, transform, decoder)
+    check_adapters(head)
     if _verdicts.get(base) != transform:
         _compare_with_logits(base, parts)
         _verdicts[base] = transform
@@ -182,7 +216,7 @@ def _compare_with_logits(model: nn.Module, parts: CausalLM) -> None:
     model.eval()  # dropout would make the two passes differ
     try:
         logits = model(input_ids=ids, attention_mask=mask).logits
-        hidden = parts.hidden(ids, mask)
+        states, weights = parts.blocks(parts.hidden(ids, mask)[:, :-1])
     finally:
         for module, mode in modes:
             module.training = mode
@@ -192,7 +226,7 @@ def _compare_with_logits(model: nn.Module, parts: CausalLM) -> None:
             f"{(1, ids.shape[1], vocab)} from its head"
         )
     targets = ids[:, 1:]
-    ours = token_logps(hidden[:, :-1], parts.weight, targets, bias=parts.bias, transform=parts.transform).logps
+    ours = token_logps(states, weights, targets, bias=parts.bias, transform=parts.transform).logps
     theirs = logits[:, :-1].double().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
     # Reason: the model rounds its logits to its dtype, we do not; a wrong scale or softcap is off by far more.
     allowed = 1e-5 + 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
@@ -305,9 +339,10 @@ def sequence_logps(
     if input_ids.device.type == "cpu" and bool((completion_mask.bool() & ~attended).any()):
         raise ValueError("completion_mask must be 0 wherever attention_mask is 0, got a scored padding token")
     parts = hidden_and_head(model).at_temperature(temperature)
+    hidden, weight = parts.blocks(parts.hidden(input_ids, attended))
     return _sequence_logps(
-        parts.hidden(input_ids, attended),
-        parts.weight,
+        hidden,
+        weight,
         targets,
         bias=parts.bias,
         transform=parts.transform,

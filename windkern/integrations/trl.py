@@ -12,7 +12,7 @@ import importlib
 import types
 import weakref
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,7 @@ from windkern import hf
 from windkern._checks import check_choice, check_number
 from windkern.integrations.sharding import gathered
 from windkern.kernels import buffers
-from windkern.ops.inputs import Inputs, prepare
+from windkern.ops.inputs import Blocks, Inputs, prepare
 from windkern.ops.logprobs import row_logps
 from windkern.transform import LogitTransform
 
@@ -80,7 +80,8 @@ def use(
 
     Policy and reference, training and evaluation. Losses, metrics, sampling and everything else stay TRL's. Values and
     gradients are those of TRL's own path within rounding; in bfloat16 they are closer to the truth, because TRL rounds
-    its logits to bfloat16 and windkern does not.
+    its logits to bfloat16 and windkern does not. A head among PEFT's `modules_to_save` is served;
+    TRL's trainers themselves refuse a model with LoRA on its head.
 
     Args:
         trainer: a `trl.DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` or `KTOTrainer`, or an instance of a subclass of one;
@@ -97,7 +98,7 @@ def use(
             router of a mixture of experts (`router_aux_loss_coef`), DeepSpeed ZeRO-3, or `use` was called before.
             During training: inputs with images, packed or pre-shifted labels.
         UnsupportedModelError: a model that `windkern.hf.hidden_and_head` refuses, such as one with prompt-learning
-            PEFT, or with LoRA on its head.
+            PEFT, or with DoRA on its head.
 
     Memory:
         `windkern.plan` of the scored tokens with entropy. TRL 1.16 holds tiles of up to 4096 tokens x 32768 columns
@@ -243,18 +244,24 @@ class FusedHead:
         parts = hf.hidden_and_head(model).at_temperature(self.temperature)
         out = parts.decoder(**{name: given[name] for name in _PASSED if name in given}, use_cache=False)
         hidden = (out[0] if isinstance(out, tuple) else out.last_hidden_state)[:, :-1]  # (S, L - 1, H)
-        with gathered(parts.weight) as weight, nullcontext() if parts.bias is None else gathered(parts.bias) as bias:
-            return self._score(
-                hidden.to(weight.device), weight, bias, labels[:, 1:], parts.transform, num_items_in_batch
-            )
+        states, heads = parts.blocks(hidden.to(parts.weight.device))
+        bias = parts.bias
+        with ExitStack() as whole:
+            if isinstance(heads, Tensor):
+                heads = whole.enter_context(gathered(heads))
+            else:
+                heads = tuple(whole.enter_context(gathered(each)) for each in heads)
+            if bias is not None:
+                bias = whole.enter_context(gathered(bias))
+            return self._score(states, heads, bias, labels[:, 1:], parts.transform, num_items_in_batch)
 
     def _score(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, items
+        self, hidden: Blocks, weight: Blocks, bias: Tensor | None, labels: Tensor, transform: LogitTransform, items
     ):
         inputs = prepare(
             hidden,
             weight,
-            labels.to(weight.device),
+            labels.to(weight.device if isinstance(weight, Tensor) else weight[0].device),
             bias=bias,
             transform=transform,
             ignore_index=hf.IGNORE_INDEX,
@@ -284,24 +291,25 @@ class FusedHead:
 def _without_gradient(inputs: Inputs, lse: Tensor, fields: tuple[str, ...]) -> dict[str, Tensor]:
     """(M,) mean of the transformed logits and log(sum of p^2), as far as they are asked for.
 
-    mean_v (h . w_v + b_v) = h . mean w + mean b        without a softcap: no pass over the vocabulary
+    mean_v (sum_k h_k . w_kv + b_v) = sum_k h_k . mean w_k + mean b      without a softcap: no pass over the vocabulary
     """
     wanted = [name for name in ("mean_logits", "log_sum_sq_probs") if name in fields]
     if not wanted:
         return {}
-    hidden = inputs.hidden[0] if inputs.rows is None else inputs.hidden[0].index_select(0, inputs.rows)  # (M, H)
-    weight, bias, transform = inputs.weight[0], inputs.bias, inputs.transform
+    rows, vocab = inputs.num_rows, inputs.weight[0].shape[0]
+    hidden = [block if inputs.rows is None else block.index_select(0, inputs.rows) for block in inputs.hidden]
+    pairs = list(zip(hidden, inputs.weight, strict=True))  # (M, H_k), (V, H_k)
+    bias, transform = inputs.bias, inputs.transform
     if wanted == ["mean_logits"] and transform.softcap is None:
-        mean = torch.mv(hidden.to(lse.dtype), weight.mean(0, dtype=lse.dtype))
+        mean = sum(torch.mv(block.to(lse.dtype), weight.mean(0, dtype=lse.dtype)) for block, weight in pairs)
         if bias is not None:
             mean += bias.mean(dtype=lse.dtype)
         return {"mean_logits": transform.slope_at_zero * mean}
-    rows, vocab = hidden.shape[0], weight.shape[0]
     total, squares = torch.zeros_like(lse), torch.zeros_like(lse)
     width = min(vocab, max(1, _SLAB_BYTES // (lse.element_size() * max(1, rows))))
     for start in range(0, vocab, width):
         part = slice(start, start + width)
-        z = nn.functional.linear(hidden, weight[part].to(hidden.dtype)).to(lse.dtype)
+        z = sum(nn.functional.linear(block, weight[part].to(block.dtype)).to(lse.dtype) for block, weight in pairs)
         z = buffers.track("slab", z if bias is None else z + bias[part])
         z.mul_(transform.scale)
         if transform.softcap is not None:

@@ -1,0 +1,190 @@
+"""The head of a causal LM as blocks whose logits add up: a plain nn.Linear, or one that PEFT changed.
+
+Nothing here imports peft: a head is one of its layers only if somebody has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from windkern.ops.inputs import Blocks
+
+_CHECKED_ROWS = 8
+_verified: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # LoRA layer -> names of adapters that were checked
+
+
+class UnsupportedModelError(ValueError):
+    """A model's log-probs cannot be had from hidden states and a head; the message says why and what would do."""
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _is_lora(module: nn.Module) -> bool:
+    """Whether it is peft's LoRA on a linear layer; quantised kinds derive from it with another `forward` or `merge`."""
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(module, peft.tuners.lora.Linear):
+        return False
+    own = peft.tuners.lora.Linear
+    return type(module).forward is own.forward and type(module).merge is own.merge
+
+
+def _unwrap(head: nn.Module) -> nn.Module:
+    """The layer that `modules_to_save` of PEFT calls now: the active adapter's copy, or the original."""
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(head, peft.utils.ModulesToSaveWrapper):
+        return head
+    active = head.active_adapters
+    if head.disable_adapters or not active or any(name not in head.modules_to_save for name in active):
+        return head.original_module
+    return head.modules_to_save[active[0]]
+
+
+def _refuse(head: nn.Module, why: str, remedy: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"the head is a {type(head).__module__}.{type(head).__qualname__}, {why}; {remedy}")
+
+
+def linear_of(head: nn.Module) -> nn.Linear:
+    """The nn.Linear that holds the weight (V, H) and bias the head uses now, below whatever PEFT put on it.
+
+    Raises:
+        UnsupportedModelError: there is none whose logits are a product with its weight.
+    """
+    layer = _unwrap(head)
+    if _is_plain(layer):
+        return layer
+    if _is_lora(layer):
+        if _is_plain(layer.base_layer):
+            return layer.base_layer
+        layer = layer.base_layer
+    if type(layer).__module__.split(".")[0] == "peft":
+        raise _refuse(
+            layer,
+            "and only LoRA on a plain nn.Linear and modules_to_save are supported there",
+            "leave the head out of target_modules (trainable_token_indices for tied embeddings), or merge the adapter "
+            "by merge_and_unload(); with quantisation leave the head out by llm_int8_skip_modules",
+        )
+    raise _refuse(layer, "not a plain nn.Linear", "with quantisation leave the head out of it by llm_int8_skip_modules")
+
+
+def _adapters(layer: nn.Module) -> list[str]:
+    """Names of the adapters whose products peft's layer adds in its next call; none where they are off or merged."""
+    if not _is_lora(layer) or layer.disable_adapters or layer.merged:
+        return []
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in names:
+        if name in layer.lora_variant:
+            variant = type(layer.lora_variant[name]).__name__
+            raise _refuse(
+                layer,
+                f"whose adapter {name!r} is a {variant}, not a product added to the logits",
+                "use plain LoRA on the head (use_dora=False and no other variant), or leave it out of target_modules",
+            )
+        if layer.lora_B[name].bias is not None:
+            raise _refuse(
+                layer,
+                f"whose adapter {name!r} has a bias of its own",
+                "set lora_bias=False, or leave the head out of target_modules",
+            )
+    return names
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def blocks(head: nn.Module, hidden: Tensor) -> tuple[Blocks, Blocks]:
+    """Blocks of hidden states and weights, as `head(hidden)` would use them now.
+
+        head(hidden) == sum_k hidden[k] @ weight[k].T + bias
+        with LoRA: hidden = (h, s * (dropout(h) @ A.T), ...), weight = (W, B, ...)
+
+    Args:
+        head: what the model calls.
+        hidden: (..., H).
+
+    Returns:
+        (hidden, W) without an active adapter, else two tuples with a block of r columns for each adapter. Blocks of
+        adapters have the dtype of `hidden`, except under autocast, where the ops cast. Gradients reach W, A and B.
+
+    Raises:
+        UnsupportedModelError: the logits are no such sum.
+    """
+    linear, layer = linear_of(head), _unwrap(head)
+    names = _adapters(layer)
+    if not names:
+        if _is_lora(layer) and layer.disable_adapters and layer.merged:
+            layer.unmerge()  # as peft's own forward does, so that disabled means the weights below the adapters
+        return hidden, linear.weight
+    cast = not torch.is_autocast_enabled(hidden.device.type)
+    states, weights, x = [hidden], [linear.weight], hidden
+    for name in names:
+        down, up = layer.lora_A[name], layer.lora_B[name].weight
+        x = layer._cast_input_dtype(x, down.weight.dtype)  # peft casts the input again for each adapter
+        low = nn.functional.linear(layer.lora_dropout[name](x), _whole(down.weight)) * layer.scaling[name]
+        states.append(low.to(hidden.dtype) if cast else low)
+        weights.append(up.to(hidden.dtype) if cast else up)
+    return tuple(states), tuple(weights)
+
+
+class _BothWays(nn.Module):
+    """What the head computes, and the sum of its blocks."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        states, weights = blocks(self.head, hidden)
+        ours = sum(nn.functional.linear(part, weight) for part, weight in zip(states, weights, strict=True))
+        bias = linear_of(self.head).bias
+        return self.head(hidden), ours if bias is None else ours + bias
+
+
+@torch.no_grad()
+def check_adapters(head: nn.Module) -> None:
+    """Raise unless the blocks of each active adapter add up to what the head computes; once for each adapter.
+
+    The adapters get random stand-ins for the length of the check: a new one is zero, and any block would pass.
+    """
+    layer = _unwrap(head)
+    names = _adapters(layer)
+    done = _verified.get(layer, frozenset())
+    if done.issuperset(names):
+        return
+    weight = linear_of(head).weight
+    generator = torch.Generator(device=weight.device).manual_seed(0)  # Reason: dropout draws from the global one
+
+    def draw(like: Tensor) -> Tensor:
+        drawn = torch.randn(like.shape, generator=generator, device=weight.device, dtype=torch.float32)
+        return drawn.to(like.dtype)
+
+    hidden = draw(weight.new_empty((_CHECKED_ROWS, weight.shape[1])))
+    peak = 1 + float(nn.functional.linear(hidden, weight).abs().max())
+    stand_ins = {}
+    for name in names:
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        stand_ins[f"head.lora_A.{name}.weight"] = draw(down) / down.shape[1] ** 0.5
+        stand_ins[f"head.lora_B.{name}.weight"] = draw(up) * peak  # as large as the logits below it
+    modes = [(module, module.training) for module in layer.modules()]
+    layer.eval()  # two calls would draw different dropout
+    try:
+        theirs, ours = torch.func.functional_call(_BothWays(layer), stand_ins, (hidden,))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    error, size = float((ours.double() - theirs.double()).abs().max()), float(theirs.abs().max())
+    allowed = max(1e-5, 8 * torch.finfo(theirs.dtype).eps) * size
+    if not error <= allowed:
+        raise _refuse(
+            layer,
+            f"and the blocks of its adapters {', '.join(names)} miss its logits by {error:.3g} (allowed {allowed:.3g} "
+            f"for logits up to {size:.3g})",
+            "leave the head out of target_modules",
+        )
+    _verified[layer] = done | set(names)
