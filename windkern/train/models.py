@@ -65,11 +65,13 @@ def sync_dir(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Make every file below `folder`, and the folder itself, survive a power cut."""
+    """Make every file and folder below `folder`, and itself, survive a power cut."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        elif path.is_dir():
+            sync_dir(path)
     sync_dir(folder)
 
 
