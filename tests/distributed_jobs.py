@@ -78,7 +78,8 @@ TRAINER = {
     "steps_per_iteration": 3,
     "num_responses": 3,
     "sampling_batch_size": 6,
-    "learning_rate": 1e-3,
+    "learning_rate": 0.05,
+    "optim": "sgd",  # AdamW turns the rounding of a gradient that is 0 into a step
     "save_strategy": "steps",
     "save_steps": 2,
     "eval_strategy": "epoch",

@@ -95,18 +95,19 @@ def fit_groups(rollouts: Sequence[Rollout], objective: Objective) -> list[FitGro
 class IterationData(Dataset):
     """The groups of the current outer iteration, as many items as its steps take, pass after pass.
 
-    Groups that go through a model together (`batch_size` neighbours) stay together in every pass, in the order of the
-    list; their batches change places between passes. The rounding of a 16-bit forward depends on its batch, so with the
-    old policy scored in the same batches, log pi_theta - log pi_t is exactly 0 before the first step.
+    Groups of one optimizer step (`step_size` neighbours) stay together in every pass, in the order of the list; the
+    steps change places between passes. So a step is the same however it is cut into batches and processes. And the
+    rounding of a 16-bit forward depends on its batch: with the old policy scored in the same batches,
+    log pi_theta - log pi_t is exactly 0 before the first step.
 
     Args:
         length: items of an iteration.
-        batch_size: groups of a device's batch.
+        step_size: groups of an optimizer step, on all processes together.
         seed: of the order.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+    def __init__(self, length: int, step_size: int, seed: int):
+        self.length, self.step_size, self.seed = length, step_size, seed
         self.groups: list[FitGroup] = []
         self.iteration = 0
         self._orders: dict[int, list[int]] = {}
@@ -115,11 +116,11 @@ class IterationData(Dataset):
         """Take the groups of an iteration.
 
         Raises:
-            ValueError: the items of an iteration are not a whole number of passes over whole batches.
+            ValueError: the items of an iteration are not a whole number of passes over whole steps.
         """
-        if len(groups) % self.batch_size or self.length % len(groups):
+        if len(groups) % self.step_size or self.length % len(groups):
             raise ValueError(
-                f"groups must come in whole batches of {self.batch_size} and fill {self.length} items in whole "
+                f"groups must come in whole steps of {self.step_size} and fill {self.length} items in whole "
                 f"passes, got {len(groups)}"
             )
         self.iteration, self.groups = iteration, list(groups)
@@ -131,7 +132,7 @@ class IterationData(Dataset):
     def __getitem__(self, item: int) -> FitGroup:
         turn, place = divmod(item, len(self.groups))
         if turn not in self._orders:
-            batches = len(self.groups) // self.batch_size
-            self._orders[turn] = shuffled(batches, self.seed, "fit", self.iteration, turn).tolist()
-        batch, within = divmod(place, self.batch_size)
-        return self.groups[self._orders[turn][batch] * self.batch_size + within]
+            steps = len(self.groups) // self.step_size
+            self._orders[turn] = shuffled(steps, self.seed, "fit", self.iteration, turn).tolist()
+        step, within = divmod(place, self.step_size)
+        return self.groups[self._orders[turn][step] * self.step_size + within]

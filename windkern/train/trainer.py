@@ -139,7 +139,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             self._policy_sampler,
         )
         self.fill = padding_id(processing_class)
-        self.scorer = Scorer(self.head, lambda: self.model_wrapped, self.world, args, self.fill, self._sharded)
+        self.scorer = Scorer(self.head, self._scoring_model, self.world, args, self.fill, self._sharded)
         self.scorer.reference = self.reference = make_reference(
             args, self.model, reference, self.scorer, self.accelerator if self.is_fsdp_enabled else None
         )
@@ -147,9 +147,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         self.store = RolloutStore(folder)
         self.heldout = HeldOut(self.eval_prompts, args, self.judge, self.world, folder / "held-out")
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.world.size
-        self.train_dataset = IterationData(
-            args.steps_per_iteration * per_step, args.per_device_train_batch_size, args.seed
-        )
+        self.train_dataset = IterationData(args.steps_per_iteration * per_step, per_step, args.seed)
         self.outer = OuterLoop(
             args,
             self.objective,
@@ -172,6 +170,10 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     def _policy_sampler(self) -> TransformersSampler:
         model = self.accelerator.unwrap_model(self.model_wrapped)
         return transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
+
+    def _scoring_model(self) -> nn.Module:
+        # Hazard: DDP broadcasts buffers in every forward, and processes do not score equally often. Remedy: without it.
+        return self.model_wrapped if self._sharded() else self.model
 
     def _sharded(self) -> bool:
         """Whether a forward of the policy talks to other processes."""
@@ -299,9 +301,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         if self.reference is None:
             raise ValueError("an evaluation compares with the reference: pass reference=")
         with self.reference.sampling() as model:
-            together = self._sharded() and model is self.model
-            sampler = transformers_sampler(model, self.processing_class, self.args, synced=together)
-            texts = self.heldout.reference_texts(sampler, together)
+            sampler = transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
+            texts = self.heldout.reference_texts(sampler, self._sharded())
         self.observer.advance()
         return texts
 
