@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,9 +90,12 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
 
     def broken(model):
         parts = plain(model)
-        if fault == "block dropped":
-            return dataclasses.replace(parts, hidden=lambda *given: parts.hidden(*given) * (model is not faulty.value))
-        return dataclasses.replace(parts, weight=parts.weight.detach() if model is faulty.value else parts.weight)
+        hidden, weight = parts.hidden, parts.weight
+        if fault == "block dropped" and model is faulty.value:
+            hidden = lambda *given: 0 * parts.hidden(*given)  # noqa: E731
+        if fault == "gradient swapped" and model is faulty.value:
+            weight = weight.detach()
+        return SimpleNamespace(hidden=hidden, weight=weight, bias=parts.bias, transform=parts.transform)
 
     faulty = pair(torch.float64)
     monkeypatch.setattr(hf, "hidden_and_head", broken)
@@ -130,6 +133,18 @@ def test_a_mixture_of_dtypes_needs_autocast():
     logps.sum().backward()
     exact = brute_force(ValueModel(model.base.double(), model.value.double()), *batch())
     torch.testing.assert_close(logps.double(), exact, rtol=0.05, atol=0.05)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    model = pair(torch.float64).train()
+    model(*batch()).sum().backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    assert model.value.is_activation_checkpointing and not model.base.is_activation_checkpointing
+    model(*batch()).sum().backward()
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[key], rtol=1e-10, atol=1e-12, msg=key)
 
 
 # Generation
@@ -246,6 +261,14 @@ def test_models_that_do_not_fit_say_so():
     with pytest.raises(ValueError, match="must not share parameters"):
         ValueModel(one, one)
     assert all(each.requires_grad for each in one.parameters())  # nothing was frozen on the way
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
+def test_an_adapter_on_the_head_of_the_base_is_not_left_out():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(llama(1), peft.LoraConfig(target_modules=["lm_head"], r=2))
+    with pytest.raises(hf.UnsupportedModelError, match="not a plain"):
+        ValueModel(adapted, llama(2))
 
 
 def test_batches_that_do_not_fit_say_so():

@@ -113,9 +113,6 @@ class ValueModel(nn.Module):
         """Recompute the value model's activations in the backward pass; the base keeps none."""
         self.value.activation_checkpointing_enable(**options)
 
-    def activation_checkpointing_disable(self) -> None:
-        self.value.activation_checkpointing_disable()
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
         """Return the log-prob of each completion under base and value model together.
 
