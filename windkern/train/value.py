@@ -1,0 +1,206 @@
+"""`windkern train --method value`: loads base, value model and demonstrations, trains, and says what it brought."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from windkern.train.models import describe, load_model
+from windkern.train.value_model import ValueModel
+from windkern.train.value_trainer import DemonstrationCollator, ValueConfig, ValueTrainer
+
+RESULT = "result.json"
+
+
+@torch.no_grad()
+def nll_per_token(
+    score: Callable[[Tensor, Tensor, Tensor], Tensor],
+    demonstrations: Sequence,
+    collate: DemonstrationCollator,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    progress: Callable[[Sequence], Sequence] = iter,
+) -> tuple[float, int]:
+    """Return the negative log-likelihood of the answers per token, in nats, and the number of tokens.
+
+        - sum of score(...) / tokens of the answers, their end tokens included
+
+    Args:
+        score: (input_ids, attention_mask, completion_mask) to (S,) log-probs: a `ValueModel` in eval mode, or its
+            `base_logps`.
+        demonstrations: pairs (prompt, answer), at least one.
+        collate: makes batches of them.
+        batch_size: demonstrations scored at a time.
+        device: of the models.
+        progress: wraps the batches to show how far it is.
+
+    Raises:
+        ValueError: there are no demonstrations.
+    """
+    if not demonstrations:
+        raise ValueError("demonstrations must hold at least one pair (prompt, answer), got none")
+    total, tokens = 0.0, 0
+    firsts = range(0, len(demonstrations), batch_size)
+    for first in progress(firsts):
+        batch = collate(demonstrations[first : first + batch_size])
+        masks = (batch[name].to(device) for name in ("input_ids", "attention_mask", "completion_mask"))
+        total -= float(score(*masks).double().sum())
+        tokens += int(batch["completion_mask"].sum())
+    return total / tokens, tokens
+
+
+def check_same_tokens(base, value, names: tuple[str, str]) -> None:
+    """Refuse two tokenizers that give one token different ids, or whose tokens are not the same but for a few.
+
+    Args:
+        base, value: tokenizers of transformers.
+        names: what to call them.
+
+    Raises:
+        ValueError: they disagree; the message shows a token.
+    """
+    ours, theirs = base.get_vocab(), value.get_vocab()
+    moved = [token for token, place in ours.items() if theirs.get(token, place) != place]
+    if moved:
+        token = moved[0]
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have one tokenizer, but {len(moved)} tokens have different ids: "
+            f"{token!r} is {ours[token]} and {theirs[token]}"
+        )
+    shared = len(ours.keys() & theirs.keys())
+    if 2 * shared < max(len(ours), len(theirs)):
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have one tokenizer, but only {shared} of {len(ours)} and {len(theirs)} "
+            "tokens are the same"
+        )
+
+
+def _dtypes(config: ValueConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Of base and value model: the trained weights stay float32, autocast computes in 16 bits."""
+    low = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    return low, torch.float32
+
+
+class _Meter:
+    """Measures models on the same demonstrations."""
+
+    def __init__(self, config: ValueConfig, demonstrations: Sequence, collate: DemonstrationCollator, console: Console):
+        self.config, self.demonstrations, self.collate, self.console = config, demonstrations, collate, console
+        self.tokens = 0
+
+    def __call__(self, model: ValueModel, what: str, *, base_alone: bool = False) -> float:
+        was_training = model.training
+        model.eval()
+        device = model.device
+        low, _ = _dtypes(self.config)
+        try:
+            with torch.autocast(device.type, dtype=low, enabled=low != torch.float32):
+                nll, self.tokens = nll_per_token(
+                    model.base_logps if base_alone else model,
+                    self.demonstrations,
+                    self.collate,
+                    batch_size=self.config.per_device_eval_batch_size,
+                    device=device,
+                    progress=lambda firsts: track(firsts, f"measuring {what}", console=self.console, transient=True),
+                )
+        finally:
+            model.train(was_training)
+        return nll
+
+
+def _show(console: Console, rows: Sequence[tuple[str, float]], tokens: int, measured_on: str) -> None:
+    table = Table(title=f"negative log-likelihood per token, {tokens} tokens of {escape(measured_on)}")
+    table.add_column("model")
+    table.add_column("nats", justify="right")
+    for name, nll in rows:
+        table.add_row(escape(name), f"{nll:.4f}")
+    console.print(table)
+
+
+def run_value(config: ValueConfig, *, resume: bool) -> int:
+    """Train a value model as the settings say, save it to `config.output_dir`, and compare it with its base.
+
+    Prints the negative log-likelihood per token of the base alone, with the value model before and after training, and
+    of `config.transfer_base` with and without it; writes the same to result.json (kind "value").
+
+    Args:
+        config: base_model, value_model and train_demonstrations must be set. With bf16 or fp16 the base is loaded in
+            16 bits; the value model is float32 always.
+        resume: go on from the newest checkpoint in the output directory.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: a field is missing, tokenizers or vocabularies differ, or there is no checkpoint to resume from.
+        OSError, MissingPackageError: as `windkern.train.models.load_model`.
+    """
+    for name in ("base_model", "value_model", "train_demonstrations"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must be set, got {getattr(config, name)!r}")
+    from windkern.train.data import load_demonstrations
+
+    console, start = Console(quiet=config.process_index != 0), time.perf_counter()
+    train = load_demonstrations(config.train_demonstrations)
+    measured_on = config.eval_demonstrations or config.train_demonstrations
+    measured = load_demonstrations(config.eval_demonstrations) if config.eval_demonstrations else train
+    base_dtype, value_dtype = _dtypes(config)
+    base, tokenizer = load_model(config.base_model, dtype=base_dtype, device=config.device)
+    value, value_tokenizer = load_model(config.value_model, dtype=value_dtype, device=config.device)
+    check_same_tokens(tokenizer, value_tokenizer, ("base_model", "value_model"))
+    model = ValueModel(base, value)
+    trainer = ValueTrainer(model, config, train_dataset=train, eval_dataset=measured, processing_class=tokenizer)
+    console.print(f"base {escape(config.base_model)}: {describe(base)}, frozen", highlight=False)
+    console.print(f"value model {escape(config.value_model)}: {describe(value)}, trained", highlight=False)
+
+    meter = _Meter(config, measured, trainer.data_collator, console)
+    nll = {"base": meter(model, "the base", base_alone=True), "before": meter(model, "the start")}
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model()
+    nll["after"] = meter(model, "the end")
+    rows = [
+        ("base alone", nll["base"]),
+        ("with the value model, before training", nll["before"]),
+        ("with the value model, after training", nll["after"]),
+    ]
+    transfer = None
+    if config.transfer_base:
+        other, other_tokenizer = load_model(config.transfer_base, dtype=base_dtype, device=config.device)
+        check_same_tokens(tokenizer, other_tokenizer, ("base_model", "transfer_base"))
+        moved = ValueModel(other, value, memory_budget=config.memory_budget, backend=config.backend)
+        transfer = {
+            "base": meter(moved, "the second base", base_alone=True),
+            "with_value": meter(moved, "the value model on it"),
+        }
+        rows += [
+            (f"{config.transfer_base} alone", transfer["base"]),
+            (f"{config.transfer_base} with the value model", transfer["with_value"]),
+        ]
+    _show(console, rows, meter.tokens, measured_on)
+    if config.should_save:
+        content = {
+            "kind": "value",
+            "base_model": config.base_model,
+            "value_model": config.value_model,
+            "transfer_base": config.transfer_base,
+            "measured_on": measured_on,
+            "tokens": meter.tokens,
+            "nll_per_token": nll,
+            "transfer_nll_per_token": transfer,
+            "steps": trainer.state.global_step,
+            "seconds": time.perf_counter() - start,
+        }
+        path = Path(config.output_dir) / RESULT
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        console.print(f"wrote {escape(str(path))}", highlight=False)
+    return 0
