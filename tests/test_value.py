@@ -95,7 +95,13 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
             hidden = lambda *given: 0 * parts.hidden(*given)  # noqa: E731
         if fault == "gradient swapped" and model is faulty.value:
             weight = weight.detach()
-        return SimpleNamespace(hidden=hidden, weight=weight, bias=parts.bias, transform=parts.transform)
+        return SimpleNamespace(
+            hidden=hidden,
+            blocks=lambda states: (states, weight),
+            weight=weight,
+            bias=parts.bias,
+            transform=parts.transform,
+        )
 
     faulty = pair(torch.float64)
     monkeypatch.setattr(hf, "hidden_and_head", broken)
@@ -267,8 +273,13 @@ def test_models_that_do_not_fit_say_so():
 def test_an_adapter_on_the_head_of_the_base_is_not_left_out():
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(llama(1), peft.LoraConfig(target_modules=["lm_head"], r=2))
-    with pytest.raises(hf.UnsupportedModelError, match="not a plain"):
-        ValueModel(adapted, llama(2))
+    for name, each in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(each)
+    model = ValueModel(adapted, llama(2))
+    plain = ValueModel(llama(1), llama(2))(*batch())
+    torch.testing.assert_close(model(*batch()), brute_force(model, *batch()), rtol=1e-4, atol=1e-4)
+    assert (model(*batch()) - plain).abs().max() > 0.1
 
 
 def test_batches_that_do_not_fit_say_so():

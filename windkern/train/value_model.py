@@ -12,10 +12,15 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 
 from windkern import hf
 from windkern._checks import check_shape, check_tensor, shape_of
+from windkern.ops.inputs import Blocks
 from windkern.ops.sequence import sequence_logps
 from windkern.train.models import load_model
 
 DESCRIPTION = "windkern_value.json"
+
+
+def _tuple(blocks: Blocks) -> tuple[Tensor, ...]:
+    return tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks,)
 
 
 def _check_pair(base: hf.CausalLM, value: hf.CausalLM) -> None:
@@ -139,21 +144,22 @@ class ValueModel(nn.Module):
         if input_ids.device.type == "cpu" and bool((completion_mask.bool() & ~attended).any()):
             raise ValueError("completion_mask must be 0 wherever attention_mask is 0, got a scored padding token")
         base, value = hf.hidden_and_head(self.base), hf.hidden_and_head(self.value)
+        # Reason: the walk scales the sum as the base scales its own logits, so the base's hidden states stay untouched.
+        ratio = value.transform.scale / base.transform.scale
         with torch.no_grad():
-            from_base = base.hidden(input_ids, attended)
-        from_value = value.hidden(input_ids, attended)
+            base_hidden, base_weight = (_tuple(each) for each in base.blocks(base.hidden(input_ids, attended)))
+        hidden = value.hidden(input_ids, attended)
+        own_hidden, own_weight = (_tuple(each) for each in value.blocks(hidden if ratio == 1 else hidden * ratio))
         if base.weight.dtype != value.weight.dtype and not torch.is_autocast_enabled(input_ids.device.type):
             raise TypeError(
                 f"base is {base.weight.dtype} and value is {value.weight.dtype}; outside autocast (bf16=True of "
                 "TrainingArguments) both must have one dtype"
             )
-        # Reason: the walk scales the sum as the base scales its own logits, so the base's hidden states stay untouched.
-        ratio = value.transform.scale / base.transform.scale
         biases = [] if base.bias is None else [base.bias.detach()]
         biases += [] if value.bias is None else [value.bias * ratio]
         return sequence_logps(
-            (from_base, from_value if ratio == 1 else from_value * ratio),
-            (base.weight.detach(), value.weight),
+            (*base_hidden, *own_hidden),
+            (*(each.detach() for each in base_weight), *own_weight),
             targets,
             bias=sum(biases[1:], biases[0]) if biases else None,
             transform=base.transform,

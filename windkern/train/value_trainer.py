@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from windkern import backends
 from windkern._checks import check_choice, check_count
 from windkern.train.samplers_recorded import completions_of_texts
+from windkern.train.saving import AtomicCheckpoints
 from windkern.train.value_model import ValueModel
 
 _TRAINING_ARGUMENTS = "training_args.bin"  # as transformers names it
@@ -138,7 +139,7 @@ def token_mean_nll(logps: Tensor, labels: Tensor, num_items_in_batch: Tensor | i
     return -logps.sum() / count
 
 
-class ValueTrainer(Trainer):
+class ValueTrainer(AtomicCheckpoints, Trainer):
     """Fits a value model to demonstrations: transformers' Trainer with the log-probs of `ValueModel`.
 
         L = - (1 / n) sum over answers y, tokens t of log softmax(z_base + z_value)[y_t],   n = tokens in the step
