@@ -304,7 +304,7 @@ def test_fields_are_described():
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(run, "config_class", lambda method: StandIn)
+    monkeypatch.setattr(run, "classes_of", lambda method: (run.RunConfig, StandIn))
 
 
 def test_a_run_is_made_of_file_overrides_and_command_line(written, stand_in, tmp_path):

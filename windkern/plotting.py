@@ -37,9 +37,16 @@ def _draw_bandit(path: Path, content: dict) -> None:
     picture.draw(path, content)
 
 
+def _draw_value(path: Path, content: dict) -> None:
+    from windkern.train import value
+
+    value.draw(path, content)
+
+
 KINDS: dict[str, Callable[[Path, dict], None]] = {
     "demo": _draw_run,
     "train": _draw_run,
+    "value": _draw_value,
     "eval": _draw_eval,
     "bandit": _draw_bandit,
 }

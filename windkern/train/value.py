@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,11 +128,38 @@ def _show(console: Console, rows: Sequence[tuple[str, float]], tokens: int, meas
     console.print(table)
 
 
+def draw(path: Path, content: dict) -> None:
+    """The negative log-likelihoods of a result as bars, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    nll, transfer = content["nll_per_token"], content["transfer_nll_per_token"]
+    bars = [
+        ("base alone", nll["base"], "0.7"),
+        ("before", nll["before"], "0.7"),
+        ("with the value model", nll["after"], "C0"),
+    ]
+    if transfer is not None:
+        bars += [("second base alone", transfer["base"], "0.7"), ("with the value model", transfer["with_value"], "C1")]
+    figure, axes = plt.subplots(figsize=(7.2, 0.9 + 0.5 * len(bars)), layout="constrained")
+    places = range(len(bars), 0, -1)
+    shown = axes.barh(places, [value for _, value, _ in bars], color=[color for _, _, color in bars])
+    axes.bar_label(shown, fmt="%.3f", padding=3)
+    axes.set_yticks(list(places), [name for name, _, _ in bars])
+    axes.set_xlabel(f"negative log-likelihood per token, nats ({content['tokens']} tokens)")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def run_value(config: ValueConfig, *, resume: bool) -> int:
     """Train a value model as the settings say, save it to `config.output_dir`, and compare it with its base.
 
     Prints the negative log-likelihood per token of the base alone, with the value model before and after training, and
-    of `config.transfer_base` with and without it; writes the same to result.json (kind "value").
+    of `config.transfer_base` with and without it; writes the same to result.json (kind "value"), and draws nll.png.
 
     Args:
         config: base_model, value_model and train_demonstrations must be set. With bf16 or fp16 the base is loaded in
@@ -202,5 +230,7 @@ def run_value(config: ValueConfig, *, resume: bool) -> int:
         }
         path = Path(config.output_dir) / RESULT
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        console.print(f"wrote {escape(str(path))}", highlight=False)
+        picture = path.with_name("nll.png")
+        draw(picture, content)
+        console.print(f"numbers {os.path.relpath(path)}, picture {os.path.relpath(picture)}", highlight=False)
     return 0
