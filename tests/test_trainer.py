@@ -168,6 +168,17 @@ def test_the_anchor_follows_the_policy_slowly(tmp_path):
     assert all(torch.equal(end[name], value) for name, value in trainer.model.named_parameters())
 
 
+def test_the_anchor_scores_its_own_samples(tmp_path):
+    trainer = make_trainer(tmp_path, loss="bond", num_responses=3, anchor_rate=0.25, num_iterations=1)
+    trainer.train()
+    groups = trainer.outer.begin(2, inside=False, together=False)
+    with trainer.outer.anchor.in_place():
+        anchor = trainer.scorer.policy(groups, 2)
+    for group, mine, other in zip(groups, trainer.scorer.policy(groups, 2), anchor, strict=True):
+        assert torch.equal(group.constants["anchor_logps"], other) and not torch.allclose(mine, other)
+    assert len({float(group.constants["baseline"]) for group in groups}) == 1
+
+
 def test_truncated_responses_are_kept_or_dropped(tmp_path):
     kept = make_trainer(tmp_path / "kept", max_new_tokens=4)
     dropped = make_trainer(tmp_path / "dropped", max_new_tokens=4, truncated="drop")
@@ -230,6 +241,15 @@ def test_dropout_is_off_and_modes_of_attention_too(tmp_path):
     assert trainer.state.log_history[0]["kl_old"] == 0
 
 
+def test_every_dropout_module_is_off():
+    from windkern.train.parts import disable_dropout
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+    disable_dropout(model)
+    ones = torch.ones(8, 4)
+    assert torch.equal(model.train()(ones), model.eval()(ones))
+
+
 def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=1, steps_per_iteration=1)
     before = {name: value.clone() for name, value in trainer.reference.model.named_parameters()}
@@ -244,7 +264,11 @@ def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_p
     assert all(torch.equal(before[name], value) for name, value in trainer.reference.model.named_parameters())
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`",
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Setting `save_embedding",
+)
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
 def test_an_adapter_has_its_base_as_reference(tmp_path, modules):
     pytest.importorskip("peft")

@@ -74,8 +74,7 @@ def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     records = []
     for path in sorted(folder.glob("completions/iteration-*/record.json")):
         record = json.loads(path.read_text())
-        for name in ("seconds", "loss", "gradient_norm"):  # of the steps since the last start
-            del record[name]
+        del record["seconds"]
         records.append(record)
     return load_file(folder / "model.safetensors"), records
 
@@ -117,6 +116,7 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(processes, finishe
     assert_same(finished, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:no whole checkpoint")
 def test_completions_that_were_sampled_and_judged_are_not_made_again(processes, tmp_path, monkeypatch):
     process = run(processes, tmp_path, hang_at="sampling:3")
     while not (tmp_path / "hanging").exists():

@@ -193,6 +193,9 @@ class WindConfig(TrainingArguments):
     logging_steps: float = _field(1, "Steps between log lines. Default 1: steps are long.")
     save_strategy: str = _field("epoch", "When to save: no, steps, epoch (after each iteration). Default: epoch.")
     save_total_limit: int | None = _field(2, "Checkpoints kept. Default 2: one to fall back to.")
+    ddp_find_unused_parameters: bool | None = _field(
+        False, "Whether DDP looks for parameters without gradient. Default no: every trained one gets its gradient."
+    )
     remove_unused_columns: bool = _field(False, "Not used: the trainer makes its own batches.")
 
     def __post_init__(self) -> None:

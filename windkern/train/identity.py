@@ -18,6 +18,7 @@ _FREE = {
     "save_total_limit",
     "logging_steps",
     "remove_unused_columns",
+    "ddp_find_unused_parameters",
     "per_device_train_batch_size",  # its product with the next ones counts
     "per_device_eval_batch_size",
 }

@@ -77,11 +77,11 @@ def make_record(
     iteration: int,
     rollouts: list[Rollout],
     result: Evaluation | None,
-    losses: Sequence[float],
-    norms: Sequence[float],
+    lines: Sequence[dict[str, float]],
     seconds: float,
 ) -> Record:
-    """The record of an iteration: its responses, its evaluation, losses and gradient norms of its steps."""
+    """The record of an iteration: of its responses, its evaluation, and the log lines of its steps."""
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
     found = rollout_metrics(rollouts)
     win_rate, reward, kl = (getattr(result, name, None) for name in ("win_rate", "reward", "kl"))
     return Record(
@@ -91,8 +91,8 @@ def make_record(
         reward=None if reward is None else reward.mean,
         kl=None if kl is None else kl.mean,
         kl_se=None if kl is None else kl.standard_error,
-        loss=mean(losses) if losses else float("nan"),
-        gradient_norm=max(norms, default=float("nan")),
+        loss=mean(line["loss"] for line in lines) if lines else None,
+        gradient_norm=max(norms, default=None),
         train_reward=found.get("reward"),
         truncated=found["truncated"],
         tokens=sum(rollout.tokens for rollout in rollouts),

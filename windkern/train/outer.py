@@ -99,8 +99,9 @@ class OuterLoop:
         Raises:
             FileNotFoundError: `inside`, and the log-probs of pi_t are not on the disk.
         """
-        for earlier in range(self._done + 1, iteration):
-            self._recall(earlier)
+        if self.replay is not None or self.config.focus == "hardest":
+            for earlier in range(self._done + 1, iteration):
+                self.recall(earlier)
         folder = self.store.iteration(iteration)
         places, uniform = self.focus.choose(iteration, self.prompts_per_iteration)
         size = max(1, self.config.sampling_batch_size // self.config.num_responses)
@@ -159,21 +160,23 @@ class OuterLoop:
                 found["anchor_logps"] = self.scorer.policy(groups, size, self.observer.advance)
         return {name: [row.tolist() for row in rows] for name, rows in found.items()}
 
-    def _recall(self, iteration: int) -> None:
-        """Let focus and replay know about an iteration of the past."""
-        if self.replay is None and self.config.focus == "uniform":
-            self._done = iteration
-            return
+    def recall(self, iteration: int) -> None:
+        """Take an iteration of the past from the disk, and let focus and replay know about it.
+
+        Raises:
+            FileNotFoundError: it is not there as a whole.
+        """
         folder = self.store.iteration(iteration)
         scored = read_json(folder / "scored.json")
         blocks = len(list(folder.glob("block-*.json")))
         if scored is None or not blocks:
-            raise FileNotFoundError(f"{folder} is missing or not whole; focus and replay need it to go on")
-        rollouts = [rollout for block in range(blocks) for rollout in self.store.read(folder, block)[0]]
-        self.rollouts = rollouts
-        self._learn(iteration, fit_groups(rollouts, self.objective), scored)
+            raise FileNotFoundError(f"{folder} is missing or not whole; the run needs it to go on")
+        self.rollouts = [rollout for block in range(blocks) for rollout in self.store.read(folder, block)[0]]
+        self._learn(iteration, fit_groups(self.rollouts, self.objective), scored)
 
     def _learn(self, iteration: int, groups: list[FitGroup], scored: dict) -> None:
+        if iteration <= self._done:
+            return
         self._done = iteration
         if self.config.focus == "hardest":
             win_rates = torch.stack([win_rates_of(group.constants) for group in groups])

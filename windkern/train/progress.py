@@ -17,8 +17,8 @@ class Record:
     reward: float | None  # of the held-out responses, where the judge has rewards
     kl: float | None  # KL(policy || reference) of a held-out response, nats
     kl_se: float | None
-    loss: float  # mean over the iteration's steps, in units of win rate squared
-    gradient_norm: float  # largest of the iteration, before clipping
+    loss: float | None  # mean of the iteration's log lines; for squared losses in units of win rate squared
+    gradient_norm: float | None  # largest of those lines, before clipping
     train_reward: float | None  # of the responses to training prompts
     truncated: float  # share of them that met the length limit
     tokens: int  # of the responses to training prompts

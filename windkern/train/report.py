@@ -86,7 +86,7 @@ class LiveReport:
         self._progress.update(self._task, completed=self._done)
 
     def note(self, text: str) -> None:
-        self.console.print(escape(text), style="yellow", highlight=False)
+        self.console.print(escape(text), style="yellow", highlight=False, soft_wrap=True)
 
     def finished(self, record: Record) -> None:
         self._done = float(record.iteration)
@@ -101,7 +101,9 @@ class LiveReport:
             parts.append(f"reward {record.train_reward if record.reward is None else record.reward:+.2f}")
         if record.kl is not None:
             parts.append(f"KL {record.kl:4.1f}")
-        parts += [f"loss {record.loss:.3f}", f"{record.tokens_per_second:3.0f} tokens/s", f"{eta} left"]
+        if record.loss is not None:
+            parts.append(f"loss {record.loss:.3f}")
+        parts += [f"{record.tokens_per_second:3.0f} tokens/s", f"{eta} left"]
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
 
@@ -116,7 +118,7 @@ def history_table(history: Sequence[Record]) -> Table:
             "" if record.win_rate is None else plus_minus(Estimate(record.win_rate, record.win_rate_se)),
             "" if record.reward is None else f"{record.reward:+.2f}",
             "" if record.kl is None else plus_minus(Estimate(record.kl, record.kl_se), 1),
-            f"{record.loss:.3f}",
+            "" if record.loss is None else f"{record.loss:.3f}",
             f"{record.truncated:.0%}",
             f"{record.tokens_per_second:.0f}",
             f"{record.seconds:.0f}",
@@ -178,13 +180,15 @@ def as_json(
 def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -> None:
     """Win rate and KL against the iteration, with 95 % intervals, as a PNG.
 
-    The win rate starts at 1/2 and the KL at 0, because the policy starts as the reference.
+    The win rate starts at 1/2 and the KL at 0, because the policy starts as the reference. Iterations that were not
+    evaluated are left out.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    history = [record for record in history if record.win_rate is not None]
     steps = [0, *(record.iteration for record in history)]
     rates = [0.5, *(record.win_rate for record in history)]
     reach = [0.0, *(1.96 * record.win_rate_se for record in history)]
@@ -208,8 +212,16 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
     top.set_ylim(min(0.45, min(rate - half for rate, half in zip(rates, reach, strict=True)) - 0.02), 1.0)
     top.legend(loc="upper left", frameon=False)
     top.set_title(title, fontsize=11)
-    kls = [0.0, *(record.kl for record in history)]
-    bottom.errorbar(steps, kls, [0.0, *(1.96 * record.kl_se for record in history)], color="C3", marker="o", capsize=3)
+    with_kl = [record for record in history if record.kl is not None]
+    kls = [0.0, *(record.kl for record in with_kl)]
+    bottom.errorbar(
+        [0, *(record.iteration for record in with_kl)],
+        kls,
+        [0.0, *(1.96 * record.kl_se for record in with_kl)],
+        color="C3",
+        marker="o",
+        capsize=3,
+    )
     bottom.set_ylabel("KL to the\nreference, nats")
     bottom.set_ylim(bottom=min(0.0, *kls))
     bottom.set_xlabel("iteration")

@@ -181,16 +181,19 @@ class AtomicCheckpoints:
             resume_from_checkpoint = self._choose(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _warn(self, line: str) -> None:
+        """Something a person should know about the checkpoints; called on rank 0."""
+        warnings.warn(line, stacklevel=5)
+
     def _choose(self, wanted: str | os.PathLike | bool) -> str | None:
         answer: list = [None, None]  # path, what is wrong with it
         if self.args.process_index == 0:
             try:
                 if wanted is True:
-                    found = latest_checkpoint(self.args.output_dir, lambda line: warnings.warn(line, stacklevel=4))
+                    found = latest_checkpoint(self.args.output_dir, self._warn)
                     answer[0] = str(found) if found else None
                     if found is None:
-                        text = f"no whole checkpoint in {self.args.output_dir}: starting from the beginning"
-                        warnings.warn(text, stacklevel=3)
+                        self._warn(f"no whole checkpoint in {self.args.output_dir}: starting from the beginning")
                 else:
                     verify(Path(wanted))
                     answer[0] = str(wanted)

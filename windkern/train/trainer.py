@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from windkern.train.anchor import Anchor
+from windkern.train.callbacks import Iterations
 from windkern.train.card import write_card
 from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, padding_id
@@ -119,7 +120,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             train_dataset=(),
             eval_dataset=self.eval_prompts or None,
             processing_class=processing_class,
-            callbacks=[_Iterations(self), *(callbacks or [])],
+            callbacks=[Iterations(self), *(callbacks or [])],
             optimizers=optimizers,
         )
         if self.is_fsdp_enabled:
@@ -162,7 +163,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         )
         self.history: list[Record] = []
         self._averages, self._iteration = Averages(), 0
-        self._iteration_start, self._losses, self._norms = time.perf_counter(), [], []
+        self._iteration_start = time.perf_counter()
         self._anchor_path: Path | None = None  # of the checkpoint that is resumed
 
     # Setting up.
@@ -221,7 +222,9 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             self._open(bool(resume_from_checkpoint))
         self.world.wait()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
-        self.history = self._records(self.state.global_step // self.args.steps_per_iteration)
+        done = self.state.global_step // self.args.steps_per_iteration
+        self._catch_up(done)
+        self.history = self._records(done)
         return output
 
     def _open(self, resume: bool) -> None:
@@ -238,11 +241,11 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         self.store.clear()
         write_json(path, identity)
 
-    def _begin_iteration(self, step: int) -> None:
+    def begin_iteration(self, step: int) -> None:
         """Fill the data set for the iteration that optimizer step `step` belongs to."""
         done, inside = divmod(step, self.args.steps_per_iteration)
-        self._iteration_start, self._losses, self._norms = time.perf_counter(), [], []
-        self._iteration = done + 1
+        self._catch_up(done)
+        self._iteration_start, self._iteration = time.perf_counter(), done + 1
         self.history = self._records(done)
         self._prepare_reference(step)
         self._prepare_anchor(step)
@@ -273,6 +276,12 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         self.responder.anchor = self.outer.anchor
         if step:
             self.outer.anchor.load_state_dict(torch.load(self._anchor_path, weights_only=True))
+
+    def _warn(self, line: str) -> None:
+        if isinstance(self.observer, Unobserved):
+            super()._warn(line)
+        else:
+            self.observer.note(line)
 
     def _write_extra(self, folder: Path) -> None:
         if self.outer.anchor is not None:
@@ -313,7 +322,6 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         targets = batch.targets.view(*batch.shape, -1)
         job = loss_job(watch, targets, batch.constants, self.args.temperature, self.scorer.options)
         loss = self.head(model, batch.input_ids, batch.attention_mask, job)
-        self._losses.append(float(loss.detach()))
         self._averages.add(step_metrics(watch.logps, batch.constants, self.args))
         self.observer.advance()
         return (loss, {}) if return_outputs else loss
@@ -330,7 +338,6 @@ class WindTrainer(AtomicCheckpoints, Trainer):
                 values = torch.tensor(list(extra.values()), device=self.args.device)
                 extra = dict(zip(extra, self.accelerator.reduce(values, "mean").tolist(), strict=True))
             logs = {**logs, **extra}
-            self._norms.append(logs.get("grad_norm", 0.0))
         super().log(logs, start_time)
 
     # Evaluation and records.
@@ -363,31 +370,45 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             raise ValueError("eval_prompts must be given to the trainer for an evaluation")
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
             raise ValueError("eval_dataset must be None: the trainer evaluates on its eval_prompts")
+        result, metrics = self._evaluation(metric_key_prefix)
+        if self.is_in_train and self.evaluates_each_iteration:
+            self.finish_iteration(result)
+        return metrics
+
+    def _evaluation(self, prefix: str = "eval") -> tuple[Evaluation, dict[str, float]]:
         result, _, _ = self.compare(self.args.eval_responses)
         metrics = {}
         for name in ("win_rate", "reward", "kl"):
             estimate = getattr(result, name)
             if estimate is not None:
-                metrics[f"{metric_key_prefix}_{name}"] = estimate.mean
-                metrics[f"{metric_key_prefix}_{name}_se"] = estimate.standard_error
+                metrics[f"{prefix}_{name}"] = estimate.mean
+                metrics[f"{prefix}_{name}_se"] = estimate.standard_error
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.is_in_train and self._evaluates_each_iteration:
-            self._finish_iteration(result)
-        return metrics
+        return result, metrics
 
     @property
-    def _evaluates_each_iteration(self) -> bool:
+    def evaluates_each_iteration(self) -> bool:
         return bool(self.eval_prompts) and self.args.eval_strategy == IntervalStrategy.EPOCH
 
-    def _finish_iteration(self, result: Evaluation | None) -> None:
+    def finish_iteration(self, result: Evaluation | None) -> None:
         """Record the iteration that has just been fitted."""
         seconds = time.perf_counter() - self._iteration_start
-        record = make_record(self._iteration, self.outer.rollouts, result, self._losses, self._norms, seconds)
+        first, last = (k * self.args.steps_per_iteration for k in (self._iteration - 1, self._iteration))
+        lines = [line for line in self.state.log_history if "loss" in line and first < line["step"] <= last]
+        record = make_record(self._iteration, self.outer.rollouts, result, lines, seconds)
         self.history.append(record)
         if self.world.is_main:
             write_json(self.store.iteration(self._iteration) / "record.json", record.as_dict())
         self.observer.finished(record)
+
+    def _catch_up(self, iteration: int) -> None:
+        """Evaluate an iteration whose checkpoint was written, but whose evaluation was cut off by a kill."""
+        path = self.store.iteration(iteration) / "record.json"
+        if iteration and self.evaluates_each_iteration and not self.world.agree(path.is_file()):
+            self._iteration = iteration
+            self.outer.recall(iteration)
+            self.finish_iteration(self._evaluation()[0])
 
     def _records(self, iterations: int) -> list[Record]:
         found = [read_json(self.store.iteration(k) / "record.json") for k in range(1, iterations + 1)]
@@ -407,24 +428,6 @@ class WindTrainer(AtomicCheckpoints, Trainer):
                 library="peft" if hasattr(self.model, "peft_config") else "transformers",
                 defaults={field.name: field.default for field in dataclasses.fields(WindConfig)},
             )
-
-
-class _Iterations(TrainerCallback):
-    """Tells the trainer where its iterations begin and end."""
-
-    def __init__(self, trainer: WindTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **given) -> None:
-        self.trainer._begin_iteration(state.global_step)
-
-    def on_step_end(self, args, state, control, **given) -> None:
-        if self.trainer.outer.anchor is not None:
-            self.trainer.outer.anchor.update()
-
-    def on_epoch_end(self, args, state, control, **given) -> None:
-        if not self.trainer._evaluates_each_iteration:
-            self.trainer._finish_iteration(None)
 
 
 def _anchor_name(world: World) -> str:
