@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -25,7 +26,7 @@ class MasterAdamW(torch.optim.Optimizer):
         weight_decay: decoupled.
 
     Memory:
-        12 bytes a 16-bit parameter (copy and two moments), and 4 more during a step.
+        12 bytes a 16-bit parameter (copy and two moments), and 4 more during a step where gradients are 16-bit.
 
     Source:
         Loshchilov and Hutter 2019 (arXiv 1711.05101), by torch.optim.adamw; master weights: Micikevicius et al. 2018
@@ -84,7 +85,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def _state_of(self, value: Tensor) -> dict[str, Tensor]:
         state = self.state[value]
-        if value.dtype in (torch.bfloat16, torch.float16) and "master" not in state:
+        if value.dtype in _HALF and "master" not in state:
             state["master"] = value.detach().float()
         if "step" not in state:
             kept = state.get("master", value)
@@ -100,6 +101,24 @@ class MasterAdamW(torch.optim.Optimizer):
         for place, value in zip(saved, values, strict=True):
             for name, tensor in state_dict["state"].get(place, {}).items():
                 self.state[value][name] = tensor.to(value.device, copy=True)
+
+
+def accumulate_in_float32(parameters: Iterable[Tensor]) -> None:
+    """Let the gradients of 16-bit parameters add up in float32, where torch can (2.10 and later).
+
+    Reason: a sum of bfloat16 numbers stops growing once it is 256 times as large as what is added.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        >>> accumulate_in_float32([weight])
+        >>> for _ in range(1000):
+        ...     weight.sum().backward()
+        >>> weight.grad.tolist()
+        [1000.0]
+    """
+    for value in parameters:
+        if value.requires_grad and value.dtype in _HALF and hasattr(value, "grad_dtype"):
+            value.grad_dtype = torch.float32
 
 
 def forget_moments(optimizer: torch.optim.Optimizer) -> None:

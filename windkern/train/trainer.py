@@ -27,7 +27,7 @@ from windkern.train.judges import Judge
 from windkern.train.judges_recorded import load_judge
 from windkern.train.metrics import Averages, group_metrics, make_record, rollout_metrics, step_metrics
 from windkern.train.objectives import make_objective
-from windkern.train.optim import MasterAdamW, forget_moments
+from windkern.train.optim import MasterAdamW, accumulate_in_float32, forget_moments
 from windkern.train.outer import OuterLoop
 from windkern.train.parts import check_prompts, clear_run, disable_dropout, make_sampler, transformers_sampler
 from windkern.train.progress import Observer, Record, Unobserved
@@ -194,6 +194,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         )
         plain = str(getattr(args.optim, "value", args.optim)) in ("adamw_torch", "adamw_torch_fused")
         if self.optimizer is None and half and plain and args.master_weights and not self._sharded():
+            if self.world.size == 1:  # DDP reduces gradients in the dtype of the weights
+                accumulate_in_float32(self.model.parameters())
             self.optimizer_cls_and_kwargs = (
                 MasterAdamW,
                 {
