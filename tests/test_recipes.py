@@ -145,6 +145,24 @@ def test_the_value_recipe_trains_a_value_model(inputs, capsys):
     assert "negative log-likelihood" in capsys.readouterr().out
 
 
+def test_what_is_logged_goes_where_report_to_says(inputs, monkeypatch):
+    from transformers import TrainerCallback, trainer
+
+    seen = []
+
+    class Log(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **given):
+            seen.append(set(logs))
+
+    def callbacks(names):
+        return [Log] if names == ["tensorboard"] else []
+
+    monkeypatch.setattr(trainer, "get_reporting_integration_callbacks", callbacks)
+    assert train(inputs, "demo", "num_responses=4", "fit_responses=2", more=("--report-to", "tensorboard")) == 0
+    assert any({"loss", "kl_old", "kl_ref", "residual", "exploitability"} <= names for names in seen)
+    assert any({"eval_win_rate", "eval_win_rate_se", "eval_kl"} <= names for names in seen)
+
+
 def test_mistakes_are_one_line(inputs, capsys):
     for change, message in (
         ("lerning_rate=1", "did you mean 'learning_rate'"),

@@ -55,6 +55,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=Path, metavar="DIR", help="wins over output_dir of the file")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint in the output directory")
     add("--method", choices=("wind", "value"), help="wins over method of the file (default: wind)")
+    add("--report-to", "--report_to", metavar="NAME", help="tensorboard, wandb, trackio ...; wins over report_to")
     add("--fields", action="store_true", help="list the keys of a settings file, with types, defaults and meaning")
     add("--all", action="store_true", help="with --fields: those of transformers.TrainingArguments too")
 

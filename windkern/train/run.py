@@ -176,8 +176,13 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.config is None:
         raise ValueError(f"--config must name a file or a recipe ({', '.join(recipes.names())})")
+    changes = {} if arguments.report_to is None else {"report_to": arguments.report_to}
     settings, config = load_settings(
-        arguments.config, arguments.override, output_dir=arguments.output_dir, method=arguments.method
+        arguments.config,
+        arguments.override,
+        changes=changes,
+        output_dir=arguments.output_dir,
+        method=arguments.method,
     )
     require(*needed_packages(settings, config))
     try:
