@@ -54,7 +54,7 @@ def exploitability(
         ValueError: a shape or device does not fit, `win_rates` leave [0, 1], or `beta` is not positive.
 
     Source:
-        docs/theory.md, on exploitability.
+        docs/theory.md, eq. (1.22a).
 
     Example:
         >>> logps = torch.tensor([[-9.0, -11.0], [-9.0, -11.0]])
