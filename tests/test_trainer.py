@@ -309,6 +309,22 @@ def test_a_precomputed_reference_is_the_policy_at_the_start(tmp_path):
     assert (tmp_path / "table" / "ref_logps.json").is_file()
 
 
+def test_no_logits_exist_outside_generation(tmp_path, monkeypatch):
+    """With recorded responses nothing is generated, and the head is never multiplied out as a whole."""
+    trainer = make_trainer(tmp_path, sampler=recorded(tmp_path), num_responses=3)
+    vocab, plain = trainer.model.config.vocab_size, torch.nn.Linear.forward
+
+    def refuse(self, states):
+        assert self.out_features != vocab, "logits"
+        return plain(self, states)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", refuse)
+    with pytest.raises(AssertionError, match="logits"):
+        trainer.model(torch.tensor([[3, 4]]))
+    trainer.train()
+    assert len(losses_of(trainer)) == 4
+
+
 def test_what_is_saved_is_a_model_that_says_where_it_comes_from(tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -325,7 +341,7 @@ def test_a_run_does_not_mix_with_another(tmp_path):
     make_trainer(tmp_path, num_iterations=1).train()
     with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
         make_trainer(tmp_path, num_iterations=1).train()
-    with pytest.raises(ResumeError, match=r"eta 5\.0 there, 2\.0 here"):
+    with pytest.raises(ResumeError, match=r"eta 4\.0 there, 2\.0 here"):
         make_trainer(tmp_path, num_iterations=2, eta=2.0).train(resume_from_checkpoint=True)
     more = make_trainer(tmp_path, num_iterations=2)
     more.train(resume_from_checkpoint=True)

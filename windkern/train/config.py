@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -13,18 +14,22 @@ from windkern.losses import LOSSES, OBJECTIVES
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")
 FOCUS = ("uniform", "hardest")
-# Of losses whose step size or weight has no default of its own: what the demo uses, or what their papers' code does.
-LOSS_DEFAULTS: dict[str, dict[str, float]] = {
-    "wind": {"eta": 5.0, "beta": 0.05},
-    "sppo": {"eta": 4.0},
-    "inpo": {"eta": 0.25, "tau": 0.05},
-    "rebel": {"eta": 1.0},
-    "trajectory_balance": {"beta": 1.0},
-}
 
 
 def _field(default, help: str, **options):
     return field(default=default, metadata={"help": help, **options})
+
+
+def required_settings(loss: str) -> dict[str, float]:
+    """The arguments of a loss that have no default of their own, with the values of the table of losses.
+
+    Example:
+        >>> required_settings("inpo"), required_settings("dpo")
+        ({'eta': 0.25, 'tau': 0.05}, {})
+    """
+    found = LOSSES[loss]
+    known = inspect.signature(found.function).parameters
+    return {name: value for name, value in found.settings.items() if known[name].default is inspect.Parameter.empty}
 
 
 @dataclass
@@ -48,7 +53,7 @@ class WindConfig(TrainingArguments):
     Example:
         >>> config = WindConfig(output_dir="run", num_iterations=2, steps_per_iteration=4, report_to="none")
         >>> config.total_steps, round(config.step_scale, 3)
-        (8, 4.0)
+        (8, 3.333)
     """
 
     loss: str = _field(
@@ -65,13 +70,13 @@ class WindConfig(TrainingArguments):
     eta: float | None = _field(
         None,
         "Step size of the update, positive, per unit of win rate (of reward for rebel). After a perfect fit "
-        "c = eta / (1 + eta * beta) nats separate a certain winner from a certain loser. None: wind 5 (as in the "
-        "demo), sppo 4, rebel 1, inpo 0.25.",
+        "c = eta / (1 + eta * beta) nats separate a certain winner from a certain loser. None: what the table of losses "
+        "has where there is no other default (wind 4, sppo 4, rebel 1, inpo 0.25); ours.",
     )
     beta: float | None = _field(
         None,
-        "Weight of the KL to the reference (for losses with another beta, theirs), not negative. None: wind 0.05 (as "
-        "in the demo), trajectory_balance 1, else the loss's own default.",
+        "Weight of the KL to the reference (for losses with another beta, theirs), not negative. None: the loss's own "
+        "default, else that of the table of losses (wind 0.05, trajectory_balance 1); ours.",
     )
     loss_settings: dict | None = _field(
         None, "Further keyword arguments of the loss by name, such as {tau: 0.1} for inpo. None: its defaults."
@@ -248,9 +253,9 @@ class WindConfig(TrainingArguments):
         check_choice("objective", self.objective, OBJECTIVES)
         if self.objective != "square" and self.loss != "wind":
             raise ValueError(f"objective={self.objective!r} belongs to loss='wind', got loss={self.loss!r}")
-        defaults = LOSS_DEFAULTS.get(self.loss, {})
-        self.eta = defaults.get("eta") if self.eta is None else check_number("eta", self.eta, above=0)
-        self.beta = defaults.get("beta") if self.beta is None else check_number("beta", self.beta, least=0)
+        needed = required_settings(self.loss)
+        self.eta = needed.get("eta") if self.eta is None else check_number("eta", self.eta, above=0)
+        self.beta = needed.get("beta") if self.beta is None else check_number("beta", self.beta, least=0)
         if self.focus == "hardest" and (self.loss != "wind" or not self.beta):
             raise ValueError(
                 "focus='hardest' needs loss='wind' with beta above 0, whose exploitability it estimates, "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from windkern.losses import LOSSES, OBJECTIVES, Loss, check_prefs
-from windkern.train.config import WindConfig
+from windkern.train.config import WindConfig, required_settings
 from windkern.train.judges import Verdict
 
 # Losses that only look at the order of the rewards, so that win rates serve where a judge has no rewards.
@@ -112,8 +112,6 @@ def make_objective(config: WindConfig) -> Objective:
         >>> objective.group, objective.logps, objective.judged
         ('pair', ('ref_logps',), True)
     """
-    from windkern.train.config import LOSS_DEFAULTS
-
     loss = LOSSES[config.loss]
     known = inspect.signature(loss.function).parameters
     tensors = {name.rstrip("?") for entry in loss.inputs for name in entry.split(" | ")} | {"where", "reduction"}
@@ -121,7 +119,7 @@ def make_objective(config: WindConfig) -> Objective:
     given = {"eta": config.eta, "beta": config.beta, **(config.loss_settings or {})}
     given = {
         name: value
-        for name, value in {**LOSS_DEFAULTS.get(loss.name, {}), **given}.items()
+        for name, value in {**required_settings(loss.name), **given}.items()
         if value is not None or name in (config.loss_settings or {})
     }
     if loss.name == "wind":
