@@ -70,8 +70,8 @@ class WindConfig(TrainingArguments):
     eta: float | None = _field(
         None,
         "Step size of the update, positive, per unit of win rate (of reward for rebel). After a perfect fit "
-        "c = eta / (1 + eta * beta) nats separate a certain winner from a certain loser. None: what the table of losses "
-        "has where there is no other default (wind 4, sppo 4, rebel 1, inpo 0.25); ours.",
+        "c = eta / (1 + eta * beta) nats separate a certain winner from a certain loser. None: of the table of losses, "
+        "where the loss has no default (wind 4, sppo 4, rebel 1, inpo 0.25); ours.",
     )
     beta: float | None = _field(
         None,
