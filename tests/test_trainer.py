@@ -288,6 +288,24 @@ def test_an_adapter_has_its_base_as_reference(tmp_path, modules):
     assert moved == {name for name in before if "lora_" in name}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_an_adapter_starts_as_the_seed_says(tmp_path):
+    """Whatever torch's generator was used for before: a run killed in its first iteration begins again."""
+    pytest.importorskip("peft")
+    found = []
+    for other in (1, 2):
+        model = tiny_model.make_model()
+        given = {"peft_config": lora(), "reference": None, "processing_class": tiny_model.make_tokenizer()}
+        torch.manual_seed(other)
+        found.append(weights_of(make_trainer(tmp_path, model=model, reference="adapter", given=given)))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_bare_function_is_no_judge(tmp_path):
+    with pytest.raises(TypeError, match=r"judge must have a method judge .* RewardJudge\(function"):
+        make_trainer(tmp_path, given={"judge": tiny_model.goodness})
+
+
 def recorded(tmp_path) -> str:
     path = tmp_path / "responses.jsonl"
     lines = [
