@@ -197,6 +197,7 @@ class WindConfig(TrainingArguments):
         False, "Whether DDP looks for parameters without gradient. Default no: every trained one gets its gradient."
     )
     remove_unused_columns: bool = _field(False, "Not used: the trainer makes its own batches.")
+    dataloader_pin_memory: bool = _field(False, "Whether batches are pinned for the way to a GPU. Default no: small.")
 
     def __post_init__(self) -> None:
         self._check()

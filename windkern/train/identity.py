@@ -18,6 +18,7 @@ _FREE = {
     "save_total_limit",
     "logging_steps",
     "remove_unused_columns",
+    "dataloader_pin_memory",
     "ddp_find_unused_parameters",
     "per_device_train_batch_size",  # its product with the next ones counts
     "per_device_eval_batch_size",
@@ -61,5 +62,6 @@ def check_same(theirs: dict, ours: dict, where: str) -> None:
     if names:
         differing = ", ".join(f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names)
         raise ResumeError(
-            f"{where} is of another run ({differing}); start without resuming, or with another output_dir"
+            f"{where} is of another run ({differing}); resume with its settings, or start another run in "
+            "another output_dir"
         )

@@ -74,7 +74,10 @@ def check_prompts(prompts: Sequence[str], heldout: Sequence[str]) -> None:
     if not prompts:
         raise ValueError("train_prompts must hold at least one prompt, got none")
     if shared := set(prompts) & set(heldout):
-        raise ValueError(f"{len(shared)} held-out prompts are also training prompts, e.g. {min(shared)!r}")
+        raise ValueError(
+            f"{len(shared)} held-out prompts are also training prompts, e.g. {min(shared)!r}; "
+            "leave them out of one of the lists"
+        )
 
 
 def clear_run(output_dir: Path, *, overwrite: bool) -> None:
