@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+
+from torch import nn
 
 from windkern.train.config import WindConfig
 from windkern.train.seeds import stream
@@ -42,11 +45,26 @@ class ResumeError(ValueError):
     """A checkpoint or sampled responses belong to another run; the message says what differs."""
 
 
-def identity_of(config: WindConfig, prompts: Sequence[str], heldout: Sequence[str], judge: str, processes: int) -> dict:
+def outline_of(model: nn.Module) -> dict:
+    """What tells models at their start apart without reading weights: name, counts of parameters, adapter."""
+    counts = {True: 0, False: 0}
+    for value in model.parameters():
+        counts[value.requires_grad] += getattr(value, "ds_numel", value.numel())  # ZeRO-3 leaves none here
+    found = {"model": os.path.basename(str(getattr(model.config, "_name_or_path", "")).rstrip("/"))}
+    found |= {"trained_parameters": counts[True], "frozen_parameters": counts[False]}
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        found |= {f"peft.{name}.{key}": getattr(adapter, key, None) for key in ("r", "lora_alpha", "lora_dropout")}
+    return found
+
+
+def identity_of(
+    config: WindConfig, model: nn.Module, prompts: Sequence[str], heldout: Sequence[str], judge: str, processes: int
+) -> dict:
     """What determines the weights a run ends with, as JSON holds it."""
     settings = {name: value for name, value in config.own_settings().items() if name not in _FREE}
     settings |= {name: getattr(config, name) for name in _INHERITED}
     settings["prompts_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    settings |= outline_of(model)
     settings["judge"] = judge
     settings["prompts"] = stream(0, *prompts, "held-out", *heldout)
     return json.loads(json.dumps(settings, default=str))
