@@ -34,7 +34,10 @@ class Judge(Protocol):
     name: str  # what a report says about it
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
-        """Compare all N responses to each prompt with each other."""
+        """Compare all N responses to each of B prompts with each other.
+
+        In an evaluation the N are the policy's and, after them, the reference's.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from windkern.losses import LOSSES, OBJECTIVES, Loss, check_prefs
-from windkern.train.config import WindConfig
+from windkern.train.config import LOSS_DEFAULTS, WindConfig
 from windkern.train.judges import Verdict
 
 # Losses that only look at the order of the rewards, so that win rates serve where a judge has no rewards.
@@ -112,8 +112,6 @@ def make_objective(config: WindConfig) -> Objective:
         >>> objective.group, objective.logps, objective.judged
         ('pair', ('ref_logps',), True)
     """
-    from windkern.train.config import LOSS_DEFAULTS
-
     loss = LOSSES[config.loss]
     known = inspect.signature(loss.function).parameters
     tensors = {name.rstrip("?") for entry in loss.inputs for name in entry.split(" | ")} | {"where", "reduction"}

@@ -89,8 +89,8 @@ def clear_run(output_dir: Path, *, overwrite: bool) -> None:
     found = sorted(output_dir.glob("checkpoint-*"))
     if found and not overwrite:
         raise ValueError(
-            f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it, or take another "
-            "output_dir, or set overwrite=True to delete them"
+            f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it (--resume), or take "
+            "another output_dir, or set overwrite to true to delete them"
         )
     for folder in found:
         shutil.rmtree(folder)
