@@ -302,6 +302,12 @@ def test_an_adapter_starts_as_the_seed_says(tmp_path):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_messages_must_be_chat_prompts(tmp_path):
+    messages = [{"role": "user", "content": "the"}]
+    with pytest.raises(TypeError, match=r"train_prompts\[1\] must be a string, got list; .* ChatPrompt"):
+        make_trainer(tmp_path, prompts=["the", messages])
+
+
 def test_a_bare_function_is_no_judge(tmp_path):
     with pytest.raises(TypeError, match=r"judge must have a method judge .* RewardJudge\(function"):
         make_trainer(tmp_path, given={"judge": tiny_model.goodness})
@@ -386,6 +392,7 @@ def test_a_run_does_not_mix_with_another(tmp_path):
     [
         ({"eta": -1.0}, "eta must be"),
         ({"loss": "windy"}, "loss must be one of"),
+        ({"top_p": 0.9, "sampler": "http://localhost"}, "top_p must be 1 with sampler='http://localhost'"),
         ({"loss": "kto"}, "loss must be one of"),
         ({"objective": "kl", "loss": "sppo"}, "belongs to loss='wind'"),
         ({"num_iterations": 0}, "num_iterations must be"),

@@ -66,13 +66,19 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def check_prompts(prompts: Sequence[str], heldout: Sequence[str]) -> None:
-    """Raise unless there are training prompts and none of them is held out.
+    """Raise unless there are training prompts, all are strings, and none of them is held out.
 
     Raises:
+        TypeError: a prompt is no string (a `ChatPrompt` is one).
         ValueError: no training prompts, or some are in both lists.
     """
     if not prompts:
         raise ValueError("train_prompts must hold at least one prompt, got none")
+    for name, entries in (("train_prompts", prompts), ("eval_prompts", heldout)):
+        for place, entry in enumerate(entries):
+            if not isinstance(entry, str):
+                hint = "; make messages one by windkern.train.prompts.ChatPrompt" if isinstance(entry, list) else ""
+                raise TypeError(f"{name}[{place}] must be a string, got {type(entry).__name__}{hint}")
     if shared := set(prompts) & set(heldout):
         raise ValueError(
             f"{len(shared)} held-out prompts are also training prompts, e.g. {min(shared)!r}; "
