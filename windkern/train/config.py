@@ -238,7 +238,7 @@ class WindConfig(TrainingArguments):
                 f"got sampler={self.sampler!r}"
             )
         if self.top_p < 1 and self.sampler != "transformers":
-            raise ValueError(f"top_p must be 1 with sampler={self.sampler!r}, which does not ask for it; got {self.top_p}")
+            raise ValueError(f"top_p must be 1 with sampler={self.sampler!r}, which takes no other, got {self.top_p}")
         if self.dataloader_num_workers:
             raise ValueError(
                 f"dataloader_num_workers must be 0, got {self.dataloader_num_workers}: batches are made of responses "
