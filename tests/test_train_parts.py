@@ -9,6 +9,7 @@ import json
 import math
 import pkgutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -186,6 +187,26 @@ def test_bad_rewards_are_refused():
         judges.RewardJudge(lambda p, r: [1.0], strength=1.0, name="short").judge(["p"], [["a", "b"]])
     with pytest.raises(ValueError, match="finite numbers, got nan for 'b'"):
         judges.RewardJudge(lambda p, r: [1.0, math.nan], strength=1.0).judge(["p"], [["a", "b"]])
+    for wrong in (["good", "bad"], None):
+        with pytest.raises(ValueError, match="reward 'mine' must return a list of numbers, one for each of 2"):
+            judges.RewardJudge(lambda p, r, wrong=wrong: wrong, strength=1.0, name="mine").judge(["p"], [["a", "b"]])
+
+
+def test_a_function_is_found_in_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "judge_of_this_folder.py").write_text("def reward(prompts, responses):\n    return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    before = list(sys.path)
+    assert judges.load_function("judge_of_this_folder:reward")([], []) == [1.0]
+    assert sys.path == before
+
+
+def test_columns_that_nothing_is_known_for_are_left_out():
+    pytest.importorskip("rich")
+    console = report.Console(file=io.StringIO(), width=100)
+    console.print(report.history_table([replace(one, win_rate=None, kl=None) for one in make_records(2)]))
+    shown = console.file.getvalue()
+    assert "win rate" not in shown and "KL" not in shown and "loss" in shown
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what demo, eval or bandit wrote")
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what train, demo, eval or bandit wrote")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the picture goes here (default: beside RESULTS)")
 
 

@@ -56,9 +56,11 @@ def read(path: Path) -> dict:
     """The content of a results file.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError: no such file.
         ValueError: it is no JSON object with a "kind" that is known.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a results file, such as {path / 'result.json'}")
     if not path.is_file():
         raise FileNotFoundError(f"results file {path} does not exist")
     try:

@@ -202,6 +202,7 @@ class WindConfig(TrainingArguments):
         False, "Whether DDP looks for parameters without gradient. Default no: every trained one gets its gradient."
     )
     remove_unused_columns: bool = _field(False, "Not used: the trainer makes its own batches.")
+    dataloader_pin_memory: bool = _field(False, "Whether batches are pinned for the way to a GPU. Default no: small.")
 
     def __post_init__(self) -> None:
         self._check()
@@ -241,6 +242,8 @@ class WindConfig(TrainingArguments):
                 "reference='precomputed' needs responses that are known beforehand, sampler=recorded:FILE, "
                 f"got sampler={self.sampler!r}"
             )
+        if self.top_p < 1 and self.sampler != "transformers":
+            raise ValueError(f"top_p must be 1 with sampler={self.sampler!r}, which takes no other, got {self.top_p}")
         if self.dataloader_num_workers:
             raise ValueError(
                 f"dataloader_num_workers must be 0, got {self.dataloader_num_workers}: batches are made of responses "

@@ -197,9 +197,7 @@ class PromptFocus:
         orders = self._shuffles.setdefault(k, [])
         while len(orders) <= epoch:
             order = _shuffled(self.count, self.seed, "prompts", len(orders))
-            shared = (
-                len(orders) * self.count % k
-            )  # so many prompts of the iteration at hand are from the shuffle before
+            shared = len(orders) * self.count % k  # so many prompts of this iteration are from the shuffle before
             if shared and k <= self.count:
                 before, head = set(orders[-1][-shared:]), k - shared
                 later = (place for place in range(head, self.count) if order[place] not in before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -81,7 +80,6 @@ class HeldOut:
         texts = [rollout.texts for rollout in rollouts]
         if self.world.size == 1:
             return compare(self.judge, self.prompts, texts, reference, ratios)
-        verdict = self.world.agree(
+        return self.world.agree(
             compare(self.judge, self.prompts, texts, reference, ratios) if self.world.is_main else None
         )
-        return replace(verdict)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from windkern._checks import check_number
 from windkern.train.models import require
+from windkern.train.prompts import shown
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -30,8 +34,28 @@ class Judge(Protocol):
     name: str  # what a report says about it
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
-        """Compare all N responses to each prompt with each other."""
+        """Compare all N responses to each of B prompts with each other.
+
+        In an evaluation the N are the policy's and, after them, the reference's.
+        """
         ...
+
+
+def check_judge(judge: object) -> object:
+    """Return a judge.
+
+    Raises:
+        TypeError: it has no method `judge` or no `name`.
+
+    Example:
+        >>> check_judge(3)
+        Traceback (most recent call last):
+        TypeError: judge must have a method judge and a name, got int
+    """
+    if callable(getattr(judge, "judge", None)) and isinstance(getattr(judge, "name", None), str):
+        return judge
+    hint = "; make a function of rewards one by RewardJudge(function, strength=1.0)" if callable(judge) else ""
+    raise TypeError(f"judge must have a method judge and a name, got {type(judge).__name__}{hint}")
 
 
 def bradley_terry(rewards: Tensor, strength: float) -> Tensor:
@@ -73,7 +97,14 @@ class RewardJudge:
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
         flat_prompts = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
         flat = [text for group in responses for text in group]
-        values = torch.as_tensor(list(self.reward(flat_prompts, flat)), dtype=torch.float32)
+        found = self.reward(flat_prompts, flat)
+        try:
+            values = torch.as_tensor(found if isinstance(found, Tensor) else list(found), dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"reward {self.name!r} must return a list of numbers, one for each of {len(flat)} responses, "
+                f"got {shown(found)}"
+            ) from error
         if values.shape != (len(flat),):
             raise ValueError(
                 f"reward {self.name!r} must return one number for each of {len(flat)} responses, "
@@ -88,8 +119,21 @@ class RewardJudge:
         return Verdict(bradley_terry(rewards, self.strength), rewards)
 
 
+@contextlib.contextmanager
+def _current_directory() -> Iterator[None]:
+    """Imports find modules of the current directory, which an installed command does not by itself."""
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
 def load_function(name: str) -> Callable:
     """Return the object that `module:attribute` names, for judges given on a command line.
+
+    Modules of the current directory are found too, after all others.
 
     Raises:
         ValueError: not of that form, no such module or attribute, or not callable; the message says which.
@@ -102,9 +146,13 @@ def load_function(name: str) -> Callable:
     if not module_name or not attribute:
         raise ValueError(f"expected module:function, got {name!r}")
     try:
-        module = importlib.import_module(module_name)
+        with _current_directory():
+            module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"cannot import {module_name!r} of {name!r}: {error}") from error
+        raise ValueError(
+            f"cannot import {module_name!r} of {name!r}: {error}; modules are looked for where Python does and in "
+            f"{os.getcwd()}"
+        ) from error
     function = functools.reduce(lambda owner, part: getattr(owner, part, None), attribute.split("."), module)
     if not callable(function):
         raise ValueError(f"module {module_name!r} has no function {attribute!r}")

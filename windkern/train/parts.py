@@ -66,15 +66,24 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def check_prompts(prompts: Sequence[str], heldout: Sequence[str]) -> None:
-    """Raise unless there are training prompts and none of them is held out.
+    """Raise unless there are training prompts, all are strings, and none of them is held out.
 
     Raises:
+        TypeError: a prompt is no string (a `ChatPrompt` is one).
         ValueError: no training prompts, or some are in both lists.
     """
     if not prompts:
         raise ValueError("train_prompts must hold at least one prompt, got none")
+    for name, entries in (("train_prompts", prompts), ("eval_prompts", heldout)):
+        for place, entry in enumerate(entries):
+            if not isinstance(entry, str):
+                hint = "; make messages one by windkern.train.prompts.ChatPrompt" if isinstance(entry, list) else ""
+                raise TypeError(f"{name}[{place}] must be a string, got {type(entry).__name__}{hint}")
     if shared := set(prompts) & set(heldout):
-        raise ValueError(f"{len(shared)} held-out prompts are also training prompts, e.g. {min(shared)!r}")
+        raise ValueError(
+            f"{len(shared)} held-out prompts are also training prompts, e.g. {min(shared)!r}; "
+            "leave them out of one of the lists"
+        )
 
 
 def clear_run(output_dir: Path, *, overwrite: bool) -> None:
@@ -86,8 +95,8 @@ def clear_run(output_dir: Path, *, overwrite: bool) -> None:
     found = sorted(output_dir.glob("checkpoint-*"))
     if found and not overwrite:
         raise ValueError(
-            f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it, or take another "
-            "output_dir, or set overwrite=True to delete them"
+            f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it (--resume), or take "
+            "another output_dir, or set overwrite to true to delete them"
         )
     for folder in found:
         shutil.rmtree(folder)

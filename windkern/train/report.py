@@ -108,12 +108,10 @@ class LiveReport:
 
 
 def history_table(history: Sequence[Record]) -> Table:
-    """One row an iteration."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in ("", "win rate", "reward", "KL, nats", "loss", "cut off", "tokens/s", "seconds"):
-        table.add_column(name, justify="right")
-    for record in history:
-        table.add_row(
+    """One row an iteration; columns that nothing is known for are left out."""
+    names = ("", "win rate", "reward", "KL, nats", "loss", "cut off", "tokens/s", "seconds")
+    rows = [
+        (
             str(record.iteration),
             "" if record.win_rate is None else plus_minus(Estimate(record.win_rate, record.win_rate_se)),
             "" if record.reward is None else f"{record.reward:+.2f}",
@@ -123,6 +121,14 @@ def history_table(history: Sequence[Record]) -> Table:
             f"{record.tokens_per_second:.0f}",
             f"{record.seconds:.0f}",
         )
+        for record in history
+    ]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    known = [k for k in range(len(names)) if any(row[k] for row in rows) or not rows]
+    for k in known:
+        table.add_column(names[k], justify="right")
+    for row in rows:
+        table.add_row(*(row[k] for k in known))
     return table
 
 
@@ -188,6 +194,7 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    last = max((record.iteration for record in history), default=0)
     history = [record for record in history if record.win_rate is not None]
     steps = [0, *(record.iteration for record in history)]
     rates = [0.5, *(record.win_rate for record in history)]
@@ -196,11 +203,11 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
         2, 1, figsize=(7.2, 5.4), sharex=True, height_ratios=(2.2, 1), layout="constrained"
     )
     top.axhline(0.5, color="0.6", linewidth=1, linestyle="--")
-    top.text(steps[-1], 0.507, "the reference itself", color="0.45", ha="right", va="bottom", fontsize=9)
+    top.text(last, 0.507, "the reference itself", color="0.45", ha="right", va="bottom", fontsize=9)
     top.errorbar(steps, rates, reach, color="C0", marker="o", capsize=3, label="after each iteration, 95 % interval")
     low, high = final.win_rate.interval
     top.errorbar(
-        [steps[-1] + 0.18],
+        [last + 0.18],
         [final.win_rate.mean],
         [[final.win_rate.mean - low], [high - final.win_rate.mean]],
         color="C1",
@@ -225,7 +232,7 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
     bottom.set_ylabel("KL to the\nreference, nats")
     bottom.set_ylim(bottom=min(0.0, *kls))
     bottom.set_xlabel("iteration")
-    bottom.set_xticks(steps)
+    bottom.set_xticks(range(last + 1))
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")

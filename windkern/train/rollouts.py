@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from windkern._checks import check_shape
+from windkern.losses import check_prefs
 from windkern.train.judges import Judge, Verdict
 from windkern.train.models import sync_dir
 from windkern.train.sampler import Completions
@@ -76,8 +78,20 @@ def verdict_of(rollouts: Sequence[Rollout]) -> Verdict | None:
 
 
 def judged(rollouts: Sequence[Rollout], prompts: Sequence[str], judge: Judge) -> list[Rollout]:
-    """The rollouts with the judge's verdict."""
+    """The rollouts with the judge's verdict.
+
+    Raises:
+        TypeError, ValueError: the verdict has another shape, or preferences that are none; then nothing is kept of it.
+    """
     verdict = judge.judge(prompts, [rollout.texts for rollout in rollouts])
+    shape = (len(rollouts), len(rollouts[0].texts))
+    try:
+        check_prefs(verdict.prefs)
+        check_shape("prefs", verdict.prefs, (*shape, shape[1]))
+        if verdict.rewards is not None:
+            check_shape("rewards", verdict.rewards, shape)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"judge {judge.name!r}: {error}") from error
     return [
         replace(
             rollout,

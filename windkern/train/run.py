@@ -36,10 +36,17 @@ class RunConfig:
         metadata=_help("Policy at the start: folder or hub id of a causal LM, or smollm2-135m-instruct (packaged).")
     )
     train_prompts: str = field(
-        metadata=_help("Prompts to train on: a file (.jsonl or text), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged).")
+        metadata=_help(
+            "Prompts to train on: a file (.jsonl, a prompt or messages a line; .json, a list; or text, a prompt a "
+            "line), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged)."
+        )
     )
     eval_prompts: str | None = field(
-        default=None, metadata=_help("Held-out prompts, likewise. null: the policy is not evaluated.")
+        default=None,
+        metadata=_help(
+            "Held-out prompts, likewise: compared at the end, and after each iteration with eval_strategy: epoch. "
+            "null: the policy is not evaluated."
+        ),
     )
     max_train_prompts: int | None = field(
         default=None, metadata=_help("Use only so many of train_prompts, from the first; at least 1. null: all.")

@@ -63,7 +63,11 @@ class Completions:
 
 
 class Sampler(Protocol):
-    """Anything that answers prompts with the current policy."""
+    """Anything that answers prompts with the current policy.
+
+    `windkern.train.samplers_recorded.completions_of_texts` makes `Completions` of texts. A method `update(model)`,
+    where there is one, is called with the policy before each iteration.
+    """
 
     def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
         """`num_responses` independent responses to each prompt; the same seed and weights give the same responses."""

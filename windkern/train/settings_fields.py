@@ -280,10 +280,10 @@ def describe_fields(cls: type, names: Iterable[str]) -> Table:
     """
     known = _known(cls)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=cls.__name__, title_justify="left")
-    table.add_column("key", style="bold", overflow="fold", max_width=32)
+    table.add_column("key", style="bold", no_wrap=True)
     table.add_column("type", overflow="fold", max_width=18)
     table.add_column("default", overflow="fold", max_width=14)
-    table.add_column("what it is", ratio=1)
+    table.add_column("what it is", overflow="fold", ratio=1)
     for name in names:
         check_choice("name", name, known)
         entry = known[name]

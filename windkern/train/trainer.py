@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from windkern.train.anchor import Anchor
@@ -23,7 +23,7 @@ from windkern.train.fused_head import FusedHead, Watch, loss_job
 from windkern.train.groups import IterationData, collate
 from windkern.train.heldout import HeldOut
 from windkern.train.identity import check_same, identity_of
-from windkern.train.judges import Judge
+from windkern.train.judges import Judge, check_judge
 from windkern.train.judges_recorded import load_judge
 from windkern.train.metrics import Averages, group_metrics, make_record, rollout_metrics, step_metrics
 from windkern.train.objectives import make_objective
@@ -108,6 +108,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(args.seed)  # the adapter starts at random; transformers seeds only later
             model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
@@ -127,7 +128,9 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             prepare_plugin(self.accelerator)
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = World(self.accelerator)
-        self.judge = judge or (load_judge(args.judge, strength=args.judge_strength) if args.judge else None)
+        self.judge = None if judge is None else check_judge(judge)
+        if judge is None and args.judge:
+            self.judge = load_judge(args.judge, strength=args.judge_strength)
         if self.judge is None and (self.objective.judged or self.eval_prompts):
             raise ValueError(f"judge must be given for loss={args.loss!r}: pass judge=, or name one in args.judge")
         self.responder = Responder(
@@ -232,7 +235,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     def _open(self, resume: bool) -> None:
         path = self.store.folder / "run.json"
         judge = "" if self.judge is None else self.judge.name
-        identity = identity_of(self.args, self.outer.prompts, self.eval_prompts, judge, self.world.size)
+        identity = identity_of(self.args, self.model, self.outer.prompts, self.eval_prompts, judge, self.world.size)
         found = read_json(path)
         if resume and found is not None:
             check_same(found, identity, str(self.args.output_dir))
