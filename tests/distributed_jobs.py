@@ -1,10 +1,9 @@
-"""What runs in each process of tests/test_distributed.py: `torchrun distributed_jobs.py JOB FOLDER`."""
+"""What runs in each process of tests/test_distributed.py, see tests/distributed_tools.py."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -126,22 +125,3 @@ def _train(folder: Path, kind: str, changes: dict, resume: bool = False, modules
 def everything(folder: Path, runs: str) -> dict:
     """Both of the above in one launch, which takes longer than they do."""
     return {"gathered": gathered(folder), "runs": trainer(folder, runs)}
-
-
-def main() -> None:
-    job, folder = sys.argv[1], Path(sys.argv[2]).resolve()
-    os.chdir(folder)
-    dist.init_process_group("gloo")
-    report = {"everything": everything, "trainer": trainer}[job](folder, *sys.argv[3:])
-    (folder / f"{job}-{dist.get_rank()}.json").write_text(json.dumps(report))
-    dist.barrier()  # a rank that leaves first takes its connections with it
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Hazard: after gloo the interpreter now and then aborts while it shuts down ("terminate called without an active
-    # exception"), all work being done. A job that failed has raised before this line.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
