@@ -16,13 +16,21 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 KINDS = ("ddp", "fsdp2")
-SAVING = {"save_strategy": "steps", "save_steps": 2}
 RECORDED = "recorded.jsonl"
-# What is trained in one process and in two; the first step of an iteration is 1 or 4, a checkpoint is written after 4.
+# What is trained in one process and in two, 6 steps each.
 CASES = {
     "accumulated": {"changes": {"gradient_accumulation_steps": 2, "sampling_batch_size": 12}},
-    "adapters": {"changes": SAVING, "modules": ["q_proj", "lm_head"]},
-    "anchored": {"changes": {**SAVING, "loss": "bond", "anchor_rate": 0.3}},
+    "adapters": {"changes": {"save_strategy": "steps", "save_steps": 2}, "modules": ["q_proj", "lm_head"]},
+    "anchored": {
+        "changes": {
+            "loss": "bond",
+            "anchor_rate": 0.3,
+            "num_iterations": 3,  # only the beginning of an iteration looks at the anchor
+            "steps_per_iteration": 2,
+            "save_strategy": "steps",
+            "save_steps": 3,
+        }
+    },
 }
 MORE = {
     "bf16-fsdp2": {"kind": "fsdp2", "changes": {"bf16": True, "num_iterations": 1}},
@@ -44,10 +52,11 @@ def responses(folder: Path) -> None:
 
 
 def interrupt(folder: Path, copy: Path) -> None:
-    """What is on the disk of a run that ended after step 5: the checkpoint of step 4, and all completions."""
+    """What is on the disk of a run that ended inside iteration 2, at least one step after its last checkpoint."""
     shutil.copytree(folder, copy)
     for path in [copy / "checkpoint-6", *copy.glob("*.safetensors"), *copy.glob("completions/*2/record.json")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(copy / "completions/iteration-0003", ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
