@@ -20,6 +20,7 @@ from windkern.train.judges_recorded import load_judge
 from windkern.train.models import describe, load_model
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
+from windkern.train.sharded import whole_models
 from windkern.train.trainer import WindTrainer
 
 SHOWN = 4  # prompts whose completions are printed
@@ -56,13 +57,13 @@ def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
         train = prompts_of(run.train_prompts, "train", run.max_train_prompts)
     heldout = prompts_of(run.eval_prompts, "heldout", run.max_eval_prompts)
     options = {"dtype": getattr(torch, run.dtype), "attention": run.attention}
-    judge = None
-    if config.judge is not None:
-        judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
-    model, tokenizer = load_model(run.model, **options)
-    reference = None
-    if config.reference == "model" and (heldout or needs_reference(config)):
-        reference, _ = load_model(run.reference_model or run.model, **options)
+    judge, reference = None, None
+    with whole_models(config):
+        if config.judge is not None:
+            judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
+        model, tokenizer = load_model(run.model, **options)
+        if config.reference == "model" and (heldout or needs_reference(config)):
+            reference, _ = load_model(run.reference_model or run.model, **options)
     trainer = WindTrainer(
         model,
         config,
