@@ -1,10 +1,9 @@
-"""What runs in each process of tests/test_distributed.py: `torchrun distributed_jobs.py JOB FOLDER`."""
+"""What runs in each process of tests/test_distributed.py, see tests/distributed_tools.py."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -77,58 +76,52 @@ TRAINER = {
     "num_iterations": 2,
     "steps_per_iteration": 3,
     "num_responses": 3,
-    "sampling_batch_size": 6,
-    "learning_rate": 0.05,
-    "optim": "sgd",  # AdamW turns the rounding of a gradient that is 0 into a step
-    "save_strategy": "steps",
-    "save_steps": 2,
+    "sampling_batch_size": 6,  # three blocks of two prompts: two processes cannot share them evenly
+    "per_device_eval_batch_size": 1,  # nor three held-out prompts
+    "learning_rate": 0.02,
+    "optim": "adamw_torch",
+    "adam_epsilon": 0.01,  # else AdamW turns the rounding of a gradient that is 0 into a step
+    "save_strategy": "no",
     "eval_strategy": "epoch",
 }
+HELDOUT = ("rain and", "a day and", "the bus and")
 
 
-ALONE = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
+def make_run(folder: Path, changes: dict, modules: list[str] | None = None):
+    """A WindTrainer, in one process or several; `modules` get adapters, and then the base is the reference."""
+    from trainer_cases import PROMPTS, lora, make_trainer
+
+    given = {}
+    if modules is not None:
+        changes = {**changes, "reference": "adapter"}
+        given["peft_config"] = lora(target_modules=modules)
+    return make_trainer(folder, heldout=HELDOUT, prompts=PROMPTS[:7], given=given, **{**TRAINER, **changes})
 
 
-def trainer(folder: Path, kind: str = "ddp", changes: str = "{}", resume: str = "") -> dict:
-    """A run of WindTrainer, one prompt on a process at a time."""
-    from trainer_cases import HELDOUT, lora, make_trainer
-
-    more = json.loads(changes)
-    if kind == "fsdp2":
-        _let_fsdp_run_on_a_cpu()
-        more |= FSDP
-    given = {"peft_config": lora()} if more.get("reference") == "adapter" else {}
-    torch.manual_seed(1)
-    run = make_trainer(
-        folder / "run",
-        heldout=HELDOUT,
-        given=given,
-        **{**TRAINER, "per_device_train_batch_size": 1, "ddp_backend": "gloo", **more},
-    )
-    run.train(resume_from_checkpoint=bool(resume))
-    run.save_model()
-    return {
-        "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
-        "rates": [entry["eval_win_rate"] for entry in run.state.log_history if "eval_win_rate" in entry],
-        "kls": [entry["eval_kl"] for entry in run.state.log_history if "eval_kl" in entry],
-        "wrapped": type(run.model_wrapped).__name__,
-        "texts": [rollout.texts for rollout in run.outer.rollouts],
+def report_of(run) -> dict:
+    """What a run logged, and sampled last."""
+    logged = {
+        name: [entry[name] for entry in run.state.log_history if name in entry]
+        for name in ("loss", "kl_old", "kl_ref", "eval_win_rate", "eval_kl")
     }
+    return {**logged, "texts": [list(rollout.texts) for rollout in run.outer.rollouts]}
 
 
-def main() -> None:
-    job, folder = sys.argv[1], Path(sys.argv[2])
-    dist.init_process_group("gloo")
-    report = {"gathered": gathered, "trainer": trainer}[job](folder, *sys.argv[3:])
-    (folder / f"{job}-{dist.get_rank()}.json").write_text(json.dumps(report))
-    dist.barrier()  # a rank that leaves first takes its connections with it
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Hazard: after gloo the interpreter now and then aborts while it shuts down ("terminate called without an active
-    # exception"), all work being done. A job that failed has raised before this line.
-    os._exit(0)
+def trainer(folder: Path, runs: str) -> dict:
+    """Runs of WindTrainer one after the other, by name: kind, changes, modules, resume."""
+    _let_fsdp_run_on_a_cpu()
+    return {name: _train(folder / name, **settings) for name, settings in json.loads(runs).items()}
 
 
-if __name__ == "__main__":
-    main()
+def _train(folder: Path, kind: str, changes: dict, resume: bool = False, modules: list[str] | None = None) -> dict:
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # of the run before
+    settings = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"} | (FSDP if kind == "fsdp2" else {})
+    run = make_run(folder, settings | changes, modules)
+    run.train(resume_from_checkpoint=resume)
+    run.save_model()
+    return {"wrapped": type(run.model_wrapped).__name__, **report_of(run)}
+
+
+def everything(folder: Path, runs: str) -> dict:
+    """Both of the above in one launch, which takes longer than they do."""
+    return {"gathered": gathered(folder), "runs": trainer(folder, runs)}

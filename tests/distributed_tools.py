@@ -1,33 +1,72 @@
-"""Launch a job of tests/distributed_jobs.py in several CPU processes by torchrun and read back what it reports."""
+"""Run a job of tests/distributed_jobs.py in several CPU processes and read back what each reports."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-import windkern
-
-JOBS = Path(__file__).parent / "distributed_jobs.py"
 SECONDS = 120  # a rank that waits for another would wait for ever
 
 
 def launch(job: str, folder: Path, *options: str, processes: int = 2) -> list[dict]:
-    """What each rank of `job` reported, in the order of ranks; an AssertionError with the output if one failed."""
+    """What each rank of `job` reported, in the order of ranks; an AssertionError with the output if one failed.
+
+    The processes are new ones, forked from a server that has imported everything and run nothing: importing takes
+    longer than most jobs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    # Hazard: a script has its own folder on its path, not ours; it would import whichever windkern is installed.
-    path = os.pathsep.join(filter(None, (str(Path(windkern.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(JOBS), job, str(folder), *options],
-        env=environment,
-        cwd=JOBS.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, f"{job} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return [json.loads((folder / f"{job}-{rank}.json").read_text()) for rank in range(processes)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distributed_jobs", "trainer_cases", "windkern.train.trainer", "peft"])
+    store = tempfile.mktemp(prefix="store-", dir=folder)
+    ranks = [
+        context.Process(target=_run, args=(job, folder, options, rank, processes, store)) for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + SECONDS
+    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    said = "\n".join(f"rank {rank}: {_log(folder, job, rank).read_text()[-4000:]}" for rank in range(processes))
+    assert codes == [0] * processes, f"{job} ended with {codes} (None: after {SECONDS} s or a failure)\n{said}"
+    return [json.loads(_report(folder, job, rank).read_text()) for rank in range(processes)]
+
+
+def _log(folder: Path, job: str, rank: int) -> Path:
+    return folder / f"{job}-{rank}.log"
+
+
+def _report(folder: Path, job: str, rank: int) -> Path:
+    return folder / f"{job}-{rank}.json"
+
+
+def _run(job: str, folder: Path, options: tuple[str, ...], rank: int, processes: int, store: str) -> None:
+    sys.stdout = sys.stderr = _log(folder, job, rank).open("w", buffering=1)
+    number, count = str(rank), str(processes)
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    import distributed_jobs
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+    report = getattr(distributed_jobs, job)(folder, *options)
+    _report(folder, job, rank).write_text(json.dumps(report))
+    dist.barrier()  # a rank that leaves first takes its connections with it
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    # Hazard: after gloo the interpreter now and then aborts while it shuts down ("terminate called without an active
+    # exception"), all work being done. A job that failed has raised before this line.
+    os._exit(0)

@@ -1,18 +1,137 @@
-"""Several processes must give what one process gives on the same global batch."""
+"""Several processes must give what one process gives on the same global batch, resumed or not."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from distributed_jobs import TRAINER, Toy, batch, plain_loss
+from distributed_jobs import Toy, batch, make_run, plain_loss, report_of
 from distributed_tools import launch
 
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
 
-def test_a_gathered_head_gets_the_gradient_of_one_process(tmp_path):
+KINDS = ("ddp", "fsdp2")
+RECORDED = "recorded.jsonl"
+# What is trained in one process and in two, 6 steps each.
+CASES = {
+    "accumulated": {"changes": {"gradient_accumulation_steps": 2, "sampling_batch_size": 12}},
+    "adapters": {"changes": {"save_strategy": "steps", "save_steps": 2}, "modules": ["q_proj", "lm_head"]},
+    "anchored": {
+        "changes": {
+            "loss": "bond",
+            "anchor_rate": 0.3,
+            "num_iterations": 3,  # only the beginning of an iteration looks at the anchor
+            "steps_per_iteration": 2,
+            "save_strategy": "steps",
+            "save_steps": 3,
+        }
+    },
+}
+MORE = {
+    "bf16-fsdp2": {"kind": "fsdp2", "changes": {"bf16": True, "num_iterations": 1}},
+    "table-fsdp2": {"kind": "fsdp2", "changes": {"reference": "precomputed", "sampler": f"recorded:{RECORDED}"}},
+}
+RESUMED = ("adapters", "anchored")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`", "ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embed"
+)
+
+
+def responses(folder: Path) -> None:
+    """A file of recorded responses, not equally many for each prompt."""
+    from trainer_cases import PROMPTS
+
+    texts = ("good day", "bad rain", "the bus", "so very good and bad", "not a bus")
+    lines = [json.dumps({"prompt": prompt, "responses": texts[: 3 + k % 3]}) for k, prompt in enumerate(PROMPTS)]
+    (folder / RECORDED).write_text("\n".join(lines))
+
+
+def interrupt(folder: Path, copy: Path) -> None:
+    """What is on the disk of a run that ended inside iteration 2, at least one step after its last checkpoint."""
+    shutil.copytree(folder, copy)
+    for path in [copy / "checkpoint-6", *copy.glob("*.safetensors"), *copy.glob("completions/*2/record.json")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(copy / "completions/iteration-0003", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    """The folder of two launches: runs from the beginning, and what resumes them; once for all workers of xdist."""
+    from filelock import FileLock
+
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+    folder = place / "distributed"
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return folder
+        scratch = place / "distributed-unfinished"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        responses(scratch)
+        runs = {f"{name}-{kind}": {"kind": kind, **case} for kind in KINDS for name, case in CASES.items()} | MORE
+        first = launch("everything", scratch, json.dumps(runs))
+        again = {f"{name}-{kind}": runs[f"{name}-{kind}"] for name in RESUMED for kind in KINDS}
+        for name in again:
+            interrupt(scratch / name, scratch / f"{name}-resumed")
+        # A block of three is on the disk, and nothing else.
+        begun = scratch / "table-fsdp2-resumed"
+        shutil.copytree(scratch / "table-fsdp2", begun)
+        for path in [begun / "model.safetensors", *begun.glob("completions/*/*.json")]:
+            if path.name not in ("block-0000.json", "block-0001.json") or path.parent.name != "iteration-0001":
+                path.unlink()
+        again["table-fsdp2"] = runs["table-fsdp2"]
+        resumed = {f"{name}-resumed": {**run, "resume": True} for name, run in again.items()}
+        second = launch("trainer", scratch, json.dumps(resumed))
+        ranks = [{"gathered": one["gathered"], **one["runs"], **two} for one, two in zip(first, second, strict=True)]
+        (scratch / "ranks.json").write_text(json.dumps(ranks))
+        scratch.rename(folder)
+        return folder
+
+
+def ranks_of(folder: Path, name: str) -> list[dict]:
+    return [rank[name] for rank in json.loads((folder / "ranks.json").read_text())]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (path,) = folder.glob("*model.safetensors")
+    found = load_file(path)
+    found.pop("lm_head.weight", None)  # tied; FSDP2 writes it, too
+    return found
+
+
+def alone(folder: Path, launched: Path, case: dict):
+    """The run of one process on the same global batch: what it reports, and its weights."""
+    run = make_run(folder, {**case["changes"], "per_device_train_batch_size": 2}, case.get("modules"))
+    run.train()
+    run.save_model()
+    return report_of(run), weights(folder)
+
+
+def assert_close(launched: Path, name: str, report: dict, theirs: dict[str, torch.Tensor], wrapper: str) -> None:
+    for rank in ranks_of(launched, name):
+        assert wrapper in rank["wrapped"] and rank["texts"] == report["texts"]
+        assert rank["loss"] == pytest.approx(report["loss"], rel=1e-4)
+        assert rank["eval_win_rate"] == pytest.approx(report["eval_win_rate"], rel=1e-5)
+        assert rank["eval_kl"] == pytest.approx(report["eval_kl"], rel=1e-3)
+    ours = weights(launched / name)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_gathered_head_gets_the_gradient_of_one_process(launched):
     toy = Toy()
     loss = plain_loss(toy, *batch())
     loss.backward()
-    ranks = launch("gathered", tmp_path)
+    ranks = ranks_of(launched, "gathered")
     assert all(rank["sharded"] for rank in ranks)
     assert abs(sum(rank["loss"] for rank in ranks) / len(ranks) - float(loss.detach())) < 1e-6
     for rank in ranks:
@@ -22,40 +141,37 @@ def test_a_gathered_head_gets_the_gradient_of_one_process(tmp_path):
             )
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The run of one process on the same global batch, and its weights."""
-    pytest.importorskip("accelerate")
-    from trainer_cases import HELDOUT, make_trainer
-
-    folder = tmp_path_factory.mktemp("alone")
-    run = make_trainer(folder, heldout=HELDOUT, **{**TRAINER, "per_device_train_batch_size": 2})
-    run.train()
-    run.save_model()
-    return run, folder
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(launched, tmp_path, name):
+    report, theirs = alone(tmp_path, launched, CASES[name])
+    for kind, wrapper in (("ddp", "DistributedDataParallel"), ("fsdp2", "FSDP")):
+        assert_close(launched, f"{name}-{kind}", report, theirs, wrapper)
 
 
-def weights(folder):
-    from safetensors.torch import load_file
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_resumed_inside_an_iteration_ends_with_the_same_bits(launched, name, kind):
+    whole, resumed = launched / f"{name}-{kind}", launched / f"{name}-{kind}-resumed"
+    ours, theirs = weights(resumed), weights(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert ranks_of(launched, resumed.name) == ranks_of(launched, whole.name)
 
-    found = load_file(folder / "model.safetensors")
-    found.pop("lm_head.weight", None)  # tied; FSDP2 writes it, too
-    return found
+
+def test_blocks_that_are_there_already_and_a_table_of_log_probs(launched, tmp_path, monkeypatch):
+    monkeypatch.chdir(launched)
+    report, theirs = alone(tmp_path, launched, MORE["table-fsdp2"])
+    for name in ("table-fsdp2", "table-fsdp2-resumed"):
+        assert_close(launched, name, report, theirs, "FSDP")
 
 
-@pytest.mark.parametrize(("kind", "wrapper"), [("ddp", "DistributedDataParallel"), ("fsdp2", "FSDPLlamaForCausalLM")])
-def test_two_processes_train_as_one(alone, tmp_path, kind, wrapper):
-    run, folder = alone
-    ranks = launch("trainer", tmp_path, kind)
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    rates = [entry["eval_win_rate"] for entry in run.state.log_history if "eval_win_rate" in entry]
-    kls = [entry["eval_kl"] for entry in run.state.log_history if "eval_kl" in entry]
-    for rank in ranks:
-        assert rank["wrapped"] == wrapper
-        assert [tuple(texts) for texts in rank["texts"]] == [rollout.texts for rollout in run.outer.rollouts]
-        assert rank["losses"] == pytest.approx(losses, rel=1e-4)
-        assert rank["rates"] == pytest.approx(rates, rel=1e-5) and rank["kls"] == pytest.approx(kls, rel=1e-3)
-    ours, theirs = weights(tmp_path / "run"), weights(folder)
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5)
+def test_sharded_bfloat16_gives_losses_and_log_probs_in_float32(launched):
+    def rounded(values) -> torch.Tensor:
+        values = torch.tensor(values, dtype=torch.float64)
+        return values.bfloat16().double() == values
+
+    scored = json.loads((launched / "bf16-fsdp2/completions/iteration-0001/scored.json").read_text())
+    assert all(not rounded(scored[name]).all() for name in ("old_logps", "ref_logps"))
+    assert scored["old_logps"] == scored["ref_logps"]  # the policy is the reference still
+    for rank in ranks_of(launched, "bf16-fsdp2"):
+        assert rank["kl_old"][0] == 0 and rank["kl_ref"][0] == 0 and all(rank["kl_old"][1:])
+        assert not rounded(rank["loss"]).any()

@@ -16,7 +16,8 @@ def gathered(weight: Tensor) -> Iterator[Tensor]:
 
     A DTensor is gathered differentiably: its gradient comes back in pieces, each the mean over the ranks, as FSDP2
     reduces those of the other parameters. Every rank must therefore run its backward. A ZeRO-3 parameter is whole only
-    inside the block, so forward and backward must both run there.
+    inside the block, so forward and backward must both run there; one that hooks of DeepSpeed have gathered already, as
+    in the head's own forward, is left to them.
 
     Args:
         weight: (V, H) parameter or tensor, sharded or not.
@@ -45,7 +46,7 @@ def gathered(weight: Tensor) -> Iterator[Tensor]:
 
         # Hazard: by default the gradient counts as equal on all ranks, and each would keep its piece of its own only.
         yield weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-    elif hasattr(weight, "ds_id"):
+    elif hasattr(weight, "ds_id") and weight.shape != weight.ds_shape:
         try:
             from deepspeed.zero import GatheredParameters
         except ImportError as error:

@@ -14,6 +14,7 @@ import windkern
 from windkern import hf
 from windkern.integrations.sharding import gathered
 from windkern.ops.sequence import sequence_logps
+from windkern.train.sharded import check_whole
 
 Job = Callable[[hf.CausalLM, Tensor], Tensor]
 
@@ -31,9 +32,11 @@ class FusedHead:
 
     Raises:
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
+        ValueError: ZeRO-3 has cut the model in pieces.
     """
 
     def __init__(self, model: nn.Module):
+        check_whole(model)
         hf.hidden_and_head(model)  # an unsupported model is refused now, not after the first sampling
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         theirs, owner = base.forward, self

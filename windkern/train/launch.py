@@ -15,12 +15,14 @@ from transformers.utils import logging
 
 from windkern.train import report
 from windkern.train.config import WindConfig
-from windkern.train.data import demo_prompts, load_demonstrations, load_prompts
+from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
 from windkern.train.judges_recorded import load_judge
 from windkern.train.models import describe, load_model
+from windkern.train.parts import check_prompts, check_unused
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
+from windkern.train.sharded import whole_models
 from windkern.train.trainer import WindTrainer
 
 SHOWN = 4  # prompts whose completions are printed
@@ -57,13 +59,14 @@ def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
         train = prompts_of(run.train_prompts, "train", run.max_train_prompts)
     heldout = prompts_of(run.eval_prompts, "heldout", run.max_eval_prompts)
     options = {"dtype": getattr(torch, run.dtype), "attention": run.attention}
-    judge = None
-    if config.judge is not None:
-        judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
-    model, tokenizer = load_model(run.model, **options)
-    reference = None
-    if config.reference == "model" and (heldout or needs_reference(config)):
-        reference, _ = load_model(run.reference_model or run.model, **options)
+    check_prompts([one.prompt if isinstance(one, Demonstration) else one for one in train], heldout)
+    judge, reference = None, None
+    with whole_models(config):
+        if config.judge is not None:
+            judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
+        model, tokenizer = load_model(run.model, **options)
+        if config.reference == "model" and (heldout or needs_reference(config)):
+            reference, _ = load_model(run.reference_model or run.model, **options)
     with warnings.catch_warnings():  # peft asks transformers for what it has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         trainer = WindTrainer(
@@ -141,6 +144,8 @@ def start(run: RunConfig, config: WindConfig, *, resume: bool, console: Console,
     logging.disable_progress_bar()
     console.quiet = config.process_index != 0
     watch, output = report.Stopwatch(), Path(config.output_dir)
+    if not resume:
+        check_unused(output, overwrite=config.overwrite)  # before models are loaded
     with report.LiveReport(config.num_iterations, console) as observer:
         observer.waiting("loading the model (the packaged one is converted the first time: 30 seconds more)")
         trainer = make_trainer(run, config, observer)

@@ -86,11 +86,11 @@ def check_prompts(prompts: Sequence[str], heldout: Sequence[str]) -> None:
         )
 
 
-def clear_run(output_dir: Path, *, overwrite: bool) -> None:
-    """Delete an earlier run's checkpoints, if that is wanted.
+def check_unused(output_dir: Path, *, overwrite: bool) -> list[Path]:
+    """The checkpoints of an earlier run, which may be deleted.
 
     Raises:
-        ValueError: there are checkpoints and `overwrite` is False.
+        ValueError: there are some, and `overwrite` is False.
     """
     found = sorted(output_dir.glob("checkpoint-*"))
     if found and not overwrite:
@@ -98,5 +98,14 @@ def clear_run(output_dir: Path, *, overwrite: bool) -> None:
             f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it (--resume), or take "
             "another output_dir, or set overwrite to true to delete them"
         )
-    for folder in found:
+    return found
+
+
+def clear_run(output_dir: Path, *, overwrite: bool) -> None:
+    """Delete an earlier run's checkpoints, if that is wanted.
+
+    Raises:
+        ValueError: as `check_unused`.
+    """
+    for folder in check_unused(output_dir, overwrite=overwrite):
         shutil.rmtree(folder)

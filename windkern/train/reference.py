@@ -61,6 +61,20 @@ class ModelReference:
         yield self.model
 
 
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    """A PEFT model's `disable_adapter`, with requires_grad as it was.
+
+    Hazard: PEFT turns requires_grad off and later on again, and a forward of FSDP2 in between puts other parameters in
+    their places; the sharded ones would stay frozen. Remedy: turn it on again before any forward.
+    """
+    trained = [value for value in model.parameters() if value.requires_grad]
+    with model.disable_adapter():
+        for value in trained:
+            value.requires_grad_(True)
+        yield
+
+
 class AdapterReference:
     """The policy without its adapter.
 
@@ -73,12 +87,12 @@ class AdapterReference:
         self.model, self.scorer = model, scorer
 
     def score(self, batch: Batch, groups: list[FitGroup]) -> Tensor:
-        with self.model.disable_adapter():
+        with _without_adapter(self.model):
             return self.scorer.score_batch(batch)
 
     @contextmanager
     def sampling(self) -> Iterator[nn.Module]:
-        with self.model.disable_adapter():
+        with _without_adapter(self.model):
             yield self.model
 
 

@@ -1,10 +1,14 @@
-"""What FSDP2 by accelerate needs beside its settings."""
+"""What FSDP2 by accelerate, and DeepSpeed, need beside their settings."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import TrainingArguments
 
 
 def prepare_plugin(accelerator: Accelerator) -> None:
@@ -36,3 +40,41 @@ def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     return fsdp2_prepare_model(accelerator, model)
+
+
+@contextmanager
+def whole_models(config: TrainingArguments) -> Iterator[None]:
+    """Inside, transformers loads models whole, where with ZeRO-3 it would cut them in pieces while it loads.
+
+    Reason: only a DeepSpeed engine puts the pieces together for a forward. The policy gets its engine when training
+    begins, after its head was checked; the reference and a reward model get none.
+
+    Args:
+        config: of the run; without DeepSpeed nothing happens.
+    """
+    plugin = config.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    held = getattr(config, "hf_deepspeed_config", None) or plugin.dschf
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(held)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise if ZeRO-3 has cut a model in pieces that no engine puts together.
+
+    Raises:
+        ValueError: it has.
+    """
+    for name, value in model.named_parameters():
+        if hasattr(value, "ds_id") and value.shape != value.ds_shape:
+            raise ValueError(
+                f"model must be whole, but DeepSpeed ZeRO-3 has cut its parameter {name} in pieces; load policy and "
+                "reference inside windkern.train.sharded.whole_models(args)"
+            )
