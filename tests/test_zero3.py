@@ -81,7 +81,7 @@ def test_models_are_loaded_whole(zero3, monkeypatch):
 
     monkeypatch.setattr(launch, "load_model", load)
     monkeypatch.setattr(launch, "load_judge", lambda name, **given: load(name))
-    monkeypatch.setattr(launch, "prompts_of", lambda source, split, limit: list(PROMPTS))
+    monkeypatch.setattr(launch, "prompts_of", lambda source, split, limit: list(PROMPTS) if source else [])
     monkeypatch.setattr(launch, "WindTrainer", stop)
     zero3.judge = "judge"
     with pytest.raises(KeyError):
