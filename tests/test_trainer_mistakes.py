@@ -66,3 +66,24 @@ def test_a_wrong_verdict_is_not_kept(tmp_path):
         trainer.train()
     folder = tmp_path / "completions" / "iteration-0001"
     assert not json.loads((folder / "block-0000.json").read_text())["judged"]
+
+
+def test_a_judge_that_fails_is_named(tmp_path):
+    def broken(prompts, responses):
+        return {}["score"]
+
+    trainer = make_trainer(tmp_path, reward=broken)
+    with pytest.raises(ValueError, match="judge 'broken' failed: KeyError: 'score'"):
+        trainer.train()
+
+
+def test_a_name_is_no_model(tmp_path):
+    with pytest.raises(TypeError, match=r"model must be a transformers causal LM .* got str"):
+        make_trainer(tmp_path, model="gpt2")
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
+    from windkern.train.models import load_model
+
+    with pytest.raises(FileNotFoundError, match=r"model folder \./mine does not exist"):
+        load_model("./mine")

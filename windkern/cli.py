@@ -121,7 +121,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, metavar="X", help="of both (default: 1)")
     add("--system", metavar="TEXT", help="system message for chat templates (default: the template's own)")
     add("--batch-size", type=int, metavar="N", help="sequences at a time (default: 64)")
-    add("--device", metavar="NAME", help="cpu or cuda (default: cpu)")
+    add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", help="bfloat16 (default), float32 or float16")
     add("--seed", type=int, help="of the draws (default: 0)")
 

@@ -33,7 +33,8 @@ class EvalSettings:
         temperature: of both.
         system: system message for chat templates; None leaves it to the template.
         batch_size: sequences generated or scored at a time.
-        device, dtype: of the models.
+        device: of the models; None takes the GPU where there is one.
+        dtype: of their weights.
         seed: of the draws.
 
     Raises:
@@ -49,11 +50,15 @@ class EvalSettings:
     temperature: float = 1.0
     system: str | None = None
     batch_size: int = 64
-    device: str = "cpu"
+    device: str | None = None
     dtype: str = "bfloat16"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.device is None:
+            import torch
+
+            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
         for name in ("responses", "max_new_tokens", "batch_size"):
             check_count(name, getattr(self, name), least=1)
         for name in ("strength", "temperature"):
@@ -201,6 +206,7 @@ def draw(path: Path, content: dict) -> None:
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"win rate of a prompt's responses, judged by {settings['judge']}")
     axes.set_ylabel("prompts")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_title(f"{settings['model']} against {settings['base']}", fontsize=11)
     axes.legend(loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -10,10 +10,10 @@ from transformers import TrainingArguments
 
 from windkern._checks import check_choice, check_count, check_number
 from windkern.losses import LOSSES, OBJECTIVES
+from windkern.train.focus import MODES
 
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")
-FOCUS = ("uniform", "hardest")
 
 
 def _field(default, help: str, **options):
@@ -148,7 +148,7 @@ class WindConfig(TrainingArguments):
         "uniform",
         "Which prompts are answered and judged: uniform (all in turn) or hardest (those with the largest estimated "
         "exploitability, arXiv 2502.08924). Default: uniform, the distribution that was asked for.",
-        choices=FOCUS,
+        choices=MODES,
     )
     focus_uniform_share: float = _field(
         0.25, "Share of an iteration's prompts that focus=hardest draws uniformly, to measure on; in (0, 1]. Ours."
@@ -234,7 +234,7 @@ class WindConfig(TrainingArguments):
             check_number(name, getattr(self, name), least=0)
         check_choice("truncated", self.truncated, TRUNCATED)
         check_choice("reference", self.reference, REFERENCES)
-        check_choice("focus", self.focus, FOCUS)
+        check_choice("focus", self.focus, MODES)
         self._check_loss()
         self._check_responses()
         if self.reference == "precomputed" and not self.sampler.startswith("recorded:"):

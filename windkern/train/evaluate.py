@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from windkern.train.judges import Judge
+from windkern.train.judges import Judge, ask
 
-_NORMAL_95 = 1.96
+NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Estimate:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the normal approximation, mean -+ 1.96 standard errors."""
-        reach = _NORMAL_95 * self.standard_error
+        reach = NORMAL_95 * self.standard_error
         return self.mean - reach, self.mean + reach
 
 
@@ -82,7 +82,7 @@ def compare(
             "prompts, policy and reference must have one entry for each prompt, "
             f"got {len(prompts)}, {len(policy)} and {len(reference)}"
         )
-    verdict = judge.judge(prompts, [[*ours, *theirs] for ours, theirs in zip(policy, reference, strict=True)])
+    verdict = ask(judge, prompts, [[*ours, *theirs] for ours, theirs in zip(policy, reference, strict=True)])
     count = len(policy[0])
     wins = verdict.prefs[:, :count, count:]
     return Evaluation(

@@ -58,6 +58,24 @@ def check_judge(judge: object) -> object:
     raise TypeError(f"judge must have a method judge and a name, got {type(judge).__name__}{hint}")
 
 
+class JudgeError(ValueError):
+    """A judge failed; the message says which, and how."""
+
+
+def ask(judge: Judge, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
+    """Return a judge's verdict, with errors that name the judge.
+
+    Raises:
+        JudgeError: the judge raised something that does not name it.
+    """
+    try:
+        return judge.judge(prompts, responses)
+    except Exception as error:
+        if isinstance(error, (ValueError, OSError)) and repr(judge.name) in str(error):
+            raise
+        raise JudgeError(f"judge {judge.name!r} failed: {type(error).__name__}: {error}") from error
+
+
 def bradley_terry(rewards: Tensor, strength: float) -> Tensor:
     """Return prefs (..., N, N) from rewards (..., N): P_ij = sigmoid(strength * (r_i - r_j)).
 

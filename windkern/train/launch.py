@@ -97,10 +97,11 @@ def _lora(settings: dict):
 def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:
     """A few lines about what is going to happen."""
     config, judge = trainer.args, trainer.judge
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
     total = sum(value.numel() for value in trainer.model.parameters())
     lines = [
-        f"[bold]{run.model}[/bold]: {describe(trainer.model)}, "
+        f"[bold]{run.model}[/bold]: {describe(base)}, "
         + ("every weight trained" if trained == total else f"{trained / 1e6:.2f} M of them trained")
     ]
     if judge is not None:

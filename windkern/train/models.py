@@ -139,6 +139,8 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = 
     packaged = name == PACKAGED
     path = str(packaged_model_dir()) if packaged else name
     local = packaged or os.path.isdir(path)
+    if not local and (os.path.isabs(path) or path.startswith((".", "~"))):
+        raise FileNotFoundError(f"model folder {path} does not exist")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
         model = transformers.AutoModelForCausalLM.from_pretrained(

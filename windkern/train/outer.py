@@ -13,7 +13,7 @@ from windkern.train.config import WindConfig
 from windkern.train.focus import PromptFocus, exploitability
 from windkern.train.groups import FitGroup, fit_groups
 from windkern.train.judges import Judge
-from windkern.train.metrics import win_rates_of
+from windkern.train.metrics import group_metrics, rollout_metrics, win_rates_of
 from windkern.train.objectives import Objective
 from windkern.train.progress import Observer
 from windkern.train.replay import ReplayBuffer, Replayed
@@ -138,6 +138,13 @@ class OuterLoop:
             baseline = _baseline(groups, scored["old_logps"])
             groups = [group.with_constants(baseline=baseline) for group in groups]
         return groups if self.replay is None else self._replayed(iteration)
+
+    def measure(self, groups: Sequence[FitGroup]) -> dict[str, float]:
+        """What the iteration's responses are like, from prompts that were drawn uniformly, and how far pi_t is."""
+        found = rollout_metrics(self.measured) | group_metrics(groups, self.config)
+        if self.config.focus == "hardest":
+            found["focus_entropy"] = self.focus.entropy()
+        return found
 
     def _judge(self, block: Block, rollouts: list[Rollout]) -> list[Rollout]:
         return judged(rollouts, [self.prompts[place] for place in block.places], self.judge)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from windkern.train.evaluate import Estimate, Evaluation
+from windkern.train.evaluate import NORMAL_95, Estimate, Evaluation
 from windkern.train.progress import Record
 
 # Shares of an iteration's time, so that the bar moves evenly; measured on two cores.
@@ -198,7 +198,7 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
     history = [record for record in history if record.win_rate is not None]
     steps = [0, *(record.iteration for record in history)]
     rates = [0.5, *(record.win_rate for record in history)]
-    reach = [0.0, *(1.96 * record.win_rate_se for record in history)]
+    reach = [0.0, *(NORMAL_95 * record.win_rate_se for record in history)]
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7.2, 5.4), sharex=True, height_ratios=(2.2, 1), layout="constrained"
     )
@@ -224,7 +224,7 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
     bottom.errorbar(
         [0, *(record.iteration for record in with_kl)],
         kls,
-        [0.0, *(1.96 * record.kl_se for record in with_kl)],
+        [0.0, *(NORMAL_95 * record.kl_se for record in with_kl)],
         color="C3",
         marker="o",
         capsize=3,

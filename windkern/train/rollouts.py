@@ -13,7 +13,7 @@ import torch
 
 from windkern._checks import check_shape
 from windkern.losses import check_prefs
-from windkern.train.judges import Judge, Verdict
+from windkern.train.judges import Judge, Verdict, ask
 from windkern.train.models import sync_dir
 from windkern.train.sampler import Completions
 from windkern.train.world import World
@@ -83,7 +83,7 @@ def judged(rollouts: Sequence[Rollout], prompts: Sequence[str], judge: Judge) ->
     Raises:
         TypeError, ValueError: the verdict has another shape, or preferences that are none; then nothing is kept of it.
     """
-    verdict = judge.judge(prompts, [rollout.texts for rollout in rollouts])
+    verdict = ask(judge, prompts, [rollout.texts for rollout in rollouts])
     shape = (len(rollouts), len(rollouts[0].texts))
     try:
         check_prefs(verdict.prefs)

@@ -12,6 +12,8 @@ from windkern._checks import check_choice, check_count
 from windkern.train.models import PACKAGED, require
 
 METHODS = ("wind", "value")
+# Of the inherited settings, those that most files have.
+OFTEN = ("output_dir", "seed", "gradient_accumulation_steps", "bf16", "eval_strategy", "save_steps", "report_to")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -152,6 +154,7 @@ def show_fields(method: str, everything: bool) -> None:
 
     console, (run_cls, cls) = Console(), classes_of(method)
     names = own_fields(cls)
+    names = [name for name in OFTEN if name not in names] + names
     if everything:
         names += [each.name for each in dataclasses.fields(cls) if each.init and each.name not in names]
     console.print(describe_fields(run_cls, own_fields(run_cls)))

@@ -193,7 +193,10 @@ class AtomicCheckpoints:
                     found = latest_checkpoint(self.args.output_dir, self._warn)
                     answer[0] = str(found) if found else None
                     if found is None:
-                        self._warn(f"no whole checkpoint in {self.args.output_dir}: starting from the beginning")
+                        self._warn(
+                            f"no whole checkpoint in {self.args.output_dir}: starting from the first step, with the "
+                            "responses that are there"
+                        )
                 else:
                     verify(Path(wanted))
                     answer[0] = str(wanted)

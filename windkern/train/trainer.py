@@ -25,7 +25,7 @@ from windkern.train.heldout import HeldOut
 from windkern.train.identity import check_same, identity_of
 from windkern.train.judges import Judge, check_judge
 from windkern.train.judges_recorded import load_judge
-from windkern.train.metrics import Averages, group_metrics, make_record, rollout_metrics, step_metrics
+from windkern.train.metrics import Averages, make_record, step_metrics
 from windkern.train.objectives import make_objective
 from windkern.train.optim import MasterAdamW, accumulate_in_float32, forget_moments
 from windkern.train.outer import OuterLoop
@@ -110,10 +110,10 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
             set_seed(args.seed)  # the adapter starts at random; transformers seeds only later
             model = get_peft_model(model, peft_config)
+        self.head = FusedHead(model)
         if args.disable_dropout:
             disable_dropout(model)
         self.observer = observer or Unobserved()
-        self.head = FusedHead(model)
         super().__init__(
             model=model,
             args=args,
@@ -260,7 +260,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         groups = self.outer.begin(self._iteration, inside=inside > 0, together=self._sharded())
         self.train_dataset.fill(self._iteration, groups)
         if not inside:
-            self._averages.add(rollout_metrics(self.outer.measured) | group_metrics(groups, self.args))
+            self._averages.add(self.outer.measure(groups))
         batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
         self.observer.phase(self._iteration, "fitting", batches)
 
