@@ -56,7 +56,7 @@ def run(folder, device: dict, *, resume: bool = False, **changes):
         {},
         {"objective": "kl", "gradient_accumulation_steps": 2},
         {"loss": "dpo"},
-        {"loss": "bond", "num_responses": 3},
+        {"loss": "sppo", "truncated": "drop"},
         {"fit_responses": 2},
     ],
     ids=str,
@@ -64,15 +64,21 @@ def run(folder, device: dict, *, resume: bool = False, **changes):
 def test_losses_and_weights_are_those_of_a_cpu(tmp_path, changes):
     here, there = run(tmp_path / "cpu", {}, **changes), run(tmp_path / "gpu", ON_GPU, **changes)
     assert next(there.model.parameters()).is_cuda and not next(here.model.parameters()).is_cuda
-    assert losses_of(there) == [pytest.approx(value, rel=1e-3, abs=1e-5) for value in losses_of(here)]
+    assert losses_of(there) == [pytest.approx(value, rel=3e-3, abs=1e-4) for value in losses_of(here)]
     for one, other in zip(here.state.log_history, there.state.log_history, strict=True):
         for name in ("kl_old", "kl_ref", "residual"):
             assert (name in one) == (name in other)
-            assert name not in one or other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+            assert name not in one or other[name] == pytest.approx(one[name], rel=3e-3, abs=1e-3), name
     # Reason: Adam's first step is the sign of a gradient, so a weight whose gradient is nearly 0 may go either way.
     pairs = list(zip(weights_of(here).values(), weights_of(there).values(), strict=True))
     far = sum(int(((one - other.cpu()).abs() > 1e-3).sum()) for one, other in pairs)
     assert far <= 0.01 * sum(one.numel() for one, _ in pairs)
+
+
+def test_the_anchor_is_beside_the_policy(tmp_path):
+    trainer = run(tmp_path, ON_GPU, loss="bond", num_responses=3, save_strategy="no")
+    assert {value.device.type for value in trainer.outer.anchor.state_dict().values()} == {"cuda"}
+    assert len(losses_of(trainer)) == 4 and all(value == value for value in losses_of(trainer))
 
 
 def test_a_resumed_run_ends_where_the_whole_one_ends(tmp_path):
