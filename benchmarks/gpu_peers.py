@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import exact
 from benchmarks.cases import Problem
-from benchmarks.provider import MEAN_LOSS, PER_TOKEN, WIND_LOSS, Provider, Step, differentiated
+from benchmarks.provider import MEAN_LOSS, PER_TOKEN, TRL_NEEDS, WIND_LOSS, Provider, Step, differentiated, needs
 
 _GPU = ("cuda",)
 
@@ -116,6 +116,7 @@ def gpu_peers() -> list[Provider]:
             package="trl",
             module="trl",
             devices=_GPU,
+            why_not_case=needs("datasets", what=TRL_NEEDS),
         ),
         Provider(
             "plain-wind",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import windkern as wk
 from benchmarks.cases import BETA, Case, Problem
+from benchmarks.gpu_heads import gpu_heads
 from benchmarks.gpu_peers import gpu_peers
 from benchmarks.ours import our_providers
 from benchmarks.provider import (
@@ -239,7 +240,8 @@ def all_providers(device: str = "cpu") -> list[Provider]:
         providers = [*floors, *_peers()]
     else:
         everybody = [provider for provider in _peers() if not provider.onednn]
-        providers = [_floor("gemm", "bare products", ("fp32", "bf16"), onednn=False), *everybody, *gpu_peers()]
+        floor = _floor("gemm", "bare products", ("fp32", "bf16"), onednn=False)
+        providers = [floor, *everybody, *gpu_peers(), *gpu_heads()]
     for index, backend in enumerate(wk.backends.available(device)):
         providers += our_providers(backend, preferred=index == 0)
     return [provider for provider in providers if device in provider.devices]

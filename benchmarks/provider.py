@@ -24,6 +24,7 @@ PER_TOKEN = "returns log-probs and takes any upstream gradient per token"
 MEAN_LOSS = "the mean negative log-prob; gradients finished in forward, scalar upstream"
 WIND_LOSS = "the WIND loss (objective square) of groups of eight responses"
 PAIR_LOSS = "the whole DPO loss of pairs without a reference; gradients finished in forward, scalar upstream"
+TRL_NEEDS = "datasets, dill and multiprocess, which trl imports"
 
 
 LEVELS = ("tokens", "loss", "wind", "mean")  # compared within themselves only
@@ -112,6 +113,16 @@ class Provider:
         if self.onednn:
             step.call = through_onednn(step.call)
         return step
+
+
+def needs(*modules: str, what: str) -> Callable[[Case], tuple[str, str] | None]:
+    """Say what a peer lacks beside its own package."""
+
+    def why_not(case: Case) -> tuple[str, str] | None:
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        return ("absent", f"there is no {', '.join(missing)}; carry {what}") if missing else None
+
+    return why_not
 
 
 @contextmanager

@@ -183,9 +183,17 @@ class Results:
         return next((row for row in rows if (row["case"], row["provider"]) == (case, provider)), None)
 
     def is_complete(self, case: str, provider: str) -> bool:
-        """Whether there is nothing left to measure; what could not run is tried again."""
+        """Whether there is nothing left to measure; what could not run is tried again.
+
+        What broke the device is not, by the same code: it would take the rows behind it along.
+        """
         row = self.find(case, provider)
-        return row is not None and row["complete"] and row["status"] in ("ok", "cannot", "same")
+        if row is None or not row["complete"]:
+            return False
+        if row.get("broke_device"):
+            commits = [self.data["runs"][run]["commit"] for run in (row["run"], self.run)]
+            return commits[0] == commits[1]
+        return row["status"] in ("ok", "cannot", "same")
 
     def put(self, row: dict[str, Any]) -> None:
         """Add or replace a row in memory; `save` writes."""

@@ -26,6 +26,7 @@ from benchmarks.provider import Provider, Result, Step, quiet, through_onednn
 DEFAULT_SECONDS = 20.0
 FASTER = 1.1
 CLEARLY_SLOWER = 1.5  # a first call with this ratio is no matter of noise
+DEVICE_BROKEN = 3  # exit code
 
 
 def select_providers(patterns: str = "*", device: str = "cpu") -> list[Provider]:
@@ -68,6 +69,10 @@ def warm_up_libraries() -> None:
 
         products()
         through_onednn(products)()
+
+
+class BrokenDeviceError(Exception):
+    """A provider, named by the message, left a device that refuses all further work of this process."""
 
 
 class CaseRun:
@@ -141,6 +146,8 @@ class CaseRun:
                 self._first_call(provider)
         except Exception as error:
             self._stop(name, "failed", _reason(error))
+            if not timing.works(self.case.device):
+                raise BrokenDeviceError(name) from error
 
     def _why_not_onednn(self, provider: Provider) -> tuple[str, str] | None:
         """A peer's row with the other library says something only where that library is faster."""
@@ -279,14 +286,19 @@ def run_case(case: Case, providers: list[Provider], results: record.Results, sec
     _say(f"{case.name}")
     with timing.settled_heap():
         case_run = CaseRun(case, [provider for provider in everybody if provider.name in names], seconds)
-        case_run.prepare()
+        try:
+            case_run.prepare()
+        except BrokenDeviceError as error:
+            results.put(case_run.rows[str(error)] | {"broke_device": True})  # the next process does without it
+            results.save()
+            raise
         case_run.time(results)
     _say(f"  done in {time.perf_counter() - started:.0f} s")
     return any(row["status"] == "wrong" for row in case_run.rows.values())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, print the table, return 0; 1 if a result of windkern was outside its error budget."""
+    """Run, print the table, return 0; 1 if a result of windkern was outside its error budget; 3 if a device broke."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", default="*", help="shell patterns over SHAPE/MODE/DTYPE, comma-separated")
@@ -324,7 +336,11 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.minutes is not None and time.monotonic() - started > 60 * chosen.minutes:
             _say(f"out of time: {len(cases) - index} cases left; the same command goes on from here")
             break
-        wrong |= run_case(case, providers, results, chosen.seconds)
+        try:
+            wrong |= run_case(case, providers, results, chosen.seconds)
+        except BrokenDeviceError as error:
+            _say(f"{error} left the device unusable for this process; the same command goes on without it")
+            return DEVICE_BROKEN
         if chosen.device == "cuda":
             torch.cuda.empty_cache()
     tables.show([row for row in results.data["rows"] if row["case"] in {case.name for case in cases}])

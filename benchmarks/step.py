@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import windkern as wk
 from benchmarks import record, timing
 from benchmarks.exact import RESPONSES, WIND
+from windkern.train.fused_head import FusedHead, loss_job
 
 TOKENS = 512  # of a response
 SIZES = {
@@ -46,6 +47,7 @@ SIZES = {
     },
 }
 SAMPLES = 3
+Step = Callable[[Tensor, dict[str, Tensor]], None]
 
 
 def make_model(size: str, adapter: str, device: str) -> nn.Module:
@@ -77,32 +79,37 @@ def _batch(model: nn.Module, groups: int, tokens: int, device: str) -> tuple[Ten
     return ids, {"old_logps": old, "ref_logps": old.clone(), "prefs": prefs}
 
 
-def fused_step(model: nn.Module, ids: Tensor, constants: dict[str, Tensor]) -> None:
-    parts = wk.hf.hidden_and_head(model)
-    hidden = parts.hidden(ids[:, :-1], torch.ones_like(ids[:, :-1]))
-    lead = (-1, RESPONSES, hidden.shape[1])
-    loss_fn = functools.partial(wk.losses.wind, reduction="none", **WIND)
-    wk.fused_loss(
-        loss_fn, hidden.view(*lead, hidden.shape[-1]), parts.weight, ids[:, 1:].reshape(lead), per_group=constants
-    ).backward()
+def fused_step(model: nn.Module) -> Step:
+    """What `WindTrainer` does with a batch."""
+    head, loss_fn = FusedHead(model), functools.partial(wk.losses.wind, reduction="none", **WIND)
+
+    def step(ids: Tensor, constants: dict[str, Tensor]) -> None:
+        targets = ids[:, 1:].reshape(-1, RESPONSES, ids.shape[1] - 1)
+        job = loss_job(loss_fn, targets, constants, 1.0, {})
+        head(model, ids[:, :-1], torch.ones_like(ids[:, :-1]), job).backward()
+
+    return step
 
 
-def plain_step(model: nn.Module, ids: Tensor, constants: dict[str, Tensor]) -> None:
-    logits = model(input_ids=ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1])).logits
-    logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    wk.losses.wind(logps.sum(-1).view(-1, RESPONSES), **constants, **WIND).backward()
+def plain_step(model: nn.Module) -> Step:
+    def step(ids: Tensor, constants: dict[str, Tensor]) -> None:
+        logits = model(input_ids=ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1])).logits
+        logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        wk.losses.wind(logps.sum(-1).view(-1, RESPONSES), **constants, **WIND).backward()
+
+    return step
 
 
-STEPS: dict[str, Callable[[nn.Module, Tensor, dict[str, Tensor]], None]] = {"fused": fused_step, "plain": plain_step}
+STEPS: dict[str, Callable[[nn.Module], Step]] = {"fused": fused_step, "plain": plain_step}
 
 
-def measure(name: str, model: nn.Module, groups: int, tokens: int, device: str) -> dict[str, Any]:
+def measure(name: str, step: Step, model: nn.Module, groups: int, tokens: int, device: str) -> dict[str, Any]:
     """Seconds and peak bytes beyond the model of one step; `fits` is False where memory ran out."""
     row = {"step": name, "groups": groups, "rows": groups * RESPONSES * tokens, "fits": True}
 
     def call() -> None:
         model.zero_grad(set_to_none=True)
-        STEPS[name](model, *batch)
+        step(*batch)
 
     try:
         batch = _batch(model, groups, tokens, device)
@@ -128,16 +135,16 @@ def run(size: str, device: str, tokens: int, most: int, deadline: float) -> list
         except ImportError as error:
             rows.append({"adapter": adapter, "absent": str(error)})
             continue
-        for name in STEPS:
-            groups = 1
+        for name, build in STEPS.items():
+            groups, step = 1, build(model)
             while groups <= most and time.monotonic() < deadline:
-                row = {"adapter": adapter, **measure(name, model, groups, tokens, device)}
+                row = {"adapter": adapter, **measure(name, step, model, groups, tokens, device)}
                 rows.append(row)
                 print(_line(row), flush=True)
                 if not row["fits"]:
                     break
                 groups *= 2
-        del model
+        del model, step
     return rows
 
 

@@ -58,6 +58,14 @@ def _between_events(call: Callable[[], Any]) -> tuple[float, Any]:
     return before.elapsed_time(after) / 1e3, result
 
 
+def works(device: str) -> bool:
+    """Whether a device still computes: a GPU whose kernel read or wrote where it must not refuses all further work."""
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1
+    except RuntimeError:
+        return False
+
+
 def why_no_memory() -> str | None:
     """Why peak memory cannot be measured here, or None."""
     try:

@@ -8,6 +8,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; tests/test_triton.py runs its kernels
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, which torch may insist on
+
 import windkern as wk
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -154,6 +154,29 @@ def test_a_peer_that_fails_is_shown(monkeypatch, tmp_path):
     assert (row["status"], row["reason"]) == ("failed", "RuntimeError: planted")
 
 
+def test_a_peer_that_breaks_the_device_spoils_no_other_row(monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        monkeypatch.setattr(timing, "works", lambda device: False)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    path = tmp_path / "broken.json"
+    arguments = ["--cases", "tiny/scoring/fp32", "--peers", "liger-*,plain,windkern-torch", "--seconds", "0"]
+    arguments += ["--out", str(path)]
+    with monkeypatch.context() as planted:
+        planted.setattr(torch.nn.functional, "linear", broken)  # of plain logits
+        assert run.main(arguments) == run.DEVICE_BROKEN
+    assert {row["provider"]: row["status"] for row in rows_of(path)} == {"plain": "failed"}
+    monkeypatch.setattr(timing, "works", lambda device: True)
+    assert run.main(arguments) == 0
+    assert row_of(path, "plain")["reason"] == "RuntimeError: an illegal memory access was encountered"
+    assert row_of(path, "windkern-torch")["status"] == "ok"
+    data = json.loads(path.read_text())
+    data["runs"][0]["commit"] = "0" * 40
+    path.write_text(json.dumps(data))
+    assert run.main([*arguments, "--append"]) == 0  # other code may have mended it
+    assert row_of(path, "plain")["status"] == "ok"
+
+
 def test_names_are_checked():
     for arguments in (["--cases", "no/such/case"], ["--peers", "nobody"]):
         with pytest.raises(SystemExit):
@@ -337,9 +360,9 @@ def test_the_two_steps_have_the_same_gradients():
     model = step.make_model("tiny", "full", "cpu").float()
     batch = step._batch(model, 2, 8, "cpu")
     found = []
-    for call in step.STEPS.values():
+    for build in step.STEPS.values():
         model.zero_grad()
-        call(model, *batch)
+        build(model)(*batch)
         found.append({name: value.grad.clone() for name, value in model.named_parameters()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-5, msg=name)
@@ -361,6 +384,21 @@ def test_the_gpu_run_says_what_it_lacks(capsys):
         with pytest.raises(SystemExit):
             gpu.main([])
         assert "torch sees none" in capsys.readouterr().err
+
+
+def test_the_gpu_run_goes_on_after_a_broken_device(monkeypatch, tmp_path):
+    ended, logs = iter(["exit code 3", "exit code 3", "ok"]), []
+
+    def run_step(name, command, log, seconds):
+        logs.append(log.name)
+        return next(ended)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "bring_earlier_rows", lambda out: None)
+    monkeypatch.setattr(gpu, "commands", lambda out, minutes: {"speed": []})
+    monkeypatch.setattr(gpu, "run_step", run_step)
+    assert gpu.main(["--out", str(tmp_path), "--steps", "speed"]) == 0
+    assert logs == ["speed.log", "speed-1.log", "speed-2.log"]
 
 
 def test_a_step_of_the_gpu_run_is_logged_and_stopped_in_time(tmp_path, capsys):

@@ -137,7 +137,7 @@ def test_nothing_whole_starts_anew(stopped, straight):
         assert torch.equal(resumed(stopped), straight)
     lines = [str(warning.message) for warning in caught]
     assert sum("skipping" in line for line in lines) == 2
-    assert any("starting from the beginning" in line for line in lines)
+    assert any("starting from the first step" in line for line in lines)
 
 
 def test_a_given_path_is_verified(stopped):

@@ -48,7 +48,8 @@ class WindConfig(TrainingArguments):
     is in its help: `windkern train --fields`.
 
     Raises:
-        ValueError, TypeError: a field is out of range, or fields contradict each other; the message names them.
+        ValueError, TypeError: a field is out of range, or fields contradict each other; the message names them. Or
+            one process sees several GPUs.
 
     Example:
         >>> config = WindConfig(output_dir="run", num_iterations=2, steps_per_iteration=4, report_to="none")
@@ -208,6 +209,10 @@ class WindConfig(TrainingArguments):
         self._check()
         self.num_train_epochs, self.max_steps = float(self.num_iterations), -1
         super().__post_init__()
+        if self.n_gpu > 1:  # transformers would copy the model to each by DataParallel, and step sizes would be others
+            raise ValueError(
+                f"one process sees {self.n_gpu} GPUs; start one for each by torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
 
     def _check(self) -> None:
         if self.max_steps != -1 or self.num_train_epochs not in (3.0, float(self.num_iterations)):

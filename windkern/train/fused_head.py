@@ -36,7 +36,8 @@ class FusedHead:
     """
 
     def __init__(self, model: nn.Module):
-        check_whole(model)
+        if isinstance(model, nn.Module):
+            check_whole(model)
         hf.hidden_and_head(model)  # an unsupported model is refused now, not after the first sampling
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         theirs, owner = base.forward, self

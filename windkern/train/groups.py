@@ -44,12 +44,15 @@ class Batch:
         return completion_targets(self.input_ids, self.completion_mask)
 
     def to(self, device: torch.device) -> Batch:
+        # Reason: a blocking copy to a GPU waits for all that is queued there, the last backward pass. On the way back
+        # the host must wait, or it would read what has not arrived.
+        options = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
         return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.completion_mask.to(device),
+            self.input_ids.to(**options),
+            self.attention_mask.to(**options),
+            self.completion_mask.to(**options),
             self.shape,
-            {name: value.to(device) for name, value in self.constants.items()},
+            {name: value.to(**options) for name, value in self.constants.items()},
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from windkern.train.progress import Record
 from windkern.train.rollouts import Rollout
 
 
-def step_metrics(logps: Tensor, constants: dict[str, Tensor], config: WindConfig) -> dict[str, float]:
+def step_metrics(logps: Tensor, constants: dict[str, Tensor], config: WindConfig) -> dict[str, Tensor]:
     """Return how far the policy has moved in the groups of a step, and how well the target is met.
+
+    Scalars where the log-probs are: a number for the host would make it wait for the forward pass on a GPU.
 
     Args:
         logps: (B, K) of the policy, nats.
@@ -33,17 +35,17 @@ def step_metrics(logps: Tensor, constants: dict[str, Tensor], config: WindConfig
     found = {}
     old, ref = constants.get("old_logps"), constants.get("ref_logps")
     if old is not None:
-        found["kl_old"] = float((old - logps).mean())
+        found["kl_old"] = (old - logps).mean()
     if ref is not None:
-        found["kl_ref"] = float((logps - ref).mean())
+        found["kl_ref"] = (logps - ref).mean()
     if config.loss == "wind":
         win_rates = win_rates_of(constants)
         c = config.step_scale
         s = (logps - old) + config.eta * config.beta / (1 + config.eta * config.beta) * (old - ref)
         implied = win_rates.mean(-1, keepdim=True) + (s - s.mean(-1, keepdim=True)) / c
-        found["residual"] = float((implied - win_rates).square().mean().sqrt())
-        found["implied_win_rate_max"] = float(implied.max())
-        found["outside"] = float(((implied < 0) | (implied > 1)).float().mean())
+        found["residual"] = (implied - win_rates).square().mean().sqrt()
+        found["implied_win_rate_max"] = implied.max()
+        found["outside"] = ((implied < 0) | (implied > 1)).float().mean()
     return found
 
 
@@ -120,17 +122,22 @@ def win_rates_of(constants: dict[str, Tensor]) -> Tensor:
 
 
 class Averages:
-    """Means of numbers since they were last taken."""
+    """Means of numbers since they were last taken; scalar tensors stay on their device until then."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self._values: dict[str, list[float | Tensor]] = defaultdict(list)
 
-    def add(self, values: dict[str, float]) -> None:
+    def add(self, values: Mapping[str, float | Tensor]) -> None:
         for name, value in values.items():
             self._values[name].append(value)
 
     def take(self) -> dict[str, float]:
-        means = {name: mean(values) for name, values in self._values.items()}
+        tensors = [value for values in self._values.values() for value in values if isinstance(value, Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else ())  # one transfer, however many there are
+        means = {
+            name: mean(next(numbers) if isinstance(value, Tensor) else value for value in values)
+            for name, values in self._values.items()
+        }
         self._values.clear()
         return means
 

@@ -128,9 +128,9 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             prepare_plugin(self.accelerator)
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = World(self.accelerator)
-        self.judge = None if judge is None else check_judge(judge)
         if judge is None and args.judge:
-            self.judge = load_judge(args.judge, strength=args.judge_strength)
+            judge = load_judge(args.judge, strength=args.judge_strength, device=str(args.device))
+        self.judge = None if judge is None else check_judge(judge)
         if self.judge is None and (self.objective.judged or self.eval_prompts):
             raise ValueError(f"judge must be given for loss={args.loss!r}: pass judge=, or name one in args.judge")
         self.responder = Responder(
@@ -181,7 +181,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
     def _sharded(self) -> bool:
         """Whether a forward of the policy talks to other processes."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        loaded = getattr(self, "is_distributed_loading_by_transformers", False)  # transformers 5.17 has no such thing
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded
 
     def _get_train_sampler(self, *_) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # IterationData has the order

@@ -118,6 +118,10 @@ class ValueModel(nn.Module):
         """Recompute the value model's activations in the backward pass; the base keeps none."""
         self.value.activation_checkpointing_enable(**options)
 
+    def gradient_checkpointing_enable(self, **options: object) -> None:
+        """The same under the name it has in older transformers, 5.17 among them."""
+        self.value.gradient_checkpointing_enable(**options)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
         """Return the log-prob of each completion under base and value model together.
 
