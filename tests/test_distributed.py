@@ -17,9 +17,9 @@ pytest.importorskip("peft")
 
 KINDS = ("ddp", "fsdp2")
 RECORDED = "recorded.jsonl"
-# What is trained in one process and in two, 6 steps each.
+# What is trained in one process and in two.
 CASES = {
-    "accumulated": {"changes": {"gradient_accumulation_steps": 2, "sampling_batch_size": 12}},
+    "accumulated": {"changes": {"gradient_accumulation_steps": 2, "sampling_batch_size": 12, "num_iterations": 1}},
     "adapters": {"changes": {"save_strategy": "steps", "save_steps": 2}, "modules": ["q_proj", "lm_head"]},
     "anchored": {
         "changes": {
@@ -32,7 +32,10 @@ CASES = {
         }
     },
 }
+HALF = {"changes": {"bf16": True, "num_iterations": 1}, "modules": ["q_proj", "lm_head"], "half": True}
 MORE = {
+    "half-ddp": {"kind": "ddp", **HALF},
+    "half-fsdp2": {"kind": "fsdp2", **HALF},
     "bf16-fsdp2": {"kind": "fsdp2", "changes": {"bf16": True, "num_iterations": 1}},
     "table-fsdp2": {"kind": "fsdp2", "changes": {"reference": "precomputed", "sampler": f"recorded:{RECORDED}"}},
 }
@@ -175,3 +178,12 @@ def test_sharded_bfloat16_gives_losses_and_log_probs_in_float32(launched):
     for rank in ranks_of(launched, "bf16-fsdp2"):
         assert rank["kl_old"][0] == 0 and rank["kl_ref"][0] == 0 and all(rank["kl_old"][1:])
         assert not rounded(rank["loss"]).any()
+
+
+def test_adapters_on_a_bfloat16_base_learn_the_same_sharded(launched):
+    """The first forward leaves the adapters out, and FSDP2 looks then which parameters are trained."""
+    for one, two in zip(ranks_of(launched, "half-ddp"), ranks_of(launched, "half-fsdp2"), strict=True):
+        assert one["kl_old"][0] == two["kl_old"][0] == 0
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-2)
+    for name, value in weights(launched / "half-ddp").items():
+        torch.testing.assert_close(weights(launched / "half-fsdp2")[name], value, rtol=1e-2, atol=1e-3)
