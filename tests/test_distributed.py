@@ -82,7 +82,7 @@ def launched(tmp_path_factory) -> Path:
         again = {f"{name}-{kind}": runs[f"{name}-{kind}"] for name in RESUMED for kind in KINDS}
         for name in again:
             interrupt(scratch / name, scratch / f"{name}-resumed")
-        # A block of three is on the disk, and nothing else.
+        # Two blocks of three are on the disk: one is missing, for two processes.
         begun = scratch / "table-fsdp2-resumed"
         shutil.copytree(scratch / "table-fsdp2", begun)
         for path in [begun / "model.safetensors", *begun.glob("completions/*/*.json")]:
@@ -110,7 +110,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def alone(folder: Path, launched: Path, case: dict):
+def alone(folder: Path, case: dict):
     """The run of one process on the same global batch: what it reports, and its weights."""
     run = make_run(folder, {**case["changes"], "per_device_train_batch_size": 2}, case.get("modules"))
     run.train()
@@ -146,7 +146,7 @@ def test_a_gathered_head_gets_the_gradient_of_one_process(launched):
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(launched, tmp_path, name):
-    report, theirs = alone(tmp_path, launched, CASES[name])
+    report, theirs = alone(tmp_path, CASES[name])
     for kind, wrapper in (("ddp", "DistributedDataParallel"), ("fsdp2", "FSDP")):
         assert_close(launched, f"{name}-{kind}", report, theirs, wrapper)
 
@@ -162,7 +162,7 @@ def test_a_run_resumed_inside_an_iteration_ends_with_the_same_bits(launched, nam
 
 def test_blocks_that_are_there_already_and_a_table_of_log_probs(launched, tmp_path, monkeypatch):
     monkeypatch.chdir(launched)
-    report, theirs = alone(tmp_path, launched, MORE["table-fsdp2"])
+    report, theirs = alone(tmp_path, MORE["table-fsdp2"])
     for name in ("table-fsdp2", "table-fsdp2-resumed"):
         assert_close(launched, name, report, theirs, "FSDP")
 
