@@ -87,15 +87,23 @@ TRAINER = {
 HELDOUT = ("rain and", "a day and", "the bus and")
 
 
-def make_run(folder: Path, changes: dict, modules: list[str] | None = None):
-    """A WindTrainer, in one process or several; `modules` get adapters, and then the base is the reference."""
+def make_run(folder: Path, changes: dict, modules: list[str] | None = None, half: bool = False):
+    """A WindTrainer, in one process or several.
+
+    Args:
+        modules: get adapters, and then the base is the reference.
+        half: whether the base is in bfloat16.
+    """
+    import tiny_model
     from trainer_cases import PROMPTS, lora, make_trainer
 
-    given = {}
+    model, given = tiny_model.make_model(), {}
+    model = model.bfloat16() if half else model
     if modules is not None:
         changes = {**changes, "reference": "adapter"}
         given["peft_config"] = lora(target_modules=modules)
-    return make_trainer(folder, heldout=HELDOUT, prompts=PROMPTS[:7], given=given, **{**TRAINER, **changes})
+    settings = {**TRAINER, **changes}
+    return make_trainer(folder, model=model, heldout=HELDOUT, prompts=PROMPTS[:7], given=given, **settings)
 
 
 def report_of(run) -> dict:
@@ -108,15 +116,15 @@ def report_of(run) -> dict:
 
 
 def trainer(folder: Path, runs: str) -> dict:
-    """Runs of WindTrainer one after the other, by name: kind, changes, modules, resume."""
+    """Runs of WindTrainer one after the other, by name: kind, changes, resume, and as make_run."""
     _let_fsdp_run_on_a_cpu()
     return {name: _train(folder / name, **settings) for name, settings in json.loads(runs).items()}
 
 
-def _train(folder: Path, kind: str, changes: dict, resume: bool = False, modules: list[str] | None = None) -> dict:
+def _train(folder: Path, kind: str, changes: dict, resume: bool = False, **more) -> dict:
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # of the run before
     settings = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"} | (FSDP if kind == "fsdp2" else {})
-    run = make_run(folder, settings | changes, modules)
+    run = make_run(folder, settings | changes, **more)
     run.train(resume_from_checkpoint=resume)
     run.save_model()
     return {"wrapped": type(run.model_wrapped).__name__, **report_of(run)}

@@ -8,7 +8,11 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import windkern
 
 SECONDS = 120  # a rank that waits for another would wait for ever
 
@@ -23,11 +27,11 @@ def launch(job: str, folder: Path, *options: str, processes: int = 2) -> list[di
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_jobs", "trainer_cases", "windkern.train.trainer", "peft"])
     store = tempfile.mktemp(prefix="store-", dir=folder)
-    ranks = [
-        context.Process(target=_run, args=(job, folder, options, rank, processes, store)) for rank in range(processes)
-    ]
-    for rank in ranks:
-        rank.start()
+    given = (job, folder, options, processes, store, windkern.__file__)
+    ranks = [context.Process(target=_run, args=(rank, *given)) for rank in range(processes)]
+    with _same_imports():
+        for rank in ranks:
+            rank.start()
     deadline = time.monotonic() + SECONDS
     while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
         if time.monotonic() > deadline:
@@ -42,6 +46,23 @@ def launch(job: str, folder: Path, *options: str, processes: int = 2) -> list[di
     return [json.loads(_report(folder, job, rank).read_text()) for rank in range(processes)]
 
 
+@contextmanager
+def _same_imports() -> Iterator[None]:
+    """The environment in which a server must start.
+
+    Hazard: its path is not ours; it would import whichever windkern is installed.
+    """
+    before = os.environ.get("PYTHONPATH")
+    ours = (str(Path(windkern.__file__).parents[1]), str(Path(__file__).parent), before)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, ours))
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
 def _log(folder: Path, job: str, rank: int) -> Path:
     return folder / f"{job}-{rank}.log"
 
@@ -50,7 +71,7 @@ def _report(folder: Path, job: str, rank: int) -> Path:
     return folder / f"{job}-{rank}.json"
 
 
-def _run(job: str, folder: Path, options: tuple[str, ...], rank: int, processes: int, store: str) -> None:
+def _run(rank: int, job: str, folder: Path, options: tuple[str, ...], processes: int, store: str, ours: str) -> None:
     sys.stdout = sys.stderr = _log(folder, job, rank).open("w", buffering=1)
     number, count = str(rank), str(processes)
     os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -59,6 +80,7 @@ def _run(job: str, folder: Path, options: tuple[str, ...], rank: int, processes:
     import torch
     import torch.distributed as dist
 
+    assert windkern.__file__ == ours, f"{windkern.__file__} is imported, not {ours}"
     torch.set_num_threads(1)
     os.chdir(folder)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
