@@ -405,6 +405,24 @@ def test_the_model_is_not_its_own_reference(tmp_path):
         make_trainer(tmp_path, model=model, given={"reference": model})
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_the_base_under_an_adapter_is_not_its_reference(tmp_path):
+    pytest.importorskip("peft")
+    model = tiny_model.make_model()
+    with pytest.raises(ValueError, match="parameters of its own"):
+        make_trainer(tmp_path, model=model, given={"reference": model, "peft_config": lora()})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_an_adapter_whose_base_is_trained_too_gives_no_reference(tmp_path):
+    """Switching the adapter off would leave the new norm on, and pi_ref would move with the policy."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model.make_model(), lora())
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 of its own parameters are trained, e\.g\. .*norm\.weight"):
+        make_trainer(tmp_path, model=model, reference="adapter")
+
+
 def test_every_field_explains_itself():
     for name in WindConfig.__annotations__:
         assert len(WindConfig.__dataclass_fields__[name].metadata.get("help", "")) > 30, name
