@@ -19,7 +19,9 @@ from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration
 from windkern.train.groups import collate
 from windkern.train.identity import ResumeError
+from windkern.train.parts import disable_dropout
 from windkern.train.rollouts import verdict_of
+from windkern.train.trainer import WindTrainer
 
 SEPARABLE = [name for name, loss in LOSSES.items() if loss.separable]
 
@@ -242,12 +244,38 @@ def test_dropout_is_off_and_modes_of_attention_too(tmp_path):
 
 
 def test_every_dropout_module_is_off():
-    from windkern.train.parts import disable_dropout
-
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
     disable_dropout(model)
     ones = torch.ones(8, 4)
     assert torch.equal(model.train()(ones), model.eval()(ones))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Bloom", {"n_layer": 1, "n_head": 2, "hidden_dropout": 0.5}),
+        ("Falcon", {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_dropout": 0.5}),
+        (
+            "Starcoder2",
+            {
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "num_hidden_layers": 1,
+                "intermediate_size": 16,
+                "residual_dropout": 0.5,
+            },
+        ),
+    ],
+)
+def test_dropout_that_is_only_a_number_is_off(name, settings):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(vocab_size=16, hidden_size=16, **settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).train()
+    ids = torch.arange(8)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_path):
@@ -373,6 +401,16 @@ def test_a_run_does_not_mix_with_another(tmp_path):
         ({"truncated": "cut"}, "truncated must be one of"),
         ({"dataloader_num_workers": 2}, "dataloader_num_workers must be 0"),
         ({"max_steps": 5}, "max_steps follows from"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must be False"),
+        ({"ignore_data_skip": True}, "ignore_data_skip must be False"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be None"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+        ({"use_liger_kernel": True}, "use_liger_kernel must be False"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random'"),
+        ({"data_seed": 1}, "data_seed must be None"),
+        ({"sampler": "http://localhost/v1", "top_p": 0.9}, "top_p must be 1 with"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "metric_for_best_model must be one of"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "metric_for_best_model must be one of"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(tmp_path, changes, message):
@@ -397,6 +435,16 @@ def test_settings_that_make_no_sense_are_named(tmp_path, changes, message):
 def test_trainers_that_make_no_sense_are_refused(tmp_path, changes, given, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, given=given, **changes)
+
+
+def test_data_parallel_is_refused(tmp_path):
+    config = make_config(tmp_path)
+    assert config.n_gpu <= 1
+    config._n_gpu = 2
+    with pytest.raises(ValueError, match="nproc_per_node=2"):
+        WindTrainer(
+            tiny_model.make_model(), config, train_prompts=PROMPTS, processing_class=tiny_model.make_tokenizer()
+        )
 
 
 def test_the_model_is_not_its_own_reference(tmp_path):

@@ -14,6 +14,21 @@ from windkern.losses import LOSSES, OBJECTIVES
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")
 FOCUS = ("uniform", "hardest")
+EVALUATED = ("win_rate", "reward", "kl")
+# Of transformers' settings: what cannot be right here, the one value that can, and why.
+_MEANINGLESS = {
+    "dataloader_num_workers": (0, "batches are made of responses that are sampled during the run"),
+    "auto_find_batch_size": (
+        False,
+        "another batch would change the number of steps; set per_device_train_batch_size",
+    ),
+    "ignore_data_skip": (False, "a resumed iteration would fit its first groups twice"),
+    "neftune_noise_alpha": (None, "noise in training would part the policy from the one that sampled and was scored"),
+    "label_smoothing_factor": (0.0, "there are no labels to smooth"),
+    "use_liger_kernel": (False, "it replaces the forward that the loss is computed in"),
+    "train_sampling_strategy": ("random", "the order of steps follows from the seed"),
+    "data_seed": (None, "the order of steps follows from seed"),
+}
 
 
 def _field(default, help: str, **options):
@@ -241,10 +256,16 @@ class WindConfig(TrainingArguments):
                 "reference='precomputed' needs responses that are known beforehand, sampler=recorded:FILE, "
                 f"got sampler={self.sampler!r}"
             )
-        if self.dataloader_num_workers:
+        if self.top_p < 1 and self.sampler.startswith("http:"):
+            raise ValueError(f"top_p must be 1 with sampler='http:...', which asks for nothing else, got {self.top_p}")
+        for name, (right, why) in _MEANINGLESS.items():
+            if (value := getattr(self, name)) != right:
+                raise ValueError(f"{name} must be {right!r}, got {value!r}: {why}")
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if (self.load_best_model_at_end or self.save_strategy == "best") and metric not in EVALUATED:
             raise ValueError(
-                f"dataloader_num_workers must be 0, got {self.dataloader_num_workers}: batches are made of responses "
-                "that are sampled during the run"
+                f"metric_for_best_model must be one of {', '.join(EVALUATED)} for load_best_model_at_end and "
+                f"save_strategy='best', got {self.metric_for_best_model!r}"
             )
 
     def _check_loss(self) -> None:

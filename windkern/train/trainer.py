@@ -29,7 +29,15 @@ from windkern.train.metrics import Averages, group_metrics, make_record, rollout
 from windkern.train.objectives import make_objective
 from windkern.train.optim import MasterAdamW, accumulate_in_float32, forget_moments
 from windkern.train.outer import OuterLoop
-from windkern.train.parts import check_prompts, clear_run, disable_dropout, make_sampler, transformers_sampler
+from windkern.train.parts import (
+    check_one_gpu,
+    check_prompts,
+    clear_run,
+    demonstrations_of,
+    disable_dropout,
+    make_sampler,
+    transformers_sampler,
+)
 from windkern.train.progress import Observer, Record, Unobserved
 from windkern.train.reference import PrecomputedReference, make_reference
 from windkern.train.responder import Responder
@@ -100,8 +108,9 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     ):
         if not isinstance(args, WindConfig):
             raise TypeError(f"args must be a WindConfig, got {type(args).__name__}")
+        check_one_gpu(args.n_gpu)
         self.objective = make_objective(args)
-        self._demonstrations = _demonstrations_of(train_prompts, self.objective.group == "demonstration")
+        self._demonstrations = demonstrations_of(train_prompts, self.objective.group == "demonstration")
         prompts = [one.prompt for one in self._demonstrations] or list(train_prompts)
         self.eval_prompts = list(eval_prompts or ())
         check_prompts(prompts, self.eval_prompts)
@@ -434,13 +443,3 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
 def _anchor_name(world: World) -> str:
     return f"anchor-{world.rank}-of-{world.size}.pt"
-
-
-def _demonstrations_of(prompts: Sequence, wanted: bool) -> list[Demonstration]:
-    found = [each for each in prompts if isinstance(each, Demonstration)]
-    if (wanted or found) and len(found) != len(prompts):
-        raise ValueError(
-            f"train_prompts must all be Demonstrations (prompt, answer) for loss='spin', got {len(found)} of "
-            f"{len(prompts)}"
-        )
-    return found
