@@ -21,7 +21,6 @@ from windkern.train.groups import collate
 from windkern.train.identity import ResumeError
 from windkern.train.parts import disable_dropout
 from windkern.train.rollouts import verdict_of
-from windkern.train.trainer import WindTrainer
 
 SEPARABLE = [name for name, loss in LOSSES.items() if loss.separable]
 
@@ -250,34 +249,6 @@ def test_every_dropout_module_is_off():
     assert torch.equal(model.train()(ones), model.eval()(ones))
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("Bloom", {"n_layer": 1, "n_head": 2, "hidden_dropout": 0.5}),
-        ("Falcon", {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_dropout": 0.5}),
-        (
-            "Starcoder2",
-            {
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "num_hidden_layers": 1,
-                "intermediate_size": 16,
-                "residual_dropout": 0.5,
-            },
-        ),
-    ],
-)
-def test_dropout_that_is_only_a_number_is_off(name, settings):
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(vocab_size=16, hidden_size=16, **settings)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).train()
-    ids = torch.arange(8)[None]
-    assert not torch.equal(model(ids).logits, model(ids).logits)
-    disable_dropout(model)
-    assert torch.equal(model(ids).logits, model(ids).logits)
-
-
 def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=1, steps_per_iteration=1)
     before = {name: value.clone() for name, value in trainer.reference.model.named_parameters()}
@@ -437,38 +408,10 @@ def test_trainers_that_make_no_sense_are_refused(tmp_path, changes, given, messa
         make_trainer(tmp_path, given=given, **changes)
 
 
-def test_data_parallel_is_refused(tmp_path):
-    config = make_config(tmp_path)
-    assert config.n_gpu <= 1
-    config._n_gpu = 2
-    with pytest.raises(ValueError, match="nproc_per_node=2"):
-        WindTrainer(
-            tiny_model.make_model(), config, train_prompts=PROMPTS, processing_class=tiny_model.make_tokenizer()
-        )
-
-
 def test_the_model_is_not_its_own_reference(tmp_path):
     model = tiny_model.make_model()
     with pytest.raises(ValueError, match="another object than model"):
         make_trainer(tmp_path, model=model, given={"reference": model})
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
-def test_the_base_under_an_adapter_is_not_its_reference(tmp_path):
-    pytest.importorskip("peft")
-    model = tiny_model.make_model()
-    with pytest.raises(ValueError, match="parameters of its own"):
-        make_trainer(tmp_path, model=model, given={"reference": model, "peft_config": lora()})
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
-def test_an_adapter_whose_base_is_trained_too_gives_no_reference(tmp_path):
-    """Switching the adapter off would leave the new norm on, and pi_ref would move with the policy."""
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model.make_model(), lora())
-    model.get_base_model().model.norm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"1 of its own parameters are trained, e\.g\. .*norm\.weight"):
-        make_trainer(tmp_path, model=model, reference="adapter")
 
 
 def test_every_field_explains_itself():
