@@ -10,6 +10,7 @@ pytest.importorskip("accelerate")
 
 import tiny_model
 from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer, weights_of
+from transformers import TrainerCallback
 
 from windkern.train.parts import disable_dropout
 from windkern.train.trainer import WindTrainer
@@ -31,25 +32,23 @@ def test_one_object_trains_once(tmp_path):
         {"focus": "hardest"},
     ],
 )
-def test_an_object_whose_judge_failed_goes_on_as_if_nothing_had_been(tmp_path, changes):
-    calls = []
+def test_an_object_that_failed_goes_on_as_if_nothing_had_been(tmp_path, changes):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **given):
+            if state.global_step == 5 and not failed:
+                failed.append(state.global_step)
+                raise ConnectionError("the network is away")
 
-    def reward(prompts, responses):
-        calls.append(len(responses))
-        if len(calls) == fails_at:
-            raise ConnectionError("the judge is away")
-        return tiny_model.goodness(prompts, responses)
-
-    fails_at, settings = 0, {"num_iterations": 3, "sampling_batch_size": 100, "reward": reward} | changes
-    whole = make_trainer(tmp_path / "whole", **settings)
+    failed, settings = [0], {"num_iterations": 3} | changes
+    whole = make_trainer(tmp_path / "whole", given={"callbacks": [Fails()]}, **settings)
     whole.train()
-    fails_at = len(calls) + 3
-    trainer = make_trainer(tmp_path / "failed", **settings)
+    failed.clear()
+    trainer = make_trainer(tmp_path / "failed", given={"callbacks": [Fails()]}, **settings)
     with pytest.raises(ConnectionError):
         trainer.train()
     trainer.train(resume_from_checkpoint=True)
     want = weights_of(whole)
-    assert len(calls) == fails_at + 1
+    assert failed == [5]
     assert all(torch.equal(value, want[name]) for name, value in weights_of(trainer).items())
 
 
