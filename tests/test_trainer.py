@@ -186,6 +186,7 @@ def test_truncated_responses_are_kept_or_dropped(tmp_path):
     assert "where" not in begin(kept)[0].constants
     for group, rollout in zip(begin(dropped), dropped.outer.rollouts, strict=True):
         assert group.constants["where"].tolist() == [not each for each in rollout.truncated]
+        torch.testing.assert_close(group.constants["win_rates"], torch.tensor(rollout.prefs).mean(-1))
         for tokens, cut in zip(rollout.completions, rollout.truncated, strict=True):
             assert (tokens[-1] != 1) == cut and (len(tokens) == 4 or not cut)
     assert any(any(rollout.truncated) for rollout in dropped.outer.rollouts)
@@ -379,6 +380,8 @@ def test_a_run_does_not_mix_with_another(tmp_path):
         ({"use_liger_kernel": True}, "use_liger_kernel must be False"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random'"),
         ({"data_seed": 1}, "data_seed must be None"),
+        ({"accelerator_config": {"split_batches": True}}, r"accelerator_config\.split_batches must be off"),
+        ({"accelerator_config": {"dispatch_batches": True}}, r"accelerator_config\.dispatch_batches must be off"),
         ({"sampler": "http://localhost/v1", "top_p": 0.9}, "top_p must be 1 with"),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "metric_for_best_model must be one of"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "metric_for_best_model must be one of"),
