@@ -12,6 +12,10 @@ import tiny_model
 from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer, weights_of
 from transformers import TrainerCallback
 
+from windkern.train.data import Demonstration
+from windkern.train.identity import ResumeError
+from windkern.train.judges import RewardJudge
+from windkern.train.metrics import step_metrics
 from windkern.train.parts import disable_dropout
 from windkern.train.trainer import WindTrainer
 
@@ -132,3 +136,40 @@ def test_data_parallel_is_refused(tmp_path):
         WindTrainer(
             tiny_model.make_model(), config, train_prompts=PROMPTS, processing_class=tiny_model.make_tokenizer()
         )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"lr_scheduler_type": "cosine"}, {"num_iterations": 2}, "steps_of_the_schedule 2 there, 4 here"),
+        ({"warmup_steps": 0.5, "lr_scheduler_type": "constant_with_warmup"}, {"num_iterations": 2}, "steps_of_the_sch"),
+        (
+            {},
+            {"given": {"judge": RewardJudge(tiny_model.goodness, strength=1.0)}},
+            r"strength 4\.0' there, .*strength 1\.0' here",
+        ),
+        ({}, {"optim_args": "amsgrad=True"}, "optim_args None there"),
+        (
+            {"loss": "spin", "num_responses": 1, "prompts": [Demonstration("rain", "good")]},
+            {"prompts": [Demonstration("rain", "bad")]},
+            "prompts .* there",
+        ),
+    ],
+)
+def test_a_run_with_other_answers_rates_or_judge_is_another_run(tmp_path, first, second, message):
+    settings = {"num_iterations": 1} | first
+    make_trainer(tmp_path, **settings).train()
+    with pytest.raises(ResumeError, match=message):
+        make_trainer(tmp_path, **settings | second).train(resume_from_checkpoint=True)
+
+
+def test_responses_that_are_not_fitted_are_not_in_the_metrics(tmp_path):
+    """With pi_t in place but for a dropped response nothing has moved, and the residual is that of the kept ones."""
+    config = make_config(tmp_path)
+    old, rates = torch.zeros(1, 3), torch.tensor([[0.75, 0.25, 0.0]])
+    constants = {"old_logps": old, "ref_logps": old, "win_rates": rates, "where": torch.tensor([[True, True, False]])}
+    found = step_metrics(torch.tensor([[0.0, 0.0, -80.0]]), constants, config)
+    assert found["kl_old"] == found["kl_ref"] == found["outside"] == 0
+    assert found["residual"] == pytest.approx(0.25) and found["implied_win_rate_max"] == pytest.approx(0.5)
+    everything = step_metrics(old, {**constants, "where": torch.zeros(1, 3, dtype=torch.bool)}, config)
+    assert everything.keys() == found.keys()

@@ -141,8 +141,8 @@ class WindConfig(TrainingArguments):
     )
     truncated: str = _field(
         "keep",
-        "What happens to responses that met max_new_tokens: keep (scored as the prefixes they are) or drop (judged, "
-        "but not fitted). Default: keep, which is unbiased for a judge that reads what was written.",
+        "What happens to responses that met max_new_tokens: keep (scored as the prefixes they are) or drop (judged and "
+        "beaten by others, but not fitted). Default: keep, which is unbiased for a judge that reads what was written.",
         choices=TRUNCATED,
     )
     judge: str | None = _field(
@@ -222,6 +222,12 @@ class WindConfig(TrainingArguments):
         self._check()
         self.num_train_epochs, self.max_steps = float(self.num_iterations), -1
         super().__post_init__()
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"accelerator_config.{name} must be off: every process makes its own batches, of "
+                    "per_device_train_batch_size prompts"
+                )
 
     def _check(self) -> None:
         if self.max_steps != -1 or self.num_train_epochs not in (3.0, float(self.num_iterations)):

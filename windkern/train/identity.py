@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from windkern.train.config import WindConfig
 from windkern.train.seeds import stream
 
-# Of the settings declared by WindConfig: these may differ. More iterations than before are welcome.
+# Of the settings declared by WindConfig: these may differ. More iterations than before are welcome, where the schedule
+# of the learning rate does not depend on their number.
 _FREE = {
     "num_iterations",
     "overwrite",
@@ -26,6 +27,7 @@ _INHERITED = (
     "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
+    "optim_args",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
@@ -41,12 +43,23 @@ class ResumeError(ValueError):
     """A checkpoint or sampled responses belong to another run; the message says what differs."""
 
 
-def identity_of(config: WindConfig, prompts: Sequence[str], heldout: Sequence[str], judge: str, processes: int) -> dict:
-    """What determines the weights a run ends with, as JSON holds it."""
+def identity_of(config: WindConfig, prompts: Sequence, heldout: Sequence[str], judge: str, processes: int) -> dict:
+    """What determines the weights a run ends with, as JSON holds it.
+
+    Args:
+        config: of the run.
+        prompts: strings or `Demonstration`s, whose answers count, too.
+        heldout: held-out prompts.
+        judge: name of the judge, and its strength where it has one.
+        processes: that train.
+    """
     settings = {name: value for name, value in config.own_settings().items() if name not in _FREE}
     settings |= {name: getattr(config, name) for name in _INHERITED}
     settings["prompts_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     settings["judge"] = judge
+    kind = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
+    if not kind.startswith("constant") or 0 < config.warmup_steps < 1:
+        settings["steps_of_the_schedule"] = config.total_steps  # every rate depends on it
     settings["prompts"] = stream(0, *prompts, "held-out", *heldout)
     return json.loads(json.dumps(settings, default=str))
 

@@ -230,8 +230,9 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
     def _open(self, resume: bool) -> None:
         path = self.store.folder / "run.json"
-        judge = "" if self.judge is None else self.judge.name
-        identity = identity_of(self.args, self.outer.prompts, self.eval_prompts, judge, self.world.size)
+        judge = "" if self.judge is None else f"{self.judge.name}, strength {getattr(self.judge, 'strength', None)}"
+        prompts = self._demonstrations or self.outer.prompts
+        identity = identity_of(self.args, prompts, self.eval_prompts, judge, self.world.size)
         found = read_json(path)
         if resume and found is not None:
             check_same(found, identity, str(self.args.output_dir))
