@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from windkern.train.config import WindConfig
 from windkern.train.seeds import stream
 
-# Of the settings declared by WindConfig: these may differ. More iterations than before are welcome, where the schedule
-# of the learning rate does not depend on their number.
+# Of the settings declared by WindConfig: these may differ. More iterations than before are welcome; a schedule that
+# depends on their number then goes on at another rate.
 _FREE = {
     "num_iterations",
     "overwrite",
@@ -57,9 +57,6 @@ def identity_of(config: WindConfig, prompts: Sequence, heldout: Sequence[str], j
     settings |= {name: getattr(config, name) for name in _INHERITED}
     settings["prompts_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     settings["judge"] = judge
-    kind = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
-    if not kind.startswith("constant") or 0 < config.warmup_steps < 1:
-        settings["steps_of_the_schedule"] = config.total_steps  # every rate depends on it
     settings["prompts"] = stream(0, *prompts, "held-out", *heldout)
     return json.loads(json.dumps(settings, default=str))
 
