@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -73,6 +75,20 @@ def test_a_job_that_fails_leaves_the_model_as_it_was():
         head(model, ids, attention, job)
     assert "forward" not in model.lm_head.__dict__
     assert model(input_ids=ids, attention_mask=attention).logits.shape[-1] == model.config.vocab_size
+
+
+def test_a_copy_of_the_model_runs_its_own_weights():
+    model = build("Llama").eval()
+    head = FusedHead(model)
+    ids, attention, completion = batch()
+    before = model(input_ids=ids, attention_mask=attention).logits
+    twin = copy.deepcopy(model)
+    torch.nn.init.zeros_(twin.lm_head.weight)
+    assert not twin(input_ids=ids, attention_mask=attention).logits.any()
+    assert torch.equal(model(input_ids=ids, attention_mask=attention).logits, before)
+    again = FusedHead(twin)
+    job = score_job(hf.completion_targets(ids, completion), 1.0, OPTIONS)
+    assert not torch.equal(head(model, ids, attention, job), again(twin, ids, attention, job))
 
 
 def test_hooks_of_the_model_and_of_its_head_fire():

@@ -120,14 +120,38 @@ def test_the_same_seed_draws_the_same_whatever_else_is_drawn(model, tokenizer):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_what_the_generation_config_says_does_not_bend_the_policy(tokenizer):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 5.0, "min_new_tokens": 6, "top_k": 1},
+        {"suppress_tokens": [6, 7]},
+        {"bad_words_ids": [[6], [7]]},
+        {"forced_eos_token_id": 1},
+        {"exponential_decay_length_penalty": (1, 3.0)},
+        {"stop_strings": ["good"]},
+        {"max_time": 1e-9},
+    ],
+)
+def test_what_the_generation_config_says_does_not_bend_the_policy(tokenizer, settings):
     odd = make_model()
-    plain = sampler.TransformersSampler(odd, tokenizer, max_new_tokens=6).sample(PROMPTS, 2, seed=0)
-    odd.generation_config.repetition_penalty = 5.0
-    odd.generation_config.min_new_tokens = 6
-    odd.generation_config.top_k = 1
-    bent = sampler.TransformersSampler(odd, tokenizer, max_new_tokens=6).sample(PROMPTS, 2, seed=0)
+    plain = sampler.TransformersSampler(odd, tokenizer, max_new_tokens=6).sample(PROMPTS, 4, seed=0)
+    kept = odd.generation_config
+    for name, value in settings.items():
+        setattr(kept, name, value)
+    bent = sampler.TransformersSampler(odd, tokenizer, max_new_tokens=6).sample(PROMPTS, 4, seed=0)
     assert bent.texts == plain.texts
+    assert odd.generation_config is kept and all(getattr(kept, name) == settings[name] for name in settings)
+
+
+def test_policy_and_reference_end_with_the_same_tokens(tokenizer):
+    """A base model that ends with another token than the tokenizer, as base and chat tokenizers do."""
+    other = make_model()
+    other.generation_config.eos_token_id = 10
+    aligned = make_model()
+    aligned.generation_config.eos_token_id = [1, 10]  # what transformers makes of the policy's when it trains
+    ours, theirs = (sampler.TransformersSampler(each, tokenizer, max_new_tokens=8) for each in (aligned, other))
+    assert ours.end_ids == theirs.end_ids == [1, 10]
+    assert ours.sample(PROMPTS, 4, seed=0).texts == theirs.sample(PROMPTS, 4, seed=0).texts
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -19,6 +19,7 @@ from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration
 from windkern.train.groups import collate
 from windkern.train.identity import ResumeError
+from windkern.train.parts import disable_dropout
 from windkern.train.rollouts import verdict_of
 
 SEPARABLE = [name for name, loss in LOSSES.items() if loss.separable]
@@ -185,6 +186,7 @@ def test_truncated_responses_are_kept_or_dropped(tmp_path):
     assert "where" not in begin(kept)[0].constants
     for group, rollout in zip(begin(dropped), dropped.outer.rollouts, strict=True):
         assert group.constants["where"].tolist() == [not each for each in rollout.truncated]
+        torch.testing.assert_close(group.constants["win_rates"], torch.tensor(rollout.prefs).mean(-1))
         for tokens, cut in zip(rollout.completions, rollout.truncated, strict=True):
             assert (tokens[-1] != 1) == cut and (len(tokens) == 4 or not cut)
     assert any(any(rollout.truncated) for rollout in dropped.outer.rollouts)
@@ -242,8 +244,6 @@ def test_dropout_is_off_and_modes_of_attention_too(tmp_path):
 
 
 def test_every_dropout_module_is_off():
-    from windkern.train.parts import disable_dropout
-
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
     disable_dropout(model)
     ones = torch.ones(8, 4)
@@ -374,6 +374,18 @@ def test_a_run_does_not_mix_with_another(tmp_path):
         ({"truncated": "cut"}, "truncated must be one of"),
         ({"dataloader_num_workers": 2}, "dataloader_num_workers must be 0"),
         ({"max_steps": 5}, "max_steps follows from"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must be False"),
+        ({"ignore_data_skip": True}, "ignore_data_skip must be False"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be None"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+        ({"use_liger_kernel": True}, "use_liger_kernel must be False"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random'"),
+        ({"data_seed": 1}, "data_seed must be None"),
+        ({"accelerator_config": {"split_batches": True}}, r"accelerator_config\.split_batches must be off"),
+        ({"accelerator_config": {"dispatch_batches": True}}, r"accelerator_config\.dispatch_batches must be off"),
+        ({"sampler": "http://localhost/v1", "top_p": 0.9}, "top_p must be 1 with"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "metric_for_best_model must be one of"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "metric_for_best_model must be one of"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(tmp_path, changes, message):

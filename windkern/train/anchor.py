@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from windkern._checks import check_number
 
 
+def anchor_file(rank: int, size: int) -> str:
+    """Name of a process's part of the anchor in a checkpoint."""
+    return f"anchor-{rank}-of-{size}.pt"
+
+
 class Anchor:
     """Exponential moving average of a model's trainable parameters, which can take the model's place for a while.
 

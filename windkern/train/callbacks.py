@@ -24,5 +24,5 @@ class Iterations(TrainerCallback):
             self.trainer.outer.anchor.update()
 
     def on_epoch_end(self, args, state, control, **given) -> None:
-        if not self.trainer.evaluates_each_iteration:
+        if not self.trainer.evaluates_each_iteration and self.trainer.iteration_is_over:
             self.trainer.finish_iteration(None)

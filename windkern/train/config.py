@@ -14,6 +14,21 @@ from windkern.train.focus import MODES
 
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")
+EVALUATED = ("win_rate", "reward", "kl")
+# Of transformers' settings: what cannot be right here, the one value that can, and why.
+_MEANINGLESS = {
+    "dataloader_num_workers": (0, "batches are made of responses that are sampled during the run"),
+    "auto_find_batch_size": (
+        False,
+        "another batch would change the number of steps; set per_device_train_batch_size",
+    ),
+    "ignore_data_skip": (False, "a resumed iteration would fit its first groups twice"),
+    "neftune_noise_alpha": (None, "noise in training would part the policy from the one that sampled and was scored"),
+    "label_smoothing_factor": (0.0, "there are no labels to smooth"),
+    "use_liger_kernel": (False, "it replaces the forward that the loss is computed in"),
+    "train_sampling_strategy": ("random", "the order of steps follows from the seed"),
+    "data_seed": (None, "the order of steps follows from seed"),
+}
 
 
 def _field(default, help: str, **options):
@@ -127,8 +142,8 @@ class WindConfig(TrainingArguments):
     )
     truncated: str = _field(
         "keep",
-        "What happens to responses that met max_new_tokens: keep (scored as the prefixes they are) or drop (judged, "
-        "but not fitted). Default: keep, which is unbiased for a judge that reads what was written.",
+        "What happens to responses that met max_new_tokens: keep (scored as the prefixes they are) or drop (judged and "
+        "beaten by others, but not fitted). Default: keep, which is unbiased for a judge that reads what was written.",
         choices=TRUNCATED,
     )
     judge: str | None = _field(
@@ -211,8 +226,15 @@ class WindConfig(TrainingArguments):
         super().__post_init__()
         if self.n_gpu > 1:  # transformers would copy the model to each by DataParallel, and step sizes would be others
             raise ValueError(
-                f"one process sees {self.n_gpu} GPUs; start one for each by torchrun, or set CUDA_VISIBLE_DEVICES"
+                f"one process sees {self.n_gpu} GPUs; start one for each by torchrun or accelerate launch, or set "
+                "CUDA_VISIBLE_DEVICES"
             )
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"accelerator_config.{name} must be off: every process makes its own batches, of "
+                    "per_device_train_batch_size prompts"
+                )
 
     def _check(self) -> None:
         if self.max_steps != -1 or self.num_train_epochs not in (3.0, float(self.num_iterations)):
@@ -249,10 +271,14 @@ class WindConfig(TrainingArguments):
             )
         if self.top_p < 1 and self.sampler != "transformers":
             raise ValueError(f"top_p must be 1 with sampler={self.sampler!r}, which takes no other, got {self.top_p}")
-        if self.dataloader_num_workers:
+        for name, (right, why) in _MEANINGLESS.items():
+            if (value := getattr(self, name, right)) != right:
+                raise ValueError(f"{name} must be {right!r}, got {value!r}: {why}")
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if (self.load_best_model_at_end or self.save_strategy == "best") and metric not in EVALUATED:
             raise ValueError(
-                f"dataloader_num_workers must be 0, got {self.dataloader_num_workers}: batches are made of responses "
-                "that are sampled during the run"
+                f"metric_for_best_model must be one of {', '.join(EVALUATED)} for load_best_model_at_end and "
+                f"save_strategy='best', got {self.metric_for_best_model!r}"
             )
 
     def _check_loss(self) -> None:

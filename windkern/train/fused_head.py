@@ -40,13 +40,15 @@ class FusedHead:
             check_whole(model)
         hf.hidden_and_head(model)  # an unsupported model is refused now, not after the first sampling
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        theirs, owner = base.forward, self
+        owner, bound = self, base.forward
+        theirs = getattr(bound, "__func__", None)  # a plain function where something has replaced the method before
         self._job: Job | None = None
 
         @functools.wraps(type(base).forward)  # `generate` checks its arguments against this signature
         def forward(self, *args, **given):
             if owner._job is None:
-                return theirs(*args, **given)
+                # Reason: with `bound` a deep copy of the model would run the weights of the original.
+                return bound(*args, **given) if theirs is None else theirs(self, *args, **given)
             return _through_head(self, owner._job, given["input_ids"], given["attention_mask"])
 
         base.forward = types.MethodType(forward, base)

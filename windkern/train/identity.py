@@ -11,7 +11,8 @@ from torch import nn
 from windkern.train.config import WindConfig
 from windkern.train.seeds import stream
 
-# Of the settings declared by WindConfig: these may differ. More iterations than before are welcome.
+# Of the settings declared by WindConfig: these may differ. More iterations than before are welcome; a schedule that
+# depends on their number then goes on at another rate.
 _FREE = {
     "num_iterations",
     "overwrite",
@@ -30,6 +31,7 @@ _INHERITED = (
     "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
+    "optim_args",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
@@ -58,9 +60,18 @@ def outline_of(model: nn.Module) -> dict:
 
 
 def identity_of(
-    config: WindConfig, model: nn.Module, prompts: Sequence[str], heldout: Sequence[str], judge: str, processes: int
+    config: WindConfig, model: nn.Module, prompts: Sequence, heldout: Sequence[str], judge: str, processes: int
 ) -> dict:
-    """What determines the weights a run ends with, as JSON holds it."""
+    """What determines the weights a run ends with, as JSON holds it.
+
+    Args:
+        config: of the run.
+        model: the policy at its start.
+        prompts: strings or `Demonstration`s, whose answers count, too.
+        heldout: held-out prompts.
+        judge: name of the judge, and its strength where it has one.
+        processes: that train.
+    """
     settings = {name: value for name, value in config.own_settings().items() if name not in _FREE}
     settings |= {name: getattr(config, name) for name in _INHERITED}
     settings["prompts_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes

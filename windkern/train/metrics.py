@@ -23,7 +23,8 @@ def step_metrics(logps: Tensor, constants: dict[str, Tensor], config: WindConfig
 
     Args:
         logps: (B, K) of the policy, nats.
-        constants: old_logps, ref_logps (B, K), prefs (B, K, K) or win_rates (B, K), as far as the loss has them.
+        constants: old_logps, ref_logps, where (B, K), prefs (B, K, K) or win_rates (B, K), as far as the loss has them;
+            responses that `where` leaves out do not count, unless it leaves out all.
         config: with eta and beta of loss="wind".
 
     Returns:
@@ -34,18 +35,22 @@ def step_metrics(logps: Tensor, constants: dict[str, Tensor], config: WindConfig
     """
     found = {}
     old, ref = constants.get("old_logps"), constants.get("ref_logps")
+    kept = constants.get("where", torch.ones_like(logps, dtype=torch.bool))
+    kept = kept | ~kept.any()  # processes must report the same names
     if old is not None:
-        found["kl_old"] = (old - logps).mean()
+        found["kl_old"] = _mean_over(kept, old - logps)
     if ref is not None:
-        found["kl_ref"] = (logps - ref).mean()
+        found["kl_ref"] = _mean_over(kept, logps - ref)
     if config.loss == "wind":
         win_rates = win_rates_of(constants)
         c = config.step_scale
         s = (logps - old) + config.eta * config.beta / (1 + config.eta * config.beta) * (old - ref)
-        implied = win_rates.mean(-1, keepdim=True) + (s - s.mean(-1, keepdim=True)) / c
-        found["residual"] = (implied - win_rates).square().mean().sqrt()
-        found["implied_win_rate_max"] = implied.max()
-        found["outside"] = ((implied < 0) | (implied > 1)).float().mean()
+        count = kept.sum(-1, keepdim=True).clamp(min=1)
+        error = (s / c - win_rates).masked_fill(~kept, 0.0)
+        implied = win_rates + error - error.sum(-1, keepdim=True) / count
+        found["residual"] = _mean_over(kept, (implied - win_rates).square()).sqrt()
+        found["implied_win_rate_max"] = implied.masked_fill(~kept, -torch.inf).max()
+        found["outside"] = _mean_over(kept, ((implied < 0) | (implied > 1)).to(implied.dtype))
     return found
 
 
@@ -102,6 +107,11 @@ def make_record(
     )
 
 
+def _mean_over(kept: Tensor, values: Tensor) -> Tensor:
+    """() mean of the values that `kept` has; what is left out may be anything."""
+    return torch.where(kept, values, 0.0).sum() / kept.sum()
+
+
 def group_metrics(groups: Sequence[FitGroup], config: WindConfig) -> dict[str, float]:
     """Return what an iteration's groups say about pi_t before its first step.
 
@@ -113,7 +123,8 @@ def group_metrics(groups: Sequence[FitGroup], config: WindConfig) -> dict[str, f
         return {}
     old, ref = (torch.stack([group.constants[name] for group in groups]) for name in ("old_logps", "ref_logps"))
     win_rates = torch.stack([win_rates_of(group.constants) for group in groups])
-    return {"exploitability": float(exploitability(old, ref, win_rates, config.beta).mean())}
+    where = torch.stack([group.constants["where"] for group in groups]) if "where" in groups[0].constants else None
+    return {"exploitability": float(exploitability(old, ref, win_rates, config.beta, where=where).mean())}
 
 
 def win_rates_of(constants: dict[str, Tensor]) -> Tensor:

@@ -148,7 +148,9 @@ def make_objective(config: WindConfig) -> Objective:
 
 def _target(loss: Loss, config: WindConfig) -> str | None:
     names: Sequence[str] = [name for entry in loss.inputs for name in entry.split(" | ")]
-    if config.fit_responses is not None:
+    # Reason: w is the win rate against all that the policy says; the losses would take the mean over those they fit.
+    against_all = loss.name in ("wind", "sppo") and OBJECTIVES[config.objective].statistic == "V"
+    if config.fit_responses is not None or (against_all and config.truncated == "drop"):
         return "win_rates"
     if loss.name == "wind" and OBJECTIVES[config.objective].statistic == "pairs":
         return "prefs"

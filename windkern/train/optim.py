@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from transformers import TrainingArguments
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _HALF = (torch.bfloat16, torch.float16)
@@ -119,6 +120,28 @@ def accumulate_in_float32(parameters: Iterable[Tensor]) -> None:
     for value in parameters:
         if value.requires_grad and value.dtype in _HALF and hasattr(value, "grad_dtype"):
             value.grad_dtype = torch.float32
+
+
+def master_optimizer(
+    model: torch.nn.Module, args: TrainingArguments, processes: int, warn: Callable[[str], None]
+) -> tuple[type, dict] | None:
+    """The optimizer and its arguments for a model that trains 16-bit weights; None where transformers' own is right.
+
+    Args:
+        model: its gradients will add up in float32 where one process trains it.
+        args: of the run, a `WindConfig`.
+        processes: that train; DDP reduces gradients in the dtype of the weights.
+        warn: told where `args.optim` is no AdamW, which is the only one with float32 copies.
+    """
+    if not args.master_weights or not any(value.requires_grad and value.dtype in _HALF for value in model.parameters()):
+        return None
+    if (name := str(getattr(args.optim, "value", args.optim))) not in ("adamw_torch", "adamw_torch_fused"):
+        warn(f"optim={name} has no float32 master weights: 16-bit weights lose steps below 1/256 of themselves")
+        return None
+    if processes == 1:
+        accumulate_in_float32(model.parameters())
+    betas = (args.adam_beta1, args.adam_beta2)
+    return MasterAdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
 
 
 def forget_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -67,6 +67,11 @@ class OuterLoop:
         self.config, self.objective, self.prompts, self.world = config, objective, list(prompts), world
         self.store, self.respond, self.judge, self.scorer, self.observer = store, respond, judge, scorer, observer
         self.prompts_per_iteration = prompts_per_iteration
+        self.forget()
+
+    def forget(self) -> None:
+        """Know of no iteration, as a new object does; what is on the disk stays."""
+        config = self.config
         self.anchor: Anchor | None = None
         self.rollouts: list[Rollout] = []  # of the current iteration
         self.measured: list[Rollout] = []  # those to prompts that were drawn uniformly

@@ -9,7 +9,10 @@ from pathlib import Path
 from torch import nn
 
 from windkern.train.config import WindConfig
+from windkern.train.data import Demonstration
 from windkern.train.sampler import Sampler, TransformersSampler
+
+_DROPOUT = ("dropout", "pdrop", "layerdrop")
 
 
 def transformers_sampler(
@@ -56,13 +59,15 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a model to 0, those of attention included."""
+    """Set every dropout probability of a model to 0, those of attention and of the configuration included."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        # Reason: Starcoder2 and Bloom draw with a number of the module, Falcon with one of the configuration.
+        for owner in (module, getattr(module, "config", module)):
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, float) and any(word in name for word in _DROPOUT):
+                    setattr(owner, name, 0.0)
 
 
 def check_prompts(prompts: Sequence[str], heldout: Sequence[str]) -> None:
@@ -99,6 +104,34 @@ def check_unused(output_dir: Path, *, overwrite: bool) -> list[Path]:
             "another output_dir, or set overwrite to true to delete them"
         )
     return found
+
+
+def demonstrations_of(prompts: Sequence, wanted: bool) -> list[Demonstration]:
+    """The prompts as demonstrations, none where the loss wants none.
+
+    Raises:
+        ValueError: some are demonstrations and some are not, or none is and the loss wants them.
+    """
+    found = [each for each in prompts if isinstance(each, Demonstration)]
+    if (wanted or found) and len(found) != len(prompts):
+        raise ValueError(
+            f"train_prompts must all be Demonstrations (prompt, answer) for loss='spin', got {len(found)} of "
+            f"{len(prompts)}"
+        )
+    return found
+
+
+def check_one_gpu(count: int) -> None:
+    """Raise where transformers would spread batches over several GPUs of one process (DataParallel).
+
+    Raises:
+        ValueError: this process sees more than one GPU.
+    """
+    if count > 1:
+        raise ValueError(
+            f"one process must have one GPU, got {count}: start with `torchrun --nproc_per_node={count}` or "
+            "`accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES"
+        )
 
 
 def clear_run(output_dir: Path, *, overwrite: bool) -> None:

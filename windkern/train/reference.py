@@ -158,13 +158,20 @@ def make_reference(
     """The reference that `config.reference` names; None where there is none and none is needed.
 
     Raises:
-        ValueError: a model is missing, or given where none is wanted; or the policy has no adapter to leave out.
+        ValueError: a model is missing, or given where none is wanted; it shares parameters with the policy; the policy
+            has no adapter to leave out, or trains parameters of its base beside it.
     """
     if config.reference != "model" and model is not None:
         raise ValueError(f"reference must be None with args.reference={config.reference!r}, got a model")
     if config.reference == "adapter":
         if not hasattr(policy, "disable_adapter"):
             raise ValueError("args.reference='adapter' needs a PEFT model; pass peft_config")
+        if trained := _trained_base(policy):
+            raise ValueError(
+                f"args.reference='adapter' needs a base that stays, but {len(trained)} of its own parameters are "
+                f"trained, e.g. {trained[0]}; use bias='none' and freeze them, or pass a second model with "
+                "args.reference='model'"
+            )
         return AdapterReference(policy, scorer)
     if config.reference == "precomputed":
         return PrecomputedReference(Path(config.output_dir) / "ref_logps.json", policy)
@@ -176,4 +183,16 @@ def make_reference(
         return None
     if model is policy:
         raise ValueError("reference must be another object than model, or it would move with it; load it twice")
+    if shared := {id(value) for value in policy.parameters()} & {id(value) for value in model.parameters()}:
+        raise ValueError(
+            f"reference must have parameters of its own, but {len(shared)} are model's, too (PEFT changes the base "
+            "it wraps in place); load it twice, or with LoRA take args.reference='adapter' and no reference"
+        )
     return ModelReference(model.to(config.device), config.temperature, scorer.options, accelerator)
+
+
+def _trained_base(policy: nn.Module) -> list[str]:
+    """Names of trained parameters that belong to no adapter, so that switching the adapters off leaves them on."""
+    adapters = set(policy.peft_config)
+    named = policy.named_parameters()
+    return [name for name, value in named if value.requires_grad and not adapters & set(name.split("."))]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,12 +123,31 @@ def completion_mask(tokens: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Ten
     return ~ended_before, ~ends.any(-1)
 
 
+@contextlib.contextmanager
+def _own_settings(model) -> Iterator[None]:
+    """Let `generate` see the settings it is given and no others.
+
+    Hazard: transformers fills what they leave open from model.generation_config: suppressed or forced tokens, biases,
+    stop strings. Remedy: an empty one while it generates.
+    """
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]  # below wrappers and PEFT
+    kept = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in zip(owners, kept, strict=True):
+            owner.generation_config = config
+
+
 class TransformersSampler:
     """Samples from a transformers model with `generate`.
 
-    Nothing cuts the distribution (no top-k, top-p or repetition penalty, whatever the model's generation_config says):
-    the samples must come from the policy whose log-probs are fitted. A temperature other than 1 is part of that policy,
-    so score with the same one.
+    Nothing cuts the distribution (no top-k, top-p, repetition penalty or forbidden tokens, whatever the model's
+    generation_config says): the samples must come from the policy whose log-probs are fitted. A response ends with any
+    end token of the model's generation_config or the tokenizer's own. A temperature other than 1 is part of that
+    policy, so score with the same one.
 
     Args:
         model: causal LM; its weights are used as they are at each call.
@@ -166,11 +186,11 @@ class TransformersSampler:
         self.batch_size = check_count("batch_size", batch_size, least=1)
         self.synced = synced
         ends = model.generation_config.eos_token_id
-        if ends is None:
-            ends = tokenizer.eos_token_id
-        if ends is None:
+        ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+        # Reason: transformers adds the tokenizer's to the policy's when it trains, and never to the reference's.
+        self.end_ids = sorted((ends | {tokenizer.eos_token_id}) - {None})
+        if not self.end_ids:
             raise ValueError("neither model.generation_config nor the tokenizer names an end token (eos_token_id)")
-        self.end_ids = sorted(ends) if isinstance(ends, (list, tuple)) else [ends]
 
     def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
         check_count("num_responses", num_responses, least=1)
@@ -218,13 +238,14 @@ class TransformersSampler:
         was_training = self.model.training
         self.model.eval()
         try:
-            out = self.model.generate(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                generation_config=settings,
-                logits_processor=self._processors(generator),
-                synced_gpus=self.synced,
-            )
+            with _own_settings(self.model):
+                out = self.model.generate(
+                    input_ids=ids.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    generation_config=settings,
+                    logits_processor=self._processors(generator),
+                    synced_gpus=self.synced,
+                )
         finally:
             self.model.train(was_training)
         return out[:, ids.shape[1] :].cpu()

@@ -13,7 +13,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
-from windkern.train.anchor import Anchor
+from windkern.train import parts
+from windkern.train.anchor import Anchor, anchor_file
 from windkern.train.callbacks import Iterations
 from windkern.train.card import write_card
 from windkern.train.config import WindConfig
@@ -27,15 +28,14 @@ from windkern.train.judges import Judge, check_judge
 from windkern.train.judges_recorded import load_judge
 from windkern.train.metrics import Averages, make_record, step_metrics
 from windkern.train.objectives import make_objective
-from windkern.train.optim import MasterAdamW, accumulate_in_float32, forget_moments
+from windkern.train.optim import forget_moments, master_optimizer
 from windkern.train.outer import OuterLoop
-from windkern.train.parts import check_prompts, clear_run, disable_dropout, make_sampler, transformers_sampler
 from windkern.train.progress import Observer, Record, Unobserved
 from windkern.train.reference import PrecomputedReference, make_reference
 from windkern.train.responder import Responder
 from windkern.train.rollouts import RolloutStore, read_json, write_json
 from windkern.train.sampler import Sampler, TransformersSampler
-from windkern.train.saving import AtomicCheckpoints
+from windkern.train.saving import AtomicCheckpoints, latest_checkpoint
 from windkern.train.scoring import Scorer
 from windkern.train.sharded import prepare_plugin
 from windkern.train.world import World
@@ -100,11 +100,12 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     ):
         if not isinstance(args, WindConfig):
             raise TypeError(f"args must be a WindConfig, got {type(args).__name__}")
+        parts.check_one_gpu(args.n_gpu)
         self.objective = make_objective(args)
-        self._demonstrations = _demonstrations_of(train_prompts, self.objective.group == "demonstration")
+        self._demonstrations = parts.demonstrations_of(train_prompts, self.objective.group == "demonstration")
         prompts = [one.prompt for one in self._demonstrations] or list(train_prompts)
         self.eval_prompts = list(eval_prompts or ())
-        check_prompts(prompts, self.eval_prompts)
+        parts.check_prompts(prompts, self.eval_prompts)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -112,7 +113,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             model = get_peft_model(model, peft_config)
         self.head = FusedHead(model)
         if args.disable_dropout:
-            disable_dropout(model)
+            parts.disable_dropout(model)
         self.observer = observer or Unobserved()
         super().__init__(
             model=model,
@@ -139,7 +140,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             prompts,
             self._demonstrations,
             processing_class,
-            sampler or make_sampler(args, processing_class),
+            sampler or parts.make_sampler(args, processing_class),
             self._policy_sampler,
         )
         self.fill = padding_id(processing_class)
@@ -173,7 +174,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
     def _policy_sampler(self) -> TransformersSampler:
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        return transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
+        return parts.transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
 
     def _scoring_model(self) -> nn.Module:
         # Hazard: DDP broadcasts buffers in every forward, and processes do not score equally often. Remedy: without it.
@@ -192,22 +193,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
     def create_optimizer(self, model=None):
         """As transformers, with float32 master weights where 16-bit weights are trained."""
-        args = self.args
-        half = any(
-            value.requires_grad and value.dtype in (torch.bfloat16, torch.float16) for value in self.model.parameters()
-        )
-        plain = str(getattr(args.optim, "value", args.optim)) in ("adamw_torch", "adamw_torch_fused")
-        if self.optimizer is None and half and plain and args.master_weights and not self._sharded():
-            if self.world.size == 1:  # DDP reduces gradients in the dtype of the weights
-                accumulate_in_float32(self.model.parameters())
-            self.optimizer_cls_and_kwargs = (
-                MasterAdamW,
-                {
-                    "lr": args.learning_rate,
-                    "betas": (args.adam_beta1, args.adam_beta2),
-                    "eps": args.adam_epsilon,
-                },
-            )
+        if self.optimizer is None and not self._sharded():
+            self.optimizer_cls_and_kwargs = master_optimizer(self.model, self.args, self.world.size, self._warn)
         return super().create_optimizer(model)
 
     # The run.
@@ -222,10 +209,22 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
         Raises:
             ResumeError: what is in `output_dir` is of a run with other settings, prompts or judge.
-            ValueError: not resuming, and `output_dir` holds checkpoints that may not be deleted.
+            ValueError: not resuming, and `output_dir` holds checkpoints that may not be deleted, or an earlier call
+                has trained already.
+            FloatingPointError: a loss is infinite or no number.
         """
+        resume, moved = resume_from_checkpoint, self.state.global_step > 0
+        if moved and (
+            not resume or (resume is True and latest_checkpoint(self.args.output_dir, lambda _: None) is None)
+        ):
+            raise ValueError(
+                f"train has taken {self.state.global_step} steps with this object, so its model is not where a run "
+                "begins; resume from a checkpoint, or make a new trainer with the model that is wanted"
+            )
         if self.world.is_main:
             self._open(bool(resume_from_checkpoint))
+        self.outer.forget()  # what an earlier call knew
+        self.responder.anchor, self._averages, self._iteration = None, Averages(), 0
         self.world.wait()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
         done = self.state.global_step // self.args.steps_per_iteration
@@ -235,14 +234,15 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
     def _open(self, resume: bool) -> None:
         path = self.store.folder / "run.json"
-        judge = "" if self.judge is None else self.judge.name
-        identity = identity_of(self.args, self.model, self.outer.prompts, self.eval_prompts, judge, self.world.size)
+        judge = "" if self.judge is None else f"{self.judge.name}, strength {getattr(self.judge, 'strength', None)}"
+        prompts = self._demonstrations or self.outer.prompts
+        identity = identity_of(self.args, self.model, prompts, self.eval_prompts, judge, self.world.size)
         found = read_json(path)
         if resume and found is not None:
             check_same(found, identity, str(self.args.output_dir))
             return
         if not resume:
-            clear_run(Path(self.args.output_dir), overwrite=self.args.overwrite)
+            parts.clear_run(Path(self.args.output_dir), overwrite=self.args.overwrite)
             Path(self.args.output_dir, "ref_logps.json").unlink(missing_ok=True)
         self.store.clear()
         write_json(path, identity)
@@ -291,7 +291,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
     def _write_extra(self, folder: Path) -> None:
         if self.outer.anchor is not None:
-            torch.save(self.outer.anchor.state_dict(), folder / _anchor_name(self.world))
+            torch.save(self.outer.anchor.state_dict(), folder / anchor_file(self.world.rank, self.world.size))
 
     def _save_checkpoint(self, model, trial) -> None:
         self.observer.phase(self._iteration, "saving", 1)
@@ -307,16 +307,20 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         forget_moments(getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self._sharded() and not Path(checkpoint, "optimizer.pt").is_file():
+            raise FileNotFoundError(
+                f"{checkpoint} has no optimizer.pt (save_only_model=True?); a run cannot go on from it"
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._anchor_path = Path(checkpoint) / _anchor_name(self.world)
+            self._anchor_path = Path(checkpoint) / anchor_file(self.world.rank, self.world.size)
 
     def _reference_texts(self) -> list[tuple[str, ...]]:
         self.observer.phase(self._iteration, "sampling the reference", 1)
         if self.reference is None:
             raise ValueError("an evaluation compares with the reference: pass reference=")
         with self.reference.sampling() as model:
-            sampler = transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
+            sampler = parts.transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
             texts = self.heldout.reference_texts(sampler, self._sharded())
         self.observer.advance()
         return texts
@@ -328,6 +332,10 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         targets = batch.targets.view(*batch.shape, -1)
         job = loss_job(watch, targets, batch.constants, self.args.temperature, self.scorer.options)
         loss = self.head(model, batch.input_ids, batch.attention_mask, job)
+        if not loss.isfinite():  # transformers would log 0 and go on
+            raise FloatingPointError(
+                f"the loss of step {self.state.global_step + 1} is {loss.item()}; lower learning_rate"
+            )
         self._averages.add(step_metrics(watch.logps, batch.constants, self.args))
         self.observer.advance()
         return (loss, {}) if return_outputs else loss
@@ -377,7 +385,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
             raise ValueError("eval_dataset must be None: the trainer evaluates on its eval_prompts")
         result, metrics = self._evaluation(metric_key_prefix)
-        if self.is_in_train and self.evaluates_each_iteration:
+        if self.is_in_train and self.evaluates_each_iteration and self.iteration_is_over:
             self.finish_iteration(result)
         return metrics
 
@@ -396,6 +404,11 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     @property
     def evaluates_each_iteration(self) -> bool:
         return bool(self.eval_prompts) and self.args.eval_strategy == IntervalStrategy.EPOCH
+
+    @property
+    def iteration_is_over(self) -> bool:
+        """Whether all steps of the iteration have been taken, and nothing came before (eval_on_start) or in between."""
+        return 0 < self.state.global_step == self._iteration * self.args.steps_per_iteration
 
     def finish_iteration(self, result: Evaluation | None) -> None:
         """Record the iteration that has just been fitted."""
@@ -434,17 +447,3 @@ class WindTrainer(AtomicCheckpoints, Trainer):
                 library="peft" if hasattr(self.model, "peft_config") else "transformers",
                 defaults={field.name: field.default for field in dataclasses.fields(WindConfig)},
             )
-
-
-def _anchor_name(world: World) -> str:
-    return f"anchor-{world.rank}-of-{world.size}.pt"
-
-
-def _demonstrations_of(prompts: Sequence, wanted: bool) -> list[Demonstration]:
-    found = [each for each in prompts if isinstance(each, Demonstration)]
-    if (wanted or found) and len(found) != len(prompts):
-        raise ValueError(
-            f"train_prompts must all be Demonstrations (prompt, answer) for loss='spin', got {len(found)} of "
-            f"{len(prompts)}"
-        )
-    return found
