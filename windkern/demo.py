@@ -41,15 +41,15 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def batches(prompts: int) -> dict[str, object]:
-    """Steps and batch size for so many prompts in an iteration: four of them at a time where that goes.
+    """Steps and batch size for so many prompts in an iteration, four of them at a time where that goes.
 
     Example:
-        >>> batches(8), batches(6)
-        ({'per_device_train_batch_size': 4, 'steps_per_iteration': 2}, {'per_device_train_batch_size': 3, \
-'steps_per_iteration': 2})
+        >>> batches(6)
+        {'per_device_train_batch_size': 3, 'steps_per_iteration': 2, 'save_steps': 4}
     """
     size = next(size for size in (4, 3, 2, 1) if prompts % size == 0)
-    return {"per_device_train_batch_size": size, "steps_per_iteration": prompts // size}
+    steps = prompts // size
+    return {"per_device_train_batch_size": size, "steps_per_iteration": steps, "save_steps": 2 * steps}
 
 
 def run(arguments: argparse.Namespace) -> int:

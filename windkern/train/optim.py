@@ -138,7 +138,7 @@ def master_optimizer(
     if (name := str(getattr(args.optim, "value", args.optim))) not in ("adamw_torch", "adamw_torch_fused"):
         warn(f"optim={name} has no float32 master weights: 16-bit weights lose steps below 1/256 of themselves")
         return None
-    if processes == 1:
+    if processes == 1 and args.gradient_accumulation_steps > 1:  # DDP reduces gradients in the dtype of the weights
         accumulate_in_float32(model.parameters())
     betas = (args.adam_beta1, args.adam_beta2)
     return MasterAdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}

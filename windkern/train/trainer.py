@@ -273,6 +273,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             groups = self.responder.recorded()
             self.reference.save(groups, self.scorer.policy(groups, 1), write=self.world.is_main)
         if self.eval_prompts and not step:
+            self.observer.phase(0, "sampling the reference", 1)
             self._reference_texts()
 
     def _prepare_anchor(self, step: int) -> None:
@@ -316,14 +317,11 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             self._anchor_path = Path(checkpoint) / anchor_file(self.world.rank, self.world.size)
 
     def _reference_texts(self) -> list[tuple[str, ...]]:
-        self.observer.phase(self._iteration, "sampling the reference", 1)
         if self.reference is None:
             raise ValueError("an evaluation compares with the reference: pass reference=")
         with self.reference.sampling() as model:
             sampler = parts.transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
-            texts = self.heldout.reference_texts(sampler, self._sharded())
-        self.observer.advance()
-        return texts
+            return self.heldout.reference_texts(sampler, self._sharded())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the groups of a batch, through the wrapped model's `__call__`."""
