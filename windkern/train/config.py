@@ -31,8 +31,22 @@ _MEANINGLESS = {
 }
 
 
-def _field(default, help: str, **options):
+def setting(default, help: str, **options):
+    """A field of a dataclass of settings, with its help."""
     return field(default=default, metadata={"help": help, **options})
+
+
+def check_one_gpu(count: int) -> None:
+    """Raise where transformers would spread batches over several GPUs of one process (DataParallel).
+
+    Raises:
+        ValueError: this process sees more than one GPU.
+    """
+    if count > 1:
+        raise ValueError(
+            f"one process sees {count} GPUs; start one for each by torchrun (--nproc_per_node={count}) or accelerate "
+            "launch, or set CUDA_VISIBLE_DEVICES"
+        )
 
 
 def required_settings(loss: str) -> dict[str, float]:
@@ -72,163 +86,159 @@ class WindConfig(TrainingArguments):
         (8, 3.333)
     """
 
-    loss: str = _field(
+    loss: str = setting(
         "wind",
         "Loss that is fitted: a separable one of windkern.losses.LOSSES (`windkern losses`). Losses over pairs get the "
         "best and the worst response of a group; spin a demonstration and a sample; bond one sample of the policy and "
         "two of its moving average. Default: the paper this package implements.",
     )
-    objective: str = _field(
+    objective: str = setting(
         "square",
         "Objective of loss=wind: " + ", ".join(OBJECTIVES) + ". Default: the one with the paper's guarantee, centred "
         "in the group, so that no partition function is needed.",
     )
-    eta: float | None = _field(
+    eta: float | None = setting(
         None,
         "Step size of the update, positive, per unit of win rate (of reward for rebel). After a perfect fit "
         "c = eta / (1 + eta * beta) nats separate a certain winner from a certain loser. None: of the table of losses, "
         "where the loss has no default (wind 4, sppo 4, rebel 1, inpo 0.25); ours.",
     )
-    beta: float | None = _field(
+    beta: float | None = setting(
         None,
         "Weight of the KL to the reference (for losses with another beta, theirs), not negative. None: the loss's own "
         "default, else that of the table of losses (wind 0.05, trajectory_balance 1); ours.",
     )
-    loss_settings: dict | None = _field(
+    loss_settings: dict | None = setting(
         None, "Further keyword arguments of the loss by name, such as {tau: 0.1} for inpo. None: its defaults."
     )
-    num_iterations: int = _field(
+    num_iterations: int = setting(
         3, "Outer iterations: freeze the policy, sample, judge, fit. At least 1. Default: as SPPO's runs."
     )
-    steps_per_iteration: int = _field(
+    steps_per_iteration: int = setting(
         32, "Optimizer steps in each outer iteration. At least 1. Default: ours, small enough to stay near the policy."
     )
-    passes_per_iteration: int = _field(
+    passes_per_iteration: int = setting(
         1, "How often an iteration's responses are gone through; divides steps_per_iteration. Default: one, as SPPO."
     )
-    num_responses: int | None = _field(
+    num_responses: int | None = setting(
         None, "Responses sampled to each prompt, at least 2. None: 5 as SPPO; spin needs 1 and bond 3."
     )
-    fit_responses: int | None = _field(
+    fit_responses: int | None = setting(
         None,
         "How many of them are fitted: those with the highest and lowest win rates against all; at least 2. A response "
         "costs less to sample than to fit, and the extremes say most about where to go. None: all.",
     )
-    reset_optimizer: bool = _field(
+    reset_optimizer: bool = setting(
         False,
         "Whether the optimizer forgets its moments at the start of each iteration, which is a regression of its own. "
         "Default: no, as transformers.",
     )
-    sampler: str = _field(
+    sampler: str = setting(
         "transformers",
         "Who samples: transformers (the policy's own generate), recorded:FILE (JSON lines), or http:URL (a server that "
         "speaks the OpenAI protocol and serves the current policy). Default: what is always right.",
     )
-    http_model: str | None = _field(None, "Name of the model on the server of sampler=http:URL. None: policy.")
-    temperature: float = _field(
+    http_model: str | None = setting(None, "Name of the model on the server of sampler=http:URL. None: policy.")
+    temperature: float = setting(
         1.0,
         "Divides the logits, of samples and log-probs alike; positive. Default 1: the theory compares the policy as "
         "it is.",
     )
-    top_p: float = _field(
+    top_p: float = setting(
         1.0,
         "Samples come from the smallest set of tokens with this probability; in (0, 1]. Below 1 they are not samples "
         "of the policy whose log-probs are fitted. Default 1: the theory needs it.",
     )
-    max_new_tokens: int = _field(512, "Longest response, in tokens, end token included; at least 1. Default: ours.")
-    system: str | None = _field(None, "System message for the chat template. None: the template's own.")
-    sampling_batch_size: int = _field(
+    max_new_tokens: int = setting(512, "Longest response, in tokens, end token included; at least 1. Default: ours.")
+    system: str | None = setting(None, "System message for the chat template. None: the template's own.")
+    sampling_batch_size: int = setting(
         64, "Sequences generated, and judged, at a time on a device; what a kill can lose. Default: ours."
     )
-    truncated: str = _field(
+    truncated: str = setting(
         "keep",
         "What happens to responses that met max_new_tokens: keep (scored as the prefixes they are) or drop (judged and "
         "beaten by others, but not fitted). Default: keep, which is unbiased for a judge that reads what was written.",
         choices=TRUNCATED,
     )
-    judge: str | None = _field(
+    judge: str | None = setting(
         None,
         "Who says which response wins: vader, MODULE:FUNCTION (prompts, responses -> numbers), reward-model:NAME, "
         "pair-model:NAME or recorded:FILE. None: the judge given to the trainer.",
     )
-    judge_strength: float = _field(
+    judge_strength: float = setting(
         1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
     )
-    reference: str = _field(
+    reference: str = setting(
         "model",
         "Where log pi_ref comes from: model (a frozen second model), adapter (the policy without its LoRA adapter) or "
         "precomputed (scored once, before the first step; needs sampler=recorded:FILE). Default: works for all.",
         choices=REFERENCES,
     )
-    focus: str = _field(
+    focus: str = setting(
         "uniform",
         "Which prompts are answered and judged: uniform (all in turn) or hardest (those with the largest estimated "
         "exploitability, arXiv 2502.08924). Default: uniform, the distribution that was asked for.",
         choices=MODES,
     )
-    focus_uniform_share: float = _field(
+    focus_uniform_share: float = setting(
         0.25, "Share of an iteration's prompts that focus=hardest draws uniformly, to measure on; in (0, 1]. Ours."
     )
-    replay: bool = _field(
+    replay: bool = setting(
         False, "Whether groups are also drawn from responses of earlier iterations (TBA); loss=trajectory_balance only."
     )
-    replay_capacity: int = _field(100, "Newest responses kept for each prompt, at least num_responses. As TBA's code.")
-    replay_on_policy_prob: float = _field(
+    replay_capacity: int = setting(100, "Newest responses kept for each prompt, at least num_responses. As TBA's code.")
+    replay_on_policy_prob: float = setting(
         0.5, "Share of groups made of this iteration's responses; in [0, 1]. Default: TBA's for TL;DR."
     )
-    replay_inverse_temperature: float = _field(
+    replay_inverse_temperature: float = setting(
         1.0, "Replayed responses are drawn with probability proportional to exp(this * reward); not negative. Ours."
     )
-    anchor_rate: float = _field(
+    anchor_rate: float = setting(
         0.02, "Of the moving average of the weights in loss=bond: anchor += rate * (policy - anchor); in (0, 1]."
     )
-    memory_budget: int | None = _field(
+    memory_budget: int | None = setting(
         None, "Bytes a fused op may allocate beside outputs and gradients. None: 2 GiB on a GPU, 256 MiB on a CPU."
     )
-    backend: str = _field("auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run.")
-    deterministic: bool = _field(
+    backend: str = setting("auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run.")
+    deterministic: bool = setting(
         False, "Whether a row's log-prob must not depend on its neighbours to the last bit. Costs time; default no."
     )
-    master_weights: bool = _field(
+    master_weights: bool = setting(
         True,
         "Whether trainable 16-bit weights get float32 copies that AdamW steps; 4 bytes a parameter more. Default yes: "
         "a bfloat16 weight cannot take steps below 1/256 of itself.",
     )
-    disable_dropout: bool = _field(
+    disable_dropout: bool = setting(
         True, "Whether dropout is off in training. Default yes: policies must differ by their weights only."
     )
-    eval_responses: int = _field(1, "Responses of the policy to each held-out prompt in an evaluation. Default: ours.")
-    reference_responses: int = _field(
+    eval_responses: int = setting(1, "Responses of the policy to each held-out prompt in an evaluation. Default: ours.")
+    reference_responses: int = setting(
         2, "Responses of the reference to each held-out prompt, drawn once, to compare with. Default: ours."
     )
-    overwrite: bool = _field(
+    overwrite: bool = setting(
         False, "Whether a run that does not resume deletes an earlier run's checkpoints in output_dir. Default no."
     )
     # Inherited, with defaults that suit this trainer.
-    per_device_train_batch_size: int = _field(
+    per_device_train_batch_size: int = setting(
         1, "Prompts on a device at a time, each with all its fitted responses. Default 1: groups are large."
     )
-    per_device_eval_batch_size: int = _field(4, "Held-out prompts scored on a device at a time. Default: ours.")
-    learning_rate: float = _field(5e-7, "Initial learning rate. Default: SPPO's for 8B models; LoRA wants 1e-5 or so.")
-    lr_scheduler_type: str = _field("constant", "Learning-rate schedule over the run. Default: ours.")
-    logging_steps: float = _field(1, "Steps between log lines. Default 1: steps are long.")
-    save_strategy: str = _field("epoch", "When to save: no, steps, epoch (after each iteration). Default: epoch.")
-    save_total_limit: int | None = _field(2, "Checkpoints kept. Default 2: one to fall back to.")
-    ddp_find_unused_parameters: bool | None = _field(
+    per_device_eval_batch_size: int = setting(4, "Held-out prompts scored on a device at a time. Default: ours.")
+    learning_rate: float = setting(5e-7, "Initial learning rate. Default: SPPO's for 8B models; LoRA wants 1e-5 or so.")
+    lr_scheduler_type: str = setting("constant", "Learning-rate schedule over the run. Default: ours.")
+    logging_steps: float = setting(1, "Steps between log lines. Default 1: steps are long.")
+    save_strategy: str = setting("epoch", "When to save: no, steps, epoch (after each iteration). Default: epoch.")
+    save_total_limit: int | None = setting(2, "Checkpoints kept. Default 2: one to fall back to.")
+    ddp_find_unused_parameters: bool | None = setting(
         False, "Whether DDP looks for parameters without gradient. Default no: every trained one gets its gradient."
     )
-    remove_unused_columns: bool = _field(False, "Not used: the trainer makes its own batches.")
-    dataloader_pin_memory: bool = _field(False, "Whether batches are pinned for the way to a GPU. Default no: small.")
+    remove_unused_columns: bool = setting(False, "Not used: the trainer makes its own batches.")
+    dataloader_pin_memory: bool = setting(False, "Whether batches are pinned for the way to a GPU. Default no: small.")
 
     def __post_init__(self) -> None:
         self._check()
         self.num_train_epochs, self.max_steps = float(self.num_iterations), -1
         super().__post_init__()
-        if self.n_gpu > 1:  # transformers would copy the model to each by DataParallel, and step sizes would be others
-            raise ValueError(
-                f"one process sees {self.n_gpu} GPUs; start one for each by torchrun or accelerate launch, or set "
-                "CUDA_VISIBLE_DEVICES"
-            )
+        check_one_gpu(self.n_gpu)
         for name in ("split_batches", "dispatch_batches"):
             if getattr(self.accelerator_config, name):
                 raise ValueError(

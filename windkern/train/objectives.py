@@ -70,7 +70,6 @@ class Objective:
             worst = torch.where(keep, win_rates, 2.0).argmin(-1)
             places = torch.stack([order.argmax(-1), worst], 1)
             tied = win_rates.gather(1, places).diff(dim=1).squeeze(1) == 0
-            keep = keep.clone()
             keep[tied] = False  # a pair without a winner teaches nothing
         elif self.fit_responses is not None:
             order = win_rates.argsort(dim=-1, stable=True)
@@ -103,8 +102,8 @@ def make_objective(config: WindConfig) -> Objective:
     """Return the objective that a configuration names.
 
     Raises:
-        ValueError: `eta`, `beta` or a key of `loss_settings` is no argument of the loss, or `tau` and the like are
-            missing; the message says which arguments there are.
+        ValueError: `eta`, `beta` or a key of `loss_settings` is no argument of the loss; the message says which
+            arguments there are.
 
     Example:
         >>> config = WindConfig(output_dir="run", loss="dpo", report_to="none")

@@ -121,19 +121,6 @@ def demonstrations_of(prompts: Sequence, wanted: bool) -> list[Demonstration]:
     return found
 
 
-def check_one_gpu(count: int) -> None:
-    """Raise where transformers would spread batches over several GPUs of one process (DataParallel).
-
-    Raises:
-        ValueError: this process sees more than one GPU.
-    """
-    if count > 1:
-        raise ValueError(
-            f"one process must have one GPU, got {count}: start with `torchrun --nproc_per_node={count}` or "
-            "`accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES"
-        )
-
-
 def clear_run(output_dir: Path, *, overwrite: bool) -> None:
     """Delete an earlier run's checkpoints, if that is wanted.
 

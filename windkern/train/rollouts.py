@@ -142,6 +142,10 @@ class RolloutStore:
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def has(self, folder: Path, block: int) -> bool:
+        """Whether a block has been sampled; it is there as a whole or not at all."""
+        return self._path(folder, block).is_file()
+
     def read(self, folder: Path, block: int) -> tuple[list[Rollout], bool]:
         """The rollouts of a block and whether they have been judged; nothing where there is no such block."""
         content = read_json(self._path(folder, block))
@@ -204,11 +208,11 @@ def collect(
     """
     cuts = [tuple(places[first : first + block_size]) for first in range(0, len(places), block_size)]
     blocks = [Block(index, cut) for index, cut in enumerate(cuts)]
-    missing = world.agree([block for block in blocks if not store.read(folder, block.index)[0]])
+    missing = world.agree([block for block in blocks if not store.has(folder, block.index)])
 
     def sample_and_save(block: Block) -> None:
         rollouts = sample(block)
-        if not store.read(folder, block.index)[0]:
+        if not store.has(folder, block.index):
             store.write(folder, block.index, rollouts, judged=False)
         if not together:
             judge_and_save(block)

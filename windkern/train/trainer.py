@@ -17,7 +17,7 @@ from windkern.train import parts
 from windkern.train.anchor import Anchor, anchor_file
 from windkern.train.callbacks import Iterations
 from windkern.train.card import write_card
-from windkern.train.config import WindConfig
+from windkern.train.config import WindConfig, check_one_gpu
 from windkern.train.data import Demonstration, padding_id
 from windkern.train.evaluate import Evaluation
 from windkern.train.fused_head import FusedHead, Watch, loss_job
@@ -100,7 +100,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     ):
         if not isinstance(args, WindConfig):
             raise TypeError(f"args must be a WindConfig, got {type(args).__name__}")
-        parts.check_one_gpu(args.n_gpu)
+        check_one_gpu(args.n_gpu)
         self.objective = make_objective(args)
         self._demonstrations = parts.demonstrations_of(train_prompts, self.objective.group == "demonstration")
         prompts = [one.prompt for one in self._demonstrations] or list(train_prompts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,15 +12,12 @@ from transformers import Trainer, TrainingArguments
 
 from windkern import backends
 from windkern._checks import check_choice, check_count
+from windkern.train.config import check_one_gpu, setting
 from windkern.train.samplers_recorded import completions_of_texts
 from windkern.train.saving import AtomicCheckpoints
 from windkern.train.value_model import ValueModel
 
 _TRAINING_ARGUMENTS = "training_args.bin"  # as transformers names it
-
-
-def _field(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -39,38 +36,38 @@ class ValueConfig(TrainingArguments):
         ValueError: max_new_tokens must be at least 1, got 0
     """
 
-    base_model: str | None = _field(
+    base_model: str | None = setting(
         None, "Folder or hub id of the frozen base, or smollm2-135m-instruct (packaged). No default: it must be named."
     )
-    value_model: str | None = _field(
+    value_model: str | None = setting(
         None,
         "Folder or hub id of the causal LM the value model starts as: small, with the base's tokenizer and vocabulary "
         "size. No default: it must be named.",
     )
-    train_demonstrations: str | None = _field(
+    train_demonstrations: str | None = setting(
         None, "Prompts with answers to imitate: a .jsonl or .json file, or hub:NAME[:SPLIT]. No default."
     )
-    eval_demonstrations: str | None = _field(
+    eval_demonstrations: str | None = setting(
         None, "The same to measure on, before and after. None: measured on those that were trained on."
     )
-    transfer_base: str | None = _field(
+    transfer_base: str | None = setting(
         None,
         "Folder or hub id of a second base of the same tokenizer, which is not trained on; measured with and without "
         "the value model at the end. None: no such comparison.",
     )
-    max_new_tokens: int = _field(
+    max_new_tokens: int = setting(
         512, "Longest answer in tokens, end token included, at least 1; longer ones are cut. Default: ours."
     )
-    memory_budget: int | None = _field(
+    memory_budget: int | None = setting(
         None,
         "Bytes that log-probs may take beside outputs and gradients, at least 1. None: 2 GiB on a GPU, 256 MiB on a "
         "CPU, as windkern.token_logps.",
     )
-    backend: str = _field(
+    backend: str = setting(
         "auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run on the device."
     )
     # Inherited, with a default that this trainer needs.
-    remove_unused_columns: bool = _field(
+    remove_unused_columns: bool = setting(
         False, "Must be False, for the trainer makes its batches from demonstrations, which have no columns."
     )
 
@@ -167,10 +164,7 @@ class ValueTrainer(AtomicCheckpoints, Trainer):
             raise TypeError(f"model must be a ValueModel, got {type(model).__name__}")
         if not isinstance(args, ValueConfig):
             raise TypeError(f"args must be a ValueConfig, got {type(args).__name__}")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {args.n_gpu} GPUs; start one for each by torchrun, or set CUDA_VISIBLE_DEVICES"
-            )
+        check_one_gpu(args.n_gpu)
         model.memory_budget, model.backend = args.memory_budget, args.backend
         super().__init__(
             model=model,
