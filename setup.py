@@ -32,7 +32,7 @@ X86_FLAGS = {
     "-mprefer-vector-width=512",
     "cpu/products_avx512bf16.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma",
 }
-CPP_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/products_avx512bf16.cpp"]
+CPP_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/openmp.cpp", "cpu/products_avx512bf16.cpp"]
 CPP_SOURCES += [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx512")]
 # Machine code for each, and PTX of the newest for GPUs to come.
 CUDA_ARCHS = ("80", "90", "100")

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/openmp.h"
 
 namespace py = pybind11;
 using windkern::DType;
@@ -97,7 +98,8 @@ PYBIND11_MODULE(_cpp, m) {
                                 pointer<bool>(where), link, 0, threads},
                                pointer<void>(rates));
            });
-  m.def("packed_size", &windkern::packed_size);
+  m.def("openmp_team_is_exact", &windkern::openmp_team_is_exact);
+  m.def("set_num_threads", &windkern::set_num_threads);
   m.def("has_bf16_product", [] { return windkern::runnable_product() != nullptr; });
   m.def("multiply_bf16",
         [](int64_t rows, int64_t columns, int64_t inner, Address a, int64_t a_stride, bool a_transposed, Address b,

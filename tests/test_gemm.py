@@ -6,7 +6,7 @@ from cases import NARROW, UNLIMITED, Problem, Shape
 from test_logprobs import check
 from tolerances import assert_within
 
-from windkern.kernels import buffers, cpu_products, gemm
+from windkern.kernels import buffers, cpu_libraries, cpu_products, gemm
 from windkern.plan import _solve
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -25,8 +25,8 @@ needs_product = pytest.mark.skipif(not cpu_products.AVAILABLE, reason="needs AVX
 )
 def library(request, monkeypatch):
     monkeypatch.setattr(cpu_products, "AVAILABLE", request.param == "packed")
-    monkeypatch.setattr(gemm, "_ONEDNN", request.param != "mkl")
-    monkeypatch.setattr(gemm, "_ONEDNN_WEIGHT_GRAD", request.param == "onednn")
+    monkeypatch.setattr(cpu_libraries, "ONEDNN", request.param in ("onednn", "zen4"))
+    monkeypatch.setattr(cpu_libraries, "ONEDNN_WEIGHT_GRAD", request.param == "onednn")
     monkeypatch.setattr(gemm, "_SMALL_PRODUCT", 1)
     _solve.cache_clear()
     yield
@@ -43,17 +43,17 @@ def test_products(library, dtype):
     def close(result, wanted, plain, name):
         assert_within(result, wanted, plain, dtype, name)
 
-    z = products.logits(products.logit_operand(hidden), products.logit_operand(weight), None)
+    z = products.logits(products.prepared(hidden), products.prepared(weight), None)
     assert z.dtype == products.acc
     close(z, exact[0] @ exact[1].T, exact[0] @ exact[1].T, "logits")
-    twice = products.logits(products.logit_operand(hidden), products.logit_operand(weight), None, add_to=z.clone())
+    twice = products.logits(products.prepared(hidden), products.prepared(weight), None, add_to=z.clone())
     close(twice, 2 * exact[0] @ exact[1].T, exact[0] @ exact[1].T * 2, "logits of two blocks")
     total = torch.ones(37, 24, dtype=products.acc)
-    total = products.hidden_grad(products.grad_operand(dz), products.grad_operand(weight), total)
+    total = products.hidden_grad(products.prepared(dz), products.prepared(weight), total)
     assert total.dtype == products.acc
     close(total, 1 + exact[2] @ exact[1], 1 + exact[2] @ exact[1], "hidden_grad")
     wanted = exact[2].T @ exact[0]
-    operands = products.grad_operand(dz), products.grad_operand(hidden)
+    operands = products.prepared(dz), products.prepared(hidden)
     for out_dtype in {dtype, products.acc}:
         out = torch.empty(65, 24, dtype=out_dtype)
         products.weight_grad(*operands, out, accumulate=False, gain=None)
@@ -117,12 +117,3 @@ def test_flops_are_counted():
         products.hidden_grad(torch.randn(5, 7), torch.randn(7, 3), torch.zeros(5, 3))
         products.weight_grad(torch.randn(5, 7), torch.randn(5, 3), torch.empty(7, 3), accumulate=False, gain=None)
     assert record.flops == 3 * 2 * 5 * 3 * 7
-
-
-def test_amd_family_reads_the_first_processor(monkeypatch):
-    text = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\n\nprocessor\t: 1\nvendor_id\t: Other\ncpu family\t: 1\n"
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    for vendor, family, wanted in (("AuthenticAMD", 26, 26), ("GenuineIntel", 6, 0)):
-        monkeypatch.setattr(gemm.Path, "exists", lambda path: True)
-        monkeypatch.setattr(gemm.Path, "read_text", lambda path, v=vendor, f=family: text.format(v, f))
-        assert gemm._amd_family() == wanted

@@ -117,7 +117,7 @@ class _Problem:
         tiles = self.tiles(width)
         total = self._common_bytes(R, width) + kept * M * (width * item + tiles * acc)
         total += R * tiles * acc * (2 + self.entropy) if self.tiled else R * width * acc
-        total += self.gemm.upcasts_logits * M * H * acc
+        total += self.gemm.widens * M * H * acc
         packed = self.gemm.packed_bytes(width, H_max)
         if self.gear == "frozen_head":
             H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
@@ -141,7 +141,7 @@ class _Problem:
         total = self._common_bytes(M, width) + kept * M * (width * item + self.tiles(width) * acc)
         total += M * width * (acc if (item == acc or not all_kept) else 0)
         total += M * width * (item if item != acc else 0)
-        if self.gemm.upcasts_logits and not all_kept:
+        if self.gemm.widens and not all_kept:
             total += M * H * acc
         packed = [0 if all_kept else self.gemm.packed_bytes(width, H_max)]
         if any(self.hidden_grad):
@@ -151,7 +151,7 @@ class _Problem:
         if any(self.weight_grad):
             packed.append(self.gemm.packed_bytes(H_max, M))
             total += width * H_max * acc * self._weight_product()
-            total += self.gemm.upcasts_grads * M * H * acc
+            total += self.gemm.widens * M * H * acc
             total += M * H * item * (self.gemm.operand == torch.float16)
         return total + max(packed)
 
@@ -162,14 +162,11 @@ class _Problem:
         total = self.rows * (12 * acc + 16) + 2 * width * acc + self.compact * self.rows * sum(self.hidden_sizes) * item
         total += torch_rows.scratch_bytes(rows, width, acc, self.gemm.device_type)
         total += slab * item * (self.weight_dtype != self.gemm.operand)
-        return total + slab * acc * (self.gemm.upcasts_logits or self.gemm.upcasts_grads)
+        return total + slab * acc * (self.gemm.widens)
 
     def _product_bytes(self, rows: int, width: int, inner: int) -> int:
-        """Temporaries of dhidden += dz @ weight: a rounded partial, a widened dz, or the library's own result."""
-        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
-        if self.gemm.upcasts_grads:
-            return rows * (width + self.gemm.allocates * inner) * acc
-        return rows * inner * (item if self.gemm.upcasts_logits else acc * self.gemm.allocates)
+        """Temporaries of dhidden += dz @ weight: a widened dz, and the library's own result."""
+        return rows * (width * self.gemm.widens + inner * self.gemm.allocates) * self.gemm.acc.itemsize
 
     def _weight_product(self) -> bool:
         """Whether dweight of a slab exists apart from its place in the gradient."""

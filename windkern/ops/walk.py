@@ -56,7 +56,7 @@ def _slab_logits(
     """Logits (R, W) of one slab: the products of all blocks add up in one float32 buffer."""
     z = None
     for block, head in zip(hidden, weight, strict=True):
-        z = walk.gemm.logits(block, walk.gemm.logit_operand(head[start:stop]), out, add_to=z)
+        z = walk.gemm.logits(block, walk.gemm.prepared(head[start:stop]), out, add_to=z)
     return z
 
 
@@ -90,7 +90,7 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
             for block, wanted in zip(hidden, walk.hidden_grad, strict=True):
                 if wanted:
                     units.append(buffers.zeros("dhidden", tuple(block.shape), acc, device))
-    operands = [walk.gemm.logit_operand(block) for block in hidden]
+    operands = [walk.gemm.prepared(block) for block in hidden]
     slab_buffer = None if tiled else _slab_buffer(walk, walk.row_block, walk.slab_width, device)
     for first in range(0, M, max(1, walk.row_block)):
         rows = slice(first, min(first + walk.row_block, M))
@@ -105,7 +105,7 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
                 slab_kept, offset = _kept_slab(walk, kept, M, index, width)[rows], offsets[index][rows]
             results = bias_slab, targets[rows], start, walk.transform, block_state, slab_kept, offset
             if tiled:
-                slab = walk.gemm.logit_operand(weight[0][start:stop])
+                slab = walk.gemm.prepared(weight[0][start:stop])
                 walk.kernels.tile_forward(operands[0][rows], slab, *results)
                 continue
             z = _view(slab_buffer, size, width)
@@ -154,13 +154,13 @@ def _unit_slab(
     )
     heads = [head for head, wanted in zip(weight, walk.hidden_grad, strict=True) if wanted]
     for k, head in enumerate(heads):
-        slab = walk.gemm.grad_operand(head[start : start + width])
+        slab = walk.gemm.prepared(head[start : start + width])
         if walk.entropy:
             logged = len(heads) + k
             units[logged].addcmul_(units[k], max_step.unsqueeze(1)).mul_(rescale.unsqueeze(1))
-            units[logged] = walk.gemm.hidden_grad(walk.gemm.grad_operand(unit_entropy), slab, units[logged])
+            units[logged] = walk.gemm.hidden_grad(walk.gemm.prepared(unit_entropy), slab, units[logged])
         units[k].mul_(rescale.unsqueeze(1))
-        units[k] = walk.gemm.hidden_grad(walk.gemm.grad_operand(unit), slab, units[k])
+        units[k] = walk.gemm.hidden_grad(walk.gemm.prepared(unit), slab, units[k])
 
 
 @dataclass
@@ -217,7 +217,7 @@ def backward(
     ]
     weight_operands, gain = _weight_operands(walk, hidden, scale)
     all_kept = kept_columns(walk, V) >= V
-    operands = [] if all_kept else [walk.gemm.logit_operand(block) for block in hidden]
+    operands = [] if all_kept else [walk.gemm.prepared(block) for block in hidden]
     needs_slab = not all_kept or walk.gemm.operand == walk.gemm.acc
     slab_buffer = _slab_buffer(walk, M, walk.slab_width, device) if needs_slab else None
     dz_buffer = None
@@ -241,10 +241,10 @@ def backward(
         del src
         if walk.bias_grad:
             dbias[start:stop] = dbias[start:stop] + dbias_slab if accumulate else dbias_slab
-        dz_operand = walk.gemm.grad_operand(dz)
+        dz_operand = walk.gemm.prepared(dz)
         for k, head in enumerate(weight):
             if totals[k] is not None:
-                slab = walk.gemm.grad_operand(head[start:stop])
+                slab = walk.gemm.prepared(head[start:stop])
                 totals[k] = walk.gemm.hidden_grad(dz_operand, slab, totals[k])
             if dweight[k] is not None:
                 walk.gemm.weight_grad(
@@ -264,11 +264,11 @@ def _weight_operands(
     """The hidden operand of dweight, row-scaled for float16, and the scalar that scaling left out."""
     if scale is None or not any(walk.weight_grad):
         wanted = zip(hidden, walk.weight_grad, strict=True)
-        return [walk.gemm.grad_operand(block) if flag else None for block, flag in wanted], None
+        return [walk.gemm.prepared(block) if flag else None for block, flag in wanted], None
     gain = scale.amax() if scale.numel() else scale.new_ones(())
     relative = (scale / gain).unsqueeze(1)
     operands = [
-        walk.gemm.grad_operand(buffers.track("cast", (block * relative).to(block.dtype))) if flag else None
+        walk.gemm.prepared(buffers.track("cast", (block * relative).to(block.dtype))) if flag else None
         for block, flag in zip(hidden, walk.weight_grad, strict=True)
     ]
     return operands, gain
