@@ -26,13 +26,16 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-psabi"
 # Never -march=native: the CPU that runs a wheel is not the one that built it. dispatch.cpp chooses at run time.
+AVX2 = "-mavx2 -mfma"
+AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {AVX2}"
 X86_FLAGS = {
-    "cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
-    "cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c "
-    "-mprefer-vector-width=512",
-    "cpu/products_avx512bf16.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma",
+    "cpu/kernels_avx2.cpp": f"{AVX2} -mf16c",
+    "cpu/kernels_avx512.cpp": f"{AVX512} -mf16c -mprefer-vector-width=512",
+    "cpu/products_avx512bf16.cpp": f"{AVX512} -mavx512bf16",
+    "cpu/products_amx.cpp": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
-CPP_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/openmp.cpp", "cpu/products_avx512bf16.cpp"]
+CPP_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/openmp.cpp"]
+CPP_SOURCES += [f"cpu/products_{name}.cpp" for name in ("amx", "avx512bf16")]
 CPP_SOURCES += [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx512")]
 # Machine code for each, and PTX of the newest for GPUs to come.
 CUDA_ARCHS = ("80", "90", "100")

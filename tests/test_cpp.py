@@ -147,11 +147,13 @@ def test_the_extension_links_no_torch():
 @needs_compiler
 def test_kernels_are_clean_under_sanitizers(tmp_path):
     """-fsanitize=address,undefined over odd shapes, with warnings as errors."""
-    sources = ["dispatch", "kernels_portable", "kernels_avx2", "kernels_avx512", "products_avx512bf16"]
+    kernels, products = ["portable", "avx2", "avx512"], ["amx", "avx512bf16"]
+    sources = ["dispatch", *(f"kernels_{name}" for name in kernels), *(f"products_{name}" for name in products)]
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-    flags = {"kernels_avx2": avx2, "kernels_avx512": avx512, "products_avx512bf16": [*avx512, "-mavx512bf16"]}
-    flags["products_avx512bf16"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own headers
+    bf16 = [*avx512, "-mavx512bf16", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own headers
+    flags = {"kernels_avx2": avx2, "kernels_avx512": avx512, "products_avx512bf16": bf16}
+    flags["products_amx"] = [*bf16, "-mamx-tile", "-mamx-bf16"]
     common = [
         "g++",
         "-std=c++17",

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cases import NARROW, UNLIMITED, Problem, Shape
 import windkern as wk
 from windkern.kernels import cpu_libraries, cpu_products
 from windkern.plan import _solve
+from windkern.train.models import dtype_named
 
 CPUINFO = (
     "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nflags\t\t: fpu {}\n\n"
@@ -33,6 +35,19 @@ AVX2_ONLY = {
 needs_cpp = pytest.mark.skipif(cpu_libraries._cpp is None, reason="needs the C++ extension")
 
 
+def on_processor(monkeypatch, vendor: str, family: int, flags: str) -> None:
+    """Let /proc/cpuinfo describe another processor."""
+    cpu_libraries._processor.cache_clear()
+    monkeypatch.setattr(cpu_libraries.Path, "exists", lambda path: True)
+    monkeypatch.setattr(cpu_libraries.Path, "read_text", lambda path: CPUINFO.format(vendor, family, flags))
+
+
+@pytest.fixture(autouse=True)
+def the_processor_is_read_again():
+    yield
+    cpu_libraries._processor.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("processor", "mask", "family"),
     [
@@ -47,10 +62,48 @@ needs_cpp = pytest.mark.skipif(cpu_libraries._cpp is None, reason="needs the C++
 )
 def test_onednn_is_wanted_where_mkl_leaves_avx512_unused(monkeypatch, processor, mask, family):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(cpu_libraries.Path, "exists", lambda path: True)
-    monkeypatch.setattr(cpu_libraries.Path, "read_text", lambda path: CPUINFO.format(*processor))
+    on_processor(monkeypatch, *processor)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", mask)
     assert cpu_libraries.amd_avx512_family() == family
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "mask", "fast"),
+    [
+        ("avx512f avx512_bf16", "AVX512", "", True),
+        ("avx512f amx_bf16", "AVX512", "AVX512_CORE_AMX", True),
+        ("avx512f avx512_bf16", "AVX512", "AVX512_CORE", False),
+        ("avx512f avx512_bf16", "AVX2", "", False),
+        ("avx512f", "AVX512", "", False),
+        ("avx2", "AVX2", "", False),
+    ],
+)
+def test_auto_is_bfloat16_where_a_cpu_multiplies_it(monkeypatch, flags, capability, mask, fast):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    on_processor(monkeypatch, "GenuineIntel", 6, flags)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", mask)
+    assert cpu_libraries.has_bfloat16_products() == fast
+    assert dtype_named("auto", "cpu") == (torch.bfloat16 if fast else torch.float32)
+    assert dtype_named("auto", "cuda") == torch.bfloat16
+    assert dtype_named("float16", "cpu") == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("runnable", "vendor", "isa", "chosen"),
+    [
+        (["amx", "avx512bf16"], "GenuineIntel", "", "amx"),
+        (["avx512bf16"], "GenuineIntel", "", None),
+        (["avx512bf16"], "AuthenticAMD", "avx512", "avx512bf16"),
+        (["amx", "avx512bf16"], "GenuineIntel", "avx2", None),
+        ([], "AuthenticAMD", "", None),
+    ],
+)
+def test_the_bfloat16_product_is_the_fastest_the_cpu_has(monkeypatch, runnable, vendor, isa, chosen):
+    monkeypatch.setattr(cpu_products, "_cpp", SimpleNamespace(bf16_products=lambda: runnable))
+    on_processor(monkeypatch, vendor, 6, "avx512f")
+    monkeypatch.setenv("WINDKERN_CPP_ISA", isa)
+    assert cpu_products._choose() == chosen
 
 
 def in_another_process(code: str, **variables: str) -> str:
@@ -146,7 +199,7 @@ def multiplied(monkeypatch):
 
 @pytest.fixture
 def without_bf16_products(monkeypatch):
-    monkeypatch.setattr(cpu_products, "AVAILABLE", False)
+    monkeypatch.setattr(cpu_products, "PRODUCT", None)
     _solve.cache_clear()
     yield
     _solve.cache_clear()
@@ -167,6 +220,6 @@ def test_masks_of_an_avx2_cpu_reach_the_choice():
     """On any machine: neither bfloat16 products nor oneDNN under the masks that leave AVX2."""
     asks = (
         "from windkern.kernels import cpu_libraries, cpu_products; "
-        "print(cpu_products.AVAILABLE, cpu_libraries.ONEDNN, cpu_libraries.ONEDNN_WEIGHT_GRAD)"
+        "print(cpu_products.PRODUCT, cpu_libraries.ONEDNN, cpu_libraries.ONEDNN_WEIGHT_GRAD)"
     )
-    assert in_another_process(asks, **AVX2_ONLY) == "False False False"
+    assert in_another_process(asks, **AVX2_ONLY) == "None False False"

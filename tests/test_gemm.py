@@ -12,7 +12,12 @@ from windkern.plan import _solve
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
-needs_product = pytest.mark.skipif(not cpu_products.AVAILABLE, reason="needs AVX512_BF16 and the C++ extension")
+BF16_PRODUCTS = () if cpu_products._cpp is None else cpu_products._cpp.bf16_products()
+
+
+def bf16_product(name: str):
+    missing = name not in BF16_PRODUCTS
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"needs {name} and the C++ extension"))
 
 
 @pytest.fixture(
@@ -20,11 +25,12 @@ needs_product = pytest.mark.skipif(not cpu_products.AVAILABLE, reason="needs AVX
         "mkl",
         pytest.param("onednn", marks=needs_onednn),
         pytest.param("zen4", marks=needs_onednn),
-        pytest.param("packed", marks=needs_product),
+        bf16_product("amx"),
+        bf16_product("avx512bf16"),
     ]
 )
 def library(request, monkeypatch):
-    monkeypatch.setattr(cpu_products, "AVAILABLE", request.param == "packed")
+    monkeypatch.setattr(cpu_products, "PRODUCT", request.param if request.param in BF16_PRODUCTS else None)
     monkeypatch.setattr(cpu_libraries, "ONEDNN", request.param in ("onednn", "zen4"))
     monkeypatch.setattr(cpu_libraries, "ONEDNN_WEIGHT_GRAD", request.param == "onednn")
     monkeypatch.setattr(gemm, "_SMALL_PRODUCT", 1)
@@ -70,13 +76,15 @@ def test_gears(library, gear, dtype):
         check(problem, dtype, gear, memory_budget=budget, backend="torch")
 
 
-@needs_product
+@pytest.mark.parametrize("name", [bf16_product("amx"), bf16_product("avx512bf16")])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (7, 65, 3), (50, 130, 33), (49, 64, 1025), (97, 200, 600), (0, 3, 3), (3, 4, 0)]
+    "shape",
+    [(1, 1, 1), (7, 65, 3), (50, 130, 33), (49, 64, 1025), (160, 128, 96), (257, 200, 2600), (0, 3, 3), (3, 4, 0)],
 )
-def test_bfloat16_products_with_float32_sums(shape, threads):
+def test_bfloat16_products_with_float32_sums(monkeypatch, name, shape, threads):
     """Tails of every kind, both layouts of both operands, into a view whose surroundings must stay as they are."""
+    monkeypatch.setattr(cpu_products, "PRODUCT", name)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows, columns, inner = shape
@@ -101,8 +109,9 @@ def test_bfloat16_products_with_float32_sums(shape, threads):
         torch.set_num_threads(before)
 
 
-@needs_product
-def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_other_rows():
+@pytest.mark.parametrize("name", [bf16_product("amx"), bf16_product("avx512bf16")])
+def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_other_rows(monkeypatch, name):
+    monkeypatch.setattr(cpu_products, "PRODUCT", name)
     left, right = torch.randn(100, 70).bfloat16(), torch.randn(70, 130).bfloat16()
     whole = cpu_products.multiply(left, right, torch.empty(100, 130))
     for rows in (slice(0, 1), slice(5, 12), slice(47, 100)):

@@ -122,7 +122,9 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="system message for chat templates (default: the template's own)")
     add("--batch-size", type=int, metavar="N", help="sequences at a time (default: 64)")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", help="bfloat16 (default), float32 or float16")
+    add(
+        "--dtype", help="auto (default: bfloat16, or float32 on a CPU that is slow in it), float32, bfloat16 or float16"
+    )
     add("--seed", type=int, help="of the draws (default: 0)")
 
 

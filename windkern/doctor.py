@@ -110,7 +110,7 @@ def cpp_extension() -> dict[str, object]:
         "built": cpp_rows._cpp is not None,
         "instruction_sets": sets,
         "in_use": chosen if usable else None,
-        "bf16_products": bool(cpu_products.AVAILABLE),
+        "bf16_product": cpu_products.PRODUCT,
     }
 
 
@@ -230,7 +230,7 @@ def _print(console, on: list[Device], found: list[BackendState], checks: list[Ch
     sets = ", ".join(cpp["instruction_sets"]) or "none"
     console.print(
         f"[bold]C++ extension[/bold]: instruction sets {sets}; in use {cpp['in_use'] or 'none'}; bfloat16 products "
-        f"with float32 sums: {'yes' if cpp['bf16_products'] else 'no'}",
+        f"with float32 sums: {cpp['bf16_product'] or 'none, operands are widened to float32'}",
         highlight=False,
     )
     available = table("device", "back end", "runs", "why not")

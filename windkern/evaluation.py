@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from windkern._checks import check_choice, check_count, check_number
-from windkern.train.models import PACKAGED, require
+from windkern.train.models import DTYPES, PACKAGED, dtype_named, require
 from windkern.train.prompts import prompt_to_json
 
 SHOWN = 4  # prompts whose completions are printed
-DTYPES = ("bfloat16", "float32", "float16")
 RECORDED = "recorded:"
 
 
@@ -34,7 +33,7 @@ class EvalSettings:
         system: system message for chat templates; None leaves it to the template.
         batch_size: sequences generated or scored at a time.
         device: of the models; None takes the GPU where there is one.
-        dtype: of their weights.
+        dtype: of their weights; "auto" is bfloat16 except on a CPU without instructions for it.
         seed: of the draws.
 
     Raises:
@@ -51,7 +50,7 @@ class EvalSettings:
     system: str | None = None
     batch_size: int = 64
     device: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,7 +99,8 @@ def load_side(name: str, settings: EvalSettings) -> Side:
 
     if name.startswith(RECORDED):
         return Side(name)
-    model, tokenizer = load_model(name, dtype=getattr(torch, settings.dtype), device=settings.device)
+    dtype = dtype_named(settings.dtype, torch.device(settings.device).type)
+    model, tokenizer = load_model(name, dtype=dtype, device=settings.device)
     return Side(name, model, tokenizer)
 
 

@@ -18,10 +18,11 @@ try:
 except ImportError:
     _cpp = None
 
-# Values of ONEDNN_MAX_CPU_ISA that leave oneDNN its AVX-512 code.
+# Values of ONEDNN_MAX_CPU_ISA that mask nothing.
 _UNMASKED = ("", "ALL", "DEFAULT")
 
 
+@functools.cache
 def _processor() -> dict[str, str]:
     """The fields of the first processor of /proc/cpuinfo; empty where there is no such file."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -31,17 +32,33 @@ def _processor() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in lines}
 
 
-def _onednn_has_avx512() -> bool:
+def _onednn_may_use(*families: str) -> bool:
+    """Whether the variables that mask oneDNN's instructions leave it those whose names start with `families`."""
     mask = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    return mask in _UNMASKED or mask.startswith(("AVX512", "AVX10"))
+    return mask in _UNMASKED or mask.startswith((*families, "AVX10"))
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AVX512_BF16, AMX) that torch's libraries may use."""
+    flags = _processor().get("flags", "").split()
+    return (
+        ("avx512_bf16" in flags or "amx_bf16" in flags)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _onednn_may_use("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX")
+    )
+
+
+def is_amd() -> bool:
+    return _processor().get("vendor_id") == "AuthenticAMD"
 
 
 def amd_avx512_family() -> int:
     """Family of an AMD processor whose AVX-512 oneDNN can use (25: Zen 4, 26: Zen 5), 0 for every other processor."""
-    if not (torch.backends.mkldnn.is_available() and _onednn_has_avx512()):
+    if not (torch.backends.mkldnn.is_available() and _onednn_may_use("AVX512")):
         return 0
     processor = _processor()
-    if processor.get("vendor_id") != "AuthenticAMD" or "avx512f" not in processor.get("flags", "").split():
+    if not is_amd() or "avx512f" not in processor.get("flags", "").split():
         return 0
     return int(processor.get("cpu family", 0))
 

@@ -68,7 +68,7 @@ class Gemm:
     @property
     def packs(self) -> bool:
         """True where the products are ours: bfloat16 operands on a CPU that multiplies them into float32 sums."""
-        return self.device_type == "cpu" and self.operand == torch.bfloat16 and cpu_products.AVAILABLE
+        return self.device_type == "cpu" and self.operand == torch.bfloat16 and cpu_products.PRODUCT is not None
 
     @property
     def widens(self) -> bool:

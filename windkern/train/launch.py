@@ -18,7 +18,7 @@ from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
 from windkern.train.judges_recorded import load_judge
-from windkern.train.models import describe, load_model
+from windkern.train.models import describe, dtype_named, load_model
 from windkern.train.parts import check_prompts, check_unused
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
@@ -51,14 +51,12 @@ def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
     Raises:
         ValueError, TypeError, OSError: a setting is wrong or something cannot be read; the message says which.
     """
-    import torch
-
     if config.loss == "spin":
         train = load_demonstrations(run.train_prompts)[: run.max_train_prompts]
     else:
         train = prompts_of(run.train_prompts, "train", run.max_train_prompts)
     heldout = prompts_of(run.eval_prompts, "heldout", run.max_eval_prompts)
-    options = {"dtype": getattr(torch, run.dtype), "attention": run.attention}
+    options = {"dtype": dtype_named(run.dtype, config.device.type), "attention": run.attention}
     check_prompts([one.prompt if isinstance(one, Demonstration) else one for one in train], heldout)
     judge, reference = None, None
     with whole_models(config):

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 from windkern import recipes
 from windkern._checks import check_choice, check_count
-from windkern.train.models import PACKAGED, require
+from windkern.train.models import DTYPES, PACKAGED, require
 
 METHODS = ("wind", "value")
 # Of the inherited settings, those that most files have.
 OFTEN = ("output_dir", "seed", "gradient_accumulation_steps", "bf16", "eval_strategy", "save_steps", "report_to")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -31,7 +30,7 @@ class RunConfig:
     Example:
         >>> RunConfig(model="gpt2", train_prompts="demo", dtype="int8")
         Traceback (most recent call last):
-        ValueError: dtype must be one of 'float32', 'bfloat16', 'float16', got 'int8'
+        ValueError: dtype must be one of 'auto', 'float32', 'bfloat16', 'float16', got 'int8'
     """
 
     model: str = field(
@@ -57,7 +56,13 @@ class RunConfig:
     method: str = field(
         default="wind", metadata=_help("What is trained: wind, a policy; or value, a value head that guides one.")
     )
-    dtype: str = field(default="bfloat16", metadata=_help("Of the weights: float32, bfloat16 or float16."))
+    dtype: str = field(
+        default="auto",
+        metadata=_help(
+            "Dtype of the weights: float32, bfloat16, float16, or auto, which is bfloat16 except on a CPU without "
+            "instructions for it, where it is float32."
+        ),
+    )
     attention: str | None = field(
         default=None, metadata=_help("Implementation, as transformers names it. null: transformers chooses.")
     )
