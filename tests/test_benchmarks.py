@@ -76,9 +76,12 @@ def test_every_provider_has_a_row_in_every_case(results):
 
 
 def test_peers_compute_what_we_compute(results):
+    # With bf16 matrix units oneDNN's switch rounds float32 operands; the errors of those rows show it.
+    rounds = {provider.name for provider in peers.all_providers() if provider.onednn and peers._onednn_rounds()}
     for row in rows_of(results):
+        allowed = 1e-4 if row["dtype"] == "fp32" and row["provider"] not in rounds else 0.1
         for name, error in row.get("errors", {}).items():
-            assert error < (1e-4 if row["dtype"] == "fp32" else 0.1), (row["case"], row["provider"], name)
+            assert error < allowed, (row["case"], row["provider"], name)
 
 
 def test_the_file_names_no_host_and_no_path(results):

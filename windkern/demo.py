@@ -26,7 +26,7 @@ _KEYS = {
 }
 
 # Of the recipe where a CPU makes it train in float32: what fits the same minutes.
-FLOAT32 = {"num_iterations": 4, "attention": "sdpa"}
+FLOAT32 = {"num_iterations": 3, "attention": "sdpa"}
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, object]:
