@@ -21,7 +21,9 @@ for package in ("rich", "matplotlib", "safetensors"):
 import tiny_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from windkern.cli import main  # noqa: E402
+from windkern import demo  # noqa: E402
+from windkern.cli import build_parser, main  # noqa: E402
+from windkern.kernels import cpu_libraries  # noqa: E402
 from windkern.train import models  # noqa: E402
 
 ITERATIONS, STEPS = 4, 2
@@ -189,3 +191,13 @@ def test_the_command_line_explains_itself(capsys):
     assert "--resume" in shown and "--judge MODULE:FUNCTION" in shown
     with pytest.raises(SystemExit, match="2"):
         main(["dmeo"])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_that_is_slow_in_bfloat16_gets_fewer_iterations_unless_told_otherwise(monkeypatch, fast):
+    monkeypatch.setattr(cpu_libraries, "has_bfloat16_products", lambda: fast)
+    asked = build_parser().parse_args(["demo", "--seed", "3"])
+    assert demo.overrides_of(asked) == {"seed": 3} | ({} if fast else demo.FLOAT32)
+    assert {"num_iterations", "attention"} == set(demo.FLOAT32)
+    told = build_parser().parse_args(["demo", "--iterations", "6"])
+    assert demo.overrides_of(told)["num_iterations"] == 6

@@ -310,7 +310,7 @@ def stand_in(monkeypatch):
 def test_a_run_is_made_of_file_overrides_and_command_line(written, stand_in, tmp_path):
     path = written("model: a\ntrain_prompts: demo\neta: 1\noutput_dir: out\nuse_cpu: true\npeft: {r: 4}\n")
     mine, trainer = run.load_settings(str(path), ["eta=3", "peft.r=8"], output_dir=tmp_path / "o", method="value")
-    assert (mine.model, mine.peft, mine.method, mine.dtype) == ("a", {"r": 8}, "value", "bfloat16")
+    assert (mine.model, mine.peft, mine.method, mine.dtype) == ("a", {"r": 8}, "value", "auto")
     assert (trainer.eta, trainer.output_dir) == (3.0, str(tmp_path / "o"))
     with pytest.raises(ValueError, match=r"x.yaml --override dtype=int8: dtype must be one of .*, got 'int8'"):
         run.load_settings(str(path), ["dtype=int8"])
