@@ -197,7 +197,9 @@ def test_the_command_line_explains_itself(capsys):
 def test_a_cpu_that_is_slow_in_bfloat16_gets_fewer_iterations_unless_told_otherwise(monkeypatch, fast):
     monkeypatch.setattr(cpu_libraries, "has_bfloat16_products", lambda: fast)
     asked = build_parser().parse_args(["demo", "--seed", "3"])
-    assert demo.overrides_of(asked) == {"seed": 3} | ({} if fast else demo.FLOAT32)
-    assert {"num_iterations", "attention"} == set(demo.FLOAT32)
-    told = build_parser().parse_args(["demo", "--iterations", "6"])
-    assert demo.overrides_of(told)["num_iterations"] == 6
+    schedule = {"lr_scheduler_kwargs": {"lr_end": demo.FLOAT32["learning_rate"] / 2, "power": 1.0}}
+    assert demo.overrides_of(asked) == {"seed": 3} | ({} if fast else demo.FLOAT32 | schedule)
+    told = build_parser().parse_args(["demo", "--iterations", "6", "--learning-rate", "0.5"])
+    changes = demo.overrides_of(told)
+    assert (changes["num_iterations"], changes["learning_rate"]) == (6, 0.5)
+    assert changes["lr_scheduler_kwargs"]["lr_end"] == 0.25

@@ -25,8 +25,9 @@ _KEYS = {
     "beta": "beta",
 }
 
-# Of the recipe where a CPU makes it train in float32: what fits the same minutes.
-FLOAT32 = {"num_iterations": 3, "attention": "sdpa"}
+# Changes to the recipe where the CPU trains in float32: fewer, longer steps fit the same minutes. Chosen on the held-out
+# curves of seeds 1 and 2.
+FLOAT32 = {"num_iterations": 3, "attention": "sdpa", "learning_rate": 1.3e-4}
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, object]:
