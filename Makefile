@@ -5,13 +5,14 @@ TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CODE := windkern benchmarks examples tests setup.py
 # Without a GPU the CPU build of torch is enough (plain PyPI would bring several GB of CUDA libraries).
 # Skipped where pip has been given its own place to find torch.
 ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test check lint bench aot-all gpu clean
+.PHONY: help setup demo test test-lowest check lint bench aot-all gpu clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -35,12 +36,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-## check   lint, then test
+## check   lint, then test, where a missing C++ extension is a failure
+check: export WINDKERN_REQUIRE_CPP := 1
 check: lint test
 
+## lint    ruff, its format, and vermin: nothing that Python 3.10 does not have
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@echo "vermin $(CODE)"; found=$$($(BIN)/vermin $(CODE)) && test -z "$$found" || { echo "$$found"; exit 1; }
 
 ## bench   time, memory and error beside every peer on this CPU; results, README tables and pictures (40 minutes)
 bench: $(STAMP)
@@ -66,5 +70,6 @@ MINUTES ?= 9
 gpu:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --out $(OUT) --minutes $(MINUTES) $(ARGS)
 
+## clean   remove every environment and what was built in place
 clean:
-	rm -rf $(VENV) build *.egg-info windkern/*.so
+	rm -rf $(VENV) .venv-* build dist *.egg-info windkern/*.so
