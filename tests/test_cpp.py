@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cases import SHAPES, UNLIMITED, Problem, Shape
 from tolerances import assert_within
 
 import windkern as wk
-from windkern.kernels import cpp_rows, torch_rows
+from windkern.kernels import cpp_rows, native, torch_rows
 from windkern.kernels.contract import RowState
 
 ROOT = Path(__file__).parents[1]
@@ -113,16 +114,36 @@ def test_it_is_the_default_on_a_cpu():
     assert "it runs on a CPU" in wk.backends.why_not("cpp", "cuda")
 
 
-def test_without_the_extension_the_reason_is_told(monkeypatch):
+def without_extension(monkeypatch):
+    """`cpp_rows` as it is where windkern._cpp cannot be imported."""
     monkeypatch.setitem(sys.modules, "windkern._cpp", None)
     monkeypatch.delattr(wk, "_cpp", raising=False)
     without = importlib.util.module_from_spec(cpp_rows.__spec__)
     cpp_rows.__spec__.loader.exec_module(without)
-    assert "reinstall windkern with a C++17 compiler" in without.why_not(torch.device("cpu"), torch.float32)
+    return without
+
+
+def test_without_the_extension_the_reason_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)  # left out on purpose: no file, and no warning
+    without = without_extension(monkeypatch)
+    reason = without.why_not(torch.device("cpu"), torch.float32)
+    assert "was installed without its extension _cpp; reinstall windkern with a C++17 compiler" in reason
     monkeypatch.setattr(cpp_rows, "why_not", without.why_not)
     assert "cpp" not in wk.backends.available("cpu")
     with pytest.raises(wk.BackendUnavailableError, match="C\\+\\+17 compiler"):
         wk.token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="cpp")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "words"),
+    [(EXTENSION_SUFFIXES[0], "cannot be loaded"), (".cpython-38-x86_64-linux-gnu.so", "is for another Python")],
+)
+def test_an_extension_that_does_not_load_is_not_passed_over_in_silence(monkeypatch, tmp_path, suffix, words):
+    (tmp_path / f"_cpp{suffix}").touch()
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    with pytest.warns(RuntimeWarning, match=f"extension _cpp {words}.*; another back end runs instead"):
+        without = without_extension(monkeypatch)
+    assert words in without.why_not(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(("required", "outcome"), [("1", ImportError), ("0", pytest.skip.Exception)])

@@ -150,7 +150,7 @@ def test_a_launch_that_fails_names_kernel_and_error(library, monkeypatch):
 def test_reasons_are_told(monkeypatch):
     assert "it runs on an NVIDIA GPU, not on cpu" in wk.backends.why_not("cuda", "cpu")
     monkeypatch.setattr(cuda_rows, "_cuda", None)
-    monkeypatch.setattr(cuda_rows, "_import_error", "no module", raising=False)
+    monkeypatch.setattr(cuda_rows, "_reason", "no module", raising=False)
     assert "WINDKERN_BUILD_CUDA=1" in wk.backends.why_not("cuda", "cuda")
     assert "cuda" not in wk.backends.available("cuda")
     with pytest.raises(wk.BackendUnavailableError, match="backend='cuda' cannot run on cpu"):
