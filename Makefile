@@ -54,14 +54,28 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.readme
 
+# An environment of its own, $(1), that finds in $(VENV) what it does not hold itself.
+define environment
+test -x $(1)/bin/python || $(BIN)/python -m venv $(1)
+$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+  "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
+endef
+
+## test-lowest  the tests of the trainer and of hf with the oldest libraries that pyproject.toml allows (torch as it is)
+LOWEST := .venv-lowest
+LOWEST_TESTS := hf* train* value* saving settings_file recipes prompts distributed
+test-lowest: $(STAMP)
+	$(call environment,$(LOWEST))
+	@echo "Here pip may find fault with trl, which these tests leave out."
+	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check $$($(BIN)/python -m windkern.train.tried)
+	$(LOWEST)/bin/python -m pytest -n 2 $(ARGS) $(foreach name,$(LOWEST_TESTS),tests/test_$(name).py)
+
 ## aot-all every Triton kernel compiled for every chip, with the pinned Triton and with the older one of GPU machines
 OLD_TRITON := .venv-triton-3.6
 aot-all: $(STAMP)
 	$(BIN)/python -m benchmarks.aot
-	test -x $(OLD_TRITON)/bin/python || $(PYTHON) -m venv $(OLD_TRITON)
+	$(call environment,$(OLD_TRITON))
 	$(OLD_TRITON)/bin/python -m pip install -q --disable-pip-version-check triton==3.6.0 "numpy<2.4"
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
-	  "$$($(OLD_TRITON)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	$(OLD_TRITON)/bin/python -m benchmarks.aot
 
 ## gpu     on a machine with a GPU, torch and nvcc: build, test, tune, profile, measure beside every peer, into OUT (default: out)
