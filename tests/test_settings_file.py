@@ -272,7 +272,7 @@ def test_training_arguments_take_what_people_write(tmp_path):
     assert (config.learning_rate, config.eta, config.save_strategy.value, config.use_cpu) == (5e-7, 5.0, "no", True)
     with pytest.raises(ValueError, match=r"^x.yaml: lr_scheduler_type must be one of .*; did you mean 'linear'\?"):
         build([StandIn], content | {"lr_scheduler_type": "linaer"}, "x.yaml")
-    with pytest.raises(ValueError, match=r"^x.yaml: .*warmup_steps = -1"):
+    with pytest.raises(ValueError, match=r"^x.yaml: .*warmup_steps"):
         build([StandIn], content | {"warmup_steps": -1}, "x.yaml")
 
 

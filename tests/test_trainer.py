@@ -268,6 +268,7 @@ def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_p
     "ignore:`is_gradient_checkpointing`",
     "ignore:Model has `tie_word_embeddings=True`",
     "ignore:Setting `save_embedding",
+    "ignore:Could not find a config file in",  # of a model without a name: peft before 0.21
 )
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
 def test_an_adapter_has_its_base_as_reference(tmp_path, modules):

@@ -102,14 +102,15 @@ def states(on: list[Device]) -> list[BackendState]:
 
 
 def cpp_extension() -> dict[str, object]:
-    """The C++ extension: what it can use on this CPU, what it uses, and whether it multiplies bfloat16."""
+    """The C++ extension: what it can use on this CPU, what it uses or why nothing, and how it multiplies bfloat16."""
     sets = [] if cpp_rows._cpp is None else list(cpp_rows._cpp.instruction_sets())
-    usable = cpp_rows.why_not(torch.device("cpu"), torch.float32) is None
+    reason = cpp_rows.why_not(torch.device("cpu"), torch.float32)
     chosen = os.environ.get("WINDKERN_CPP_ISA") or (sets[0] if sets else None)
     return {
         "built": cpp_rows._cpp is not None,
         "instruction_sets": sets,
-        "in_use": chosen if usable else None,
+        "in_use": chosen if reason is None else None,
+        "reason": reason,
         "bf16_product": cpu_products.PRODUCT,
     }
 
@@ -227,12 +228,13 @@ def _print(console, on: list[Device], found: list[BackendState], checks: list[Ch
     for device in on:
         console.print(f"[bold]{device.name}[/bold]: {escape(device.model)}; {device.detail}", highlight=False)
     cpp = cpp_extension()
-    sets = ", ".join(cpp["instruction_sets"]) or "none"
-    console.print(
-        f"[bold]C++ extension[/bold]: instruction sets {sets}; in use {cpp['in_use'] or 'none'}; bfloat16 products "
-        f"with float32 sums: {cpp['bf16_product'] or 'none, operands are widened to float32'}",
-        highlight=False,
+    state = (
+        f"instruction sets {', '.join(cpp['instruction_sets'])}; in use {cpp['in_use']}; bfloat16 products with "
+        f"float32 sums: {cpp['bf16_product'] or 'none, operands are widened to float32'}"
+        if cpp["reason"] is None
+        else f"[yellow]not in use[/yellow]: {escape(cpp['reason'])}"
     )
+    console.print(f"[bold]C++ extension[/bold]: {state}", highlight=False)
     available = table("device", "back end", "runs", "why not")
     for state in found:
         runs = "[green]yes[/green]" if state.reason is None else "no"

@@ -6,6 +6,9 @@ import dataclasses
 import inspect
 from dataclasses import dataclass, field
 
+from windkern.train import tried  # noqa: F401
+
+# isort: split
 from transformers import TrainingArguments
 
 from windkern._checks import check_choice, check_count, check_number

@@ -7,6 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from windkern.train import tried  # noqa: F401
+
+# isort: split
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
