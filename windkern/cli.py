@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from windkern import __version__, backends, recipes
-from windkern.backends import BackendUnavailableError
+from windkern import __version__, recipes
+from windkern.terminal import printable
+
+if TYPE_CHECKING:
+    from windkern.display import Display
 
 USAGE, INTERRUPTED = 2, 130
+
+
+@contextlib.contextmanager
+def _loading(*, lines: bool = True) -> Iterator[Display | None]:
+    """A display that says at once that packages are being loaded; None without rich, which the command will ask for."""
+    if importlib.util.find_spec("rich") is None:
+        yield None
+        return
+    from windkern.display import Display
+
+    with Display(lines=lines) as display:
+        display.phase(0, "loading packages")
+        yield display
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +55,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     # Reason: everything is on this machine; transformers must not wait for a network that may not be there.
     if arguments.model is None or os.path.isdir(arguments.model):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from windkern import demo
+    with _loading() as display:
+        from windkern import demo
 
-    return demo.run(arguments)
+        return demo.run(arguments, display)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +81,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from windkern.train import run
+    with _loading(lines=not arguments.fields) as display:
+        from windkern.train import run
 
-    return run.run(arguments)
+        return run.run(arguments, display)
 
 
 def _bandit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,12 +103,13 @@ def _bandit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bandit(arguments: argparse.Namespace) -> int:
-    from windkern.train.models import require
+    with _loading() as display:
+        from windkern.train.models import require
 
-    require("rich", "matplotlib")
-    from windkern.tabular import bandit
+        require("rich", "matplotlib")
+        from windkern.tabular import bandit
 
-    return bandit.run(arguments)
+        return bandit.run(arguments, display)
 
 
 def _losses_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +120,8 @@ def _losses_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _losses(arguments: argparse.Namespace) -> int:
-    from windkern import losses_report
+    with _loading(lines=False):
+        from windkern import losses_report
 
     return losses_report.run(arguments)
 
@@ -129,9 +152,10 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from windkern import evaluation
+    with _loading() as display:
+        from windkern import evaluation
 
-    return evaluation.run(arguments)
+        return evaluation.run(arguments, display)
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +164,8 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from windkern import plotting
+    with _loading(lines=False):
+        from windkern import plotting
 
     return plotting.run(arguments)
 
@@ -150,9 +175,10 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from windkern import doctor
+    with _loading(lines=False) as display:
+        from windkern import doctor
 
-    return doctor.run(arguments)
+        return doctor.run(arguments, display)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
@@ -170,9 +196,14 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        super().error(printable(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every command of COMMANDS."""
-    parser = argparse.ArgumentParser(prog="windkern", description="Preference losses without the logits.")
+    parser = _Parser(prog="windkern", description="Preference losses without the logits.")
     parser.add_argument("--version", action="version", version=f"windkern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (summary, add_arguments, run) in COMMANDS.items():
@@ -194,8 +225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; --resume goes on from the last finished iteration" if hasattr(arguments, "resume") else ""
         print(f"windkern: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
-    except (ImportError, OSError, TypeError, ValueError, BackendUnavailableError) as error:
-        if backends.debug_mode():
+    except Exception as error:
+        from windkern.backends import BackendUnavailableError, debug_mode
+
+        mistakes = (ImportError, OSError, TypeError, ValueError, BackendUnavailableError)
+        if debug_mode() or not isinstance(error, mistakes):
             raise
-        print(f"windkern: error: {error} (WINDKERN_DEBUG=1 shows where)", file=sys.stderr)
+        text = printable(" ".join(str(error).splitlines()))
+        print(f"windkern: error: {text} (WINDKERN_DEBUG=1 shows where)", file=sys.stderr)
         return USAGE

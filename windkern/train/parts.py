@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +16,12 @@ _DROPOUT = ("dropout", "pdrop", "layerdrop")
 
 
 def transformers_sampler(
-    model: nn.Module, tokenizer, config: WindConfig, *, synced: bool = False
+    model: nn.Module,
+    tokenizer,
+    config: WindConfig,
+    *,
+    synced: bool = False,
+    under_way: Callable[[float], None] = lambda responses: None,
 ) -> TransformersSampler:
     """A sampler of a model with the settings of a run."""
     return TransformersSampler(
@@ -28,6 +33,7 @@ def transformers_sampler(
         system=config.system if tokenizer.chat_template is not None else None,
         batch_size=config.sampling_batch_size,
         synced=synced,
+        under_way=under_way,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -160,6 +160,7 @@ class TransformersSampler:
         batch_size: sequences generated at a time.
         synced: whether a forward of the model talks to other processes (a sharded model), so that all must take equally
             many.
+        under_way: told, after each token, how many responses the tokens of this call of `sample` amount to.
 
     Raises:
         ValueError: a number is out of range, or neither the model nor the tokenizer names an end token.
@@ -176,8 +177,9 @@ class TransformersSampler:
         system: str | None = None,
         batch_size: int = 64,
         synced: bool = False,
+        under_way: Callable[[float], None] = lambda responses: None,
     ):
-        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.model, self.tokenizer, self.system, self.under_way = model, tokenizer, system, under_way
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
         self.top_p = check_number("top_p", top_p, above=0)
@@ -200,8 +202,10 @@ class TransformersSampler:
         mask = encoded.attention_mask.repeat_interleave(num_responses, 0)
         generator = torch.Generator(device).manual_seed(seed)
         parts = [
-            self._generate(batch_ids, batch_mask, generator)
-            for batch_ids, batch_mask in zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
+            self._generate(batch_ids, batch_mask, generator, number * self.batch_size)
+            for number, (batch_ids, batch_mask) in enumerate(
+                zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
+            )
         ]
         width = max(part.shape[1] for part in parts)
         fill = self.end_ids[0]
@@ -222,7 +226,7 @@ class TransformersSampler:
         )
 
     @torch.no_grad()
-    def _generate(self, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def _generate(self, ids: Tensor, mask: Tensor, generator: torch.Generator, done: int) -> Tensor:
         """(S, P) prompts to (S, T) tokens on the CPU, T at most max_new_tokens; after the end token anything."""
         settings = GenerationConfig(
             do_sample=False,  # GumbelNoise draws
@@ -243,12 +247,22 @@ class TransformersSampler:
                     input_ids=ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
                     generation_config=settings,
-                    logits_processor=self._processors(generator),
+                    logits_processor=LogitsProcessorList([*self._processors(generator), self._teller(ids, done)]),
                     synced_gpus=self.synced,
                 )
         finally:
             self.model.train(was_training)
         return out[:, ids.shape[1] :].cpu()
+
+    def _teller(self, ids: Tensor, done: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A logits processor that changes nothing and tells how far the rows are, behind `done` earlier ones."""
+        rows, opened = ids.shape
+
+        def tell(input_ids: Tensor, scores: Tensor) -> Tensor:
+            self.under_way(done + rows * min(1.0, (input_ids.shape[1] - opened + 1) / self.max_new_tokens))
+            return scores
+
+        return tell
 
     def _processors(self, generator: torch.Generator) -> LogitsProcessorList:
         if self.top_p == 1:
