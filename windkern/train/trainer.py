@@ -179,12 +179,11 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         return self._sampler_of(self.accelerator.unwrap_model(self.model_wrapped))
 
     def _sampler_of(self, model: nn.Module) -> TransformersSampler:
-        def tell(responses: float) -> None:
-            self.observer.under_way(responses * self.world.size)
+        def tell(done: float) -> None:
+            self.observer.under_way(done * self.world.size)
 
-        return parts.transformers_sampler(
-            model, self.processing_class, self.args, synced=self._sharded(), under_way=tell
-        )
+        synced = self._sharded()
+        return parts.transformers_sampler(model, self.processing_class, self.args, synced=synced, under_way=tell)
 
     def _scoring_model(self) -> nn.Module:
         # Hazard: DDP broadcasts buffers in every forward, and processes do not score equally often. Remedy: without it.
@@ -439,9 +438,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
             write_card(
-                folder,
+                folder := Path(output_dir or self.args.output_dir),
                 config=self.args.own_settings(),
                 base_model=getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
                 judge=None if self.judge is None else self.judge.name,
