@@ -53,17 +53,14 @@ def test_the_check_sees_a_wrong_arrow(tmp_path):
 
 
 def test_import_is_light():
-    """Beside torch, `import windkern` brings in neither torch._dynamo nor transformers, and takes under 0.3 s."""
+    """Beside torch, `import windkern` brings in no package but itself, and not torch._dynamo, which takes a second."""
     code = (
-        "import time, sys, torch; start = time.perf_counter(); import windkern; took = time.perf_counter() - start;"
-        "heavy = [name for name in ('torch._dynamo', 'transformers', 'triton', 'matplotlib') if name in sys.modules];"
-        "print(took, heavy)"
+        "import sys, torch; before = set(sys.modules); import windkern; new = set(sys.modules) - before;"
+        "packages = {name.split('.')[0] for name in new} - set(sys.stdlib_module_names) - {'torch', 'windkern'};"
+        "print(sorted(packages), 'torch._dynamo' in new)"
     )
-    took, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(
-        maxsplit=1
-    )
-    assert heavy.strip() == "[]"
-    assert float(took) < 3.0  # a loaded machine is slow; the list above is what keeps it light
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] False\n"
 
 
 def test_files_stay_short():
