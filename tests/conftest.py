@@ -15,6 +15,16 @@ import windkern as wk
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core for each worker
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:
+    pass  # a machine with a GPU may run the tests of kernels without it
+else:
+    # The same examples everywhere, and none of them too slow on a machine that does much else.
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("suite", deadline=None, database=None, derandomize=True, suppress_health_check=slow)
+    settings.load_profile("suite")
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory_and_fixed_seed():
