@@ -22,9 +22,18 @@ def error_budget(plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -
     return 4 * (own + eps) if dtype == torch.float32 else max(own / 2, eps)
 
 
-def assert_within(result: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype, what: str):
+def assert_within(
+    result: torch.Tensor,
+    exact: torch.Tensor,
+    plain: torch.Tensor,
+    dtype: torch.dtype,
+    what: str,
+    *,
+    cancellation: float = 1.0,
+) -> None:
+    """`cancellation`: how much larger than their sum the terms are that the result is added up from."""
     assert result.shape == exact.shape, f"{what}: shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
-    error, budget = relative_error(result, exact), error_budget(plain, exact, dtype)
+    error, budget = relative_error(result, exact), cancellation * error_budget(plain, exact, dtype)
     if not error <= budget:
         gap = (result.double() - exact.double()).abs().flatten()
         worst = int(gap.nan_to_num(torch.inf).argmax())
