@@ -114,19 +114,17 @@ def test_sigkill_and_resume_end_with_the_same_bits(inputs, finished, tmp_path):
     output, hanging = tmp_path / "demo", tmp_path / "hanging"
     # Two judgements an iteration: the sixth comes after the fit of iteration 3 and before its checkpoint.
     environment = os.environ | {"HANG_AT": "6", "HANG_FILE": str(hanging), "PYTHONPATH": path_of_tests()}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "windkern", *command(inputs, output)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 240
-    while not hanging.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    printed, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, printed
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # as many as the run it is compared with
+    printed = tmp_path / "printed"
+    with printed.open("w") as file:
+        started = [sys.executable, "-m", "windkern", *command(inputs, output)]
+        process = subprocess.Popen(started, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        while not hanging.exists() and process.poll() is None:
+            time.sleep(0.05)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, printed.read_text()
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-4"]
     assert main(command(inputs, output, "--resume")) == 0
     assert_same_run(output, finished[0])
