@@ -25,8 +25,8 @@ _KEYS = {
     "beta": "beta",
 }
 
-# Changes to the recipe where the CPU trains in float32: fewer, longer steps fit the same minutes. Chosen on the held-out
-# curves of seeds 1 and 2.
+# Changes to the recipe where the CPU trains in float32: fewer, longer steps fit the same minutes. Chosen on the
+# held-out curves of seeds 1 and 2.
 FLOAT32 = {"num_iterations": 3, "attention": "sdpa", "learning_rate": 1.3e-4}
 
 
