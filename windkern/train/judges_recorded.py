@@ -10,6 +10,7 @@ import torch
 from windkern._checks import check_number
 from windkern.train.judges import Judge, RewardJudge, Verdict, bradley_terry, load_function, vader_judge
 from windkern.train.judges_models import ModelPreference, ModelReward, PairJudge, load_classifier
+from windkern.train.prompts import loosely
 from windkern.train.records import load_records
 
 
@@ -18,8 +19,8 @@ class RecordedJudge:
 
         P_ij = prefs[i][j],    else    P_ij = sigmoid(strength * (r_i - r_j))
 
-    Responses are found by their text, with the space around it taken off; an answer that was never judged is an error,
-    not a tie.
+    Responses are found by their text as it was recorded, else without the space around it; an answer that was never
+    judged is an error, not a tie. So is one that was cut: what was judged is the whole of it.
 
     Args:
         path: JSON lines, see `windkern.train.records.load_records`; all lines with "prefs", or all with "rewards".
@@ -37,39 +38,43 @@ class RecordedJudge:
         self.has_prefs = all(record.prefs is not None for record in records)
         if not self.has_prefs and any(record.rewards is None for record in records):
             raise ValueError(f'{path}: every line must have "prefs", or every line "rewards"')
-        self._rewards: dict[tuple[str, str], float] = {}
-        self._prefs: dict[tuple[str, str, str], float] = {}
+        self._judged: dict[tuple[str, ...], float] = {}  # by prompt and response, or by prompt and two responses
+        self._loosely: dict[tuple[str, ...], float] = {}  # the same, by what is left without the space around texts
         for record in records:
-            prompt = record.prompt.strip()  # the plain string, of a conversation too
+            prompt = str(record.prompt)
             if self.has_prefs:
                 for i, row in enumerate(record.prefs):
                     for j, chance in enumerate(row):
-                        self._prefs[prompt, record.responses[i], record.responses[j]] = chance
+                        self._add(chance, prompt, record.responses[i], record.responses[j])
             else:
-                self._rewards |= {
-                    (prompt, text): reward for text, reward in zip(record.responses, record.rewards, strict=True)
-                }
+                for text, reward in zip(record.responses, record.rewards, strict=True):
+                    self._add(reward, prompt, text)
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
-        asked = [
-            (prompt.strip(), [text.strip() for text in group]) for prompt, group in zip(prompts, responses, strict=True)
-        ]
+        asked = [(str(prompt), group) for prompt, group in zip(prompts, responses, strict=True)]
         if self.has_prefs:
             prefs = [
-                [[0.5 if a == b else self._found(self._prefs, prompt, a, b) for b in group] for a in group]
+                [[0.5 if a == b else self._found(prompt, a, b) for b in group] for a in group]
                 for prompt, group in asked
             ]
             return Verdict(torch.tensor(prefs, dtype=torch.float32), None)
-        rewards = [[self._found(self._rewards, prompt, text) for text in group] for prompt, group in asked]
+        rewards = [[self._found(prompt, text) for text in group] for prompt, group in asked]
         values = torch.tensor(rewards, dtype=torch.float32)
         return Verdict(bradley_terry(values, self.strength), values)
 
-    def _found(self, table: dict, *key: str) -> float:
-        if key not in table:
-            prompt, *texts = key
-            what = "was not judged" if len(texts) == 1 else "were not compared"
-            raise ValueError(f"{self.name}: {' and '.join(map(repr, texts))} to {prompt!r} {what}")
-        return table[key]
+    def _add(self, value: float, *key: str) -> None:
+        self._judged[key] = self._loosely[tuple(map(loosely, key))] = value
+
+    def _found(self, *key: str) -> float:
+        loose = tuple(map(loosely, key))
+        if loose in self._loosely:
+            return self._judged.get(key, self._loosely[loose])
+        prompt, *texts = key
+        what = "was not judged" if len(texts) == 1 else "were not compared"
+        known = {text for of, *others in self._loosely if of == loose[0] for text in others}
+        cut = any(text != other and other.startswith(text) for text in loose[1:] for other in known)
+        hint = "; a longer one was: was this one cut by max_new_tokens?" if cut else ""
+        raise ValueError(f"{self.name}: {' and '.join(map(repr, texts))} to {prompt!r} {what}{hint}")
 
 
 def load_judge(specification: str, *, strength: float = 1.0, device: str = "cpu") -> Judge:
