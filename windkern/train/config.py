@@ -168,6 +168,12 @@ class WindConfig(TrainingArguments):
     judge_strength: float = setting(
         1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
     )
+    judge_settings: dict | None = setting(
+        None,
+        "Keyword arguments of a judge that is a model: label (which of its logits), max_length (longer texts are cut "
+        "to so many tokens, and counted), batch_size, and template for pair-model. None: one label, 16 texts at a "
+        "time, and a text longer than the model's positions is an error.",
+    )
     reference: str = setting(
         "model",
         "Where log pi_ref comes from: model (a frozen second model), adapter (the policy without its LoRA adapter) or "

@@ -17,9 +17,8 @@ from windkern.train import report
 from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
-from windkern.train.judges_recorded import load_judge
 from windkern.train.models import describe, load_model
-from windkern.train.parts import check_prompts, check_unused
+from windkern.train.parts import check_prompts, check_unused, make_judge
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
 from windkern.train.sharded import whole_models
@@ -63,7 +62,7 @@ def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
     judge, reference = None, None
     with whole_models(config):
         if config.judge is not None:
-            judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
+            judge = make_judge(config)
         model, tokenizer = load_model(run.model, **options)
         if config.reference == "model" and (heldout or needs_reference(config)):
             reference, _ = load_model(run.reference_model or run.model, **options)

@@ -1,4 +1,4 @@
-"""Parts of a run made from its settings: sampler, dropout switch, clean output folder."""
+"""Parts of a run made from its settings: sampler, judge, dropout switch, clean output folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration
+from windkern.train.judges import Judge
+from windkern.train.judges_recorded import load_judge
 from windkern.train.sampler import Sampler, TransformersSampler
 
 _DROPOUT = ("dropout", "pdrop", "layerdrop")
@@ -56,6 +58,17 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
             system=system,
         )
     raise ValueError(f"sampler must be transformers, recorded:FILE or http:URL, got {config.sampler!r}")
+
+
+def make_judge(config: WindConfig) -> Judge:
+    """The judge that `config.judge` names.
+
+    Raises:
+        ValueError, OSError: as `windkern.train.judges_recorded.load_judge`.
+    """
+    return load_judge(
+        config.judge, strength=config.judge_strength, device=str(config.device), settings=config.judge_settings
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -25,7 +25,6 @@ from windkern.train.groups import IterationData, collate
 from windkern.train.heldout import HeldOut
 from windkern.train.identity import check_same, identity_of
 from windkern.train.judges import Judge, check_judge
-from windkern.train.judges_recorded import load_judge
 from windkern.train.metrics import Averages, make_record, step_metrics
 from windkern.train.objectives import make_objective
 from windkern.train.optim import forget_moments, master_optimizer
@@ -130,7 +129,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = World(self.accelerator)
         if judge is None and args.judge:
-            judge = load_judge(args.judge, strength=args.judge_strength, device=str(args.device))
+            judge = parts.make_judge(args)
         self.judge = None if judge is None else check_judge(judge)
         if self.judge is None and (self.objective.judged or self.eval_prompts):
             raise ValueError(f"judge must be given for loss={args.loss!r}: pass judge=, or name one in args.judge")
