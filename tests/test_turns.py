@@ -210,7 +210,7 @@ def test_known_ids_are_not_encoded_again():
     assert batch.input_ids[0][batch.completion_mask[0]].tolist() == odd[0] and batch.texts == (("  b ",),)
     with pytest.raises(ValueError, match=f"ids below the tokenizer's {len(tokenizer)}, got -1"):
         completions_of_ids(tokenizer, ["Hi"], [[[3, -1]]])
-    with pytest.raises(ValueError, match="truncated response to 'Hi' must have tokens"):
+    with pytest.raises(ValueError, match="a response to 'Hi' must have tokens"):
         completions_of_ids(tokenizer, ["Hi"], [[[]]], truncated=[[True]])
     with pytest.raises(ValueError, match="responses must have one group of responses for each of 1 prompts, got 2"):
         completions_of_ids(tokenizer, ["Hi"], [[[3]], [[3]]])

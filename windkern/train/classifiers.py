@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from windkern._checks import check_count
 from windkern.train.models import require
+from windkern.train.positions import position_tables, positions_of
 
 # Logits in a padded batch against the same text alone, relative; several times what sums in another order differ by.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -68,31 +69,6 @@ def _some(names: set[str], most: int = 3) -> str:
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
-def positions_of(model: nn.Module) -> int | None:
-    """Return how many tokens a model has positions for, None where its configuration does not say.
-
-    RoBERTa and its kin count positions from behind the padding id, so that they have fewer than their configuration
-    says.
-    """
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    most = getattr(config, "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
-        return None
-    tables = [table for table in _position_tables(model) if table.padding_idx is not None]
-    return min([most, *(table.num_embeddings - table.padding_idx - 1 for table in tables)])
-
-
-def _position_tables(model: nn.Module) -> list[nn.Embedding]:
-    """Learned positions, beyond which a model cannot go."""
-    names = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in names
-    ]
-
-
 class Classifier:
     """Logits of a sequence classifier for many texts, some at a time, longest together.
 
@@ -119,7 +95,7 @@ class Classifier:
         self.max_length = None if max_length is None else check_count("max_length", max_length, least=1)
         self.positions = positions_of(model)
         # Reason: a model without a table can go beyond its positions, if not well, and the user has said so.
-        most = self.positions if self.positions is not None and _position_tables(model) else max_length
+        most = self.positions if self.positions is not None and position_tables(model) else max_length
         if max_length is not None and max_length > most:
             raise ValueError(f"max_length must be at most the model's {most} positions, got {max_length}")
         self.read, self.cut = 0, 0  # texts

@@ -41,6 +41,7 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
     """
     from windkern.train.samplers_http import HttpSampler
     from windkern.train.samplers_recorded import RecordedSampler
+    from windkern.train.server import without_user
 
     kind, _, name = config.sampler.partition(":")
     system = config.system if tokenizer.chat_template is not None else None
@@ -48,7 +49,7 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
         return None
     if kind == "recorded" and name:
         return RecordedSampler(name, tokenizer, max_new_tokens=config.max_new_tokens, system=system)
-    if kind == "http" and name:
+    if kind in ("http", "https") and name:
         return HttpSampler(
             name if "://" in name else config.sampler,
             config.http_model or "policy",
@@ -57,7 +58,7 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
             temperature=config.temperature,
             system=system,
         )
-    raise ValueError(f"sampler must be transformers, recorded:FILE or http:URL, got {config.sampler!r}")
+    raise ValueError(f"sampler must be transformers, recorded:FILE or http:URL, got {without_user(config.sampler)!r}")
 
 
 def make_judge(config: WindConfig) -> Judge:

@@ -19,6 +19,8 @@ from transformers import (
 
 from windkern._checks import check_count, check_number
 from windkern.train.data import encode_prompts, padding_id
+from windkern.train.positions import positions_of
+from windkern.train.prompts import shown
 from windkern.train.turns import response_texts, turn_of
 
 
@@ -163,7 +165,8 @@ class TransformersSampler:
             many.
 
     Raises:
-        ValueError: a number is out of range, or neither the model nor the tokenizer names an end token.
+        ValueError: a number is out of range, or neither the model nor the tokenizer names an end token; when sampling,
+            a prompt and a response of `max_new_tokens` are more than the model has positions for.
     """
 
     def __init__(
@@ -197,6 +200,7 @@ class TransformersSampler:
     def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
         check_count("num_responses", num_responses, least=1)
         encoded = encode_prompts(self.tokenizer, prompts, system=self.system)
+        self._check_positions(prompts, encoded.attention_mask.sum(1))
         device = self.model.device
         ids = encoded.input_ids.repeat_interleave(num_responses, 0)  # (S, P)
         mask = encoded.attention_mask.repeat_interleave(num_responses, 0)
@@ -219,6 +223,16 @@ class TransformersSampler:
             truncated=truncated,
             texts=response_texts(self.tokenizer, self.turn, asked, groups),
         )
+
+    def _check_positions(self, prompts: Sequence[str], lengths: Tensor) -> None:
+        """Reason: beyond its positions a model ends in an index out of range, or writes what it never learnt to."""
+        most, longest = positions_of(self.model), int(lengths.argmax())
+        if most is not None and int(lengths.max()) + self.max_new_tokens > most:
+            raise ValueError(
+                f"the prompt {shown(prompts[longest])} has {int(lengths.max())} tokens and the response up to "
+                f"max_new_tokens = {self.max_new_tokens}, but {type(self.model).__name__} has {most} positions: make "
+                "max_new_tokens smaller, or leave the prompt out"
+            )
 
     @torch.no_grad()
     def _generate(self, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:

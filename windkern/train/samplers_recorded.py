@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from windkern._checks import check_count
-from windkern.train.data import encode_prompts, opened_prompts
+from windkern.train.data import encode_prompts, opened_prompts, padding_id
 from windkern.train.prompts import loosely
 from windkern.train.records import load_records
 from windkern.train.sampler import Completions
@@ -52,14 +52,24 @@ def completions_of_texts(
     opened = opened_prompts(tokenizer, prompts, system=system)
     flat = [text for group in texts for text in group]
     behind = [prompt for prompt in opened for _ in range(count)]
-    rows = encode_responses(tokenizer, turn_of(tokenizer), behind, flat)
+    turn = turn_of(tokenizer)
+    if turn.end is None:
+        raise ValueError("the tokenizer names no end token (eos_token_id), and its chat template has none either")
+    rows = encode_responses(tokenizer, turn, behind, flat)
     cut = [False] * len(rows) if truncated is None else [bool(each) for group in truncated for each in group]
     for k, row in enumerate(rows):
         if cut[k] and not row:
             raise ValueError(f"a truncated response to {prompts[k // count]!r} encodes to no tokens: {flat[k]!r}")
+        if not cut[k] and not set(row) & set(turn.ends):
+            rows[k] = [*row, turn.end]
     groups = [rows[first : first + count] for first in range(0, len(rows), count)]
     return completions_of_ids(
-        tokenizer, prompts, groups, system=system, max_new_tokens=max_new_tokens, truncated=truncated
+        tokenizer,
+        prompts,
+        groups,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        truncated=[cut[first : first + count] for first in range(0, len(cut), count)],
     )
 
 
@@ -74,40 +84,40 @@ def completions_of_ids(
 ) -> Completions:
     """Return what `completions_of_texts` returns, of responses whose tokens are known.
 
-    A response ends with its first end token; one that has none, and was not truncated, gets that of the chat template.
-    The texts are those of the tokens that are kept.
+    A response ends with its first end token, and nothing is put behind one that has none. The texts are those of the
+    tokens that are kept.
 
     Args:
-        tokenizer, prompts, system, max_new_tokens, truncated: as `completions_of_texts`.
-        responses: B times N lists of token ids, with or without an end token.
+        tokenizer, prompts, system, max_new_tokens: as `completions_of_texts`.
+        responses: B times N lists of token ids, as they were drawn, the end token included.
+        truncated: B times N, responses that were cut off where they were made; None: those without an end token.
 
     Raises:
-        ValueError: as `completions_of_texts`, or an id that is not the tokenizer's.
+        ValueError: no prompts, groups of different sizes, an empty response, or an id that is not the tokenizer's.
+
+    Example:
+        >>> completions_of_ids(None, ["a"], [[[1]], [[2]]])
+        Traceback (most recent call last):
+        ValueError: responses must have one group of responses for each of 1 prompts, got 2
     """
     count = _group_size("responses", prompts, responses)
     turn, known = turn_of(tokenizer), len(tokenizer)
-    if turn.end is None:
-        raise ValueError("the tokenizer names no end token (eos_token_id), and its chat template has none either")
     encoded = encode_prompts(tokenizer, prompts, system=system)
-    cut = (
-        [False] * (len(prompts) * count) if truncated is None else [bool(each) for group in truncated for each in group]
-    )
     rows = [list(row) for group in responses for row in group]
+    cut = [True] * len(rows) if truncated is None else [bool(each) for group in truncated for each in group]
     for k, row in enumerate(rows):
         if strange := [token for token in row if not 0 <= token < known]:
             raise ValueError(f"responses must hold ids below the tokenizer's {known}, got {strange[0]}")
+        if not row:
+            raise ValueError(f"a response to {prompts[k // count]!r} must have tokens, got none")
         stop = next((place for place, token in enumerate(row) if token in turn.ends), None)
         if stop is not None:
             row, cut[k] = row[: stop + 1], False
-        elif not cut[k]:
-            row = [*row, turn.end]
-        if not row:
-            raise ValueError(f"a truncated response to {prompts[k // count]!r} must have tokens, got none")
         if max_new_tokens is not None and len(row) > max_new_tokens:
             row, cut[k] = row[:max_new_tokens], True
         rows[k] = row
     width = max(map(len, rows))
-    tokens = torch.tensor([row + [turn.end] * (width - len(row)) for row in rows])
+    tokens = torch.tensor([row + [padding_id(tokenizer)] * (width - len(row)) for row in rows])
     own = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     ids, mask = (each.repeat_interleave(count, 0) for each in encoded)
     asked = [row[seen.bool()].tolist() for row, seen in zip(*encoded, strict=True)]

@@ -141,6 +141,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             processing_class,
             sampler or parts.make_sampler(args, processing_class),
             self._policy_sampler,
+            lambda line: self._warn(line) if self.world.is_main else None,
         )
         self.fill = padding_id(processing_class)
         self.scorer = Scorer(self.head, self._scoring_model, self.world, args, self.fill, self._sharded)
@@ -258,6 +259,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             self._forget_moments()
         self.responder.update(self.model)
         groups = self.outer.begin(self._iteration, inside=inside > 0, together=self._sharded())
+        self.responder.look_at(self.outer.rollouts)
         self.train_dataset.fill(self._iteration, groups)
         if not inside:
             self._averages.add(self.outer.measure(groups))
