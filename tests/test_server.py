@@ -142,14 +142,19 @@ def test_the_tokens_of_a_server_are_taken_as_they_are(serve):
     assert batch.texts == (("good good", "good good", "good"),) and batch.truncated.tolist() == [False, False, True]
     with pytest.raises(ServerError, match=r"read another prompt than the policy .*'user the bus'.* chat template"):
         sampler_of(serve(lambda body: choices(*found, prompt_token_ids=asked[:3]))).sample([PROMPT], 3, seed=0)
+    mixed = [found[0], choice("good")]
+    with pytest.raises(ServerError, match="token_ids with some completions and not with others"):
+        sampler_of(serve(lambda body: choices(*mixed, prompt_token_ids=asked))).sample([PROMPT], 2, seed=0)
     unsure = sampler_of(serve(lambda body: choices({**choice("good day"), "token_ids": [good]})))
     assert unsure.sample([PROMPT], 1, seed=0).texts == (("good day",),)  # of which prompt, the server does not say
 
 
 @pytest.mark.parametrize("ids", [[1, True], [1, 2.0], ["1"], [-1], [[1]]])
 def test_token_ids_are_data_too(ids):
-    with pytest.raises(ValueError, match="token_ids that are not ids"):
+    with pytest.raises(ValueError, match="token_ids that are not those of a response"):
         read_choice({**choice(), "token_ids": ids}, drawn=True)
+    with pytest.raises(ValueError, match="token_ids that are not those of a response"):
+        read_choice({**choice(reason="length"), "token_ids": []}, drawn=True)
 
 
 # Requests

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from windkern._checks import check_choice, check_count, check_number
 from windkern.losses import LOSSES, OBJECTIVES
 from windkern.train.focus import MODES
+from windkern.train.prompts import without_user
 
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")
@@ -136,7 +137,8 @@ class WindConfig(TrainingArguments):
     sampler: str = setting(
         "transformers",
         "Who samples: transformers (the policy's own generate), recorded:FILE (JSON lines), or http:URL (a server that "
-        "speaks the OpenAI protocol and serves the current policy). Default: what is always right.",
+        "speaks the OpenAI protocol and serves the current policy; its key is OPENAI_API_KEY of the environment). "
+        "Default: what is always right.",
     )
     http_model: str | None = setting(None, "Name of the model on the server of sampler=http:URL. None: policy.")
     temperature: float = setting(
@@ -283,10 +285,12 @@ class WindConfig(TrainingArguments):
         if self.reference == "precomputed" and not self.sampler.startswith("recorded:"):
             raise ValueError(
                 "reference='precomputed' needs responses that are known beforehand, sampler=recorded:FILE, "
-                f"got sampler={self.sampler!r}"
+                f"got sampler={without_user(self.sampler)!r}"
             )
         if self.top_p < 1 and self.sampler != "transformers":
-            raise ValueError(f"top_p must be 1 with sampler={self.sampler!r}, which takes no other, got {self.top_p}")
+            raise ValueError(
+                f"top_p must be 1 with sampler={without_user(self.sampler)!r}, which takes no other, got {self.top_p}"
+            )
         for name, (right, why) in _MEANINGLESS.items():
             if (value := getattr(self, name, right)) != right:
                 raise ValueError(f"{name} must be {right!r}, got {value!r}: {why}")

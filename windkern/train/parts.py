@@ -12,6 +12,7 @@ from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration
 from windkern.train.judges import Judge
 from windkern.train.judges_recorded import load_judge
+from windkern.train.prompts import without_user
 from windkern.train.sampler import Sampler, TransformersSampler
 
 _DROPOUT = ("dropout", "pdrop", "layerdrop")
@@ -41,7 +42,6 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
     """
     from windkern.train.samplers_http import HttpSampler
     from windkern.train.samplers_recorded import RecordedSampler
-    from windkern.train.server import without_user
 
     kind, _, name = config.sampler.partition(":")
     system = config.system if tokenizer.chat_template is not None else None

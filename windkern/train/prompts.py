@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -15,6 +16,16 @@ def shown(value: object) -> str:
     """A value as JSON, cut for an error message."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."
+
+
+def without_user(url: str) -> str:
+    """Return a URL that can be shown: without user and password.
+
+    Example:
+        >>> without_user("https://me:secret@host/v1")
+        'https://***@host/v1'
+    """
+    return re.sub(r"//\S*@", "//***@", url)
 
 
 def loosely(text: str) -> str:

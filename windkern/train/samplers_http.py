@@ -137,7 +137,10 @@ class HttpSampler:
                 future.result()
             groups = [future.result() for future in futures]
         cut = [[choice.cut for choice in group] for group in groups]
-        if all(choice.ids is not None for group in groups for choice in group):
+        known = {choice.ids is not None for group in groups for choice in group}
+        if len(known) > 1:
+            raise ServerError(f"{self.server.url} returned token_ids with some completions and not with others")
+        if known == {True}:
             make, responses = completions_of_ids, [[self._ended(choice) for choice in group] for group in groups]
         else:
             make, responses = completions_of_texts, [[choice.text for choice in group] for group in groups]
@@ -225,7 +228,7 @@ class HttpSampler:
 
     def _shown(self, ids: list) -> str:
         """The text of ids that a server wrote, so of anything."""
-        whole = all(type(token) is int and token >= 0 for token in ids)
+        whole = all(type(token) is int and 0 <= token < len(self.tokenizer) for token in ids)
         return self.server.quote(repr(self.tokenizer.decode(ids) if whole else ids))
 
     def _quoted(self, choice: object) -> str:
@@ -257,10 +260,13 @@ def read_choice(choice: object, *, drawn: bool = False) -> Choice:
     if not isinstance(message, dict):
         raise ValueError("a completion without a message")
     reason, ids = choice.get("finish_reason"), choice.get("token_ids")
-    if drawn and isinstance(ids, list) and ids:
-        if not all(type(token) is int and token >= 0 for token in ids):
-            raise ValueError("token_ids that are not ids")
-        _check_end(reason, (*_ENDED, *_PARSED))
+    drawn = drawn and isinstance(ids, list)
+    ends = (*_ENDED, *_CUT, *(_PARSED if drawn else ()))
+    if not (reason is None or isinstance(reason, str)) or reason not in ends:
+        raise ValueError(f"a completion that ended by {reason!r}, which is not an end of the policy's own")
+    if drawn:
+        if not all(type(token) is int and token >= 0 for token in ids) or (reason in _CUT and not ids):
+            raise ValueError("token_ids that are not those of a response")
         return Choice("", ids, reason in _CUT)
     extra = sorted(name for name, value in message.items() if name not in _PLAIN and not _is_empty(value))
     if extra:
@@ -275,17 +281,11 @@ def read_choice(choice: object, *, drawn: bool = False) -> Choice:
         raise ValueError(f"a message whose content is {kind}, not text{hint}")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("a message whose content is half of a surrogate pair, not text")
-    _check_end(reason, _ENDED)
     return Choice(text, None, reason in _CUT)
-
-
-def _check_end(reason: object, ended: Sequence[object]) -> None:
-    if not (reason is None or isinstance(reason, str)) or reason not in (*ended, *_CUT):
-        raise ValueError(f"a completion that ended by {reason!r}, which is not an end of the policy's own")
 
 
 def _is_empty(value: object) -> bool:
     """Whether there is nothing in a value, such as in {"refusal": null}."""
     if isinstance(value, dict):
         return all(map(_is_empty, value.values()))
-    return not value and value is not True
+    return not value

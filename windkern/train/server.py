@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import anyio
 import anyio.to_thread
 
+from windkern.train.prompts import without_user
+
 try:  # which of the two is installed is up to huggingface_hub
     import httpx2 as httpx
 except ImportError:
@@ -51,16 +53,6 @@ class Answer(NamedTuple):
 
     content: object  # parsed
     quoted: str  # the beginning of its text, for error messages
-
-
-def without_user(url: str) -> str:
-    """Return a URL that can be shown: without user and password.
-
-    Example:
-        >>> without_user("https://me:secret@host/v1")
-        'https://***@host/v1'
-    """
-    return re.sub(r"//\S*@", "//***@", url)
 
 
 def check_url(url: str) -> str:
