@@ -94,6 +94,7 @@ def test_a_whole_judge_is_read_as_it_was_written(tmp_path):
     assert not read.training
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
 def test_an_adapter_must_bring_the_head(tmp_path):
     peft = pytest.importorskip("peft")
     base = make_model()
