@@ -231,9 +231,10 @@ def test_texts_that_cannot_be_completions_are_refused():
         completions_of_texts(tokenizer, PROMPTS[:1], [[""]], truncated=[[True]])
     cut = completions_of_texts(tokenizer, PROMPTS[:1], [["a day", "a very good day", ""]], max_new_tokens=3)
     assert cut.truncated.tolist() == [False, True, False] and cut.num_tokens == 3 + 3 + 1
-    tokenizer.eos_token = None
+    endless = make_tokenizer(chat=False)
+    endless.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
-        completions_of_texts(tokenizer, PROMPTS[:1], [["a"]])
+        completions_of_texts(endless, PROMPTS[:1], [["a"]])
 
 
 def test_recorded_responses_are_drawn_by_the_seed(tmp_path):

@@ -189,7 +189,7 @@ def test_sampler_arguments_are_checked(model, tokenizer):
         sampler.TransformersSampler(model, tokenizer, max_new_tokens=4, temperature=0.0)
     endless = make_model()
     endless.generation_config.eos_token_id = None
-    silent = make_tokenizer()
+    silent = make_tokenizer(chat=False)
     silent.eos_token = None
     with pytest.raises(ValueError, match="end token"):
         sampler.TransformersSampler(endless, silent, max_new_tokens=4)

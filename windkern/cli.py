@@ -137,6 +137,13 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JUDGE",
         help="vader, MODULE:FUNCTION, reward-model:NAME, pair-model:NAME or recorded:FILE",
     )
+    add(
+        "--judge-setting",
+        action="append",
+        dest="judge_settings",
+        metavar="KEY=VALUE",
+        help="of a judge that is a model: label, max_length, batch_size, template; may be given again",
+    )
     add("--output-dir", type=Path, default=Path("eval"), help="picture and JSON go here (default: eval)")
     add("--strength", type=float, metavar="X", help="of the Bradley-Terry link, per unit of reward (default: 1)")
     add("--responses", type=int, metavar="N", help="of each of the two to each prompt (default: 2)")

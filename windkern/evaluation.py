@@ -42,6 +42,7 @@ class EvalSettings:
         device: of the models; None takes the GPU where there is one.
         dtype: of their weights; "auto" is bfloat16 except on a CPU without instructions for it.
         seed: of the draws.
+        judge_settings: of a judge that is a model, see `load_judge`.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
@@ -59,6 +60,7 @@ class EvalSettings:
     device: str | None = None
     dtype: str = "auto"
     seed: int = 0
+    judge_settings: dict[str, object] | None = None
 
     def __post_init__(self) -> None:
         if self.device is None:
@@ -180,7 +182,17 @@ def settings_from(arguments: argparse.Namespace) -> EvalSettings:
     """The defaults with what the command line says."""
     names = [field.name for field in dataclasses.fields(EvalSettings)]
     given = {name: getattr(arguments, name, None) for name in names}
+    if given["judge_settings"] is not None:
+        given["judge_settings"] = dict(map(_setting, given["judge_settings"]))
     return EvalSettings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _setting(entry: str) -> tuple[str, object]:
+    """Key and value of key=value; the value is a number where it looks like one."""
+    key, equals, text = entry.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--judge-setting must be key=value, such as label=1, got {entry!r}")
+    return key, int(text) if text.isdecimal() and text.isascii() else text
 
 
 def as_dict(settings: EvalSettings, result, prompts: Sequence[str], ours: Side, theirs: Side) -> dict[str, object]:
@@ -276,7 +288,9 @@ def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
         display.phase(0, "reading the prompts")
         prompts = load_prompts(arguments.prompts)
         display.phase(0, f"loading the judge {settings.judge}")
-        judge = load_judge(settings.judge, strength=settings.strength, device=settings.device)
+        judge = load_judge(
+            settings.judge, strength=settings.strength, device=settings.device, settings=settings.judge_settings
+        )
         display.phase(0, f"loading the model {settings.model}")
         ours = load_side(settings.model, settings)
         display.phase(0, f"loading the base {settings.base}")

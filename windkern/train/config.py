@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from windkern._checks import check_choice, check_count, check_number
 from windkern.losses import LOSSES, OBJECTIVES
 from windkern.train.focus import MODES
+from windkern.train.prompts import without_user
 
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")
@@ -139,7 +140,8 @@ class WindConfig(TrainingArguments):
     sampler: str = setting(
         "transformers",
         "Who samples: transformers (the policy's own generate), recorded:FILE (JSON lines), or http:URL (a server that "
-        "speaks the OpenAI protocol and serves the current policy). Default: what is always right.",
+        "speaks the OpenAI protocol and serves the current policy; its key is OPENAI_API_KEY of the environment). "
+        "Default: what is always right.",
     )
     http_model: str | None = setting(None, "Name of the model on the server of sampler=http:URL. None: policy.")
     temperature: float = setting(
@@ -170,6 +172,12 @@ class WindConfig(TrainingArguments):
     )
     judge_strength: float = setting(
         1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
+    )
+    judge_settings: dict | None = setting(
+        None,
+        "Keyword arguments of a judge that is a model: label (which of its logits), max_length (longer texts are cut "
+        "to so many tokens, and counted), batch_size, and template for pair-model. None: one label, 16 texts at a "
+        "time, and a text longer than the model's positions is an error.",
     )
     reference: str = setting(
         "model",
@@ -280,10 +288,12 @@ class WindConfig(TrainingArguments):
         if self.reference == "precomputed" and not self.sampler.startswith("recorded:"):
             raise ValueError(
                 "reference='precomputed' needs responses that are known beforehand, sampler=recorded:FILE, "
-                f"got sampler={self.sampler!r}"
+                f"got sampler={without_user(self.sampler)!r}"
             )
         if self.top_p < 1 and self.sampler != "transformers":
-            raise ValueError(f"top_p must be 1 with sampler={self.sampler!r}, which takes no other, got {self.top_p}")
+            raise ValueError(
+                f"top_p must be 1 with sampler={without_user(self.sampler)!r}, which takes no other, got {self.top_p}"
+            )
         for name, (right, why) in _MEANINGLESS.items():
             if (value := getattr(self, name, right)) != right:
                 raise ValueError(f"{name} must be {right!r}, got {value!r}: {why}")

@@ -17,9 +17,8 @@ from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
 from windkern.train.heldout import HELD_OUT, OF_HELD_OUT, OF_REFERENCE
-from windkern.train.judges_recorded import load_judge
 from windkern.train.models import PACKAGED, describe, dtype_named, load_model
-from windkern.train.parts import check_prompts, check_unused
+from windkern.train.parts import check_prompts, check_unused, make_judge
 from windkern.train.progress import Observer, Unobserved
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
@@ -67,7 +66,7 @@ def make_trainer(run: RunConfig, config: WindConfig, observer: Observer | None =
     with whole_models(config):
         if config.judge is not None:
             observer.phase(0, f"loading the judge {config.judge}")
-            judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
+            judge = make_judge(config)
         once = " (converted the first time, which takes 30 s more)" if run.model == PACKAGED else ""
         observer.phase(0, f"loading the model {run.model}{once}")
         model, tokenizer = load_model(run.model, **options)

@@ -28,7 +28,6 @@ from windkern.train.groups import IterationData, collate
 from windkern.train.heldout import HeldOut, Texts
 from windkern.train.identity import check_same, identity_of
 from windkern.train.judges import Judge, check_judge
-from windkern.train.judges_recorded import load_judge
 from windkern.train.metrics import Averages, make_record, step_metrics
 from windkern.train.objectives import make_objective
 from windkern.train.optim import forget_moments, master_optimizer
@@ -132,8 +131,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             prepare_plugin(self.accelerator)
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = World(self.accelerator)
-        if judge is None and args.judge:
-            judge = load_judge(args.judge, strength=args.judge_strength, device=str(args.device))
+        judge = parts.make_judge(args) if judge is None else judge
         self.judge = None if judge is None else check_judge(judge)
         if self.judge is None and (self.objective.judged or self.eval_prompts):
             raise ValueError(f"judge must be given for loss={args.loss!r}: pass judge=, or name one in args.judge")
@@ -145,6 +143,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             processing_class,
             sampler or parts.make_sampler(args, processing_class),
             self._policy_sampler,
+            lambda line: self._warn(line) if self.world.is_main else None,
         )
         self.fill = padding_id(processing_class)
         self.scorer = Scorer(self.head, self._scoring_model, self.world, args, self.fill, self._sharded)
@@ -268,6 +267,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             self._forget_moments()
         self.responder.update(self.model)
         groups = self.outer.begin(self._iteration, inside=inside > 0, together=self._sharded())
+        self.responder.look_at(self.outer.rollouts)
         self.train_dataset.fill(self._iteration, groups)
         if not inside:
             self._averages.add(self.outer.measure(groups))
