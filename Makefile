@@ -63,7 +63,7 @@ endef
 
 ## test-lowest  the tests of the trainer and of hf with the oldest libraries that pyproject.toml allows (torch as it is)
 LOWEST := .venv-lowest
-LOWEST_TESTS := hf* train* value* saving settings_file recipes prompts distributed
+LOWEST_TESTS := hf* train* value* saving settings_file recipes prompts judges_samplers server turns distributed
 test-lowest: $(STAMP)
 	$(call environment,$(LOWEST))
 	@echo "Here pip may find fault with trl, which these tests leave out."
