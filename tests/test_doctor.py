@@ -41,7 +41,8 @@ def test_json_is_what_programs_read(capsys):
     assert found["devices"][0]["name"] == "cpu"
     reasons = {(entry["name"], entry["device"]): entry["reason"] for entry in found["backends"]}
     assert reasons["torch", "cpu"] is None and "GPUs" in reasons["triton", "cpu"]
-    assert all(0 < entry["error"] <= entry["allowed"] for entry in found["self_test"])
+    for entry in found["self_test"]:  # float64 may round as the reference does, on some CPUs to the last bit
+        assert (entry["error"] > 0 or entry["dtype"] == "float64") and entry["error"] <= entry["allowed"], entry
     assert {entry["quantity"] for entry in found["self_test"]} == set(doctor.QUANTITIES)
 
 
