@@ -280,6 +280,17 @@ def windkern(*arguments: str, **options) -> subprocess.Popen:
     )
 
 
+def test_libraries_draw_no_bars_of_their_own():
+    pytest.importorskip("tqdm")
+    code = (
+        "from windkern import cli\nwith cli._loading(lines=False):\n from tqdm.auto import tqdm\n"
+        "for _ in tqdm(range(3), mininterval=0): pass"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 @pytest.mark.parametrize("command", [("bandit",), ("demo",), ("train", "--config", "demo")])
 def test_an_interrupt_while_packages_are_loaded_is_one_line(tmp_path, command):
     process = windkern(*command, cwd=tmp_path)

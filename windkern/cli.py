@@ -28,6 +28,7 @@ def _loading(*, lines: bool = True) -> Iterator[Display | None]:
         return
     from windkern.display import Display
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # for bars of libraries that have no switch; read when tqdm is imported
     with Display(lines=lines) as display:
         display.phase(0, "loading packages")
         yield display

@@ -129,6 +129,11 @@ class Display:
             self._forecast = Forecast(iterations=iterations, clock=self._seconds, **phases)
 
     @property
+    def animated(self) -> bool:
+        """Whether a bar is drawn."""
+        return self._live is not None
+
+    @property
     def elapsed(self) -> float:
         """Seconds since the start."""
         return self._seconds() - self._start

@@ -11,7 +11,7 @@ from windkern.train.config import WindConfig
 from windkern.train.evaluate import Evaluation, compare
 from windkern.train.groups import FitGroup
 from windkern.train.judges import Judge
-from windkern.train.progress import Observer
+from windkern.train.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, Observer
 from windkern.train.rollouts import Rollout, RolloutStore, collect, rollouts_of
 from windkern.train.sampler import TransformersSampler
 from windkern.train.seeds import stream
@@ -20,7 +20,6 @@ from windkern.train.world import World
 # Groups, batch size, what is told how many are done -> (K,) log-probs of each.
 Scores = Callable[[list[FitGroup], int, Callable[[int], None]], list[torch.Tensor]]
 Texts = list[tuple[str, ...]]  # responses to each prompt
-OF_REFERENCE, HELD_OUT, OF_HELD_OUT = "responses of the reference", "held-out responses", "held-out log-probs"
 
 
 class HeldOut:

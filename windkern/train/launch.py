@@ -16,10 +16,9 @@ from windkern.train import report
 from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
-from windkern.train.heldout import HELD_OUT, OF_HELD_OUT, OF_REFERENCE
 from windkern.train.models import PACKAGED, describe, dtype_named, load_model
 from windkern.train.parts import check_prompts, check_unused, make_judge
-from windkern.train.progress import Observer, Unobserved
+from windkern.train.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
 from windkern.train.sharded import whole_models
@@ -148,8 +147,11 @@ def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str
         judged = {("judging held-out responses", ""): _JUDGING * (asked + heldout * config.reference_responses)}
         return {("sampling", HELD_OUT): asked, **scored, **judged} if heldout else {}
 
+    before = {("sampling", OF_REFERENCE): heldout * config.reference_responses} if heldout else {}
+    if config.reference == "precomputed":
+        before = {("scoring", RECORDED): _SCORING * len(trainer.outer.prompts) * config.num_responses, **before}
     return {
-        "before": {("sampling", OF_REFERENCE): heldout * config.reference_responses} if heldout else {},
+        "before": before,
         "each": {
             ("sampling", "responses"): prompts * config.num_responses,
             ("scoring", "log-probs"): _SCORING * fitted * len(trainer.objective.logps),

@@ -162,8 +162,9 @@ class OuterLoop:
         size = self.config.per_device_train_batch_size
         wanted = set(self.objective.logps)
         wanted |= {"old_logps"} if self.objective.group == "anchor" else set()
-        responses = sum(len(group.completions) for group in groups)
-        self.observer.phase(iteration, "scoring", responses * len(wanted), "log-probs")
+        if wanted:
+            count = len(wanted) * sum(len(group.completions) for group in groups)
+            self.observer.phase(iteration, "scoring", count, "log-probs")
         found: dict[str, list[Tensor]] = {}
         if "old_logps" in wanted:
             found["old_logps"] = self.scorer.policy(groups, size, self.observer.advance)

@@ -6,6 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
+# Units of phases that stand beside others of the same name.
+OF_REFERENCE, HELD_OUT, OF_HELD_OUT = "responses of the reference", "held-out responses", "held-out log-probs"
+RECORDED = "recorded responses"
+
 
 @dataclass(frozen=True)
 class Record:

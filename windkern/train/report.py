@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +19,11 @@ from windkern.train.progress import Record
 
 
 def quiet_libraries() -> None:
-    """Let transformers, the hub and datasets draw no bars of their own, and transformers tell of nothing but errors."""
+    """Let transformers and the hub draw no bars of their own, and transformers tell of nothing but errors."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
 
 
 def plus_minus(estimate: Estimate, digits: int = 2) -> str:
@@ -75,7 +73,7 @@ class LiveReport:
         if record.loss is not None:
             parts.append(f"  loss {record.loss:.3f}")
         parts.append(f"  {record.tokens_per_second:3.0f} tokens/s")
-        if self.display.left:
+        if self.display.left and not self.display.animated:  # the bar has it, and 80 columns are full
             parts.append(f"  {self.display.left}")
         self.display.print(*parts)
 

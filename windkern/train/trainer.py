@@ -32,7 +32,7 @@ from windkern.train.metrics import Averages, make_record, step_metrics
 from windkern.train.objectives import make_objective
 from windkern.train.optim import forget_moments, master_optimizer
 from windkern.train.outer import OuterLoop
-from windkern.train.progress import Observer, Record, Unobserved
+from windkern.train.progress import RECORDED, Observer, Record, Unobserved
 from windkern.train.reference import PrecomputedReference, make_reference
 from windkern.train.responder import Responder
 from windkern.train.rollouts import RolloutStore, read_json, write_json
@@ -278,7 +278,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             if step:
                 raise FileNotFoundError(f"{self.reference.path} is missing, and the policy has moved since it was made")
             groups = self.responder.recorded()
-            self.observer.phase(0, "scoring", sum(len(group.completions) for group in groups), "recorded responses")
+            self.observer.phase(0, "scoring", sum(len(group.completions) for group in groups), RECORDED)
             self.reference.save(groups, self.scorer.policy(groups, 1, self.observer.advance), write=self.world.is_main)
         if self.eval_prompts and not step:
             self._reference_texts(0)

@@ -252,6 +252,7 @@ def _run(config: ValueConfig, resume: bool, display: Display) -> int:
     for callback in (PrinterCallback, ProgressCallback):  # the display shows what they would
         trainer.remove_callback(callback)
     trainer.add_callback(_Steps(display))
+    trainer._warn = display.note  # of checkpoints; else a warning of Python's
     display.print((config.base_model, "bold"), f": {describe(base)}, the frozen base")
     display.print((config.value_model, "bold"), f": {describe(value)}, the value model, trained")
 
