@@ -265,6 +265,7 @@ def test_readme_tables_stand_between_their_markers(results, tmp_path):
     data = as_real_head(json.loads(results.read_text()))
     slower = next(row for row in data["rows"] if row["provider"] == "plain" and row["mode"] == "frozen")
     slower["times_floor"] = 1e-3  # a peer that beats everything must be named as such
+    data["kind"] = "speed"  # also where this CPU is masked
     (tmp_path / "speed.json").write_text(json.dumps(data))
     (tmp_path / "other.json").write_text("[]")  # other results may lie in the same folder
     page = tmp_path / "README.md"
