@@ -68,11 +68,11 @@ class EvalSettings:
 
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
         for name in ("responses", "max_new_tokens", "batch_size"):
-            check_count(name, getattr(self, name), least=1)
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("strength", "temperature"):
             check_number(name, getattr(self, name), above=0)
         check_choice("dtype", self.dtype, DTYPES)
-        check_count("seed", self.seed)
+        object.__setattr__(self, "seed", check_count("seed", self.seed))
 
 
 @dataclass

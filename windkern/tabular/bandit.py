@@ -49,11 +49,10 @@ class BanditSettings:
     jbond_learning_rate: float = 4.0  # the best of 1 and 4, with anchor rates 0.02 and 0.1
 
     def __post_init__(self) -> None:
-        check_count("seeds", self.seeds, least=2)
-        for name in ("contexts", "exact_iterations", "iterations", "groups", "jbond_groups"):
-            check_count(name, getattr(self, name), least=1)
-        for name in ("responses", "group_size"):
-            check_count(name, getattr(self, name), least=2)
+        pairs = ("seeds", "responses", "group_size")
+        for name in (*pairs, "contexts", "exact_iterations", "iterations", "groups", "jbond_groups"):
+            least = 2 if name in pairs else 1
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least=least))
         check_choice("link", self.link, LINKS)
         for name in ("beta", "eta", "jbond_learning_rate"):
             check_number(name, getattr(self, name), above=0)

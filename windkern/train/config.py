@@ -265,9 +265,9 @@ class WindConfig(TrainingArguments):
                 f"num_train_epochs={self.num_train_epochs}"
             )
         for name in ("num_iterations", "steps_per_iteration", "passes_per_iteration", "max_new_tokens"):
-            check_count(name, getattr(self, name), least=1)
+            setattr(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("sampling_batch_size", "eval_responses", "reference_responses"):
-            check_count(name, getattr(self, name), least=1)
+            setattr(self, name, check_count(name, getattr(self, name), least=1))
         if self.steps_per_iteration % self.passes_per_iteration:
             raise ValueError(
                 f"passes_per_iteration must divide steps_per_iteration = {self.steps_per_iteration}, "
@@ -328,11 +328,11 @@ class WindConfig(TrainingArguments):
         least = {"spin": 1, "bond": 3}.get(self.loss, 2)
         if self.num_responses is None:
             self.num_responses = least if self.loss in ("spin", "bond") else 5
-        check_count("num_responses", self.num_responses, least=least)
+        self.num_responses = check_count("num_responses", self.num_responses, least=least)
         if self.loss in ("spin", "bond") and self.num_responses != least:
             raise ValueError(f"num_responses must be {least} for loss={self.loss!r}, got {self.num_responses}")
         if self.fit_responses is not None:
-            check_count("fit_responses", self.fit_responses, least=2)
+            self.fit_responses = check_count("fit_responses", self.fit_responses, least=2)
             if self.fit_responses > self.num_responses:
                 raise ValueError(
                     f"fit_responses must be at most num_responses = {self.num_responses}, got {self.fit_responses}"
@@ -343,7 +343,7 @@ class WindConfig(TrainingArguments):
                     "not a win rate against all responses"
                 )
         if self.replay:
-            check_count("replay_capacity", self.replay_capacity, least=self.num_responses)
+            self.replay_capacity = check_count("replay_capacity", self.replay_capacity, least=self.num_responses)
 
     @property
     def total_steps(self) -> int:

@@ -83,12 +83,12 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        check_count("final_responses", self.final_responses, least=1)
+        self.final_responses = check_count("final_responses", self.final_responses, least=1)
         check_choice("method", self.method, METHODS)
         check_choice("dtype", self.dtype, DTYPES)
         for name in ("max_train_prompts", "max_eval_prompts"):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), least=1)
+                setattr(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("model", "train_prompts"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} must not be empty")

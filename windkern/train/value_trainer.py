@@ -75,9 +75,9 @@ class ValueConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_count("max_new_tokens", self.max_new_tokens, least=1)
+        self.max_new_tokens = check_count("max_new_tokens", self.max_new_tokens, least=1)
         if self.memory_budget is not None:
-            check_count("memory_budget", self.memory_budget, least=1)
+            self.memory_budget = check_count("memory_budget", self.memory_budget, least=1)
         check_choice("backend", self.backend, ["auto", *backends.BACKENDS])
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False, got True: demonstrations have no columns")
