@@ -170,14 +170,15 @@ def test_a_team_inside_a_parallel_region_is_not_exact():
 @needs_cpp
 def test_onednn_is_not_trusted_where_torch_has_another_openmp(monkeypatch):
     assert cpu_libraries.onednn_is_safe()
+    threads = torch.get_num_threads()
     cpu_libraries._shares_openmp_with_torch.cache_clear()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # whatever is set elsewhere
     try:
         assert not cpu_libraries.onednn_is_safe()
     finally:
         cpu_libraries._shares_openmp_with_torch.cache_clear()
-        monkeypatch.undo()
-    torch.set_num_threads(torch.get_num_threads())
+    monkeypatch.undo()
+    assert torch.get_num_threads() == threads
 
 
 @pytest.fixture
