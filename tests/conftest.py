@@ -37,7 +37,9 @@ def _poisoned_memory_and_fixed_seed():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)  # Reason: bits depend on it, and a test may have failed half-way
     torch.use_deterministic_algorithms(False)
 
 
