@@ -20,7 +20,9 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the last finished iteration in --output-dir")
     add("--seed", type=int, help="of all randomness (default: 0)")
     add("--iterations", type=int, help="outer iterations: sample, judge, fit")
-    add("--prompts", type=Path, metavar="FILE", help="training prompts, .jsonl or text (default: the packaged ones)")
+    add(
+        "--prompts", type=Path, metavar="FILE", help="training prompts, .jsonl, .csv, .txt (default: the packaged ones)"
+    )
     add("--heldout-prompts", type=Path, metavar="FILE", help="prompts for the evaluation (default: the packaged ones)")
     add("--model", metavar="NAME", help="folder or hub id of a causal LM (default: the packaged SmolLM2-135M-Instruct)")
     add("--judge", metavar="MODULE:FUNCTION", help="reward(prompts, responses) -> numbers (default: VADER sentiment)")
@@ -107,7 +109,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="folder or hub id of a causal LM, or recorded:FILE (JSON lines)")
     add("--base", required=True, metavar="NAME", help="what it is compared with, likewise")
-    add("--prompts", required=True, metavar="SOURCE", help=".jsonl, .json or text, or hub:NAME[:SPLIT[:COLUMN]]")
+    add("--prompts", required=True, metavar="SOURCE", help=".jsonl, .csv, .txt ... or hub:NAME[:SPLIT[:COLUMN]]")
     add(
         "--judge",
         required=True,

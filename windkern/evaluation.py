@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from windkern._checks import check_choice, check_count, check_number
 from windkern.train.models import DTYPES, PACKAGED, dtype_named, require
 from windkern.train.prompts import prompt_to_json
+from windkern.train.valid_json import to_json
 
 SHOWN = 4  # prompts whose completions are printed
 RECORDED = "recorded:"
@@ -281,7 +281,7 @@ def run(arguments: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     numbers, picture = output / "eval.json", output / "eval.png"
     content = as_dict(settings, result, prompts, ours, theirs)
-    numbers.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    numbers.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
     draw(picture, content)
     report.print_completions(console, prompts, theirs.texts, ours.texts, SHOWN, labels=("base  ", "model "))
     console.print()

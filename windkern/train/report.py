@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from windkern.train.evaluate import NORMAL_95, Estimate, Evaluation
 from windkern.train.progress import Record
+from windkern.train.valid_json import to_json
 
 # Shares of an iteration's time, so that the bar moves evenly; measured on two cores.
 _PHASES = {"sampling": 0.26, "scoring": 0.18, "fitting": 0.30, "evaluating": 0.22, "saving": 0.04}
@@ -180,7 +180,7 @@ def as_json(
             for prompt, old, new in zip(prompts, before, after, strict=True)
         ],
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    path.write_text(to_json(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -> None:

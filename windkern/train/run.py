@@ -38,8 +38,8 @@ class RunConfig:
     )
     train_prompts: str = field(
         metadata=_help(
-            "Prompts to train on: a file (.jsonl, a prompt or messages a line; .json, a list; or text, a prompt a "
-            "line), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged)."
+            "Prompts to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz too; .txt, a prompt "
+            "a line), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged)."
         )
     )
     eval_prompts: str | None = field(

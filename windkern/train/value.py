@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from windkern.train.models import describe, load_model
+from windkern.train.valid_json import to_json
 from windkern.train.value_model import ValueModel
 from windkern.train.value_trainer import DemonstrationCollator, ValueConfig, ValueTrainer
 
@@ -229,7 +229,7 @@ def run_value(config: ValueConfig, *, resume: bool) -> int:
             "seconds": time.perf_counter() - start,
         }
         path = Path(config.output_dir) / RESULT
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
         picture = path.with_name("nll.png")
         draw(picture, content)
         console.print(f"numbers {os.path.relpath(path)}, picture {os.path.relpath(picture)}", highlight=False)
