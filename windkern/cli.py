@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from windkern import __version__, backends, recipes
-from windkern.backends import BackendUnavailableError
+from windkern.train.errors import ended_by_another, message_of
 
-USAGE, INTERRUPTED = 2, 130
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,11 +193,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        hint = "; --resume goes on from the last finished iteration" if hasattr(arguments, "resume") else ""
+        hint = "; --resume goes on from what is on the disk" if hasattr(arguments, "resume") else ""
         print(f"windkern: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
-    except (ImportError, OSError, TypeError, ValueError, BackendUnavailableError) as error:
-        if backends.debug_mode():
+    except Exception as error:
+        told = message_of(error)
+        if told is None or backends.debug_mode():
             raise
-        print(f"windkern: error: {error} (WINDKERN_DEBUG=1 shows where)", file=sys.stderr)
+        if ended_by_another(error):
+            print(f"windkern: {told}", file=sys.stderr)
+            return FAILED
+        print(f"windkern: error: {told} (WINDKERN_DEBUG=1 shows where)", file=sys.stderr)
         return USAGE

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from transformers import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
@@ -18,15 +20,19 @@ from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
 from windkern.train.judges_recorded import load_judge
-from windkern.train.models import describe, dtype_named, load_model
+from windkern.train.lock import owned_by_run
+from windkern.train.models import adapter_of, describe, dtype_named, load_model, load_policy, sync_files
 from windkern.train.parts import check_prompts, check_unused
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
 from windkern.train.sharded import whole_models
 from windkern.train.trainer import WindTrainer
+from windkern.train.world import World
 
 SHOWN = 4  # prompts whose completions are printed
 DEMO_PROMPTS = "demo"
+MERGED = "merged_base"  # folder of the base under a new adapter, where it is a merged one
+_OF_A_START = ("init_lora_weights", "task_type")  # say how an adapter begins, not what it is
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,13 @@ def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
     return found[:limit]
 
 
-def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
+def make_trainer(run: RunConfig, config: WindConfig, observer, *, resume: bool = False) -> WindTrainer:
     """Load models, prompts and judge, and put them together.
+
+    Args:
+        run, config: the settings.
+        observer: told about progress.
+        resume: whether a run goes on, so that what it has left in `config.output_dir` is its own.
 
     Raises:
         ValueError, TypeError, OSError: a setting is wrong or something cannot be read; the message says which.
@@ -62,9 +73,20 @@ def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
     with whole_models(config):
         if config.judge is not None:
             judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
-        model, tokenizer = load_model(run.model, **options)
+        model, tokenizer = load_policy(run.model, adapter=run.adapter, **options)
         if config.reference == "model" and (heldout or needs_reference(config)):
-            reference, _ = load_model(run.reference_model or run.model, **options)
+            if run.reference_model is None:
+                reference, _ = load_policy(run.model, adapter=run.adapter, **options)
+            else:
+                reference, _ = load_model(run.reference_model, **options)
+    new_adapter = None if run.peft is None else _lora(run.peft)
+    if run.adapter == "merge" and adapter_of(run.model) is None:
+        raise ValueError(f"adapter must be continue where model is no adapter, got 'merge' for {run.model!r}")
+    if new_adapter is not None and hasattr(model, "peft_config"):
+        _check_continued(run, new_adapter, model.active_peft_config)
+        new_adapter = None
+    if new_adapter is not None and run.adapter == "merge":
+        _keep_base(model, tokenizer, config, resume)
     with warnings.catch_warnings():  # peft asks transformers for what it has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         trainer = WindTrainer(
@@ -75,7 +97,7 @@ def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
             judge=judge,
             reference=reference,
             processing_class=tokenizer,
-            peft_config=None if run.peft is None else _lora(run.peft),
+            peft_config=new_adapter,
             observer=observer,
         )
     for callback in (PrinterCallback, ProgressCallback):  # the observer shows what they would
@@ -92,6 +114,40 @@ def _lora(settings: dict):
         raise ValueError(f"peft: {error}; its keys are arguments of peft.LoraConfig") from None
 
 
+def _check_continued(run: RunConfig, wanted, held) -> None:
+    """Raise unless the settings of `peft` are those of the adapter that is trained further."""
+    for key in run.peft:
+        ours, theirs = (_plain(getattr(each, key)) for each in (wanted, held))
+        if ours != theirs and key not in _OF_A_START and ours != "all-linear":
+            raise ValueError(
+                f"peft.{key} is {ours!r}, but the adapter {run.model!r} has {theirs!r}, and adapter: continue trains "
+                "it as it is; leave peft out, or set adapter: merge to start a new one on top of it"
+            )
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, (set, list, tuple)) else getattr(value, "value", value)
+
+
+def _keep_base(model, tokenizer, config: WindConfig, resume: bool) -> None:
+    """Write the merged base of a new adapter beside it, and let the adapter name it: no one else has it."""
+    folder = Path(config.output_dir).absolute() / MERGED
+    model.name_or_path = model.config._name_or_path = str(folder)
+
+    def write() -> None:
+        if resume and (folder / "config.json").is_file():
+            return
+        scratch = folder.with_name(f".{MERGED}.part")
+        for old in (scratch, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        sync_files(scratch)
+        scratch.rename(folder)
+
+    World(config.distributed_state).first(write)
+
+
 def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:
     """A few lines about what is going to happen."""
     config, judge = trainer.args, trainer.judge
@@ -99,7 +155,7 @@ def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
     total = sum(value.numel() for value in trainer.model.parameters())
     lines = [
-        f"[bold]{run.model}[/bold]: {describe(base)}, "
+        f"[bold]{escape(run.model)}[/bold]: {describe(base)}, "
         + ("every weight trained" if trained == total else f"{trained / 1e6:.2f} M of them trained")
     ]
     if judge is not None:
@@ -143,11 +199,24 @@ def start(run: RunConfig, config: WindConfig, *, resume: bool, console: Console,
     logging.disable_progress_bar()
     console.quiet = config.process_index != 0
     watch, output = report.Stopwatch(), Path(config.output_dir)
-    if not resume:
-        check_unused(output, overwrite=config.overwrite)  # before models are loaded
+    with owned_by_run(config, lambda line: console.print(escape(line), style="yellow", highlight=False)):
+        if not resume:  # before models are loaded
+            World(config.distributed_state).first(lambda: check_unused(output, overwrite=config.overwrite) and None)
+        return _start(run, config, resume, console, kind, watch, output)
+
+
+def _start(
+    run: RunConfig,
+    config: WindConfig,
+    resume: bool,
+    console: Console,
+    kind: str,
+    watch: report.Stopwatch,
+    output: Path,
+) -> Outcome:
     with report.LiveReport(config.num_iterations, console) as observer:
         observer.waiting("loading the model (the packaged one is converted the first time: 30 seconds more)")
-        trainer = make_trainer(run, config, observer)
+        trainer = make_trainer(run, config, observer, resume=resume)
         introduce(console, run, trainer)
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
