@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -43,10 +44,26 @@ class History:
                 record = Record(**content)
             except TypeError as error:
                 raise DamagedRecordError(path, error, _WITHOUT) from error
+            # Reason: JSON has no word for the standard error of one prompt, which is nan.
+            lost = {each: math.nan for each in ("win_rate", "kl") if content[each] is not None}
+            lost = {f"{each}_se": nan for each, nan in lost.items() if content[f"{each}_se"] is None}
+            record = dataclasses.replace(record, **lost)
             if record.iteration != iteration or not all(_is_number(each) for each in content.values()):
                 raise DamagedRecordError(path, f"it is no record of iteration {iteration}", _WITHOUT)
             found.append(record)
         return found
+
+    def missing(self, iteration: int, blocks: int) -> list[str]:
+        """Files of a finished iteration that are not there.
+
+        Args:
+            iteration: counted from 1.
+            blocks: of an iteration.
+        """
+        folder = self.store.iteration(iteration)
+        wanted = [*(self.store.path(folder, block) for block in range(blocks)), folder / "scored.json"]
+        wanted.append(self.path(iteration))
+        return [f"{path.parent.name}/{path.name}" for path in wanted if not path.is_file()]
 
     def tell_missing(self, iterations: int, blocks: int, note: Callable[[str], None]) -> None:
         """Say which files of finished iterations are not there; nothing needs them any more but a reader.
@@ -56,12 +73,7 @@ class History:
             blocks: of an iteration.
             note: told in one line.
         """
-        missing = []
-        for iteration in range(1, iterations + 1):
-            folder = self.store.iteration(iteration)
-            wanted = [self.store.path(folder, block) for block in range(blocks)]
-            wanted += [folder / "scored.json", self.path(iteration)]
-            missing += [f"{path.parent.name}/{path.name}" for path in wanted if not path.is_file()]
+        missing = [name for iteration in range(1, iterations + 1) for name in self.missing(iteration, blocks)]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             note(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def models_inside(thing: object, depth: int = 4) -> Iterator[nn.Module]:
     """The models that an object such as a judge holds, in the order of its attributes."""
     if isinstance(thing, nn.Module):
         yield thing
-    elif depth and hasattr(thing, "__dict__"):
+    elif depth and hasattr(thing, "__dict__") and not isinstance(thing, (type, types.ModuleType)):
         for value in vars(thing).values():
             yield from models_inside(value, depth - 1)
 

@@ -213,10 +213,10 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = 
         OSError: the folder or the hub id cannot be read; the message names it, and transformers says why.
         ValueError: its files are damaged, of another kind, or lack weights.
     """
-    if adapter_of(name) is None:
+    if (held := adapter_of(name)) is None:
         model, tokenizer = _load(name, dtype, attention)
     else:
-        model, tokenizer = _load_adapted(name, dtype, attention, trained=False)
+        model, tokenizer = _load_adapted(name, held, dtype, attention, trained=False)
         if not model.active_peft_config.is_prompt_learning:
             model = model.get_base_model()  # with the adapter's layers inside
     return model.to(device).eval(), tokenizer
@@ -236,10 +236,10 @@ def load_policy(
         As `load_model`.
     """
     check_choice("adapter", adapter, ADAPTERS)
-    if adapter_of(name) is None:
+    if (held := adapter_of(name)) is None:
         model, tokenizer = _load(name, dtype, attention)
     else:
-        model, tokenizer = _load_adapted(name, dtype, attention, trained=adapter == "continue")
+        model, tokenizer = _load_adapted(name, held, dtype, attention, trained=adapter == "continue")
         if adapter == "merge":
             model = model.merge_and_unload(safe_merge=True)
             model.requires_grad_(True)
@@ -278,12 +278,12 @@ def adapter_of(name: str):
     return found
 
 
-def _load_adapted(name: str, dtype: torch.dtype, attention: str | None, *, trained: bool):
+def _load_adapted(name: str, held, dtype: torch.dtype, attention: str | None, *, trained: bool):
     """A PEFT model of an adapter on its base, and the tokenizer."""
     import peft
     import transformers
 
-    base = adapter_of(name).base_model_name_or_path
+    base = held.base_model_name_or_path
     try:
         model, tokenizer = _load(base, dtype, attention)
     except (OSError, ValueError) as error:

@@ -77,6 +77,11 @@ class OuterLoop:
         self._scores = set(objective.logps) | ({"old_logps"} if objective.group == "anchor" else set())
         self.forget()
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks an iteration's prompts make."""
+        return -(-self.prompts_per_iteration // self.block_size)
+
     def forget(self) -> None:
         """Know of no iteration, as a new object does; what is on the disk stays."""
         config = self.config
@@ -133,7 +138,7 @@ class OuterLoop:
         self.measured = [rollout for rollout, drawn in zip(self.rollouts, uniform, strict=True) if drawn]
         groups = fit_groups(self.rollouts, self.objective)
         if inside:
-            scored = self._read_scores(folder, groups, BEGUN)
+            scored = self.world.first(lambda: self._read_scores(folder, groups, BEGUN))
         else:
             scored = self._score(iteration, groups)
             if self.world.is_main:
@@ -213,18 +218,21 @@ class OuterLoop:
             FileNotFoundError, DamagedRecordError: it is not there as a whole.
         """
         self._learn_before(iteration)
+        folder = self.store.iteration(iteration)
+        self.rollouts = self.world.first(lambda: self._read_rollouts(iteration))
+        groups = fit_groups(self.rollouts, self.objective)
+        self._learn(iteration, groups, self.world.first(lambda: self._read_scores(folder, groups, ANEW)))
+
+    def _read_rollouts(self, iteration: int) -> list[Rollout]:
         folder, found = self.store.iteration(iteration), []
         places, _ = self.focus.choose(iteration, self.prompts_per_iteration)
         for block in blocks_of(places, self.block_size):
             part, _ = self.store.read(folder, block, ANEW)
             if not part:
-                raise FileNotFoundError(
-                    f"{self.store.path(folder, block.index)} is missing, and the run needs it; {ANEW}"
-                )
+                path = self.store.path(folder, block.index)
+                raise FileNotFoundError(f"{path} is missing, and the run needs it; {ANEW}")
             found += part
-        self.rollouts = found
-        groups = fit_groups(self.rollouts, self.objective)
-        self._learn(iteration, groups, self._read_scores(folder, groups, ANEW))
+        return found
 
     def _learn(self, iteration: int, groups: list[FitGroup], scored: dict) -> None:
         if iteration <= self._done:

@@ -16,6 +16,7 @@ from windkern.train.models import ADAPTERS, DTYPES, PACKAGED, require
 
 METHODS = ("wind", "value")
 _PATHS = ("output_dir", "model", "reference_model", "train_prompts", "eval_prompts")
+_PATHS += ("base_model", "value_model", "transfer_base", "train_demonstrations", "eval_demonstrations")
 # Of the inherited settings, those that most files have.
 OFTEN = ("output_dir", "seed", "gradient_accumulation_steps", "bf16", "eval_strategy", "save_steps", "report_to")
 

@@ -247,7 +247,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
             done = self.state.global_step // self.args.steps_per_iteration
             self._catch_up(done)
-            self.history = self._records.read(done)
+            self.history = self.world.first(lambda: self._records.read(done))
         return output
 
     def begin_iteration(self, step: int) -> None:
@@ -256,10 +256,9 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         resumed = not self._iteration and done
         self._catch_up(done)
         if resumed and self.world.is_main:
-            blocks = -(-self.outer.prompts_per_iteration // self.outer.block_size)
-            self._records.tell_missing(done, blocks, self._warn)
+            self._records.tell_missing(done, self.outer.blocks, self._warn)
         self._iteration_start, self._iteration = time.perf_counter(), done + 1
-        self.history = self._records.read(done)
+        self.history = self.world.first(lambda: self._records.read(done))
         self._prepare_reference(step)
         self._prepare_anchor(step)
         if self.args.reset_optimizer and not inside:
@@ -405,15 +404,12 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         self.observer.finished(record)
 
     def _catch_up(self, iteration: int) -> None:
-        """Evaluate an iteration whose checkpoint was written, but whose evaluation was cut off by a kill."""
-        if (
-            iteration
-            and self.evaluates_each_iteration
-            and not self.world.agree(self._records.path(iteration).is_file())
-        ):
+        """Record an iteration whose checkpoint was written, but whose evaluation or record was cut off by a kill."""
+        missing = self._records.missing(iteration, self.outer.blocks) if iteration else []
+        if self.world.agree(missing) == [f"iteration-{iteration:04d}/record.json"]:
             self._iteration = iteration
             self.outer.recall(iteration)
-            self.finish_iteration(self._evaluation()[0])
+            self.finish_iteration(self._evaluation()[0] if self.evaluates_each_iteration else None)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
