@@ -49,7 +49,7 @@ def with_template(text: str):
 
 
 CASES = {
-    "a setting": ({"eta": 3}, r"eta 4\.0 there, 3\.0 here"),
+    "a setting": ({"eta": 3}, r"eta 4\.0 there, 3 here"),
     "a setting of transformers": ({"weight_decay": 0.1}, r"weight_decay 0\.0 there, 0\.1 here"),
     "the weights": (
         {"model": lambda: other(1.01)},

@@ -59,7 +59,7 @@ def message_of(error: Exception) -> str | None:
         return one_line(f"process {rank} ends, since another of the run has failed, which says why ({error})")
     if _out_of_memory(error):
         return one_line(
-            f"out of memory: {error or 'this machine has no more'}; lower per_device_train_batch_size, "
+            f"out of memory: {str(error) or 'this machine has no more'}; lower per_device_train_batch_size, "
             "per_device_eval_batch_size, sampling_batch_size or max_new_tokens"
         )
     ours = type(error).__module__.split(".")[0] == "windkern"  # meant to be read
