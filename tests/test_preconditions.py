@@ -16,7 +16,8 @@ from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer
 
 from windkern.train.data import Demonstration, encode_prompts
 from windkern.train.models import MissingPackageError
-from windkern.train.preconditions import Room, check_model, positions_of
+from windkern.train.positions import positions_of
+from windkern.train.preconditions import Room, check_model
 from windkern.train.prompts import ChatPrompt
 
 LONG = "the bus was " * 6 + "very bad"  # 20 words, and user, <eos> and assistant of the template

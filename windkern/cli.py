@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from windkern import __version__, backends, recipes
-from windkern.train.errors import ended_by_another, message_of
+from windkern import __version__, recipes
+from windkern.terminal import printable
+
+if TYPE_CHECKING:
+    from windkern.display import Display
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+@contextlib.contextmanager
+def _loading(*, lines: bool = True) -> Iterator[Display | None]:
+    """A display that says at once that packages are being loaded; None without rich, which the command will ask for."""
+    if importlib.util.find_spec("rich") is None:
+        yield None
+        return
+    from windkern.display import Display
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # for bars of libraries that have no switch; read when tqdm is imported
+    with Display(lines=lines) as display:
+        display.phase(0, "loading packages")
+        yield display
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +58,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     # Reason: everything is on this machine; transformers must not wait for a network that may not be there.
     if arguments.model is None or os.path.isdir(arguments.model):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from windkern import demo
+    with _loading() as display:
+        from windkern import demo
 
-    return demo.run(arguments)
+        return demo.run(arguments, display)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +84,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from windkern.train import run
+    with _loading(lines=not arguments.fields) as display:
+        from windkern.train import run
 
-    return run.run(arguments)
+        return run.run(arguments, display)
 
 
 def _bandit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,12 +106,13 @@ def _bandit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bandit(arguments: argparse.Namespace) -> int:
-    from windkern.train.models import require
+    with _loading() as display:
+        from windkern.train.models import require
 
-    require("rich", "matplotlib")
-    from windkern.tabular import bandit
+        require("rich", "matplotlib")
+        from windkern.tabular import bandit
 
-    return bandit.run(arguments)
+        return bandit.run(arguments, display)
 
 
 def _losses_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +123,8 @@ def _losses_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _losses(arguments: argparse.Namespace) -> int:
-    from windkern import losses_report
+    with _loading(lines=False):
+        from windkern import losses_report
 
     return losses_report.run(arguments)
 
@@ -115,6 +139,13 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="JUDGE",
         help="vader, MODULE:FUNCTION, reward-model:NAME, pair-model:NAME or recorded:FILE",
+    )
+    add(
+        "--judge-setting",
+        action="append",
+        dest="judge_settings",
+        metavar="KEY=VALUE",
+        help="of a judge that is a model: label, max_length, batch_size, template; may be given again",
     )
     add("--output-dir", type=Path, default=Path("eval"), help="picture and JSON go here (default: eval)")
     add("--strength", type=float, metavar="X", help="of the Bradley-Terry link, per unit of reward (default: 1)")
@@ -131,9 +162,10 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from windkern import evaluation
+    with _loading() as display:
+        from windkern import evaluation
 
-    return evaluation.run(arguments)
+        return evaluation.run(arguments, display)
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +174,8 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from windkern import plotting
+    with _loading(lines=False):
+        from windkern import plotting
 
     return plotting.run(arguments)
 
@@ -152,9 +185,10 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from windkern import doctor
+    with _loading(lines=False) as display:
+        from windkern import doctor
 
-    return doctor.run(arguments)
+        return doctor.run(arguments, display)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
@@ -172,9 +206,14 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        super().error(printable(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every command of COMMANDS."""
-    parser = argparse.ArgumentParser(prog="windkern", description="Preference losses without the logits.")
+    parser = _Parser(prog="windkern", description="Preference losses without the logits.")
     parser.add_argument("--version", action="version", version=f"windkern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (summary, add_arguments, run) in COMMANDS.items():
@@ -197,8 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"windkern: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        from windkern.backends import debug_mode
+        from windkern.train.errors import ended_by_another, message_of
+
         told = message_of(error)
-        if told is None or backends.debug_mode():
+        if told is None or debug_mode():
             raise
         if ended_by_another(error):
             print(f"windkern: {told}", file=sys.stderr)

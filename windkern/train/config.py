@@ -6,12 +6,16 @@ import dataclasses
 import inspect
 from dataclasses import dataclass, field
 
+from windkern.train import tried  # noqa: F401
+
+# isort: split
 from transformers import TrainingArguments
 
 from windkern._checks import check_choice, check_count, check_number
 from windkern.losses import LOSSES, OBJECTIVES
 from windkern.train.focus import MODES
 from windkern.train.inherited import check_inherited
+from windkern.train.prompts import without_user
 
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")
@@ -125,7 +129,8 @@ class WindConfig(TrainingArguments):
     sampler: str = setting(
         "transformers",
         "Who samples: transformers (the policy's own generate), recorded:FILE (JSON lines), or http:URL (a server that "
-        "speaks the OpenAI protocol and serves the current policy). Default: what is always right.",
+        "speaks the OpenAI protocol and serves the current policy; its key is OPENAI_API_KEY of the environment). "
+        "Default: what is always right.",
     )
     http_model: str | None = setting(None, "Name of the model on the server of sampler=http:URL. None: policy.")
     temperature: float = setting(
@@ -168,6 +173,12 @@ class WindConfig(TrainingArguments):
     )
     judge_strength: float = setting(
         1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
+    )
+    judge_settings: dict | None = setting(
+        None,
+        "Keyword arguments of a judge that is a model: label (which of its logits), max_length (longer texts are cut "
+        "to so many tokens, and counted), batch_size, and template for pair-model. None: one label, 16 texts at a "
+        "time, and a text longer than the model's positions is an error.",
     )
     reference: str = setting(
         "model",
@@ -285,10 +296,12 @@ class WindConfig(TrainingArguments):
         if self.reference == "precomputed" and not self.sampler.startswith("recorded:"):
             raise ValueError(
                 "reference='precomputed' needs responses that are known beforehand, sampler=recorded:FILE, "
-                f"got sampler={self.sampler!r}"
+                f"got sampler={without_user(self.sampler)!r}"
             )
         if self.top_p < 1 and self.sampler != "transformers":
-            raise ValueError(f"top_p must be 1 with sampler={self.sampler!r}, which takes no other, got {self.top_p}")
+            raise ValueError(
+                f"top_p must be 1 with sampler={without_user(self.sampler)!r}, which takes no other, got {self.top_p}"
+            )
         check_inherited(self)
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         asks = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in _BY_METRIC

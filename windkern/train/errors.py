@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from windkern.terminal import printable
+
 # What a program's own mistakes raise. All else that reaches the command line is about settings, files or machines.
 _BUGS = (AssertionError, AttributeError, LookupError, NameError, RuntimeError, SyntaxError, ZeroDivisionError)
 _NO_BUGS = (RecursionError, NotImplementedError)  # of those, what data and settings raise
@@ -28,7 +30,7 @@ def one_line(text: object) -> str:
         'first, second\\\\x07'
     """
     words = " ".join(_ESCAPES.sub("", str(text)).split())
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
+    shown = printable(words)
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 4] + " ..."
 
 

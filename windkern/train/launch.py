@@ -10,19 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from transformers import PrinterCallback, ProgressCallback
-from transformers.utils import logging
 
+from windkern.display import Display, clock
 from windkern.train import report
 from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
-from windkern.train.judges_recorded import load_judge
 from windkern.train.lock import owned_by_run
-from windkern.train.models import adapter_of, describe, dtype_named, load_model, load_policy, sync_files
-from windkern.train.parts import check_prompts, check_unused
+from windkern.train.models import PACKAGED, adapter_of, describe, dtype_named, load_model, load_policy, sync_files
+from windkern.train.parts import check_prompts, check_unused, make_judge
+from windkern.train.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
 from windkern.train.sharded import whole_models
@@ -33,6 +31,8 @@ SHOWN = 4  # prompts whose completions are printed
 DEMO_PROMPTS = "demo"
 MERGED = "merged_base"  # folder of the base under a new adapter, where it is a merged one
 _OF_A_START = ("init_lora_weights", "task_type")  # say how an adapter begins, not what it is
+# What a phase costs beside the sampling of as many responses, guessed; once it has been measured it does not matter.
+_SCORING, _FITTING, _JUDGING, _SAVING = 0.7, 2.0, 0.05, 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
     return found[:limit]
 
 
-def make_trainer(run: RunConfig, config: WindConfig, observer, *, resume: bool = False) -> WindTrainer:
+def make_trainer(
+    run: RunConfig, config: WindConfig, observer: Observer | None = None, *, resume: bool = False
+) -> WindTrainer:
     """Load models, prompts and judge, and put them together.
 
     Args:
@@ -62,6 +64,8 @@ def make_trainer(run: RunConfig, config: WindConfig, observer, *, resume: bool =
     Raises:
         ValueError, TypeError, OSError: a setting is wrong or something cannot be read; the message says which.
     """
+    observer = observer or Unobserved()
+    observer.phase(0, "reading the prompts")
     if config.loss == "spin":
         train = load_demonstrations(run.train_prompts)[: run.max_train_prompts]
     else:
@@ -72,13 +76,18 @@ def make_trainer(run: RunConfig, config: WindConfig, observer, *, resume: bool =
     judge, reference = None, None
     with whole_models(config):
         if config.judge is not None:
-            judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
+            observer.phase(0, f"loading the judge {config.judge}")
+            judge = make_judge(config)
+        once = " (converted the first time, which takes 30 s more)" if run.model == PACKAGED else ""
+        observer.phase(0, f"loading the model {run.model}{once}")
         model, tokenizer = load_policy(run.model, adapter=run.adapter, **options)
         if config.reference == "model" and (heldout or needs_reference(config)):
+            observer.phase(0, f"loading the reference {run.reference_model or run.model}")
             if run.reference_model is None:
                 reference, _ = load_policy(run.model, adapter=run.adapter, **options)
             else:
                 reference, _ = load_model(run.reference_model, **options)
+    observer.phase(0, "preparing the run")
     new_adapter = None if run.peft is None else _lora(run.peft)
     if run.adapter == "merge" and adapter_of(run.model) is None:
         raise ValueError(f"adapter must be continue where model is no adapter, got 'merge' for {run.model!r}")
@@ -148,16 +157,15 @@ def _keep_base(model, tokenizer, config: WindConfig, resume: bool) -> None:
     World(config.distributed_state).first(write)
 
 
-def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:
+def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
     """A few lines about what is going to happen."""
     config, judge = trainer.args, trainer.judge
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
     total = sum(value.numel() for value in trainer.model.parameters())
-    lines = [
-        f"[bold]{escape(run.model)}[/bold]: {describe(base)}, "
-        + ("every weight trained" if trained == total else f"{trained / 1e6:.2f} M of them trained")
-    ]
+    share = "every weight trained" if trained == total else f"{trained / 1e6:.2f} M of them trained"
+    display.print((run.model, "bold"), f": {describe(base)}, {share}")
+    lines = []
     if judge is not None:
         strength = getattr(judge, "strength", None)
         link = "" if strength is None else f"; P(i beats j) = sigmoid({strength:g} * (reward_i - reward_j))"
@@ -180,54 +188,74 @@ def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:
             f"evaluated {when} on {len(trainer.eval_prompts)} held-out prompts, against {config.reference_responses} "
             "responses of the reference"
         )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    for line in lines:
+        display.print(line)
 
 
-def start(run: RunConfig, config: WindConfig, *, resume: bool, console: Console, kind: str = "train") -> Outcome:
+def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str, str], float]]:
+    """What a run is going to do, with costs in responses sampled, as `Display.plan` takes it."""
+    config, prompts, heldout = trainer.args, trainer.outer.prompts_per_iteration, len(trainer.eval_prompts)
+    fitted = prompts * (2 if trainer.objective.group == "pair" else config.fit_responses or config.num_responses)
+    batches = config.passes_per_iteration * fitted
+
+    def evaluation(responses: int) -> dict[tuple[str, str], float]:
+        asked = heldout * responses
+        scored = {} if config.reference == "precomputed" else {("scoring", OF_HELD_OUT): _SCORING * 2 * asked}
+        judged = {("judging held-out responses", ""): _JUDGING * (asked + heldout * config.reference_responses)}
+        return {("sampling", HELD_OUT): asked, **scored, **judged} if heldout else {}
+
+    before = {("sampling", OF_REFERENCE): heldout * config.reference_responses} if heldout else {}
+    if config.reference == "precomputed":
+        before = {("scoring", RECORDED): _SCORING * len(trainer.outer.prompts) * config.num_responses, **before}
+    return {
+        "before": before,
+        "each": {
+            ("sampling", "responses"): prompts * config.num_responses,
+            ("scoring", "log-probs"): _SCORING * fitted * len(trainer.objective.logps),
+            ("fitting", "batches"): _FITTING * batches,
+            **(evaluation(config.eval_responses) if trainer.evaluates_each_iteration else {}),
+            ("saving a checkpoint", ""): _SAVING,
+        },
+        "after": {("saving the model", ""): _SAVING, **evaluation(final_responses)},
+    }
+
+
+def start(
+    run: RunConfig, config: WindConfig, *, resume: bool, display: Display | None = None, kind: str = "train"
+) -> Outcome:
     """Do a run, and leave model, card, picture and numbers in `config.output_dir`.
 
     Args:
         run, config: the settings.
         resume: go on from the newest whole checkpoint.
-        console: where to print; made quiet on all processes but the first.
+        display: where to show how far it is, begun; made quiet on all processes but the first. None: stdout.
         kind: of the results file.
 
     Raises:
         As `make_trainer` and `WindTrainer.train`.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    console.quiet = config.process_index != 0
-    watch, output = report.Stopwatch(), Path(config.output_dir)
-    with owned_by_run(config, lambda line: console.print(escape(line), style="yellow", highlight=False)):
-        if not resume:  # before models are loaded
-            World(config.distributed_state).first(lambda: check_unused(output, overwrite=config.overwrite) and None)
-        return _start(run, config, resume, console, kind, watch, output)
-
-
-def _start(
-    run: RunConfig,
-    config: WindConfig,
-    resume: bool,
-    console: Console,
-    kind: str,
-    watch: report.Stopwatch,
-    output: Path,
-) -> Outcome:
-    with report.LiveReport(config.num_iterations, console) as observer:
-        observer.waiting("loading the model (the packaged one is converted the first time: 30 seconds more)")
-        trainer = make_trainer(run, config, observer, resume=resume)
-        introduce(console, run, trainer)
-        trainer.train(resume_from_checkpoint=resume)
-        trainer.save_model()
-        final, after, before = trainer.compare(run.final_responses) if trainer.eval_prompts else (None, [], [])
-    if config.process_index == 0:
-        _report(console, run, trainer, final, before, after, output, kind, watch)
+    report.quiet_libraries()
+    output = Path(config.output_dir)
+    with display or Display() as shown:
+        shown.hush(config.process_index != 0)
+        with owned_by_run(config, shown.note):
+            if not resume:  # before models are loaded
+                World(config.distributed_state).first(lambda: check_unused(output, overwrite=config.overwrite) and None)
+            trainer = make_trainer(run, config, report.LiveReport(shown, config.num_iterations), resume=resume)
+            introduce(shown, run, trainer)
+            shown.plan("iteration", config.num_iterations, **plan(trainer, run.final_responses))
+            trainer.train(resume_from_checkpoint=resume)
+            shown.phase(config.num_iterations + 1, "saving the model")
+            trainer.save_model()
+            final, after, before = trainer.compare(run.final_responses) if trainer.eval_prompts else (None, [], [])
+            shown.stop()
+            if config.process_index == 0:
+                _report(shown, run, trainer, final, before, after, output, kind)
     return Outcome(trainer, final)
 
 
 def _report(
-    console: Console,
+    display: Display,
     run: RunConfig,
     trainer: WindTrainer,
     final: Evaluation | None,
@@ -235,10 +263,9 @@ def _report(
     after: Sequence[Sequence[str]],
     output: Path,
     kind: str,
-    watch: report.Stopwatch,
 ) -> None:
-    console.print()
-    console.print(report.history_table(trainer.history))
+    display.print()
+    display.print(rich=report.history_table(trainer.history))
     picture, numbers = output / "win_rate.png", output / "result.json"
     settings = {**dataclasses.asdict(run), **trainer.args.own_settings(), "seed": trainer.args.seed}
     del settings["overwrite"]  # says how the run was begun, not what it is
@@ -254,15 +281,16 @@ def _report(
     )
     where = f"model {os.path.relpath(output)}, numbers {os.path.relpath(numbers)}"
     if final is None:
-        console.print(f"{watch} in all\n{where}", highlight=False, soft_wrap=True)
+        display.print(f"{clock(display.elapsed)} in all")
+        display.print(where)
         return
-    report.print_completions(console, trainer.eval_prompts, before, after, SHOWN)
+    report.print_completions(display.console, trainer.eval_prompts, before, after, SHOWN)
     report.draw(picture, trainer.history, final, f"{trainer.args.loss} on {run.model}, seed {trainer.args.seed}")
-    low, high = final.win_rate.interval
     kl = "" if final.kl is None else f"; KL {report.plus_minus(final.kl, 1)} nats a response"
-    console.print(
-        f"\nheld-out win rate against the reference: [bold]{final.win_rate.mean:.2f}[/bold], 95 % interval "
-        f"[{low:.2f}, {high:.2f}]{kl}; {watch} in all\n{where}, picture {os.path.relpath(picture)}",
-        highlight=False,
-        soft_wrap=True,
+    display.print()
+    display.print(
+        "held-out win rate against the reference: ",
+        (f"{final.win_rate.mean:.2f}", "bold"),
+        f", {report.interval(final.win_rate)}{kl}; {clock(display.elapsed)} in all",
     )
+    display.print(f"{where}, picture {os.path.relpath(picture)}")

@@ -121,8 +121,7 @@ class OuterLoop:
         self._learn_before(iteration)
         folder = self.store.iteration(iteration)
         places, uniform = self.focus.choose(iteration, self.prompts_per_iteration)
-        size = self.block_size
-        self.observer.phase(iteration, "sampling", max(1, -(-len(places) // size // self.world.size)))
+        size, count = self.block_size, self.config.num_responses
         self.rollouts = collect(
             self.world,
             self.store,
@@ -133,7 +132,10 @@ class OuterLoop:
             self._judge if self.objective.judged else None,
             together=together,
             begun=inside,
-            advance=self.observer.advance,
+            begin=lambda name, done: self.observer.phase(
+                iteration, name, len(places) * count, "responses", done * count
+            ),
+            advance=lambda prompts: self.observer.advance(prompts * count),
         )
         self.measured = [rollout for rollout, drawn in zip(self.rollouts, uniform, strict=True) if drawn]
         groups = fit_groups(self.rollouts, self.objective)
@@ -167,8 +169,9 @@ class OuterLoop:
     def _score(self, iteration: int, groups: list[FitGroup]) -> dict[str, list[list[float]]]:
         """The log-probs the loss needs, by name, (K,) for each group."""
         size, wanted = self.config.per_device_train_batch_size, self._scores
-        batches = -(-len(groups) // size // self.world.size)
-        self.observer.phase(iteration, "scoring", max(1, batches * len(wanted)))
+        if wanted:
+            count = len(wanted) * sum(len(group.completions) for group in groups)
+            self.observer.phase(iteration, "scoring", count, "log-probs")
         found: dict[str, list[Tensor]] = {}
         if "old_logps" in wanted:
             found["old_logps"] = self.scorer.policy(groups, size, self.observer.advance)

@@ -15,6 +15,7 @@ from windkern._checks import FLOATS, check_choice
 from windkern.train.config import WindConfig
 from windkern.train.data import encode_prompts, padding_id
 from windkern.train.models import MissingPackageError
+from windkern.train.positions import positions_of
 from windkern.train.prompts import SYSTEM_ROLES, ChatPrompt
 
 _AT_A_TIME = 512  # prompts encoded
@@ -65,25 +66,6 @@ def check_model(model: nn.Module) -> None:
         # Reason: a bias of -inf masks an entry of the vocabulary.
         if low.isnan() or (value.dim() > 1 and (low.isinf() or high.isinf())):
             raise ValueError(f"the weights of the model are not finite: {name} holds {low.item()} and {high.item()}")
-
-
-def positions_of(model: nn.Module) -> int | None:
-    """Return how many tokens a model was made for, None where nothing says so.
-
-    That is `max_position_embeddings` of its configuration, or what a scaling of the rotary embedding makes of it.
-    """
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(config, "max_position_embeddings", None)
-    if not isinstance(found, int) or found <= 0:
-        return None
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    longest = found
-    for scaling in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        factor = scaling.get("factor")
-        if isinstance(factor, (int, float)) and scaling.get("rope_type", scaling.get("type")) != "default":
-            longest = max(longest, int(factor * (scaling.get("original_max_position_embeddings") or found)))
-    return longest
 
 
 def _rows(model: nn.Module) -> int | None:

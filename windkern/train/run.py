@@ -9,10 +9,14 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from windkern import recipes
 from windkern._checks import check_choice, check_count
 from windkern.train.models import ADAPTERS, DTYPES, PACKAGED, require
+
+if TYPE_CHECKING:
+    from windkern.display import Display
 
 METHODS = ("wind", "value")
 _PATHS = ("output_dir", "model", "reference_model", "train_prompts", "eval_prompts")
@@ -211,10 +215,12 @@ def needed_packages(run: RunConfig | ValueRun, config: object) -> list[str]:
     return names
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
     """Train as the command line says; returns 0 when the run is complete."""
     require("transformers", "accelerate", "yaml", "rich")
     if arguments.fields:
+        if display is not None:
+            display.stop()
         show_fields(arguments.method or "wind", arguments.all)
         return 0
     if arguments.config is None:
@@ -232,23 +238,21 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_reporting(config)
     try:
-        return _train(settings, config, arguments.resume)
+        return _train(settings, config, arguments.resume, display)
     finally:
         close_processes()
 
 
-def _train(settings: RunConfig | ValueRun, config: object, resume: bool) -> int:
+def _train(settings: RunConfig | ValueRun, config: object, resume: bool, display: Display | None) -> int:
     if isinstance(settings, ValueRun):
         from windkern.train.lock import owned_by_run
         from windkern.train.value import run_value
 
         with owned_by_run(config, warnings.warn):
-            return run_value(config, resume=resume)
-    from rich.console import Console
-
+            return run_value(config, resume=resume, display=display)
     from windkern.train import launch
 
-    launch.start(settings, config, resume=resume, console=Console())
+    launch.start(settings, config, resume=resume, display=display)
     return 0
 
 

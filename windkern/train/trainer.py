@@ -8,6 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from windkern.train import tried  # noqa: F401
+
+# isort: split
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -23,11 +26,10 @@ from windkern.train.data import Demonstration, padding_id
 from windkern.train.evaluate import Evaluation
 from windkern.train.fused_head import FusedHead, Watch, loss_job
 from windkern.train.groups import IterationData, collate
-from windkern.train.heldout import HeldOut
+from windkern.train.heldout import HeldOut, Texts
 from windkern.train.history import History
 from windkern.train.identity import fingerprint, models_inside
 from windkern.train.judges import Judge, check_judge
-from windkern.train.judges_recorded import load_judge
 from windkern.train.lock import owned_by_run
 from windkern.train.metrics import Averages, make_record, step_metrics
 from windkern.train.models import name_base, public_name
@@ -36,7 +38,7 @@ from windkern.train.opening import open_run
 from windkern.train.optimizing import Optimizing
 from windkern.train.outer import OuterLoop
 from windkern.train.preconditions import Room, check_model, check_reporting
-from windkern.train.progress import Observer, Record, Unobserved
+from windkern.train.progress import RECORDED, Observer, Record, Unobserved
 from windkern.train.reference import PrecomputedReference, make_reference
 from windkern.train.responder import Responder
 from windkern.train.rollouts import RolloutStore
@@ -142,8 +144,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             prepare_plugin(self.accelerator)
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = World(self.accelerator)
-        if judge is None and args.judge:
-            judge = load_judge(args.judge, strength=args.judge_strength, device=str(args.device))
+        judge = parts.make_judge(args) if judge is None else judge
         self.judge = None if judge is None else check_judge(judge)
         for inside in models_inside(self.judge):
             self.weights_at_start["judge"] = self.weights_at_start.get("judge", {}) | fingerprint(inside)
@@ -157,6 +158,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             processing_class,
             sampler or parts.make_sampler(args, processing_class),
             self._policy_sampler,
+            lambda line: self._warn(line) if self.world.is_main else None,
         )
         self.fill = padding_id(processing_class)
         self.scorer = Scorer(self.head, self._scoring_model, self.world, args, self.fill, self._sharded)
@@ -171,7 +173,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         )
         folder = Path(args.output_dir) / "completions"
         self.store = RolloutStore(folder)
-        self.heldout = HeldOut(self.eval_prompts, args, self.judge, self.world, folder / "held-out")
+        self.heldout = HeldOut(self.eval_prompts, args, self.judge, self.world, folder / "held-out", self.observer)
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.world.size
         self.train_dataset = IterationData(args.steps_per_iteration * per_step, per_step, args.seed)
         self.outer = OuterLoop(
@@ -195,8 +197,14 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
     # Setting up.
 
     def _policy_sampler(self) -> TransformersSampler:
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        return parts.transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
+        return self._sampler_of(self.accelerator.unwrap_model(self.model_wrapped))
+
+    def _sampler_of(self, model: nn.Module) -> TransformersSampler:
+        def tell(done: float) -> None:
+            self.observer.under_way(done * self.world.size)
+
+        synced = self._sharded()
+        return parts.transformers_sampler(model, self.processing_class, self.args, synced=synced, under_way=tell)
 
     def _scoring_model(self) -> nn.Module:
         # Hazard: DDP broadcasts buffers in every forward, and processes do not score equally often. Remedy: without it.
@@ -265,11 +273,10 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             self._forget_moments()
         self.responder.update(self.model)
         groups = self.outer.begin(self._iteration, inside=inside > 0, together=self._sharded())
+        self.responder.look_at(self.outer.rollouts)
         self.train_dataset.fill(self._iteration, groups)
         if not inside:
             self._averages.add(self.outer.measure(groups))
-        batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
-        self.observer.phase(self._iteration, "fitting", batches)
 
     def _prepare_reference(self, step: int) -> None:
         """What can only be done while the policy still is what it was in the beginning."""
@@ -277,10 +284,10 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             if step:
                 raise FileNotFoundError(f"{self.reference.path} is missing, and the policy has moved since it was made")
             groups = self.responder.recorded()
-            self.reference.save(groups, self.scorer.policy(groups, 1), write=self.world.is_main)
+            self.observer.phase(0, "scoring", sum(len(group.completions) for group in groups), RECORDED)
+            self.reference.save(groups, self.scorer.policy(groups, 1, self.observer.advance), write=self.world.is_main)
         if self.eval_prompts and not step:
-            self.observer.phase(0, "sampling the reference", 1)
-            self._reference_texts()
+            self._reference_texts(0)
 
     def _prepare_anchor(self, step: int) -> None:
         if self.objective.group != "anchor" or self.outer.anchor is not None:
@@ -301,16 +308,14 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             torch.save(self.outer.anchor.state_dict(), folder / anchor_file(self.world.rank, self.world.size))
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.observer.phase(self._iteration, "saving", 1)
+        self.observer.phase(self._iteration, "saving a checkpoint")
         super()._save_checkpoint(model, trial)
-        self.observer.advance()
 
-    def _reference_texts(self) -> list[tuple[str, ...]]:
+    def _reference_texts(self, iteration: int) -> Texts:
         if self.reference is None:
             raise ValueError("an evaluation compares with the reference: pass reference=")
         with self.reference.sampling() as model:
-            sampler = parts.transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
-            return self.heldout.reference_texts(sampler, self._sharded())
+            return self.heldout.reference_texts(self._sampler_of(model), self._sharded(), iteration)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the groups of a batch, through the wrapped model's `__call__`."""
@@ -337,22 +342,21 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
 
     # Evaluation and records.
 
-    def compare(self, responses: int) -> tuple[Evaluation, list[tuple[str, ...]], list[tuple[str, ...]]]:
+    def compare(self, responses: int, iteration: int | None = None) -> tuple[Evaluation, Texts, Texts]:
         """Compare the policy as it is now with the reference on the held-out prompts.
 
         Args:
             responses: of the policy to each prompt. The draws are the same at every call.
+            iteration: for the observer; None is after the last.
 
         Returns:
             The evaluation, the responses of the policy, and those of the reference.
         """
-        self.observer.phase(self._iteration, "evaluating", 2)
-        reference = self._reference_texts()
-        rollouts = self.heldout.sample(self._policy_sampler(), responses, self._sharded())
-        self.observer.advance()
+        iteration = self.args.num_iterations + 1 if iteration is None else iteration
+        reference = self._reference_texts(iteration)
+        rollouts = self.heldout.sample(self._policy_sampler(), responses, self._sharded(), iteration)
         frozen = None if isinstance(self.reference, PrecomputedReference) else self.scorer.frozen
-        result = self.heldout.evaluate(rollouts, reference, self.scorer.policy, frozen)
-        self.observer.advance()
+        result = self.heldout.evaluate(rollouts, reference, self.scorer.policy, frozen, iteration)
         return result, [rollout.texts for rollout in rollouts], reference
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -371,7 +375,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         return metrics
 
     def _evaluation(self, prefix: str = "eval") -> tuple[Evaluation, dict[str, float]]:
-        result, _, _ = self.compare(self.args.eval_responses)
+        result, _, _ = self.compare(self.args.eval_responses, self._iteration)
         metrics = {}
         for name in ("win_rate", "reward", "kl"):
             estimate = getattr(result, name)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from windkern.train import tried  # noqa: F401
+
+# isort: split
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments

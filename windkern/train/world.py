@@ -57,7 +57,14 @@ class World:
             raise AnotherProcessError("the first process has failed")
         return result
 
-    def share(self, items: Sequence[Item], work: Callable[[Item], Result], *, together: bool = False) -> list[Result]:
+    def share(
+        self,
+        items: Sequence[Item],
+        work: Callable[[Item], Result],
+        *,
+        together: bool = False,
+        done: Callable[[Sequence[Item]], None] = lambda items: None,
+    ) -> list[Result]:
         """Do `work` for each item on one process or another; returns all results, in order, on every process.
 
         Args:
@@ -65,6 +72,7 @@ class World:
             work: called with items k with k % size == rank; its results are pickled between processes.
             together: every process calls `work` equally often (the last item again where there are too few), because
                 the calls talk to each other, as the forwards of a sharded model do.
+            done: told, after each item of this process, which items all processes together have done meanwhile.
 
         Raises:
             AnotherProcessError: `work` failed on another process, which raises what it met. (With `together` that one
@@ -78,6 +86,7 @@ class World:
             try:
                 if place < len(items):
                     found.append((place, work(items[place])))
+                    done(items[turn * self.size : (turn + 1) * self.size])
                 elif together:
                     work(items[-1])
             except Exception as caught:
