@@ -248,7 +248,7 @@ def _train(settings: RunConfig | ValueRun, config: object, resume: bool, display
         from windkern.train.lock import owned_by_run
         from windkern.train.value import run_value
 
-        with owned_by_run(config, warnings.warn):
+        with owned_by_run(config, warnings.warn if display is None else display.note):
             return run_value(config, resume=resume, display=display)
     from windkern.train import launch
 
