@@ -228,10 +228,11 @@ def draw(path: Path, content: dict) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
     axes.hist(rates, bins=[k / 20 for k in range(21)], color="0.75", edgecolor="white")
     axes.axvline(0.5, color="0.4", linewidth=1, linestyle="--", label="as good as the base")
-    axes.axvspan(low, high, color="C1", alpha=0.25, linewidth=0)
-    axes.axvline(
-        estimate["mean"], color="C1", linewidth=2, label=f"mean {estimate['mean']:.3f}, 95 % [{low:.3f}, {high:.3f}]"
-    )
+    label = f"mean {estimate['mean']:.3f}"
+    if low is not None and math.isfinite(low):  # from a single prompt there is none
+        axes.axvspan(low, high, color="C1", alpha=0.25, linewidth=0)
+        label += f", 95 % [{low:.3f}, {high:.3f}]"
+    axes.axvline(estimate["mean"], color="C1", linewidth=2, label=label)
     axes.set_xlim(0, 1)
     # Names hold what they like, dollars too.
     judge, title = printable(settings["judge"]), printable(f"{settings['model']} against {settings['base']}")

@@ -14,7 +14,7 @@ _LOST = re.compile(  # what gloo and torch's store say where another process has
     r"connection closed by peer|connection reset|connection was likely closed|broken pipe|pair closure|failed to recv",
     re.IGNORECASE,
 )
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST = 2000  # characters of a message
 
 
@@ -29,7 +29,7 @@ def one_line(text: object) -> str:
         >>> one_line("first\\x1b[1m,\\n  second\\x07")
         'first, second\\\\x07'
     """
-    words = " ".join(_ESCAPES.sub("", str(text)).split())
+    words = " ".join(_COLOURS.sub("", str(text)).split())
     shown = printable(words)
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 4] + " ..."
 
