@@ -117,7 +117,7 @@ def test_a_damaged_model_is_named(place, tmp_path, capsys, name):
         ),
         ({"eta": 1e30, "beta": 0.0}, r"the loss of step 1 is nan, before any weight has moved: .*eta=1e\+30, beta=0"),
         ({"train_prompts": "none.jsonl"}, "prompts file none.jsonl does not exist"),
-        ({"loss": "kto"}, "loss='kto' is not a sum over groups .* in TRL"),
+        ({"loss": "kto"}, "loss must be one of those that are sums over groups .*, got 'kto', .* in TRL"),
         (
             {"output_dir": "$UNSET_HERE/out"},
             r"output_dir names the environment variable \$UNSET_HERE, which is not set",

@@ -16,6 +16,7 @@ import tiny_model
 from trainer_cases import HELDOUT, PROMPTS, lora, make_trainer, weights_of
 
 from windkern.train.identity import ResumeError
+from windkern.train.manifest import CorruptCheckpointError
 from windkern.train.rollouts import DamagedRecordError
 
 SETTINGS = {"num_iterations": 1, "max_new_tokens": 3, "save_strategy": "no"}
@@ -246,3 +247,38 @@ def test_an_evaluation_that_was_cut_off_knows_all_earlier_iterations(tmp_path):
     assert places[0] == places[1]
     want = weights_of(trainer)
     assert all(torch.equal(value, want[name]) for name, value in weights_of(again).items())
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_an_optimizer_that_would_run_code_is_named(whole, tmp_path, capsys):
+    def damage(folder):
+        checkpoint = folder.parent / "checkpoint-3"
+        (checkpoint / "windkern_manifest.json").unlink()
+        torch.save({"state": Code()}, checkpoint / "optimizer.pt")
+
+    with pytest.raises(CorruptCheckpointError, match=r"checkpoint-3: optimizer\.pt or scheduler\.pt cannot be read: W"):
+        goes_on(whole, tmp_path, 3, damage)
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_log_probs_of_a_precomputed_reference_that_are_damaged_are_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    lines = [{"prompt": prompt, "responses": ["good", "bad", "a", "day"]} for prompt in PROMPTS]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = LONGER | {"sampler": f"recorded:{path}", "reference": "precomputed", "heldout": HELDOUT}
+    make_trainer(tmp_path / "out", **changes).train()
+    shutil.rmtree(tmp_path / "out/checkpoint-6")
+    held = (tmp_path / "out/ref_logps.json").read_text()
+    (tmp_path / "out/ref_logps.json").write_text("[1, 2]")
+    with pytest.raises(DamagedRecordError, match=r"ref_logps\.json is damaged"):
+        make_trainer(tmp_path / "out", **changes).train(resume_from_checkpoint=True)
+    (tmp_path / "out/ref_logps.json").write_text(held)
+    (tmp_path / "out/completions/held-out/block-0000.json").unlink()  # the reference's, whose policy has moved
+    trainer = make_trainer(tmp_path / "out", **changes)
+    trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(FileNotFoundError, match=r"held-out/block-0000\.json is missing; the policy that made it has"):
+        trainer.compare(1)

@@ -360,7 +360,7 @@ def test_a_run_does_not_mix_with_another(tmp_path):
         ({"eta": -1.0}, "eta must be"),
         ({"loss": "windy"}, "loss must be one of"),
         ({"top_p": 0.9, "sampler": "http://localhost"}, "top_p must be 1 with sampler='http://localhost'"),
-        ({"loss": "kto"}, "is not a sum over groups of responses"),
+        ({"loss": "kto"}, "loss must be one of"),
         ({"objective": "kl", "loss": "sppo"}, "belongs to loss='wind'"),
         ({"num_iterations": 0}, "num_iterations must be"),
         ({"steps_per_iteration": 4, "passes_per_iteration": 3}, "passes_per_iteration must divide"),

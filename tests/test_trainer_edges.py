@@ -66,7 +66,7 @@ def test_an_evaluation_before_the_first_step_is_of_no_iteration(tmp_path):
 @pytest.mark.filterwarnings("ignore:all responses to each of the iteration's")
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0)
-    with pytest.raises(FloatingPointError, match=r"the loss of step \d is (nan|inf)|old_logps of .* is (nan|-inf)"):
+    with pytest.raises(FloatingPointError, match=r"the loss of step \d is (nan|inf)"):
         trainer.train()
 
 

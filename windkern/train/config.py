@@ -317,8 +317,8 @@ class WindConfig(TrainingArguments):
     def _check_loss(self) -> None:
         if self.loss in LOSSES and not LOSSES[self.loss].separable:
             raise ValueError(
-                f"loss={self.loss!r} is not a sum over groups of responses (it couples the batch, or weighs tokens), "
-                "which is what this trainer fits; train with it in TRL, inside windkern.integrations.trl.use(trainer)"
+                f"loss must be one of those that are sums over groups of responses, got {self.loss!r}, which couples "
+                "the batch or weighs tokens; train with it in TRL, inside windkern.integrations.trl.use(trainer)"
             )
         names = [name for name, loss in LOSSES.items() if loss.separable]
         check_choice("loss", self.loss, names)

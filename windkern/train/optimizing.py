@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 from windkern.train.anchor import anchor_file
+from windkern.train.errors import one_line
 from windkern.train.inherited import check_optimizer_arguments
+from windkern.train.manifest import CorruptCheckpointError
 from windkern.train.optim import forget_moments, master_optimizer
 
 
@@ -32,7 +35,11 @@ class Optimizing:
             raise FileNotFoundError(
                 f"{checkpoint} has no optimizer.pt (save_only_model=True?); a run cannot go on from it"
             )
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (EOFError, pickle.UnpicklingError) as error:
+            why = one_line(error).split(". ")[0]
+            raise CorruptCheckpointError(f"{checkpoint}: optimizer.pt or scheduler.pt cannot be read: {why}") from error
         if checkpoint is not None:
             self._anchor_path = Path(checkpoint) / anchor_file(self.world.rank, self.world.size)
 

@@ -184,9 +184,12 @@ class OuterLoop:
         for name, rows in scored.items():
             for group, row in zip(groups, rows, strict=True):
                 if not all(map(math.isfinite, row)):
+                    step = (iteration - 1) * self.config.steps_per_iteration + 1
+                    odd = next(value for value in row if not math.isfinite(value))
+                    hint = "lower learning_rate" if step > 1 else "the model gives it no probability"
                     raise FloatingPointError(
-                        f"{name} of a response to prompt {self.prompts[group.place]!r} is {min(row)}: the model gives "
-                        "it no probability, or its weights are not finite"
+                        f"the loss of step {step} is nan, because {name} of a response to prompt "
+                        f"{self.prompts[group.place]!r} is {odd}; {hint}"
                     )
         return scored
 

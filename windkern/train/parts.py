@@ -143,7 +143,8 @@ def with_adapter(model: nn.Module, peft_config, seed: int) -> nn.Module:
         raise ValueError(
             f"peft_config makes a new adapter, but model has one ({names}), which it would take the place of. To train "
             "that one further, leave peft_config out and load it by PeftModel.from_pretrained(base, folder, "
-            "is_trainable=True); to start a new one on top, merge it first: model = model.merge_and_unload()"
+            "is_trainable=True); to start a new one on top, merge it first: PeftModel.from_pretrained(base, "
+            "folder).merge_and_unload()"
         )
     set_seed(seed)  # the adapter starts at random; transformers seeds only later
     return get_peft_model(model, peft_config)

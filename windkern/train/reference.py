@@ -16,7 +16,7 @@ from windkern.train.anchor import Anchor
 from windkern.train.config import WindConfig
 from windkern.train.fused_head import FusedHead, score_job
 from windkern.train.groups import Batch, FitGroup
-from windkern.train.rollouts import read_json, write_json
+from windkern.train.rollouts import ANEW, DamagedRecordError, read_json, write_json
 from windkern.train.scoring import Scorer
 from windkern.train.sharded import shard_frozen
 
@@ -121,11 +121,18 @@ class PrecomputedReference:
         self._table: dict[tuple[int, tuple[int, ...]], float] = {}
 
     def load(self) -> bool:
-        """Read the file; False where there is none."""
+        """Read the file; False where there is none.
+
+        Raises:
+            DamagedRecordError: it holds something else.
+        """
         content = read_json(self.path)
         if content is None:
             return False
-        self._table = {(place, tuple(tokens)): logp for place, tokens, logp in content}
+        try:
+            self._table = {(place, tuple(tokens)): float(logp) for place, tokens, logp in content}
+        except (TypeError, ValueError) as error:
+            raise DamagedRecordError(self.path, error, ANEW) from error
         return True
 
     def save(self, groups: list[FitGroup], logps: list[Tensor], *, write: bool) -> None:

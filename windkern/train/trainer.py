@@ -315,7 +315,8 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         if self.reference is None:
             raise ValueError("an evaluation compares with the reference: pass reference=")
         with self.reference.sampling() as model:
-            return self.heldout.reference_texts(self._sampler_of(model), self._sharded(), iteration)
+            moved = isinstance(self.reference, PrecomputedReference) and self.state.global_step > 0
+            return self.heldout.reference_texts(self._sampler_of(model), self._sharded(), iteration, moved=moved)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the groups of a batch, through the wrapped model's `__call__`."""
