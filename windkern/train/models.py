@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -289,7 +290,9 @@ def _load_adapted(name: str, held, dtype: torch.dtype, attention: str | None, *,
     except (OSError, ValueError) as error:
         raise type(error)(f"{error} (the base that the adapter {name!r} names in adapter_config.json)") from error
     try:
-        model = peft.PeftModel.from_pretrained(model, name, is_trainable=trained)
+        with warnings.catch_warnings():  # peft asks transformers for what it has renamed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            model = peft.PeftModel.from_pretrained(model, name, is_trainable=trained)
         if os.path.isfile(os.path.join(name, "tokenizer_config.json")):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (ImportError, MemoryError):
