@@ -120,6 +120,35 @@ def test_what_is_taken_runs(tmp_path, changes):
         assert [entry["step"] for entry in trainer.state.log_history if "eval_win_rate" in entry] == [2, 3, 4]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_both_names_of_checkpointing_are_taken_from_a_file(tmp_path, name):
+    from windkern.train.run import load_settings
+
+    path = tmp_path / "x.yaml"
+    path.write_text(f"model: m\ntrain_prompts: p.txt\noutput_dir: out\nuse_cpu: true\n{name}: true\n")
+    _, config = load_settings(str(path))
+    assert config.gradient_checkpointing is True
+
+
+def test_without_tqdm_no_progress_is_shown(tmp_path, capsys):
+    import tiny_model
+
+    from windkern.cli import main
+
+    model = tiny_model.save(tmp_path / "tiny")
+    (tmp_path / "p.txt").write_text("rain was\nthe bus\n")
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"model: {model}\ndtype: float32\ntrain_prompts: {tmp_path / 'p.txt'}\njudge: tiny_model:goodness\n"
+        f"output_dir: {tmp_path / 'out'}\nnum_iterations: 1\nsteps_per_iteration: 1\nnum_responses: 2\n"
+        "max_new_tokens: 2\nuse_cpu: true\nsave_strategy: 'no'\n"
+    )
+    for more, lines in (("false", True), ("true", False)):
+        assert main(["train", "--config", str(path), "--override", f"disable_tqdm={more}"]) == 0
+        assert ("sampling 0 of" in capsys.readouterr().out) == lines
+
+
 def test_the_tables_are_data(monkeypatch):
     """A setting of another release, which the installed one lacks, is passed over."""
     monkeypatch.setitem(inherited.REFUSED, "of_another_release", "because")

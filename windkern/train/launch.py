@@ -238,6 +238,8 @@ def start(
     output = Path(config.output_dir)
     with display or Display() as shown:
         shown.hush(config.process_index != 0)
+        if config.disable_tqdm:  # no bar, and no lines in its place
+            shown.stop()
         with owned_by_run(config, shown.note):
             if not resume:  # before models are loaded
                 World(config.distributed_state).first(lambda: check_unused(output, overwrite=config.overwrite) and None)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from windkern.display import Display
 
 METHODS = ("wind", "value")
+_RENAMED = {  # by transformers 5.24; each is understood with any release
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _PATHS = ("output_dir", "model", "reference_model", "train_prompts", "eval_prompts")
 _PATHS += ("base_model", "value_model", "transfer_base", "train_demonstrations", "eval_demonstrations")
 # Of the inherited settings, those that most files have.
@@ -168,6 +172,10 @@ def load_settings(
         classes = classes_of(content.get("method", "wind"))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    for old, new in _RENAMED.items():
+        names = (old, new) if new in {each.name for each in dataclasses.fields(classes[1])} else (new, old)
+        if names[0] in content and names[1] not in content:
+            content[names[1]] = content.pop(names[0])
     return build(classes, content, source)
 
 
