@@ -114,7 +114,7 @@ PLACES = [
     ("p.jsonl.bz2", b"BZh91AY&SY", r"prompts must come from .*p\.jsonl\.bz2"),
     ("p.parquet", b"PAR1\x15\x04\xff", "p.parquet: not Parquet that can be read"),
     ("p.jsonl.gz", b"\x1f\x8b\x08\x08\xff", "p.jsonl.gz is no whole gzip file"),
-    ("p.jsonl.gz", gzip.compress(b'{"prompt": "rain"}')[:-6], "p.jsonl.gz is no whole gzip file"),
+    ("p.jsonl.gz", gzip.compress(b'{"prompt": "rain"}', mtime=0)[:-6], "p.jsonl.gz is no whole gzip file"),
     ("p.jsonl.gz", b'{"prompt": "rain"}', "p.jsonl.gz is no whole gzip file"),
     ("p.csv", b"PK\x03\x04\x14\xff", "p.csv must be UTF-8 text, but it begins as a zip archive or a spreadsheet does"),
     ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}', r"p\.jsonl must be UTF-8, .*line 2.*Windows-1252.*café"),
