@@ -34,14 +34,19 @@ windkern::MultiplyBf16 product_named(const std::string& name) {
   throw std::invalid_argument("this CPU or build has no products named " + name);
 }
 
+windkern::ForwardState state_of(Address max, Address sum, Address target, Address entropy) {
+  return {pointer<void>(max), pointer<void>(sum), pointer<void>(target), pointer<void>(entropy)};
+}
+
 struct Kernels {
   const KernelTable& table;
 
   explicit Kernels(const std::string& name) : table(table_named(name)) {}
 
-  static windkern::Slab slab(int operand, int64_t rows, int64_t width, int64_t start, Address logits, Address bias,
-                             Address targets, double scale, double softcap, double temperature, int threads) {
-    return {DType(operand), rows,    width,       start,  pointer<void>(logits), pointer<void>(bias),
+  static windkern::Slab slab(int operand, int64_t rows, int64_t width, int64_t start, Address logits, int64_t stride,
+                             Address bias, Address targets, double scale, double softcap, double temperature,
+                             int threads) {
+    return {DType(operand),      rows,  width,   start,       pointer<void>(logits), stride, pointer<void>(bias),
             pointer<int64_t>(targets), scale, softcap, temperature, threads};
   }
 };
@@ -60,28 +65,50 @@ PYBIND11_MODULE(_cpp, m) {
       .def(py::init<const std::string&>())
       .def("slab_forward",
            [](const Kernels& k, const windkern::Slab& slab, Address max, Address sum, Address target, Address entropy,
-              Address kept, Address offset) {
+              Address kept, int64_t stride, Address offset) {
              py::gil_scoped_release release;
-             k.table.slab_forward(slab, {pointer<void>(max), pointer<void>(sum), pointer<void>(target), pointer<void>(entropy)},
-                                  {pointer<void>(kept), pointer<void>(offset)});
+             k.table.slab_forward(slab, state_of(max, sum, target, entropy),
+                                  {pointer<void>(kept), stride, pointer<void>(offset)});
            })
       .def("slab_forward_unit",
            [](const Kernels& k, const windkern::Slab& slab, Address max, Address sum, Address target, Address entropy,
-              Address unit, Address unit_entropy, Address rescale, Address max_step) {
+              Address unit, int64_t unit_stride, Address unit_entropy, int64_t entropy_stride, Address rescale,
+              Address max_step) {
              py::gil_scoped_release release;
-             k.table.slab_forward_unit(
-                 slab, {pointer<void>(max), pointer<void>(sum), pointer<void>(target), pointer<void>(entropy)},
-                 {pointer<void>(unit), pointer<void>(unit_entropy), pointer<void>(rescale), pointer<void>(max_step)});
+             k.table.slab_forward_unit(slab, state_of(max, sum, target, entropy),
+                                       {pointer<void>(unit), unit_stride, pointer<void>(unit_entropy), entropy_stride,
+                                        pointer<void>(rescale), pointer<void>(max_step)});
+           })
+      .def("exps_forward",
+           [](const Kernels& k, const windkern::Slab& slab, Address max, Address sum, Address target, Address entropy,
+              Address values, int64_t stride, Address pivot, int64_t earlier, Address moved) {
+             py::gil_scoped_release release;
+             k.table.exps_forward(slab, state_of(max, sum, target, entropy),
+                                  {pointer<void>(values), stride, pointer<void>(pivot), earlier, pointer<void>(moved)});
+           })
+      .def("exps_backward",
+           [](const Kernels& k, const windkern::Slab& slab, Address pivot, Address entry, Address values,
+              int64_t stride) {
+             py::gil_scoped_release release;
+             k.table.exps_backward(slab, {pointer<void>(pivot), pointer<void>(entry), pointer<void>(values), stride});
+           })
+      .def("column_sums",
+           [](const Kernels& k, int dtype, int64_t rows, int64_t width, Address values, int64_t stride, Address weights,
+              Address sums, int threads) {
+             py::gil_scoped_release release;
+             k.table.column_sums({DType(dtype), rows, width, pointer<void>(values), stride, pointer<void>(weights),
+                                  pointer<void>(sums), threads});
            })
       .def("slab_backward",
-           [](const Kernels& k, const windkern::Slab& slab, Address kept, Address offset, Address max, Address log_sum,
-              Address target, Address entropy, Address c_logp, Address c_lse, Address c_ent, Address row_scale,
-              Address dz, Address dbias) {
+           [](const Kernels& k, const windkern::Slab& slab, Address kept, int64_t kept_stride, Address offset,
+              Address max, Address log_sum, Address target, Address entropy, Address c_logp, Address c_lse,
+              Address c_ent, Address row_scale, Address dz, int64_t dz_stride, Address dbias) {
              py::gil_scoped_release release;
-             k.table.slab_backward(slab, {pointer<void>(kept), pointer<void>(offset), pointer<void>(max),
+             k.table.slab_backward(slab, {pointer<void>(kept), kept_stride, pointer<void>(offset), pointer<void>(max),
                                           pointer<void>(log_sum), pointer<void>(target), pointer<void>(entropy),
                                           pointer<void>(c_logp), pointer<void>(c_lse), pointer<void>(c_ent),
-                                          pointer<void>(row_scale), pointer<void>(dz), pointer<void>(dbias)});
+                                          pointer<void>(row_scale), pointer<void>(dz), dz_stride,
+                                          pointer<void>(dbias)});
            })
       .def("segment_sum",
            [](const Kernels& k, int dtype, Address values, Address bounds, int64_t segments, Address sums, int threads) {

@@ -25,6 +25,8 @@ class Backend:
     name: str
     module: str
     reason: Callable[[torch.device, torch.dtype], str | None]  # None where it can run
+    # Columns of the fused tiles it runs the forward in, by hidden size, operand dtype and batch invariance; None: none.
+    tile_columns: Callable[[int, torch.dtype, bool], int | None] = lambda hidden_size, dtype, batch_invariant: None
 
     def kernels(self) -> ModuleType:
         return importlib.import_module(self.module)
@@ -55,7 +57,7 @@ def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 # In order of preference: "auto" takes the first that can run; on a GPU in the order of `kernels/tuned.json`.
 BACKENDS = {
     "cpp": Backend("cpp", "windkern.kernels.cpp_rows", _cpp_reason),
-    "triton": Backend("triton", "windkern.kernels.triton_rows", _triton_reason),
+    "triton": Backend("triton", "windkern.kernels.triton_rows", _triton_reason, tuned.tile_columns),
     "cuda": Backend("cuda", "windkern.kernels.cuda_rows", _cuda_reason),
     "torch": Backend("torch", "windkern.kernels.torch_rows", _always),
 }
@@ -113,22 +115,24 @@ def _reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return why_not(name, device_type, dtype)
 
 
+def planned(requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """Name of the back end to plan for, also on a machine without such a device."""
+    if requested != "auto":
+        return requested
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return tuned.preferred()[0]
+    return _preferred(device_type, dtype)
+
+
 def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, deterministic: bool) -> int | None:
-    """Columns of the fused tiles that a back end runs the forward of such a head in; None where it walks slabs."""
-    if name != "triton" or len(hidden_sizes) > 1:
-        return None
-    return _tile_columns(name, hidden_sizes[0], dtype, deterministic)
-
-
-def _tile_columns(name: str, hidden_size: int, dtype: torch.dtype, deterministic: bool) -> int | None:
-    return BACKENDS[name].kernels().tile_columns(hidden_size, dtype, deterministic)
+    """Tile width if back end `name` runs the forward in fused tiles for these sizes, else None."""
+    return None if len(hidden_sizes) > 1 else BACKENDS[name].tile_columns(hidden_sizes[0], dtype, deterministic)
 
 
 # Run while torch.compile traces, not traced: they import. It is what torch.compiler.assume_constant_result sets, which
 # itself costs a second of imports.
 _preferred._dynamo_marked_constant = True
 _reason._dynamo_marked_constant = True
-_tile_columns._dynamo_marked_constant = True
 
 
 def debug_mode() -> bool:

@@ -8,25 +8,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from windkern._checks import check_count, check_device, check_each, check_flag, check_float_dtype
-from windkern.kernels import torch_rows
-from windkern.kernels.gemm import Gemm
+from windkern import backends
+from windkern._checks import check_choice, check_count, check_device, check_each, check_flag, check_float_dtype
+from windkern.costs import MIB, Problem, fixed_tile, round_up
+from windkern.kernels.gemm import products_of
+from windkern.spec import WalkSpec
+from windkern.transform import LogitTransform
 
-MIB = 1 << 20
 # Reason: a constant for each device type, never a query of free memory: results must not depend on what else runs.
 DEFAULT_BUDGET = {"cpu": 256 * MIB}
 DEFAULT_BUDGET_GPU = 2048 * MIB
-# Bytes of one float32 slab where the budget allows it: on a CPU inside the heap and near the last-level cache, on a
-# GPU wide enough for full-rate GEMMs.
-SLAB_BYTES = {"cpu": 16 * MIB}
-SLAB_BYTES_GPU = 256 * MIB
-SLAB_COLUMNS = (256, 16384)  # narrowest and widest slab; a Triton program holds a row of one in registers
-# Relative cost of a slab of w columns is 1 + this / w: narrow products run below full rate.
-NARROW_SLAB_COST = 32
-COLUMN_STEP = 64
-# Rows and columns of the fixed tiles of `deterministic=True`, by device type.
-DETERMINISTIC_TILE = {"cpu": (128, 2048)}
-DETERMINISTIC_TILE_GPU = (1024, 8192)
 
 
 @dataclass(frozen=True)
@@ -38,27 +29,44 @@ class Plan:
     outputs and gradients.
     """
 
-    gear: str  # scoring | frozen_head | frozen_body | trained
     rows: int  # scored rows, after padding to fixed tiles when deterministic
     hidden_sizes: tuple[int, ...]
     vocab_size: int
-    slab_width: int
-    num_slabs: int
-    slabs_kept: int
-    row_block: int  # rows of one GEMM in forward
+    walk: WalkSpec
+    products: str  # who multiplies: torch, widened, onednn or own
     flops: int
     units: float
+    seconds: float  # on the reference device of the device type
     peak_bytes: int
     memory_budget: int
-    offset_tiles: int = 1  # offsets of a row in a kept slab; more than one where the forward runs in fused tiles
     chunk_groups: int | None = None  # fused_loss: groups finished together
     num_chunks: int = 1
 
+    @property
+    def gear(self) -> str:
+        return self.walk.gear
+
+    @property
+    def slab_width(self) -> int:
+        return self.walk.slab_width
+
+    @property
+    def slabs_kept(self) -> int:
+        return self.walk.slabs_kept
+
+    @property
+    def num_slabs(self) -> int:
+        return -(-self.vocab_size // self.slab_width)
+
     def __str__(self) -> str:
+        walk = self.walk
+        way = "backward multiplies exponentials" if walk.factored else "backward writes dz"
         lines = [
             f"gear {self.gear}: {self.units:g} units of rows x hidden x vocab ({self.flops / 1e12:.3g} TFLOP)",
             f"{self.rows} rows, hidden {' + '.join(map(str, self.hidden_sizes))}, vocabulary {self.vocab_size}",
             f"{self.num_slabs} slabs of {self.slab_width} columns, {self.slabs_kept} kept for backward",
+            f"products of {str(walk.operand).removeprefix('torch.')} by {_PRODUCTS[self.products]}"
+            + ("" if self.gear in ("scoring", "frozen_head") else f"; {way}"),
             f"peak {self.peak_bytes / MIB:.1f} MiB of a budget of {self.memory_budget / MIB:.1f} MiB",
         ]
         if self.chunk_groups is not None:
@@ -66,215 +74,18 @@ class Plan:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Everything the byte and FLOP formulas look at except the slab width and the slabs kept."""
-
-    rows: int
-    hidden_sizes: tuple[int, ...]
-    vocab_size: int
-    gemm: Gemm
-    hidden_dtypes: tuple[torch.dtype, ...]
-    weight_dtypes: tuple[torch.dtype, ...]
-    hidden_grad: tuple[bool, ...]
-    weight_grad: tuple[bool, ...]
-    bias_grad: bool
-    entropy: bool
-    compact: bool  # rows are copied before the walk: cast, ignored ones dropped, or padded to fixed tiles
-    deterministic: bool
-    accumulates: bool = False  # dweight of several chunks adds up in float32
-    tile_columns: int | None = None  # of the fused tiles of a forward that has no slab
-
-    @property
-    def gear(self) -> str:
-        if any(self.weight_grad) or self.bias_grad:
-            return "trained" if any(self.hidden_grad) else "frozen_body"
-        if not any(self.hidden_grad):
-            return "scoring"
-        # Reason: the frozen head's gear needs the slab; where all gears must give the same bits, all run tiles.
-        return "trained" if self.deterministic and self.tile_columns is not None else "frozen_head"
-
-    @property
-    def row_block(self) -> int:
-        return deterministic_tile(self.gemm.device_type)[0] if self.pads else self.rows
-
-    @property
-    def narrowed_item(self) -> int:
-        """Bytes of a number of dhidden in the caller's dtype."""
-        return max(dtype.itemsize for dtype in self.hidden_dtypes)
-
-    @property
-    def pads(self) -> bool:
-        """Whether rows are padded to the fixed tiles of a library's products."""
-        return self.deterministic and self.tile_columns is None
-
-    @property
-    def tiled(self) -> bool:
-        """Whether forward runs in fused tiles; the frozen head needs the slab itself."""
-        return self.tile_columns is not None and self.gear != "frozen_head"
-
-    def tiles(self, width: int) -> int:
-        return -(-width // self.tile_columns) if self.tiled else 1
-
-    def kept_bytes(self, width: int, kept: int) -> int:
-        """Slabs kept for backward: exponentials and their offsets, or the logits where the entropy is an output."""
-        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
-        if self.entropy:
-            return kept * self.rows * width * acc
-        return kept * self.rows * (width * item + self.tiles(width) * acc)
-
-    def forward_bytes(self, width: int, kept: int) -> int:
-        M, R, H = self.rows, self.row_block, sum(self.hidden_sizes)
-        H_max = max(self.hidden_sizes)
-        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
-        tiles = self.tiles(width)
-        total = self._common_bytes(R, width) + self.kept_bytes(width, kept)
-        total += R * tiles * acc * (2 + self.entropy) if self.tiled else R * width * acc
-        total += self.gemm.widens * M * H * acc
-        packed = self.gemm.packed_bytes(width, H_max)
-        if self.gear == "frozen_head":
-            H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
-            total += (1 + self.entropy) * M * H_grad * acc
-            total += R * width * item * ((item != acc) + self.entropy)
-            total += self._product_bytes(R, width, H_max)
-            packed = max(packed, self.gemm.packed_bytes(H_max, width))
-        return total + packed
-
-    def backward_bytes(self, width: int, kept: int) -> int:
-        M, H, H_max = self.rows, sum(self.hidden_sizes), max(self.hidden_sizes)
-        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
-        if self.gear == "scoring":
-            return 0
-        H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
-        if self.gear == "frozen_head":
-            # Saved unit gradients, their combination, compacted rows, and blocks of gathered rows of the head.
-            block = 3 * min(MIB, M * H_max * acc)
-            copies = self.compact * M * (H * item + H_max * self.narrowed_item)
-            return (2 + self.entropy) * M * H_grad * acc + copies + block
-        all_kept = kept * width >= self.vocab_size
-        total = self._common_bytes(M, width) + self.kept_bytes(width, kept)
-        total += M * width * (acc if (item == acc or not all_kept or self.entropy) else 0)
-        total += M * width * (item if item != acc else 0)
-        if self.gemm.widens and not all_kept:
-            total += M * H * acc
-        packed = [0 if all_kept else self.gemm.packed_bytes(width, H_max)]
-        if any(self.hidden_grad) or any(self.weight_grad):
-            total += self._product_bytes(M, width, H_max * any(self.hidden_grad))
-        if any(self.hidden_grad):
-            total += M * H_grad * acc + self.compact * M * H_max * self.narrowed_item
-            packed.append(self.gemm.packed_bytes(H_max, width))
-        if any(self.weight_grad):
-            packed.append(self.gemm.packed_bytes(H_max, M))
-            total += width * H_max * acc * self._weight_product()
-            total += self.gemm.widens * M * H * acc
-            total += M * H * item * (self.gemm.operand == torch.float16)
-        return total + max(packed)
-
-    def _common_bytes(self, rows: int, width: int) -> int:
-        """Row vectors, a slab's bias and its gradient, compacted rows, scratch, the head's slab in another dtype."""
-        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
-        slab = width * max(self.hidden_sizes)
-        total = self.rows * (12 * acc + 16) + 2 * width * acc + self.compact * self.rows * sum(self.hidden_sizes) * item
-        total += torch_rows.scratch_bytes(rows, width, acc, self.gemm.device_type)
-        total += slab * item * any(dtype != self.gemm.operand for dtype in self.weight_dtypes)
-        return total + slab * acc * self.gemm.widens
-
-    def _product_bytes(self, rows: int, width: int, inner: int) -> int:
-        """Temporaries of dhidden += dz @ weight: a widened dz, and the library's own result of `inner` columns."""
-        return rows * (width * self.gemm.widens + inner * self.gemm.allocates) * self.gemm.acc.itemsize
-
-    def _weight_product(self) -> bool:
-        """Whether dweight of a slab exists apart from its place in the gradient."""
-        if self.gemm.packs:
-            return False
-        same = all(dtype == self.gemm.operand for dtype in self.weight_dtypes) and not self.accumulates
-        return self.gemm.device_type == "cpu" or self.gemm.operand == torch.float16 or not same
-
-    def peak_bytes(self, width: int, kept: int) -> int:
-        return max(self.forward_bytes(width, kept), self.backward_bytes(width, kept))
-
-    def flops(self, width: int, kept: int) -> int:
-        H, total = sum(self.hidden_sizes), sum(self.hidden_sizes)
-        H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
-        if self.gear == "frozen_head":
-            total += H_grad * (1 + self.entropy)
-        elif self.gear != "scoring":
-            total += H_grad + sum(
-                size for size, wanted in zip(self.hidden_sizes, self.weight_grad, strict=True) if wanted
-            )
-        recomputed = max(0, self.vocab_size - kept * width) if self.gear in ("trained", "frozen_body") else 0
-        return 2 * self.rows * (total * self.vocab_size + H * recomputed)
-
-    def plan(self, budget: int) -> Plan:
-        width, kept = self._choose(budget)
-        flops = self.flops(width, kept)
-        return Plan(
-            gear=self.gear,
-            rows=self.rows,
-            hidden_sizes=self.hidden_sizes,
-            vocab_size=self.vocab_size,
-            slab_width=width,
-            num_slabs=-(-self.vocab_size // width),
-            slabs_kept=kept,
-            row_block=self.row_block,
-            flops=flops,
-            units=flops / max(1, self.rows * sum(self.hidden_sizes) * self.vocab_size),
-            peak_bytes=self.peak_bytes(width, kept),
-            memory_budget=budget,
-            offset_tiles=self.tiles(width),
-        )
-
-    def _choose(self, budget: int) -> tuple[int, int]:
-        """Slab width and slabs kept: the cheapest choice within the budget, else the smallest."""
-        best = None
-        for width in self._widths():
-            kept = self._most_kept(width, budget)
-            peak = self.peak_bytes(width, kept)
-            cost = self.flops(width, kept) * (1 + NARROW_SLAB_COST / width)
-            key = (True, -cost) if peak <= budget else (False, -peak)
-            if best is None or key > best[0]:
-                best = key, width, kept
-        return best[1:]
-
-    def _widths(self) -> list[int]:
-        """Slab widths worth looking at, widest first; one fixed width where results may not depend on it."""
-        narrowest, widest = SLAB_COLUMNS
-        device_type = self.gemm.device_type
-        if self.deterministic:
-            return [min(deterministic_tile(device_type)[1], _round_up(self.vocab_size, COLUMN_STEP))]
-        if self.tiled and self.gear == "scoring":
-            return [_even_width(self.vocab_size, widest)]
-        target = SLAB_BYTES.get(device_type, SLAB_BYTES_GPU) // max(1, self.rows * self.gemm.acc.itemsize)
-        widths = [_even_width(self.vocab_size, min(widest, max(narrowest, target)))]
-        while widths[-1] > narrowest:
-            widths.append(_even_width(self.vocab_size, max(narrowest, widths[-1] // 2)))
-        return widths
-
-    def _most_kept(self, width: int, budget: int) -> int:
-        if self.gear not in ("trained", "frozen_body") or (self.tiled and self.entropy):  # tiles have no logits to keep
-            return 0
-        low, high = 0, -(-self.vocab_size // width)
-        if self.peak_bytes(width, high) <= budget:  # less than keeping all but one, which needs a slab to recompute
-            return high
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.peak_bytes(width, middle) <= budget else (low, middle - 1)
-        return low
+_PRODUCTS = {
+    "torch": "torch",
+    "widened": "torch, widened to float32 slab by slab",
+    "onednn": "oneDNN",
+    "own": "windkern's own instructions for it",
+}
 
 
-def deterministic_tile(device_type: str) -> tuple[int, int]:
-    return DETERMINISTIC_TILE.get(device_type, DETERMINISTIC_TILE_GPU)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def _even_width(vocab_size: int, width: int) -> int:
-    """Split the vocabulary into slabs of nearly one size, none wider than `width` rounded to whole steps."""
-    width = max(COLUMN_STEP, width // COLUMN_STEP * COLUMN_STEP)
-    slabs = -(-vocab_size // width)
-    return _round_up(-(-vocab_size // slabs), COLUMN_STEP)
+def gear_of(hidden_grad: Sequence[bool], weight_grad: Sequence[bool], bias_grad: bool) -> str:
+    if any(weight_grad) or bias_grad:
+        return "trained" if any(hidden_grad) else "frozen_body"
+    return "frozen_head" if any(hidden_grad) else "scoring"
 
 
 def default_budget(device_type: str) -> int:
@@ -298,7 +109,10 @@ def plan(
     total_rows: int | None = None,
     hidden_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     weight_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
-    tile_columns: int | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
 ) -> Plan:
     """Return the plan an op with these arguments will follow. Pure: the same arguments give the same plan anywhere.
 
@@ -318,14 +132,15 @@ def plan(
         hidden_dtype: of the hidden states where it differs from `dtype`, one or one for each block; rows are cast as
             they are copied.
         weight_dtype: of the head where it differs from `dtype`, the same; its slabs are cast one at a time.
-        tile_columns: of the tiles of a forward without a slab, where a back end runs one for these sizes.
+        scale, softcap, temperature: of the logits, see `token_logps`.
+        backend: of the row kernels; "auto" is the one that is preferred on such a device.
 
     Returns:
         A `Plan` with the gear, slab width, slabs kept, units, FLOPs and peak bytes; `print(plan)` explains it.
 
     Raises:
-        ValueError: a size or the budget is too small, what is given by block does not match the blocks, or `device`
-            names none.
+        ValueError: a size or the budget is too small, what is given by block does not match the blocks, `device` names
+            none, `backend` is unknown, or a number of the transform is out of range.
         TypeError: a size is not an integer, a flag not True or False, or a dtype not one windkern supports.
 
     Example:
@@ -343,26 +158,50 @@ def plan(
         check_each(name, dtype if value is None else value, check_float_dtype, len(sizes))
         for name, value in (("hidden_dtype", hidden_dtype), ("weight_dtype", weight_dtype))
     )
-    if tile_columns is not None:
-        tile_columns = check_count("tile_columns", tile_columns, least=1)
     total_rows = rows if total_rows is None else check_count("total_rows", total_rows)
     if total_rows < rows:
         raise ValueError(f"total_rows must be at least rows, {rows}, got {total_rows}")
-    pads = deterministic and tile_columns is None
-    problem = _Problem(
-        rows=_round_up(rows, deterministic_tile(device_type)[0]) if pads else rows,
+    backend = backends.planned(check_choice("backend", backend, ["auto", *backends.BACKENDS]), device_type, dtype)
+    transform = LogitTransform(scale, softcap, temperature)
+    hidden_grad = check_each("hidden_grad", hidden_grad, check_flag, len(sizes))
+    weight_grad = check_each("weight_grad", weight_grad, check_flag, len(sizes))
+    gear = gear_of(hidden_grad, weight_grad, check_flag("bias_grad", bias_grad))
+    tiles = backends.tile_columns(backend, sizes, dtype, deterministic) or 0
+    if gear == "frozen_head" and tiles:
+        # Reason: the frozen head's gear needs the slab; where all gears must give the same bits, all run tiles.
+        gear, tiles = ("trained", tiles) if deterministic else (gear, 0)
+    entropy = check_flag("entropy", entropy)
+    plain = not (entropy or tiles or transform.softcap is not None or dtype == torch.float16)
+    pads = deterministic and not tiles
+    walk = WalkSpec(
+        gear=gear,
+        operand=dtype,
+        hidden_grad=hidden_grad,
+        weight_grad=weight_grad,
+        bias_grad=bias_grad,
+        entropy=entropy,
+        scale=transform.scale,
+        softcap=transform.softcap,
+        temperature=transform.temperature,
+        slab_width=0,
+        slabs_kept=0,
+        slabs_at_once=1,
+        product_columns=1,
+        row_block=fixed_tile(device_type)[0] if pads else 0,
+        tile_columns=tiles,
+        factored=plain and gear != "scoring",
+        backend=backend,
+    )
+    problem = Problem(
+        rows=walk.padded_rows(rows),
         hidden_sizes=sizes,
         vocab_size=vocab_size,
-        gemm=Gemm(device_type, dtype),
+        products=products_of(device_type, dtype),
         hidden_dtypes=hidden_dtypes,
         weight_dtypes=weight_dtypes,
-        hidden_grad=check_each("hidden_grad", hidden_grad, check_flag, len(sizes)),
-        weight_grad=check_each("weight_grad", weight_grad, check_flag, len(sizes)),
-        bias_grad=check_flag("bias_grad", bias_grad),
-        entropy=check_flag("entropy", entropy),
         compact=pads or total_rows > rows or any(each != dtype for each in hidden_dtypes),
-        deterministic=deterministic,
-        tile_columns=tile_columns,
+        batch_invariant=deterministic,
+        walk=walk,
     )
     if group_rows is None:
         return _solve(problem, budget)
@@ -370,37 +209,47 @@ def plan(
 
 
 @functools.lru_cache(maxsize=1024)
-def _solve(problem: _Problem, budget: int) -> Plan:
-    return problem.plan(budget)
+def _solve(problem: Problem, budget: int) -> Plan:
+    walk = problem.solve(budget)
+    flops = problem.flops(walk)
+    return Plan(
+        rows=problem.rows,
+        hidden_sizes=problem.hidden_sizes,
+        vocab_size=problem.vocab_size,
+        walk=walk,
+        products=problem.products.name,
+        flops=flops,
+        units=flops / max(1, problem.rows * sum(problem.hidden_sizes) * problem.vocab_size),
+        seconds=problem.seconds(walk),
+        peak_bytes=problem.peak_bytes(walk),
+        memory_budget=budget,
+    )
 
 
-def walk_sizes(
-    rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: object
-) -> tuple[str, int, int, int]:
-    """Gear, slab width, slabs kept and offset tiles of the plan: all that a walk over slabs must know."""
-    made = plan(rows, hidden_sizes, vocab_size, **options)
-    return made.gear, made.slab_width, made.slabs_kept, made.offset_tiles
+def planned_spec(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: object) -> tuple:
+    """The values of the plan's `WalkSpec`: all that a walk over slabs must know."""
+    return plan(rows, hidden_sizes, vocab_size, **options).walk.values()
 
 
 # Run while torch.compile traces, not traced: the search would take minutes there.
-walk_sizes._dynamo_marked_constant = True
+planned_spec._dynamo_marked_constant = True
 
 
-def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) -> Plan:
+def _solve_chunks(problem: Problem, rows: int, group_rows: int, budget: int) -> Plan:
     """As many groups at once as finish within the budget without recomputing a logit; one group at the least."""
-    tile = problem.row_block if problem.pads else 1
+    tile = problem.walk.row_block or 1
     groups = -(-rows // group_rows)
 
-    def chunk(num_groups: int) -> tuple[_Problem, Plan]:
+    def chunk(num_groups: int) -> tuple[Problem, Plan]:
         # Reason: fused_loss hands float16 gradients over scaled by a power of two, known only at the end.
         is_half = torch.float16 in problem.weight_dtypes
-        several = any(problem.weight_grad) and (num_groups < groups or is_half)
-        part = replace(problem, rows=_round_up(min(rows, num_groups * group_rows), tile), accumulates=several)
+        several = any(problem.walk.weight_grad) and (num_groups < groups or is_half)
+        part = replace(problem, rows=round_up(min(rows, num_groups * group_rows), tile), accumulates=several)
         return part, _solve(part, budget)
 
     def finishes(num_groups: int) -> bool:
         part, inner = chunk(num_groups)
-        recomputes = part.gear in ("trained", "frozen_body") and inner.slabs_kept < inner.num_slabs
+        recomputes = part.walk.gear in ("trained", "frozen_body") and inner.slabs_kept < inner.num_slabs
         return inner.peak_bytes <= budget and not recomputes
 
     low, high = 1, max(1, groups)
@@ -412,12 +261,12 @@ def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) ->
     full, rest = divmod(rows, low * group_rows)
     flops = full * inner.flops
     if rest:
-        flops += _solve(replace(part, rows=_round_up(rest, tile)), budget).flops
+        flops += _solve(replace(part, rows=round_up(rest, tile)), budget).flops
     accumulator = 0
     if part.accumulates:
-        blocks = zip(problem.hidden_sizes, problem.weight_grad, problem.weight_dtypes, strict=True)
-        columns = sum(size for size, wanted, dtype in blocks if wanted and dtype != problem.gemm.acc)
-        accumulator = problem.vocab_size * columns * problem.gemm.acc.itemsize
+        blocks = zip(problem.hidden_sizes, problem.walk.weight_grad, problem.weight_dtypes, strict=True)
+        columns = sum(size for size, wanted, dtype in blocks if wanted and dtype != problem.products.acc)
+        accumulator = problem.vocab_size * columns * problem.products.acc.itemsize
     return replace(
         inner,
         rows=rows,

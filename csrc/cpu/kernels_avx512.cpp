@@ -10,8 +10,8 @@
 namespace windkern {
 
 const KernelTable* avx512_kernels() {
-  static const KernelTable table{"avx512",  slab_forward, slab_forward_unit, slab_backward,
-                                 segment_sum, pair_terms,   win_rates};
+  static const KernelTable table{"avx512",         slab_forward, slab_forward_unit, slab_backward, exps_forward,
+                                 exps_backward, column_sums,  segment_sum,       pair_terms,    win_rates};
   return &table;
 }
 

@@ -62,8 +62,8 @@ void forward_rows(const Slab& slab, const ForwardState& state, const ForwardOutp
   const S log_gain = S(0.69314718055994530942 * kept_binades<E>);
 #pragma omp parallel for num_threads(slab.threads) schedule(static) if (slab.rows * slab.width > kSerialSlab)
   for (int64_t row = 0; row < slab.rows; ++row) {
-    S* z = (S*)slab.logits + row * W;
-    E* kept = out.kept == nullptr ? nullptr : (E*)out.kept + row * W;
+    S* z = (S*)slab.logits + row * slab.stride;
+    E* kept = out.kept == nullptr ? nullptr : (E*)out.kept + row * out.stride;
     OnlineSoftmax<S> part{transform_row(z, (const S*)slab.bias, W, t), S(0), S(0)};
     see_target(state, row, z, slab.targets[row] - slab.start, W);
     const S shift = finite_shift(part.max);
@@ -94,9 +94,9 @@ void unit_rows(const Slab& slab, const ForwardState& state, const UnitOutputs& o
   const S gain = S(1 << kept_binades<E>);
 #pragma omp parallel for num_threads(slab.threads) schedule(static) if (slab.rows * slab.width > kSerialSlab)
   for (int64_t row = 0; row < slab.rows; ++row) {
-    S* z = (S*)slab.logits + row * W;
-    E* unit = (E*)out.unit + row * W;
-    E* logged = out.unit_entropy == nullptr ? nullptr : (E*)out.unit_entropy + row * W;
+    S* z = (S*)slab.logits + row * slab.stride;
+    E* unit = (E*)out.unit + row * out.unit_stride;
+    E* logged = out.unit_entropy == nullptr ? nullptr : (E*)out.unit_entropy + row * out.entropy_stride;
     OnlineSoftmax<S> part{transform_row(z, (const S*)slab.bias, W, t), S(0), S(0)};
     const int64_t column = slab.targets[row] - slab.start;
     see_target(state, row, z, column, W);
@@ -133,6 +133,95 @@ void unit_rows(const Slab& slab, const ForwardState& state, const UnitOutputs& o
   }
 }
 
+// Exponentials relative to a pivot that the slabs of a row share; the statistics are carried as in forward_rows.
+template <class S, class E>
+void exps_forward_rows(const Slab& slab, const ForwardState& state, const ExpsOutputs& out) {
+  const Transform<S> t(slab);
+  const int64_t W = slab.width;
+#pragma omp parallel for num_threads(slab.threads) schedule(static) if (slab.rows * slab.width > kSerialSlab)
+  for (int64_t row = 0; row < slab.rows; ++row) {
+    S* z = (S*)slab.logits + row * slab.stride;
+    E* values = (E*)out.values + row * out.stride;
+    OnlineSoftmax<S> part{transform_row(z, (const S*)slab.bias, W, t), S(0), S(0)};
+    const int64_t column = slab.targets[row] - slab.start;
+    const bool ignored = slab.targets[row] < 0;
+    see_target(state, row, z, column, W);
+    S& pivot = ((S*)out.pivot)[row];
+    const Pivot<S> next = next_pivot(pivot, part.max);
+    const S shift = finite_shift(part.max), factor = lane_exp(S(part.max - finite_shift(next.value)));
+    Running<S> sum(0);
+    for_lanes<S>(W, [&](int64_t i, auto lane) {
+      using L = decltype(lane);
+      const L y = load<L>(z + i), e = lane_exp(L(y - shift));
+      sum.at(lane) += e;
+      store(values + i, L(e * factor));  // last: the values may be the slab itself
+    });
+    // Hazard: an ignored row may hold NaN, and 0 * NaN is NaN in a product. Remedy: it holds zeros.
+    if (ignored) for_lanes<S>(W, [&](int64_t i, auto lane) { store(values + i, decltype(lane){}); });
+    // Reason: W_y - sum P W cancels where the model is sure of the target; the target's entry is put in apart.
+    if (column >= 0 && column < W) store(values + column, S(0));
+    if (next.factor != S(1)) {
+      E* before = values - out.earlier;
+      for_lanes<S>(out.earlier, [&](int64_t i, auto lane) {
+        using L = decltype(lane);
+        store(before + i, L(load<L>(before + i) * next.factor));
+      });
+    }
+    pivot = next.value;
+    if (out.moved) ((S*)out.moved)[row] = next.factor;
+    part.sum = sum.sum();
+    OnlineSoftmax<S> running = load_state<S>(state, row);
+    merge(running, part);
+    store_state(state, row, running);
+  }
+}
+
+// The same exponentials once more, with the target's entry in its place.
+template <class S, class E>
+void exps_backward_rows(const Slab& slab, const ExpsInputs& in) {
+  const Transform<S> t(slab);
+  const int64_t W = slab.width;
+#pragma omp parallel for num_threads(slab.threads) schedule(static) if (slab.rows * slab.width > kSerialSlab)
+  for (int64_t row = 0; row < slab.rows; ++row) {
+    S* z = (S*)slab.logits + row * slab.stride;
+    E* values = (E*)in.values + row * in.stride;
+    if (slab.targets[row] < 0) {  // an ignored row may hold anything
+      for_lanes<S>(W, [&](int64_t i, auto lane) { store(values + i, decltype(lane){}); });
+      continue;
+    }
+    const bool plain = slab.bias == nullptr && t.identity();
+    if (!plain) transform_row(z, (const S*)slab.bias, W, t);
+    const S pivot = ((const S*)in.pivot)[row];
+    for_lanes<S>(W, [&](int64_t i, auto lane) {
+      using L = decltype(lane);
+      store(values + i, L(lane_exp(L(load<L>(z + i) - pivot))));
+    });
+    const int64_t column = slab.targets[row] - slab.start;
+    if (column >= 0 && column < W) store(values + column, ((const S*)in.entry)[row]);
+  }
+}
+
+// A thread owns columns and walks down the rows, so a sum does not depend on how many threads there are.
+template <class S, class E>
+void column_sums_of(const ColumnSums& in) {
+  constexpr int64_t kColumns = 512;
+  const int64_t blocks = (in.width + kColumns - 1) / kColumns;
+#pragma omp parallel for num_threads(in.threads) schedule(static) if (in.rows * in.width > kSerialSlab)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * kColumns, count = in.width - first < kColumns ? in.width - first : kColumns;
+    S* sums = (S*)in.sums + first;
+    for_lanes<S>(count, [&](int64_t i, auto lane) { store(sums + i, decltype(lane){}); });
+    for (int64_t row = 0; row < in.rows; ++row) {
+      const S weight = ((const S*)in.weights)[row];
+      const E* values = (const E*)in.values + row * in.stride + first;
+      for_lanes<S>(count, [&](int64_t i, auto lane) {
+        using L = decltype(lane);
+        store(sums + i, L(load<L>(sums + i) + load<L>(values + i) * weight));
+      });
+    }
+  }
+}
+
 template <class S>
 S at_or_zero(const void* values, int64_t row) {
   return values == nullptr ? S(0) : ((const S*)values)[row];
@@ -143,9 +232,9 @@ S at_or_zero(const void* values, int64_t row) {
 template <class S, class E, bool from_kept>
 void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>& t, int64_t row, S* dbias) {
   const int64_t W = slab.width;
-  S* z = (S*)slab.logits + (from_kept ? 0 : row * W);
-  const E* kept = (const E*)in.kept + (from_kept ? row * W : 0);
-  E* dz = (E*)in.dz + row * W;
+  S* z = (S*)slab.logits + (from_kept ? 0 : row * slab.stride);
+  const E* kept = (const E*)in.kept + (from_kept ? row * in.kept_stride : 0);
+  E* dz = (E*)in.dz + row * in.dz_stride;
   if (slab.targets[row] < 0) {  // an ignored row may hold anything
     for_lanes<S>(W, [&](int64_t i, auto lane) { store(dz + i, decltype(lane){}); });
     return;
@@ -239,6 +328,14 @@ void slab_forward(const Slab& slab, const ForwardState& state, const ForwardOutp
 void slab_forward_unit(const Slab& slab, const ForwardState& state, const UnitOutputs& out) {
   WK_FOR_DTYPE(slab.operand, unit_rows, slab, state, out)
 }
+
+void exps_forward(const Slab& slab, const ForwardState& state, const ExpsOutputs& out) {
+  WK_FOR_DTYPE(slab.operand, exps_forward_rows, slab, state, out)
+}
+
+void exps_backward(const Slab& slab, const ExpsInputs& in) { WK_FOR_DTYPE(slab.operand, exps_backward_rows, slab, in) }
+
+void column_sums(const ColumnSums& in) { WK_FOR_DTYPE(in.dtype, column_sums_of, in) }
 
 void slab_backward(const Slab& slab, const BackwardInputs& in) { WK_FOR_DTYPE(slab.operand, backward_rows, slab, in) }
 

@@ -7,10 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-from windkern.kernels.contract import RowState, RowStats, Upstream
-from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, why_missing
-from windkern.kernels.torch_rows import other_slope, target_slope
-from windkern.transform import LogitTransform
+from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
+from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
+from windkern.kernels.torch_rows import rescale_rows
 
 try:
     from windkern import _cpp
@@ -18,13 +17,15 @@ except ImportError as error:
     _cpp, _reason = None, why_missing("_cpp", error)
 
 __all__ = [
-    "other_slope",
+    "column_sums",
+    "exps_backward",
+    "exps_forward",
     "pair_terms",
+    "rescale_rows",
     "segment_sum",
     "slab_backward",
     "slab_forward",
     "slab_forward_unit",
-    "target_slope",
     "win_rates",
 ]
 
@@ -55,62 +56,56 @@ def _make_kernels():
 _kernels = _make_kernels()
 
 
-def _slab(operand: torch.dtype, logits: Tensor | None, shape, bias, targets, start: int, transform: LogitTransform):
+def _slab(slab: Slab, values: Tensor):
+    """The arguments of `slab` for a kernel that reads or writes `values` (M, W) in the operand dtype."""
     return _cpp.Slab(
-        DTYPES[operand],
-        shape[0],
-        shape[1],
-        start,
-        address(logits),
-        address(bias),
-        address(targets),
-        transform.scale,
-        transform.softcap or 0.0,
-        transform.temperature,
+        DTYPES[values.dtype],
+        *values.shape,
+        slab.start,
+        *matrix(slab.logits),
+        address(slab.bias),
+        address(slab.targets),
+        slab.transform.scale,
+        slab.transform.softcap or 0.0,
+        slab.transform.temperature,
         torch.get_num_threads(),
     )
 
 
-def slab_forward(
-    z: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    start: int,
-    transform: LogitTransform,
-    state: RowState,
-    kept: Tensor | None,
-    offset: Tensor | None,
-) -> None:
+def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
     """As `torch_rows.slab_forward`."""
-    slab = _slab(z.dtype if kept is None else kept.dtype, z, z.shape, bias, targets, start, transform)
-    _kernels.slab_forward(slab, *map(address, state), address(kept), address(offset))
+    values, offset = (None, None) if kept is None else kept
+    arguments = _slab(slab, slab.logits if values is None else values)
+    _kernels.slab_forward(arguments, *map(address, state), *matrix(values), address(offset))
 
 
-def slab_forward_unit(
-    z: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    start: int,
-    transform: LogitTransform,
-    state: RowState,
-    unit: Tensor,
-    unit_entropy: Tensor | None,
-    rescale: Tensor,
-    max_step: Tensor | None,
-) -> None:
+def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
     """As `torch_rows.slab_forward_unit`."""
-    slab = _slab(unit.dtype, z, z.shape, bias, targets, start, transform)
-    outputs = map(address, (unit, unit_entropy, rescale, max_step))
-    _kernels.slab_forward_unit(slab, *map(address, state), *outputs)
+    rows = map(address, (unit.rescale, unit.max_step))
+    arguments = *matrix(unit.values), *matrix(unit.logged), *rows
+    _kernels.slab_forward_unit(_slab(slab, unit.values), *map(address, state), *arguments)
+
+
+def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
+    """As `torch_rows.exps_forward`."""
+    arguments = *matrix(exps.values), address(exps.pivot), exps.earlier, address(exps.moved)
+    _kernels.exps_forward(_slab(slab, exps.values), *map(address, state), *arguments)
+
+
+def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
+    """As `torch_rows.exps_backward`."""
+    _kernels.exps_backward(_slab(slab, values), address(pivot), address(entry), *matrix(values))
+
+
+def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
+    """As `torch_rows.column_sums`."""
+    arguments = *values.shape, *matrix(values), address(weights), address(sums)
+    _kernels.column_sums(DTYPES[values.dtype], *arguments, torch.get_num_threads())
 
 
 def slab_backward(
-    src: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    targets: Tensor,
-    start: int,
-    transform: LogitTransform,
+    slab: Slab,
+    kept: Kept | None,
     stats: RowStats,
     upstream: Upstream,
     row_scale: Tensor | None,
@@ -118,10 +113,10 @@ def slab_backward(
     dbias: Tensor | None,
 ) -> None:
     """As `torch_rows.slab_backward`."""
-    kept = None if offset is None else src
-    slab = _slab(dz.dtype, None if kept is not None else src, src.shape, bias, targets, start, transform)
+    values, offset = (None, None) if kept is None else kept
     rows = map(address, (*stats, *upstream, row_scale))
-    _kernels.slab_backward(slab, address(kept), address(offset), *rows, address(dz), address(dbias))
+    arguments = *matrix(values), address(offset), *rows, *matrix(dz), address(dbias)
+    _kernels.slab_backward(_slab(slab, dz), *arguments)
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:

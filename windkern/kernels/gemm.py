@@ -4,13 +4,14 @@
     hidden_grad   dh (M, H) += dz (M, W) @ weight (W, H)
     weight_grad   dw (W, H)  = dz.T @ hidden (M, H)
 
-Which library runs a product is a static choice by device, dtype and shape; nothing is timed and no global switch of
-torch is touched.
+One class for each library that runs them; which one runs is a static choice by device, dtype and processor: nothing is
+timed and no global switch of torch is touched.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,28 +22,36 @@ from windkern.kernels import buffers, cpu_libraries, cpu_products
 _HEAP_BLOCK = 32 << 20
 # Reason: below this many multiply-adds the dispatch of oneDNN costs more than it gains.
 _SMALL_PRODUCT = 1 << 21
+# Bytes of the head's rows that are repacked or widened at once.
+_PREPARED_BYTES = 8 << 20
 
 
 _probed: dict[str, bool] = {}
 
 
-def _cuda_has_out_dtype() -> bool:
-    """Whether torch.mm and addmm can return float32 from bfloat16 operands on this build and GPU (probed once)."""
+def _cuda_has(product: str) -> bool:
+    """Whether torch.mm, or addmm, returns float32 from bfloat16 operands on this build and GPU (probed once each).
+
+    Reason: torch 2.8 and 2.9 have it for mm and not for addmm.
+    """
     if not torch.cuda.is_available():
         return True  # planning for a GPU from a machine without one
-    if "out_dtype" not in _probed:
+    if product not in _probed:
         try:
             probe = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
-            total = torch.mm(probe, probe, out_dtype=torch.float32)
-            torch.addmm(total, probe, probe, out_dtype=torch.float32, out=total)
-            _probed["out_dtype"] = True
+            total = torch.zeros(16, 16, dtype=torch.float32, device="cuda")
+            if product == "mm":
+                torch.mm(probe, probe, out_dtype=torch.float32, out=total)
+            else:
+                torch.addmm(total, probe, probe, out_dtype=torch.float32, out=total)
+            _probed[product] = True
         except (TypeError, RuntimeError):
-            _probed["out_dtype"] = False
-    return _probed["out_dtype"]
+            _probed[product] = False
+    return _probed[product]
 
 
 # What torch.compiler.assume_constant_result sets; that function costs a second of imports.
-_cuda_has_out_dtype._dynamo_marked_constant = True
+_cuda_has._dynamo_marked_constant = True
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -50,96 +59,89 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _round_down(value: int, step: int) -> int:
+    return max(step, value // step * step)
+
+
 @dataclass(frozen=True)
-class Gemm:
-    """The products for one device type and operand dtype, and what they have to copy."""
+class Products:
+    """torch.mm and addmm: of float32 and float64 everywhere, of 16-bit operands on a GPU."""
 
     device_type: str
     operand: torch.dtype
+
+    name: ClassVar[str] = "torch"
+    widens: ClassVar[bool] = False  # operands are made wider before they are multiplied, slab by slab
+    allocates: ClassVar[bool] = False  # the library returns its own result instead of filling ours
 
     @property
     def acc(self) -> torch.dtype:
         return accumulator(self.operand)
 
     @property
-    def is_low_precision(self) -> bool:
-        return self.operand in (torch.bfloat16, torch.float16)
+    def multiplied(self) -> torch.dtype:
+        """The dtype of what goes into a product."""
+        return self.operand
 
     @property
-    def packs(self) -> bool:
-        """True where the products are ours: bfloat16 operands on a CPU that multiplies them into float32 sums."""
-        return self.device_type == "cpu" and self.operand == torch.bfloat16 and cpu_products.PRODUCT is not None
+    def mixes(self) -> bool:
+        """Whether operands are narrower than results."""
+        return self.multiplied != self.acc
 
     @property
-    def widens(self) -> bool:
-        """True where nothing fast multiplies this dtype into float32: operands are widened slab by slab.
-
-        Reason: without instructions for it, torch multiplies 16-bit operands on a CPU 20 to 40 times slower than the
-        widened ones; with them it rounds each product to 16 bits.
-        """
-        has_product = self.packs or (self.device_type == "cuda" and _cuda_has_out_dtype())
-        return self.is_low_precision and not has_product
-
-    @property
-    def allocates(self) -> bool:
-        """True where the library returns its own result instead of filling ours."""
-        return self.device_type == "cpu" and self.acc == torch.float32 and cpu_libraries.ONEDNN
+    def adds(self) -> bool:
+        """Whether a product adds to what is there; else it makes a temporary first."""
+        return not (self.device_type == "cuda" and self.mixes) or _cuda_has("addmm")
 
     def prepared(self, tensor: Tensor) -> Tensor:
-        """`tensor` as the products want it: in the operands' dtype, widened where they are; a no-op where it is."""
+        """A caller's tensor rounded to the operands' dtype, then as it is multiplied; itself where it is that."""
         if tensor.dtype != self.operand:
             tensor = buffers.track("cast", tensor.to(self.operand))
-        return buffers.track("cast", tensor.to(self.acc)) if self.widens else tensor
+        return self.widened(tensor)
 
-    def _use_onednn(self, left: Tensor, columns: int) -> bool:
-        rows, inner = left.shape
-        fits = rows * columns * 4 <= _HEAP_BLOCK and rows * columns * inner >= _SMALL_PRODUCT
-        wanted = cpu_libraries.ONEDNN and left.dtype == torch.float32 and left.device.type == "cpu"
-        return wanted and fits and cpu_libraries.onednn_is_safe()
+    def widened(self, tensor: Tensor) -> Tensor:
+        """`tensor` in the dtype that is multiplied; itself where it has that."""
+        return tensor if tensor.dtype == self.multiplied else buffers.track("cast", tensor.to(self.multiplied))
+
+    def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
+        """Vocabulary columns that one product of backward should take, of `columns`."""
+        return columns
+
+    def scratch_bytes(self, columns: int, inner: int) -> int:
+        """Scratch of a product with a right operand (inner, columns), beside operands and result."""
+        return 0
+
+    def writes(self, out_dtype: torch.dtype) -> bool:
+        """Whether dweight goes straight to its place, rounded once; else its float32 product is copied there."""
+        return out_dtype == self.multiplied or (out_dtype == self.acc and self.device_type != "cpu")
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None, *, add_to: Tensor | None = None) -> Tensor:
-        """hidden (M, H) @ weight (W, H).T, plus `add_to` (M, W) where given (then written in place)."""
-        (rows, inner), width = hidden.shape, weight.shape[0]
-        buffers.add_flops(2 * rows * inner * width)
+        """hidden (M, H) @ weight (W, H).T into `out`, plus `add_to` (M, W) where given (then written in place)."""
+        self._count(hidden.shape[0], hidden.shape[1], weight.shape[0])
         if add_to is not None:
             return self._addmm(add_to, hidden, weight.t())
-        if self._use_onednn(hidden, width):
-            return buffers.track("slab", torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], ""))
         if out is None:
-            out = buffers.empty("slab", (rows, width), self.acc, hidden.device)
+            out = buffers.empty("slab", (hidden.shape[0], weight.shape[0]), self.acc, hidden.device)
         return self._mm(hidden, weight.t(), out)
 
-    def packed_bytes(self, columns: int, inner: int) -> int:
-        """Scratch of one product beside its operands and result."""
-        return cpu_products.packed_bytes(columns, inner) + 64 if self.packs else 0
-
-    def hidden_grad(self, dz: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-        """total (M, H) + dz (M, W) @ weight (W, H); the result replaces `total`, which may be overwritten."""
-        rows, width = dz.shape
-        inner = weight.shape[1]
-        buffers.add_flops(2 * rows * inner * width)
-        if self._use_onednn(dz, inner):
-            summed = torch.ops.mkldnn._linear_pointwise.binary(dz, total, weight.t(), None, "add")
-            return buffers.track("dhidden", summed)
-        return self._addmm(total, dz, weight)
+    def hidden_grad(self, dz: Tensor, weight: Tensor, total: Tensor, *, first: bool = False) -> Tensor:
+        """total (M, H) + dz (M, W) @ weight (W, H), without `total` if `first`; the result replaces `total`."""
+        self._count(*dz.shape, weight.shape[1])
+        return self._mm(dz, weight, total) if first else self._addmm(total, dz, weight)
 
     def weight_grad(self, dz: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool, gain: Tensor | None) -> None:
         """out (W, H) = gain * dz (M, W).T @ hidden (M, H), or out += that; `gain` is a scalar tensor or None."""
-        (rows, width), inner = dz.shape, hidden.shape[1]
-        buffers.add_flops(2 * rows * inner * width)
-        plain = gain is None and not accumulate
-        if cpu_libraries.ONEDNN_WEIGHT_GRAD and self._use_onednn(dz, inner) and width * inner * 4 <= _HEAP_BLOCK:
-            product = torch.ops.mkldnn._linear_pointwise(dz.t(), hidden.t(), None, "none", [], "")
-            product = buffers.track("dweight", product)
-        elif plain and (out.dtype == dz.dtype or self.packs):
+        self._count(dz.shape[1], dz.shape[0], hidden.shape[1])
+        if gain is None and not accumulate and self.writes(out.dtype):
             self._mm(dz.t(), hidden, out)
-            return
-        elif gain is None and accumulate and out.dtype == self.acc:
+        elif gain is None and accumulate and out.dtype == self.acc and self.adds:
             self._addmm(out, dz.t(), hidden)
-            return
         else:
-            product = buffers.empty("dweight", (width, inner), self.acc, dz.device)
-            product = self._mm(dz.t(), hidden, product)
+            product = buffers.empty("dweight", (dz.shape[1], hidden.shape[1]), self.acc, dz.device)
+            self._place(self._mm(dz.t(), hidden, product), out, accumulate, gain)
+
+    @staticmethod
+    def _place(product: Tensor, out: Tensor, accumulate: bool, gain: Tensor | None) -> None:
         if gain is not None:
             product.mul_(gain)
         if accumulate:
@@ -147,16 +149,116 @@ class Gemm:
         else:
             out.copy_(product)
 
+    @staticmethod
+    def _count(rows: int, inner: int, columns: int) -> None:
+        buffers.add_flops(2 * rows * inner * columns)
+
     def _mm(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-        if self.packs and left.dtype == self.operand:
-            return cpu_products.multiply(left, right, out)
         if out.dtype == left.dtype:
             return torch.mm(left, right, out=out)
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
     def _addmm(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        if self.packs and left.dtype == self.operand:
-            return cpu_products.multiply(left, right, total, accumulate=True)
         if total.dtype == left.dtype:
             return total.addmm_(left, right)
-        return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        if self.adds:
+            return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        product = buffers.empty("scratch", tuple(total.shape), total.dtype, total.device)
+        return total.add_(self._mm(left, right, product))
+
+
+@dataclass(frozen=True)
+class WidenedProducts(Products):
+    """16-bit operands where nothing fast multiplies them into float32 sums: they are widened slab by slab.
+
+    Reason: without instructions for it, torch multiplies 16-bit operands on a CPU 20 to 40 times slower than the
+    widened ones; with them it rounds each product to 16 bits.
+    """
+
+    name: ClassVar[str] = "widened"
+    widens: ClassVar[bool] = True
+
+    @property
+    def multiplied(self) -> torch.dtype:
+        return self.acc
+
+    def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
+        return min(columns, _round_down(_PREPARED_BYTES // (4 * inner), 64))
+
+
+@dataclass(frozen=True)
+class OneDnnProducts(Products):
+    """float32 on an AMD CPU with AVX-512, where MKL runs its AVX2 code."""
+
+    name: ClassVar[str] = "onednn"
+    allocates: ClassVar[bool] = True
+
+    def _uses(self, left: Tensor, columns: int) -> bool:
+        rows, inner = left.shape
+        fits = rows * columns * 4 <= _HEAP_BLOCK and rows * columns * inner >= _SMALL_PRODUCT
+        return fits and left.dtype == torch.float32 and cpu_libraries.onednn_is_safe()
+
+    def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
+        return min(columns, _round_down(_HEAP_BLOCK // (4 * max(rows, inner)), 64))
+
+    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None, *, add_to: Tensor | None = None) -> Tensor:
+        if add_to is not None or out is not None or not self._uses(hidden, weight.shape[0]):
+            return super().logits(hidden, weight, out, add_to=add_to)
+        self._count(hidden.shape[0], hidden.shape[1], weight.shape[0])
+        return buffers.track("slab", torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], ""))
+
+    def hidden_grad(self, dz: Tensor, weight: Tensor, total: Tensor, *, first: bool = False) -> Tensor:
+        if not self._uses(dz, weight.shape[1]):
+            return super().hidden_grad(dz, weight, total, first=first)
+        self._count(*dz.shape, weight.shape[1])
+        if first:
+            product = torch.ops.mkldnn._linear_pointwise(dz, weight.t(), None, "none", [], "")
+        else:
+            product = torch.ops.mkldnn._linear_pointwise.binary(dz, total, weight.t(), None, "add")
+        return buffers.track("dhidden", product)
+
+    def writes(self, out_dtype: torch.dtype) -> bool:
+        return not cpu_libraries.ONEDNN_WEIGHT_GRAD and super().writes(out_dtype)
+
+    def weight_grad(self, dz: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool, gain: Tensor | None) -> None:
+        fits = dz.shape[1] * hidden.shape[1] * 4 <= _HEAP_BLOCK
+        if not (cpu_libraries.ONEDNN_WEIGHT_GRAD and fits and self._uses(dz, hidden.shape[1])):
+            super().weight_grad(dz, hidden, out, accumulate=accumulate, gain=gain)
+            return
+        self._count(dz.shape[1], dz.shape[0], hidden.shape[1])
+        product = torch.ops.mkldnn._linear_pointwise(dz.t(), hidden.t(), None, "none", [], "")
+        self._place(buffers.track("dweight", product), out, accumulate, gain)
+
+
+@dataclass(frozen=True)
+class OwnProducts(Products):
+    """bfloat16 on a CPU that multiplies it into float32 sums (AMX, AVX512_BF16), by csrc/cpu/products_*.cpp."""
+
+    name: ClassVar[str] = "own"
+
+    def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
+        return min(columns, _round_down(_PREPARED_BYTES // (2 * inner), 64))
+
+    def scratch_bytes(self, columns: int, inner: int) -> int:
+        return cpu_products.packed_bytes(columns, inner) + 64
+
+    def writes(self, out_dtype: torch.dtype) -> bool:
+        return out_dtype in (torch.bfloat16, torch.float32)
+
+    def _mm(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        return cpu_products.multiply(left, right, out)
+
+    def _addmm(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return cpu_products.multiply(left, right, total, accumulate=True)
+
+
+def products_of(device_type: str, operand: torch.dtype) -> Products:
+    """The products of operands of a dtype on a device type."""
+    if operand in (torch.bfloat16, torch.float16):
+        if device_type == "cpu" and operand == torch.bfloat16 and cpu_products.PRODUCT is not None:
+            return OwnProducts(device_type, operand)
+        if device_type != "cuda" or not _cuda_has("mm"):
+            return WidenedProducts(device_type, operand)
+    if device_type == "cpu" and operand == torch.float32 and cpu_libraries.ONEDNN:
+        return OneDnnProducts(device_type, operand)
+    return Products(device_type, operand)

@@ -38,5 +38,14 @@ def address(tensor: Tensor | None) -> int:
     return tensor.data_ptr()
 
 
+def matrix(tensor: Tensor | None) -> tuple[int, int]:
+    """Pointer of a matrix with contiguous rows, and elements from one row to the next; zeros for None."""
+    if tensor is None:
+        return 0, 0
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise RuntimeError(f"a row kernel needs contiguous rows, got strides {tensor.stride()}")
+    return tensor.data_ptr(), tensor.stride(0)
+
+
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)

@@ -11,18 +11,34 @@ import torch
 from torch import Tensor
 
 from windkern.kernels import buffers
-from windkern.kernels.contract import RowState, RowStats, Upstream, kept_gain, kept_log_gain
+from windkern.kernels.contract import (
+    PIVOT_ROOM,
+    Exps,
+    Kept,
+    RowState,
+    RowStats,
+    Slab,
+    Unit,
+    Upstream,
+    kept_gain,
+    kept_log_gain,
+    other_slope,
+    relative_slope,
+    target_slope,
+)
 from windkern.kernels.torch_pairs import pair_terms, win_rates
 from windkern.transform import LogitTransform
 
 __all__ = [
-    "other_slope",
+    "column_sums",
+    "exps_backward",
+    "exps_forward",
     "pair_terms",
+    "rescale_rows",
     "segment_sum",
     "slab_backward",
     "slab_forward",
     "slab_forward_unit",
-    "target_slope",
     "win_rates",
 ]
 
@@ -64,14 +80,6 @@ def _apply_transform(y: Tensor, bias: Tensor | None, transform: LogitTransform) 
         y.mul_(transform.slope_at_zero)
 
 
-def _relative_slope(y: Tensor, transform: LogitTransform, out: Tensor) -> Tensor:
-    """1 - tanh^2 of the transformed logits `y`: the transform's slope over its slope at zero."""
-    # Reason: a saturated logit, tanh = 1, has slope exactly 0; so the rounded inverse must not be too small.
-    torch.mul(y, transform.temperature / transform.softcap * (1 + 2 * torch.finfo(y.dtype).eps), out=out)
-    # Hazard: a masked entry has y = -inf. Remedy: its slope is exactly 0, what tanh gives at -inf.
-    return out.square_().neg_().add_(1.0).clamp_(min=0.0)
-
-
 def _finite(maximum: Tensor) -> Tensor:
     """Hazard: -inf - (-inf) is NaN where all entries so far are masked. Remedy: shift those by 0."""
     return torch.where(maximum == -torch.inf, 0.0, maximum)
@@ -109,58 +117,39 @@ def _exponentiate(y: Tensor, targets: Tensor, start: int, state: RowState, rows:
     return slab_max, old_factor, slab_factor
 
 
-def slab_forward(
-    z: Tensor,  # (M, W) float32 logits of columns start .. start + W, overwritten
-    bias: Tensor | None,  # (W,)
-    targets: Tensor,  # (M,) int64, negative where the row is ignored
-    start: int,
-    transform: LogitTransform,
-    state: RowState,
-    kept: Tensor | None,  # (M, W) operand dtype, out: exp(y - offset) * relative slope
-    offset: Tensor | None,  # (M, 1) out
-) -> None:
+def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
     """Online softmax over one slab; keeps what dz is made of without the entropy, where the plan has room for it.
 
     Hazard: log of a rounded exp is off by the rounding, and a slope made from that is noise where the cap is small.
     Remedy: the slope is multiplied in here; nothing is read back through a logarithm.
     """
-    for rows in _row_blocks(z):
-        y = z[rows]
-        _apply_transform(y, bias, transform)
+    for rows in _row_blocks(slab.logits):
+        y = slab.logits[rows]
+        _apply_transform(y, slab.bias, slab.transform)
         slope = None
-        if kept is not None and transform.softcap is not None:
-            slope = _relative_slope(y, transform, _scratch_like(y))
-        slab_max, _, _ = _exponentiate(y, targets[rows], start, state, rows)
+        if kept is not None and slab.transform.softcap is not None:
+            slope = relative_slope(y, slab.transform, _scratch_like(y))
+        slab_max, _, _ = _exponentiate(y, slab.targets[rows], slab.start, state, rows)
         if kept is not None:
-            gain = kept_gain(kept.dtype)
+            gain = kept_gain(kept.values.dtype)
             y = y if slope is None else y.mul_(slope)
-            kept[rows].copy_(y if gain == 1.0 else y.mul_(gain))
-            offset[rows, 0] = slab_max - kept_log_gain(kept.dtype)
+            kept.values[rows].copy_(y if gain == 1.0 else y.mul_(gain))
+            kept.offset[rows, 0] = slab_max - kept_log_gain(kept.values.dtype)
 
 
-def slab_forward_unit(
-    z: Tensor,  # (M, W), overwritten
-    bias: Tensor | None,  # (W,)
-    targets: Tensor,  # (M,)
-    start: int,
-    transform: LogitTransform,
-    state: RowState,
-    unit: Tensor,  # (M, W) operand dtype, out: gain * exp(y - run_max) * relative slope, 0 at the target
-    unit_entropy: Tensor | None,  # (M, W) out: the same times (y - run_max)
-    rescale: Tensor,  # (M,) out: factor for what was accumulated under the old maximum
-    max_step: Tensor | None,  # (M,) out: old minus new maximum
-) -> None:
-    """Online softmax over one slab that also writes the GEMM operands of the frozen-head gradient."""
-    for rows in _row_blocks(z):
-        outputs = (None if part is None else part[rows] for part in (unit, unit_entropy, rescale, max_step))
-        _unit_block(z[rows], bias, targets[rows], start, transform, state, rows, *outputs)
+def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
+    """Online softmax over one slab that also writes the operands of the frozen head's products."""
+    for rows in _row_blocks(slab.logits):
+        outputs = (None if part is None else part[rows] for part in unit)
+        block = slab.logits[rows], slab.bias, slab.targets[rows], slab.start, slab.transform
+        _unit_block(*block, state, rows, *outputs)
 
 
 def _unit_block(y, bias, targets, start, transform, state, rows, unit, unit_entropy, rescale, max_step) -> None:
     _apply_transform(y, bias, transform)
     slope = None
     if transform.softcap is not None:
-        slope = _relative_slope(y, transform, _scratch_like(y))
+        slope = relative_slope(y, transform, _scratch_like(y))
     old_max = state.run_max[rows].clone()
     slab_max, old_factor, slab_factor = _exponentiate(y, targets, start, state, rows)
     new_max = _finite(state.run_max[rows])
@@ -179,58 +168,26 @@ def _unit_block(y, bias, targets, start, transform, state, rows, unit, unit_entr
     unit.copy_(y.mul_(factor))
 
 
-def target_slope(stats: RowStats, upstream: Upstream, transform: LogitTransform) -> Tensor:
-    """d(loss) / d(logit before the transform) at each row's target, (M,): 1 - p comes from -expm1(logp)."""
-    logps = stats.logps
-    p = logps.exp()
-    slope = torch.zeros_like(logps)
-    if upstream.logp is not None:
-        slope += upstream.logp * -torch.expm1(logps)
-    if upstream.lse is not None:
-        slope += upstream.lse * p
-    if upstream.entropy is not None:
-        # Hazard: a masked target has logp = -inf and p = 0. Remedy: p log p is 0 there.
-        slope -= upstream.entropy * torch.where(p > 0, p * (logps + stats.entropy), 0.0)
-    if transform.softcap is not None:
-        slope *= _relative_slope(stats.target_logit, transform, torch.empty_like(slope))
-    return slope * transform.slope_at_zero
-
-
-def other_slope(stats: RowStats, upstream: Upstream) -> Tensor:
-    """Factor of P at every entry but the target's, (M,), before the transform's slope; the log P term is apart."""
-    factor = torch.zeros_like(stats.run_max)
-    if upstream.logp is not None:
-        factor -= upstream.logp
-    if upstream.lse is not None:
-        factor += upstream.lse
-    if upstream.entropy is not None:
-        factor -= upstream.entropy * stats.entropy
-    return factor
-
-
 def slab_backward(
-    src: Tensor,  # (M, W): kept exp(y - offset) * relative slope, or logits (then overwritten)
-    offset: Tensor | None,  # (M, 1) of a kept slab, which has no entropy upstream; None says src holds logits
-    bias: Tensor | None,  # (W,)
-    targets: Tensor,  # (M,)
-    start: int,
-    transform: LogitTransform,
+    slab: Slab,
+    kept: Kept | None,
     stats: RowStats,
     upstream: Upstream,
-    row_scale: Tensor | None,  # (M,) what upstream was divided by, for dbias
-    dz: Tensor,  # (M, W) operand dtype, out; may be src when that holds logits of the same dtype
-    dbias: Tensor | None,  # (W,) out: the sum of dz over rows
+    row_scale: Tensor | None,
+    dz: Tensor,
+    dbias: Tensor | None,
 ) -> None:
     """dz = slope * (c_logp * onehot + P * (c_lse - c_logp - c_ent * (log P + entropy))), 0 in ignored rows."""
+    bias, targets, transform = slab.bias, slab.targets, slab.transform
+    src = slab.logits if kept is None else kept.values
     at_target = target_slope(stats, upstream, transform)
     factor = other_slope(stats, upstream) * transform.slope_at_zero
-    ignored = (targets < 0).unsqueeze(1)
-    any_ignored = targets.device.type != "cpu" or bool(ignored.any())  # a GPU is not asked: Python would wait
+    ignored = _ignored(targets)
     if dbias is not None:
         dbias.zero_()
     for rows in _row_blocks(src):
         block_stats = RowStats(*(None if part is None else part[rows] for part in stats))
-        block_offset = None if offset is None else offset[rows]
+        block_offset = None if kept is None else kept.offset[rows]
         p, slope = _probabilities(src[rows], block_offset, bias, transform, block_stats)
         if upstream.entropy is None:
             p.mul_(factor[rows].unsqueeze(1))
@@ -241,17 +198,89 @@ def slab_backward(
             del plogp
         if slope is not None:
             p.mul_(slope)
-        column, inside = _target_column(targets[rows], start, p.shape[1])
-        entry = torch.where(inside, at_target[rows], p.gather(1, column).squeeze(1))
-        p.scatter_(1, column, entry.unsqueeze(1))
-        if any_ignored:
-            # Hazard: an ignored row may hold NaN, and 0 * NaN is NaN. Remedy: select.
+        _put_at_target(p, targets[rows], slab.start, at_target[rows])
+        if ignored is not None:
             p.masked_fill_(ignored[rows], 0.0)
         if dbias is not None:
             dbias.add_(p.sum(0) if row_scale is None else row_scale[rows] @ p)
         if p.data_ptr() != dz[rows].data_ptr():
             dz[rows].copy_(p)
         del p, slope
+
+
+def _ignored(targets: Tensor) -> Tensor | None:
+    """(M, 1) where the row is ignored, None where a CPU finds none. A GPU is not asked: Python would wait.
+
+    Hazard: an ignored row may hold NaN, and 0 * NaN is NaN. Remedy: select.
+    """
+    ignored = (targets < 0).unsqueeze(1)
+    return ignored if targets.device.type != "cpu" or bool(ignored.any()) else None
+
+
+def _put_at_target(values: Tensor, targets: Tensor, start: int, entry: Tensor) -> None:
+    column, inside = _target_column(targets, start, values.shape[1])
+    entry = torch.where(inside, entry, values.gather(1, column).squeeze(1))
+    values.scatter_(1, column, entry.unsqueeze(1))
+
+
+def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
+    """Online softmax over one slab that also writes exp(y - pivot); earlier columns follow a pivot that moves."""
+    ignored = _ignored(slab.targets)
+    for rows in _row_blocks(slab.logits):
+        y, pivot = slab.logits[rows], exps.pivot[rows]
+        _apply_transform(y, slab.bias, slab.transform)
+        slab_max, _, _ = _exponentiate(y, slab.targets[rows], slab.start, state, rows)
+        moves = (slab_max > pivot + PIVOT_ROOM) | ((pivot == -torch.inf) & (slab_max > -torch.inf))
+        new = torch.where(moves, slab_max, pivot)
+        factor = torch.where(moves & (pivot > -torch.inf), torch.exp(pivot - _finite(new)), 1.0)
+        y.mul_(torch.exp(slab_max - _finite(new)).unsqueeze(1))
+        # Reason: W_y - sum P W cancels where the model is sure of the target; the target's entry is put in apart.
+        _put_at_target(y, slab.targets[rows], slab.start, torch.zeros_like(new))
+        if ignored is not None:
+            y.masked_fill_(ignored[rows], 0.0)
+        values = exps.values[rows]
+        if y.data_ptr() != values.data_ptr():
+            values.copy_(y)
+        if exps.earlier:
+            shape = values.shape[0], exps.earlier
+            rescale_rows(values.as_strided(shape, values.stride(), values.storage_offset() - exps.earlier), factor)
+        if exps.moved is not None:
+            exps.moved[rows] = factor
+        pivot.copy_(new)
+
+
+def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
+    """values (M, W) = exp(y - pivot), `entry` (M,) at the target, 0 in ignored rows; may be the logits."""
+    ignored = _ignored(slab.targets)
+    for rows in _row_blocks(slab.logits):
+        y = slab.logits[rows]
+        _apply_transform(y, slab.bias, slab.transform)
+        y.sub_(pivot[rows].unsqueeze(1)).exp_()
+        _put_at_target(y, slab.targets[rows], slab.start, entry[rows])
+        if ignored is not None:
+            y.masked_fill_(ignored[rows], 0.0)
+        if y.data_ptr() != values[rows].data_ptr():
+            values[rows].copy_(y)
+
+
+def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
+    """sums (W,) = sum over rows of weights (M,) * values (M, W)."""
+    sums.zero_()
+    for rows in _row_blocks(values):
+        block = values[rows]
+        if block.dtype != sums.dtype:
+            block = _scratch_like(block, sums.dtype).copy_(block)
+        sums.add_(weights[rows] @ block)
+
+
+def rescale_rows(sums: Tensor, factor: Tensor) -> None:
+    """sums (M, H) *= factor (M,); on a CPU only where it is not 1."""
+    if sums.device.type != "cpu":
+        sums.mul_(factor.unsqueeze(1))
+        return
+    moved = (factor != 1.0).nonzero().squeeze(1)
+    if moved.numel():
+        sums[moved] *= factor[moved].unsqueeze(1)
 
 
 def _probabilities(
@@ -262,7 +291,7 @@ def _probabilities(
         p = _scratch_like(src, stats.run_max.dtype).copy_(src)
         return p.mul_(((offset.squeeze(1) - stats.run_max) - stats.log_sum).exp().unsqueeze(1)), None
     _apply_transform(src, bias, transform)
-    slope = None if transform.softcap is None else _relative_slope(src, transform, _scratch_like(src))
+    slope = None if transform.softcap is None else relative_slope(src, transform, _scratch_like(src))
     # Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
     return src.sub_(stats.run_max.unsqueeze(1)).sub_(stats.log_sum.unsqueeze(1)).exp_(), slope
 

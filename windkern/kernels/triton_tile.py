@@ -17,7 +17,7 @@ from windkern.kernels import buffers
 from windkern.kernels.contract import RowState, kept_gain, kept_log_gain
 from windkern.kernels.triton_launch import interprets, transform_numbers
 from windkern.kernels.triton_maths import finite, merge, relative_slope, transform_logit
-from windkern.kernels.tuned import tile_config, tile_hidden
+from windkern.kernels.tuned import tile_config
 from windkern.transform import LogitTransform
 
 _JOIN_ROWS = 16
@@ -175,16 +175,6 @@ def _has_copy_engine(tensor: Tensor) -> bool:
     if tensor.device.type != "cuda":
         return interprets()
     return torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
-
-
-def tile_columns(hidden_size: int, dtype: torch.dtype, deterministic: bool) -> int | None:
-    """Columns of a tile where a walk over a head runs tiles, for 16-bit operands; None where it walks slabs.
-
-    Tiles run where they were measured to be faster, and wherever a row's results may depend on nothing but the row,
-    which a library's product of a varying shape does not promise.
-    """
-    runs = dtype in (torch.bfloat16, torch.float16) and (deterministic or hidden_size <= tile_hidden())
-    return tile_config().columns if runs else None
 
 
 def tile_forward(

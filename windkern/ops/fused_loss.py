@@ -11,13 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from windkern import backends
 from windkern._checks import check_choice, check_flag, check_tensor, shape_of
-from windkern.kernels.contract import RowStats, Upstream
-from windkern.ops import walk as walks
+from windkern.kernels.contract import Upstream
 from windkern.ops.held_grads import HeldGradients
 from windkern.ops.inputs import (
-    IGNORED,
     Blocks,
     Inputs,
     acc_dtype,
@@ -26,8 +23,8 @@ from windkern.ops.inputs import (
     must_keep_rows,
     prepare,
 )
-from windkern.ops.logprobs import config_of, gather_rows, pad_rows, padded_rows, run_forward
 from windkern.ops.once import differentiable_once, graph_links
+from windkern.ops.rows import RowBlock
 from windkern.plan import Plan, plan
 from windkern.transform import LogitTransform
 
@@ -67,18 +64,11 @@ class _Job:
             rows,
             self.inputs.hidden_sizes,
             self.inputs.weight[0].shape[0],
-            self.inputs.operand,
             group_rows=group_rows,
             memory_budget=self.memory_budget,
-            device=self.inputs.device,
             deterministic=self.deterministic,
             total_rows=total_rows,
-            hidden_dtype=tuple(block.dtype for block in self.inputs.hidden),
-            weight_dtype=tuple(head.dtype for head in self.inputs.weight),
-            tile_columns=backends.tile_columns(
-                self.inputs.backend, self.inputs.hidden_sizes, self.inputs.operand, self.deterministic
-            ),
-            **self.grads,
+            **{**self.inputs.planned(), **self.grads},
         )
 
     def chunks(self) -> tuple[Plan, Iterator[_Chunk]]:
@@ -180,15 +170,11 @@ def _run_chunk(job: _Job, chunk: _Chunk, scale: float, held: HeldGradients | Non
     inputs, groups, rows, targets = job.inputs, chunk.groups, chunk.rows, chunk.targets
     places = slice(groups.start * job.group_tokens, groups.stop * job.group_tokens)
     hidden = [block[places] for block in inputs.hidden]
-    num_rows, scored = targets.shape[0], targets >= 0
+    num_rows = targets.shape[0]
     made = job.make_plan(num_rows, total_rows=num_rows + (rows is not None))
-    sizes = made.slab_width, made.slabs_kept, made.row_block, made.offset_tiles
-    walk = config_of(inputs, *sizes, job.grads, False).walk(inputs.device.type)
-    total_rows = padded_rows(num_rows, max(1, made.row_block))
-    compact = gather_rows(hidden, rows, targets, total_rows, inputs.operand)
-    labels = pad_rows(targets, total_rows, IGNORED)
-    saved = run_forward(walk, compact, inputs.weight, inputs.bias, labels)
-    token_logps = torch.where(scored, RowStats(*saved.stats).logps[:num_rows], 0.0)
+    block = RowBlock.of(made.walk, hidden, inputs.weight, inputs.bias, targets, rows)
+    saved = block.forward()
+    token_logps = block.selected(saved.stats.logps)
     if rows is not None:
         token_logps = token_logps.new_zeros(places.stop - places.start).index_add_(0, rows, token_logps)
     if chunk.overflow is not None:
@@ -200,25 +186,11 @@ def _run_chunk(job: _Job, chunk: _Chunk, scale: float, held: HeldGradients | Non
     # Reason: the scale goes in here, in float32, and not into gradients that are already rounded.
     c_logp = (coefficients.to(logps.dtype) * scale).unsqueeze(-1).expand(-1, -1, job.tokens).reshape(-1)
     c_logp = c_logp if rows is None else c_logp.index_select(0, rows)
-    upstream = Upstream(pad_rows(torch.where(scored, c_logp, 0.0), total_rows, 0.0), None, None)
-    if walk.frozen_head:
-        grads = walks.backward_unit(walk, upstream, compact, inputs.weight, labels, saved)
-    else:
-        grads = walks.backward(
-            walk,
-            upstream,
-            compact,
-            inputs.weight,
-            inputs.bias,
-            labels,
-            saved,
-            held.weight,
-            held.bias,
-            accumulate=held.accumulates,
-        )
+    upstream = Upstream(c_logp, None, None)
+    grads = block.backward(upstream, saved, held.weight, held.bias, accumulate=held.accumulates)
     for k in range(len(hidden)):
         if grads.hidden[k] is not None:
-            held.write_hidden(k, places, grads.hidden[k], rows, scored)
+            held.write_hidden(k, places, grads.hidden[k], rows, block.scored)
             grads.hidden[k] = None
     return loss
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from windkern.kernels import buffers
 from windkern.kernels.contract import DZ_BINADES
+from windkern.ops.gradients import power_of_two
 from windkern.ops.inputs import Inputs, acc_dtype
-from windkern.ops.walk import power_of_two
 
 # Elements that are scaled at once: bounds the float32 copy.
 _BLOCK = {"cpu": 1 << 20}

@@ -65,6 +65,20 @@ class Inputs:
             "bias_grad": enabled and self.bias is not None and self.bias.requires_grad,
         }
 
+    def planned(self) -> dict[str, object]:
+        """What `plan` asks about these inputs beside their sizes."""
+        return {
+            "dtype": self.operand,
+            "hidden_dtype": tuple(block.dtype for block in self.hidden),
+            "weight_dtype": tuple(head.dtype for head in self.weight),
+            "device": self.device.type,
+            "scale": self.transform.scale,
+            "softcap": self.transform.softcap,
+            "temperature": self.transform.temperature,
+            "backend": self.backend,
+            **self.grads(),
+        }
+
     def scatter(self, values: Tensor) -> Tensor:
         """(M,) results back to the caller's shape, 0 where ignored."""
         if self.rows is not None:

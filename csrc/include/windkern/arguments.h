@@ -7,12 +7,14 @@ namespace windkern {
 
 enum class DType : int { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };
 
-// Shapes: rows x width, row-major and contiguous. Statistics and logits are float32 (float64 for float64 operands).
+// Shapes: rows x width, row-major; a stride is the elements from one row to the next. Statistics and logits are float32
+// (float64 for float64 operands).
 struct Slab {
-  DType operand;  // of kept, dz and unit
+  DType operand;  // of what is kept, of dz, units and exponentials
   int64_t rows, width;
   int64_t start;           // first vocabulary column
   void* logits;            // (rows, width), overwritten
+  int64_t stride;          // of logits
   const void* bias;        // (width,) or null
   const int64_t* targets;  // (rows,), negative where ignored
   double scale, softcap, temperature;  // softcap 0: none
@@ -25,23 +27,56 @@ struct ForwardState {
 
 struct ForwardOutputs {
   void* kept;    // (rows, width) operand dtype, or null: exp(y - offset) * slope of the transform over that at zero
+  int64_t stride;
   void* offset;  // (rows,)
 };
 
+// Exponentials that are the operand of backward's products: see `Exps` in contract.py.
+struct ExpsOutputs {
+  void* values;  // (rows, width) operand dtype; may be Slab::logits
+  int64_t stride;
+  void* pivot;      // (rows,)
+  int64_t earlier;  // columns before `values` in the same rows
+  void* moved;      // (rows,) or null
+};
+
+// How far a slab's maximum may exceed the pivot of its row before the pivot moves there.
+constexpr int kPivotRoom = 40;
+
+struct ExpsInputs {
+  const void *pivot, *entry;  // (rows,)
+  void* values;               // (rows, width) operand dtype, out; may be Slab::logits
+  int64_t stride;
+};
+
+struct ColumnSums {
+  DType dtype;  // of values
+  int64_t rows, width;
+  const void* values;
+  int64_t stride;
+  const void* weights;  // (rows,)
+  void* sums;           // (width,)
+  int threads;          // of a CPU
+};
+
 struct UnitOutputs {
-  void* unit;          // (rows, width) operand dtype; may be Slab::logits
+  void* unit;  // (rows, width) operand dtype; may be Slab::logits
+  int64_t unit_stride;
   void* unit_entropy;  // the same, or null
+  int64_t entropy_stride;
   void* rescale;       // (rows,)
   void* max_step;      // (rows,) or null
 };
 
 struct BackwardInputs {
-  const void* kept;    // (rows, width) operand dtype, without c_ent; or null: then Slab::logits holds the logits
+  const void* kept;  // (rows, width) operand dtype, without c_ent; or null: then Slab::logits holds the logits
+  int64_t kept_stride;
   const void* offset;  // (rows,)
   const void *max, *log_sum, *target, *entropy;  // (rows,)
   const void *c_logp, *c_lse, *c_ent;            // (rows,) or null
   const void* row_scale;                         // (rows,) or null
   void* dz;                                      // (rows, width) operand dtype; may be Slab::logits
+  int64_t dz_stride;
   void* dbias;                                   // (width,) or null, out
 };
 

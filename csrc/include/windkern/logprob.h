@@ -81,6 +81,21 @@ WK_FN MergeFactors<S> merge(OnlineSoftmax<S>& running, const OnlineSoftmax<S>& p
   return f;
 }
 
+// What the exponentials of a row are relative to after a slab, and what brings earlier ones there, exactly 1 where it
+// stays. It begins at the first finite maximum and hardly ever moves, so that products need no rescaling.
+template <class S>
+struct Pivot {
+  S value, factor;
+};
+
+template <class S>
+WK_FN Pivot<S> next_pivot(S pivot, S slab_max) {
+  const S low = minus_infinity<S>();
+  if (pivot == low) return {slab_max, S(1)};  // nothing but zeros before
+  if (!(slab_max > pivot + S(kPivotRoom))) return {pivot, S(1)};
+  return {slab_max, lane_exp(S(pivot - slab_max))};
+}
+
 // 1 - p of the target without cancellation.
 WK_FN float one_minus_p(float logp) { return -expm1f(logp); }
 WK_FN double one_minus_p(double logp) { return -expm1(logp); }

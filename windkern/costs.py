@@ -1,0 +1,344 @@
+"""What a walk takes, by slab width and slabs kept: bytes, FLOPs, and seconds of a reference device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from windkern.kernels import torch_rows
+from windkern.kernels.gemm import Products
+from windkern.spec import WalkSpec, row_stride
+
+MIB = 1 << 20
+# Rows and columns of the fixed tiles of a batch-invariant walk, by device type.
+FIXED_TILE = {"cpu": (128, 2048)}
+FIXED_TILE_GPU = (1024, 8192)
+# Narrowest and widest slab; a Triton program holds a row of one in registers.
+SLAB_COLUMNS = (256, 16384)
+COLUMN_STEP = 64
+# Bytes of one float32 slab on a CPU: inside the heap and near the last-level cache.
+SLAB_BYTES_CPU = 16 * MIB
+# Slabs that one product takes of the frozen head, or where forward kept nothing, on a GPU.
+SLABS_AT_ONCE = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A reference device of the cost model: an H100 for GPUs, two cores with AVX-512 for CPUs."""
+
+    flops: float  # a second, of products that fill the device
+    bytes: float  # a second
+    launch: float  # seconds at the boundary of a kernel
+    host: float  # seconds of Python a slab, which a GPU hides where its own work takes longer
+    units: int  # multiprocessors; a product takes whole waves of tiles over them
+    tile: tuple[int, int]
+    exposed: float  # share of the traffic of dhidden that products do not hide
+    narrow: int = 0  # a product over this many columns takes twice its share of a wide one's time
+
+
+GPU = Device(790e12, 3.0e12, 2.5e-6, 75e-6, 132, (128, 256), 0.5)
+CPU = Device(200e9, 12e9, 5e-6, 0.0, 1, (1, 1), 1.0, narrow=32)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything the formulas look at except the slab width, the slabs kept and the slabs of one product."""
+
+    rows: int
+    hidden_sizes: tuple[int, ...]
+    vocab_size: int
+    products: Products
+    hidden_dtypes: tuple[torch.dtype, ...]
+    weight_dtypes: tuple[torch.dtype, ...]
+    compact: bool  # rows are copied before the walk: cast, ignored ones dropped, or padded to fixed tiles
+    batch_invariant: bool
+    walk: WalkSpec  # with its gear, tiles and row block; the sizes are still open
+    accumulates: bool = False  # dweight of several chunks adds up in float32
+
+    @property
+    def acc(self) -> int:
+        """Bytes of a number that sums are kept in; `item` of an operand, `multiplied` of what goes into a product."""
+        return self.products.acc.itemsize
+
+    @property
+    def item(self) -> int:
+        return self.walk.operand.itemsize
+
+    @property
+    def multiplied(self) -> int:
+        return self.products.multiplied.itemsize
+
+    @property
+    def narrowed_item(self) -> int:
+        """Bytes of a number of dhidden in the caller's dtype."""
+        return max(dtype.itemsize for dtype in self.hidden_dtypes)
+
+    @property
+    def block(self) -> int:
+        """Rows of a forward product."""
+        return self.walk.row_block or self.rows
+
+    @property
+    def hidden_grads(self) -> int:
+        """Sum of H_k of the blocks whose dhidden is wanted."""
+        return sum(size for size, wanted in zip(self.hidden_sizes, self.walk.hidden_grad, strict=True) if wanted)
+
+    @property
+    def weight_grads(self) -> int:
+        return sum(size for size, wanted in zip(self.hidden_sizes, self.walk.weight_grad, strict=True) if wanted)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether forward may keep slabs for backward; tiles have no logits to keep."""
+        return self.walk.gear in ("trained", "frozen_body") and not (self.walk.tile_columns and self.walk.entropy)
+
+    def spec(self, width: int, kept: int, at_once: int = 1) -> WalkSpec:
+        columns = min(self.vocab_size, kept * width)
+        inner = max(self.hidden_sizes)
+        product = max(1, self.products.columns_at_once(self.rows, max(1, columns), inner))
+        return replace(self.walk, slab_width=width, slabs_kept=kept, slabs_at_once=at_once, product_columns=product)
+
+    def peak_bytes(self, spec: WalkSpec) -> int:
+        return max(self.forward_bytes(spec), self.backward_bytes(spec))
+
+    def kept_bytes(self, spec: WalkSpec) -> int:
+        """What forward keeps: exponentials and their offsets, or the logits where the entropy is an output."""
+        matrix = self.rows * row_stride(spec.kept_columns(self.vocab_size))
+        if spec.saves_logits:
+            return matrix * self.acc
+        return matrix * self.item + self.rows * self.acc * (2 if spec.factored else spec.slabs_kept * spec.offset_tiles)
+
+    def forward_bytes(self, spec: WalkSpec) -> int:
+        M, R, width, acc = self.rows, self.block, spec.slab_width, self.acc
+        inner = max(self.hidden_sizes)
+        total = self._common_bytes(R, width) + self.kept_bytes(spec)
+        total += self.products.widens * M * sum(self.hidden_sizes) * acc
+        packed = self.products.scratch_bytes(width, inner)
+        in_place = not self.products.allocates and spec.factored
+        if spec.tile_columns:
+            return total + packed + R * spec.offset_tiles * acc * (2 + spec.entropy)
+        if spec.gear != "frozen_head":
+            all_in_place = in_place and self.item == acc and spec.kept_columns(self.vocab_size) >= self.vocab_size
+            return total + packed + (0 if all_in_place else R * width * acc)
+        total += (1 + spec.entropy) * M * self.hidden_grads * acc
+        wide = min(width * spec.slabs_at_once, row_stride(self.vocab_size)) if spec.slabs_at_once > 1 else width
+        if spec.factored:
+            in_place = in_place and self.multiplied == acc
+            total += R * (wide * acc if in_place else width * acc + wide * self.multiplied)
+            total += self._head_bytes(wide) * (spec.slabs_at_once > 1)
+            return total + self._product_bytes(R, 0, inner) + max(packed, self.products.scratch_bytes(inner, wide))
+        total += R * width * acc + R * width * self.item * ((self.item != acc) + spec.entropy)
+        return total + self._product_bytes(R, width, inner) + max(packed, self.products.scratch_bytes(inner, width))
+
+    def backward_bytes(self, spec: WalkSpec) -> int:
+        M, acc = self.rows, self.acc
+        if spec.gear == "scoring":
+            return 0
+        if spec.gear == "frozen_head":
+            # Saved unit gradients, their combination, compacted rows, and blocks of gathered rows of the head.
+            inner = max(self.hidden_sizes)
+            block = 3 * min(MIB, M * inner * acc)
+            copies = self.compact * M * (sum(self.hidden_sizes) * self.item + inner * self.narrowed_item)
+            return (2 + spec.entropy) * M * self.hidden_grads * acc + copies + block
+        total = self._common_bytes(M, spec.slab_width) + self.kept_bytes(spec)
+        if any(spec.hidden_grad):
+            total += M * self.hidden_grads * acc + self.compact * M * max(self.hidden_sizes) * self.narrowed_item
+        return total + (max(self._exps_bytes(spec), self._dz_bytes(spec)) if spec.factored else self._dz_bytes(spec))
+
+    def _exps_bytes(self, spec: WalkSpec) -> int:
+        """Backward's own buffers where exponentials are the operands."""
+        M, width, acc = self.rows, spec.slab_width, self.acc
+        inner, kept = max(self.hidden_sizes), spec.kept_columns(self.vocab_size)
+        columns = min(spec.product_columns, kept) if kept else 0
+        total, scratch = M * self.weight_grads * self.multiplied, 0
+        recomputed = self.vocab_size - kept
+        if recomputed:
+            wide = min(width * spec.slabs_at_once, row_stride(recomputed))
+            in_place = self.multiplied == acc and not self.products.allocates
+            total += M * (wide * acc if in_place else width * acc + wide * self.multiplied)
+            total += self.products.widens * M * sum(self.hidden_sizes) * acc
+            total += self._head_bytes(wide) * (spec.slabs_at_once > 1)
+            columns, scratch = max(columns, wide), self.products.scratch_bytes(width, inner)
+        total += self.products.widens * M * min(columns, kept) * acc
+        return total + self._products_bytes(columns, scratch)
+
+    def _dz_bytes(self, spec: WalkSpec) -> int:
+        """Backward's own buffers where dz is written, slab by slab."""
+        M, width, acc = self.rows, spec.slab_width, self.acc
+        all_kept = spec.kept_columns(self.vocab_size) >= self.vocab_size
+        total = M * width * (acc if (self.item == acc or not all_kept or spec.entropy) else 0)
+        total += M * width * (self.item if self.item != acc else 0)
+        total += self.products.widens * M * width * acc
+        if self.products.widens:
+            total += M * sum(self.hidden_sizes) * acc * ((not all_kept) + any(spec.weight_grad))
+        total += M * sum(self.hidden_sizes) * self.item * (self.walk.operand == torch.float16) * any(spec.weight_grad)
+        scratch = 0 if all_kept else self.products.scratch_bytes(width, max(self.hidden_sizes))
+        return total + self._products_bytes(width, scratch)
+
+    def _products_bytes(self, columns: int, scratch: int) -> int:
+        """Temporaries of both products over `columns` of the vocabulary."""
+        inner, total = max(self.hidden_sizes), self._head_bytes(columns)
+        if any(self.walk.hidden_grad):
+            total += self._product_bytes(self.rows, 0, inner)
+            scratch = max(scratch, self.products.scratch_bytes(inner, columns))
+        if any(self.walk.weight_grad):
+            total += columns * inner * self.acc * self._copies_weight_grad()
+            scratch = max(scratch, self.products.scratch_bytes(inner, self.rows))
+        return total + scratch
+
+    def _common_bytes(self, rows: int, width: int) -> int:
+        """Row vectors, a slab's bias and its gradient, compacted rows, scratch, the head's slab in another dtype."""
+        acc, H = self.acc, sum(self.hidden_sizes)
+        total = self.rows * (14 * acc + 16) + 2 * width * acc + self.compact * self.rows * H * self.item
+        total += torch_rows.scratch_bytes(rows, width, acc, self.products.device_type)
+        return total + self._head_bytes(width)
+
+    def _head_bytes(self, columns: int) -> int:
+        """Rows of the head in another dtype: as operands where the caller's differs, then as they are multiplied."""
+        cast = self.item * any(dtype != self.walk.operand for dtype in self.weight_dtypes)
+        return columns * sum(self.hidden_sizes) * (cast + self.acc * self.products.widens)
+
+    def _product_bytes(self, rows: int, width: int, inner: int) -> int:
+        """Temporaries of dhidden += dz @ weight: a widened dz, and the library's own result of `inner` columns."""
+        own = self.products.allocates or not self.products.adds
+        return rows * (width * self.products.widens + inner * own) * self.acc
+
+    def _copies_weight_grad(self) -> bool:
+        """Whether dweight of some columns exists apart from its place in the gradient."""
+        if self.accumulates:
+            return not (self.products.adds and self.walk.operand != torch.float16)
+        direct = all(self.products.writes(dtype) for dtype in self.weight_dtypes)
+        return not direct or self.walk.operand == torch.float16
+
+    def flops(self, spec: WalkSpec) -> int:
+        H = total = sum(self.hidden_sizes)
+        if spec.gear == "frozen_head":
+            total += self.hidden_grads * (1 + spec.entropy)
+        elif spec.gear != "scoring":
+            total += self.hidden_grads + self.weight_grads
+        recomputed = 0
+        if spec.gear in ("trained", "frozen_body"):
+            recomputed = self.vocab_size - spec.kept_columns(self.vocab_size)
+        return 2 * self.rows * (total * self.vocab_size + H * recomputed)
+
+    def seconds(self, spec: WalkSpec) -> float:
+        """Predicted seconds of forward and backward on the reference device of the device type."""
+        device = CPU if self.products.device_type == "cpu" else GPU
+        M, V, W, acc = self.rows, self.vocab_size, spec.slab_width, self.acc
+        slabs, kept = -(-V // W), spec.kept_columns(V)
+        own = [0.0, 0.0]  # the device's time in forward and in backward
+        launches = [2 * slabs, 0]
+        own[0] = slabs * self._product_seconds(device, M, W, sum(self.hidden_sizes))
+        traffic, again = M * 8 * self.hidden_grads, V - kept
+        if spec.gear == "scoring":
+            own[0] += M * V * acc / device.bytes
+        elif spec.gear == "frozen_head":
+            products = -(-slabs // spec.slabs_at_once) if spec.factored else slabs * (1 + spec.entropy)
+            wide = W * spec.slabs_at_once if spec.factored else W
+            own[0] += products * self._product_seconds(device, M, self.hidden_grads, wide)
+            own[0] += M * V * (acc + self.item) / device.bytes
+            own[0] += products * traffic * (device.exposed if spec.factored else 1 + device.exposed) / device.bytes
+            launches[0] += products + slabs
+        else:
+            own[0] += M * V * acc / device.bytes + M * kept * self.item / device.bytes
+            at_once = W * spec.slabs_at_once if spec.factored else W
+            parts = ([kept] if kept and spec.factored else [W] * spec.slabs_kept) + [at_once] * -(-again // at_once)
+            for columns in parts:
+                own[1] += self._product_seconds(device, M, self.hidden_grads, columns)
+                own[1] += self._product_seconds(device, columns, self.weight_grads, M)
+                own[1] += traffic * device.exposed / device.bytes
+            own[1] += -(-again // W) * self._product_seconds(device, M, W, sum(self.hidden_sizes))
+            own[1] += M * again * (acc + self.item) / device.bytes
+            if not spec.factored:
+                own[1] += 2 * M * kept * self.item / device.bytes
+            launches[1] = 2 * len(parts) + 2 * -(-again // W) + (0 if spec.factored else spec.slabs_kept)
+        total = 0.0
+        for seconds, count in zip(own, launches, strict=True):
+            total += max(seconds + count * device.launch, count * device.host / 2 if device is GPU else 0.0)
+        return total
+
+    @staticmethod
+    def _product_seconds(device: Device, rows: int, columns: int, inner: int) -> float:
+        """A product (rows, inner) @ (inner, columns) in whole waves of tiles."""
+        if not rows or not columns:
+            return 0.0
+        high, wide = device.tile
+        waves = math.ceil(math.ceil(rows / high) * math.ceil(columns / wide) / device.units)
+        seconds = waves * device.units * high * wide * 2 * inner / device.flops
+        return seconds * (1 + device.narrow / min(columns, inner)) if device.narrow else seconds
+
+    def solve(self, budget: int) -> WalkSpec:
+        """The fastest choice within the budget, else the smallest."""
+        best = None
+        for width in self._widths():
+            for at_once in self._groups(width):
+                spec = self._most_kept(width, at_once, budget)
+                peak = self.peak_bytes(spec)
+                key = (True, -self.seconds(spec)) if peak <= budget else (False, -peak)
+                if best is None or key > best[0]:
+                    best = key, spec
+        return best[1]
+
+    def _groups(self, width: int) -> tuple[int, ...]:
+        """How many slabs one product might take."""
+        mixes = self.walk.factored and self.products.mixes and self.products.device_type != "cpu"
+        counts = SLABS_AT_ONCE if mixes and self.walk.gear != "scoring" else (1,)
+        return tuple(count for count in counts if count == 1 or (count - 1) * width < self.vocab_size)
+
+    def _widths(self) -> list[int]:
+        """Slab widths worth looking at, widest first; one fixed width where results may not depend on it."""
+        narrowest, widest = SLAB_COLUMNS
+        if self.batch_invariant:
+            return [min(fixed_tile(self.products.device_type)[1], round_up(self.vocab_size, COLUMN_STEP))]
+        if self.walk.tile_columns and self.walk.gear == "scoring":
+            return [_even_width(self.vocab_size, widest)]
+        if self.products.device_type != "cpu":
+            return _gpu_widths(self.vocab_size)
+        target = SLAB_BYTES_CPU // max(1, self.rows * self.acc)
+        widths = [_even_width(self.vocab_size, min(widest, max(narrowest, target)))]
+        while widths[-1] > narrowest:
+            widths.append(_even_width(self.vocab_size, max(narrowest, widths[-1] // 2)))
+        return widths
+
+    def _most_kept(self, width: int, at_once: int, budget: int) -> WalkSpec:
+        low, high = 0, -(-self.vocab_size // width) if self.keeps else 0
+        whole = self.spec(width, high, 1 if self.keeps else at_once)
+        if self.peak_bytes(whole) <= budget:  # less than keeping all but one, which needs a slab to recompute
+            return whole
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.peak_bytes(self.spec(width, middle, at_once)) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return self.spec(width, low, at_once)
+
+
+def fixed_tile(device_type: str) -> tuple[int, int]:
+    return FIXED_TILE.get(device_type, FIXED_TILE_GPU)
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _gpu_widths(vocab_size: int) -> list[int]:
+    """Multiples of 256, widest first, one for each number of slabs; multiples of 64 for a narrow vocabulary."""
+    step = 256 if vocab_size > 256 else COLUMN_STEP
+    widest = min(SLAB_COLUMNS[1], round_up(vocab_size, step))
+    widths, slabs = [], -(-vocab_size // widest)
+    while not widths or widths[-1] > step:
+        width = round_up(-(-vocab_size // slabs), step)
+        if not widths or width < widths[-1]:
+            widths.append(min(width, widest))
+        slabs = max(slabs + 1, -(-vocab_size // max(step, width - step)) if width > 4096 else round(slabs * 1.2))
+    return widths
+
+
+def _even_width(vocab_size: int, width: int) -> int:
+    """Split the vocabulary into slabs of nearly one size, none wider than `width` rounded to whole steps."""
+    width = max(COLUMN_STEP, width // COLUMN_STEP * COLUMN_STEP)
+    slabs = -(-vocab_size // width)
+    return round_up(-(-vocab_size // slabs), COLUMN_STEP)

@@ -1,0 +1,266 @@
+"""Backward of a walk: gradients of its rows from what forward left, by the gear of the specification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from windkern.kernels import buffers
+from windkern.kernels.contract import DZ_BINADES, Kept, Upstream, other_slope, target_slope
+from windkern.ops.walk import Saved, Walk, target_entry
+from windkern.spec import row_stride
+
+
+@dataclass
+class Grads:
+    """Gradients by block; None where none was wanted. dhidden_k is float32 (M, H_k) over compacted rows."""
+
+    hidden: list[Tensor | None]
+    weight: list[Tensor | None]
+    bias: Tensor | None
+
+
+def backward(
+    walk: Walk,
+    upstream: Upstream,
+    hidden: list[Tensor],
+    weight: list[Tensor],
+    bias: Tensor | None,
+    targets: Tensor,
+    saved: Saved,
+    dweight: list[Tensor | None],
+    dbias: Tensor | None,
+    *,
+    accumulate: bool,
+) -> Grads:
+    """Gradients of sum(upstream * outputs). dweight_k (V, H_k) and dbias (V,) are filled, or added to."""
+    run = _Backward(walk, upstream, hidden, weight, bias, targets, saved, dweight, dbias, accumulate)
+    if walk.spec.gear == "frozen_head":
+        totals = run.from_units()
+    elif walk.spec.factored and upstream.lse is None and upstream.logp is not None:
+        totals = run.from_exps()
+    else:
+        totals = run.from_dz()
+    for total in totals:
+        if total is not None:
+            # Hazard: an ignored row may hold NaN. Remedy: its gradient is selected to be 0, whatever was summed.
+            total.masked_fill_((targets < 0).unsqueeze(1), 0.0)
+    return Grads(totals, dweight, dbias)
+
+
+@dataclass
+class _Backward:
+    walk: Walk
+    upstream: Upstream
+    hidden: list[Tensor]
+    weight: list[Tensor]
+    bias: Tensor | None
+    targets: Tensor
+    saved: Saved
+    dweight: list[Tensor | None]
+    dbias: Tensor | None
+    accumulate: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.targets.device
+
+    def _totals(self, make) -> list[Tensor | None]:
+        acc = self.walk.products.acc
+        return [
+            make("dhidden", tuple(block.shape), acc, self.device) if wanted else None
+            for block, wanted in zip(self.hidden, self.walk.spec.hidden_grad, strict=True)
+        ]
+
+    def _operands(self) -> list[Tensor]:
+        """Hidden states for logits that forward did not keep."""
+        return [self.walk.products.prepared(block) for block in self.hidden]
+
+    def _multiply(self, dz: Tensor, start: int, heads, totals, operands, gain: Tensor | None, *, first: bool) -> None:
+        """Both products of vocabulary columns `start` and following, for every block."""
+        products, stop = self.walk.products, start + dz.shape[1]
+        for k in range(len(self.weight)):
+            if totals[k] is not None:
+                head = products.prepared(self.weight[k][start:stop]) if heads is None else heads[k]
+                totals[k] = products.hidden_grad(dz, head, totals[k], first=first)
+            if self.dweight[k] is not None:
+                place = self.dweight[k][start:stop]
+                products.weight_grad(dz, operands[k], place, accumulate=self.accumulate, gain=gain)
+
+    def _put_bias(self, start: int, sums: Tensor) -> None:
+        place = self.dbias[start : start + sums.shape[0]]
+        place.copy_(place + sums if self.accumulate else sums)
+
+    def from_exps(self) -> list[Tensor | None]:
+        """dz = g * E with one g a row: dweight = E.T @ (g * hidden), dhidden = g * (E @ weight), dbias = E.T @ g."""
+        spec, products = self.walk.spec, self.walk.products
+        pivot, total = self.saved.offsets[0, :, 0], self.saved.offsets[1, :, 0]
+        g = torch.where(self.targets >= 0, self.upstream.logp / -total, 0.0) * spec.transform.slope_at_zero
+        totals = self._totals(buffers.empty)
+        scaled = [None] * len(self.hidden)
+        for k, block in enumerate(self.hidden):
+            if self.dweight[k] is not None:
+                scaled[k] = buffers.empty("scaled", tuple(block.shape), products.multiplied, self.device)
+                torch.mul(block, g.unsqueeze(1), out=scaled[k])
+        vocab = self.weight[0].shape[0]
+        kept = spec.kept_columns(vocab)
+        for start in range(0, kept, spec.product_columns):
+            values = self.saved.kept[:, start : min(start + spec.product_columns, kept)]
+            if self.dbias is not None:
+                self._bias_from(values, start, g)
+            if any(spec.hidden_grad) or any(spec.weight_grad):
+                self._multiply(products.widened(values), start, None, totals, scaled, None, first=start == 0)
+        if kept < vocab:
+            self._recomputed(kept, vocab, g, pivot, target_entry(self.saved.stats, total), totals, scaled)
+        for total_k in totals:
+            if total_k is not None:
+                total_k.mul_(g.unsqueeze(1))
+        return totals
+
+    def _bias_from(self, values: Tensor, start: int, g: Tensor) -> None:
+        """dbias of some columns, a slab at a time so that partial sums stay small."""
+        step = self.walk.spec.slab_width
+        for first in range(0, values.shape[1], step):
+            part = values[:, first : first + step]
+            sums = buffers.empty("rows", (part.shape[1],), self.walk.products.acc, self.device)
+            self.walk.kernels.column_sums(part, g, sums)
+            self._put_bias(start + first, sums)
+
+    def _recomputed(self, kept: int, vocab: int, g, pivot, entry, totals, scaled) -> None:
+        """The slabs that forward did not keep: their exponentials once more, several slabs in one product."""
+        walk, spec, products = self.walk, self.walk.spec, self.walk.products
+        rows, acc = self.targets.shape[0], products.acc
+        operands, wide = self._operands(), spec.slab_width * spec.slabs_at_once
+        in_place = products.multiplied == acc and not products.allocates
+        slab_buffer = unit = None
+        if not products.allocates:
+            columns = min(wide if in_place else spec.slab_width, row_stride(vocab - kept))
+            slab_buffer = buffers.empty("slab", (rows, columns), acc, self.device)
+        if not in_place:
+            unit = buffers.empty("unit", (rows, min(wide, row_stride(vocab - kept))), products.multiplied, self.device)
+        for begin in range(kept, vocab, wide):
+            end = min(begin + wide, vocab)
+            for start in range(begin, end, spec.slab_width):
+                stop = min(start + spec.slab_width, end)
+                place, z = slice(start - begin, stop - begin), None
+                if slab_buffer is not None:
+                    z = slab_buffer[:, place] if in_place else slab_buffer[:, : stop - start]
+                heads = walk.heads(self.weight, start, stop)
+                slab = walk.slab(walk.logits(operands, heads, z), self.bias, self.targets, start, stop - start)
+                walk.kernels.exps_backward(slab, pivot, entry, slab.logits if in_place else unit[:, place])
+                del slab, z
+            values = (slab_buffer if in_place else unit)[:, : end - begin]
+            if self.dbias is not None:
+                self._bias_from(values, begin, g)
+            heads = heads if end - begin <= spec.slab_width else None
+            self._multiply(values, begin, heads, totals, scaled, None, first=begin == 0)
+
+    def from_dz(self) -> list[Tensor | None]:
+        """dz of one slab after the other, from what was kept of it or from its logits."""
+        walk, spec, products = self.walk, self.walk.spec, self.walk.products
+        rows, vocab, acc = self.targets.shape[0], self.weight[0].shape[0], products.acc
+        scale = row_scale(self.upstream, spec.operand, spec.transform.slope_at_zero)
+        upstream = self.upstream
+        if scale is not None:
+            upstream = Upstream(*(None if part is None else part / scale for part in upstream))
+        totals = self._totals(buffers.zeros)
+        weight_operands, gain = self._weight_operands(scale)
+        all_kept = spec.kept_columns(vocab) >= vocab
+        operands = [] if all_kept else self._operands()
+        in_place = spec.operand == acc
+        slab_buffer = dz_buffer = None
+        if not products.allocates and (not all_kept or spec.saves_logits or in_place):
+            slab_buffer = buffers.empty("slab", (rows, spec.slab_width), acc, self.device)
+        if not in_place:
+            dz_buffer = buffers.empty("dz", (rows, spec.slab_width), spec.operand, self.device)
+        for index, (start, stop) in enumerate(spec.slabs(vocab)):
+            width, kept, heads = stop - start, None, None
+            z = None if slab_buffer is None else slab_buffer[:, :width]
+            values = self.saved.kept[:, start:stop] if index < spec.slabs_kept else None
+            if values is not None and not spec.saves_logits:
+                kept = Kept(values, self.saved.offsets[0 if spec.factored else index])
+                if z is None and in_place:
+                    z = buffers.empty("slab", (rows, width), acc, self.device)
+            elif values is not None:  # a copy: the kernel overwrites it
+                z = (buffers.empty("slab", (rows, width), acc, self.device) if z is None else z).copy_(values)
+            else:
+                heads = walk.heads(self.weight, start, stop)
+                z = walk.logits(operands, heads, z)
+            dz = z if in_place else dz_buffer[:, :width]
+            slab = walk.slab(None if kept is not None else z, self.bias, self.targets, start, width)
+            sums = buffers.empty("rows", (width,), acc, self.device) if self.dbias is not None else None
+            walk.kernels.slab_backward(slab, kept, self.saved.stats, upstream, scale, dz, sums)
+            del slab, z
+            if sums is not None:
+                self._put_bias(start, sums)
+            if any(spec.hidden_grad) or any(spec.weight_grad):
+                dz = products.widened(dz)
+            self._multiply(dz, start, heads, totals, weight_operands, gain, first=False)
+            del dz
+        if scale is not None:
+            for total in totals:
+                if total is not None:
+                    total.mul_(scale.unsqueeze(1))
+        return totals
+
+    def _weight_operands(self, scale: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
+        """The hidden operand of dweight, row-scaled for float16, and the scalar that scaling left out."""
+        products, wanted = self.walk.products, self.walk.spec.weight_grad
+        if scale is None or not any(wanted):
+            blocks = zip(self.hidden, wanted, strict=True)
+            return [products.prepared(block) if flag else None for block, flag in blocks], None
+        gain = scale.amax() if scale.numel() else scale.new_ones(())
+        relative = (scale / gain).unsqueeze(1)
+        operands = [
+            products.prepared(buffers.track("cast", (block * relative).to(block.dtype))) if flag else None
+            for block, flag in zip(self.hidden, wanted, strict=True)
+        ]
+        return operands, gain
+
+    def from_units(self) -> list[Tensor | None]:
+        """dhidden = at_target * W_y + factor * unit - c_ent * unit_entropy: no product over the vocabulary."""
+        spec, stats, upstream, acc = self.walk.spec, self.saved.stats, self.upstream, self.walk.products.acc
+        slope = spec.transform.slope_at_zero
+        at_target, factor = target_slope(stats, upstream, spec.transform), other_slope(stats, upstream)
+        if upstream.entropy is not None:
+            factor = factor + upstream.entropy * stats.log_sum  # log P = (y - max) - log_sum; units hold the first part
+        safe_targets = self.targets.clamp(min=0)
+        wanted = [k for k, flag in enumerate(spec.hidden_grad) if flag]
+        totals = self._totals(buffers.empty)
+        for place, k in enumerate(wanted):
+            total = totals[k]
+            step = max(1, (1 << 20) // max(1, total.shape[1] * acc.itemsize))
+            for first in range(0, self.targets.shape[0], step):
+                rows = slice(first, first + step)
+                head_rows = buffers.track("scratch", self.weight[k].index_select(0, safe_targets[rows]))
+                if head_rows.dtype != spec.operand:
+                    head_rows = head_rows.to(spec.operand)
+                torch.mul(self.saved.units[place][rows], (factor[rows] * slope).unsqueeze(1), out=total[rows])
+                total[rows].addcmul_(head_rows.to(acc), at_target[rows].unsqueeze(1))
+                if upstream.entropy is not None:
+                    logged = self.saved.units[len(wanted) + place]
+                    total[rows].addcmul_(logged[rows], (upstream.entropy[rows] * -slope).unsqueeze(1))
+        return totals
+
+
+def row_scale(upstream: Upstream, operand: torch.dtype, slope: float) -> Tensor | None:
+    """float16 only: a power of two for each row, at least as large as its upstream gradients.
+
+    Hazard: a coefficient of 1e-6 times a probability flushes to zero in float16. Remedy: dz is divided by this and
+    the factor goes to the float32 dhidden and to the hidden operand of dweight.
+    """
+    if operand != torch.float16:
+        return None
+    parts = [part.abs() for part in upstream if part is not None]
+    return power_of_two(torch.stack(parts).amax(0) * slope, DZ_BINADES[torch.float16])
+
+
+def power_of_two(largest: Tensor, binades: int) -> Tensor:
+    """A power of two that `largest` may be divided by to stay below 2^binades, elementwise.
+
+    Reason: where there is nothing, the smallest is taken, so that an empty row does not set the scale of others.
+    """
+    exponent = torch.where(largest > 0, torch.ceil(torch.log2(largest)), -100.0).clamp(-100, 120)
+    return torch.exp2(exponent - binades)

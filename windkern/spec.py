@@ -1,0 +1,86 @@
+"""What a walk over the vocabulary does, decided once by the plan and obeyed by everything below it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from windkern.transform import LogitTransform
+
+GEARS = ("scoring", "frozen_head", "frozen_body", "trained")
+_TYPES = {  # annotations of the fields, and what they are in the schema of an op
+    "bool": "bool",
+    "float": "float",
+    "float | None": "float?",
+    "int": "int",
+    "str": "str",
+    "torch.dtype": "ScalarType",
+    "tuple[bool, ...]": "bool[]",
+}
+
+
+@dataclass(frozen=True)
+class WalkSpec:
+    """The decisions of a plan; each field is an argument of the registered ops, under the same name."""
+
+    gear: str  # one of GEARS
+    operand: torch.dtype  # of the products
+    hidden_grad: tuple[bool, ...]  # by block: which gradients are wanted
+    weight_grad: tuple[bool, ...]
+    bias_grad: bool
+    entropy: bool  # whether it is an output
+    scale: float
+    softcap: float | None
+    temperature: float
+    slab_width: int
+    slabs_kept: int  # for backward
+    slabs_at_once: int  # that one product takes of those that are not kept
+    product_columns: int  # that one product of backward takes of those that are kept
+    row_block: int  # rows of one forward product; 0: all
+    tile_columns: int  # of a forward in fused tiles; 0: it walks slabs
+    factored: bool  # backward multiplies exponentials; dz is written only for an upstream on lse
+    backend: str  # of the row kernels
+
+    @property
+    def transform(self) -> LogitTransform:
+        return LogitTransform(self.scale, self.softcap, self.temperature)
+
+    @property
+    def offset_tiles(self) -> int:
+        """Offsets of a row in a slab that is kept for dz."""
+        return -(-self.slab_width // self.tile_columns) if self.tile_columns else 1
+
+    @property
+    def saves_logits(self) -> bool:
+        """Whether what is kept is logits.
+
+        Reason: the entropy's gradient -P (log P + H) cancels near a uniform distribution, and log P of a rounded
+        exponential is off by the rounding.
+        """
+        return self.entropy and self.slabs_kept > 0
+
+    def slabs(self, vocab_size: int) -> list[tuple[int, int]]:
+        starts = range(0, vocab_size, self.slab_width)
+        return [(start, min(start + self.slab_width, vocab_size)) for start in starts]
+
+    def kept_columns(self, vocab_size: int) -> int:
+        return min(vocab_size, self.slabs_kept * self.slab_width)
+
+    def padded_rows(self, rows: int) -> int:
+        """Rows of the walk: whole row blocks where products have fixed tiles."""
+        return -(-rows // self.row_block) * self.row_block if self.row_block else rows
+
+    def values(self) -> tuple:
+        """The fields in their order, as arguments of an op."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @classmethod
+    def schema(cls) -> str:
+        return ", ".join(f"{_TYPES[field.type]} {field.name}" for field in dataclasses.fields(cls))
+
+
+def row_stride(columns: int) -> int:
+    """Elements from one row of a matrix of ours to the next: rows are aligned whatever the vocabulary."""
+    return -(-columns // 64) * 64
