@@ -1,7 +1,7 @@
 // dz from kept exp(y - offset) * slope or from recomputed logits. A block owns a tile of columns and walks down its
 // rows, so a thread's columns, bias and share of dbias stay in registers; what a row needs is worked out once for the
 // whole tile.
-#include "launch.h"
+#include "add_tiles.h"
 #include "launchers.h"
 #include "packs.h"
 
@@ -95,11 +95,11 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<S>)
 #pragma unroll
       for (int r = 0; r < at_once; ++r) {
         if (first + r >= count) continue;
-        const int64_t start = (batch + first + r) * width;
         if constexpr (from_kept) {
-          load_pack((const E*)in.kept + start, columns, column_tile, S(0), x[r]);
+          load_pack((const E*)in.kept + (batch + first + r) * in.kept_stride, columns, column_tile, S(0), x[r]);
         } else {
-          load_pack((const S*)slab.logits + start, columns, column_tile, minus_infinity<S>(), x[r]);
+          load_pack((const S*)slab.logits + (batch + first + r) * slab.stride, columns, column_tile,
+                    minus_infinity<S>(), x[r]);
         }
       }
 #pragma unroll
@@ -116,28 +116,18 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<S>)
           x[r][k] = d;
           sums[k] += d * row.row_scale;
         }
-        store_pack(dz + (batch + first + r) * width, columns, column_tile, x[r]);
+        store_pack(dz + (batch + first + r) * in.dz_stride, columns, column_tile, x[r]);
       }
     }
   }
   if (partial != nullptr) store_pack(partial + tile * width, columns, column_tile, sums);
 }
 
-// The sum over row tiles, in their order.
-template <class S>
-__global__ void __launch_bounds__(kMaxThreads) add_tiles(const S* partial, int64_t tiles, int64_t width, S* dbias) {
-  const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (column >= width) return;
-  double total = 0;
-#pragma unroll 8
-  for (int64_t tile = 0; tile < tiles; ++tile) total += double(partial[tile * width + column]);
-  dbias[column] = S(total);
-}
-
 template <class S, class E>
 void run(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_tiles, Stream stream) {
   const int width = checked_width(slab.width);
-  const bool wide = kMayBeWide<S> && aligned16(slab.logits) && aligned16(in.kept) && aligned16(in.dz) &&
+  const bool wide = kMayBeWide<S> && aligned_rows<S>(slab.logits, slab.stride) &&
+                    aligned_rows<E>(in.kept, in.kept_stride) && aligned_rows<E>(in.dz, in.dz_stride) &&
                     aligned16(slab.bias) && aligned16(partial) && width % kPack<E, true> == 0;
   const int size = wide ? kPack<E, true> : kPack<E, false>;
   int threads = 32;
@@ -153,8 +143,7 @@ void run(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_
   WK_RUN("slab_backward", kernel, tiles * column_tiles, dim3(threads), cudaStream_t(stream), slab, Transform<S>(slab),
          in, column_tiles, tile_rows, scratch);
   if (in.dbias != nullptr) {
-    WK_RUN("slab_backward (dbias)", add_tiles<S>, ceil_div(width, kMaxThreads), dim3(kMaxThreads),
-           cudaStream_t(stream), scratch, tiles, width, (S*)in.dbias);
+    run_add_tiles("slab_backward (dbias)", (const S*)scratch, tiles, width, (S*)in.dbias, stream);
   }
 }
 

@@ -27,9 +27,9 @@ struct Queue {
   }
 };
 
-Slab make_slab(int operand, int64_t rows, int64_t width, int64_t start, Address logits, Address bias, Address targets,
-               double scale, double softcap, double temperature) {
-  return {DType(operand),           rows,  width,   start,       pointer(logits), pointer(bias),
+Slab make_slab(int operand, int64_t rows, int64_t width, int64_t start, Address logits, int64_t stride, Address bias,
+               Address targets, double scale, double softcap, double temperature) {
+  return {DType(operand),           rows,  width,   start,       pointer(logits), stride, pointer(bias),
           pointer<int64_t>(targets), scale, softcap, temperature, 0};
 }
 
@@ -45,28 +45,54 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_problem", &windkern::cuda::device_problem);
   m.def("pair_tiles", &windkern::cuda::pair_tiles);
   m.def("slab_forward", [](const Queue& queue, const Slab& slab, Address max, Address sum, Address target,
-                           Address entropy, Address kept, Address offset) {
+                           Address entropy, Address kept, int64_t stride, Address offset) {
     py::gil_scoped_release release;
     windkern::cuda::slab_forward(slab, {pointer(max), pointer(sum), pointer(target), pointer(entropy)},
-                                 {pointer(kept), pointer(offset)}, queue.enter());
+                                 {pointer(kept), stride, pointer(offset)}, queue.enter());
   });
   m.def("slab_forward_unit", [](const Queue& queue, const Slab& slab, Address max, Address sum, Address target,
-                                Address entropy, Address unit, Address unit_entropy, Address rescale,
-                                Address max_step) {
+                                Address entropy, Address unit, int64_t unit_stride, Address unit_entropy,
+                                int64_t entropy_stride, Address rescale, Address max_step) {
     py::gil_scoped_release release;
     windkern::cuda::slab_forward_unit(slab, {pointer(max), pointer(sum), pointer(target), pointer(entropy)},
-                                      {pointer(unit), pointer(unit_entropy), pointer(rescale), pointer(max_step)},
+                                      {pointer(unit), unit_stride, pointer(unit_entropy), entropy_stride,
+                                       pointer(rescale), pointer(max_step)},
                                       queue.enter());
   });
+  m.def("exps_forward", [](const Queue& queue, const Slab& slab, Address max, Address sum, Address target,
+                           Address entropy, Address values, int64_t stride, Address pivot, int64_t earlier,
+                           Address moved) {
+    py::gil_scoped_release release;
+    windkern::cuda::exps_forward(slab, {pointer(max), pointer(sum), pointer(target), pointer(entropy)},
+                                 {pointer(values), stride, pointer(pivot), earlier, pointer(moved)}, queue.enter());
+  });
+  m.def("exps_backward", [](const Queue& queue, const Slab& slab, Address pivot, Address entry, Address values,
+                            int64_t stride) {
+    py::gil_scoped_release release;
+    windkern::cuda::exps_backward(slab, {pointer(pivot), pointer(entry), pointer(values), stride}, queue.enter());
+  });
+  m.def("column_sums", [](const Queue& queue, int dtype, int64_t rows, int64_t width, Address values, int64_t stride,
+                          Address weights, Address sums, Address partial, int64_t row_tiles) {
+    py::gil_scoped_release release;
+    windkern::cuda::column_sums(
+        {DType(dtype), rows, width, pointer(values), stride, pointer(weights), pointer(sums), 0}, pointer(partial),
+        row_tiles, queue.enter());
+  });
+  m.def("rescale_rows", [](const Queue& queue, int dtype, Address sums, int64_t stride, Address factor, int64_t rows,
+                           int64_t columns) {
+    py::gil_scoped_release release;
+    windkern::cuda::rescale_rows(DType(dtype), pointer(sums), stride, pointer(factor), rows, columns, queue.enter());
+  });
   m.def("slab_backward",
-        [](const Queue& queue, const Slab& slab, Address kept, Address offset, Address max, Address log_sum,
-           Address target, Address entropy, Address c_logp, Address c_lse, Address c_ent, Address row_scale, Address dz,
-           Address dbias, Address partial, int64_t row_tiles) {
+        [](const Queue& queue, const Slab& slab, Address kept, int64_t kept_stride, Address offset, Address max,
+           Address log_sum, Address target, Address entropy, Address c_logp, Address c_lse, Address c_ent,
+           Address row_scale, Address dz, int64_t dz_stride, Address dbias, Address partial, int64_t row_tiles) {
           py::gil_scoped_release release;
           windkern::cuda::slab_backward(
               slab,
-              {pointer(kept), pointer(offset), pointer(max), pointer(log_sum), pointer(target), pointer(entropy),
-               pointer(c_logp), pointer(c_lse), pointer(c_ent), pointer(row_scale), pointer(dz), pointer(dbias)},
+              {pointer(kept), kept_stride, pointer(offset), pointer(max), pointer(log_sum), pointer(target),
+               pointer(entropy), pointer(c_logp), pointer(c_lse), pointer(c_ent), pointer(row_scale), pointer(dz),
+               dz_stride, pointer(dbias)},
               pointer(partial), row_tiles, queue.enter());
         });
   m.def("segment_sum",

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kMaxTeam) score(const Slab slab, const Transfo
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= slab.rows) return;  // whole warps: a block of several rows has one warp for each
   const Columns<wide, size> columns{int(threadIdx.x), int(blockDim.x), int(slab.width)};
-  const S* z = (const S*)slab.logits + row * slab.width;
+  const S* z = (const S*)slab.logits + row * slab.stride;
   const S* bias = (const S*)slab.bias;
   const bool plain = bias == nullptr && t.identity(), wants_entropy = state.entropy != nullptr;
   const int column = target_column(slab, row), packs = columns.packs();
@@ -70,7 +70,8 @@ template <class S>
 void run(const Slab& slab, const ForwardState& state, Stream stream) {
   const int width = checked_width(slab.width), team = team_size(width, sizeof(S), kMaxTeam);
   const dim3 block = team_block(team);
-  const bool wide = aligned16(slab.logits) && aligned16(slab.bias) && width % kPack<S, true> == 0;
+  const bool wide = aligned16(slab.logits) && aligned16(slab.bias) && width % kPack<S, true> == 0 &&
+                    slab.stride % kPack<S, true> == 0;
   WK_RUN("slab_forward", wide ? score<S, kMayBeWide<S>> : score<S, false>, ceil_div(slab.rows, block.y), block,
          cudaStream_t(stream), slab, Transform<S>(slab), state);
 }

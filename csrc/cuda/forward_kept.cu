@@ -10,12 +10,14 @@ struct KeptOutput {
   static constexpr int kTeam = kMaxTeam, kBlocks = 2;
   E* kept;
   S* offset;
-  int64_t width;
+  int64_t stride;
   Transform<S> t;
 
-  __device__ void begin(int64_t row, S slab_max, S) {
+  __device__ Nothing look(int64_t) const { return {}; }
+
+  __device__ void begin(int64_t row, S slab_max, S, Nothing) {
     constexpr double log_gain = 0.69314718055994530942 * kept_binades<E>;
-    kept += row * width;
+    kept += row * stride;
     if (threadIdx.x == 0) offset[row] = slab_max - S(log_gain);
   }
 
@@ -36,8 +38,8 @@ struct KeptOutput {
 
 template <class S, class E>
 void run(const Slab& slab, const ForwardState& state, const ForwardOutputs& out, Stream stream) {
-  const KeptOutput<S, E> output{(E*)out.kept, (S*)out.offset, slab.width, Transform<S>(slab)};
-  launch_two_looks<S, E>("slab_forward (kept)", slab, state, output, aligned16(out.kept), stream);
+  const KeptOutput<S, E> output{(E*)out.kept, (S*)out.offset, out.stride, Transform<S>(slab)};
+  launch_two_looks<S, E>("slab_forward (kept)", slab, state, output, aligned_rows<E>(out.kept, out.stride), stream);
 }
 
 }  // namespace

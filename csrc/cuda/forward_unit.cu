@@ -10,16 +10,18 @@ struct UnitOutput {
   static constexpr int kTeam = kMaxTeam / 2, kBlocks = 1;  // 64 registers would spill
   E *unit, *logged;  // may be the slab itself; logged is null without entropy
   S *rescale, *max_step;
-  int64_t width;
+  int64_t unit_stride, logged_stride;
   Transform<S> t;
   S factor, step;  // of this row, from begin()
 
-  __device__ void begin(int64_t row, S slab_max, S old_max) {
+  __device__ Nothing look(int64_t) const { return {}; }
+
+  __device__ void begin(int64_t row, S slab_max, S old_max, Nothing) {
     const S new_max = finite_shift(lane_max(old_max, slab_max));
     factor = lane_exp(slab_max - new_max) * S(1 << kept_binades<E>);
     step = slab_max == minus_infinity<S>() ? S(0) : slab_max - new_max;
-    unit += row * width;
-    if (logged != nullptr) logged += row * width;
+    unit += row * unit_stride;
+    if (logged != nullptr) logged += row * logged_stride;
     if (threadIdx.x == 0 && max_step != nullptr) {
       max_step[row] = old_max == minus_infinity<S>() ? S(0) : old_max - new_max;
     }
@@ -52,9 +54,11 @@ struct UnitOutput {
 
 template <class S, class E>
 void run(const Slab& slab, const ForwardState& state, const UnitOutputs& out, Stream stream) {
-  const UnitOutput<S, E> output{(E*)out.unit,     (E*)out.unit_entropy, (S*)out.rescale,
-                                (S*)out.max_step, slab.width,           Transform<S>(slab), S(0), S(0)};
-  const bool aligned = aligned16(out.unit) && aligned16(out.unit_entropy);
+  const UnitOutput<S, E> output{(E*)out.unit,       (E*)out.unit_entropy, (S*)out.rescale,    (S*)out.max_step,
+                                out.unit_stride, out.entropy_stride,   Transform<S>(slab), S(0),
+                                S(0)};
+  const bool aligned =
+      aligned_rows<E>(out.unit, out.unit_stride) && aligned_rows<E>(out.unit_entropy, out.entropy_stride);
   launch_two_looks<S, E>("slab_forward_unit", slab, state, output, aligned, stream);
 }
 

@@ -21,6 +21,13 @@ void slab_forward(const Slab& slab, const ForwardState& state, const ForwardOutp
 void slab_forward_unit(const Slab& slab, const ForwardState& state, const UnitOutputs& out, Stream stream);
 // `partial` is scratch (row_tiles, width) where dbias is wanted, else null with row_tiles 0.
 void slab_backward(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_tiles, Stream stream);
+void exps_forward(const Slab& slab, const ForwardState& state, const ExpsOutputs& out, Stream stream);
+void exps_backward(const Slab& slab, const ExpsInputs& in, Stream stream);
+// `partial` is scratch (row_tiles, width).
+void column_sums(const ColumnSums& in, void* partial, int64_t row_tiles, Stream stream);
+// sums (rows, columns) *= factor (rows,), with no access to a row whose factor is 1; `dtype` is of sums.
+void rescale_rows(DType dtype, void* sums, int64_t stride, const void* factor, int64_t rows, int64_t columns,
+                  Stream stream);
 void segment_sum(DType dtype, const void* values, const int64_t* bounds, int64_t segments, void* sums, Stream stream);
 // Doubles of scratch pair_terms takes for each group of n.
 int64_t pair_tiles(int64_t n);

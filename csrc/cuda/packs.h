@@ -5,6 +5,7 @@
 
 #include "../include/windkern/logprob.h"
 #include "../include/windkern/storage.h"
+#include "launch.h"
 
 namespace windkern {
 namespace cuda {
@@ -36,6 +37,12 @@ struct Columns {
   __device__ int packs() const { return (width + team * size - 1) / (team * size); }
   __device__ bool owns(int column) const { return (wide ? column / size : column) % team == thread; }
 };
+
+// Whether every row of a matrix allows 16-byte accesses.
+template <class E>
+bool aligned_rows(const void* matrix, int64_t stride) {
+  return aligned16(matrix) && stride * int64_t(sizeof(E)) % 16 == 0;
+}
 
 template <class S, int size>
 __device__ __forceinline__ void load_wide(const S* from, S (&to)[size]) {

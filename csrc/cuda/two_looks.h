@@ -10,7 +10,10 @@
 namespace windkern {
 namespace cuda {
 
-// Output: begin() with the row's maxima, write() of a pack, at_target() by the thread that wrote the target's column,
+// What an output looks at that overwrites nothing.
+struct Nothing {};
+
+// Output: look() at what is overwritten, begin() with the row's maxima and that, write() of a pack, at_target() by the thread that wrote the target's column,
 // end(). kTeam and kBlocks bound its registers: several blocks on a multiprocessor, so that one loads while another
 // computes.
 template <class S, class E, bool wide, class Output>
@@ -22,7 +25,7 @@ __global__ void __launch_bounds__(Output::kTeam, Output::kBlocks)
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= slab.rows) return;  // whole warps: a block of several rows has one warp for each
   const Columns<wide, size> columns{int(threadIdx.x), int(blockDim.x), int(slab.width)};
-  const S* z = (const S*)slab.logits + row * slab.width;
+  const S* z = (const S*)slab.logits + row * slab.stride;
   const S* bias = (const S*)slab.bias;
   const bool plain = bias == nullptr && t.identity(), wants_entropy = state.entropy != nullptr;
   const int column = target_column(slab, row), packs = columns.packs();
@@ -50,9 +53,10 @@ __global__ void __launch_bounds__(Output::kTeam, Output::kBlocks)
     for (int k = 0; k < size; ++k) part.max = lane_max(part.max, more[k]);
   }
   OnlineSoftmax<S> running = load_state<S>(state, row);
+  const auto looked = output.look(row);  // before the barrier, as everything that is overwritten below
   part.max = over_team(part.max, slots[0], Larger{});
   const S shift = finite_shift(part.max);
-  output.begin(row, part.max, running.max);
+  output.begin(row, part.max, running.max, looked);
 
   const auto look = [&](int p, const S(&entries)[size]) {
     S e[size];
@@ -91,7 +95,8 @@ void launch_two_looks(const char* name, const Slab& slab, const ForwardState& st
                       bool aligned, Stream stream) {
   const int width = checked_width(slab.width), team = team_size(width, sizeof(S), Output::kTeam);
   const dim3 block = team_block(team);
-  const bool wide = aligned && aligned16(slab.logits) && aligned16(slab.bias) && width % kPack<E, true> == 0;
+  const bool wide = aligned && aligned16(slab.logits) && aligned16(slab.bias) && width % kPack<E, true> == 0 &&
+                    slab.stride % kPack<S, true> == 0;
   const auto kernel = wide ? two_looks<S, E, kMayBeWide<S>, Output> : two_looks<S, E, false, Output>;
   WK_RUN(name, kernel, ceil_div(slab.rows, block.y), block, cudaStream_t(stream), slab, Transform<S>(slab), state,
          output);

@@ -32,18 +32,19 @@ static void rows(const KernelTable& k, DType operand, size_t item, int64_t M, in
   std::vector<int64_t> targets(M);
   for (int64_t i = 0; i < M; ++i) targets[i] = i % 3 == 2 ? -1 : 7 + (i * 5) % W;
   const auto logits = z;
-  Slab slab{operand, M, W, 7, z.data(), bias ? b.data() : nullptr, targets.data(), 1.3, softcap, 0.7, 2};
+  Slab slab{operand, M, W, 7, z.data(), W, bias ? b.data() : nullptr, targets.data(), 1.3, softcap, 0.7, 2};
   std::vector<S> max(M, S(-INFINITY)), sum(M), target(M, S(-INFINITY)), ent(M), offset(M), rescale(M), step(M), log_sum(M);
   std::vector<char> kept(M * W * item), unit(M * W * item), logged(M * W * item), dz(M * W * item);
   ForwardState state{max.data(), sum.data(), target.data(), entropy ? ent.data() : nullptr};
-  k.slab_forward(slab, state, {kept.data(), offset.data()});
+  k.slab_forward(slab, state, {kept.data(), W, offset.data()});
   for (int64_t i = 0; i < M; ++i) log_sum[i] = std::log(sum[i]);
   auto c = values<S>(M, 3);
   std::vector<S> dbias(W), scale(M, S(2));
   for (bool from_kept : {true, false}) {
     z = logits;
-    BackwardInputs in{from_kept ? kept.data() : nullptr, offset.data(), max.data(), log_sum.data(), target.data(),
-                      ent.data(), c.data(), c.data(), entropy ? c.data() : nullptr, scale.data(), dz.data(), dbias.data()};
+    BackwardInputs in{from_kept ? kept.data() : nullptr, W, offset.data(), max.data(), log_sum.data(), target.data(),
+                      ent.data(), c.data(), c.data(), entropy ? c.data() : nullptr, scale.data(), dz.data(), W,
+                      dbias.data()};
     k.slab_backward(slab, in);
     if (!from_kept && item == sizeof(S)) {
       z = logits;
@@ -53,7 +54,22 @@ static void rows(const KernelTable& k, DType operand, size_t item, int64_t M, in
     }
   }
   z = logits;
-  k.slab_forward_unit(slab, state, {unit.data(), entropy ? logged.data() : nullptr, rescale.data(), entropy ? step.data() : nullptr});
+  k.slab_forward_unit(slab, state, {unit.data(), W, entropy ? logged.data() : nullptr, W, rescale.data(), entropy ? step.data() : nullptr});
+  if (entropy || softcap > 0 || operand == DType::float16) return;
+  // Two slabs side by side, the second with maxima far above the first, so that pivots move.
+  std::vector<char> exps(M * 2 * W * item);
+  std::vector<S> pivot(M, S(-INFINITY)), moved(M), sums(W);
+  for (int64_t side = 0; side < 2; ++side) {
+    z = logits;
+    for (auto& x : z) x += S(60 * side);
+    k.exps_forward(slab, state, {exps.data() + side * W * item, 2 * W, pivot.data(), side * W, side ? moved.data() : nullptr});
+  }
+  k.column_sums({operand, M, W, exps.data() + W * item, 2 * W, c.data(), sums.data(), 2});
+  z = logits;
+  k.exps_backward(slab, {pivot.data(), c.data(), exps.data(), 2 * W});
+  if (item != sizeof(S)) return;
+  z = logits;
+  k.exps_backward(slab, {pivot.data(), c.data(), z.data(), W});  // in place
 }
 
 template <class S>

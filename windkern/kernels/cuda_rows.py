@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from windkern.kernels import buffers, torch_rows
-from windkern.kernels.contract import RowState, RowStats, Upstream
-from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, why_missing
-from windkern.kernels.torch_rows import other_slope, target_slope
-from windkern.transform import LogitTransform
+from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
+from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
 
 try:
     from windkern import _cuda
@@ -20,13 +18,15 @@ except ImportError as error:
     _cuda, _reason = None, why_missing("_cuda", error)
 
 __all__ = [
-    "other_slope",
+    "column_sums",
+    "exps_backward",
+    "exps_forward",
     "pair_terms",
+    "rescale_rows",
     "segment_sum",
     "slab_backward",
     "slab_forward",
     "slab_forward_unit",
-    "target_slope",
     "win_rates",
 ]
 
@@ -58,54 +58,63 @@ def _queue_of(tensor: Tensor) -> Iterator[object]:
         yield _cuda.Queue(tensor.device.index, torch.cuda.current_stream().cuda_stream)
 
 
-def _slab(operand: torch.dtype, logits: Tensor | None, shape, bias, targets, start: int, transform: LogitTransform):
+def _slab(slab: Slab, values: Tensor):
+    """The arguments of `slab` for a kernel that reads or writes `values` (M, W) in the operand dtype."""
     return _cuda.Slab(
-        DTYPES[operand],
-        shape[0],
-        shape[1],
-        start,
-        address(logits),
-        address(bias),
-        address(targets),
-        transform.scale,
-        transform.softcap or 0.0,
-        transform.temperature,
+        DTYPES[values.dtype],
+        *values.shape,
+        slab.start,
+        *matrix(slab.logits),
+        address(slab.bias),
+        address(slab.targets),
+        slab.transform.scale,
+        slab.transform.softcap or 0.0,
+        slab.transform.temperature,
     )
 
 
-def slab_forward(
-    z: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    start: int,
-    transform: LogitTransform,
-    state: RowState,
-    kept: Tensor | None,
-    offset: Tensor | None,
-) -> None:
-    """As `torch_rows.slab_forward`; `z` stays as it is."""
-    slab = _slab(z.dtype if kept is None else kept.dtype, z, z.shape, bias, targets, start, transform)
-    with _queue_of(z) as queue:
-        _cuda.slab_forward(queue, slab, *map(address, state), address(kept), address(offset))
+def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
+    """As `torch_rows.slab_forward`."""
+    values, offset = (None, None) if kept is None else kept
+    arguments = _slab(slab, slab.logits if values is None else values)
+    with _queue_of(slab.logits) as queue:
+        _cuda.slab_forward(queue, arguments, *map(address, state), *matrix(values), address(offset))
 
 
-def slab_forward_unit(
-    z: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    start: int,
-    transform: LogitTransform,
-    state: RowState,
-    unit: Tensor,
-    unit_entropy: Tensor | None,
-    rescale: Tensor,
-    max_step: Tensor | None,
-) -> None:
+def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
     """As `torch_rows.slab_forward_unit`."""
-    slab = _slab(unit.dtype, z, z.shape, bias, targets, start, transform)
-    outputs = map(address, (unit, unit_entropy, rescale, max_step))
-    with _queue_of(z) as queue:
-        _cuda.slab_forward_unit(queue, slab, *map(address, state), *outputs)
+    rows = map(address, (unit.rescale, unit.max_step))
+    arguments = *matrix(unit.values), *matrix(unit.logged), *rows
+    with _queue_of(slab.logits) as queue:
+        _cuda.slab_forward_unit(queue, _slab(slab, unit.values), *map(address, state), *arguments)
+
+
+def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
+    """As `torch_rows.exps_forward`."""
+    arguments = *matrix(exps.values), address(exps.pivot), exps.earlier, address(exps.moved)
+    with _queue_of(slab.logits) as queue:
+        _cuda.exps_forward(queue, _slab(slab, exps.values), *map(address, state), *arguments)
+
+
+def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
+    """As `torch_rows.exps_backward`."""
+    with _queue_of(values) as queue:
+        _cuda.exps_backward(queue, _slab(slab, values), address(pivot), address(entry), *matrix(values))
+
+
+def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
+    """As `torch_rows.column_sums`."""
+    tiles = _dbias_tiles(*values.shape, values.device.type)
+    partial = buffers.empty("scratch", (tiles, values.shape[1]), sums.dtype, sums.device)
+    arguments = *values.shape, *matrix(values), address(weights), address(sums), address(partial), tiles
+    with _queue_of(values) as queue:
+        _cuda.column_sums(queue, DTYPES[values.dtype], *arguments)
+
+
+def rescale_rows(sums: Tensor, factor: Tensor) -> None:
+    """As `torch_rows.rescale_rows`: a block for each row, which returns where the factor is 1."""
+    with _queue_of(sums) as queue:
+        _cuda.rescale_rows(queue, DTYPES[sums.dtype], *matrix(sums), address(factor), *sums.shape)
 
 
 def _dbias_tiles(rows: int, width: int, device_type: str) -> int:
@@ -115,12 +124,8 @@ def _dbias_tiles(rows: int, width: int, device_type: str) -> int:
 
 
 def slab_backward(
-    src: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    targets: Tensor,
-    start: int,
-    transform: LogitTransform,
+    slab: Slab,
+    kept: Kept | None,
     stats: RowStats,
     upstream: Upstream,
     row_scale: Tensor | None,
@@ -128,16 +133,15 @@ def slab_backward(
     dbias: Tensor | None,
 ) -> None:
     """As `torch_rows.slab_backward`."""
-    kept = None if offset is None else src
-    slab = _slab(dz.dtype, None if kept is not None else src, src.shape, bias, targets, start, transform)
+    values, offset = (None, None) if kept is None else kept
     rows = map(address, (*stats, *upstream, row_scale))
     tiles, partial = 0, None
     if dbias is not None:
-        tiles = _dbias_tiles(*src.shape, src.device.type)
-        partial = buffers.empty("scratch", (tiles, src.shape[1]), dbias.dtype, dbias.device)
-    outputs = address(dz), address(dbias), address(partial), tiles
-    with _queue_of(src) as queue:
-        _cuda.slab_backward(queue, slab, address(kept), address(offset), *rows, *outputs)
+        tiles = _dbias_tiles(*dz.shape, dz.device.type)
+        partial = buffers.empty("scratch", (tiles, dz.shape[1]), dbias.dtype, dbias.device)
+    outputs = *matrix(dz), address(dbias), address(partial), tiles
+    with _queue_of(dz) as queue:
+        _cuda.slab_backward(queue, _slab(slab, dz), *matrix(values), address(offset), *rows, *outputs)
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
+from windkern.kernels.contract import Kept, Slab
+from windkern.kernels.tuned import row_warps
 from windkern.transform import LogitTransform
+
+WIDEST = 16384
+# Reason: a batch of another length moves these to other addresses; one compiled kernel must serve all of them.
+ROW_POINTERS = ["max_ptr", "sum_ptr", "target_ptr", "targets_ptr", "entropy_ptr", "offset_ptr", "pivot_ptr"]
 
 
 def interprets() -> bool:
@@ -32,3 +39,25 @@ def transform_numbers(transform: LogitTransform, dtype: torch.dtype) -> dict[str
 def or_unused(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
     """A pointer for an argument the kernel does not look at."""
     return stand_in if tensor is None else tensor
+
+
+def slab_pointers(slab: Slab) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, bias and targets."""
+    return slab.logits, or_unused(slab.bias, slab.logits), slab.targets
+
+
+def slab_numbers(slab: Slab, dtype: torch.dtype) -> dict[str, object]:
+    return {"HAS_BIAS": slab.bias is not None, **transform_numbers(slab.transform, dtype)}
+
+
+def kept_pointers(kept: Kept | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Values, offsets and the stride of the values."""
+    return (stand_in, stand_in, 0) if kept is None else (kept.values, kept.offset, kept.values.stride(0))
+
+
+def row_block(width: int) -> dict[str, object]:
+    """Constants of a kernel that holds a row of a slab in registers."""
+    if width > WIDEST:
+        raise RuntimeError(f"a slab of a Triton row kernel is at most {WIDEST} columns wide, got {width}")
+    block = triton.next_power_of_2(width)
+    return {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": row_warps(block)}

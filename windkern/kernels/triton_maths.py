@@ -73,3 +73,52 @@ def merge(run_max, run_sum, run_entropy, part_max, part_sum, part_entropy):
     part_gap = tl.where(part_max == float("-inf"), 0.0, part_max - shift)
     entropy = old_factor * (run_entropy + run_sum * old_gap) + part_factor * (part_entropy + part_sum * part_gap)
     return new_max, run_sum * old_factor + part_sum * part_factor, entropy, old_factor, part_factor
+
+
+@triton.jit
+def look_at_row(
+    z_ptr,
+    bias_ptr,
+    targets_ptr,
+    entropy_ptr,
+    row,
+    z_stride,
+    width,
+    start,
+    slope,
+    cap_in,
+    cap_out,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One read of a row of the slab: exp(y - maximum), the gaps in it, its statistics, and its target.
+
+    Hazard: what is written later may be the slab. Remedy: the target is read before the reductions, whose barriers
+    come before any store.
+    """
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    z_row = z_ptr + row * z_stride
+    column = (tl.load(targets_ptr + row) - start).to(tl.int32)
+    has_target = (column >= 0) & (column < width)
+    target = tl.load(z_row + column, mask=has_target, other=0.0)
+    z = tl.load(z_row + columns, mask=inside, other=0.0)
+    bias, target_bias = z, target
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
+        target_bias = tl.load(bias_ptr + column, mask=has_target, other=0.0)
+    y = transform_logit(z, bias, slope, cap_in, cap_out, HAS_BIAS, CAPPED)
+    y = tl.where(inside, y, float("-inf"))
+    target = transform_logit(target, target_bias, slope, cap_in, cap_out, HAS_BIAS, CAPPED)
+    part_max = tl.max(y, 0)
+    gap = y - finite(part_max)
+    e = tl.exp(gap)
+    part_sum = tl.sum(e, 0)
+    part_entropy = part_sum * 0.0
+    run_entropy = part_entropy
+    if ENTROPY:
+        part_entropy = tl.sum(tl.where(e > 0.0, e * gap, 0.0), 0)
+        run_entropy = tl.load(entropy_ptr + row)
+    return e, gap, part_max, part_sum, part_entropy, run_entropy, target, column, has_target

@@ -14,16 +14,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from windkern.kernels import buffers
-from windkern.kernels.contract import RowState, kept_gain, kept_log_gain
+from windkern.kernels.contract import Kept, RowState, Slab, kept_gain, kept_log_gain
 from windkern.kernels.triton_launch import interprets, transform_numbers
 from windkern.kernels.triton_maths import finite, merge, relative_slope, transform_logit
 from windkern.kernels.tuned import tile_config
-from windkern.transform import LogitTransform
 
 _JOIN_ROWS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "start", "tiles"])
 def tile_kernel(
     hidden,  # (M, H), a pointer or a tensor descriptor
     weight,  # (W, H), the same
@@ -39,6 +38,7 @@ def tile_kernel(
     width,
     start,
     tiles,
+    kept_stride,
     offset_stride,
     inner,
     hidden_stride,
@@ -119,14 +119,14 @@ def tile_kernel(
         if CAPPED:
             kept = kept * relative_slope(y, cap_out)
         tl.store(
-            kept_ptr + m.to(tl.int64)[:, None] * width + v[None, :],
+            kept_ptr + m.to(tl.int64)[:, None] * kept_stride + v[None, :],
             kept.to(kept_ptr.dtype.element_ty),
             mask=in_rows[:, None] & in_columns[None, :],
         )
         tl.store(offset_ptr + m.to(tl.int64) * offset_stride + tile, part_max - log_gain, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def join_kernel(
     part_max_ptr,
     part_sum_ptr,
@@ -179,16 +179,12 @@ def _has_copy_engine(tensor: Tensor) -> bool:
 
 def tile_forward(
     hidden: Tensor,  # (M, H)
-    weight: Tensor,  # (W, H) rows start .. start + W of the head
-    bias: Tensor | None,  # (W,)
-    targets: Tensor,  # (M,)
-    start: int,
-    transform: LogitTransform,
+    weight: Tensor,  # (W, H) rows of the head from slab.start on
+    slab: Slab,  # without logits
     state: RowState,
-    kept: Tensor | None,  # (M, W) out
-    offset: Tensor | None,  # (M, tiles) out
+    kept: Kept | None,  # its offsets (M, tiles)
 ) -> None:
-    """What a product and `slab_forward` do, without the slab; `offset` holds one number for each tile."""
+    """What a product and `slab_forward` do, without the slab; there is an offset for each tile."""
     (rows, inner), width = hidden.shape, weight.shape[0]
     if rows == 0:
         return
@@ -208,25 +204,26 @@ def tile_forward(
     part_entropy = parts[2] if entropy else parts[0]
     tile_kernel[(triton.cdiv(rows, config.rows) * tiles,)](
         *operands,
-        hidden if bias is None else bias,
-        targets,
+        hidden if slab.bias is None else slab.bias,
+        slab.targets,
         parts[0],
         parts[1],
         part_entropy,
         state.target_logit,
-        hidden if kept is None else kept,
-        parts if offset is None else offset,
+        hidden if kept is None else kept.values,
+        parts if kept is None else kept.offset,
         rows,
         width,
-        start,
+        slab.start,
         tiles,
-        tiles if offset is None else offset.stride(0),
+        0 if kept is None else kept.values.stride(0),
+        0 if kept is None else kept.offset.stride(0),
         inner,
         hidden.stride(0),
         weight.stride(0),
-        gain=1.0 if kept is None else kept_gain(kept.dtype),
-        log_gain=0.0 if kept is None else kept_log_gain(kept.dtype),
-        HAS_BIAS=bias is not None,
+        gain=1.0 if kept is None else kept_gain(kept.values.dtype),
+        log_gain=0.0 if kept is None else kept_log_gain(kept.values.dtype),
+        HAS_BIAS=slab.bias is not None,
         ENTROPY=entropy,
         KEPT=kept is not None,
         DESCRIPTORS=described,
@@ -237,7 +234,7 @@ def tile_forward(
         GROUP=config.group,
         num_warps=config.warps,
         num_stages=config.stages,
-        **transform_numbers(transform, hidden.dtype),
+        **transform_numbers(slab.transform, hidden.dtype),
     )
     join_kernel[(triton.cdiv(rows, _JOIN_ROWS),)](
         parts[0],
