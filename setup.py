@@ -45,7 +45,9 @@ CUDA_ARCHS = ("80", "90", "100")
 NVCC_FLAGS = "-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 # In order of how long they take to compile.
 CUDA_SOURCES = [
-    *(f"cuda/{n}.cu" for n in ("backward", "forward_unit", "pairs", "forward_kept", "forward_exps", "forward", "exps", "segments")),
+    *(f"cuda/{n}.cu" for n in ("backward", "forward_unit", "pairs", "forward_kept", "forward_exps", "forward")),
+    "cuda/exps.cu",
+    "cuda/segments.cu",
     "cuda/device.cpp",
 ]
 CUDA_BINDING = "cuda/binding.cpp"

@@ -59,6 +59,7 @@ class Problem:
     variant: str = "plain"
     seed: int = 0
     ignore: bool = True
+    seen: tuple[str, ...] = ("logps", "lse", "entropy")  # outputs that an upstream gradient comes on
     hidden: list[Tensor] = field(init=False)
     weight: list[Tensor] = field(init=False)
     bias: Tensor | None = field(init=False)
@@ -117,8 +118,8 @@ class Problem:
         leaves |= {f"dweight{k}": head for k, head in enumerate(weight) if wants[1]}
         leaves |= {"dbias": bias} if wants[2] and bias is not None else {}
         if leaves:
-            upstream = self.upstream(len(results), outputs[0])
-            total = sum((value * c).sum() for value, c in zip(results.values(), upstream, strict=True))
+            upstream = zip(results.items(), self.upstream(len(results), outputs[0]), strict=True)
+            total = sum((value * c).sum() for (name, value), c in upstream if name in self.seen)
             results |= zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True)
         return {name: value.detach() for name, value in results.items()}
 

@@ -6,7 +6,7 @@ import torch
 
 import windkern as wk
 from windkern.kernels import cuda_rows, torch_rows
-from windkern.kernels.contract import RowState, RowStats, Upstream
+from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
 
 # A warp or a block for a row, with and without 16-byte accesses, rows that a team's registers hold and wider ones.
 WIDTHS = (1, 3, 32, 65, 512, 520, 1003, 4096, 4104, 8200, 8203)
@@ -50,7 +50,6 @@ class Rows:
         targets[1], targets[2], targets[3] = -100, self.start - 1, self.start + width
         self.targets = targets.to(device)
         self.transform, self.entropy = TRANSFORMS[transform], entropy
-        self.arguments = self.bias, self.targets, self.start, self.transform
 
     def place(self, value):
         """A copy of `value` on the device, 16-byte aligned or just not."""
@@ -58,7 +57,10 @@ class Rows:
         skip = 1 if self.shifted else 0
         return room[skip : skip + value.numel()].view(value.shape).copy_(value)
 
-    def slab(self):
+    def slab(self, z):
+        return Slab(z, self.bias, self.targets, self.start, self.transform)
+
+    def matrix(self):
         return self.place(torch.empty(self.rows, self.width, dtype=self.dtype))
 
     def row(self, *shape):
@@ -74,25 +76,50 @@ class Rows:
 
     def forward(self, kernels, keep):
         state = self.state()
-        kept = self.slab() if keep else None
-        offset = self.row(self.rows, 1) if keep else None
-        kernels.slab_forward(self.place(self.z), *self.arguments, state, kept, offset)
-        return [*state, kept, offset]
+        kept = Kept(self.matrix(), self.row(self.rows, 1)) if keep else None
+        kernels.slab_forward(self.slab(self.place(self.z)), state, kept)
+        return [*state, *(kept or (None, None))]
 
     def unit(self, kernels, alias):
         state, z = self.state(), self.place(self.z)
-        unit = z if alias else self.slab()
-        logged = self.slab() if self.entropy else None
-        rescale = self.row()
-        step = self.row() if self.entropy else None
-        kernels.slab_forward_unit(z, *self.arguments, state, unit, logged, rescale, step)
-        return [*state, unit, logged, rescale, step]
+        logged = self.matrix() if self.entropy else None
+        unit = Unit(z if alias else self.matrix(), logged, self.row(), self.row() if self.entropy else None)
+        kernels.slab_forward_unit(self.slab(z), state, unit)
+        return [*state, *unit]
+
+    def exps(self, kernels, alias):
+        """A second slab whose maxima are up to 70 above those of the first, which has passed without a pivot."""
+        state, z = self.state(), self.place(self.z)
+        z += torch.linspace(0, 70, self.rows, dtype=self.wide, device=self.device).unsqueeze(1)
+        both = self.place(torch.rand(self.rows, 2 * self.width, dtype=self.wide).to(z.device)).to(self.dtype)
+        pivot = self.row().fill_(1.0)
+        pivot[::3] = -torch.inf
+        both[::3, : self.width] = 0.0
+        exps = Exps(z if alias else both[:, self.width :], pivot, 0 if alias else self.width, self.row())
+        kernels.exps_forward(self.slab(z), state, exps)
+        return [*state, exps.values, None if alias else both, exps.pivot, exps.moved]
+
+    def again(self, kernels, alias):
+        z = self.place(self.z)
+        places = torch.arange(self.rows, dtype=self.wide, device=self.device)
+        values = z if alias else self.matrix()
+        kernels.exps_backward(self.slab(z), places - 3, torch.sin(1 + places), values)
+        return [values]
+
+    def sums(self, kernels):
+        """Columns and rows of one matrix: weighted sums of the first, factors of the second."""
+        values = self.place(torch.rand(self.rows, self.width, dtype=self.wide).to(self.device)).to(self.dtype)
+        weights = torch.sin(1 + torch.arange(self.rows, dtype=self.wide, device=self.device))
+        total = self.row(self.width).fill_(torch.nan)
+        kernels.column_sums(values, weights, total)
+        weights[::2] = 1.0
+        kernels.rescale_rows(values, weights)
+        return [total, values]
 
     def backward(self, kernels, kept, alias, dbias):
         """From what torch_rows kept, so that both see the same; that serves no upstream of the entropy."""
-        state, offset = self.state(), self.row(self.rows, 1)
-        stored = self.slab()
-        torch_rows.slab_forward(self.z.clone(), *self.arguments, state, stored, offset)
+        state, stored = self.state(), Kept(self.matrix(), self.row(self.rows, 1))
+        torch_rows.slab_forward(self.slab(self.z.clone()), state, stored)
         seen = state.run_sum > 0
         log_sum = torch.where(seen, state.run_sum.log(), torch.nan)
         entropy = None if state.entropy_sum is None else log_sum - state.entropy_sum / state.run_sum
@@ -102,9 +129,10 @@ class Rows:
         upstream = Upstream(torch.sin(1 + places), torch.cos(places), c_ent)
         scale = torch.exp2(-(places % 5)) if self.dtype == torch.float16 else None
         total = self.row(self.width).fill_(torch.nan) if dbias else None
-        src = stored if kept else self.place(self.z)
-        dz = src if alias else self.slab()
-        kernels.slab_backward(src, offset if kept else None, *self.arguments, stats, upstream, scale, dz, total)
+        src = stored.values if kept else self.place(self.z)
+        dz = src if alias else self.matrix()
+        slab = self.slab(None if kept else src)
+        kernels.slab_backward(slab, stored if kept else None, stats, upstream, scale, dz, total)
         return [dz, total]
 
 
@@ -115,5 +143,5 @@ def compare(make, kernel, *options):
         results.append(getattr(make(), kernel)(kernels, *options))
     for place, (got, want) in enumerate(zip(*results, strict=True)):
         if got is not None:
-            rows = make().rows if want.dim() == 1 and kernel == "backward" else 1  # a sum over rows
+            rows = make().rows if want.dim() == 1 and kernel in ("backward", "sums") else 1  # a sum over rows
             close(got, want, got.dtype, f"{kernel}, output {place}", scale=float(rows))

@@ -15,7 +15,7 @@ from tolerances import assert_within
 
 import windkern as wk
 from windkern.kernels import cpp_rows, native, torch_rows
-from windkern.kernels.contract import RowState
+from windkern.kernels.contract import Kept, RowState, Slab
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +68,8 @@ def test_exponential_is_exact_to_rounding(instruction_set, dtype):
     kept, offset = torch.empty_like(z), torch.empty(1, 1, dtype=dtype)
     state = RowState(*(torch.full((1,), start, dtype=dtype) for start in (-torch.inf, 0.0, -torch.inf)), None)
     exact = z.double().exp()
-    cpp_rows.slab_forward(z.clone(), None, torch.tensor([3]), 0, wk.LogitTransform(), state, kept, offset)
+    slab = Slab(z.clone(), None, torch.tensor([3]), 0, wk.LogitTransform())
+    cpp_rows.slab_forward(slab, state, Kept(kept, offset))
     normal = exact > torch.finfo(dtype).tiny * 1.01
     relative = ((kept.double() - exact) / exact)[normal].abs().max()
     assert relative <= 2 * torch.finfo(dtype).eps
@@ -81,7 +82,8 @@ def test_storage_rounds_to_nearest_even(instruction_set, dtype):
     z = -4 * torch.rand(3, 1001)
     kept, offset = torch.empty(3, 1001, dtype=dtype), torch.empty(3, 1)
     state = RowState(*(torch.full((3,), start) for start in (-torch.inf, 0.0, -torch.inf)), None)
-    cpp_rows.slab_forward(z.clone(), None, torch.tensor([0, 1, 2]), 0, wk.LogitTransform(), state, kept, offset)
+    slab = Slab(z.clone(), None, torch.tensor([0, 1, 2]), 0, wk.LogitTransform())
+    cpp_rows.slab_forward(slab, state, Kept(kept, offset))
     wanted = (z.double() - offset.double()).exp().float().to(dtype)
     apart = (kept.view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
     assert apart.max() <= 1  # exp itself may differ by its own rounding at a tie
@@ -166,11 +168,9 @@ def test_planted_faults_are_caught(monkeypatch):
 
     compare()
     for fault in (
-        lambda operand, z, shape, bias, targets, start, t: original(operand, z, shape, bias, targets, start + 1, t),
-        lambda operand, z, shape, bias, targets, start, t: original(operand, z, shape, None, targets, start, t),
-        lambda operand, z, shape, bias, targets, start, t: original(
-            operand, z, shape, bias, targets, start, wk.LogitTransform()
-        ),
+        lambda slab, values: original(slab._replace(start=slab.start + 1), values),
+        lambda slab, values: original(slab._replace(bias=None), values),
+        lambda slab, values: original(slab._replace(transform=wk.LogitTransform()), values),
     ):
         monkeypatch.setattr(cpp_rows, "_slab", fault)
         with pytest.raises((AssertionError, ValueError)):

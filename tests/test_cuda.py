@@ -16,7 +16,7 @@ from test_logprobs import check
 
 import windkern as wk
 from windkern.kernels import buffers, cuda_rows, torch_rows
-from windkern.kernels.contract import RowState, RowStats, Upstream
+from windkern.kernels.contract import Kept, RowState, RowStats, Slab, Upstream
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -59,6 +59,11 @@ def test_row_kernels(backend, dtype, width):
         for kept in (False, True):
             for alias in {False, own and not kept}:
                 compare(make, "backward", kept, alias, bias)
+        if not entropy:
+            for kernel in ("exps", "again"):
+                for alias in {False, own}:
+                    compare(make, kernel, alias)
+            compare(make, "sums")
 
 
 @pytest.mark.parametrize("rows", [0, 1, 31, 33, 100])
@@ -72,7 +77,8 @@ def test_rows_of_every_tile_reach_dbias(backend, rows):
     results = []
     for kernels in (cuda_rows, torch_rows):
         dz, dbias = torch.empty_like(z), torch.empty(width, dtype=torch.float64)
-        kernels.slab_backward(z.clone(), None, None, targets, 0, wk.LogitTransform(), stats, upstream, None, dz, dbias)
+        slab = Slab(z.clone(), None, targets, 0, wk.LogitTransform())
+        kernels.slab_backward(slab, None, stats, upstream, None, dz, dbias)
         results.append((dz, dbias))
     torch.testing.assert_close(*results)
     torch.testing.assert_close(results[0][1], results[0][0].sum(0))
@@ -123,8 +129,8 @@ def test_a_value_that_is_no_number_stays_one(backend):
     z[1, 77], z[2, 599] = torch.nan, torch.inf
     for keep in (False, True):
         state = RowState(torch.full((4,), -torch.inf), torch.zeros(4), torch.full((4,), -torch.inf), None)
-        kept = (torch.empty(4, 600), torch.empty(4, 1)) if keep else (None, None)
-        cuda_rows.slab_forward(z.clone(), None, torch.arange(4), 0, wk.LogitTransform(), state, *kept)
+        kept = Kept(torch.empty(4, 600), torch.empty(4, 1)) if keep else None
+        cuda_rows.slab_forward(Slab(z.clone(), None, torch.arange(4), 0, wk.LogitTransform()), state, kept)
         assert state.run_sum.isnan().tolist() == [False, True, True, False]
 
 

@@ -67,18 +67,21 @@ def test_a_missing_extension_is_told_with_the_reason(monkeypatch, capsys):
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
 def test_a_wrong_back_end_is_seen(part, monkeypatch, capsys):
-    name = {"forward": "slab_forward", "backward": "slab_backward"}[part]
-    right = getattr(torch_rows, name)
+    names = {"forward": ("slab_forward", "exps_forward"), "backward": ("slab_backward", "exps_backward")}[part]
 
-    def wrong(z, *args, **options):
-        if part == "forward":
-            z[:, 3] += 0.5
-            return right(z, *args, **options)
-        out = right(z, *args, **options)
-        args[8].mul_(1.01)  # dz
-        return out
+    def wrong(right):
+        def kernel(slab, *args):
+            if part == "forward":
+                slab.logits[:, 3] += 0.5
+                return right(slab, *args)
+            right(slab, *args)
+            written = args[4] if right.__name__ == "slab_backward" else args[2]  # dz, or exponentials
+            written.mul_(1.01)
 
-    monkeypatch.setattr(torch_rows, name, wrong)
+        return kernel
+
+    for name in names:
+        monkeypatch.setattr(torch_rows, name, wrong(getattr(torch_rows, name)))
     monkeypatch.setattr(backends, "BACKENDS", {"torch": backends.BACKENDS["torch"]})
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

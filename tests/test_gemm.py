@@ -41,7 +41,7 @@ def library(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_products(library, dtype):
-    products = gemm.Gemm("cpu", dtype)
+    products = gemm.products_of("cpu", dtype)
     hidden, weight, dz = torch.randn(37, 24), torch.randn(65, 24), torch.randn(37, 65)
     hidden, weight, dz = (value.to(dtype) for value in (hidden, weight, dz))
     exact = [value.double() for value in (hidden, weight, dz)]
@@ -54,6 +54,9 @@ def test_products(library, dtype):
     close(z, exact[0] @ exact[1].T, exact[0] @ exact[1].T, "logits")
     twice = products.logits(products.prepared(hidden), products.prepared(weight), None, add_to=z.clone())
     close(twice, 2 * exact[0] @ exact[1].T, exact[0] @ exact[1].T * 2, "logits of two blocks")
+    first = torch.full((37, 24), torch.nan, dtype=products.acc)
+    first = products.hidden_grad(products.prepared(dz), products.prepared(weight), first, first=True)
+    close(first, exact[2] @ exact[1], exact[2] @ exact[1], "hidden_grad of the first columns")
     total = torch.ones(37, 24, dtype=products.acc)
     total = products.hidden_grad(products.prepared(dz), products.prepared(weight), total)
     assert total.dtype == products.acc
@@ -120,7 +123,7 @@ def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_other_rows(monkeypat
 
 
 def test_flops_are_counted():
-    products = gemm.Gemm("cpu", torch.float32)
+    products = gemm.products_of("cpu", torch.float32)
     with buffers.recording() as record:
         products.logits(torch.randn(5, 3), torch.randn(7, 3), None)
         products.hidden_grad(torch.randn(5, 7), torch.randn(7, 3), torch.zeros(5, 3))

@@ -20,7 +20,7 @@ from cuda_cases import WIDTHS, Rows, close  # noqa: E402
 
 import windkern as wk  # noqa: E402
 from windkern.kernels import cuda_rows, torch_rows  # noqa: E402
-from windkern.kernels.contract import RowState  # noqa: E402
+from windkern.kernels.contract import Kept, RowState, Slab  # noqa: E402
 
 REASON = wk.backends.why_not("cuda", "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -46,6 +46,9 @@ def every_call(dtype, width, rows=9):
         yield arguments, "forward", (True,)
         yield from ((arguments, "unit", (alias,)) for alias in {False, own})
         yield from ((arguments, "backward", (True, False, bias)), (arguments, "backward", (False, own, bias)))
+        if not entropy:
+            yield from ((arguments, kernel, (alias,)) for kernel in ("exps", "again") for alias in {False, own})
+            yield arguments, "sums", ()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,7 +58,7 @@ def test_row_kernels(dtype, width):
         ours, plain = (results(kernels, kernel, options, arguments) for kernels in (cuda_rows, torch_rows))
         for place, (got, want) in enumerate(zip(ours, plain, strict=True)):
             if got is not None:
-                scale = 70.0 if want.dim() == 1 and kernel == "backward" else 1.0
+                scale = 70.0 if want.dim() == 1 and kernel in ("backward", "sums") else 1.0
                 close(got.cpu(), want.cpu(), got.dtype, f"{kernel}{options}, output {place}", scale=scale)
 
 
@@ -73,8 +76,9 @@ def test_offsets_beyond_two_to_the_31():
         None,
     )
     targets = torch.full((rows,), 5, device="cuda")
-    kept, offset = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda"), torch.empty(rows, 1, device="cuda")
-    cuda_rows.slab_forward(z, None, targets, 0, wk.LogitTransform(), state, kept, offset)
+    kept = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda")
+    slab = Slab(z, None, targets, 0, wk.LogitTransform())
+    cuda_rows.slab_forward(slab, state, Kept(kept, torch.empty(rows, 1, device="cuda")))
     assert state.target_logit[[0, 1, -1]].tolist() == [-2.0, 0.0, 3.0]
     torch.testing.assert_close(state.run_sum[-1].item(), 1 + 32767 * 2.718281828459045**-3, rtol=1e-5, atol=0)
     assert kept[-1, 5] == 1 and kept[0, 5] == torch.tensor(2.718281828459045**-2).bfloat16()

@@ -5,7 +5,7 @@ import torch
 from cases import GEARS, NARROW, SHAPES, UNLIMITED, Problem, Shape
 
 import windkern as wk
-from windkern.kernels.contract import RowStats, Upstream
+from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Upstream
 from windkern.ops import fused_loss, inputs
 
 POISONS = (torch.nan, torch.inf)
@@ -136,9 +136,19 @@ def check_row_kernel(kernels, dtype: torch.dtype) -> None:
     upstream = Upstream(torch.tensor([1.0, 0.0, -2.0, 0.0], dtype=wide), None, None)
     for src, kept_offset in ((z.clone(), None), (exponentials, offset)):
         dz, dbias = torch.empty(rows, width, dtype=dtype), torch.empty(width, dtype=wide)
-        kernels.slab_backward(src, kept_offset, None, targets, 0, wk.LogitTransform(), stats, upstream, None, dz, dbias)
+        slab = Slab(src if kept_offset is None else None, None, targets, 0, wk.LogitTransform())
+        kept = None if kept_offset is None else Kept(src, kept_offset)
+        kernels.slab_backward(slab, kept, stats, upstream, None, dz, dbias)
         assert torch.equal(dz[[1, 3]], torch.zeros(2, width, dtype=dtype))
         assert dz[[0, 2]].isfinite().all() and dbias.isfinite().all()
+    state = RowState(*(torch.full((rows,), start, dtype=wide) for start in (-torch.inf, 0.0, -torch.inf)), None)
+    values, pivot = torch.empty(rows, width, dtype=dtype), torch.full((rows,), -torch.inf, dtype=wide)
+    slab = Slab(z.clone(), None, targets, 0, wk.LogitTransform())
+    kernels.exps_forward(slab, state, Exps(values, pivot, 0, None))
+    again = torch.empty_like(values)
+    kernels.exps_backward(slab._replace(logits=z.clone()), pivot, torch.ones_like(pivot), again)
+    for written in (values, again):
+        assert torch.equal(written[[1, 3]], torch.zeros(2, width, dtype=dtype)) and written.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "windkern"
 BASE = {"_checks", "transform", "terminal"}
 ALLOWED = {
     "kernels": BASE | {"_cpp", "_cuda"},
-    "ops": BASE | {"kernels", "plan", "backends"},
+    "ops": BASE | {"kernels", "plan", "spec", "backends"},
     "losses": BASE | {"kernels", "ops", "backends"},
     "tabular": BASE | {"losses", "display"},
     "losses_report": BASE | {"losses"},
@@ -22,7 +22,9 @@ ALLOWED = {
     "train": BASE | {"kernels", "ops", "losses", "backends", "hf", "integrations", "recipes", "display", "__version__"},
     "recipes": BASE,
     "reference": set(),
-    "plan": BASE | {"kernels"},
+    "spec": BASE,
+    "costs": BASE | {"kernels", "spec"},
+    "plan": BASE | {"kernels", "backends", "costs", "spec"},
     "backends": BASE | {"kernels"},
     "transform": {"_checks"},
     "_checks": set(),

@@ -1,5 +1,7 @@
 """token_logps: every back end, dtype, gear, variant and budget within the error budget of float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import DTYPES, GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, VOCABULARIES, Problem, Shape
@@ -31,6 +33,8 @@ def test_parity(backend, variant, gear, dtype):
     problem = Problem(SHAPES["odd"], variant)
     for budget in (NARROW, problem.middle_budget(dtype, gear), UNLIMITED):
         check(problem, dtype, gear, memory_budget=budget, backend=backend)
+        if gear != "scoring" and not VARIANTS[variant]["entropy"]:
+            check(replace(problem, seen=("logps",)), dtype, gear, memory_budget=budget, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,15 +45,18 @@ def test_parity_of_other_shapes(backend, shape, gear, dtype):
         problem = Problem(SHAPES[shape], variant)
         for budget in (NARROW, UNLIMITED):
             check(problem, dtype, gear, memory_budget=budget, backend=backend)
+            if variant == "plain":
+                check(replace(problem, seen=("logps",)), dtype, gear, memory_budget=budget, backend=backend)
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_parity_at_real_vocabularies(backend, vocab, dtype):
-    problem = Problem(Shape((6,), (24,), vocab), "entropy")
-    for gear in ("frozen_head", "trained"):
-        for budget in (NARROW, UNLIMITED):
-            check(problem, dtype, gear, memory_budget=budget, backend=backend)
+    for variant, seen in (("entropy", ("logps", "entropy")), ("plain", ("logps",))):
+        problem = Problem(Shape((6,), (24,), vocab), variant, seen=seen)
+        for gear in ("frozen_head", "trained"):
+            for budget in (NARROW, UNLIMITED):
+                check(problem, dtype, gear, memory_budget=budget, backend=backend)
 
 
 @pytest.mark.parametrize("gear", ["scoring", "frozen_head", "trained"])

@@ -8,7 +8,6 @@ import torch
 from cases import GEARS, NARROW, SHAPES, UNLIMITED, Problem
 
 import windkern as wk
-from windkern.ops import logprobs
 from windkern.ops.inputs import prepare
 from windkern.ops.once import graph_links
 from windkern.plan import plan
@@ -35,20 +34,17 @@ def op_arguments(gear: str, *, entropy: bool, kept: bool, backend: str):
         backend=backend,
     )
     grads = {"hidden_grad": (wants[0], wants[0]), "weight_grad": (wants[1], wants[1]), "bias_grad": wants[2]}
-    made = plan(
-        inputs.num_rows,
-        inputs.hidden_sizes,
-        517,
-        inputs.operand,
-        entropy=entropy,
-        device="cpu",
-        memory_budget=UNLIMITED if kept else NARROW,
-        **grads,
+    sizes = inputs.num_rows, inputs.hidden_sizes, 517
+    budget = UNLIMITED if kept else NARROW
+    made = plan(*sizes, entropy=entropy, memory_budget=budget, **{**inputs.planned(), **grads})
+    return (
+        inputs.hidden,
+        inputs.weight,
+        inputs.bias,
+        inputs.targets,
+        inputs.rows,
+        *made.walk.of(inputs.transform).values(),
     )
-    config = logprobs.config_of(
-        inputs, made.slab_width, made.slabs_kept, made.row_block, made.offset_tiles, grads, entropy
-    )
-    return (inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *config)
 
 
 @pytest.mark.parametrize("gear", GEARS)

@@ -1,5 +1,7 @@
 """Planted faults: each must be caught by the same comparison the real code passes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import NARROW, SHAPES, UNLIMITED, Problem
@@ -8,12 +10,14 @@ from test_numerics import test_bfloat16_log_probs_are_those_of_float32_logits
 
 import windkern as wk
 from windkern.kernels import buffers, gemm, torch_rows
-from windkern.ops import logprobs, walk
+from windkern.ops import gradients, logprobs, rows, walk
+from windkern.spec import WalkSpec
 
 
 def fails(budget=NARROW, gear="trained", variant="all", dtype=torch.float32):
     with pytest.raises((AssertionError, ValueError)):
-        check(Problem(SHAPES["odd"], variant), dtype, gear, memory_budget=budget, backend="torch")
+        problem = Problem(SHAPES["odd"], variant, seen=("logps",) if variant == "plain" else Problem.seen)
+        check(problem, dtype, gear, memory_budget=budget, backend="torch")
 
 
 @pytest.fixture
@@ -39,15 +43,38 @@ def test_zero_gradient(plant, gear, dtype):
         fails(gear=gear, variant=variant, dtype=dtype)
 
 
-@pytest.mark.parametrize("kernel", ["slab_forward", "slab_backward", "slab_forward_unit"])
+@pytest.mark.parametrize(
+    "kernel", ["slab_forward", "slab_backward", "slab_forward_unit", "exps_forward", "exps_backward"]
+)
 def test_target_off_by_one(plant, kernel):
-    place = {"slab_forward": 2, "slab_forward_unit": 2, "slab_backward": 3}[kernel]
-
-    def shifted(original, *args):
-        return original(*(arg + (arg >= 0) if k == place else arg for k, arg in enumerate(args)))
+    def shifted(original, slab, *args):
+        return original(slab._replace(targets=slab.targets + (slab.targets >= 0)), *args)
 
     plant(torch_rows, kernel, shifted)
-    fails(gear="frozen_head" if kernel == "slab_forward_unit" else "trained")
+    variant = "plain" if kernel.startswith("exps") else "all"
+    gears = ["frozen_head"] if kernel == "slab_forward_unit" else ["trained"]
+    for gear in [*gears, "frozen_head"] if kernel == "exps_forward" else gears:
+        fails(NARROW if kernel != "exps_forward" else UNLIMITED, gear, variant)
+
+
+@pytest.mark.parametrize("gear", ["trained", "frozen_body"])
+@pytest.mark.parametrize("budget", [NARROW, UNLIMITED])
+def test_an_entry_of_the_target_that_is_not_put_in(plant, gear, budget):
+    plant(walk, "target_entry", lambda original, stats, total: torch.zeros_like(total))
+    plant(gradients, "target_entry", lambda original, stats, total: torch.zeros_like(total))
+    fails(budget, gear, "plain")
+
+
+def test_a_unit_that_is_off_in_backward(plant):
+    """The row factor relative to the maximum instead of the pivot."""
+
+    def forgets(original, *args):
+        total = original(*args)
+        return total.mul_(1.01)
+
+    plant(walk, "_finish_exps", forgets)
+    for gear in ("trained", "frozen_head"):
+        fails(UNLIMITED, gear, "plain")
 
 
 @pytest.mark.parametrize("gear", ["scoring", "trained", "frozen_head"])
@@ -77,57 +104,62 @@ def test_missing_rescale_of_the_running_sum(plant):
 
 
 def test_missing_rescale_of_the_unit_gradient(plant):
-    def forgets(original, *args):
-        original(*args)
-        args[8].fill_(1.0)
+    def forgets(original, slab, state, unit):
+        original(slab, state, unit)
+        unit.rescale.fill_(1.0)
 
     plant(torch_rows, "slab_forward_unit", forgets)
     fails(gear="frozen_head")
 
 
 def test_a_slab_that_is_skipped(monkeypatch):
-    slabs = walk.Walk.slabs
-    monkeypatch.setattr(walk.Walk, "slabs", lambda self, vocab: slabs(self, vocab)[:-1])
+    slabs = WalkSpec.slabs
+    monkeypatch.setattr(WalkSpec, "slabs", lambda self, vocab: slabs(self, vocab)[:-1])
     for gear in ("scoring", "trained", "frozen_head"):
         fails(gear=gear)
 
 
 def test_sign_of_the_entropy_gradient(plant):
-    plant(
-        torch_rows,
-        "other_slope",
-        lambda original, stats, upstream: original(
-            stats, upstream._replace(entropy=None if upstream.entropy is None else -upstream.entropy)
-        ),
-    )
+    for owner in (torch_rows, gradients):
+        plant(
+            owner,
+            "other_slope",
+            lambda original, stats, upstream: original(
+                stats, upstream._replace(entropy=None if upstream.entropy is None else -upstream.entropy)
+            ),
+        )
     for gear in ("trained", "frozen_head"):
         fails(gear=gear)
 
 
 def test_slope_of_the_transform_is_forgotten(plant):
-    plant(torch_rows, "_relative_slope", lambda original, y, transform, out: out.fill_(1.0))
+    plant(torch_rows, "relative_slope", lambda original, y, transform, out: out.fill_(1.0))
     for gear in ("trained", "frozen_head"):
         fails(gear=gear, budget=UNLIMITED)
 
 
-def test_storage_dtype_accumulation(plant):
+def test_storage_dtype_accumulation(plant, monkeypatch):
     """dhidden summed over slabs in bfloat16 instead of float32."""
 
-    def rounded(original, self, dz, weight, total):
-        return original(self, dz, weight, total).bfloat16().float()
+    def rounded(original, self, dz, weight, total, *, first=False):
+        return original(self, dz, weight, total, first=first).bfloat16().float()
 
-    plant(gemm.Gemm, "hidden_grad", rounded)
+    plant(type(gemm.products_of("cpu", torch.bfloat16)), "hidden_grad", rounded)
     problem = Problem(SHAPES["odd"], "plain")
     exact, ours = problem.exact(torch.bfloat16, "trained"), None
     ours = problem.run(wk.token_logps, torch.bfloat16, "trained", memory_budget=NARROW, backend="torch")
     broken = (ours["dhidden0"].double() - exact["dhidden0"]).norm()
-    plant(gemm.Gemm, "hidden_grad", lambda original, self, dz, weight, total: total.addmm_(dz.float(), weight.float()))
+    monkeypatch.undo()
     right = problem.run(wk.token_logps, torch.bfloat16, "trained", memory_budget=NARROW, backend="torch")
     assert (right["dhidden0"].double() - exact["dhidden0"]).norm() < broken
 
 
 def test_rounded_logits(plant):
-    plant(gemm.Gemm, "logits", lambda original, *args, **kwargs: original(*args, **kwargs).bfloat16().float())
+    plant(
+        type(gemm.products_of("cpu", torch.bfloat16)),
+        "logits",
+        lambda original, *args, **kwargs: original(*args, **kwargs).bfloat16().float(),
+    )
     with pytest.raises(AssertionError):
         test_bfloat16_log_probs_are_those_of_float32_logits("torch")
 
@@ -157,10 +189,8 @@ def test_a_fused_loss_that_recomputes_is_seen_by_the_recorder(plant):
     targets = torch.zeros(4, 2, 20, dtype=torch.long)
     plan = wk.plan(160, 8, 1003, torch.float32, group_rows=40, device="cpu")
     for broken in (False, True):
-        if broken:  # kept probabilities are thrown away, every logit is computed again
-            from windkern.ops import fused_loss
-
-            plant(fused_loss, "config_of", lambda original, *args: original(*args)._replace(slabs_kept=0))
+        if broken:  # what is kept is thrown away, every logit is computed again
+            plant(rows.RowBlock, "of", lambda original, spec, *args: original(replace(spec, slabs_kept=0), *args))
         with buffers.recording() as record:
             wk.fused_loss(lambda logps: logps.sum(-1), hidden, weight, targets, backend="torch")
         assert (record.flops == plan.flops) is not broken
@@ -169,16 +199,16 @@ def test_a_fused_loss_that_recomputes_is_seen_by_the_recorder(plant):
 
 def test_a_walk_that_writes_to_what_it_kept_is_seen(monkeypatch):
     """retain_graph: kept probabilities must survive backward."""
-    original = torch_rows.slab_backward
+    original = gradients._Backward._multiply
 
-    def vandal(src, *args):
-        original(src, *args)
-        src.zero_()
+    def vandal(self, dz, *args, **options):
+        original(self, dz, *args, **options)
+        dz.zero_()
 
     hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(301, 8, requires_grad=True)
     for broken in (False, True):
         if broken:
-            monkeypatch.setattr(torch_rows, "slab_backward", vandal)
+            monkeypatch.setattr(gradients._Backward, "_multiply", vandal)
         loss = wk.token_logps(hidden, weight, torch.arange(9), backend="torch").logps.sum()
         first = torch.autograd.grad(loss, weight, retain_graph=True)[0]
         if broken:

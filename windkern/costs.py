@@ -262,7 +262,7 @@ class Problem:
     @staticmethod
     def _product_seconds(device: Device, rows: int, columns: int, inner: int) -> float:
         """A product (rows, inner) @ (inner, columns) in whole waves of tiles."""
-        if not rows or not columns:
+        if not (rows and columns and inner):
             return 0.0
         high, wide = device.tile
         waves = math.ceil(math.ceil(rows / high) * math.ceil(columns / wide) / device.units)

@@ -141,7 +141,11 @@ def _found(function: Callable[..., tuple], leaves: list[Tensor], targets: Tensor
     transform = LogitTransform(scale=1.2, softcap=8.0)
     logps, _, entropy = function(hidden, weight, targets, bias=bias, transform=transform, entropy=True)
     loss = (logps * upstream).sum() + (entropy * other).sum()
-    return dict(zip(QUANTITIES, (logps, entropy, *torch.autograd.grad(loss, (hidden, weight))), strict=True))
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    # Log-probs alone, as losses ask for them, take another way through backward.
+    alone = torch.autograd.grad((function(hidden, weight, targets, bias=bias)[0] * upstream).sum(), (hidden, weight))
+    both = (torch.stack(pair) for pair in zip(grads, alone, strict=True))
+    return dict(zip(QUANTITIES, (logps, entropy, *both), strict=True))
 
 
 def check_backend(name: str, device: str, dtype: torch.dtype) -> list[Check]:

@@ -13,7 +13,6 @@ from windkern._checks import check_choice, check_count, check_device, check_each
 from windkern.costs import MIB, Problem, fixed_tile, round_up
 from windkern.kernels.gemm import products_of
 from windkern.spec import WalkSpec
-from windkern.transform import LogitTransform
 
 # Reason: a constant for each device type, never a query of free memory: results must not depend on what else runs.
 DEFAULT_BUDGET = {"cpu": 256 * MIB}
@@ -109,9 +108,7 @@ def plan(
     total_rows: int | None = None,
     hidden_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     weight_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
+    capped: bool = False,
     backend: str = "auto",
 ) -> Plan:
     """Return the plan an op with these arguments will follow. Pure: the same arguments give the same plan anywhere.
@@ -132,7 +129,7 @@ def plan(
         hidden_dtype: of the hidden states where it differs from `dtype`, one or one for each block; rows are cast as
             they are copied.
         weight_dtype: of the head where it differs from `dtype`, the same; its slabs are cast one at a time.
-        scale, softcap, temperature: of the logits, see `token_logps`.
+        capped: whether logits have a softcap.
         backend: of the row kernels; "auto" is the one that is preferred on such a device.
 
     Returns:
@@ -140,7 +137,7 @@ def plan(
 
     Raises:
         ValueError: a size or the budget is too small, what is given by block does not match the blocks, `device` names
-            none, `backend` is unknown, or a number of the transform is out of range.
+            none, or `backend` is unknown.
         TypeError: a size is not an integer, a flag not True or False, or a dtype not one windkern supports.
 
     Example:
@@ -162,7 +159,6 @@ def plan(
     if total_rows < rows:
         raise ValueError(f"total_rows must be at least rows, {rows}, got {total_rows}")
     backend = backends.planned(check_choice("backend", backend, ["auto", *backends.BACKENDS]), device_type, dtype)
-    transform = LogitTransform(scale, softcap, temperature)
     hidden_grad = check_each("hidden_grad", hidden_grad, check_flag, len(sizes))
     weight_grad = check_each("weight_grad", weight_grad, check_flag, len(sizes))
     gear = gear_of(hidden_grad, weight_grad, check_flag("bias_grad", bias_grad))
@@ -171,7 +167,7 @@ def plan(
         # Reason: the frozen head's gear needs the slab; where all gears must give the same bits, all run tiles.
         gear, tiles = ("trained", tiles) if deterministic else (gear, 0)
     entropy = check_flag("entropy", entropy)
-    plain = not (entropy or tiles or transform.softcap is not None or dtype == torch.float16)
+    plain = not (entropy or tiles or check_flag("capped", capped) or dtype == torch.float16)
     pads = deterministic and not tiles
     walk = WalkSpec(
         gear=gear,
@@ -180,9 +176,9 @@ def plan(
         weight_grad=weight_grad,
         bias_grad=bias_grad,
         entropy=entropy,
-        scale=transform.scale,
-        softcap=transform.softcap,
-        temperature=transform.temperature,
+        scale=1.0,
+        softcap=None,
+        temperature=1.0,
         slab_width=0,
         slabs_kept=0,
         slabs_at_once=1,

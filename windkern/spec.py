@@ -47,6 +47,11 @@ class WalkSpec:
     def transform(self) -> LogitTransform:
         return LogitTransform(self.scale, self.softcap, self.temperature)
 
+    def of(self, transform: LogitTransform) -> WalkSpec:
+        """The same decisions for logits with this transform."""
+        numbers = {"scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
+        return dataclasses.replace(self, **numbers)
+
     @property
     def offset_tiles(self) -> int:
         """Offsets of a row in a slab that is kept for dz."""

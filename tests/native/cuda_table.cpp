@@ -12,7 +12,7 @@ constexpr int64_t kRowTiles = 2;
 
 void forward(const Slab& slab, const ForwardState& state, const ForwardOutputs& out) {
   cuda::slab_forward(slab, state, out, nullptr);
-  cuda::slab_forward(slab, state, {nullptr, nullptr}, nullptr);
+  cuda::slab_forward(slab, state, {nullptr, 0, nullptr}, nullptr);
 }
 
 void unit(const Slab& slab, const ForwardState& state, const UnitOutputs& out) {
@@ -24,6 +24,17 @@ void backward(const Slab& slab, const BackwardInputs& in) {
   std::vector<char> partial(in.dbias == nullptr ? 0 : kRowTiles * slab.width * item);
   cuda::slab_backward(slab, in, in.dbias == nullptr ? nullptr : partial.data(), in.dbias == nullptr ? 0 : kRowTiles,
                       nullptr);
+}
+
+void exps(const Slab& slab, const ForwardState& state, const ExpsOutputs& out) {
+  cuda::exps_forward(slab, state, out, nullptr);
+}
+
+void again(const Slab& slab, const ExpsInputs& in) { cuda::exps_backward(slab, in, nullptr); }
+
+void columns(const ColumnSums& in) {
+  std::vector<char> partial(kRowTiles * in.width * (in.dtype == DType::float64 ? 8 : 4));
+  cuda::column_sums(in, partial.data(), kRowTiles, nullptr);
 }
 
 void segments(DType dtype, const void* values, const int64_t* bounds, int64_t count, void* sums, int) {
@@ -42,7 +53,7 @@ void rates(const Pairs& in, void* out) { cuda::win_rates(in, out, nullptr); }
 std::vector<NamedProduct> runnable_products() { return {}; }
 
 std::vector<const KernelTable*> runnable_kernels() {
-  static const KernelTable table{"emulated", forward, unit, backward, segments, terms, rates};
+  static const KernelTable table{"emulated", forward, unit, backward, exps, again, columns, segments, terms, rates};
   return {&table};
 }
 

@@ -57,8 +57,8 @@ def exps_rows(
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
         width = tl.multiple_of(width, 16)
-    # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions, whose
-    # barriers come before any store.
+    # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions,
+    # whose barriers come before any store.
     run_max, run_sum, pivot = tl.load(max_ptr + row), tl.load(sum_ptr + row), tl.load(pivot_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < width

@@ -69,8 +69,8 @@ def forward_rows(
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
         width = tl.multiple_of(width, 16)
-    # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions, whose
-    # barriers come before any store.
+    # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions,
+    # whose barriers come before any store.
     run_max, run_sum = tl.load(max_ptr + row), tl.load(sum_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -91,9 +91,7 @@ def forward_rows(
         ENTROPY,
         BLOCK,
     )
-    new_max, new_sum, new_entropy, _, _ = merge(
-        run_max, run_sum, run_entropy, part_max, part_sum, part_entropy
-    )
+    new_max, new_sum, new_entropy, _, _ = merge(run_max, run_sum, run_entropy, part_max, part_sum, part_entropy)
     tl.store(target_ptr + row, target, mask=has_target)
     tl.store(max_ptr + row, new_max)
     tl.store(sum_ptr + row, new_sum)
@@ -138,8 +136,8 @@ def unit_rows(
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
         width = tl.multiple_of(width, 16)
-    # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions, whose
-    # barriers come before any store.
+    # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions,
+    # whose barriers come before any store.
     run_max, run_sum = tl.load(max_ptr + row), tl.load(sum_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < width

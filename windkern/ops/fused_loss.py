@@ -172,7 +172,7 @@ def _run_chunk(job: _Job, chunk: _Chunk, scale: float, held: HeldGradients | Non
     hidden = [block[places] for block in inputs.hidden]
     num_rows = targets.shape[0]
     made = job.make_plan(num_rows, total_rows=num_rows + (rows is not None))
-    block = RowBlock.of(made.walk, hidden, inputs.weight, inputs.bias, targets, rows)
+    block = RowBlock.of(made.walk.of(inputs.transform), hidden, inputs.weight, inputs.bias, targets, rows)
     saved = block.forward()
     token_logps = block.selected(saved.stats.logps)
     if rows is not None:

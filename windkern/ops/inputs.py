@@ -72,9 +72,7 @@ class Inputs:
             "hidden_dtype": tuple(block.dtype for block in self.hidden),
             "weight_dtype": tuple(head.dtype for head in self.weight),
             "device": self.device.type,
-            "scale": self.transform.scale,
-            "softcap": self.transform.softcap,
-            "temperature": self.transform.temperature,
+            "capped": self.transform.softcap is not None,
             "backend": self.backend,
             **self.grads(),
         }

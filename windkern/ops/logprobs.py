@@ -173,7 +173,9 @@ def row_logps(
         total_rows=rows + (inputs.rows is not None),
         **inputs.planned(),
     )
-    if WalkSpec(*spec).gear == "scoring":
+    walk = WalkSpec(*spec).of(inputs.transform)
+    spec = walk.values()
+    if walk.gear == "scoring":
         return torch.ops.windkern.logprobs_fwd(
             inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *spec
         )[:4]

@@ -87,6 +87,7 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
     )
     layout = kept_layout(spec, M, V)
     kept = buffers.empty("kept", layout.shape, layout.dtype, device)
+    kept[:, spec.kept_columns(V) :] = 0.0
     offsets = buffers.empty("kept", layout.offsets, acc, device)
     if spec.factored:
         offsets[0] = -torch.inf
@@ -117,7 +118,7 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
     stats = RowStats(state.run_max, log_sum, state.target_logit, entropy)
     scale = state.run_sum * kept_gain(spec.operand)
     if spec.factored:
-        scale = _finish_exps(walk, stats, state.run_sum, offsets, kept[:, : spec.kept_columns(V)], targets, V)
+        scale = _finish_exps(walk, stats, state.run_sum, offsets, kept, targets, V)
     for unit in units:
         unit.div_(scale.unsqueeze(1))
     return Saved(stats, kept, offsets, units)
@@ -128,19 +129,22 @@ def _finish_exps(
 ) -> Tensor:
     """The sums (M,) of exp(y - pivot); the target's entry of what is kept becomes -(1 - p) times that."""
     pivot, total = offsets[0, :, 0], offsets[1, :, 0]
-    if kept.shape[1] < vocab_size and walk.spec.gear != "frozen_head":  # slabs that were not kept moved no pivot
+    columns = walk.spec.kept_columns(vocab_size)
+    if columns < vocab_size and walk.spec.gear != "frozen_head":  # slabs that were not kept moved no pivot
         new = torch.where(stats.run_max > pivot + PIVOT_ROOM, stats.run_max, pivot)
-        if kept.shape[1]:
+        if columns:
             never = (pivot == -torch.inf) | (new == pivot)
-            walk.kernels.rescale_rows(kept, torch.where(never, 1.0, torch.exp(pivot - new)))
+            walk.kernels.rescale_rows(kept[:, :columns], torch.where(never, 1.0, torch.exp(pivot - new)))
         pivot.copy_(new)
     # Reason: exp of the difference of two maxima is exact to its own rounding; exp(lse - pivot) is not.
     torch.mul(run_sum, torch.exp(stats.run_max - pivot), out=total)
-    if kept.shape[1]:
-        column = targets.clamp(0, kept.shape[1] - 1).unsqueeze(1)
-        inside = (targets >= 0) & (targets < kept.shape[1])
-        entry = torch.where(inside, target_entry(stats, total), kept.gather(1, column).squeeze(1))
-        kept.scatter_(1, column, entry.to(kept.dtype).unsqueeze(1))
+    if columns:
+        inside = (targets >= 0) & (targets < columns)
+        # Reason: scatter_ of a 16-bit matrix takes a float32 copy of all of it on a CPU.
+        flat, place = kept.view(-1), torch.arange(kept.shape[0], device=kept.device) * kept.shape[1]
+        place += targets.clamp(0, columns - 1)
+        entry = torch.where(inside, target_entry(stats, total), flat.index_select(0, place))
+        flat.index_copy_(0, place, entry.to(kept.dtype))
     return total
 
 
@@ -159,7 +163,7 @@ class _Writer:
         dtype = products.multiplied if spec.gear == "frozen_head" else kept.dtype
         self.in_place = spec.factored and dtype == products.acc and not products.allocates
         self.slab = self.unit = None
-        if spec.gear == "frozen_head":
+        if spec.gear == "frozen_head" and spec.factored:
             wide = spec.slab_width * spec.slabs_at_once
             if not products.allocates:
                 columns = wide if self.in_place else spec.slab_width
