@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, on a machine without a GPU, and read what the compiler made of it.
 
-    python -m benchmarks.aot [--targets sm_80,sm_90,sm_100,gfx942] [--kernels PATTERN] [--json FILE]
+    python -m benchmarks.aot [--targets sm_80,sm_89,sm_90,sm_100,sm_120,gfx942] [--kernels PATTERN] [--json FILE]
 
 Registers, stack (above 0: spills), shared memory, and instructions of interest for each kernel at the block sizes of
 the table. Exits with 1 if a kernel does not compile, spills, takes more shared memory than the chip has, or lacks the
@@ -28,16 +28,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from windkern.kernels import triton_backward, triton_pairs, triton_rows, triton_tile, tuned
+from windkern.kernels import triton_backward, triton_exps, triton_launch, triton_pairs, triton_rows, triton_tile, tuned
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-MATRIX_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+SHARED_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # the others: HMMA
 FLOATS = {"slope", "cap_in", "cap_out", "gain", "log_gain"}
 
 
@@ -77,18 +86,26 @@ def cases(target: str) -> Iterator[Case]:
     plain = _flags(HAS_BIAS=False, CAPPED=False, ENTROPY=False)
     full = _flags(HAS_BIAS=True, CAPPED=True, ENTROPY=True)
     low = {"kept_ptr": "bf16", "unit_ptr": "bf16", "logged_ptr": "bf16", "dz_ptr": "bf16", "targets_ptr": "i64"}
+    low["values_ptr"] = "bf16"
+    aligned = _flags(ALIGNED=True)
     wide_loads = ("LDG.E.128",)
-    for block in (2048, triton_rows.WIDEST):
+    for block in (2048, triton_launch.WIDEST):
         warps = tuned.row_warps(block, target)
         for label, flags in (("plain", plain), ("full", full)):
             for kept in (False, True):
                 name = f"forward_rows[{block},{label}{',kept' if kept else ''}]"
-                constants = {**flags, "KEPT": kept, "BLOCK": block}
+                constants = {**flags, **aligned, "KEPT": kept, "BLOCK": block}
                 yield Case(name, triton_rows.forward_rows, low, constants, warps, wants=wide_loads)
-            constants = {**flags, "BLOCK": block}
+            constants = {**flags, **aligned, "BLOCK": block}
             yield Case(f"unit_rows[{block},{label}]", triton_rows.unit_rows, low, constants, warps, wants=wide_loads)
+        for bias in (False, True):
+            constants = _flags(HAS_BIAS=bias, CAPPED=False, MOVED=bias, BLOCK=block, **aligned)
+            name = f"exps_rows[{block}{',bias' if bias else ''}]"
+            yield Case(name, triton_exps.exps_rows, low, constants, warps, wants=(*wide_loads, "STG.E.128"))
     for width in (512, 8192):
         block, warps = tuned.backward_config(width, target)
+        constants = _flags(HAS_BIAS=True, CAPPED=False, BLOCK=block, **aligned)
+        yield Case(f"again_rows[{block}]", triton_exps.again_rows, low, constants, warps)
         for kept in (False, True):
             for label, entropy, capped in (("plain", False, False), ("full", True, True)):
                 constants = _flags(
@@ -100,13 +117,15 @@ def cases(target: str) -> Iterator[Case]:
                     HAS_LSE=entropy,
                     HAS_ENT=entropy,
                     BLOCK=block,
+                    **aligned,
                 )
                 pointers = {**low, "src_ptr": "bf16" if kept else "fp32"}
                 name = f"backward_rows[{block},{label},{'kept' if kept else 'logits'}]"
                 yield Case(name, triton_backward.backward_rows, pointers, constants, warps)
     yield from _float64_cases(full)
-    constants = _flags(ROWS=triton_backward.COLUMN_SUM_ROWS, SCALED=True, BR=32, BC=128)
-    yield Case("column_sums", triton_backward.column_sums, low, constants, 4)
+    constants = _flags(ROWS=triton_exps.COLUMN_SUM_ROWS, WEIGHTED=True, BR=32, BC=128)
+    yield Case("column_sum_parts", triton_exps.column_sum_parts, low, constants, 4)
+    yield Case("rescale_kernel", triton_exps.rescale_kernel, {}, _flags(BLOCK=1024), 4)
     config = tuned.tile_config(target)
     sizes = _flags(BM=config.rows, BV=config.columns, BK=config.inner, GROUP=config.group, WIDEN=False)
     for described in (False, True):
@@ -122,7 +141,7 @@ def cases(target: str) -> Iterator[Case]:
                 {**sizes, **flags, "KEPT": kept, "DESCRIPTORS": described},
                 config.warps,
                 config.stages,
-                only=("sm_90", "sm_100") if described else tuple(TARGETS),
+                only=("sm_90", "sm_100", "sm_120") if described else tuple(TARGETS),
                 wants=("matrix", "UTMALDG") if described else ("matrix",),
             )
     yield Case("join_kernel", triton_tile.join_kernel, {}, _flags(ENTROPY=True, BM=16), 1)
@@ -148,9 +167,11 @@ def _float64_cases(full: dict[str, object]) -> Iterator[Case]:
         ],
         "fp64",
     ) | {"targets_ptr": "i64"}
-    constants = {**numbers, **full, "KEPT": True, "BLOCK": 1024}
+    constants = {**numbers, **full, "KEPT": True, "ALIGNED": True, "BLOCK": 1024}
     yield Case("forward_rows[1024,full,kept,fp64]", triton_rows.forward_rows, wide, constants, 4)
-    flags = _flags(TILE=0, HAS_BIAS=True, CAPPED=True, HAS_LOGP=True, HAS_LSE=True, HAS_ENT=True, KEPT=False)
+    flags = _flags(
+        TILE=0, HAS_BIAS=True, CAPPED=True, HAS_LOGP=True, HAS_LSE=True, HAS_ENT=True, KEPT=False, ALIGNED=True
+    )
     yield Case(
         "backward_rows[1024,full,logits,fp64]",
         triton_backward.backward_rows,
@@ -161,7 +182,7 @@ def _float64_cases(full: dict[str, object]) -> Iterator[Case]:
 
 
 def _source(case: Case) -> ASTSource:
-    """The signature the launcher would specialise: pointers and sizes are multiples of 16."""
+    """The signature the launcher would specialise: pointers and strides are multiples of 16."""
     signature, attributes = {}, {}
     for place, name in enumerate(case.kernel.arg_names):
         if name in case.constants:
@@ -175,7 +196,8 @@ def _source(case: Case) -> ASTSource:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            if not case.kernel.params[place].do_not_specialize:
+                attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=attributes)
 
 
@@ -213,7 +235,7 @@ def compile_case(case: Case, target: str) -> Row:
         row.problem = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         return row
     row.shared = compiled.metadata.shared
-    wanted = tuple(MATRIX_INSTRUCTION[target] if name == "matrix" else name for name in case.wants)
+    wanted = tuple(MATRIX_INSTRUCTION.get(target, "HMMA") if name == "matrix" else name for name in case.wants)
     if target.startswith("gfx"):
         _read_amdgcn(compiled.asm["amdgcn"], row, wanted)
     else:

@@ -12,10 +12,14 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("a GPU runs the kernels themselves: tests/test_gpu.py", allow_module_level=True)
 
-from test_triton import TRANSFORMS, compare_pairs, compare_rows, compare_tiles, pytestmark, small_tiles  # noqa: F401
+import test_triton
+from test_triton import TRANSFORMS, compare_pairs, compare_rows, compare_tiles
 
 from windkern.kernels import triton_backward, triton_exps, triton_maths, triton_pairs, triton_rows, triton_tile
 from windkern.kernels.contract import CONTRACT
+
+pytestmark = test_triton.pytestmark
+small_tiles = test_triton.small_tiles
 
 ROWS, BACKWARD, EXPS, MATHS, TILE, PAIRS = (
     Path(module.__file__)
@@ -53,11 +57,7 @@ def fails(fault, *, capped):
         (BACKWARD, "d * relative_slope(y, cap_out)", "d * 1.0"),
         (EXPS, "- start).to(tl.int32)", "- start + 1).to(tl.int32)"),
         (EXPS, "(columns == column) | ignored", "columns == column"),
-        (
-            EXPS,
-            'factor, BLOCK)\n\n\n@triton.jit(do_not_specialize=["width", "start"]',
-            '1.0, BLOCK)\n\n\n@triton.jit(do_not_specialize=["width", "start"]',
-        ),
+        (EXPS, "earlier, earlier, factor", "earlier, earlier, 0.0 * factor + 1.0"),
         (EXPS, "pivot + _ROOM", "pivot"),
         (EXPS, "values_row - earlier", "values_row"),
         (EXPS, "factor == 1.0, 0, columns_before", "factor == 1.0, 0, columns_before - 1"),

@@ -56,7 +56,7 @@ def backward_rows(
     BLOCK: tl.constexpr,
 ):
     if ALIGNED:
-        width = tl.multiple_of(width, 16)
+        width = width // 16 * 16  # says that 16 divides it
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)

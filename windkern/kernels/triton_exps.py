@@ -56,7 +56,7 @@ def exps_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
-        width = tl.multiple_of(width, 16)
+        width = width // 16 * 16  # says that 16 divides it
     # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions,
     # whose barriers come before any store.
     run_max, run_sum, pivot = tl.load(max_ptr + row), tl.load(sum_ptr + row), tl.load(pivot_ptr + row)
@@ -97,7 +97,8 @@ def exps_rows(
     tl.store(pivot_ptr + row, new_pivot)
     if MOVED:
         tl.store(moved_ptr + row, factor)
-    rescale_row(values_row - earlier, earlier, factor, BLOCK)
+    STEP: tl.constexpr = BLOCK if BLOCK < 2048 else 2048
+    rescale_row(values_row - earlier, earlier, factor, STEP)
 
 
 @triton.jit(do_not_specialize=["width", "start"], do_not_specialize_on_alignment=ROW_POINTERS)
@@ -121,7 +122,7 @@ def again_rows(
     BLOCK: tl.constexpr,
 ):
     if ALIGNED:
-        width = tl.multiple_of(width, 16)
+        width = width // 16 * 16  # says that 16 divides it
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)

@@ -68,7 +68,7 @@ def forward_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
-        width = tl.multiple_of(width, 16)
+        width = width // 16 * 16  # says that 16 divides it
     # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions,
     # whose barriers come before any store.
     run_max, run_sum = tl.load(max_ptr + row), tl.load(sum_ptr + row)
@@ -135,7 +135,7 @@ def unit_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
-        width = tl.multiple_of(width, 16)
+        width = width // 16 * 16  # says that 16 divides it
     # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions,
     # whose barriers come before any store.
     run_max, run_sum = tl.load(max_ptr + row), tl.load(sum_ptr + row)
