@@ -102,12 +102,12 @@ PYBIND11_MODULE(_cpp, m) {
       .def("slab_backward",
            [](const Kernels& k, const windkern::Slab& slab, Address kept, int64_t kept_stride, Address offset,
               Address max, Address log_sum, Address target, Address entropy, Address c_logp, Address c_lse,
-              Address c_ent, Address row_scale, Address dz, int64_t dz_stride, Address dbias) {
+              Address c_ent, Address row_scale, Address dz, int64_t dz_stride, bool dz_is_wide, Address dbias) {
              py::gil_scoped_release release;
              k.table.slab_backward(slab, {pointer<void>(kept), kept_stride, pointer<void>(offset), pointer<void>(max),
                                           pointer<void>(log_sum), pointer<void>(target), pointer<void>(entropy),
                                           pointer<void>(c_logp), pointer<void>(c_lse), pointer<void>(c_ent),
-                                          pointer<void>(row_scale), pointer<void>(dz), dz_stride,
+                                          pointer<void>(row_scale), pointer<void>(dz), dz_stride, dz_is_wide,
                                           pointer<void>(dbias)});
            })
       .def("segment_sum",

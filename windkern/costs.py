@@ -168,12 +168,13 @@ class Problem:
         """Backward's own buffers where dz is written, slab by slab."""
         M, width, acc = self.rows, spec.slab_width, self.acc
         all_kept = spec.kept_columns(self.vocab_size) >= self.vocab_size
-        total = M * width * (acc if (self.item == acc or not all_kept or spec.entropy) else 0)
-        total += M * width * (self.item if self.item != acc else 0)
-        total += self.products.widens * M * width * acc
+        dz = self.products.dz_dtype
+        total = M * width * (acc if (dz.itemsize == acc or not all_kept or spec.entropy) else 0)
+        total += M * width * (dz.itemsize if dz.itemsize != acc else 0)
+        total += M * width * acc * (dz != self.products.multiplied)
         if self.products.widens:
             total += M * sum(self.hidden_sizes) * acc * ((not all_kept) + any(spec.weight_grad))
-        total += M * sum(self.hidden_sizes) * self.item * (self.walk.operand == torch.float16) * any(spec.weight_grad)
+        total += M * sum(self.hidden_sizes) * self.item * (dz == torch.float16) * any(spec.weight_grad)
         scratch = 0 if all_kept else self.products.scratch_bytes(width, max(self.hidden_sizes))
         return total + self._products_bytes(width, scratch)
 
@@ -208,9 +209,9 @@ class Problem:
     def _copies_weight_grad(self) -> bool:
         """Whether dweight of some columns exists apart from its place in the gradient."""
         if self.accumulates:
-            return not (self.products.adds and self.walk.operand != torch.float16)
+            return not (self.products.adds and self.products.dz_dtype != torch.float16)
         direct = all(self.products.writes(dtype) for dtype in self.weight_dtypes)
-        return not direct or self.walk.operand == torch.float16
+        return not direct or self.products.dz_dtype == torch.float16
 
     def flops(self, spec: WalkSpec) -> int:
         H = total = sum(self.hidden_sizes)
@@ -297,6 +298,8 @@ class Problem:
         if self.products.device_type != "cpu":
             return _gpu_widths(self.vocab_size)
         target = SLAB_BYTES_CPU // max(1, self.rows * self.acc)
+        if self.products.widens:  # what is widened of the head stays in the cache
+            target = min(target, self.products.columns_at_once(1, target, max(self.hidden_sizes)))
         widths = [_even_width(self.vocab_size, min(widest, max(narrowest, target)))]
         while widths[-1] > narrowest:
             widths.append(_even_width(self.vocab_size, max(narrowest, widths[-1] // 2)))

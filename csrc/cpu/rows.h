@@ -229,12 +229,12 @@ S at_or_zero(const void* values, int64_t row) {
 
 // One row of dz from kept exp(y - offset) * slope, which has no entropy, or from recomputed logits; adds scale * dz to
 // dbias where wanted.
-template <class S, class E, bool from_kept>
+template <class S, class E, class D, bool from_kept>
 void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>& t, int64_t row, S* dbias) {
   const int64_t W = slab.width;
   S* z = (S*)slab.logits + (from_kept ? 0 : row * slab.stride);
   const E* kept = (const E*)in.kept + (from_kept ? row * in.kept_stride : 0);
-  E* dz = (E*)in.dz + row * in.dz_stride;
+  D* dz = (D*)in.dz + row * in.dz_stride;
   if (slab.targets[row] < 0) {  // an ignored row may hold anything
     for_lanes<S>(W, [&](int64_t i, auto lane) { store(dz + i, decltype(lane){}); });
     return;
@@ -284,8 +284,8 @@ void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>
   }
 }
 
-template <class S, class E>
-void backward_rows(const Slab& slab, const BackwardInputs& in) {
+template <class S, class E, class D>
+void backward_rows_to(const Slab& slab, const BackwardInputs& in) {
   const Transform<S> t(slab);
   const int64_t W = slab.width;
   const int64_t threads = slab.rows * W > kSerialSlab ? slab.threads : 1;
@@ -297,9 +297,9 @@ void backward_rows(const Slab& slab, const BackwardInputs& in) {
     S* dbias = in.dbias == nullptr ? nullptr : partial.data + member * W;
     for (int64_t row = first; row < last; ++row) {
       if (in.kept != nullptr) {
-        backward_row<S, E, true>(slab, in, t, row, dbias);
+        backward_row<S, E, D, true>(slab, in, t, row, dbias);
       } else {
-        backward_row<S, E, false>(slab, in, t, row, dbias);
+        backward_row<S, E, D, false>(slab, in, t, row, dbias);
       }
     }
   }
@@ -310,6 +310,12 @@ void backward_rows(const Slab& slab, const BackwardInputs& in) {
       for (int64_t member = 0; member < threads; ++member) total[i] += partial.data[member * W + i];
     }
   }
+}
+
+template <class S, class E>
+void backward_rows(const Slab& slab, const BackwardInputs& in) {
+  if (in.dz_is_wide) return backward_rows_to<S, E, S>(slab, in);
+  backward_rows_to<S, E, E>(slab, in);
 }
 
 // Calls body<scalar, storage>() for an operand dtype.

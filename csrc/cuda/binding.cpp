@@ -92,7 +92,7 @@ PYBIND11_MODULE(_cuda, m) {
               slab,
               {pointer(kept), kept_stride, pointer(offset), pointer(max), pointer(log_sum), pointer(target),
                pointer(entropy), pointer(c_logp), pointer(c_lse), pointer(c_ent), pointer(row_scale), pointer(dz),
-               dz_stride, pointer(dbias)},
+               dz_stride, false, pointer(dbias)},
               pointer(partial), row_tiles, queue.enter());
         });
   m.def("segment_sum",

@@ -44,7 +44,7 @@ static void rows(const KernelTable& k, DType operand, size_t item, int64_t M, in
     z = logits;
     BackwardInputs in{from_kept ? kept.data() : nullptr, W, offset.data(), max.data(), log_sum.data(), target.data(),
                       ent.data(), c.data(), c.data(), entropy ? c.data() : nullptr, scale.data(), dz.data(), W,
-                      dbias.data()};
+                      false, dbias.data()};
     k.slab_backward(slab, in);
     if (!from_kept && item == sizeof(S)) {
       z = logits;

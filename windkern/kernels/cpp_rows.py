@@ -115,8 +115,9 @@ def slab_backward(
     """As `torch_rows.slab_backward`."""
     values, offset = (None, None) if kept is None else kept
     rows = map(address, (*stats, *upstream, row_scale))
-    arguments = *matrix(values), address(offset), *rows, *matrix(dz), address(dbias)
-    _kernels.slab_backward(_slab(slab, dz), *arguments)
+    wide = dz.dtype == stats.run_max.dtype
+    arguments = *matrix(values), address(offset), *rows, *matrix(dz), wide, address(dbias)
+    _kernels.slab_backward(_slab(slab, dz if values is None else values), *arguments)
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:

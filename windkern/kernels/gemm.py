@@ -22,7 +22,7 @@ from windkern.kernels import buffers, cpu_libraries, cpu_products
 _HEAP_BLOCK = 32 << 20
 # Reason: below this many multiply-adds the dispatch of oneDNN costs more than it gains.
 _SMALL_PRODUCT = 1 << 21
-# Bytes of the head's rows that are repacked or widened at once.
+# Bytes of exponentials, or of the head's rows, that are multiplied at once where operands are repacked or widened.
 _PREPARED_BYTES = 8 << 20
 
 
@@ -82,6 +82,11 @@ class Products:
     def multiplied(self) -> torch.dtype:
         """The dtype of what goes into a product."""
         return self.operand
+
+    @property
+    def dz_dtype(self) -> torch.dtype:
+        """The dtype dz is written in: as it is multiplied, where the row kernels can."""
+        return self.multiplied if self.device_type == "cpu" else self.operand
 
     @property
     def mixes(self) -> bool:
@@ -183,7 +188,8 @@ class WidenedProducts(Products):
         return self.acc
 
     def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
-        return min(columns, _round_down(_PREPARED_BYTES // (4 * inner), 64))
+        # What is multiplied stays in the cache for the second product.
+        return min(columns, _round_down(_PREPARED_BYTES // (4 * max(rows, inner)), 64))
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,7 @@ class OwnProducts(Products):
     name: ClassVar[str] = "own"
 
     def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
-        return min(columns, _round_down(_PREPARED_BYTES // (2 * inner), 64))
+        return min(columns, _round_down(_PREPARED_BYTES // (2 * max(rows, inner)), 64))
 
     def scratch_bytes(self, columns: int, inner: int) -> int:
         return cpu_products.packed_bytes(columns, inner) + 64

@@ -77,6 +77,7 @@ struct BackwardInputs {
   const void* row_scale;                         // (rows,) or null
   void* dz;                                      // (rows, width) operand dtype; may be Slab::logits
   int64_t dz_stride;
+  bool dz_is_wide;  // of a CPU: dz has the dtype of the logits
   void* dbias;                                   // (width,) or null, out
 };
 
