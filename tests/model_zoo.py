@@ -6,24 +6,30 @@ import copy
 from collections.abc import Mapping
 
 import torch
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-import transformers
-
 VOCAB = 160
 LARGEST = 4_000_000  # parameters; a model whose configuration would not shrink counts as not built
 _LAYERS = (
-    "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers depth layers num_decoder_layers "
-    "num_encoder_layers num_blocks resampler_depth"
-).split()
+    "num_hidden_layers",
+    "n_layer",
+    "num_layers",
+    "n_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "depth",
+    "layers",
+)
+_LAYERS += ("num_decoder_layers", "num_encoder_layers", "num_blocks", "resampler_depth")
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")
 # Sizes by the names that configurations use; a default that is smaller stays.
 _SIZES = {
-    32: "hidden_size d_model n_embd dim attention_hidden_size embed_dim word_embed_proj_dim embedding_size width hidden_dim "
-    "encoder_hidden_size out_hidden_size text_hidden_size projection_dim projector_hidden_size projection_hidden_dim "
-    "output_dim image_text_hidden_size decoder_hidden_size adapter_out_dim downsample_hidden_size vision_output_dim "
+    32: "hidden_size d_model n_embd dim attention_hidden_size embed_dim word_embed_proj_dim embedding_size width "
+    "hidden_dim encoder_hidden_size out_hidden_size text_hidden_size projection_dim projector_hidden_size "
+    "projection_hidden_dim output_dim image_text_hidden_size decoder_hidden_size adapter_out_dim downsample_hidden_size vision_output_dim "
     "patch_embed_hidden_size hidden_size_global projector_input_dim projector_output_dim image_token_embed_dim",
     48: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner mlp_dim ffn_hidden_size dim_ff "
     "intermediate_size_mlp dense_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
@@ -143,7 +149,7 @@ def entries() -> dict[str, str]:
 
 
 def _depth(given: Mapping[str, object]) -> tuple[int, list[int]]:
-    """Number of layers of a default configuration, and which of them a small one keeps: each kind once, two at least."""
+    """Number of layers of a default configuration, and which of them a small one keeps: each kind, two at least."""
     depth = next((given[name] for name in _LAYERS if isinstance(given.get(name), int)), 0)
     kinds = next((given[name] for name in _KINDS if isinstance(given.get(name), list) and given[name]), [])
     if len(kinds) != depth:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from distributed_tools import launch
@@ -12,7 +10,6 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
-import tiny_model  # noqa: E402
 from distributed_jobs import WRAPPED, plain_steps  # noqa: E402
 from test_hf import batch, build, by_logits  # noqa: E402
 
@@ -80,7 +77,7 @@ class Outer(nn.Module):
 def test_wrappers_that_nobody_knows():
     model = build("Gemma2").eval()
     assert_as(hf.sequence_logps(Outer(model), *batch()), by_logits(model, *batch()), model)
-    with pytest.raises(hf.UnsupportedModelError, match=r"wrapped in Outer.*windkern\.hf\.sequence_logps takes the model"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"wrapped in Outer.*hf\.sequence_logps takes the model"):
         hf.hidden_and_head(Outer(model))
     idle = Outer(model)
     idle.forward = lambda **given: torch.zeros(3)
@@ -121,7 +118,7 @@ def test_offloaded_models_are_scored_and_not_trained(kind, tmp_path):
     model = getattr(accelerate, kind)(model, execution_device=torch.device("cpu"), **places)
     with torch.no_grad():
         torch.testing.assert_close(hf.sequence_logps(model, *batch()), theirs, rtol=1e-5, atol=1e-5)
-    with pytest.raises(hf.UnsupportedModelError, match="weights of PhiForCausalLM are offloaded.*torch.no_grad"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"weights of PhiForCausalLM are offloaded.*no_grad"):
         hf.sequence_logps(model, *batch())
     for each in model.parameters():
         each.requires_grad_(False)
@@ -139,14 +136,11 @@ def test_two_processes_train_as_one(ranks, kind):
     assert theirs["logps"][0] != theirs["logps"][1]
     for rank in ranks:
         found = rank[kind]
-        assert "error" not in found, found
-        for step, wanted in zip(found["logps"], theirs["logps"], strict=True):
-            torch.testing.assert_close(torch.tensor(step), torch.tensor(wanted), rtol=found["rtol"], atol=found["rtol"])
+        near = {"rtol": WRAPPED[kind], "atol": WRAPPED[kind]}
+        torch.testing.assert_close(torch.tensor(found["logps"]), torch.tensor(theirs["logps"]), **near)
         assert found["weights"].keys() == theirs["weights"].keys()
         for name, value in theirs["weights"].items():
-            torch.testing.assert_close(
-                torch.tensor(found["weights"][name]), torch.tensor(value), rtol=found["rtol"], atol=found["rtol"], msg=name
-            )
+            torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(value), **near, msg=name)
         assert "sequence_logps takes the model as it is wrapped" in found["apart"]
         assert "module" not in found["apart"]
 

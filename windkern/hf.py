@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from windkern import hf_call
 from windkern._checks import check_integer, check_same_device, check_shape, check_tensor, shape_of
 from windkern.hf_check import Verdict, verdict_of
-from windkern.hf_head import UnsupportedModelError, blocks, linear_of
+from windkern.hf_head import UnsupportedModelError, blocks, head_shape, linear_of
 from windkern.ops.inputs import Blocks
 from windkern.ops.sequence import sequence_logps as _sequence_logps
 from windkern.transform import LogitTransform
@@ -47,6 +47,7 @@ class CausalLM:
     head: nn.Module  # what the model calls on hidden states: an nn.Linear, or the layer of PEFT around one
     transform: LogitTransform
     masked: Tensor | None = None  # (V,) bool, columns to which the model gives no probability
+    columns: int | None = None  # V, where the head has more rows than the model returns logits for
 
     @property
     def weight(self) -> Tensor:
@@ -57,9 +58,10 @@ class CausalLM:
     def bias(self) -> Tensor | None:
         """(V,), the parameter that the head uses now; with -inf in columns that the model masks."""
         linear = linear_of(self.head)
+        bias = linear.bias if self.columns is None or linear.bias is None else linear.bias[: self.columns]
         if self.masked is None:
-            return linear.bias
-        bias = linear.weight.new_zeros(linear.weight.shape[0]) if linear.bias is None else linear.bias
+            return bias
+        bias = linear.weight.new_zeros(self.masked.shape) if bias is None else bias
         return bias.masked_fill(self.masked.to(bias.device), -torch.inf)
 
     def blocks(self, hidden: Tensor) -> tuple[Blocks, Blocks]:
@@ -84,7 +86,11 @@ class CausalLM:
         Memory:
             r numbers per token and adapter; a copy of B (V, r) where its dtype is not that of `hidden`.
         """
-        return blocks(self.head, hidden)
+        states, weights = blocks(self.head, hidden)
+        if self.columns is not None:
+            cut = slice(self.columns)
+            weights = weights[cut] if isinstance(weights, Tensor) else tuple(each[cut] for each in weights)
+        return states, weights
 
     def at_temperature(self, temperature: float) -> CausalLM:
         """The same model with its logits divided by `temperature` last, as a tempered sampler draws from them."""
@@ -95,7 +101,8 @@ def _parts(target: hf_call.Target, verdict: Verdict) -> CausalLM:
     def hidden(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return hf_call.hidden_states(target, input_ids, attention_mask, positions=verdict.positions)
 
-    return CausalLM(hidden, target.head, verdict.transform, verdict.masked)
+    columns = verdict.columns if verdict.columns < head_shape(target.head)[0] else None
+    return CausalLM(hidden, target.head, verdict.transform, verdict.masked, columns)
 
 
 def hidden_and_head(model: nn.Module) -> CausalLM:
@@ -104,21 +111,22 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
         model(ids, mask).logits == transform(hidden(ids, mask) @ weight.T + bias)
 
     Hidden states are what the model's own forward gives to its head, so whatever stands between decoder and head (a
-    dense layer with activation and norm, a scale, a cast) is part of them. What the head gives, and what the model makes
-    of it, is looked at by calling the model on 9 tokens: the first time, and again when the head, its dtype or adapters,
-    autocast or a number of the configuration is another. The first time an adapter is seen on the head, its block is
-    compared with the head's own output, with random numbers in the adapter's place.
+    dense layer with activation and norm, a scale, a cast) is part of them. What the head gives, and what the model
+    makes of it, is looked at by calling the model on 9 tokens: the first time, and again when the head, its dtype or
+    adapters, autocast or a number of the configuration is another. The first time an adapter is seen on the head, its
+    block is compared with the head's own output, with random numbers in the adapter's place.
 
     Args:
         model: a decoder-only transformers model with a plain nn.Linear head, or a PEFT model around one: adapters of
             any kind inside the layers, LoRA or `modules_to_save` on the head. Its scale and softcap must be among the
-            numbers of its configuration. Columns that it masks get a bias of -inf. `sequence_logps` and `run` also take
+            numbers of its configuration. Columns that it masks get a bias of -inf, those that it cuts off are left out
+            by `blocks`. `sequence_logps` and `run` also take
             a model in DDP or FSDP.
 
     Returns:
-        CausalLM(hidden, head, transform, masked) with the properties weight and bias, the model's own parameters, so
-        gradients reach them, and a tied embedding gets both of its gradients; and the method blocks, which the fused
-        ops need where LoRA is on the head.
+        CausalLM(hidden, head, transform, masked, columns) with the properties weight and bias, the model's own
+        parameters, so gradients reach them, and a tied embedding gets both of its gradients; and the method blocks,
+        which the fused ops need where LoRA is on the head.
 
     Raises:
         TypeError: `model` is no torch module.
@@ -154,8 +162,8 @@ def run(
 ) -> Tensor:
     """Return job(parts, hidden), computed inside the call of the model as it is wrapped.
 
-    DDP, FSDP2 and DeepSpeed arrange in that call what the backward needs, and whole parameters are there only inside it.
-    The job takes the place of the product of the head; the forward ends after it, so logits are never made.
+    DDP, FSDP2 and DeepSpeed arrange in that call what the backward needs, and parameters are whole only inside it. The
+    job takes the place of the product of the head; the forward ends after it, so logits are never made.
 
     Args:
         model: as `hidden_and_head`, or in DDP, FSDP, a DeepSpeed engine, torch.compile, what `Accelerator.prepare`
@@ -285,7 +293,8 @@ def sequence_logps(
         (S,) nats, float32 (float64 for a float64 model).
 
     Raises:
-        TypeError, UnsupportedModelError: as `run`, or weights would lose their gradients (offloaded, ZeRO-3); a mask or `input_ids` has a dtype that does not fit.
+        TypeError, UnsupportedModelError: as `run`, or weights would lose their gradients (offloaded, ZeRO-3); a mask
+            or `input_ids` has a dtype that does not fit.
         ValueError: shapes, devices or values do not fit.
         BackendUnavailableError: the named back end cannot run here.
 
@@ -314,8 +323,8 @@ def sequence_logps(
         states, weight = parts.blocks(hidden)
         if torch.is_grad_enabled() and any(hasattr(each, "ds_id") for each in (parts.weight, parts.bias)):
             raise UnsupportedModelError(
-                "DeepSpeed ZeRO-3 frees the gathered head before its backward; score under torch.no_grad(), compute the "
-                "loss inside the call by windkern.hf.run and windkern.fused_loss, or use ZeRO-2 or FSDP2"
+                "DeepSpeed ZeRO-3 frees the gathered head before its backward; score under torch.no_grad(), compute "
+                "the loss inside the call by windkern.hf.run and windkern.fused_loss, or use ZeRO-2 or FSDP2"
             )
         return _sequence_logps(
             states,

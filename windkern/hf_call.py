@@ -30,7 +30,7 @@ class Target:
     wrappers: tuple[nn.Module, ...]  # outermost first, torch.compile's left out
     base: nn.Module  # the transformers model
     compiled: tuple[nn.Module, ...]  # wrappers of torch.compile
-    places: tuple[tuple[nn.Module, str, nn.Module], ...]  # module, name under which it holds one of `compiled`, that one
+    places: tuple[tuple[nn.Module, str, nn.Module], ...]  # who holds which of `compiled` by which name
     inside: bool = False  # whether the model's call has begun: its hooks have fired, and its forward is what to call
 
     @property
@@ -89,7 +89,7 @@ def find(model: object) -> Target:
             continue
         if isinstance(current, nn.DataParallel):
             raise UnsupportedModelError(
-                "model is wrapped in DataParallel, which copies it for each call; use DistributedDataParallel (torchrun)"
+                "model is wrapped in DataParallel, which copies it for each call; use DistributedDataParallel"
             )
         name = next((name for name in ("module", "_fsdp_wrapped_module") if name in current._modules), None)
         if name is None:
@@ -201,8 +201,8 @@ def at_head(forward: Callable, head: nn.Module, given: Mapping[str, object], job
 
 def never_called(head: nn.Module) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the model's forward does not call its head, the {type(head).__qualname__} of get_output_embeddings(); compute "
-        "hidden states yourself and call windkern.sequence_logps"
+        f"the model's forward does not call its head, the {type(head).__qualname__} of get_output_embeddings(); "
+        "compute hidden states yourself and call windkern.sequence_logps"
     )
 
 
@@ -241,9 +241,7 @@ def call(target: Target, given: Mapping[str, object], inside: Callable[..., obje
     return seen[-1] if target.inside or (target.is_sharded and not target.reducers) else out
 
 
-def run(
-    target: Target, given: Mapping[str, object], job: Callable[[Tensor], Tensor], *, check: bool = False
-) -> Tensor:
+def run(target: Target, given: Mapping[str, object], job: Callable[[Tensor], Tensor], *, check: bool = False) -> Tensor:
     """Return job(hidden) from inside the model's call, whose gradients are then those of any forward of the model.
 
     Args:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from windkern import hf_call, hf_transform
 from windkern._checks import shape_of
 from windkern.hf_call import Target
-from windkern.hf_head import UnsupportedModelError, adapter_state, blocks, check_adapters, linear_of, whole
+from windkern.hf_head import UnsupportedModelError, adapter_state, blocks, check_adapters, head_shape, linear_of, whole
 from windkern.hf_transform import numbers_of
 from windkern.transform import LogitTransform
 
@@ -35,7 +35,8 @@ class Verdict:
     """What was seen of a model under the circumstances of one check."""
 
     transform: LogitTransform
-    masked: Tensor | None  # (V,) bool: columns that the model leaves out of its distribution
+    masked: Tensor | None  # (V',) bool: columns that the model leaves out of its distribution
+    columns: int  # V', of which the model returns logits
     positions: bool  # whether positions counted from the first token that is no padding are those of the model
     left_padding: bool  # whether padding on the left leaves hidden states as they are
 
@@ -62,7 +63,7 @@ def _circumstances(target: Target) -> tuple:
     device = linear.weight.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     hooks = (*head._forward_hooks, *head._forward_pre_hooks)
-    weight = (weakref.ref(linear), linear.weight.dtype, shape_of(linear.weight), linear.bias is None)
+    weight = (weakref.ref(linear), linear.weight.dtype, head_shape(head), linear.bias is None)
     return weakref.ref(head), weight, autocast, hooks, adapter_state(head), numbers_of(target.base)
 
 
@@ -83,10 +84,12 @@ def _look(target: Target) -> Verdict:
     ids = _token_ids(target)
     with _in_eval_mode(target.chain[0]):
         seen = _Forward(target, ids)
-        transform, masked = hf_transform.read(
-            target, seen.probe, seen.made_of_probe, seen.exact, seen.logits, seen.dtype
-        )
-        alone = seen.hidden[0]  # (T, H)
+        alone, columns = seen.hidden[0], seen.logits.shape[-1]  # (T, H), V'
+        probe, exact = seen.probe[:, :columns], seen.exact[:, :columns]
+        transform, masked = hf_transform.read(target, probe, seen.made_of_probe, exact, seen.logits, seen.dtype)
+        for name, value, claimed in hf_transform.unfollowed(target, transform):
+            if not _is_used_before(target, ids, alone, name, value):
+                raise hf_transform.refusal(target, name, value, claimed, exact, seen.logits)
         if not _alike(target, seen.hidden[1, :-1], alone[:-1]):
             warnings.warn(
                 f"hidden states of {target.name} change with tokens that come later, so its log-probs are not those of "
@@ -94,14 +97,24 @@ def _look(target: Target) -> Verdict:
                 stacklevel=4,
             )
         positions, left_padding = _padding(target, ids, alone)
-    return Verdict(transform, masked, positions, left_padding)
+    return Verdict(transform, masked, columns, positions, left_padding)
+
+
+def _is_used_before(target: Target, ids: Tensor, alone: Tensor, name: str, value: float) -> bool:
+    """Whether a number of the configuration changes what the head is given."""
+    config = target.base.config
+    setattr(config, name, 2 * value)
+    try:
+        hidden = hf_call.hidden_states(target, ids, torch.ones_like(ids), positions=False, check=True)
+    finally:
+        setattr(config, name, value)
+    return not _alike(target, hidden[0], alone)
 
 
 def _token_ids(target: Target) -> Tensor:
     """(2, T) ids spread over the vocabulary, without special ones; the second row ends differently."""
     config, weight = target.base.config, linear_of(target.head).weight
-    table = getattr(target.base.get_input_embeddings(), "weight", weight)
-    vocab = min(weight.shape[0], table.shape[0])
+    vocab = min(head_shape(target.head)[0], getattr(target.base.get_input_embeddings(), "num_embeddings", 1 << 62))
     special = {0}
     for holder in (config, config.get_text_config() if hasattr(config, "get_text_config") else config):
         for name, value in vars(holder).items():

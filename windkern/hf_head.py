@@ -63,10 +63,17 @@ def linear_of(head: nn.Module) -> nn.Linear:
             return layer.base_layer
         layer = layer.base_layer
     if type(layer).__module__.split(".")[0] == "peft":
-        raise _refuse(layer, "and only LoRA on a plain nn.Linear and modules_to_save are supported there", _way_out(layer))
+        why = "and only LoRA on a plain nn.Linear and modules_to_save are supported there"
+        raise _refuse(layer, why, _way_out(layer))
     if isinstance(layer, nn.ModuleList):
         raise _refuse(layer, f"which is {len(layer)} heads with a distribution each", "a model with one head works")
     raise _refuse(layer, "not a plain nn.Linear whose logits are the product with its weight", _way_out(layer))
+
+
+def head_shape(head: nn.Module) -> tuple[int, int]:
+    """(V, H) of the weight, also while ZeRO-3 has it in pieces."""
+    weight = linear_of(head).weight
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def _way_out(layer: nn.Module) -> str:
@@ -162,7 +169,7 @@ class _BothWays(nn.Module):
         states, weights = blocks(self.head, hidden)
         ours = sum(nn.functional.linear(part, weight) for part, weight in zip(states, weights, strict=True))
         bias = linear_of(self.head).bias
-        # Reason: hooks and replaced forwards of the head are not its adapters, and the model's forward may be at it now.
+        # Reason: hooks and replaced forwards are not adapters, and the model may be in the middle of them now.
         return type(self.head).forward(self.head, hidden), ours if bias is None else ours + bias
 
 

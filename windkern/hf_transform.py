@@ -25,7 +25,7 @@ _CLAIMS = {
 
 
 def probe(rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
-    """(rows, V) float64, numbers of `dtype` of either sign from 2^-8 to 2^12 (2^9 in float16), all sizes in each column.
+    """(rows, V) float64, numbers of `dtype` from 2^-8 to 2^12 (2^9 in float16) and of either sign, all sizes in a column.
 
     Small ones show the scale, large ones a softcap.
     """
@@ -53,22 +53,18 @@ def numbers_of(base: nn.Module) -> tuple[tuple[str, float], ...]:
 def read(
     target: Target, given: Tensor, made: Tensor, exact: Tensor, logits: Tensor, dtype: torch.dtype
 ) -> tuple[LogitTransform, Tensor | None]:
-    """Return the transform that made `made` of `given`, and the columns (V,) that it masks.
+    """Return the transform that made `made` of `given`, and the columns (V',) that it masks.
 
     Args:
-        given: (T, V) float64, what the head gave; made: (T, V') float64, what the model returned; columns that it cut
-            off are masked ones.
-        exact: (T, V) float64, the head's product for real hidden states; logits: (T, V') float64, what the model
+        given: (T, V') float64, what the head gave; made: (T, V') float64, what the model returned.
+        exact: (T, V') float64, the head's product for real hidden states; logits: (T, V') float64, what the model
             returned for them.
         dtype: in which the head gives its product.
 
     Raises:
-        UnsupportedModelError: it is no scale and softcap that the configuration names, some columns are replaced by
-            constants, or the configuration claims a transform that the model does not follow.
+        UnsupportedModelError: it is no scale and softcap that the configuration names, or some columns are replaced by
+            constants that are no mask.
     """
-    missing = given.shape[-1] - made.shape[-1]
-    if missing:
-        made, logits = (nn.functional.pad(each, (0, missing), value=-math.inf) for each in (made, logits))
     masked = _masked(target, made, logits)
     given, made, exact, logits = (each[:, ~masked] for each in (given, made, exact, logits))
     transform = _fit(target, given, made, dtype)
@@ -77,7 +73,6 @@ def read(
             f"{target.name} caps its logits and then masks {int(masked.sum())} of them; windkern can do one or the "
             f"other; {REMEDY}"
         )
-    _check_claims(target, transform, exact, logits)
     expected, size = _apply(transform, exact), transform.scale * exact.square().mean(-1, keepdim=True).sqrt()
     error = float(((logits - expected).abs() / (expected.abs() + size).clamp(min=1e-30)).max())
     if not error <= 16 * torch.finfo(dtype).eps + 1e-4:
@@ -150,8 +145,7 @@ def _candidates(target: Target, scale: float, top: float, slack: float) -> Itera
     """
     near = max(slack, 1e-3)
     numbers = [(name, value) for name, value in numbers_of(target.base) if value > 0]
-    yield from [LogitTransform()] if abs(scale - 1) <= near else []
-    found = [*numbers, *((name, 1 / value) for name, value in numbers)]
+    found = [("logits", 1.0), *numbers, *((name, 1 / value) for name, value in numbers)]
     scales = sorted((not _speaks(name), abs(value / scale - 1), value) for name, value in found if scale > 0)
     caps = sorted((not _speaks(name), value) for name, value in numbers if value >= top * (1 - near))
     for _, gap, value in scales:
@@ -164,13 +158,13 @@ def _speaks(name: str) -> bool:
     return any(part in name for part in ("logit", "lm_head", "output", "scal", "cap", "multiplier"))
 
 
-def _check_claims(target: Target, transform: LogitTransform, exact: Tensor, logits: Tensor) -> None:
-    """Raise where the model's own configuration claims a scale or cap that its logits do not show.
+def unfollowed(target: Target, transform: LogitTransform) -> Iterator[tuple[str, float, LogitTransform]]:
+    """Names and values of what the model's own configuration claims and its logits do not show, as a transform.
 
     A wrapper around a text model is free to ignore what the configuration of its text part says.
     """
     for name, meaning in _CLAIMS.items():
-        value = getattr(target.base.config, name, None)
+        value = vars(target.base.config).get(name)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
             continue
         if meaning is None:
@@ -179,10 +173,16 @@ def _check_claims(target: Target, transform: LogitTransform, exact: Tensor, logi
             claimed = LogitTransform(scale=meaning(value), softcap=transform.softcap)
             followed = any(math.isclose(transform.scale, each, rel_tol=1e-3) for each in (value, 1 / value))
         if not followed:
-            ours, theirs = (each.log_softmax(-1) for each in (_apply(claimed, exact), logits))
-            error = float((ours - theirs).abs().max())
-            raise UnsupportedModelError(
-                f"config.{name} is {value}, and {target.name} does not follow it: log-probs with {claimed} miss those "
-                f"of its logits by {error:.3g} nats. Set config.{name} to None if the model was trained without it; "
-                f"else {REMEDY}"
-            )
+            yield name, value, claimed
+
+
+def refusal(
+    target: Target, name: str, value: float, claimed: LogitTransform, exact: Tensor, logits: Tensor
+) -> UnsupportedModelError:
+    """What to raise for a claim that is not followed: exact and logits as `read`."""
+    ours, theirs = (each.log_softmax(-1) for each in (_apply(claimed, exact), logits))
+    error = float((ours - theirs).abs().nan_to_num(0.0).max())  # a masked column is -inf in both or in one
+    return UnsupportedModelError(
+        f"config.{name} is {value}, and {target.name} does not follow it: log-probs with {claimed} miss those of its "
+        f"logits by {error:.3g} nats. Set config.{name} to None if the model was trained without it; else {REMEDY}"
+    )
