@@ -11,7 +11,7 @@ ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test check lint bench aot-all gpu clean
+.PHONY: help setup demo test test-models check lint bench aot-all gpu clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -34,6 +34,10 @@ demo: $(STAMP)
 ## test    the whole suite that runs without a GPU, under 10 minutes on 2 cores
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+## test-models  windkern.hf against the logits of every causal LM of transformers, tiny and random (half an hour)
+test-models: $(STAMP)
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_model_sweep.py $(ARGS)
 
 ## check   lint, then test
 check: lint test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 
@@ -29,8 +30,9 @@ _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")
 _SIZES = {
     32: "hidden_size d_model n_embd dim attention_hidden_size embed_dim word_embed_proj_dim embedding_size width "
     "hidden_dim encoder_hidden_size out_hidden_size text_hidden_size projection_dim projector_hidden_size "
-    "projection_hidden_dim output_dim image_text_hidden_size decoder_hidden_size adapter_out_dim downsample_hidden_size vision_output_dim "
-    "patch_embed_hidden_size hidden_size_global projector_input_dim projector_output_dim image_token_embed_dim",
+    "projection_hidden_dim output_dim image_text_hidden_size decoder_hidden_size adapter_out_dim "
+    "downsample_hidden_size vision_output_dim patch_embed_hidden_size hidden_size_global "
+    "projector_input_dim projector_output_dim image_token_embed_dim",
     48: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner mlp_dim ffn_hidden_size dim_ff "
     "intermediate_size_mlp dense_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
     "moe_shared_expert_intermediate_size shared_experts_intermediate_size alignment_intermediate_size "
@@ -78,6 +80,7 @@ _QWEN4 = {
     "indexer_compress_ratio": 2,
 }
 _ZAMBA = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2}
+_MROPE = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 _VQ = {
     "embed_dim": 8,
     "latent_channels": 8,
@@ -125,11 +128,27 @@ _SPECIALS: dict[str, dict[str, object]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2},
     "zamba": {**_ZAMBA, "attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4},
-    "zamba2": {**_ZAMBA, "n_mamba_heads": 8, "mamba_headdim": 8, "adapter_rank": 8},
+    "zamba2": {
+        **_ZAMBA,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "adapter_rank": 8,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "cohere_compass_text": {"head_dim": 8, "rope_parameters": _MROPE},
+    "cohere_compass": {"text_config": {"head_dim": 8, "rope_parameters": _MROPE}},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy", "first_k_dense_replace": 1},
     "qwen4_exp_text": _QWEN4,
     "chameleon": {"vocabulary_map": _IMAGE_TOKENS, "vq_config": {**_VQ, "num_embeddings": 16}},
     "musicgen": {"num_codebooks": 4},
+    "musicgen_melody": {"num_codebooks": 4},
+    "paddleocr_vl": {"text_config": {"head_dim": 8, "rope_parameters": _MROPE["full_attention"]}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 150, "vision_end_token_id": 149},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 150, "vision_end_token_id": 149},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "mistral4": {"text_config": {"num_key_value_heads": 4, "qk_head_dim": 16}},
 }
 
 
@@ -158,9 +177,11 @@ def _depth(given: Mapping[str, object]) -> tuple[int, list[int]]:
     return depth, kept if len(kept) > 1 else [0, 1]
 
 
-def _rope(given: Mapping[str, object], out: dict[str, object]) -> None:
+def _rope(config: PreTrainedConfig, given: Mapping[str, object], out: dict[str, object]) -> None:
     """Sections of rotary positions that add up to half of a small head."""
     rope = copy.deepcopy(given["rope_parameters"])
+    if "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ()):
+        rope.setdefault("mrope_section", True)  # the model has sections of its own where the configuration names none
     for each in (rope, *rope.values()):
         if not isinstance(each, dict):
             continue
@@ -182,7 +203,7 @@ def _small(config: PreTrainedConfig) -> dict[str, object]:
     depth, kept = _depth(given)
     spare = VOCAB - 1
     for name, value in given.items():
-        part = getattr(config, name, None)
+        part = vars(config).get(name)  # some attributes differ by layer and cannot be read
         if isinstance(part, PreTrainedConfig):
             out[name] = {**({"model_type": part.model_type} if part.model_type else {}), **_small(part)}
         elif name in _LAYERS and isinstance(value, int):
@@ -198,7 +219,7 @@ def _small(config: PreTrainedConfig) -> dict[str, object]:
         elif name in _SHOWN and value is not None:
             out[name] = _SHOWN[name]
     if isinstance(given.get("rope_parameters"), dict):
-        _rope(given, out)
+        _rope(config, given, out)
     if "qk_nope_head_dim" in given and "num_key_value_heads" in given:
         out["num_key_value_heads"] = out["num_attention_heads"]
     return out
@@ -229,10 +250,10 @@ def build(kind: str, name: str, dtype: torch.dtype = torch.float32) -> nn.Module
     config._attn_implementation = "eager"
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
-    with torch.device("meta"):
+    with torch.device("meta"), contextlib.suppress(RuntimeError):  # some want numbers while they are made
         size = sum(each.numel() for each in model_class(copy.deepcopy(config)).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size} parameters")
+        if size > LARGEST:
+            raise ValueError(f"{size} parameters")
     torch.manual_seed(0)
     return _lively(model_class(config)).to(dtype).eval()
 
@@ -242,6 +263,8 @@ def _lively(model: nn.Module) -> nn.Module:
     for name, value in model.named_parameters():
         if value.dim() == 1 and name.endswith("bias") and not value.any():
             value.normal_(std=0.1)
+        elif value.dim() == 2 and float(value.std()) < 0.05:
+            value.mul_(5)  # so that a token sees the others
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         head.weight.normal_(std=3 / head.in_features**0.5)

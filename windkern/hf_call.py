@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from windkern.hf_head import UnsupportedModelError
+from windkern.hf_head import UnsupportedModelError, linear_of
 
 _compiled_decoders: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # torch.compile's wrapper -> a forward
 _CALLED_AS_IT_IS = "windkern.hf.sequence_logps takes the model as it is wrapped and runs inside its call"
@@ -55,6 +55,13 @@ class Target:
         """Whether FSDP2 puts parameters together in the call of the model itself."""
         fsdp = sys.modules.get("torch.distributed.fsdp")
         return fsdp is not None and any(isinstance(each, fsdp.FSDPModule) for each in self.chain)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head computes."""
+        linear = linear_of(self.head)
+        place = getattr(getattr(linear, "_hf_hook", None), "execution_device", None)  # of accelerate
+        return torch.device("cpu" if place is None else place) if linear.weight.is_meta else linear.weight.device
 
     @property
     def is_offloaded(self) -> bool:

@@ -25,7 +25,7 @@ _CLAIMS = {
 
 
 def probe(rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
-    """(rows, V) float64, numbers of `dtype` from 2^-8 to 2^12 (2^9 in float16) and of either sign, all sizes in a column.
+    """(rows, V) float64, numbers of `dtype` from 2^-8 to 2^12 (2^9 in float16), of either sign, all sizes in a column.
 
     Small ones show the scale, large ones a softcap.
     """
@@ -43,7 +43,7 @@ def numbers_of(base: nn.Module) -> tuple[tuple[str, float], ...]:
     config = base.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return tuple(
-        (name, float(value))
+        (name, value)
         for holder in ((config,) if text is config else (config, text)) + (base,)
         for name, value in vars(holder).items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -144,7 +144,8 @@ def _candidates(target: Target, scale: float, top: float, slack: float) -> Itera
         top: the largest number that the model made.
     """
     near = max(slack, 1e-3)
-    numbers = [(name, value) for name, value in numbers_of(target.base) if value > 0]
+    # Reason: 1 / 2 layers is a number as well, and it will not change when the model's own factor does.
+    numbers = [pair for pair in numbers_of(target.base) if pair[1] > 0 and (_speaks(pair[0]) or type(pair[1]) is float)]
     found = [("logits", 1.0), *numbers, *((name, 1 / value) for name, value in numbers)]
     scales = sorted((not _speaks(name), abs(value / scale - 1), value) for name, value in found if scale > 0)
     caps = sorted((not _speaks(name), value) for name, value in numbers if value >= top * (1 - near))
@@ -155,7 +156,7 @@ def _candidates(target: Target, scale: float, top: float, slack: float) -> Itera
 
 
 def _speaks(name: str) -> bool:
-    return any(part in name for part in ("logit", "lm_head", "output", "scal", "cap", "multiplier"))
+    return any(part in name for part in ("logit", "lm_head", "output_", "scal", "cap", "mult"))
 
 
 def unfollowed(target: Target, transform: LogitTransform) -> Iterator[tuple[str, float, LogitTransform]]:
