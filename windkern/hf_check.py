@@ -119,7 +119,9 @@ def _token_ids(target: Target) -> Tensor:
     for holder in (config, config.get_text_config() if hasattr(config, "get_text_config") else config):
         for name, value in vars(holder).items():
             if name.endswith(("token_id", "token_index")):
-                special |= set(value if isinstance(value, (list, tuple)) else [value])
+                special |= {
+                    each for each in (value if isinstance(value, (list, tuple)) else [value]) if each is not None
+                }
     plain = [each for each in range(1, vocab) if each not in special] or list(range(vocab))
     step = max(1, len(plain) // (_TOKENS + 1))
     ids = [plain[k * step % len(plain)] for k in range(_TOKENS + 1)]
@@ -195,18 +197,17 @@ class _Forward:
         wide = torch.float32 if operand.itemsize < 4 else torch.float64
         states = [each.to(operand).to(wide) for each in states]
         bias = None if linear.bias is None else whole(linear.bias).to(wide)
-        ours, error, size = [], 0.0, 0.0
+        ours, error = [], 0.0
         for start in range(0, product.shape[-1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
             pairs = zip(states, (whole(each)[part].to(operand).to(wide) for each in weights), strict=True)
             exact = sum(nn.functional.linear(state, weight) for state, weight in pairs)
             exact = exact if bias is None else exact + bias[part]
-            gap = product[..., part].to(wide) - exact
-            size = max(size, float(exact.square().mean().sqrt()))
-            error = max(error, float((gap.abs() / (exact.abs() + exact.square().mean(-1, keepdim=True).sqrt())).max()))
+            size = exact.abs() + exact.square().mean(-1, keepdim=True).sqrt()
+            error = max(error, float(((product[..., part].to(wide) - exact).abs() / size.clamp(min=1e-30)).max()))
             ours.append(exact[0].to("cpu", torch.float64))
         allowed = _rounding(product.dtype, self.hidden)
-        if not error <= allowed and size > 0:
+        if not error <= allowed:
             raise UnsupportedModelError(
                 f"what the head of {self.target.name} gives differs from the product with its weight by {error:.3g} of "
                 f"its size (allowed {allowed:.3g} in {product.dtype}): something has replaced its forward; take that "

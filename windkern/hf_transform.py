@@ -39,14 +39,18 @@ def probe(rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
 
 
 def numbers_of(base: nn.Module) -> tuple[tuple[str, float], ...]:
-    """Names and values of all numbers in a model's configuration, in that of its text part, and on the model itself."""
+    """Names and values of what may scale or cap: in a model's configuration, in that of its text part, on the model.
+
+    Integers only where their name says so: a scale of 1 / 2 layers would be a coincidence, and numbers of steps change.
+    """
     config = base.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return tuple(
         (name, value)
         for holder in ((config,) if text is config else (config, text)) + (base,)
         for name, value in vars(holder).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if type(value) is float or (type(value) is int and _speaks(name))
+        if math.isfinite(value)
     )
 
 
@@ -144,8 +148,7 @@ def _candidates(target: Target, scale: float, top: float, slack: float) -> Itera
         top: the largest number that the model made.
     """
     near = max(slack, 1e-3)
-    # Reason: 1 / 2 layers is a number as well, and it will not change when the model's own factor does.
-    numbers = [pair for pair in numbers_of(target.base) if pair[1] > 0 and (_speaks(pair[0]) or type(pair[1]) is float)]
+    numbers = [(name, value) for name, value in numbers_of(target.base) if value > 0]
     found = [("logits", 1.0), *numbers, *((name, 1 / value) for name, value in numbers)]
     scales = sorted((not _speaks(name), abs(value / scale - 1), value) for name, value in found if scale > 0)
     caps = sorted((not _speaks(name), value) for name, value in numbers if value >= top * (1 - near))
