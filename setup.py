@@ -1,11 +1,11 @@
 """Builds windkern._cpp and, where there is an nvcc, windkern._cuda with ninja, each file with its own flags.
 
-The package installs without what cannot be built: `windkern.backends.why_not("cpp", "cpu")` then says so.
+A build that fails ends the installation and says how to install without that extension. Reason: pip hides what a build
+that succeeds has printed, so whoever went on would not learn that a back end is missing.
 
-WINDKERN_BUILD_CUDA=0 leaves the CUDA extension out, 1 makes its failure an error; without it nvcc on PATH (or in
-CUDA_HOME/bin) decides. WINDKERN_CUDA_ARCHS="90" builds for fewer GPUs. WINDKERN_BUILD_CPP=0 leaves the C++ extension
-out, WINDKERN_REQUIRE_CPP=1 makes its failure an error. CXX, WINDKERN_CXXFLAGS and WINDKERN_LDFLAGS, and nvcc's own
-NVCC_APPEND_FLAGS, are honoured.
+WINDKERN_BUILD_CPP=0 leaves the C++ extension out; WINDKERN_REQUIRE_CPP=1 forbids that. WINDKERN_BUILD_CUDA=0 leaves the
+CUDA extension out, 1 builds it; without it nvcc on PATH (or in CUDA_HOME/bin) decides. WINDKERN_CUDA_ARCHS="90" builds
+for fewer GPUs. CXX, WINDKERN_CXXFLAGS and WINDKERN_LDFLAGS, and nvcc's own NVCC_APPEND_FLAGS, are honoured.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,18 +23,22 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-psabi"
 # Never -march=native: the CPU that runs a wheel is not the one that built it. dispatch.cpp chooses at run time.
+AVX2 = "-mavx2 -mfma"
+AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {AVX2}"
 X86_FLAGS = {
-    "cpu/kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
-    "cpu/kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c "
-    "-mprefer-vector-width=512",
-    "cpu/products_avx512bf16.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma",
+    "cpu/kernels_avx2.cpp": f"{AVX2} -mf16c",
+    "cpu/kernels_avx512.cpp": f"{AVX512} -mf16c -mprefer-vector-width=512",
+    "cpu/products_avx512bf16.cpp": f"{AVX512} -mavx512bf16",
+    "cpu/products_amx.cpp": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
-CPP_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/products_avx512bf16.cpp"]
+CPP_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/openmp.cpp"]
+CPP_SOURCES += [f"cpu/products_{name}.cpp" for name in ("amx", "avx512bf16")]
 CPP_SOURCES += [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx512")]
 # Machine code for each, and PTX of the newest for GPUs to come.
 CUDA_ARCHS = ("80", "90", "100")
@@ -50,10 +56,23 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
 
 
+def switch(variable: str) -> str:
+    """0, 1, or nothing where the variable is not set."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{variable} must be 0 or 1, got {value!r}")
+    return value
+
+
+def wants_cpp() -> bool:
+    wanted, required = switch("WINDKERN_BUILD_CPP") != "0", switch("WINDKERN_REQUIRE_CPP") == "1"
+    if required and not wanted:
+        raise SystemExit("WINDKERN_BUILD_CPP=0 leaves out what WINDKERN_REQUIRE_CPP=1 requires; unset one of them")
+    return wanted
+
+
 def wants_cuda() -> bool:
-    wanted = os.environ.get("WINDKERN_BUILD_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"WINDKERN_BUILD_CUDA must be 0 or 1, got {wanted!r}")
+    wanted = switch("WINDKERN_BUILD_CUDA")
     return wanted == "1" or (wanted == "" and find_nvcc() is not None)
 
 
@@ -67,6 +86,21 @@ def gencode(nvcc: str) -> str:
     newest = archs[-1]
     machine = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return " ".join([*machine, f"-gencode arch=compute_{newest},code=compute_{newest}"])
+
+
+def in_path(path: Path) -> str:
+    """As ninja reads a path: $, spaces and colons escaped."""
+    return re.sub(r"[$ :]", r"$\g<0>", str(path))
+
+
+def in_command(argument: str) -> str:
+    """One argument of a command of ninja, which hands it to a shell."""
+    return shlex.quote(argument).replace("$", "$$")
+
+
+def from_environment(variable: str, default: str = "") -> str:
+    """Part of a command, as the shell is to read it."""
+    return os.environ.get(variable, default).replace("$", "$$")
 
 
 def object_of(source: str) -> str:
@@ -88,11 +122,11 @@ def pybind11_include() -> str:
 
 
 def common_rules() -> list[str]:
-    includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11_include()}"
+    includes = " ".join(f"-isystem {in_command(at)}" for at in (sysconfig.get_path("include"), pybind11_include()))
     return [
-        f"cxx = {os.environ.get('CXX', 'g++')}",
-        f"common = {COMMON} {includes} {os.environ.get('WINDKERN_CXXFLAGS', '')}",
-        f"ldflags = {os.environ.get('WINDKERN_LDFLAGS', '')}",
+        f"cxx = {from_environment('CXX', 'g++')}",
+        f"common = {COMMON} {includes} {from_environment('WINDKERN_CXXFLAGS')}",
+        f"ldflags = {from_environment('WINDKERN_LDFLAGS')}",
         "rule compile\n  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
     ]
@@ -103,8 +137,8 @@ def cpp_ninja(output: Path) -> str:
     lines = [*common_rules(), "rule link\n  command = $cxx -shared -fopenmp $ldflags $in -o $out"]
     for source in CPP_SOURCES:
         flags = X86_FLAGS.get(source, "") if is_x86 else ""
-        lines.append(f"build {object_of(source)}: compile {CSRC / source}\n  flags = -fopenmp {flags}")
-    lines.append(f"build {output}: link {' '.join(map(object_of, CPP_SOURCES))}")
+        lines.append(f"build {object_of(source)}: compile {in_path(CSRC / source)}\n  flags = -fopenmp {flags}")
+    lines.append(f"build {in_path(output)}: link {' '.join(map(object_of, CPP_SOURCES))}")
     return "\n".join(lines) + "\n"
 
 
@@ -115,19 +149,25 @@ def cuda_ninja(output: Path) -> str:
     # The runtime is linked in, and hidden: the extension imports without a driver and never meets torch's runtime.
     lines = [
         *common_rules(),
-        f"nvcc = {nvcc}",
+        f"nvcc = {in_command(nvcc)}",
         f"rule cuda\n  command = $nvcc {NVCC_FLAGS} {gencode(nvcc)} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
         "rule link\n  command = $nvcc -shared --cudart static -Xlinker --exclude-libs,ALL $in -o $out",
     ]
-    lines += [f"build {object_of(source)}: cuda {CSRC / source}" for source in CUDA_SOURCES]
-    lines.append(f"build {object_of(CUDA_BINDING)}: compile {CSRC / CUDA_BINDING}")
-    lines.append(f"build {output}: link {' '.join(map(object_of, [*CUDA_SOURCES, CUDA_BINDING]))}")
+    lines += [f"build {object_of(source)}: cuda {in_path(CSRC / source)}" for source in CUDA_SOURCES]
+    lines.append(f"build {object_of(CUDA_BINDING)}: compile {in_path(CSRC / CUDA_BINDING)}")
+    lines.append(f"build {in_path(output)}: link {' '.join(map(object_of, [*CUDA_SOURCES, CUDA_BINDING]))}")
     return "\n".join(lines) + "\n"
 
 
 EXTENSIONS = {"windkern._cpp": cpp_ninja, "windkern._cuda": cuda_ninja}
-REQUIRED_BY = {"windkern._cpp": "WINDKERN_REQUIRE_CPP", "windkern._cuda": "WINDKERN_BUILD_CUDA"}
+# What is wrong most often, and how to do without.
+ADVICE = {
+    "windkern._cpp": "The C++ extension needs a C++17 compiler with OpenMP: g++, or the one that CXX names.\n"
+    "WINDKERN_BUILD_CPP=0 installs windkern without it; a CPU then runs the slower back end 'torch'.",
+    "windkern._cuda": "The CUDA extension needs nvcc and a host compiler that nvcc accepts.\n"
+    "WINDKERN_BUILD_CUDA=0 installs windkern without it; a GPU then runs the back end 'triton'.",
+}
 
 
 def ninja_command() -> list[str]:
@@ -153,24 +193,10 @@ class BuildWithNinja(build_ext):
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "build.ninja").write_text(EXTENSIONS[ext.name](output))
+            (folder / "build.ninja").write_bytes(os.fsencode(EXTENSIONS[ext.name](output)))
             subprocess.run([*ninja_command(), "-C", str(folder)], check=True)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            if os.environ.get(REQUIRED_BY[ext.name]) == "1":
-                raise
-            kind = {"windkern._cpp": "C++", "windkern._cuda": "CUDA"}[ext.name]
-            print(f"windkern: the {kind} back end was not built ({error}); the torch one still works", file=sys.stderr)
-
-    def get_outputs(self) -> list[str]:
-        return [path for path in super().get_outputs() if os.path.exists(path)]
-
-    def copy_extensions_to_source(self) -> None:
-        """Editable installs: what could not be built is not copied."""
-        every = self.extensions
-        built = [os.path.join(self.build_lib, self.get_ext_filename(ext.name)) for ext in every]
-        self.extensions = [ext for ext, path in zip(every, built, strict=True) if os.path.exists(path)]
-        super().copy_extensions_to_source()
-        self.extensions = every
+            raise CompileError(f"{ext.name} was not built: {error}\n{ADVICE[ext.name]}") from error
 
 
 def extension(name: str, sources: list[str]) -> Extension:
@@ -180,7 +206,7 @@ def extension(name: str, sources: list[str]) -> Extension:
 
 setup(
     ext_modules=[
-        *([extension("windkern._cpp", CPP_SOURCES)] if os.environ.get("WINDKERN_BUILD_CPP") != "0" else []),
+        *([extension("windkern._cpp", CPP_SOURCES)] if wants_cpp() else []),
         *([extension("windkern._cuda", [*CUDA_SOURCES, CUDA_BINDING])] if wants_cuda() else []),
     ],
     cmdclass={"build_ext": BuildWithNinja},

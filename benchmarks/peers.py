@@ -25,10 +25,16 @@ from benchmarks.provider import (
 )
 
 
-def _build_products(problem: Problem) -> Step:
-    """torch.mm of full shapes into buffers that exist already: nothing is allocated, nothing else is computed."""
+def _build_products(problem: Problem, dtype: torch.dtype | None = None) -> Step:
+    """torch.mm of full shapes into buffers that exist already: nothing is allocated, nothing else is computed.
+
+    Args:
+        dtype: what the operands are cast to beforehand; None leaves them as they are.
+    """
     case, hidden, weight = problem.case, problem.hidden, problem.weight
-    z = torch.empty(case.shape.rows, case.shape.vocab, dtype=case.dtype, device=case.device)
+    if dtype is not None:
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    z = torch.empty(case.shape.rows, case.shape.vocab, dtype=hidden.dtype, device=case.device)
     dhidden = torch.empty_like(hidden) if case.wants_hidden else None
     dweight = torch.empty_like(weight) if case.wants_weight else None
 
@@ -55,13 +61,13 @@ def _onednn_rounds() -> tuple[str, str] | None:
     return None if error < 1e-5 else ("cannot", reason)
 
 
-def _floor(name: str, label: str, dtypes: tuple[str, ...], onednn: bool) -> Provider:
+def _floor(name: str, label: str, dtypes: tuple[str, ...], onednn: bool, dtype: torch.dtype | None = None) -> Provider:
     return Provider(
         name,
         label,
         "the matrix products alone, torch.mm at full shape into buffers that exist already: nobody can be faster",
         "floor",
-        _build_products,
+        functools.partial(_build_products, dtype=dtype),
         dtypes=dtypes,
         onednn=onednn,
         why_not_case=lambda case: _onednn_rounds() if onednn and case.dtype_name == "fp32" else None,
@@ -235,7 +241,8 @@ def all_providers(device: str = "cpu") -> list[Provider]:
     if device == "cpu":
         floors = [
             _floor("gemm-mkl", "bare products, MKL", ("fp32",), onednn=False),
-            _floor("gemm-onednn", "bare products, oneDNN", ("fp32", "bf16"), onednn=True),
+            _floor("gemm-onednn", "bare products, oneDNN", ("fp32", "bf16", "fp16"), onednn=True),
+            _floor("gemm-widened", "bare products, float32", ("bf16", "fp16"), onednn=False, dtype=torch.float32),
         ]
         providers = [*floors, *_peers()]
     else:

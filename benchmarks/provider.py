@@ -68,7 +68,7 @@ class Provider:
     package: str = "torch"
     module: str = "torch"
     modes: tuple[str, ...] = ("trained", "frozen", "scoring")
-    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
     devices: tuple[str, ...] = ("cpu", "cuda")
     by_default: bool = True  # else only where --peers names it
     compiles: bool = False  # its first call runs a compiler
@@ -99,7 +99,7 @@ class Provider:
         if case.device not in self.devices:
             return "cannot", f"it is measured on {' and '.join(self.devices)}"
         if case.dtype_name not in self.dtypes:
-            return "cannot", f"{case.dtype_name} products have one library on a CPU, oneDNN: see the other rows"
+            return "cannot", f"it is measured in {' and '.join(self.dtypes)}"
         if self.onednn and not torch.backends.mkldnn.is_available():
             return "absent", "this torch is built without oneDNN"
         if self.name == "gemm-mkl" and not torch.backends.mkl.is_available():

@@ -2,7 +2,7 @@
 
     python -m benchmarks.readme [--readme FILE] [--results FOLDER] [--check]
 
-Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names cpu, gpu and errors.
+Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names cpu, masked, gpu and errors.
 --check writes nothing and exits with 1 if the tables are out of date.
 """
 
@@ -17,6 +17,7 @@ from benchmarks import record, tables
 
 SECTIONS = {
     "cpu": ("speed", tables.markdown_speed),
+    "masked": ("speed-masked", tables.markdown_speed),
     "gpu": ("speed-gpu", tables.markdown_speed),
     "errors": ("errors", tables.markdown_errors),
 }

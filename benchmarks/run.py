@@ -322,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(f"{provider.name:<24} {provider.what}" for provider in providers))
             return 0
         path = chosen.out or record.default_path(device=chosen.device)
-        kind = "speed" if chosen.device == "cpu" else "speed-gpu"
+        kind = "speed-gpu" if chosen.device == "cuda" else "speed-masked" if record.masks() else "speed"
         results = record.Results(path, kind, {"seconds": chosen.seconds}, append=chosen.append, device=chosen.device)
     except ValueError as error:
         parser.error(str(error))

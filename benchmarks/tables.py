@@ -131,6 +131,8 @@ def _caption(data: dict[str, Any], rows: list[Row]) -> str:
         where = f"{machine['gpu']}, {machine['gpu_memory_gib']:.0f} GiB, CUDA {machine['cuda']}"
     else:
         where = f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
+        masks = " ".join(f"{name}={value}" for name, value in machine.get("masks", {}).items())
+        where += f", masked by {masks}" if masks else ""
     commit = (run["commit"] or "unknown")[:9] + (" with local changes" if run["dirty"] else "")
     return (
         f"{where}; {peers}; commit {commit}, "

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/openmp.h"
 
 namespace py = pybind11;
 using windkern::DType;
@@ -24,6 +25,13 @@ const KernelTable& table_named(const std::string& name) {
     if (name == table->name) return *table;
   }
   throw std::invalid_argument("this CPU or build has no kernels named " + name);
+}
+
+windkern::MultiplyBf16 product_named(const std::string& name) {
+  for (const windkern::NamedProduct& product : windkern::runnable_products()) {
+    if (name == product.name) return product.multiply;
+  }
+  throw std::invalid_argument("this CPU or build has no products named " + name);
 }
 
 struct Kernels {
@@ -97,15 +105,20 @@ PYBIND11_MODULE(_cpp, m) {
                                 pointer<bool>(where), link, 0, threads},
                                pointer<void>(rates));
            });
-  m.def("packed_size", &windkern::packed_size);
-  m.def("has_bf16_product", [] { return windkern::runnable_product() != nullptr; });
+  m.def("openmp_team_is_exact", &windkern::openmp_team_is_exact);
+  m.def("set_num_threads", &windkern::set_num_threads);
+  m.def("bf16_products", [] {
+    std::vector<std::string> names;
+    for (const windkern::NamedProduct& product : windkern::runnable_products()) names.push_back(product.name);
+    return names;
+  });
   m.def("multiply_bf16",
-        [](int64_t rows, int64_t columns, int64_t inner, Address a, int64_t a_stride, bool a_transposed, Address b,
-           int64_t b_stride, bool b_transposed, Address c, int64_t c_stride, bool c_is_float, bool accumulate,
-           Address packed, int threads) {
+        [](const std::string& name, int64_t rows, int64_t columns, int64_t inner, Address a, int64_t a_stride,
+           bool a_transposed, Address b, int64_t b_stride, bool b_transposed, Address c, int64_t c_stride,
+           bool c_is_float, bool accumulate, Address packed, int threads) {
           py::gil_scoped_release release;
-          windkern::runnable_product()({rows, columns, inner, pointer<uint16_t>(a), a_stride, a_transposed,
-                                        pointer<uint16_t>(b), b_stride, b_transposed, pointer<void>(c), c_stride,
-                                        c_is_float, accumulate, pointer<uint32_t>(packed), threads});
+          product_named(name)({rows, columns, inner, pointer<uint16_t>(a), a_stride, a_transposed, pointer<uint16_t>(b),
+                               b_stride, b_transposed, pointer<void>(c), c_stride, c_is_float, accumulate,
+                               pointer<uint32_t>(packed), threads});
         });
 }

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from tiny_model import WORDS
 
 
 class Server:
-    """A real one on 127.0.0.1 that answers as OpenAI's do; `script` holds what to do instead, one entry a request."""
+    """A real one on 127.0.0.1 that answers as OpenAI's do; `script` holds what to do instead, one entry a request.
 
-    def __init__(self, most: int = 100):
+    An entry is (status, text, headers), "hang", "drip" (a byte of the answer at a time, without end) or "drip headers";
+    `reply` makes one of a request, None for the usual answer.
+    """
+
+    def __init__(self, most: int = 100, reply: Callable[[dict], object] = lambda body: None):
         self.requests: list[tuple[str, dict, str | None]] = []
         self.script: list = []
         self.lock = threading.Lock()
@@ -23,9 +28,14 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
                     outer.requests.append((self.path, body, self.headers.get("Authorization")))
-                    step = outer.script.pop(0) if outer.script else None
+                    step = outer.script.pop(0) if outer.script else reply(body)
                 if step == "hang":
                     outer.release.wait(5)
+                    return
+                if step in ("drip", "drip headers"):
+                    self.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if step == "drip" else b""))
+                    while not outer.release.wait(0.02):
+                        self.wfile.write(b" " if step == "drip" else b"X: y\r\n")
                     return
                 status, content, headers = step or (200, json.dumps(outer.answer(body, most)), {})
                 self.send_response(status)
@@ -34,11 +44,17 @@ class Server:
                 self.end_headers()
                 self.wfile.write(content.encode())
 
+            def do_GET(self):
+                with outer.lock:
+                    outer.requests.append((self.path, {}, self.headers.get("Authorization")))
+                self.send_error(404)
+
             def log_message(self, *args):
                 """Quiet."""
 
         self.release = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *args: None  # a client that leaves is part of the tests
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self.thread.start()

@@ -11,9 +11,25 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, which torch may insist on
 
 import windkern as wk
+from windkern import doctor
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core for each worker
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:
+    pass  # a machine with a GPU may run the tests of kernels without it
+else:
+    # The same examples everywhere, and none of them too slow on a machine that does much else.
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("suite", deadline=None, database=None, derandomize=True, suppress_health_check=slow)
+    settings.load_profile("suite")
+
+
+def pytest_report_header() -> str:
+    """Shown without -q; tests/test_other_cpus.py reads it."""
+    return f"CPU: {torch.backends.cpu.get_cpu_capability()} for torch, {doctor.cpp_extension()['in_use']} for C++"
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +37,9 @@ def _poisoned_memory_and_fixed_seed():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)  # Reason: bits depend on it, and a test may have failed half-way
     torch.use_deterministic_algorithms(False)
 
 

@@ -89,7 +89,7 @@ class Rows:
         return [*state, unit, logged, rescale, step]
 
     def backward(self, kernels, kept, alias, dbias):
-        """From probabilities that torch_rows kept, so that both see the same ones."""
+        """From what torch_rows kept, so that both see the same; that serves no upstream of the entropy."""
         state, offset = self.state(), self.row(self.rows, 1)
         stored = self.slab()
         torch_rows.slab_forward(self.z.clone(), *self.arguments, state, stored, offset)
@@ -98,9 +98,8 @@ class Rows:
         entropy = None if state.entropy_sum is None else log_sum - state.entropy_sum / state.run_sum
         stats = RowStats(state.run_max, log_sum, state.target_logit, entropy)
         places = torch.arange(self.rows, dtype=self.wide, device=self.device)
-        upstream = Upstream(
-            torch.sin(1 + places), torch.cos(places), torch.sin(2 + 3 * places) if self.entropy else None
-        )
+        c_ent = torch.sin(2 + 3 * places) if self.entropy and not kept else None
+        upstream = Upstream(torch.sin(1 + places), torch.cos(places), c_ent)
         scale = torch.exp2(-(places % 5)) if self.dtype == torch.float16 else None
         total = self.row(self.width).fill_(torch.nan) if dbias else None
         src = stored if kept else self.place(self.z)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import windkern
 
-SECONDS = 120  # a rank that waits for another would wait for ever
+SECONDS = 1200  # a rank that waits for another would wait for ever; two that only have few turns may take long
 
 
 def launch(job: str, folder: Path, *options: str, processes: int = 2) -> list[dict]:

@@ -115,7 +115,7 @@ def assert_matches_reference(
 
 
 def quick(examples: int = 25):
-    return settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+    return settings(max_examples=examples)
 
 
 def value_and_gradient(case: Case, inputs: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:

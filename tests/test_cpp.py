@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,20 @@ from cases import SHAPES, UNLIMITED, Problem, Shape
 from tolerances import assert_within
 
 import windkern as wk
-from windkern.kernels import cpp_rows, torch_rows
+from windkern.kernels import cpp_rows, native, torch_rows
 from windkern.kernels.contract import RowState
 
 ROOT = Path(__file__).parents[1]
-_cpp = pytest.importorskip("windkern._cpp", reason=str(wk.backends.why_not("cpp", "cpu")))
+
+
+def extension():
+    """windkern._cpp; where it is missing these tests are skipped, or fail if WINDKERN_REQUIRE_CPP=1 wants it."""
+    if os.environ.get("WINDKERN_REQUIRE_CPP") == "1":
+        return importlib.import_module("windkern._cpp")
+    return pytest.importorskip("windkern._cpp", reason=str(wk.backends.why_not("cpp", "cpu")))
+
+
+_cpp = extension()
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
@@ -104,16 +114,44 @@ def test_it_is_the_default_on_a_cpu():
     assert "it runs on a CPU" in wk.backends.why_not("cpp", "cuda")
 
 
-def test_without_the_extension_the_reason_is_told(monkeypatch):
+def without_extension(monkeypatch):
+    """`cpp_rows` as it is where windkern._cpp cannot be imported."""
     monkeypatch.setitem(sys.modules, "windkern._cpp", None)
     monkeypatch.delattr(wk, "_cpp", raising=False)
     without = importlib.util.module_from_spec(cpp_rows.__spec__)
     cpp_rows.__spec__.loader.exec_module(without)
-    assert "reinstall windkern with a C++17 compiler" in without.why_not(torch.device("cpu"), torch.float32)
+    return without
+
+
+def test_without_the_extension_the_reason_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)  # left out on purpose: no file, and no warning
+    without = without_extension(monkeypatch)
+    reason = without.why_not(torch.device("cpu"), torch.float32)
+    assert "was installed without its extension _cpp; reinstall windkern with a C++17 compiler" in reason
     monkeypatch.setattr(cpp_rows, "why_not", without.why_not)
     assert "cpp" not in wk.backends.available("cpu")
     with pytest.raises(wk.BackendUnavailableError, match="C\\+\\+17 compiler"):
         wk.token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="cpp")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "words"),
+    [(EXTENSION_SUFFIXES[0], "cannot be loaded"), (".cpython-38-x86_64-linux-gnu.so", "is for another Python")],
+)
+def test_an_extension_that_does_not_load_is_not_passed_over_in_silence(monkeypatch, tmp_path, suffix, words):
+    (tmp_path / f"_cpp{suffix}").touch()
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    with pytest.warns(RuntimeWarning, match=f"extension _cpp {words}.*; another back end runs instead"):
+        without = without_extension(monkeypatch)
+    assert words in without.why_not(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("1", ImportError), ("0", pytest.skip.Exception)])
+def test_where_it_is_required_a_missing_extension_is_no_skip(monkeypatch, required, outcome):
+    monkeypatch.setitem(sys.modules, "windkern._cpp", None)
+    monkeypatch.setenv("WINDKERN_REQUIRE_CPP", required)
+    with pytest.raises(outcome):
+        extension()
 
 
 def test_planted_faults_are_caught(monkeypatch):
@@ -147,11 +185,13 @@ def test_the_extension_links_no_torch():
 @needs_compiler
 def test_kernels_are_clean_under_sanitizers(tmp_path):
     """-fsanitize=address,undefined over odd shapes, with warnings as errors."""
-    sources = ["dispatch", "kernels_portable", "kernels_avx2", "kernels_avx512", "products_avx512bf16"]
+    kernels, products = ["portable", "avx2", "avx512"], ["amx", "avx512bf16"]
+    sources = ["dispatch", *(f"kernels_{name}" for name in kernels), *(f"products_{name}" for name in products)]
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-    flags = {"kernels_avx2": avx2, "kernels_avx512": avx512, "products_avx512bf16": [*avx512, "-mavx512bf16"]}
-    flags["products_avx512bf16"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own headers
+    bf16 = [*avx512, "-mavx512bf16", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC's own headers
+    flags = {"kernels_avx2": avx2, "kernels_avx512": avx512, "products_avx512bf16": bf16}
+    flags["products_amx"] = [*bf16, "-mamx-tile", "-mamx-bf16"]
     common = [
         "g++",
         "-std=c++17",
@@ -178,22 +218,3 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     ran = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=1"})
     assert ran.returncode == 0 and ran.stdout == "clean\n", ran.stderr[-3000:]
-
-
-def test_without_a_compiler_the_package_still_builds(tmp_path):
-    """setup.py reports what failed and goes on; WINDKERN_REQUIRE_CPP=1 makes it an error."""
-    pytest.importorskip("setuptools")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "windkern"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        options = {"ignore": shutil.ignore_patterns("*.so", "__pycache__")} if (ROOT / name).is_dir() else {}
-        copy(ROOT / name, tmp_path / name, **options)
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
-    for required in ("0", "1"):
-        environment = {**os.environ, "CXX": "false", "WINDKERN_REQUIRE_CPP": required, "WINDKERN_BUILD_CUDA": "0"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert (done.returncode == 0) == (required == "0"), done.stderr
-        if required == "0":
-            assert "the C++ back end was not built" in done.stderr
-    built = list((tmp_path / "build").rglob("windkern/*"))
-    assert any(path.name == "plan.py" for path in built)
-    assert not any(path.suffix == ".so" for path in built)

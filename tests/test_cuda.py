@@ -4,6 +4,8 @@ import shutil
 
 import cuda_tools
 import pytest
+import test_ignored_rows
+import test_kept_accuracy
 import test_pairs
 import test_plan
 import test_sequence
@@ -104,6 +106,18 @@ def test_ignored_rows_and_no_rows(backend):
         assert all(torch.equal(value, torch.zeros_like(value)) for value in results.values())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_ignored_row_may_hold_anything(backend, dtype):
+    test_ignored_rows.check_row_kernel(cuda_rows, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_is_kept_is_as_good_as_what_is_recomputed(backend, dtype):
+    test_kept_accuracy.check_softcap(backend, dtype, "one over fifty")
+    test_kept_accuracy.check_entropy(backend, dtype)
+    test_kept_accuracy.check_saturated(backend, dtype, 1.0, 6.0)
+
+
 def test_a_value_that_is_no_number_stays_one(backend):
     z = torch.randn(4, 600)
     z[1, 77], z[2, 599] = torch.nan, torch.inf
@@ -149,6 +163,13 @@ def test_pair_kernels_of_large_and_of_masked_groups(backend):
     for left in (0, 1):
         test_pairs.test_groups_with_fewer_than_two_contribute_zero(backend, left)
     assert cuda_rows.pair_terms(torch.empty(0, 3), None, torch.empty(0, 3), None, "step", "hinge")[0].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pairs_of_well_ordered_groups(backend, dtype):
+    for loss in ("square", "logistic", "hinge"):
+        test_pairs.check_well_ordered(backend, loss, dtype)
+    test_pairs.check_diagonal(backend)
 
 
 def test_segment_sums(backend):

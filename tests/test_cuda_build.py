@@ -41,6 +41,7 @@ def build_as_users_do(folder: Path) -> None:
     environment = {
         **os.environ,
         "WINDKERN_BUILD_CPP": "0",
+        "WINDKERN_REQUIRE_CPP": "0",
         "WINDKERN_BUILD_CUDA": "1",
         "WINDKERN_CXXFLAGS": "-Werror -O0",
         "NVCC_APPEND_FLAGS": "-Werror all-warnings -Xcompiler -Werror",
@@ -149,7 +150,7 @@ def test_a_launch_that_fails_names_kernel_and_error(library, monkeypatch):
 def test_reasons_are_told(monkeypatch):
     assert "it runs on an NVIDIA GPU, not on cpu" in wk.backends.why_not("cuda", "cpu")
     monkeypatch.setattr(cuda_rows, "_cuda", None)
-    monkeypatch.setattr(cuda_rows, "_import_error", "no module", raising=False)
+    monkeypatch.setattr(cuda_rows, "_reason", "no module", raising=False)
     assert "WINDKERN_BUILD_CUDA=1" in wk.backends.why_not("cuda", "cuda")
     assert "cuda" not in wk.backends.available("cuda")
     with pytest.raises(wk.BackendUnavailableError, match="backend='cuda' cannot run on cpu"):
@@ -217,30 +218,3 @@ def test_kernels_run_on_torchs_stream_of_the_tensors_device(monkeypatch):
     with cuda_rows._queue_of(Tensor()) as queue:
         assert queue == "queue" and current == [torch.device("cuda:2")]
     assert queues == [(2, 1234, [torch.device("cuda:2")])] and current == []
-
-
-@pytest.mark.parametrize("required", [False, True])
-def test_without_nvcc_the_package_still_builds(tmp_path, required):
-    """WINDKERN_BUILD_CUDA=1 makes a missing nvcc an error; without it the extension is left out."""
-    environment = {**os.environ, "WINDKERN_BUILD_CPP": "0", "CUDA_HOME": str(tmp_path / "none")}
-    environment |= {"WINDKERN_BUILD_CUDA": "1"} if required else {}
-    folder = str(tmp_path / "build")
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode == 0) is not required
-    assert ("nvcc is not on PATH" in done.stderr) is required
-
-
-def test_a_failing_nvcc_breaks_nothing(tmp_path):
-    """Found, but it fails: the message says so and the installation goes on."""
-    (tmp_path / "bin").mkdir()
-    broken = tmp_path / "bin" / "nvcc"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    environment = {**os.environ, "WINDKERN_BUILD_CPP": "0", "CUDA_HOME": str(tmp_path)}
-    environment.pop("WINDKERN_BUILD_CUDA", None)
-    folder = str(tmp_path / "build")
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "the CUDA back end was not built" in done.stderr

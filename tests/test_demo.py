@@ -21,7 +21,9 @@ for package in ("rich", "matplotlib", "safetensors"):
 import tiny_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from windkern.cli import main  # noqa: E402
+from windkern import demo  # noqa: E402
+from windkern.cli import build_parser, main  # noqa: E402
+from windkern.kernels import cpu_libraries  # noqa: E402
 from windkern.train import models  # noqa: E402
 
 ITERATIONS, STEPS = 4, 2
@@ -112,19 +114,17 @@ def test_sigkill_and_resume_end_with_the_same_bits(inputs, finished, tmp_path):
     output, hanging = tmp_path / "demo", tmp_path / "hanging"
     # Two judgements an iteration: the sixth comes after the fit of iteration 3 and before its checkpoint.
     environment = os.environ | {"HANG_AT": "6", "HANG_FILE": str(hanging), "PYTHONPATH": path_of_tests()}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "windkern", *command(inputs, output)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 240
-    while not hanging.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    printed, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, printed
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # as many as the run it is compared with
+    printed = tmp_path / "printed"
+    with printed.open("w") as file:
+        started = [sys.executable, "-m", "windkern", *command(inputs, output)]
+        process = subprocess.Popen(started, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        while not hanging.exists() and process.poll() is None:
+            time.sleep(0.05)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, printed.read_text()
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-4"]
     assert main(command(inputs, output, "--resume")) == 0
     assert_same_run(output, finished[0])
@@ -189,3 +189,15 @@ def test_the_command_line_explains_itself(capsys):
     assert "--resume" in shown and "--judge MODULE:FUNCTION" in shown
     with pytest.raises(SystemExit, match="2"):
         main(["dmeo"])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_that_is_slow_in_bfloat16_gets_fewer_iterations_unless_told_otherwise(monkeypatch, fast):
+    monkeypatch.setattr(cpu_libraries, "has_bfloat16_products", lambda: fast)
+    asked = build_parser().parse_args(["demo", "--seed", "3"])
+    schedule = {"lr_scheduler_kwargs": {"lr_end": demo.FLOAT32["learning_rate"] / 2, "power": 1.0}}
+    assert demo.overrides_of(asked) == {"seed": 3} | ({} if fast else demo.FLOAT32 | schedule)
+    told = build_parser().parse_args(["demo", "--iterations", "6", "--learning-rate", "0.5"])
+    changes = demo.overrides_of(told)
+    assert (changes["num_iterations"], changes["learning_rate"]) == (6, 0.5)
+    assert changes["lr_scheduler_kwargs"]["lr_end"] == 0.25

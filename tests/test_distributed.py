@@ -11,6 +11,7 @@ import pytest
 import torch
 from distributed_jobs import Toy, batch, make_run, plain_loss, report_of
 from distributed_tools import launch
+from trainer_cases import PROMPTS, assert_has_not_moved
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
@@ -49,8 +50,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 def responses(folder: Path) -> None:
     """A file of recorded responses, not equally many for each prompt."""
-    from trainer_cases import PROMPTS
-
     texts = ("good day", "bad rain", "the bus", "so very good and bad", "not a bus")
     lines = [json.dumps({"prompt": prompt, "responses": texts[: 3 + k % 3]}) for k, prompt in enumerate(PROMPTS)]
     (folder / RECORDED).write_text("\n".join(lines))
@@ -178,14 +177,15 @@ def test_sharded_bfloat16_gives_losses_and_log_probs_in_float32(launched):
     assert all(not rounded(scored[name]).all() for name in ("old_logps", "ref_logps"))
     assert scored["old_logps"] == scored["ref_logps"]  # the policy is the reference still
     for rank in ranks_of(launched, "bf16-fsdp2"):
-        assert rank["kl_old"][0] == 0 and rank["kl_ref"][0] == 0 and all(rank["kl_old"][1:])
+        assert_has_not_moved(rank["kl_old"][0], rank["kl_ref"][0])
+        assert all(rank["kl_old"][1:])
         assert not rounded(rank["loss"]).any()
 
 
 def test_adapters_on_a_bfloat16_base_learn_the_same_sharded(launched):
     """The first forward leaves the adapters out, and FSDP2 looks then which parameters are trained."""
     for one, two in zip(ranks_of(launched, "half-ddp"), ranks_of(launched, "half-fsdp2"), strict=True):
-        assert one["kl_old"][0] == two["kl_old"][0] == 0
+        assert_has_not_moved(one["kl_old"][0], two["kl_old"][0])
         assert two["loss"] == pytest.approx(one["loss"], rel=5e-2)  # bfloat16, rounded in other places
     for name, value in weights(launched / "half-ddp").items():  # adapters that stay as they were are off by 8e-3
         torch.testing.assert_close(weights(launched / "half-fsdp2")[name], value, rtol=1e-2, atol=2e-3)

@@ -17,6 +17,7 @@ NEEDS_EXTRAS = (
     "windkern.hf",
     "windkern.train",
     "windkern.demo",
+    "windkern.display",
     "windkern.cli",
     "windkern.__main__",
     "windkern.tabular.bandit",

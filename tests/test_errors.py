@@ -1,5 +1,6 @@
 """Bad input: each exception names the argument, what came, and what would be right."""
 
+import numpy
 import pytest
 import torch
 
@@ -26,7 +27,6 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"weight": torch.zeros(7)}, ValueError, r"weight must have shape \(vocab, hidden\)"),
         ({"weight": torch.zeros(0)}, ValueError, r"no elements .* windkern.sharding.gathered"),
         ({"weight": torch.zeros(0, 4)}, ValueError, r"no elements .* windkern.sharding.gathered"),
-        ({"weight": WEIGHT.bfloat16()}, TypeError, "one dtype outside autocast, got hidden torch.float32, weight"),
         ({"weight": META}, ValueError, "weight is on meta but targets is on cpu"),
         ({"targets": TARGETS.float()}, TypeError, "targets must be int64 or int32, got torch.float32"),
         ({"targets": TARGETS[0]}, ValueError, r"targets must have shape \(2, 3\) .*, got \(3,\)"),
@@ -34,7 +34,7 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"targets": TARGETS - 1}, ValueError, r"targets must be in \[0, 7\) or equal ignore_index, got -1"),
         ({"targets": TARGETS - 5}, ValueError, r"targets must be in \[0, 7\) or equal ignore_index, got -5"),
         ({"bias": torch.zeros(6)}, ValueError, r"bias must have shape \(7,\), got \(6,\)"),
-        ({"bias": torch.zeros(7).double()}, TypeError, "one dtype outside autocast"),
+        ({"bias": torch.zeros(7).double()}, TypeError, "bias must not be wider than the logits"),
         ({"transform": 2.0}, TypeError, "transform must be a windkern.LogitTransform or None, got float"),
         ({"num_scored": -1}, ValueError, "num_scored must be at least 0, got -1"),
         ({"num_scored": 2.5}, TypeError, "num_scored must be an integer, got float"),
@@ -43,11 +43,127 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"memory_budget": "1G"}, TypeError, "memory_budget must be an integer, got str"),
         ({"backend": "torhc"}, ValueError, r"backend must be one of 'auto', .* did you mean 'torch'\?"),
         ({"softcap": 30.0}, TypeError, "unexpected keyword argument 'softcap'"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got NoneType"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index must be an integer, got float 0.5"),
+        ({"ignore_index": "-100"}, TypeError, "ignore_index must be an integer, got str '-100'"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an integer, got bool True"),
+        ({"ignore_index": numpy.bool_(True)}, TypeError, "ignore_index must be an integer, got bool"),
+        ({"ignore_index": torch.tensor(True)}, TypeError, "ignore_index must be an integer, got Tensor"),
+        ({"ignore_index": torch.tensor([1, 2])}, TypeError, "ignore_index must be an integer, got Tensor"),
+        ({"ignore_index": 2**70}, ValueError, "ignore_index must fit into 64 bits, got 1180591620717411303424"),
+        ({"num_scored": True}, TypeError, "num_scored must be an integer, got bool True"),
+        ({"num_scored": numpy.float64(6)}, TypeError, "num_scored must be an integer, got float64 .*6.0"),
+        ({"memory_budget": False}, TypeError, "memory_budget must be an integer, got bool False"),
+        ({"entropy": "no"}, TypeError, "entropy must be True or False, got str 'no'"),
+        ({"entropy": None}, TypeError, "entropy must be True or False, got NoneType"),
+        ({"deterministic": "no"}, TypeError, "deterministic must be True or False, got str 'no'"),
+        ({"deterministic": 1}, TypeError, "deterministic must be True or False, got int 1"),
+        ({"hidden": HIDDEN.view(6, 4).to_sparse()}, TypeError, "hidden must be a dense tensor, got torch.sparse_coo"),
+        ({"weight": WEIGHT.to_sparse()}, TypeError, "weight must be a dense tensor, got torch.sparse_coo"),
+        ({"targets": TARGETS.to_sparse()}, TypeError, "targets must be a dense tensor, got torch.sparse_coo"),
+        ({"bias": torch.zeros(7).to_sparse()}, TypeError, "bias must be a dense tensor, got torch.sparse_coo"),
+        ({"hidden": HIDDEN.to("meta"), "weight": META, "targets": TARGETS.to("meta")}, ValueError, "the meta device"),
+        ({"transform": wk.LogitTransform(softcap=1e39)}, ValueError, r"got 1e-39 \(scale=1, softcap=1e\+39,"),
+        ({"transform": wk.LogitTransform(softcap=1e-39)}, ValueError, "scale / softcap of transform must lie between"),
+        ({"transform": wk.LogitTransform(1e30, None, 1e-30)}, ValueError, "scale / temperature .*scale=1e.30, softcap"),
+        ({"transform": wk.LogitTransform(1e-300, None, 1e300)}, ValueError, "scale / temperature of transform"),
     ],
 )
 def test_token_logps(kwargs, error, match):
     with pytest.raises(error, match=match):
         call(**kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_other_layouts():
+    with pytest.raises(TypeError, match="hidden must be a dense tensor, got a nested tensor"):
+        call(hidden=torch.nested.nested_tensor([HIDDEN[0], HIDDEN[1]]))
+    with pytest.raises(TypeError, match=r"weight must be a dense tensor, got torch.sparse_csr; weight.to_dense\(\)"):
+        call(weight=WEIGHT.to_sparse_csr())
+
+
+def test_what_stands_for_an_integer_a_number_or_a_flag_serves():
+    """NumPy's own, as collators hand them over, and tensors of one number."""
+    plain = call(ignore_index=3, num_scored=6, memory_budget=0, deterministic=True, entropy=True)
+    for kind in (numpy.int64, numpy.int32, torch.tensor):
+        numbers = {name: kind(value) for name, value in (("ignore_index", 3), ("num_scored", 6), ("memory_budget", 0))}
+        flags = {"deterministic": numpy.bool_(True), "entropy": numpy.bool_(True)}
+        for got, want in zip(call(**numbers, **flags), plain, strict=True):
+            assert torch.equal(got, want)
+    transform = wk.LogitTransform(numpy.float32(0.5), numpy.float64(3.0), 2)
+    assert transform == wk.LogitTransform(0.5, 3.0, 2.0)
+    assert [type(value) for value in (transform.scale, transform.softcap, transform.temperature)] == [float] * 3
+    call(transform=transform)
+    call(HIDDEN.double(), WEIGHT.double(), transform=wk.LogitTransform(softcap=1e39))  # float64 holds it
+    sizes = {"rows": numpy.int64(8), "hidden_size": numpy.int64(4), "vocab_size": numpy.int32(9)}
+    plan = wk.plan(**sizes, dtype=torch.float32, total_rows=numpy.int64(9), device="cpu")
+    assert plan == wk.plan(8, 4, 9, torch.float32, total_rows=9, device="cpu")
+
+
+def test_logits_that_overflow_are_not_called_masked(backend):
+    """-inf without a bias, beside an open one, and beside one that masks a part."""
+    hidden, weight, targets = torch.full((2, 2), 3e38), -torch.ones(3, 2), torch.tensor([0, -100])
+    for bias in (None, torch.zeros(3), torch.tensor([0.0, -torch.inf, 0.0])):
+        with pytest.raises(ValueError, match=r"row 0 are -inf: .* overflows torch.float32"):
+            call(hidden, weight, targets, bias=bias, backend=backend)
+    with pytest.raises(ValueError, match="bias masks every vocabulary entry of scored row 0"):
+        call(torch.zeros(2, 2), weight, targets, bias=torch.full((3,), -torch.inf), backend=backend)
+
+
+GROUPS = torch.zeros(2, 3, 4, 8), torch.zeros(11, 8), torch.zeros(2, 3, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "kwargs", "error", "match"),
+    [
+        (
+            lambda logps: logps.sum(-1).long(),
+            {},
+            TypeError,
+            "loss_fn must return losses of a floating dtype, got torch.int64",
+        ),
+        (lambda logps: logps.sum(-1) > 0, {}, TypeError, "loss_fn must return .* got torch.bool"),
+        (lambda logps: logps.sum(-1).to(torch.complex64), {}, TypeError, "loss_fn must return .* got torch.complex64"),
+        (lambda logps: logps.detach().sum(-1), {}, ValueError, "loss_fn must return losses that depend on logps"),
+        (lambda logps: logps.new_ones(2), {}, ValueError, "loss_fn must return losses that depend on logps"),
+        (
+            lambda logps: logps.sum(-1),
+            {"per_group": [torch.zeros(2)]},
+            TypeError,
+            "per_group must be .* got list",
+        ),
+        (lambda logps: logps.sum(-1), {"per_group": {1: torch.zeros(2)}}, TypeError, "per_group .* as keys, got 1"),
+        (lambda logps, k: logps.sum(-1), {}, TypeError, r"what per_group holds, as loss_fn\(logps\): missing .*'k'"),
+        (
+            lambda logps: logps.sum(-1),
+            {"per_group": {"k": torch.zeros(2)}},
+            TypeError,
+            r"loss_fn\(logps, k\): got",
+        ),
+        (lambda logps: logps.sum(-1), {"per_group": {"k": 3.0}}, TypeError, r"per_group\['k'\] must be a torch.Tensor"),
+        (lambda logps: logps.sum(-1), {"deterministic": "no"}, TypeError, "deterministic must be True or False"),
+        (lambda logps: logps.sum(-1), {"ignore_index": 0.5}, TypeError, "ignore_index must be an integer"),
+        (lambda logps: logps.sum(-1), {"num_scored": 24.0}, TypeError, "num_scored must be an integer, got float 24.0"),
+    ],
+)
+def test_fused_loss(backend, loss_fn, kwargs, error, match):
+    hidden, weight, targets = GROUPS
+    with pytest.raises(error, match=match):
+        wk.fused_loss(loss_fn, hidden.clone().requires_grad_(), weight, targets, backend=backend, **kwargs)
+
+
+def test_a_parameter_of_the_loss_is_not_dropped_where_the_model_is_frozen():
+    """Nothing of the model wants a gradient, but loss_fn holds something that does."""
+    scale = torch.ones((), requires_grad=True)
+
+    def loss_fn(logps):
+        return scale * logps.sum(-1)
+
+    with pytest.raises(ValueError, match="loss_fn must depend on no tensor that requires grad except logps"):
+        wk.fused_loss(loss_fn, *GROUPS)
+    with torch.no_grad():  # what asks for no gradient gets none
+        assert not wk.fused_loss(loss_fn, *GROUPS).requires_grad
 
 
 def test_keyword_only():
@@ -95,6 +211,13 @@ def test_an_explicit_backend_that_cannot_run_raises(monkeypatch):
 def test_why_not_of_an_unknown_backend():
     with pytest.raises(ValueError, match="backend must be one of"):
         wk.backends.why_not("tritn", "cpu")
+
+
+def test_why_not_names_its_arguments():
+    with pytest.raises(ValueError, match=r"device must be a torch.device or name one, as 'cuda' or 'cpu', got 'gpu'"):
+        wk.backends.available("gpu")
+    with pytest.raises(TypeError, match=r"dtype must be torch.float64, .* got torch.int8"):
+        wk.backends.why_not("torch", "cpu", torch.int8)
 
 
 def test_distributed_tensor_is_named(tmp_path):

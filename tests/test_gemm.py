@@ -6,13 +6,18 @@ from cases import NARROW, UNLIMITED, Problem, Shape
 from test_logprobs import check
 from tolerances import assert_within
 
-from windkern.kernels import buffers, cpu_products, gemm
+from windkern.kernels import buffers, cpu_libraries, cpu_products, gemm
 from windkern.plan import _solve
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
-needs_product = pytest.mark.skipif(not cpu_products.AVAILABLE, reason="needs AVX512_BF16 and the C++ extension")
+BF16_PRODUCTS = () if cpu_products._cpp is None else cpu_products._cpp.bf16_products()
+
+
+def bf16_product(name: str):
+    missing = name not in BF16_PRODUCTS
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"needs {name} and the C++ extension"))
 
 
 @pytest.fixture(
@@ -20,13 +25,14 @@ needs_product = pytest.mark.skipif(not cpu_products.AVAILABLE, reason="needs AVX
         "mkl",
         pytest.param("onednn", marks=needs_onednn),
         pytest.param("zen4", marks=needs_onednn),
-        pytest.param("packed", marks=needs_product),
+        bf16_product("amx"),
+        bf16_product("avx512bf16"),
     ]
 )
 def library(request, monkeypatch):
-    monkeypatch.setattr(cpu_products, "AVAILABLE", request.param == "packed")
-    monkeypatch.setattr(gemm, "_ONEDNN", request.param != "mkl")
-    monkeypatch.setattr(gemm, "_ONEDNN_WEIGHT_GRAD", request.param == "onednn")
+    monkeypatch.setattr(cpu_products, "PRODUCT", request.param if request.param in BF16_PRODUCTS else None)
+    monkeypatch.setattr(cpu_libraries, "ONEDNN", request.param in ("onednn", "zen4"))
+    monkeypatch.setattr(cpu_libraries, "ONEDNN_WEIGHT_GRAD", request.param == "onednn")
     monkeypatch.setattr(gemm, "_SMALL_PRODUCT", 1)
     _solve.cache_clear()
     yield
@@ -43,17 +49,17 @@ def test_products(library, dtype):
     def close(result, wanted, plain, name):
         assert_within(result, wanted, plain, dtype, name)
 
-    z = products.logits(products.logit_operand(hidden), products.logit_operand(weight), None)
+    z = products.logits(products.prepared(hidden), products.prepared(weight), None)
     assert z.dtype == products.acc
     close(z, exact[0] @ exact[1].T, exact[0] @ exact[1].T, "logits")
-    twice = products.logits(products.logit_operand(hidden), products.logit_operand(weight), None, add_to=z.clone())
+    twice = products.logits(products.prepared(hidden), products.prepared(weight), None, add_to=z.clone())
     close(twice, 2 * exact[0] @ exact[1].T, exact[0] @ exact[1].T * 2, "logits of two blocks")
     total = torch.ones(37, 24, dtype=products.acc)
-    total = products.hidden_grad(products.grad_operand(dz), products.grad_operand(weight), total)
+    total = products.hidden_grad(products.prepared(dz), products.prepared(weight), total)
     assert total.dtype == products.acc
     close(total, 1 + exact[2] @ exact[1], 1 + exact[2] @ exact[1], "hidden_grad")
     wanted = exact[2].T @ exact[0]
-    operands = products.grad_operand(dz), products.grad_operand(hidden)
+    operands = products.prepared(dz), products.prepared(hidden)
     for out_dtype in {dtype, products.acc}:
         out = torch.empty(65, 24, dtype=out_dtype)
         products.weight_grad(*operands, out, accumulate=False, gain=None)
@@ -70,13 +76,15 @@ def test_gears(library, gear, dtype):
         check(problem, dtype, gear, memory_budget=budget, backend="torch")
 
 
-@needs_product
+@pytest.mark.parametrize("name", [bf16_product("amx"), bf16_product("avx512bf16")])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (7, 65, 3), (50, 130, 33), (49, 64, 1025), (97, 200, 600), (0, 3, 3), (3, 4, 0)]
+    "shape",
+    [(1, 1, 1), (7, 65, 3), (50, 130, 33), (49, 64, 1025), (160, 128, 96), (257, 200, 2600), (0, 3, 3), (3, 4, 0)],
 )
-def test_bfloat16_products_with_float32_sums(shape, threads):
+def test_bfloat16_products_with_float32_sums(monkeypatch, name, shape, threads):
     """Tails of every kind, both layouts of both operands, into a view whose surroundings must stay as they are."""
+    monkeypatch.setattr(cpu_products, "PRODUCT", name)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows, columns, inner = shape
@@ -101,8 +109,9 @@ def test_bfloat16_products_with_float32_sums(shape, threads):
         torch.set_num_threads(before)
 
 
-@needs_product
-def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_other_rows():
+@pytest.mark.parametrize("name", [bf16_product("amx"), bf16_product("avx512bf16")])
+def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_other_rows(monkeypatch, name):
+    monkeypatch.setattr(cpu_products, "PRODUCT", name)
     left, right = torch.randn(100, 70).bfloat16(), torch.randn(70, 130).bfloat16()
     whole = cpu_products.multiply(left, right, torch.empty(100, 130))
     for rows in (slice(0, 1), slice(5, 12), slice(47, 100)):
@@ -117,12 +126,3 @@ def test_flops_are_counted():
         products.hidden_grad(torch.randn(5, 7), torch.randn(7, 3), torch.zeros(5, 3))
         products.weight_grad(torch.randn(5, 7), torch.randn(5, 3), torch.empty(7, 3), accumulate=False, gain=None)
     assert record.flops == 3 * 2 * 5 * 3 * 7
-
-
-def test_amd_family_reads_the_first_processor(monkeypatch):
-    text = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\n\nprocessor\t: 1\nvendor_id\t: Other\ncpu family\t: 1\n"
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    for vendor, family, wanted in (("AuthenticAMD", 26, 26), ("GenuineIntel", 6, 0)):
-        monkeypatch.setattr(gemm.Path, "exists", lambda path: True)
-        monkeypatch.setattr(gemm.Path, "read_text", lambda path, v=vendor, f=family: text.format(v, f))
-        assert gemm._amd_family() == wanted

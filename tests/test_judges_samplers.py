@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import socket
 
 import pytest
 import torch
@@ -230,9 +231,10 @@ def test_texts_that_cannot_be_completions_are_refused():
         completions_of_texts(tokenizer, PROMPTS[:1], [[""]], truncated=[[True]])
     cut = completions_of_texts(tokenizer, PROMPTS[:1], [["a day", "a very good day", ""]], max_new_tokens=3)
     assert cut.truncated.tolist() == [False, True, False] and cut.num_tokens == 3 + 3 + 1
-    tokenizer.eos_token = None
+    endless = make_tokenizer(chat=False)
+    endless.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
-        completions_of_texts(tokenizer, PROMPTS[:1], [["a"]])
+        completions_of_texts(endless, PROMPTS[:1], [["a"]])
 
 
 def test_recorded_responses_are_drawn_by_the_seed(tmp_path):
@@ -316,10 +318,11 @@ def test_a_server_that_hangs_or_is_not_there_is_given_up(server):
     server.script = ["hang"]
     with pytest.raises(ServerError, match=r"no answer in 1 attempts of 0\.1 s; last: .*timed out"):
         sampler_of(server, attempts=1, timeout=0.1).sample(PROMPTS[:1], 1, seed=0)
-    gone = Server()
-    gone.close()
-    with pytest.raises(ServerError, match="Connection refused"):
-        sampler_of(gone, attempts=1).sample(PROMPTS[:1], 1, seed=0)
+    with socket.socket() as gone:  # bound, so that nobody else gets the port, and not listening
+        gone.bind(("127.0.0.1", 0))
+        server.url = f"http://127.0.0.1:{gone.getsockname()[1]}/v1"
+        with pytest.raises(ServerError, match="Connection refused"):
+            sampler_of(server, attempts=1).sample(PROMPTS[:1], 1, seed=0)
 
 
 def test_arguments_of_the_server_are_checked():

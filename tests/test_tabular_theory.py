@@ -21,7 +21,7 @@ seeds = st.integers(0, 2**31)
 
 
 def quick(examples: int):
-    return settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+    return settings(max_examples=examples)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ pytest.importorskip("rich")
 from tiny_model import goodness, make_model, make_tokenizer  # noqa: E402
 
 import windkern.train  # noqa: E402
+from windkern.display import Display  # noqa: E402
 from windkern.train import data, evaluate, judges, models, progress, report, sampler  # noqa: E402
 from windkern.train.optim import MasterAdamW, forget_moments  # noqa: E402
 
@@ -188,7 +189,7 @@ def test_sampler_arguments_are_checked(model, tokenizer):
         sampler.TransformersSampler(model, tokenizer, max_new_tokens=4, temperature=0.0)
     endless = make_model()
     endless.generation_config.eos_token_id = None
-    silent = make_tokenizer()
+    silent = make_tokenizer(chat=False)
     silent.eos_token = None
     with pytest.raises(ValueError, match="end token"):
         sampler.TransformersSampler(endless, silent, max_new_tokens=4)
@@ -377,21 +378,26 @@ def make_records(count: int) -> list[progress.Record]:
     ]
 
 
-def test_the_live_report_counts_down():
-    console = report.Console(file=io.StringIO(), width=120)
-    with report.LiveReport(3, console) as live:
-        live.phase(0, "sampling the reference", 1)
-        live.advance()
+def test_the_live_report_prints_a_line_an_iteration():
+    now = 0.0
+    display = Display(report.Console(file=io.StringIO(), width=120), lines=False, seconds=lambda: now)
+    display.plan(iterations=3, each={("sampling", "responses"): 1.0})
+    with display:
+        live = report.LiveReport(display, 3)
         for record in make_records(2):
-            for name in ("sampling", "scoring", "fitting", "evaluating", "saving"):
-                live.phase(record.iteration, name, 2)
-                live.advance()
+            live.phase(record.iteration, "sampling", 2, "responses")
+            for _ in range(2):
+                now += 15
                 live.advance()
             live.finished(record)
         live.note("a [note]")
-    shown = console.file.getvalue()
-    assert "1/3  win rate 0.55 ± 0.04  reward +0.10  KL  0.3  loss 0.050   30 tokens/s  1:00 left" in shown
-    assert "0:30 left" in shown and "a [note]" in shown
+        live.finished(replace(make_records(1)[0], win_rate=None, kl=None, reward=None, train_reward=None, loss=None))
+    assert display.console.file.getvalue().splitlines() == [
+        " 1/3  win rate 0.55 ± 0.04  reward +0.10  KL  0.3  loss 0.050   30 tokens/s  1:00 left",
+        " 2/3  win rate 0.60 ± 0.04  reward +0.20  KL  0.6  loss 0.050   30 tokens/s  0:30 left",
+        "a [note]",
+        " 1/3   30 tokens/s  0:30 left",
+    ]
 
 
 def test_table_completions_json_and_picture(tmp_path):

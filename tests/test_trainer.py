@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import tiny_model
-from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer, weights_of
+from trainer_cases import HELDOUT, PROMPTS, assert_has_not_moved, lora, make_config, make_trainer, weights_of
 
 from windkern import hf
 from windkern.losses import LOSSES
@@ -35,13 +35,14 @@ def begin(trainer):
 
 
 def test_the_first_loss_is_the_variance_of_the_win_rates(tmp_path):
-    """With pi_theta = pi_t = pi_ref every log-ratio is exactly 0, so the centred square loss is c^2 Var w."""
+    """With pi_theta = pi_t = pi_ref every log-ratio is 0, so the centred square loss is c^2 Var w."""
     trainer = make_trainer(tmp_path, num_iterations=1, steps_per_iteration=1, per_device_train_batch_size=8)
     trainer.train()
     win_rates = verdict_of(trainer.outer.rollouts).prefs.mean(-1)
-    assert losses_of(trainer) == [pytest.approx(float(win_rates.var(-1, unbiased=False).mean()), rel=1e-5)]
+    assert losses_of(trainer) == [pytest.approx(float(win_rates.var(-1, unbiased=False).mean()), rel=1e-4)]
     first = trainer.state.log_history[0]
-    assert first["kl_old"] == 0 and first["kl_ref"] == 0 and first["residual"] > 0
+    assert_has_not_moved(first["kl_old"], first["kl_ref"])
+    assert first["residual"] > 0.1
     # At pi = pi_ref the exploitability is Var(w) / (2 beta) to second order.
     assert first["exploitability"] == pytest.approx(losses_of(trainer)[0] / (2 * 0.05), rel=1e-4)
 
@@ -114,7 +115,8 @@ def test_every_separable_loss_trains(tmp_path, name):
     trainer = make_trainer(tmp_path, loss=name, prompts=prompts, num_iterations=1, **changes)
     before = weights_of(trainer)
     trainer.train()
-    assert all(torch.isfinite(torch.tensor(losses_of(trainer))))
+    losses = torch.tensor(losses_of(trainer))
+    assert len(losses) == 2 and losses.isfinite().all()
     assert any(not torch.equal(before[name], value) for name, value in weights_of(trainer).items())
 
 
@@ -240,7 +242,7 @@ def test_dropout_is_off_and_modes_of_attention_too(tmp_path):
     model.model.layers[0].self_attn.attention_dropout = 0.5
     trainer = make_trainer(tmp_path, model=model, num_iterations=1, steps_per_iteration=1)
     trainer.train()
-    assert trainer.state.log_history[0]["kl_old"] == 0
+    assert_has_not_moved(trainer.state.log_history[0]["kl_old"])
 
 
 def test_every_dropout_module_is_off():
@@ -268,6 +270,7 @@ def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_p
     "ignore:`is_gradient_checkpointing`",
     "ignore:Model has `tie_word_embeddings=True`",
     "ignore:Setting `save_embedding",
+    "ignore:Could not find a config file in",  # of a model without a name: peft before 0.21
 )
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
 def test_an_adapter_has_its_base_as_reference(tmp_path, modules):

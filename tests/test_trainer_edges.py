@@ -63,6 +63,7 @@ def test_an_evaluation_before_the_first_step_is_of_no_iteration(tmp_path):
     assert [entry["step"] for entry in trainer.state.log_history if "eval_win_rate" in entry] == [0, 2, 4]
 
 
+@pytest.mark.filterwarnings("ignore:all responses to each of the iteration's")
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0)
     with pytest.raises(FloatingPointError, match=r"the loss of step \d is (nan|inf)"):

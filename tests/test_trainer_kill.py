@@ -53,20 +53,28 @@ def processes():
 
 
 def run(processes, folder: Path, *, resume: bool = False, hang_at: str | None = None, changes: dict = CHANGES):
-    process = processes.Process(target=trainer_cases.run_or_hang, args=(str(folder), resume, hang_at, changes))
+    arguments = (str(folder), resume, hang_at, changes)
+    process = processes.Process(target=trainer_cases.run_or_hang, args=arguments, daemon=True)  # ends with this one
     process.start()
     return process
 
 
 def finish(process) -> None:
-    process.join(120)
+    process.join()
     assert process.exitcode == 0
 
 
 def kill(process) -> None:
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(30)
+    process.kill()
+    process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def kill_where_it_hangs(process, folder: Path) -> None:
+    while not (folder / "hanging").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    kill(process)
 
 
 def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -94,35 +102,36 @@ def assert_same(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_killed_at_a_place_ends_with_the_same_bits(processes, finished, tmp_path, place):
-    process = run(processes, tmp_path, hang_at=place)
-    deadline = time.time() + 60
-    while not (tmp_path / "hanging").exists():
-        assert process.is_alive() and time.time() < deadline
-        time.sleep(0.01)
-    kill(process)
+    kill_where_it_hangs(run(processes, tmp_path, hang_at=place), tmp_path)
     finish(run(processes, tmp_path, resume=True))
     assert_same(finished, tmp_path)
 
 
-def test_a_run_killed_at_random_times_ends_with_the_same_bits(processes, finished, tmp_path):
-    """Killed again and again, each time after it got a little further, wherever that is."""
-    times = random.Random(0)
+def files_of(folder: Path) -> set[str]:
+    """Also of folders that are renamed or removed meanwhile."""
+    return {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(processes, finished, tmp_path):
+    """Killed again and again, each time after it has written a few more files, however long that takes."""
+    draws, seen, ends = random.Random(0), set(), []
     for _ in range(4):
         process = run(processes, tmp_path, resume=True)
-        time.sleep(times.uniform(0.3, 1.5))
-        if process.is_alive():
-            kill(process)
+        wanted = len(seen) + draws.randint(1, 15)
+        while process.is_alive() and len(seen) < wanted:
+            time.sleep(0.01)
+            seen |= files_of(tmp_path)
+        process.kill()
+        process.join()
+        ends.append(process.exitcode)
+    assert -signal.SIGKILL in ends
     finish(run(processes, tmp_path, resume=True))
     assert_same(finished, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:no whole checkpoint")
 def test_completions_that_were_sampled_and_judged_are_not_made_again(processes, tmp_path, monkeypatch):
-    process = run(processes, tmp_path, hang_at="sampling:3")
-    while not (tmp_path / "hanging").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-    kill(process)
+    kill_where_it_hangs(run(processes, tmp_path, hang_at="sampling:3"), tmp_path)
     there = {path.name: path.read_bytes() for path in tmp_path.glob("completions/iteration-0001/block-*.json")}
     assert sorted(there) == ["block-0000.json", "block-0001.json"]
     asked = []

@@ -6,6 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_ignored_rows as ignored_rows
+import test_kept_accuracy
+import test_pairs
 import torch
 from cases import NARROW, SHAPES, UNLIMITED, Problem, Shape
 from tolerances import assert_within
@@ -86,7 +89,8 @@ class Slabs:
         entropy = log_sum - state.entropy_sum / state.run_sum if self.entropy else None
         stats = RowStats(state.run_max, log_sum, state.target_logit, entropy)
         places = torch.arange(self.rows, dtype=self.acc)
-        upstream = Upstream(torch.sin(places), torch.cos(places), torch.sin(2 * places) if self.entropy else None)
+        c_ent = torch.sin(2 * places) if self.entropy and not kept else None  # what is kept serves none
+        upstream = Upstream(torch.sin(places), torch.cos(places), c_ent)
         scale = 2.0 ** (places - 3) if scaled else None
         written = []
         for k, z in enumerate(self.logits):
@@ -138,6 +142,16 @@ def test_gears(shape, gear, dtype):
         ours = problem.run(wk.token_logps, dtype, gear, memory_budget=budget, backend="triton")
         for name, value in ours.items():
             assert_within(value, exact[name], plain[name], dtype, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_rows(dtype):
+    ignored_rows.check_row_kernel(triton_rows, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_small_softcap(dtype):
+    test_kept_accuracy.check_softcap("triton", dtype, "a hundredth")
 
 
 def test_gradcheck():
@@ -224,12 +238,21 @@ def test_a_walk_over_tiles_obeys_its_plan(small_tiles):
     hidden = torch.randn(40, 24).bfloat16().requires_grad_()
     weight = torch.randn(517, 24).bfloat16().requires_grad_()
     targets = torch.randint(0, 517, (40,))
-    for budget in (NARROW, UNLIMITED):
-        plan = wk.plan(40, 24, 517, torch.bfloat16, memory_budget=budget, device="cpu", tile_columns=64)
+    for budget, entropy in ((NARROW, False), (UNLIMITED, False), (UNLIMITED, True)):
+        options = {"memory_budget": budget, "entropy": entropy}
+        plan = wk.plan(40, 24, 517, torch.bfloat16, device="cpu", tile_columns=64, **options)
         assert plan.offset_tiles > 1
+        assert plan.slabs_kept == (0 if entropy or budget == NARROW else plan.num_slabs)  # tiles have no logits to keep
         with wk.kernels.buffers.recording() as record:
-            wk.token_logps(hidden, weight, targets, memory_budget=budget, backend="triton").logps.sum().backward()
+            out = wk.token_logps(hidden, weight, targets, backend="triton", **options)
+            (out.entropy if entropy else out.logps).sum().backward()
         assert record.peak_bytes <= plan.peak_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tiles_keep_what_a_small_softcap_needs(small_tiles, dtype):
+    test_kept_accuracy.check_softcap("triton", dtype, "one over fifty")
+    test_kept_accuracy.check_entropy("triton", dtype)
 
 
 def test_rows_of_tiles_do_not_depend_on_their_neighbours(small_tiles):
@@ -281,6 +304,10 @@ def compare_pairs(kernels, n=41):
 
 def test_pair_kernels():
     compare_pairs(triton_pairs)
+    for loss in ("square", "logistic", "hinge"):
+        for dtype in (torch.float32, torch.float64):
+            test_pairs.check_well_ordered("triton", loss, dtype)
+    test_pairs.check_diagonal("triton")
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (1, 1)])

@@ -216,7 +216,8 @@ def test_tokenizers_must_agree():
 def test_half_precision_keeps_the_value_model_in_float32(tmp_path):
     assert value_module._dtypes(settings(tmp_path, bf16=True)) == (torch.bfloat16, torch.float32)
     model = ValueModel(llama(1, hidden=24).to(torch.bfloat16), llama(2))
-    trainer = trainer_of(tmp_path, model, bf16=True, max_steps=3)
+    trainer = trainer_of(tmp_path, model, bf16=True, max_steps=3, logging_steps=1)
     trainer.train()
     assert model.value.dtype == torch.float32 and model.base.dtype == torch.bfloat16
-    assert all(math.isfinite(entry.get("loss", 0.0)) for entry in trainer.state.log_history)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)

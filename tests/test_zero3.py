@@ -80,7 +80,7 @@ def test_models_are_loaded_whole(zero3, monkeypatch):
         raise KeyError
 
     monkeypatch.setattr(launch, "load_model", load)
-    monkeypatch.setattr(launch, "load_judge", lambda name, **given: load(name))
+    monkeypatch.setattr(launch, "make_judge", lambda config: load(config.judge))
     monkeypatch.setattr(launch, "prompts_of", lambda source, split, limit: list(PROMPTS) if source else [])
     monkeypatch.setattr(launch, "WindTrainer", stop)
     zero3.judge = "judge"

@@ -8,9 +8,13 @@ import time
 from pathlib import Path
 
 import tiny_model
+import torch
+from tolerances import rounding_bound
 
 PROMPTS = ("rain was", "bus was", "day was", "the bus was", "a day was", "so very was", "was a was", "not the was")
 HELDOUT = ("rain and", "a day and")
+LONGEST = 32.0  # nats of a response of 7 tokens from a vocabulary of 18
+HEAD_OPERATIONS = 7 * (16 + 18)  # of its log-prob: 7 tokens, each of products over 16 states and a sum over 18 entries
 
 
 def make_config(folder, **changes):
@@ -53,6 +57,15 @@ def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), 
     )
 
 
+def assert_has_not_moved(*divergences: float) -> None:
+    """Mean log-ratios, nats, of a policy to itself: of its responses, scored once with gradients and once without.
+
+    Both go through the same body on the same shapes; the head takes other kernels where gradients are wanted.
+    """
+    bound = rounding_bound(HEAD_OPERATIONS, LONGEST, torch.float32)
+    assert all(abs(value) <= bound for value in divergences), (divergences, bound)
+
+
 def lora(**changes):
     import peft
 
@@ -66,8 +79,6 @@ def weights_of(trainer) -> dict:
 
 def run_or_hang(folder: str, resume: bool, hang_at: str | None, changes: dict) -> None:
     """A run in a process of its own; at `hang_at`, "place:n", it touches folder/hanging and never returns."""
-    import torch
-
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)

@@ -1,15 +1,24 @@
 """Log-probs and win-rate losses straight from hidden states and the head, without the [tokens, vocab] logits."""
 
-import importlib
+from __future__ import annotations
 
-from windkern import backends, losses, nn, reference
-from windkern.backends import BackendUnavailableError
-from windkern.ops.fused_loss import fused_loss
-from windkern.ops.logprobs import TokenLogps, token_logps
-from windkern.ops.pairs import pair_loss, win_rates
-from windkern.ops.sequence import sequence_logps
-from windkern.plan import Plan, plan
-from windkern.transform import LogitTransform
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from windkern import backends, hf, losses, nn, reference, tabular
+    from windkern.backends import BackendUnavailableError
+    from windkern.integrations import sharding
+    from windkern.ops.fused_loss import fused_loss
+    from windkern.ops.logprobs import TokenLogps, token_logps
+    from windkern.ops.pairs import pair_loss, win_rates
+    from windkern.ops.sequence import sequence_logps
+    from windkern.plan import Plan, plan
+    from windkern.train.config import WindConfig
+    from windkern.train.trainer import WindTrainer
+    from windkern.transform import LogitTransform
 
 __version__ = "0.1.0"
 
@@ -35,19 +44,49 @@ __all__ = [
     "win_rates",
 ]
 
-# Imported at first use: they pull in libraries that `import windkern` should not wait for.
+# Imported at first use: torch alone takes seconds, and the command line must be able to say so meanwhile.
 _LAZY = {
-    "hf": "windkern.hf",
-    "sharding": "windkern.integrations.sharding",
-    "tabular": "windkern.tabular",
+    "BackendUnavailableError": "windkern.backends:BackendUnavailableError",
+    "LogitTransform": "windkern.transform:LogitTransform",
+    "Plan": "windkern.plan:Plan",
+    "TokenLogps": "windkern.ops.logprobs:TokenLogps",
     "WindConfig": "windkern.train.config:WindConfig",
     "WindTrainer": "windkern.train.trainer:WindTrainer",
+    "backends": "windkern.backends",
+    "fused_loss": "windkern.ops.fused_loss:fused_loss",
+    "hf": "windkern.hf",
+    "losses": "windkern.losses",
+    "nn": "windkern.nn",
+    "pair_loss": "windkern.ops.pairs:pair_loss",
+    "plan": "windkern.plan:plan",
+    "reference": "windkern.reference",
+    "sequence_logps": "windkern.ops.sequence:sequence_logps",
+    "sharding": "windkern.integrations.sharding",
+    "tabular": "windkern.tabular",
+    "token_logps": "windkern.ops.logprobs:token_logps",
+    "win_rates": "windkern.ops.pairs:win_rates",
 }
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
-        module, _, attribute = _LAZY[name].partition(":")
-        found = importlib.import_module(module)
-        return getattr(found, attribute) if attribute else found
-    raise AttributeError(f"module 'windkern' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'windkern' has no attribute {name!r}")
+    module, _, attribute = _LAZY[name].partition(":")
+    found = importlib.import_module(module)
+    found = getattr(found, attribute) if attribute else found
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Hazard: importing the module windkern.plan puts it in the place of its function `plan`. Remedy: the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value.plan if name == "plan" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

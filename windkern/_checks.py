@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +19,12 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def check_tensor(name: str, value: object) -> Tensor:
-    """Refuse what is not a plain, non-empty-storage torch tensor (a sharded one names the way out)."""
+    """Refuse what is not a plain dense torch tensor (a sharded one names the way out)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got {kind}; {name}.to_dense() or padding makes one")
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor (sharded by FSDP2 or tensor parallelism); gather it first, e.g. "
@@ -67,9 +72,16 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     return value
 
 
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
 def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None) -> float:
-    """A finite Python number, greater than `above` or at least `least` where given."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+    """A finite real number, greater than `above` or at least `least` where given."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _is_finite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     if above is not None and not value > above:
         raise ValueError(f"{name} must be greater than {above}, got {value!r}")
@@ -78,10 +90,110 @@ def check_number(name: str, value: float, *, above: float | None = None, least: 
     return value
 
 
-def check_count(name: str, value: int, least: int = 0) -> int:
-    """A Python or symbolic integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def check_int(name: str, value: object) -> int:
+    """A Python or symbolic integer, or what stands for one (`__index__`: NumPy's integers); True and False do not."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {_described(value)}") from None
+
+
+def check_count(name: str, value: object, least: int = 0) -> int:
+    """`check_int` of at least `least`."""
+    number = check_int(name, value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def check_index(name: str, value: object) -> int:
+    """`check_int` that an int64 tensor can hold."""
+    number = check_int(name, value)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"{name} must fit into 64 bits, got {number}")
+    return number
+
+
+def check_flag(name: str, value: object) -> bool:
+    """True or False, of Python or of NumPy."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {_described(value)}")
+
+
+def _described(value: object) -> str:
+    """Type of what came, and the value where it is short."""
+    shown = repr(value) if isinstance(value, (str, float, int, bool)) else ""
+    return f"{type(value).__name__} {shown}".strip() if len(shown) <= 40 else type(value).__name__
+
+
+def check_float_dtype(name: str, value: object) -> torch.dtype:
+    if value not in FLOATS:
+        raise TypeError(f"{name} must be torch.float64, float32, bfloat16 or float16, got {value!r}")
     return value
+
+
+def check_each(name: str, value: object, check: Callable[[str, object], object], blocks: int | None = None) -> tuple:
+    """What `check` returns for each block: of one value, which serves `blocks` of them, or of a tuple or list."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * (blocks or 1)
+    if not values or blocks not in (None, len(values)):
+        wanted = "one value or more" if blocks is None else f"one value or {blocks} (one for each block)"
+        raise ValueError(f"{name} must be {wanted}, got {len(values)}")
+    return tuple(check(name, each) for each in values)
+
+
+def check_device(name: str, device: object) -> torch.device:
+    """A torch.device, from one or from what names one."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{name} must be a torch.device or name one, as 'cuda' or 'cpu', got {device!r}") from None
+
+
+# Preferences ----------------------------------------------------------------------------------------------------------
+
+PREFS_TOLERANCE = 1e-4  # float32 sigmoids miss prefs + prefs^T = 1 by 1e-7, real asymmetry is a thousand times this
+_PREFS_BLOCK = 1 << 20  # entries looked at together: temporaries stay small beside the preferences
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on a GPU it would make Python wait, under a compiler there are none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_prefs_values(prefs: Tensor, where: Tensor | None) -> None:
+    """Refuse preferences (B, N, N) outside [0, 1] or without prefs + prefs^T = 1, among responses in `where` (B, N)."""
+    groups, n = prefs.shape[:2]
+    rows = max(1, min(n, _PREFS_BLOCK // max(1, n)))
+    step = max(1, _PREFS_BLOCK // max(1, rows * n))
+    worst = 0.0
+    for first in range(0, groups, step):
+        some = slice(first, first + step)
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            forth, back = prefs[some, part], prefs[some, :, part].mT
+            if where is not None:
+                pairs = where[some, part, None] & where[some, None]
+                forth, back = torch.where(pairs, forth, 0.5), torch.where(pairs, back, 0.5)
+            if not ((forth >= 0) & (forth <= 1)).all():
+                raise ValueError("prefs must lie in [0, 1] and hold no NaN (pass probabilities, not scores)")
+            if forth.numel():
+                worst = max(worst, float((forth + back - 1).abs().nan_to_num(torch.inf).max()))
+    if worst > PREFS_TOLERANCE:
+        raise ValueError(
+            f"prefs[b, i, j] + prefs[b, j, i] must be 1 (1/2 on the diagonal), off by up to {worst:.3g}; "
+            "(prefs + 1 - prefs.mT) / 2 makes them symmetric"
+        )
+
+
+def check_rewards_values(rewards: Tensor, where: Tensor | None, name: str = "rewards") -> None:
+    """Refuse rewards (B, N) that are not finite among the responses in `where` (B, N)."""
+    finite = rewards.isfinite()
+    if not (finite if where is None else finite | ~where).all():
+        raise ValueError(f"{name} must be finite for every response that takes part")

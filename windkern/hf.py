@@ -78,7 +78,7 @@ class CausalLM:
         Returns:
             (hidden, weight) for a plain head, for `modules_to_save` and where adapters are disabled or merged; else two
             tuples, one more block of r columns for each active adapter. Gradients reach W, A and B. Outside autocast
-            everything is cast to the dtype of the head's weight.
+            the blocks of adapters are cast to the dtype of W, and the ops cast `hidden` to it.
 
         Raises:
             UnsupportedModelError: an active adapter is DoRA or another variant, or has a bias (`lora_bias`).

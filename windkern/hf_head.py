@@ -134,7 +134,7 @@ def blocks(head: nn.Module, hidden: Tensor) -> tuple[Blocks, Blocks]:
 
     Returns:
         (hidden, W) without an active adapter, else two tuples with a block of r columns for each adapter. Blocks of
-        adapters have the dtype of `hidden`, except under autocast, where the ops cast. Gradients reach W, A and B.
+        adapters have the dtype of W, except under autocast, where the ops cast. Gradients reach W, A and B.
 
     Raises:
         UnsupportedModelError: the logits are no such sum.
@@ -142,8 +142,6 @@ def blocks(head: nn.Module, hidden: Tensor) -> tuple[Blocks, Blocks]:
     linear, layer = linear_of(head), _unwrap(head)
     names = _adapters(layer)
     cast = not torch.is_autocast_enabled(hidden.device.type)
-    if cast:
-        hidden = hidden.to(linear.weight.dtype)  # as models cast that keep their head in another dtype
     if not names:
         if _is_lora(layer) and layer.disable_adapters and layer.merged:
             layer.unmerge()  # as peft's own forward does, so that disabled means the weights below the adapters
@@ -153,8 +151,8 @@ def blocks(head: nn.Module, hidden: Tensor) -> tuple[Blocks, Blocks]:
         down, up = layer.lora_A[name], layer.lora_B[name].weight
         x = layer._cast_input_dtype(x, down.weight.dtype)  # peft casts the input again for each adapter
         low = nn.functional.linear(layer.lora_dropout[name](x), whole(down.weight)) * layer.scaling[name]
-        states.append(low.to(hidden.dtype) if cast else low)
-        weights.append(up.to(hidden.dtype) if cast else up)
+        states.append(low.to(linear.weight.dtype) if cast else low)
+        weights.append(up.to(linear.weight.dtype) if cast else up)
     return tuple(states), tuple(weights)
 
 

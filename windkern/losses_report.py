@@ -14,6 +14,7 @@ from torch import Tensor
 
 from windkern._checks import check_choice
 from windkern.losses import LOSSES, Loss
+from windkern.terminal import printable
 
 POINTS = 241
 MOST = 6  # curves in a picture that shows every response of every variant
@@ -242,5 +243,5 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     console = Console()
     print_details(console, loss)
-    console.print(f"\npicture: {path}", highlight=False, soft_wrap=True)
+    console.print(f"\npicture: {printable(path)}", markup=False, emoji=False, highlight=False, soft_wrap=True)
     return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from windkern._checks import check_count
+from windkern._checks import check_count, check_device, check_each, check_flag, check_float_dtype
 from windkern.kernels import torch_rows
 from windkern.kernels.gemm import Gemm
 
@@ -74,12 +74,13 @@ class _Problem:
     hidden_sizes: tuple[int, ...]
     vocab_size: int
     gemm: Gemm
-    weight_dtype: torch.dtype
+    hidden_dtypes: tuple[torch.dtype, ...]
+    weight_dtypes: tuple[torch.dtype, ...]
     hidden_grad: tuple[bool, ...]
     weight_grad: tuple[bool, ...]
     bias_grad: bool
     entropy: bool
-    compact: bool  # rows are copied before the walk (ignored ones dropped, or padded to fixed tiles)
+    compact: bool  # rows are copied before the walk: cast, ignored ones dropped, or padded to fixed tiles
     deterministic: bool
     accumulates: bool = False  # dweight of several chunks adds up in float32
     tile_columns: int | None = None  # of the fused tiles of a forward that has no slab
@@ -98,6 +99,11 @@ class _Problem:
         return deterministic_tile(self.gemm.device_type)[0] if self.pads else self.rows
 
     @property
+    def narrowed_item(self) -> int:
+        """Bytes of a number of dhidden in the caller's dtype."""
+        return max(dtype.itemsize for dtype in self.hidden_dtypes)
+
+    @property
     def pads(self) -> bool:
         """Whether rows are padded to the fixed tiles of a library's products."""
         return self.deterministic and self.tile_columns is None
@@ -110,14 +116,21 @@ class _Problem:
     def tiles(self, width: int) -> int:
         return -(-width // self.tile_columns) if self.tiled else 1
 
+    def kept_bytes(self, width: int, kept: int) -> int:
+        """Slabs kept for backward: exponentials and their offsets, or the logits where the entropy is an output."""
+        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
+        if self.entropy:
+            return kept * self.rows * width * acc
+        return kept * self.rows * (width * item + self.tiles(width) * acc)
+
     def forward_bytes(self, width: int, kept: int) -> int:
         M, R, H = self.rows, self.row_block, sum(self.hidden_sizes)
         H_max = max(self.hidden_sizes)
         acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
         tiles = self.tiles(width)
-        total = self._common_bytes(R, width) + kept * M * (width * item + tiles * acc)
+        total = self._common_bytes(R, width) + self.kept_bytes(width, kept)
         total += R * tiles * acc * (2 + self.entropy) if self.tiled else R * width * acc
-        total += self.gemm.upcasts_logits * M * H * acc
+        total += self.gemm.widens * M * H * acc
         packed = self.gemm.packed_bytes(width, H_max)
         if self.gear == "frozen_head":
             H_grad = sum(size for size, wanted in zip(self.hidden_sizes, self.hidden_grad, strict=True) if wanted)
@@ -136,22 +149,24 @@ class _Problem:
         if self.gear == "frozen_head":
             # Saved unit gradients, their combination, compacted rows, and blocks of gathered rows of the head.
             block = 3 * min(MIB, M * H_max * acc)
-            return (2 + self.entropy) * M * H_grad * acc + self.compact * M * (H + H_max) * item + block
+            copies = self.compact * M * (H * item + H_max * self.narrowed_item)
+            return (2 + self.entropy) * M * H_grad * acc + copies + block
         all_kept = kept * width >= self.vocab_size
-        total = self._common_bytes(M, width) + kept * M * (width * item + self.tiles(width) * acc)
-        total += M * width * (acc if (item == acc or not all_kept) else 0)
+        total = self._common_bytes(M, width) + self.kept_bytes(width, kept)
+        total += M * width * (acc if (item == acc or not all_kept or self.entropy) else 0)
         total += M * width * (item if item != acc else 0)
-        if self.gemm.upcasts_logits and not all_kept:
+        if self.gemm.widens and not all_kept:
             total += M * H * acc
         packed = [0 if all_kept else self.gemm.packed_bytes(width, H_max)]
+        if any(self.hidden_grad) or any(self.weight_grad):
+            total += self._product_bytes(M, width, H_max * any(self.hidden_grad))
         if any(self.hidden_grad):
-            total += M * H_grad * acc + self.compact * M * H_max * item
-            total += self._product_bytes(M, width, H_max)
+            total += M * H_grad * acc + self.compact * M * H_max * self.narrowed_item
             packed.append(self.gemm.packed_bytes(H_max, width))
         if any(self.weight_grad):
             packed.append(self.gemm.packed_bytes(H_max, M))
             total += width * H_max * acc * self._weight_product()
-            total += self.gemm.upcasts_grads * M * H * acc
+            total += self.gemm.widens * M * H * acc
             total += M * H * item * (self.gemm.operand == torch.float16)
         return total + max(packed)
 
@@ -161,21 +176,18 @@ class _Problem:
         slab = width * max(self.hidden_sizes)
         total = self.rows * (12 * acc + 16) + 2 * width * acc + self.compact * self.rows * sum(self.hidden_sizes) * item
         total += torch_rows.scratch_bytes(rows, width, acc, self.gemm.device_type)
-        total += slab * item * (self.weight_dtype != self.gemm.operand)
-        return total + slab * acc * (self.gemm.upcasts_logits or self.gemm.upcasts_grads)
+        total += slab * item * any(dtype != self.gemm.operand for dtype in self.weight_dtypes)
+        return total + slab * acc * self.gemm.widens
 
     def _product_bytes(self, rows: int, width: int, inner: int) -> int:
-        """Temporaries of dhidden += dz @ weight: a rounded partial, a widened dz, or the library's own result."""
-        acc, item = self.gemm.acc.itemsize, self.gemm.operand.itemsize
-        if self.gemm.upcasts_grads:
-            return rows * (width + self.gemm.allocates * inner) * acc
-        return rows * inner * (item if self.gemm.upcasts_logits else acc * self.gemm.allocates)
+        """Temporaries of dhidden += dz @ weight: a widened dz, and the library's own result of `inner` columns."""
+        return rows * (width * self.gemm.widens + inner * self.gemm.allocates) * self.gemm.acc.itemsize
 
     def _weight_product(self) -> bool:
         """Whether dweight of a slab exists apart from its place in the gradient."""
         if self.gemm.packs:
             return False
-        same = self.weight_dtype == self.gemm.operand and not self.accumulates
+        same = all(dtype == self.gemm.operand for dtype in self.weight_dtypes) and not self.accumulates
         return self.gemm.device_type == "cpu" or self.gemm.operand == torch.float16 or not same
 
     def peak_bytes(self, width: int, kept: int) -> int:
@@ -239,7 +251,7 @@ class _Problem:
         return widths
 
     def _most_kept(self, width: int, budget: int) -> int:
-        if self.gear not in ("trained", "frozen_body"):
+        if self.gear not in ("trained", "frozen_body") or (self.tiled and self.entropy):  # tiles have no logits to keep
             return 0
         low, high = 0, -(-self.vocab_size // width)
         if self.peak_bytes(width, high) <= budget:  # less than keeping all but one, which needs a slab to recompute
@@ -265,13 +277,6 @@ def _even_width(vocab_size: int, width: int) -> int:
     return _round_up(-(-vocab_size // slabs), COLUMN_STEP)
 
 
-def _flags(name: str, value: bool | Sequence[bool], blocks: int) -> tuple[bool, ...]:
-    flags = (bool(value),) * blocks if isinstance(value, (bool, int)) else tuple(bool(flag) for flag in value)
-    if len(flags) != blocks:
-        raise ValueError(f"{name} must be one flag or {blocks} flags (one for each block), got {len(flags)}")
-    return flags
-
-
 def default_budget(device_type: str) -> int:
     return DEFAULT_BUDGET.get(device_type, DEFAULT_BUDGET_GPU)
 
@@ -291,7 +296,8 @@ def plan(
     device: str | torch.device = "cuda",
     deterministic: bool = False,
     total_rows: int | None = None,
-    weight_dtype: torch.dtype | None = None,
+    hidden_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    weight_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     tile_columns: int | None = None,
 ) -> Plan:
     """Return the plan an op with these arguments will follow. Pure: the same arguments give the same plan anywhere.
@@ -300,7 +306,7 @@ def plan(
         rows: scored rows M (targets that are not ignored).
         hidden_size: H, or the sizes of the blocks.
         vocab_size: V.
-        dtype: of the GEMM operands (hidden states; the autocast dtype under autocast).
+        dtype: of the GEMM operands: that of the head, the widest where its blocks differ; under autocast its dtype.
         hidden_grad, weight_grad, bias_grad: which gradients are wanted, one flag or one for each block.
         entropy: whether the entropy is an output.
         group_rows: for `fused_loss`, the rows of the largest group (N * T); None for the other ops.
@@ -309,50 +315,58 @@ def plan(
         device: "cuda", "cpu" or a torch.device.
         deterministic: fixed tiles, so that a row's log-prob does not depend on anything but the row.
         total_rows: rows before ignored ones are dropped; larger than `rows` means that rows are copied first.
-        weight_dtype: of the head where it differs from `dtype` (autocast); its slabs are cast one at a time.
+        hidden_dtype: of the hidden states where it differs from `dtype`, one or one for each block; rows are cast as
+            they are copied.
+        weight_dtype: of the head where it differs from `dtype`, the same; its slabs are cast one at a time.
         tile_columns: of the tiles of a forward without a slab, where a back end runs one for these sizes.
 
     Returns:
         A `Plan` with the gear, slab width, slabs kept, units, FLOPs and peak bytes; `print(plan)` explains it.
 
     Raises:
-        ValueError: a size is negative, the budget is negative, or the flags do not match the blocks.
-        TypeError: a size is not an integer or dtype is not a floating dtype windkern supports.
+        ValueError: a size or the budget is too small, what is given by block does not match the blocks, or `device`
+            names none.
+        TypeError: a size is not an integer, a flag not True or False, or a dtype not one windkern supports.
 
     Example:
         >>> p = plan(8192, 4096, 128256, torch.bfloat16, device="cuda")
         >>> p.gear, 6 <= p.units <= 8, p.peak_bytes <= 2 << 30
         ('trained', True, True)
     """
-    sizes = (hidden_size,) if isinstance(hidden_size, int) else tuple(hidden_size)
-    check_count("rows", rows)
-    for size in sizes:
-        check_count("hidden_size", size, least=1)
-    check_count("vocab_size", vocab_size, least=1)
-    device_type = torch.device(device).type
+    rows = check_count("rows", rows)
+    sizes = check_each("hidden_size", hidden_size, lambda name, size: check_count(name, size, least=1))
+    vocab_size = check_count("vocab_size", vocab_size, least=1)
+    device_type, deterministic = check_device("device", device).type, check_flag("deterministic", deterministic)
     budget = default_budget(device_type) if memory_budget is None else check_count("memory_budget", memory_budget)
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    dtype = check_float_dtype("dtype", dtype)
+    hidden_dtypes, weight_dtypes = (
+        check_each(name, dtype if value is None else value, check_float_dtype, len(sizes))
+        for name, value in (("hidden_dtype", hidden_dtype), ("weight_dtype", weight_dtype))
+    )
+    if tile_columns is not None:
+        tile_columns = check_count("tile_columns", tile_columns, least=1)
+    total_rows = rows if total_rows is None else check_count("total_rows", total_rows)
+    if total_rows < rows:
+        raise ValueError(f"total_rows must be at least rows, {rows}, got {total_rows}")
     pads = deterministic and tile_columns is None
-    padded = _round_up(rows, deterministic_tile(device_type)[0]) if pads else rows
     problem = _Problem(
-        rows=padded,
+        rows=_round_up(rows, deterministic_tile(device_type)[0]) if pads else rows,
         hidden_sizes=sizes,
         vocab_size=vocab_size,
         gemm=Gemm(device_type, dtype),
-        weight_dtype=weight_dtype or dtype,
-        hidden_grad=_flags("hidden_grad", hidden_grad, len(sizes)),
-        weight_grad=_flags("weight_grad", weight_grad, len(sizes)),
-        bias_grad=bool(bias_grad),
-        entropy=bool(entropy),
-        compact=bool(pads or (total_rows is not None and total_rows > rows)),
+        hidden_dtypes=hidden_dtypes,
+        weight_dtypes=weight_dtypes,
+        hidden_grad=check_each("hidden_grad", hidden_grad, check_flag, len(sizes)),
+        weight_grad=check_each("weight_grad", weight_grad, check_flag, len(sizes)),
+        bias_grad=check_flag("bias_grad", bias_grad),
+        entropy=check_flag("entropy", entropy),
+        compact=pads or total_rows > rows or any(each != dtype for each in hidden_dtypes),
         deterministic=deterministic,
         tile_columns=tile_columns,
     )
     if group_rows is None:
         return _solve(problem, budget)
-    check_count("group_rows", group_rows, least=1)
-    return _solve_chunks(problem, rows, group_rows, budget)
+    return _solve_chunks(problem, rows, check_count("group_rows", group_rows, least=1), budget)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -372,28 +386,6 @@ def walk_sizes(
 walk_sizes._dynamo_marked_constant = True
 
 
-def fixed_size(size: int) -> int:
-    """`size` as a number: torch.compile may hold the sizes of the head as symbols, and a head keeps its sizes."""
-    return len(range(size)) if torch.compiler.is_compiling() else int(size)
-
-
-def bounded_rows(rows: int) -> int:
-    """The row count to plan for: `rows`, or the next power of two where torch.compile holds a symbol.
-
-    The plan of more rows fits the budget for fewer, and one graph serves a whole octave of row counts.
-    """
-    if type(rows) is int and not torch.compiler.is_compiling():
-        return rows
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    if has_static_value(rows):
-        return int(rows)
-    bound = 64
-    while bound < rows:
-        bound *= 2
-    return bound
-
-
 def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) -> Plan:
     """As many groups at once as finish within the budget without recomputing a logit; one group at the least."""
     tile = problem.row_block if problem.pads else 1
@@ -401,7 +393,8 @@ def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) ->
 
     def chunk(num_groups: int) -> tuple[_Problem, Plan]:
         # Reason: fused_loss hands float16 gradients over scaled by a power of two, known only at the end.
-        several = any(problem.weight_grad) and (num_groups < groups or problem.gemm.operand == torch.float16)
+        is_half = torch.float16 in problem.weight_dtypes
+        several = any(problem.weight_grad) and (num_groups < groups or is_half)
         part = replace(problem, rows=_round_up(min(rows, num_groups * group_rows), tile), accumulates=several)
         return part, _solve(part, budget)
 
@@ -421,9 +414,10 @@ def _solve_chunks(problem: _Problem, rows: int, group_rows: int, budget: int) ->
     if rest:
         flops += _solve(replace(part, rows=_round_up(rest, tile)), budget).flops
     accumulator = 0
-    if part.accumulates and part.weight_dtype != problem.gemm.acc:
-        blocks = zip(problem.hidden_sizes, problem.weight_grad, strict=True)
-        accumulator = problem.vocab_size * sum(size for size, wanted in blocks if wanted) * problem.gemm.acc.itemsize
+    if part.accumulates:
+        blocks = zip(problem.hidden_sizes, problem.weight_grad, problem.weight_dtypes, strict=True)
+        columns = sum(size for size, wanted, dtype in blocks if wanted and dtype != problem.gemm.acc)
+        accumulator = problem.vocab_size * columns * problem.gemm.acc.itemsize
     return replace(
         inner,
         rows=rows,

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from windkern.terminal import printable
 from windkern.train.models import require
 
 
@@ -85,5 +86,5 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"{arguments.results} is no whole result of kind {content['kind']!r}: {type(error).__name__} {error}"
         ) from error
-    print(f"picture {os.path.relpath(path)}")
+    print(f"picture {printable(os.path.relpath(path))}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -16,11 +17,15 @@ def _blocks(value: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
 def logits(hidden, weight, *, bias: Tensor | None = None, transform=None) -> Tensor:
     """Transformed logits (..., V) = transform(sum_k hidden_k @ weight_k.T + bias); -inf bias masks at the end.
 
+    Products are taken in the dtype of the head, the widest where its blocks differ, as in lm_head(hidden.to(dtype)).
+
     Example:
         >>> logits(torch.ones(2, 3), torch.ones(5, 3)).shape
         torch.Size([2, 5])
     """
-    z = sum(block @ head.T for block, head in zip(_blocks(hidden), _blocks(weight), strict=True))
+    heads = _blocks(weight)
+    dtype = functools.reduce(torch.promote_types, (head.dtype for head in heads))
+    z = sum(block.to(dtype) @ head.to(dtype).T for block, head in zip(_blocks(hidden), heads, strict=True))
     if bias is not None:
         z = z + bias
     if transform is not None:
@@ -39,13 +44,16 @@ def token_logps(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logps, lse, entropy), each shaped like targets, 0 where ignored; entropy None unless asked for.
 
+    What hidden holds where the target is ignored enters nothing, not even as 0 * NaN.
+
     Example:
         >>> logps, lse, _ = token_logps(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]))
         >>> round(float(lse), 4), round(float(logps), 4)
         (1.3863, -1.3863)
     """
-    z = logits(hidden, weight, bias=bias, transform=transform)
     scored = targets != ignore_index
+    hidden = [torch.where(scored.unsqueeze(-1), block, 0.0) for block in _blocks(hidden)]
+    z = logits(hidden, weight, bias=bias, transform=transform)
     log_p = torch.log_softmax(z, dim=-1)
     logps = log_p.gather(-1, torch.where(scored, targets, 0).unsqueeze(-1).long()).squeeze(-1)
     lse = torch.logsumexp(z, dim=-1)
@@ -114,13 +122,14 @@ def preferences(rewards: Tensor, link: str = "bradley_terry") -> Tensor:
 
 
 def win_rates(prefs=None, *, rewards=None, link: str = "bradley_terry", where=None) -> Tensor:
-    """(B, N): mean over the counted j, i itself included, of the chance that i beats j; 0 where masked.
+    """(B, N): mean over the counted j, i itself included with 1/2, of the chance that i beats j; 0 where masked.
 
     Example:
         >>> win_rates(rewards=torch.tensor([[1.0, 0.0]]), link="step")
         tensor([[0.7500, 0.2500]])
     """
     prefs = preferences(rewards, link) if prefs is None else prefs
+    prefs = torch.where(torch.eye(prefs.shape[-1], dtype=torch.bool, device=prefs.device), 0.5, prefs)
     if where is None:
         return prefs.mean(-1)
     counted = where.unsqueeze(-1) & where.unsqueeze(-2)
@@ -147,7 +156,7 @@ def pair_loss(
     gap = scores.unsqueeze(-1) - scores.unsqueeze(-2)
     terms = {
         "square": lambda: (gap - (prefs - 0.5)).square(),
-        "logistic": lambda: prefs * torch.nn.functional.softplus(-gap),
+        "logistic": lambda: -prefs * torch.nn.functional.logsigmoid(gap),
         "hinge": lambda: prefs * (1 - gap).clamp(min=0),
     }[loss]()
     counted = ~torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device).expand_as(terms)

@@ -34,10 +34,10 @@ class LogitTransform:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("scale", self.scale, above=0)
-        check_number("temperature", self.temperature, above=0)
-        if self.softcap is not None:
-            check_number("softcap", self.softcap, above=0)
+        for name in ("scale", "softcap", "temperature"):
+            value = getattr(self, name)
+            if name != "softcap" or value is not None:
+                object.__setattr__(self, name, float(check_number(name, value, above=0)))
 
     @property
     def is_identity(self) -> bool:

@@ -1,6 +1,12 @@
 // Picks the newest instruction set that both the build and this CPU have.
 #include "dispatch.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace windkern {
 namespace {
 
@@ -32,9 +38,27 @@ bool cpu_has_bf16() {
 #endif
 }
 
+// Hazard: Linux kills a process that touches a tile register without having asked for them. Remedy: ask, once.
+bool cpu_has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool listed = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 22 & 1);  // AMX-TILE, AMX-BF16
+  static const bool granted = listed && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted && cpu_has_bf16();
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
-MultiplyBf16 runnable_product() { return cpu_has_bf16() ? avx512bf16_product() : nullptr; }
+std::vector<NamedProduct> runnable_products() {
+  std::vector<NamedProduct> products;
+  if (cpu_has_amx() && amx_product() != nullptr) products.push_back({"amx", amx_product()});
+  if (cpu_has_bf16() && avx512bf16_product() != nullptr) products.push_back({"avx512bf16", avx512bf16_product()});
+  return products;
+}
 
 std::vector<const KernelTable*> runnable_kernels() {
   std::vector<const KernelTable*> tables;

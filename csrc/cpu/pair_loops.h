@@ -13,10 +13,10 @@ constexpr int64_t kSerialWork = 1 << 15;
 
 // Chances of response i against the responses of lane j.
 template <class S, Link link, class L>
-L chances(const Pairs& in, int64_t group, int64_t i, int64_t j) {
-  if (in.rewards == nullptr) return load<L>((const S*)in.prefs + (group * in.n + i) * in.n + j);
+Chances<L> chances(const Pairs& in, int64_t group, int64_t i, int64_t j) {
+  if (in.rewards == nullptr) return chances_from(load<L>((const S*)in.prefs + (group * in.n + i) * in.n + j));
   const S* rewards = (const S*)in.rewards + group * in.n;
-  return chance<link>(L(splat<L>(rewards[i]) - load<L>(rewards + j)));
+  return chances_of<link>(L(splat<L>(rewards[i]) - load<L>(rewards + j)));
 }
 
 // 1 where response j counts, else 0.
@@ -29,6 +29,16 @@ L counted(const bool* where, int64_t j) {
     L mask{};
     for (int k = 0; k < LaneTraits<L>::width; ++k) mask[k] = where[j + k] ? 1 : 0;
     return mask;
+  }
+}
+
+// `value` for response i itself, where it is among those of lane j.
+template <class L>
+void set_own(L& lanes, int64_t i, int64_t j, ScalarOf<L> value) {
+  if constexpr (LaneTraits<L>::width == 1) {
+    if (i == j) lanes = value;
+  } else {
+    if (i >= j && i < j + LaneTraits<L>::width) lanes[i - j] = value;
   }
 }
 
@@ -48,16 +58,15 @@ void pair_terms_of(const Pairs& in, S* value, S* slope) {
       L value, slope;
       const L gap = splat<L>(scores[i]) - load<L>(scores + j);
       pair_value_slope<loss>(gap, chances<S, link, L>(in, group, i, j), value, slope);
-      const L one = counted<L>(where, j);
-      // Hazard: a masked score may be NaN or inf. Remedy: select, never multiply by 0.
+      // Hazard: a masked score may be NaN or inf, and what is added and taken away again drowns small losses.
+      // Remedy: select; never multiply by 0, never subtract the pair (i, i).
+      L one = counted<L>(where, j);
+      set_own(one, i, j, S(0));
       values.at(lane) += select(one > splat<L>(0), value, splat<L>(0));
       slopes.at(lane) += select(one > splat<L>(0), slope, splat<L>(0));
     });
-    S self_value, self_slope;
-    const S half = in.rewards != nullptr ? S(0.5) : ((const S*)in.prefs)[(group * in.n + i) * in.n + i];
-    pair_value_slope<loss>(S(0), half, self_value, self_slope);
-    row_value.data[place] = double(values.sum()) - double(self_value);
-    slope[place] = slopes.sum() - self_slope;
+    row_value.data[place] = double(values.sum());
+    slope[place] = slopes.sum();
   }
   for (int64_t group = 0; group < in.groups; ++group) {
     double total = 0;
@@ -78,7 +87,9 @@ void win_rates_of(const Pairs& in, S* rates) {
     for_lanes<S>(in.n, [&](int64_t j, auto lane) {
       using L = decltype(lane);
       const L one = counted<L>(where, j);
-      wins.at(lane) += select(one > splat<L>(0), chances<S, link, L>(in, group, i, j), splat<L>(0));
+      L win = chances<S, link, L>(in, group, i, j).win;
+      set_own(win, i, j, S(0.5));
+      wins.at(lane) += select(one > splat<L>(0), win, splat<L>(0));
       count.at(lane) += one;
     });
     rates[place] = wins.sum() / count.sum();

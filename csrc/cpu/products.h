@@ -25,12 +25,17 @@ struct Product {
 // B is repacked in panels of this many columns; pairs of neighbours along `inner` share 32 bits.
 constexpr int64_t kPanel = 64;
 
+// Pairs of a panel, with zeros up to whole tiles of 16.
+inline int64_t padded_pairs(int64_t inner) { return (inner + 31) / 32 * 16; }
+
 inline int64_t packed_size(int64_t columns, int64_t inner) {
-  return (columns + kPanel - 1) / kPanel * kPanel * ((inner + 1) / 2);
+  return (columns + kPanel - 1) / kPanel * kPanel * padded_pairs(inner);
 }
 
 using MultiplyBf16 = void (*)(const Product&);
 
-MultiplyBf16 avx512bf16_product();  // null where the build or the CPU has none
+// Null where the build has none; whether the CPU can run it is the caller's question.
+MultiplyBf16 amx_product();
+MultiplyBf16 avx512bf16_product();
 
 }  // namespace windkern

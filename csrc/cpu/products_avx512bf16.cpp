@@ -3,11 +3,7 @@
 #include "products.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#include <omp.h>
-
-#include <cstdlib>
-#include <cstring>
+#include "pack_bf16.h"
 
 namespace windkern {
 namespace {
@@ -16,74 +12,6 @@ constexpr int kRows = 6;                   // rows and vectors of a register til
 constexpr int kVectors = kPanel / 16;
 constexpr int64_t kBlockRows = 8 * kRows;  // rows of A that pass over all of B together
 constexpr int64_t kChunkPairs = 256;       // of `inner` at a time: 64 KiB of B stay in the second-level cache
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-__mmask16 mask_of(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
-
-// 16 rows of 16 numbers of 32 bits, transposed.
-void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    for (int j = 0; j < 4; ++j) {
-      t[8 * i + j] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + 4 + j], 0x88);
-      t[8 * i + 4 + j] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + 4 + j], 0xdd);
-    }
-  }
-  for (int j = 0; j < 8; ++j) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
-  }
-}
-
-// One panel of B stored as (columns, inner): out[pair][column], zeros beyond both ends.
-void pack_transposed(const Product& p, int64_t first, uint32_t* out) {
-  const int64_t pairs = (p.inner + 1) / 2;
-  for (int64_t group = 0; group < kPanel; group += 16) {
-    for (int64_t k = 0; k < pairs; k += 16) {
-      const int64_t left = smaller(32, p.inner - 2 * k);
-      const __mmask32 mask = left == 32 ? 0xffffffffu : (1u << left) - 1;
-      __m512i rows[16];
-      for (int i = 0; i < 16; ++i) {
-        const int64_t column = first + group + i;
-        rows[i] = column < p.columns ? _mm512_maskz_loadu_epi16(mask, p.b + column * p.b_stride + 2 * k)
-                                     : _mm512_setzero_si512();
-      }
-      transpose(rows);
-      const int64_t count = smaller(16, pairs - k);
-      for (int64_t i = 0; i < count; ++i) _mm512_store_si512(out + (k + i) * kPanel + group, rows[i]);
-    }
-  }
-}
-
-// 16 pairs from two neighbouring rows; `odd` is absent at the end of an odd `inner`.
-__m512i interleave(const uint16_t* even, const uint16_t* odd, __mmask16 mask) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even));
-  if (odd == nullptr) return low;
-  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd)), 16));
-}
-
-// One panel of B stored as (inner, columns).
-void pack_plain(const Product& p, int64_t first, uint32_t* out) {
-  for (int64_t k = 0; k < (p.inner + 1) / 2; ++k) {
-    const uint16_t* even = p.b + 2 * k * p.b_stride + first;
-    const uint16_t* odd = 2 * k + 1 < p.inner ? even + p.b_stride : nullptr;
-    for (int64_t j = 0; j < kPanel; j += 16) {
-      const __m512i pairs = interleave(even + j, odd == nullptr ? nullptr : odd + j, mask_of(p.columns - first - j));
-      _mm512_store_si512(out + k * kPanel + j, pairs);
-    }
-  }
-}
 
 // Rows of A stored as (inner, rows): out[tile][pair][row of the tile].
 void pack_rows(const Product& p, int64_t first, int64_t count, uint32_t* out) {
@@ -164,15 +92,6 @@ void multiply_rows(int64_t rows, const A& a, const uint32_t* b, int64_t pairs, b
   }
 }
 
-void round_rows(const float* from, int64_t rows, int64_t width, uint16_t* to, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < width; j += 16) {
-      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(from + r * kPanel + j));
-      _mm256_mask_storeu_epi16(to + r * stride + j, mask_of(width - j), rounded);
-    }
-  }
-}
-
 // Rows first .. first + count of C over the panels begin .. end.
 void multiply_block(const Product& p, int64_t first, int64_t count, int64_t begin, int64_t end, uint32_t* packed_a,
                     float* scratch) {
@@ -186,7 +105,7 @@ void multiply_block(const Product& p, int64_t first, int64_t count, int64_t begi
     do {  // once at the least: an empty sum is 0
       const int64_t chunk = smaller(kChunkPairs, pairs - k);
       const bool half = k + chunk == pairs && p.inner % 2 == 1, add = k > 0 || p.accumulate;
-      const uint32_t* b = p.packed + (panel * pairs + k) * kPanel;
+      const uint32_t* b = p.packed + (panel * padded_pairs(p.inner) + k) * kPanel;
       for (int64_t row = 0; row < count; row += kRows) {
         const int64_t rows = smaller(kRows, count - row);
         if (p.a_transposed) {
@@ -203,36 +122,17 @@ void multiply_block(const Product& p, int64_t first, int64_t count, int64_t begi
   }
 }
 
-void* scratch_memory(int64_t bytes) {
-  void* memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-  if (memory == nullptr) abort();
-  return memory;
-}
-
 void multiply(const Product& p) {
-  if (p.rows == 0 || p.columns == 0) return;
-  const int64_t pairs = (p.inner + 1) / 2, panels = (p.columns + kPanel - 1) / kPanel;
-  const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
-  // Few rows on many cores: split the panels too.
-  const int64_t wanted = (4 * p.threads + blocks - 1) / blocks, parts = smaller(panels, wanted);
-#pragma omp parallel num_threads(p.threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      uint32_t* out = p.packed + panel * pairs * kPanel;
-      p.b_transposed ? pack_transposed(p, panel * kPanel, out) : pack_plain(p, panel * kPanel, out);
-    }
-    uint32_t* packed_a = p.a_transposed ? (uint32_t*)scratch_memory(kBlockRows * pairs * 4) : nullptr;
-    float* scratch = p.c_is_float ? nullptr : (float*)scratch_memory(kBlockRows * kPanel * 4);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < blocks * parts; ++task) {
-      const int64_t first = task / parts * kBlockRows, part = task % parts;
-      multiply_block(p, first, smaller(kBlockRows, p.rows - first), panels * part / parts, panels * (part + 1) / parts,
-                     packed_a, scratch);
-    }
-    free(packed_a);
-    free(scratch);
-  }
+  const int64_t packed_a = p.a_transposed ? kBlockRows * ((p.inner + 1) / 2) * 4 : 0;
+  const int64_t rounded = p.c_is_float ? 0 : kBlockRows * kPanel * 4;
+  const auto none = [] {};
+  over_blocks(
+      p, kBlockRows, packed_a + rounded, none,
+      [&](void* scratch, int64_t first, int64_t count, int64_t begin, int64_t end) {
+        float* sums = (float*)scratch;  // first, for its alignment
+        multiply_block(p, first, count, begin, end, (uint32_t*)((char*)scratch + rounded), sums);
+      },
+      none);
 }
 
 }  // namespace

@@ -68,15 +68,15 @@ void forward_rows(const Slab& slab, const ForwardState& state, const ForwardOutp
     see_target(state, row, z, slab.targets[row] - slab.start, W);
     const S shift = finite_shift(part.max);
     Running<S> sum(0), entropy(0);
-    const bool wants_entropy = state.entropy != nullptr;
+    const bool wants_entropy = state.entropy != nullptr, capped = t.capped();
     for_lanes<S>(W, [&](int64_t i, auto lane) {
       using L = decltype(lane);
-      const L gap = load<L>(z + i) - shift;
+      const L y = load<L>(z + i), gap = y - shift;
       const L e = lane_exp(gap);
       sum.at(lane) += e;
       // Hazard: 0 * -inf where a bias masks. Remedy: only entries above 0 count.
       if (wants_entropy) entropy.at(lane) += select(e > splat<L>(0), L(e * gap), splat<L>(0));
-      if (kept != nullptr) store(kept + i, L(e * gain));
+      if (kept != nullptr) store(kept + i, L(capped ? L(e * gain) * relative_slope(y, t) : L(e * gain)));
     });
     part.sum = sum.sum();
     part.entropy = entropy.sum();
@@ -138,13 +138,18 @@ S at_or_zero(const void* values, int64_t row) {
   return values == nullptr ? S(0) : ((const S*)values)[row];
 }
 
-// One row of dz from kept exp(y - offset) or from recomputed logits; adds scale * dz to dbias where wanted.
+// One row of dz from kept exp(y - offset) * slope, which has no entropy, or from recomputed logits; adds scale * dz to
+// dbias where wanted.
 template <class S, class E, bool from_kept>
 void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>& t, int64_t row, S* dbias) {
   const int64_t W = slab.width;
   S* z = (S*)slab.logits + (from_kept ? 0 : row * W);
   const E* kept = (const E*)in.kept + (from_kept ? row * W : 0);
   E* dz = (E*)in.dz + row * W;
+  if (slab.targets[row] < 0) {  // an ignored row may hold anything
+    for_lanes<S>(W, [&](int64_t i, auto lane) { store(dz + i, decltype(lane){}); });
+    return;
+  }
   const RowStats<S> stats{((const S*)in.max)[row], ((const S*)in.log_sum)[row], ((const S*)in.target)[row],
                           at_or_zero<S>(in.entropy, row)};
   const Upstream<S> c{at_or_zero<S>(in.c_logp, row), at_or_zero<S>(in.c_lse, row), at_or_zero<S>(in.c_ent, row),
@@ -152,8 +157,7 @@ void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>
   const S factor = other_factor(stats, c, t), entropy_factor = c.entropy * t.slope_at_zero();
   const S row_scale = in.row_scale == nullptr ? S(1) : ((const S*)in.row_scale)[row];
   const S offset = from_kept ? ((const S*)in.offset)[row] : S(0);
-  const S log_shift = (offset - stats.max) - stats.log_sum;
-  const S kept_factor = from_kept ? lane_exp(log_shift) : S(1);
+  const S kept_factor = from_kept ? lane_exp(S((offset - stats.max) - stats.log_sum)) : S(1);
   const bool capped = t.capped();
   if (!from_kept) transform_row(z, (const S*)slab.bias, W, t);
   const int64_t column = slab.targets[row] - slab.start;
@@ -162,24 +166,19 @@ void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>
   S replaced = S(0);  // what the loop adds to dbias at the target before it is put right
   for_lanes<S>(W, [&](int64_t i, auto lane) {
     using L = decltype(lane);
-    L p, y{}, logp{};
+    L d;
     if constexpr (from_kept) {
       const L e = load<L>(kept + i);
-      p = e * kept_factor;
-      if (capped || c.has_entropy) {
-        const L log_e = lane_log(e);
-        y = log_e + finite_shift(offset);
-        logp = log_e + log_shift;
-      }
+      d = (e * kept_factor) * factor;
     } else {
-      y = load<L>(z + i);
+      const L y = load<L>(z + i);
       // Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
-      logp = (y - stats.max) - stats.log_sum;
-      p = lane_exp(logp);
+      const L logp = (y - stats.max) - stats.log_sum;
+      const L p = lane_exp(logp);
+      d = p * factor;
+      if (c.has_entropy) d = d - select(p > splat<L>(0), L(p * logp * entropy_factor), splat<L>(0));
+      if (capped) d = d * relative_slope(y, t);
     }
-    L d = p * factor;
-    if (c.has_entropy) d = d - select(p > splat<L>(0), L(p * logp * entropy_factor), splat<L>(0));
-    if (capped) d = d * relative_slope(y, t);
     if (has_target && column >= i && column < i + LaneTraits<L>::width) {
       if constexpr (LaneTraits<L>::width == 1) {
         replaced = d;

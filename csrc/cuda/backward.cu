@@ -1,5 +1,6 @@
-// dz from kept exp(y - offset) or from recomputed logits. A block owns a tile of columns and walks down its rows, so a
-// thread's columns, bias and share of dbias stay in registers; what a row needs is worked out once for the whole tile.
+// dz from kept exp(y - offset) * slope or from recomputed logits. A block owns a tile of columns and walks down its
+// rows, so a thread's columns, bias and share of dbias stay in registers; what a row needs is worked out once for the
+// whole tile.
 #include "launch.h"
 #include "launchers.h"
 #include "packs.h"
@@ -16,14 +17,16 @@ constexpr int kTileRows = 16;
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 1 : 4;
 
+constexpr int kElsewhere = -1, kIgnored = -2;
+
 // What one row needs of its statistics and upstream gradients.
 template <class S>
 struct alignas(sizeof(S) * 8) RowTerms {
-  S log_shift, kept_factor, y_shift;  // from kept: log P - log e, their factor, y - log e; else max and log(sum)
-  S factor, entropy_factor;           // of P, and of P log P
-  S entry;                            // d loss / d logit at the target
+  S max, log_sum;
+  S factor, entropy_factor;  // of P, or of what was kept, and of P log P
+  S entry;                   // d loss / d logit at the target
   S row_scale;
-  int column;  // of the target in this slab, or -1
+  int column;  // of the target in this slab, kElsewhere, or kIgnored
 };
 
 template <class S>
@@ -38,45 +41,28 @@ __device__ RowTerms<S> terms_of(const Slab& slab, const BackwardInputs& in, cons
   const Upstream<S> c{at_or(in.c_logp, row, S(0)), at_or(in.c_lse, row, S(0)), at_or(in.c_ent, row, S(0)),
                       in.c_ent != nullptr};
   RowTerms<S> terms;
-  if constexpr (from_kept) {
-    const S offset = ((const S*)in.offset)[row];
-    terms.log_shift = (offset - stats.max) - stats.log_sum;
-    terms.kept_factor = lane_exp(terms.log_shift);
-    terms.y_shift = finite_shift(offset);
-  } else {
-    terms.log_shift = stats.max;
-    terms.kept_factor = stats.log_sum;
-    terms.y_shift = S(0);
-  }
+  terms.max = stats.max;
+  terms.log_sum = stats.log_sum;
   terms.factor = other_factor(stats, c, t);
+  if constexpr (from_kept) terms.factor *= lane_exp((((const S*)in.offset)[row] - stats.max) - stats.log_sum);
   terms.entropy_factor = c.entropy * t.slope_at_zero();
-  const int64_t column = slab.targets[row] - slab.start;
-  terms.column = column >= 0 && column < slab.width ? int(column) : -1;
+  const int64_t target = slab.targets[row], column = target - slab.start;
+  terms.column = target < 0 ? kIgnored : column >= 0 && column < slab.width ? int(column) : kElsewhere;
   terms.entry = terms.column < 0 ? S(0) : target_slope(stats, c, t);
   terms.row_scale = at_or(in.row_scale, row, S(1));
   return terms;
 }
 
-// dz of one entry: `x` is exp(y - offset), or the transformed logit y.
+// dz of one entry: `x` is what was kept, or the transformed logit y.
 template <class S, bool from_kept>
 __device__ __forceinline__ S slope_of(S x, const RowTerms<S>& row, const Transform<S>& t, bool has_entropy) {
-  S p, y = x, logp = S(0);
-  if constexpr (from_kept) {
-    p = x * row.kept_factor;
-    if (t.capped() || has_entropy) {
-      const S log_e = lane_log(x);
-      y = log_e + row.y_shift;
-      logp = log_e + row.log_shift;
-    }
-  } else {
-    // Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
-    logp = (x - row.log_shift) - row.kept_factor;
-    p = lane_exp(logp);
-  }
+  if constexpr (from_kept) return x * row.factor;
+  // Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
+  const S logp = (x - row.max) - row.log_sum, p = lane_exp(logp);
   S d = p * row.factor;
   // Hazard: 0 * -inf where P is 0. Remedy: only entries above 0 have the term.
   if (has_entropy) d -= p > S(0) ? p * logp * row.entropy_factor : S(0);
-  if (t.capped()) d *= relative_slope(y, t);
+  if (t.capped()) d *= relative_slope(x, t);
   return d;
 }
 
@@ -125,6 +111,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<S>)
         for (int k = 0; k < size; ++k) {
           S d = slope_of<S, from_kept>(x[r][k], row, t, has_entropy);
           if (row.column == columns.at(column_tile, k)) d = row.entry;
+          // Hazard: an ignored row may hold NaN, and 0 * NaN is NaN. Remedy: select.
+          if (row.column == kIgnored) d = S(0);
           x[r][k] = d;
           sums[k] += d * row.row_scale;
         }

@@ -11,6 +11,7 @@ struct KeptOutput {
   E* kept;
   S* offset;
   int64_t width;
+  Transform<S> t;
 
   __device__ void begin(int64_t row, S slab_max, S) {
     constexpr double log_gain = 0.69314718055994530942 * kept_binades<E>;
@@ -19,10 +20,13 @@ struct KeptOutput {
   }
 
   template <class Columns, int size>
-  __device__ void write(const Columns& columns, int p, const S (&)[size], const S (&e)[size], S) const {
+  __device__ void write(const Columns& columns, int p, const S (&y)[size], const S (&e)[size], S) const {
     S scaled[size];
 #pragma unroll
-    for (int k = 0; k < size; ++k) scaled[k] = e[k] * S(1 << kept_binades<E>);
+    for (int k = 0; k < size; ++k) {
+      scaled[k] = e[k] * S(1 << kept_binades<E>);
+      if (t.capped()) scaled[k] *= relative_slope(y[k], t);
+    }
     store_pack(kept, columns, p, scaled);
   }
 
@@ -32,7 +36,7 @@ struct KeptOutput {
 
 template <class S, class E>
 void run(const Slab& slab, const ForwardState& state, const ForwardOutputs& out, Stream stream) {
-  const KeptOutput<S, E> output{(E*)out.kept, (S*)out.offset, slab.width};
+  const KeptOutput<S, E> output{(E*)out.kept, (S*)out.offset, slab.width, Transform<S>(slab)};
   launch_two_looks<S, E>("slab_forward (kept)", slab, state, output, aligned16(out.kept), stream);
 }
 

@@ -28,7 +28,7 @@ struct Tile {
   bool counted[kTile];
 };
 
-// Calls visit(r, i, j, score of j, chance that i beats j) for the counted j of the warp's row r, lanes over j; j == i
+// Calls visit(r, i, j, score of j, chances of i against j) for the counted j of the warp's row r, lanes over j; j == i
 // comes too. `scores` may be null. Every thread of the block calls this.
 template <class S, Link link, class Visit>
 __device__ __forceinline__ void meet_all(const Pairs& in, int64_t group, int first, Tile<S>& tile, Visit visit) {
@@ -56,8 +56,9 @@ __device__ __forceinline__ void meet_all(const Pairs& in, int64_t group, int fir
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (first + r >= n) continue;
-        const S p = prefs == nullptr ? chance<link>(own[r] - reward) : prefs[int64_t(r) * n + start + j];
-        visit(r, first + r, start + j, score, p);
+        const Chances<S> chances = prefs == nullptr ? chances_of<link>(S(own[r] - reward))
+                                                    : chances_from(prefs[int64_t(r) * n + start + j]);
+        visit(r, first + r, start + j, score, chances);
       }
     }
   }
@@ -82,10 +83,10 @@ __global__ void __launch_bounds__(kWarps * kWarp, 1)
     own[r] = first + r < n ? ((const S*)in.scores)[group * n + first + r] : S(0);
     values[r] = slopes[r] = S(0);
   }
-  meet_all<S, link>(in, group, first, tile, [&](int r, int i, int j, S score, S p) {
+  meet_all<S, link>(in, group, first, tile, [&](int r, int i, int j, S score, const Chances<S>& chances) {
     if (i == j) return;
     S value, d_score;
-    pair_value_slope<loss>(own[r] - score, p, value, d_score);
+    pair_value_slope<loss>(S(own[r] - score), chances, value, d_score);
     values[r] += value;
     slopes[r] += d_score;
   });
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(kWarps * kWarp, 1) meet_for_rates(const Pairs 
   S wins[kRows], counts[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) wins[r] = counts[r] = S(0);
-  meet_all<S, link>(in, group, first, tile, [&](int r, int, int, S, S p) {
-    wins[r] += p;
+  meet_all<S, link>(in, group, first, tile, [&](int r, int i, int j, S, const Chances<S>& chances) {
+    wins[r] += i == j ? S(0.5) : chances.win;
     counts[r] += S(1);
   });
 #pragma unroll

@@ -39,7 +39,7 @@ void rates(const Pairs& in, void* out) { cuda::win_rates(in, out, nullptr); }
 
 }  // namespace
 
-MultiplyBf16 runnable_product() { return nullptr; }
+std::vector<NamedProduct> runnable_products() { return {}; }
 
 std::vector<const KernelTable*> runnable_kernels() {
   static const KernelTable table{"emulated", forward, unit, backward, segments, terms, rates};

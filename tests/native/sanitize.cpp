@@ -78,7 +78,7 @@ static void pairs(const KernelTable& k, DType dtype, int64_t groups, int64_t n) 
 }
 
 // All layouts and outputs of one bfloat16 product of ones; false where a sum is wrong.
-static bool product(int64_t rows, int64_t columns, int64_t inner) {
+static bool product(MultiplyBf16 multiply, int64_t rows, int64_t columns, int64_t inner) {
   const std::vector<uint16_t> a(rows * inner, 0x3f80), b(inner * columns, 0x3f80);
   std::unique_ptr<uint32_t, decltype(&std::free)> packed(
       (uint32_t*)std::aligned_alloc(64, (packed_size(columns, inner) * 4 + 64) / 64 * 64), &std::free);
@@ -88,8 +88,8 @@ static bool product(int64_t rows, int64_t columns, int64_t inner) {
       std::vector<float> wide(is_float ? rows * columns : 0, 1.0f);
       std::vector<uint16_t> narrow(is_float ? 0 : rows * columns);
       void* c = is_float ? (void*)wide.data() : narrow.data();
-      runnable_product()({rows, columns, inner, a.data(), at ? rows : inner, at, b.data(), bt ? inner : columns, bt, c,
-                          columns, is_float, is_float, packed.get(), 2});
+      multiply({rows, columns, inner, a.data(), at ? rows : inner, at, b.data(), bt ? inner : columns, bt, c, columns,
+                is_float, is_float, packed.get(), 2});
       for (float value : wide) {
         if (value != float(inner + 1)) return false;
       }
@@ -99,11 +99,11 @@ static bool product(int64_t rows, int64_t columns, int64_t inner) {
 }
 
 int main(int count, char** arguments) {
-  if (runnable_product() != nullptr) {
+  for (const NamedProduct& each : runnable_products()) {
     for (int64_t rows : {1, 5, 49}) {
       for (int64_t columns : {1, 63, 130}) {
         for (int64_t inner : {1, 2, 31, 67, 600}) {
-          if (!product(rows, columns, inner)) return 1;
+          if (!product(each.multiply, rows, columns, inner)) return 1;
         }
       }
     }

@@ -294,6 +294,7 @@ def _without_gradient(inputs: Inputs, lse: Tensor, fields: tuple[str, ...]) -> d
         return {}
     rows, vocab = inputs.num_rows, inputs.weight[0].shape[0]
     hidden = [block if inputs.rows is None else block.index_select(0, inputs.rows) for block in inputs.hidden]
+    hidden = [block.to(inputs.operand) for block in hidden]
     pairs = list(zip(hidden, inputs.weight, strict=True))  # (M, H_k), (V, H_k)
     bias, transform = inputs.bias, inputs.transform
     if wanted == ["mean_logits"] and transform.softcap is None:

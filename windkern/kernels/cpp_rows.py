@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from windkern.kernels.contract import RowState, RowStats, Upstream
-from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous
+from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, why_missing
 from windkern.kernels.torch_rows import other_slope, target_slope
 from windkern.transform import LogitTransform
 
 try:
     from windkern import _cpp
-except ImportError as error:  # not built, or built for another Python
-    _cpp, _import_error = None, str(error)
+except ImportError as error:
+    _cpp, _reason = None, why_missing("_cpp", error)
 
 __all__ = [
     "other_slope",
@@ -34,8 +34,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on a CPU, not on {device.type}"
     if _cpp is None:
         return (
-            f"the extension windkern._cpp cannot be imported ({_import_error}); reinstall windkern with a C++17 "
-            "compiler (g++ or clang) on PATH"
+            f"{_reason}; reinstall windkern with a C++17 compiler (g++ or clang) on PATH and without "
+            "WINDKERN_BUILD_CPP=0 (pip's --no-cache-dir keeps it from taking an earlier wheel)"
         )
     if _kernels is None:
         return (

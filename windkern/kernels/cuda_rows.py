@@ -10,14 +10,14 @@ from torch import Tensor
 
 from windkern.kernels import buffers, torch_rows
 from windkern.kernels.contract import RowState, RowStats, Upstream
-from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous
+from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, why_missing
 from windkern.kernels.torch_rows import other_slope, target_slope
 from windkern.transform import LogitTransform
 
 try:
     from windkern import _cuda
-except ImportError as error:  # not built, or built for another Python
-    _cuda, _import_error = None, str(error)
+except ImportError as error:
+    _cuda, _reason = None, why_missing("_cuda", error)
 
 __all__ = [
     "other_slope",
@@ -40,8 +40,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on an NVIDIA GPU, not on {device.type}"
     if _cuda is None:
         return (
-            f"the extension windkern._cuda cannot be imported ({_import_error}); reinstall windkern with nvcc on PATH "
-            "and WINDKERN_BUILD_CUDA=1"
+            f"{_reason}; reinstall windkern with nvcc on PATH and WINDKERN_BUILD_CUDA=1 (pip's --no-cache-dir keeps it "
+            "from taking an earlier wheel)"
         )
     if not torch.cuda.is_available():
         return _cuda.device_problem(0) or "this torch has no CUDA; install a CUDA build of torch"

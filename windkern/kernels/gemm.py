@@ -11,12 +11,11 @@ torch is touched.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from windkern.kernels import buffers, cpu_products
+from windkern.kernels import buffers, cpu_libraries, cpu_products
 
 # Reason: glibc serves blocks up to 32 MiB from its heap again and again; above, each call pays fresh page faults.
 _HEAP_BLOCK = 32 << 20
@@ -46,24 +45,6 @@ def _cuda_has_out_dtype() -> bool:
 _cuda_has_out_dtype._dynamo_marked_constant = True
 
 
-def _amd_family() -> int:
-    """Family of an AMD processor that torch can run oneDNN on (25: Zen 3 and 4, 26: Zen 5), 0 for others."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not (torch.backends.mkldnn.is_available() and cpuinfo.exists()):
-        return 0
-    fields = {}
-    for line in cpuinfo.read_text().split("\n\n", 1)[0].splitlines():
-        name, _, value = line.partition(":")
-        fields[name.strip()] = value.strip()
-    return int(fields.get("cpu family", 0)) if fields.get("vendor_id") == "AuthenticAMD" else 0
-
-
-# MKL runs its AVX2 code on AMD. oneDNN's AVX-512 code is 5 to 25 % faster than that on Zen 4, which runs 512 bits in
-# two halves, and 2.2 x on Zen 5. Its product of two transposed operands copies both, which only Zen 5 pays back.
-_ONEDNN = _amd_family() >= 25
-_ONEDNN_WEIGHT_GRAD = _amd_family() >= 26
-
-
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -87,40 +68,34 @@ class Gemm:
     @property
     def packs(self) -> bool:
         """True where the products are ours: bfloat16 operands on a CPU that multiplies them into float32 sums."""
-        return self.device_type == "cpu" and self.operand == torch.bfloat16 and cpu_products.AVAILABLE
+        return self.device_type == "cpu" and self.operand == torch.bfloat16 and cpu_products.PRODUCT is not None
 
     @property
-    def upcasts_logits(self) -> bool:
-        """True where nothing multiplies this dtype into float32: operands are widened slab by slab."""
+    def widens(self) -> bool:
+        """True where nothing fast multiplies this dtype into float32: operands are widened slab by slab.
+
+        Reason: without instructions for it, torch multiplies 16-bit operands on a CPU 20 to 40 times slower than the
+        widened ones; with them it rounds each product to 16 bits.
+        """
         has_product = self.packs or (self.device_type == "cuda" and _cuda_has_out_dtype())
         return self.is_low_precision and not has_product
 
     @property
-    def upcasts_grads(self) -> bool:
-        """float16 products on a CPU are ten times slower than widening; bfloat16 ones are fast."""
-        return self.upcasts_logits and (self.operand == torch.float16 or self.device_type != "cpu")
-
-    @property
     def allocates(self) -> bool:
         """True where the library returns its own result instead of filling ours."""
-        return self.device_type == "cpu" and self.acc == torch.float32 and _ONEDNN
+        return self.device_type == "cpu" and self.acc == torch.float32 and cpu_libraries.ONEDNN
 
-    def logit_operand(self, tensor: Tensor) -> Tensor:
-        """`tensor` as `logits` wants it; a no-op unless dtypes differ."""
+    def prepared(self, tensor: Tensor) -> Tensor:
+        """`tensor` as the products want it: in the operands' dtype, widened where they are; a no-op where it is."""
         if tensor.dtype != self.operand:
             tensor = buffers.track("cast", tensor.to(self.operand))
-        return buffers.track("cast", tensor.to(self.acc)) if self.upcasts_logits else tensor
-
-    def grad_operand(self, tensor: Tensor) -> Tensor:
-        """`tensor` as `hidden_grad` and `weight_grad` want it."""
-        if tensor.dtype != self.operand:
-            tensor = buffers.track("cast", tensor.to(self.operand))
-        return buffers.track("cast", tensor.to(self.acc)) if self.upcasts_grads else tensor
+        return buffers.track("cast", tensor.to(self.acc)) if self.widens else tensor
 
     def _use_onednn(self, left: Tensor, columns: int) -> bool:
         rows, inner = left.shape
         fits = rows * columns * 4 <= _HEAP_BLOCK and rows * columns * inner >= _SMALL_PRODUCT
-        return fits and left.dtype == torch.float32 and left.device.type == "cpu" and _ONEDNN
+        wanted = cpu_libraries.ONEDNN and left.dtype == torch.float32 and left.device.type == "cpu"
+        return wanted and fits and cpu_libraries.onednn_is_safe()
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None, *, add_to: Tensor | None = None) -> Tensor:
         """hidden (M, H) @ weight (W, H).T, plus `add_to` (M, W) where given (then written in place)."""
@@ -153,13 +128,13 @@ class Gemm:
         (rows, width), inner = dz.shape, hidden.shape[1]
         buffers.add_flops(2 * rows * inner * width)
         plain = gain is None and not accumulate
-        if _ONEDNN_WEIGHT_GRAD and self._use_onednn(dz, inner) and width * inner * 4 <= _HEAP_BLOCK:
+        if cpu_libraries.ONEDNN_WEIGHT_GRAD and self._use_onednn(dz, inner) and width * inner * 4 <= _HEAP_BLOCK:
             product = torch.ops.mkldnn._linear_pointwise(dz.t(), hidden.t(), None, "none", [], "")
             product = buffers.track("dweight", product)
         elif plain and (out.dtype == dz.dtype or self.packs):
             self._mm(dz.t(), hidden, out)
             return
-        elif gain is None and accumulate and out.dtype == self.acc and not self._rounds(dz):
+        elif gain is None and accumulate and out.dtype == self.acc:
             self._addmm(out, dz.t(), hidden)
             return
         else:
@@ -172,17 +147,11 @@ class Gemm:
         else:
             out.copy_(product)
 
-    def _rounds(self, operand: Tensor) -> bool:
-        """True where the library can only return the product in the operands' own low precision."""
-        return operand.dtype in (torch.bfloat16, torch.float16) and self.upcasts_logits
-
     def _mm(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         if self.packs and left.dtype == self.operand:
             return cpu_products.multiply(left, right, out)
         if out.dtype == left.dtype:
             return torch.mm(left, right, out=out)
-        if self._rounds(left):
-            return out.copy_(buffers.track("partial", torch.mm(left, right)))
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
     def _addmm(self, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -190,6 +159,4 @@ class Gemm:
             return cpu_products.multiply(left, right, total, accumulate=True)
         if total.dtype == left.dtype:
             return total.addmm_(left, right)
-        if self._rounds(left):
-            return total.add_(buffers.track("partial", torch.mm(left, right)))
         return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

@@ -1,13 +1,32 @@
-"""What the native back ends share on the Python side: codes of dtypes and names, pointers of tensors."""
+"""What the native back ends share on the Python side: why one is missing, codes of dtypes and names, pointers."""
 
 from __future__ import annotations
+
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+PACKAGE = Path(__file__).parents[1]
+
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 LINKS = {"bradley_terry": 0, "step": 1}
 PAIR_LOSSES = {"square": 0, "logistic": 1, "hinge": 2}
+
+
+def why_missing(name: str, error: ImportError) -> str:
+    """Why the extension `windkern.<name>` was not imported; warns where a file is there, for nobody has chosen that."""
+    files = sorted(path.name for path in PACKAGE.glob(f"{name}.*") if path.suffix in (".so", ".pyd"))
+    if not files:
+        return f"windkern was installed without its extension {name}"
+    if any(f"{name}{suffix}" in files for suffix in EXTENSION_SUFFIXES):
+        reason = f"windkern's extension {name} cannot be loaded ({error})"
+    else:
+        reason = f"windkern's extension {name} is for another Python ({', '.join(files)}, not {EXTENSION_SUFFIXES[0]})"
+    warnings.warn(f"{reason}; another back end runs instead", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 def address(tensor: Tensor | None) -> int:

@@ -23,7 +23,8 @@ def _square(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logistic(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    return p * F.softplus(-d), -p * torch.sigmoid(-d)
+    # Reason: softplus turns into a straight line at 20, which costs float64 a relative 1e-10.
+    return -p * F.logsigmoid(d), -p * torch.sigmoid(-d)
 
 
 def _hinge(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,10 +47,17 @@ def _blocks(groups: int, n: int) -> Iterator[tuple[int, slice]]:
             yield group, slice(start, min(start + step, n))
 
 
-def _block_chances(prefs: Tensor | None, rewards: Tensor | None, link: str, group: int, rows: slice) -> Tensor:
+def _block_chances(
+    prefs: Tensor | None, rewards: Tensor | None, link: str, group: int, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Chances that i in `rows` beats each j, and that it does not.
+
+    Hazard: 1 - sigmoid(gap) loses all digits of a clear win. Remedy: from rewards it is sigmoid(-gap).
+    """
     if rewards is None:
-        return prefs[group, rows]
-    return _chance(rewards[group, rows].unsqueeze(1) - rewards[group], link)
+        return prefs[group, rows], 1 - prefs[group, rows]
+    gap = rewards[group, rows].unsqueeze(1) - rewards[group]
+    return _chance(gap, link), _chance(-gap, link)
 
 
 def pair_terms(
@@ -66,13 +74,13 @@ def pair_terms(
     function = PAIR_LOSSES[loss]
     columns = torch.arange(n, device=scores.device)
     for group, rows in _blocks(groups, n):
-        chance = _block_chances(prefs, rewards, link, group, rows)
+        chance, opposite = _block_chances(prefs, rewards, link, group, rows)
         gap = scores[group, rows].unsqueeze(1) - scores[group]
         counted = columns[rows].unsqueeze(1) != columns
         if where is not None:
             counted = counted & where[group, rows].unsqueeze(1) & where[group]
         forth, slope_forth = function(gap, chance)
-        _, slope_back = function(-gap, 1 - chance)
+        _, slope_back = function(-gap, opposite)
         # Hazard: a masked score may be NaN or inf. Remedy: select, never multiply by 0.
         value[group] += torch.where(counted, forth, 0.0).sum()
         slope[group, rows] = torch.where(counted, slope_forth - slope_back, 0.0).sum(1)
@@ -80,12 +88,14 @@ def pair_terms(
 
 
 def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str) -> Tensor:
-    """(1/K) * sum over the K counted j, i itself included, of the chance that i beats j, (B, N); 0 where masked."""
+    """(1/K) * sum over the K counted j of the chance that i beats j, 1/2 against itself, (B, N); 0 where masked."""
     given = prefs if rewards is None else rewards
     groups, n = given.shape[:2]
     rates = given.new_zeros(groups, n)
+    columns = torch.arange(n, device=given.device)
     for group, rows in _blocks(groups, n):
-        chance = _block_chances(prefs, rewards, link, group, rows)
+        chance, _ = _block_chances(prefs, rewards, link, group, rows)
+        chance = torch.where(columns[rows].unsqueeze(1) == columns, 0.5, chance)
         if where is None:
             rates[group, rows] = chance.mean(1)
             continue

@@ -66,7 +66,8 @@ def _apply_transform(y: Tensor, bias: Tensor | None, transform: LogitTransform) 
 
 def _relative_slope(y: Tensor, transform: LogitTransform, out: Tensor) -> Tensor:
     """1 - tanh^2 of the transformed logits `y`: the transform's slope over its slope at zero."""
-    torch.mul(y, transform.temperature / transform.softcap, out=out)
+    # Reason: a saturated logit, tanh = 1, has slope exactly 0; so the rounded inverse must not be too small.
+    torch.mul(y, transform.temperature / transform.softcap * (1 + 2 * torch.finfo(y.dtype).eps), out=out)
     # Hazard: a masked entry has y = -inf. Remedy: its slope is exactly 0, what tanh gives at -inf.
     return out.square_().neg_().add_(1.0).clamp_(min=0.0)
 
@@ -115,16 +116,24 @@ def slab_forward(
     start: int,
     transform: LogitTransform,
     state: RowState,
-    kept: Tensor | None,  # (M, W) operand dtype, out: exp(y - offset)
+    kept: Tensor | None,  # (M, W) operand dtype, out: exp(y - offset) * relative slope
     offset: Tensor | None,  # (M, 1) out
 ) -> None:
-    """Online softmax over one slab; keeps exp(y - offset) for backward where the plan has room for it."""
+    """Online softmax over one slab; keeps what dz is made of without the entropy, where the plan has room for it.
+
+    Hazard: log of a rounded exp is off by the rounding, and a slope made from that is noise where the cap is small.
+    Remedy: the slope is multiplied in here; nothing is read back through a logarithm.
+    """
     for rows in _row_blocks(z):
         y = z[rows]
         _apply_transform(y, bias, transform)
+        slope = None
+        if kept is not None and transform.softcap is not None:
+            slope = _relative_slope(y, transform, _scratch_like(y))
         slab_max, _, _ = _exponentiate(y, targets[rows], start, state, rows)
         if kept is not None:
             gain = kept_gain(kept.dtype)
+            y = y if slope is None else y.mul_(slope)
             kept[rows].copy_(y if gain == 1.0 else y.mul_(gain))
             offset[rows, 0] = slab_max - kept_log_gain(kept.dtype)
 
@@ -200,8 +209,8 @@ def other_slope(stats: RowStats, upstream: Upstream) -> Tensor:
 
 
 def slab_backward(
-    src: Tensor,  # (M, W): kept exp(y - offset), or recomputed logits (then overwritten)
-    offset: Tensor | None,  # (M, 1) of a kept slab; None says src holds logits
+    src: Tensor,  # (M, W): kept exp(y - offset) * relative slope, or logits (then overwritten)
+    offset: Tensor | None,  # (M, 1) of a kept slab, which has no entropy upstream; None says src holds logits
     bias: Tensor | None,  # (W,)
     targets: Tensor,  # (M,)
     start: int,
@@ -212,9 +221,11 @@ def slab_backward(
     dz: Tensor,  # (M, W) operand dtype, out; may be src when that holds logits of the same dtype
     dbias: Tensor | None,  # (W,) out: the sum of dz over rows
 ) -> None:
-    """dz = slope * (c_logp * onehot + P * (c_lse - c_logp - c_ent * (log P + entropy)))."""
+    """dz = slope * (c_logp * onehot + P * (c_lse - c_logp - c_ent * (log P + entropy))), 0 in ignored rows."""
     at_target = target_slope(stats, upstream, transform)
     factor = other_slope(stats, upstream) * transform.slope_at_zero
+    ignored = (targets < 0).unsqueeze(1)
+    any_ignored = targets.device.type != "cpu" or bool(ignored.any())  # a GPU is not asked: Python would wait
     if dbias is not None:
         dbias.zero_()
     for rows in _row_blocks(src):
@@ -233,6 +244,9 @@ def slab_backward(
         column, inside = _target_column(targets[rows], start, p.shape[1])
         entry = torch.where(inside, at_target[rows], p.gather(1, column).squeeze(1))
         p.scatter_(1, column, entry.unsqueeze(1))
+        if any_ignored:
+            # Hazard: an ignored row may hold NaN, and 0 * NaN is NaN. Remedy: select.
+            p.masked_fill_(ignored[rows], 0.0)
         if dbias is not None:
             dbias.add_(p.sum(0) if row_scale is None else row_scale[rows] @ p)
         if p.data_ptr() != dz[rows].data_ptr():
@@ -243,18 +257,14 @@ def slab_backward(
 def _probabilities(
     src: Tensor, offset: Tensor | None, bias: Tensor | None, transform: LogitTransform, stats: RowStats
 ) -> tuple[Tensor, Tensor | None]:
-    """P (r, W), in place of recomputed logits or in a copy of kept ones, and the transform's relative slope."""
-    slope = None if transform.softcap is None else _scratch_like(src, stats.run_max.dtype)
-    if offset is None:
-        _apply_transform(src, bias, transform)
-        if slope is not None:
-            _relative_slope(src, transform, slope)
-        # Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
-        return src.sub_(stats.run_max.unsqueeze(1)).sub_(stats.log_sum.unsqueeze(1)).exp_(), slope
-    p = _scratch_like(src, stats.run_max.dtype).copy_(src)
-    if slope is not None:
-        _relative_slope(torch.log(p, out=slope).add_(_finite(offset)), transform, slope)
-    return p.mul_(((offset.squeeze(1) - stats.run_max) - stats.log_sum).exp().unsqueeze(1)), slope
+    """P (r, W) in place of logits and the transform's relative slope; or their product in a copy of a kept slab."""
+    if offset is not None:
+        p = _scratch_like(src, stats.run_max.dtype).copy_(src)
+        return p.mul_(((offset.squeeze(1) - stats.run_max) - stats.log_sum).exp().unsqueeze(1)), None
+    _apply_transform(src, bias, transform)
+    slope = None if transform.softcap is None else _relative_slope(src, transform, _scratch_like(src))
+    # Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
+    return src.sub_(stats.run_max.unsqueeze(1)).sub_(stats.log_sum.unsqueeze(1)).exp_(), slope
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from windkern.kernels import buffers
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.kernels.triton_launch import or_unused, transform_numbers
-from windkern.kernels.triton_maths import finite, one_minus_p, relative_slope, transform_logit
+from windkern.kernels.triton_maths import one_minus_p, relative_slope, transform_logit
 from windkern.kernels.tuned import backward_config, tile_config
 from windkern.transform import LogitTransform
 
@@ -27,7 +27,7 @@ def _given(pointer, row, HAS: tl.constexpr, like):
 
 @triton.jit
 def backward_rows(
-    src_ptr,  # (M, W) kept exp(y - offset), or logits
+    src_ptr,  # (M, W) kept exp(y - offset) * relative slope, or logits
     offset_ptr,  # (M, tiles)
     bias_ptr,
     targets_ptr,
@@ -65,18 +65,12 @@ def backward_rows(
     entropy = _given(entropy_ptr, row, HAS_ENT, log_sum)
     factor = (c_lse - c_logp - c_ent * entropy) * slope
     source = tl.load(src_ptr + row * width + columns, mask=inside, other=0.0).to(log_sum.dtype)
-    y, logp = source, source
     if KEPT:
         if TILE == 0:
             offset = tl.load(offset_ptr + row)
         else:
             offset = tl.load(offset_ptr + row * tiles + columns // TILE, mask=inside, other=0.0)
-        log_shift = (offset - run_max) - log_sum
-        p = source * tl.exp(log_shift)
-        if CAPPED or HAS_ENT:
-            log_e = tl.where(source > 0.0, tl.log(source), float("-inf"))
-            y = log_e + finite(offset)
-            logp = log_e + log_shift
+        d = source * tl.exp((offset - run_max) - log_sum) * factor
     else:
         bias = source
         if HAS_BIAS:
@@ -85,11 +79,11 @@ def backward_rows(
         # Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
         logp = (y - run_max) - log_sum
         p = tl.exp(logp)
-    d = p * factor
-    if HAS_ENT:
-        d = d - tl.where(p > 0.0, p * logp * (c_ent * slope), 0.0)
-    if CAPPED:
-        d = d * relative_slope(y, cap_out)
+        d = p * factor
+        if HAS_ENT:
+            d = d - tl.where(p > 0.0, p * logp * (c_ent * slope), 0.0)
+        if CAPPED:
+            d = d * relative_slope(y, cap_out)
 
     target_logit = tl.load(target_ptr + row)
     target_logp = (target_logit - run_max) - log_sum
@@ -99,8 +93,11 @@ def backward_rows(
         entry = entry - tl.where(target_p > 0.0, c_ent * target_p * (target_logp + entropy), 0.0)
     if CAPPED:
         entry = entry * relative_slope(target_logit, cap_out)
-    column = (tl.load(targets_ptr + row) - start).to(tl.int32)
+    target = tl.load(targets_ptr + row)
+    column = (target - start).to(tl.int32)
     d = tl.where(columns == column, entry * slope, d)
+    # Hazard: an ignored row may hold NaN, and 0 * NaN is NaN. Remedy: select.
+    d = tl.where(target < 0, 0.0, d)
     tl.store(dz_ptr + row * width + columns, d.to(dz_ptr.dtype.element_ty), mask=inside)
 
 

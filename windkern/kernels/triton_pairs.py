@@ -44,41 +44,48 @@ def _square(d, p):
 
 
 @triton.jit
-def _logistic(d, p):
+def _logistic(d, p, q):
     tail = tl.exp(-tl.abs(d))  # at most 1: no overflow either way
     value = p * (tl.maximum(-d, 0.0) + _log1p(tail))
-    return value, tl.where(d >= 0.0, 1.0, tail) / (1.0 + tail) - p
+    # Reason: sigmoid(d) - p is the same and cancels where both are near 1.
+    forth = tl.where(d >= 0.0, tail, 1.0)
+    back = tl.where(d >= 0.0, 1.0, tail)
+    return value, (q * back - p * forth) / (1.0 + tail)
 
 
 @triton.jit
-def _hinge(d, p):
+def _hinge(d, p, q):
     room = 1.0 - d
     back = 1.0 + d
-    return p * tl.maximum(room, 0.0), tl.where(back > 0.0, 1.0 - p, 0.0) - tl.where(room > 0.0, p, 0.0)
+    return p * tl.maximum(room, 0.0), tl.where(back > 0.0, q, 0.0) - tl.where(room > 0.0, p, 0.0)
 
 
 @triton.jit
-def _value_slope(d, p, LOSS: tl.constexpr):
-    """Value of pair (i, j) with gap d = s_i - s_j, and what (i, j) and (j, i) add to the slope in s_i."""
+def _value_slope(d, p, q, LOSS: tl.constexpr):
+    """Value of pair (i, j) with gap d = s_i - s_j, and what (i, j) and (j, i) add to the slope in s_i; q is 1 - p."""
     if LOSS == 0:
         value, slope = _square(d, p)
     elif LOSS == 1:
-        value, slope = _logistic(d, p)
+        value, slope = _logistic(d, p, q)
     else:
-        value, slope = _hinge(d, p)
+        value, slope = _hinge(d, p, q)
     return value, slope
 
 
 @triton.jit
 def _tile_chances(given_ptr, group, n, i, j, mask, LINK: tl.constexpr, FROM_REWARDS: tl.constexpr):
+    """Chances that i beats j, and that it does not: from rewards without a subtraction that loses the digits."""
     if FROM_REWARDS:
         base = given_ptr + group * n
         mine = tl.load(base + i, mask=i < n, other=0.0)
         theirs = tl.load(base + j, mask=j < n, other=0.0)
-        chance = _chance(mine[:, None] - theirs[None, :], LINK)
+        gap = mine[:, None] - theirs[None, :]
+        chance = _chance(gap, LINK)
+        opposite = _chance(-gap, LINK)
     else:
         chance = tl.load(given_ptr + (group * n + i[:, None]) * n + j[None, :], mask=mask, other=0.5)
-    return chance
+        opposite = 1.0 - chance
+    return chance, opposite
 
 
 @triton.jit
@@ -111,8 +118,8 @@ def pair_kernel(
         # Hazard: a masked score may be NaN. Remedy: it is never loaded, and never selected.
         theirs = tl.load(scores_ptr + group * n + j, mask=counted_j, other=0.0)
         counted = counted_i[:, None] & counted_j[None, :] & (i[:, None] != j[None, :])
-        chance = _tile_chances(given_ptr, group, n, i, j, counted, LINK, FROM_REWARDS)
-        pair_value, pair_slope = _value_slope(mine[:, None] - theirs[None, :], chance, LOSS)
+        chance, opposite = _tile_chances(given_ptr, group, n, i, j, counted, LINK, FROM_REWARDS)
+        pair_value, pair_slope = _value_slope(mine[:, None] - theirs[None, :], chance, opposite, LOSS)
         value += tl.sum(tl.where(counted, pair_value, 0.0), 1)
         slope += tl.sum(tl.where(counted, pair_slope, 0.0), 1)
     tl.store(value_ptr + group * n + i, value, mask=i < n)
@@ -143,7 +150,8 @@ def win_rate_kernel(
         if MASKED:
             counted_j = counted_j & (tl.load(where_ptr + group * n + j, mask=j < n, other=0) != 0)
         counted = counted_i[:, None] & counted_j[None, :]
-        chance = _tile_chances(given_ptr, group, n, i, j, counted, LINK, FROM_REWARDS)
+        chance, _opposite = _tile_chances(given_ptr, group, n, i, j, counted, LINK, FROM_REWARDS)
+        chance = tl.where(i[:, None] == j[None, :], 0.5, chance)
         total += tl.sum(tl.where(counted, chance, 0.0), 1)
         count += tl.sum(counted_j.to(tl.int32), 0)
     rates = total / tl.maximum(count, 1).to(total.dtype)

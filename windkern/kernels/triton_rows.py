@@ -93,7 +93,7 @@ def forward_rows(
     sum_ptr,
     target_ptr,
     entropy_ptr,  # (M,) running statistics
-    kept_ptr,  # (M, W) out
+    kept_ptr,  # (M, W) out: exp(y - offset) * relative slope
     offset_ptr,  # (M,) out
     width,
     start,
@@ -111,7 +111,7 @@ def forward_rows(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    e, _gap, part_max, part_sum, part_entropy, run_entropy, target, _column, has_target = look_at_row(
+    e, gap, part_max, part_sum, part_entropy, run_entropy, target, _column, has_target = look_at_row(
         z_ptr,
         bias_ptr,
         targets_ptr,
@@ -136,7 +136,10 @@ def forward_rows(
     if ENTROPY:
         tl.store(entropy_ptr + row, new_entropy)
     if KEPT:
-        tl.store(kept_ptr + row * width + columns, (e * gain).to(kept_ptr.dtype.element_ty), mask=inside)
+        kept = e * gain
+        if CAPPED:
+            kept = kept * relative_slope(gap + finite(part_max), cap_out)
+        tl.store(kept_ptr + row * width + columns, kept.to(kept_ptr.dtype.element_ty), mask=inside)
         tl.store(offset_ptr + row, part_max - log_gain)
 
 

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from windkern.kernels import buffers
 from windkern.kernels.contract import RowState, kept_gain, kept_log_gain
 from windkern.kernels.triton_launch import interprets, transform_numbers
-from windkern.kernels.triton_maths import finite, merge, transform_logit
+from windkern.kernels.triton_maths import finite, merge, relative_slope, transform_logit
 from windkern.kernels.tuned import tile_config, tile_hidden
 from windkern.transform import LogitTransform
 
@@ -33,7 +33,7 @@ def tile_kernel(
     sum_ptr,
     entropy_ptr,  # (M, tiles) out
     target_ptr,  # (M,) out
-    kept_ptr,  # (M, W) out
+    kept_ptr,  # (M, W) out: exp(y - offset) * relative slope
     offset_ptr,  # (M, tiles) out
     rows,
     width,
@@ -115,9 +115,12 @@ def tile_kernel(
     if ENTROPY:
         tl.store(entropy_ptr + place, tl.sum(tl.where(e > 0.0, e * gap, 0.0), 1), mask=in_rows)
     if KEPT:
+        kept = e * gain
+        if CAPPED:
+            kept = kept * relative_slope(y, cap_out)
         tl.store(
             kept_ptr + m.to(tl.int64)[:, None] * width + v[None, :],
-            (e * gain).to(kept_ptr.dtype.element_ty),
+            kept.to(kept_ptr.dtype.element_ty),
             mask=in_rows[:, None] & in_columns[None, :],
         )
         tl.store(offset_ptr + m.to(tl.int64) * offset_stride + tile, part_max - log_gain, mask=in_rows)

@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from windkern._checks import check_choice, check_number, check_same_device, check_shape, check_tensor, shape_of
+from windkern._checks import (
+    check_choice,
+    check_number,
+    check_prefs_values,
+    check_rewards_values,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    readable,
+    shape_of,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 DELTA = 0.02  # implied win rates outside [DELTA, 1 - DELTA] meet the polynomial of `extended_log`
-PREFS_TOLERANCE = 1e-4  # float32 sigmoids miss prefs + prefs^T = 1 by 1e-7, real asymmetry is a thousand times this
 
 
 def check_precise(name: str, value: object) -> Tensor:
@@ -57,8 +66,8 @@ def check_frozen_logps(name: str, value: object, logps: Tensor) -> Tensor:
 def check_rewards(rewards: object, logps: Tensor, where: Tensor, name: str = "rewards") -> Tensor:
     """(B, N) scores, 0 where masked: any finite numbers."""
     rewards = fill(check_constant(name, rewards, logps, shape_of(where)), where)
-    if readable(rewards) and not rewards.isfinite().all():
-        raise ValueError(f"{name} must be finite for every response that takes part")
+    if readable(rewards):
+        check_rewards_values(rewards, where, name)
     return rewards
 
 
@@ -108,20 +117,7 @@ def check_prefs(prefs: Tensor, where: Tensor | None = None) -> None:
     check_shape("prefs", prefs, ("B", "N", "N"))
     if prefs.shape[1] != prefs.shape[2]:
         raise ValueError(f"prefs must have shape (B, N, N), got {shape_of(prefs)}")
-    prefs = fill(prefs, pairs_of(kept_responses(where, prefs.diagonal(dim1=1, dim2=2))), 0.5)
-    if not ((prefs >= 0) & (prefs <= 1)).all():
-        raise ValueError("prefs must lie in [0, 1] and hold no NaN (pass probabilities, not scores)")
-    miss = (prefs + prefs.mT - 1).abs()
-    if not (miss <= PREFS_TOLERANCE).all():
-        raise ValueError(
-            f"prefs[b, i, j] + prefs[b, j, i] must be 1 (1/2 on the diagonal), off by up to {miss.max().item():.3g}; "
-            "(prefs + 1 - prefs.mT) / 2 makes them symmetric"
-        )
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on a GPU it would make Python wait, under a compiler there are none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    check_prefs_values(prefs, kept_responses(where, prefs.diagonal(dim1=1, dim2=2)))
 
 
 def pairs_of(where: Tensor) -> Tensor:

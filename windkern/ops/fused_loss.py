@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from windkern import backends
-from windkern._checks import check_choice, check_tensor, shape_of
+from windkern._checks import check_choice, check_flag, check_tensor, shape_of
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.ops import walk as walks
 from windkern.ops.held_grads import HeldGradients
@@ -26,7 +27,7 @@ from windkern.ops.inputs import (
     prepare,
 )
 from windkern.ops.logprobs import config_of, gather_rows, pad_rows, padded_rows, run_forward
-from windkern.ops.once import differentiable_once
+from windkern.ops.once import differentiable_once, graph_links
 from windkern.plan import Plan, plan
 from windkern.transform import LogitTransform
 
@@ -36,7 +37,7 @@ class _Chunk:
     """Whole groups that go through the walk together."""
 
     groups: slice
-    rows: Tensor | None  # (m,) positions of the rows in the chunk, None where all take part
+    rows: Tensor | None  # (m,) positions of the rows in the chunk, None where all are scored
     targets: Tensor  # (m,)
     overflow: Tensor | None  # rows of the chunk beyond num_scored
 
@@ -55,6 +56,7 @@ class _Job:
     memory_budget: int | None
     deterministic: bool
     grads: dict[str, object]
+    grad_enabled: bool  # where the caller is
 
     @property
     def group_tokens(self) -> int:
@@ -71,7 +73,8 @@ class _Job:
             device=self.inputs.device,
             deterministic=self.deterministic,
             total_rows=total_rows,
-            weight_dtype=self.inputs.weight[0].dtype,
+            hidden_dtype=tuple(block.dtype for block in self.inputs.hidden),
+            weight_dtype=tuple(head.dtype for head in self.inputs.weight),
             tile_columns=backends.tile_columns(
                 self.inputs.backend, self.inputs.hidden_sizes, self.inputs.operand, self.deterministic
             ),
@@ -110,13 +113,15 @@ class _Job:
                     rows = positions[passed : passed + found] - first
                     labels = labels.index_select(0, rows)
                 passed += found
+            else:
+                rows = torch.arange(labels.shape[0], device=labels.device)  # copied, so that ignored ones can become 0
             yield _Chunk(groups, rows, labels, overflow)
 
 
 def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Summed loss of one chunk and its gradient with respect to logps (b, N)."""
     constants = {name: value[groups] for name, value in job.per_group.items()}
-    with torch.enable_grad() if wants_grad else torch.no_grad():
+    with torch.set_grad_enabled(wants_grad or job.grad_enabled):
         leaf = logps.detach().requires_grad_(wants_grad)
         values = job.loss_fn(leaf, **constants)
         if not isinstance(values, Tensor) or shape_of(values) != (logps.shape[0],):
@@ -125,14 +130,21 @@ def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tu
                 f"loss_fn must return one loss per group, shape ({logps.shape[0]},), for logps {shape_of(logps)}, "
                 f'got {got}; losses of windkern.losses take reduction="none" for this'
             )
+        if not values.is_floating_point():
+            raise TypeError(f"loss_fn must return losses of a floating dtype, got {values.dtype}")
         total = values.sum()
-        if not wants_grad:
-            return total, None
-        if total.grad_fn is None:
-            return total, torch.zeros_like(logps)
         _refuse_other_leaves(total, leaf)
-        (coefficients,) = torch.autograd.grad(total, leaf, allow_unused=True)
-    return total.detach(), torch.zeros_like(logps) if coefficients is None else coefficients
+        if not wants_grad:
+            return total.detach(), None
+        coefficients = None
+        if total.requires_grad:
+            (coefficients,) = torch.autograd.grad(total, leaf, allow_unused=True)
+        if coefficients is None:
+            raise ValueError(
+                "loss_fn must return losses that depend on logps, got some without a gradient (detached, or made under "
+                "no_grad); where that is meant, add 0 * logps.sum(-1)"
+            )
+    return total.detach(), coefficients
 
 
 def _refuse_other_leaves(total: Tensor, leaf: Tensor) -> None:
@@ -173,7 +185,8 @@ def _run_chunk(job: _Job, chunk: _Chunk, scale: float, held: HeldGradients | Non
     sizes = made.slab_width, made.slabs_kept, made.row_block, made.offset_tiles
     walk = config_of(inputs, *sizes, job.grads, False).walk(inputs.device.type)
     total_rows = padded_rows(num_rows, max(1, made.row_block))
-    compact, labels = gather_rows(hidden, rows, total_rows), pad_rows(targets, total_rows, IGNORED)
+    compact = gather_rows(hidden, rows, targets, total_rows, inputs.operand)
+    labels = pad_rows(targets, total_rows, IGNORED)
     saved = run_forward(walk, compact, inputs.weight, inputs.bias, labels)
     token_logps = torch.where(scored, RowStats(*saved.stats).logps[:num_rows], 0.0)
     if rows is not None:
@@ -212,14 +225,15 @@ def _run_chunk(job: _Job, chunk: _Chunk, scale: float, held: HeldGradients | Non
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, job, scale, bias, *blocks):
+    def forward(ctx, job, scale, links, bias, *blocks):
+        ctx.links = links
         n = len(blocks) // 2
         inputs = replace(job.inputs, hidden=list(blocks[:n]), weight=list(blocks[n:]), bias=bias)
         total, ctx.held = _run(replace(job, inputs=inputs), scale, wants_grad=True)
         return total
 
     @staticmethod
-    @differentiable_once("fused_loss")
+    @differentiable_once("fused_loss", lambda ctx: ctx.links)
     def backward(ctx, upstream):
         if ctx.held is None:
             raise RuntimeError(
@@ -230,7 +244,7 @@ class _FusedLoss(torch.autograd.Function):
         grads = ctx.held.times(upstream, keep=keep)
         if not keep:
             ctx.held = None
-        return None, None, *grads
+        return None, None, None, *grads
 
 
 def _keeps_graph() -> bool:
@@ -239,9 +253,15 @@ def _keeps_graph() -> bool:
     return True if query is None else query()
 
 
-def _check_per_group(per_group: Mapping[str, Tensor] | None, groups: int) -> dict[str, Tensor]:
+def _check_per_group(
+    loss_fn: Callable[..., Tensor], per_group: Mapping[str, Tensor] | None, groups: int
+) -> dict[str, Tensor]:
+    if not isinstance(per_group, (Mapping, type(None))):
+        raise TypeError(f"per_group must be a mapping from names to tensors, got {type(per_group).__name__}")
     checked = {}
     for name, value in (per_group or {}).items():
+        if not isinstance(name, str):
+            raise TypeError(f"per_group must have names of arguments of loss_fn as keys, got {name!r}")
         check_tensor(f"per_group[{name!r}]", value)
         if value.dim() == 0 or value.shape[0] != groups:
             raise ValueError(
@@ -253,6 +273,15 @@ def _check_per_group(per_group: Mapping[str, Tensor] | None, groups: int) -> dic
                 "detach it, or use sequence_logps and your loss"
             )
         checked[name] = value
+    try:
+        signature = inspect.signature(loss_fn)
+    except (ValueError, TypeError):  # of a callable that does not tell
+        return checked
+    try:
+        signature.bind(None, **checked)
+    except TypeError as error:
+        names = ", ".join(["logps", *checked])
+        raise TypeError(f"loss_fn cannot be called with what per_group holds, as loss_fn({names}): {error}") from None
     return checked
 
 
@@ -307,12 +336,15 @@ def fused_loss(
         bias, transform, ignore_index, num_scored, memory_budget, deterministic, backend: see `token_logps`.
 
     Returns:
-        A scalar, float32 (float64 for float64 input).
+        A scalar, float32 (float64 for a float64 weight).
 
     Raises:
         ValueError: shapes do not fit; a constant in `per_group` requires grad or has another leading dimension;
-            loss_fn returns anything but (b,), or depends on another tensor that requires grad.
-        TypeError, BackendUnavailableError: as `token_logps`.
+            loss_fn returns anything but (b,), does not depend on logps where a gradient is wanted, or depends on
+            another tensor that requires grad.
+        TypeError: loss_fn cannot be called with what `per_group` holds, or its losses are no floats; and as
+            `token_logps`.
+        BackendUnavailableError: as `token_logps`.
 
     Memory:
         The budget, and 4 * V * H bytes when there is more than one chunk and the head is trained in low precision.
@@ -352,22 +384,24 @@ def fused_loss(
         drop=False,
     )
     if num_scored is not None:
-        check_num_scored(inputs.targets >= 0, num_scored)
+        num_scored = check_num_scored(inputs.targets >= 0, num_scored)
     groups, responses, tokens = targets.shape
     grads = inputs.grads()
     job = _Job(
         inputs=inputs,
         loss_fn=loss_fn,
-        per_group=_check_per_group(per_group, groups),
+        per_group=_check_per_group(loss_fn, per_group, groups),
         groups=groups,
         responses=responses,
         tokens=tokens,
         num_scored=num_scored,
         memory_budget=memory_budget,
-        deterministic=deterministic,
+        deterministic=check_flag("deterministic", deterministic),
         grads=grads,
+        grad_enabled=torch.is_grad_enabled(),
     )
     scale = 1.0 / max(1, groups) if reduction == "mean" else 1.0
     if not (any(grads["hidden_grad"]) or any(grads["weight_grad"]) or grads["bias_grad"]):
         return _run(job, scale, wants_grad=False)[0]
-    return _FusedLoss.apply(job, scale, inputs.bias, *inputs.hidden, *inputs.weight)
+    links = graph_links(inputs.bias, *inputs.hidden, *inputs.weight)
+    return _FusedLoss.apply(job, scale, links, inputs.bias, *inputs.hidden, *inputs.weight)

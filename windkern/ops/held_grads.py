@@ -18,14 +18,15 @@ _BLOCK_GPU = 1 << 26
 class HeldGradients:
     """dhidden is written chunk by chunk; dweight and dbias add up, in float32 where there are several chunks.
 
-    float16 gradients are held divided by a power of two, one for each row of dhidden and one for dweight.
+    Each has the dtype of its tensor. float16 gradients are held divided by a power of two, one for each row of dhidden
+    and one for dweight.
     Hazard: a loss scaled down by 1e-6 flushes to zero in float16 before backward brings the loss scale that was to
     save it. Remedy: what is stored is near the top of the format, the factor stays in float32 beside it.
     """
 
     def __init__(self, inputs: Inputs, wanted: dict, num_chunks: int):
-        self.is_half = inputs.operand == torch.float16
-        self.accumulates = num_chunks > 1 or self.is_half
+        weights = zip(inputs.weight, wanted["weight_grad"], strict=True)
+        self.accumulates = num_chunks > 1 or any(flag and head.dtype == torch.float16 for head, flag in weights)
         acc = acc_dtype(inputs)
         self.weight_dtypes = [head.dtype for head in inputs.weight]
         self.bias_dtype = None if inputs.bias is None else inputs.bias.dtype
@@ -34,7 +35,7 @@ class HeldGradients:
             for block, flag in zip(inputs.hidden, wanted["hidden_grad"], strict=True)
         ]
         self.hidden_scale = [
-            block.new_zeros((block.shape[0], 1), dtype=acc) if flag and self.is_half else None
+            block.new_zeros((block.shape[0], 1), dtype=acc) if flag and block.dtype == torch.float16 else None
             for block, flag in zip(inputs.hidden, wanted["hidden_grad"], strict=True)
         ]
         self.weight: list[Tensor | None] = []
@@ -50,7 +51,7 @@ class HeldGradients:
         """dhidden of block k at `places`, from the accumulator (m or more, H) of its `scored` (m,) compacted rows."""
         total = total[: scored.shape[0]]
         target = self.hidden[k][places]
-        if self.is_half:
+        if self.hidden_scale[k] is not None:
             largest = torch.linalg.vector_norm(total, torch.inf, dim=1, keepdim=True)
             scale = power_of_two(largest, DZ_BINADES[torch.float16])
             total = total.div_(scale)

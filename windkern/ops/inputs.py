@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from windkern._checks import (
     check_choice,
     check_count,
     check_floating,
+    check_index,
     check_integer,
     check_same_device,
     check_shape,
@@ -30,11 +32,11 @@ IGNORED = -1  # targets of rows that are not scored, once the caller's ignore_in
 class Inputs:
     """Checked arguments: R rows before, M after ignored ones are dropped."""
 
-    hidden: list[Tensor]  # (R, H_k)
+    hidden: list[Tensor]  # (R, H_k), in the caller's dtype
     weight: list[Tensor]  # (V, H_k)
     bias: Tensor | None  # (V,)
     targets: Tensor  # (M,) int64, IGNORED where not scored
-    rows: Tensor | None  # (M,) int64 positions among the R rows, None where all rows stay
+    rows: Tensor | None  # (M,) int64 positions among the R rows, None where all rows are scored
     overflow: Tensor | None  # (R,) rows beyond num_scored, whose results become NaN
     lead: tuple[int, ...]  # shape of the caller's targets
     total_rows: int  # R
@@ -109,6 +111,8 @@ def _check_blocks(hidden: list[Tensor], weight: list[Tensor], targets: Tensor) -
             )
         check_same_device(f"hidden{mark}", block, "targets", targets)
         check_same_device(f"weight{mark}", head, "targets", targets)
+    if targets.device.type == "meta":
+        raise ValueError("hidden, weight and targets are on the meta device, which holds no values; move them")
 
 
 def _refuse_forward_mode(tensors: list[Tensor]) -> None:
@@ -121,17 +125,41 @@ def _refuse_forward_mode(tensors: list[Tensor]) -> None:
 
 
 def _operand_dtype(hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None) -> torch.dtype:
-    """The autocast dtype under autocast, else the one dtype everything must have."""
+    """The autocast dtype under autocast, else that of the head, the widest where its blocks differ.
+
+    Reason: a model calls lm_head(hidden.to(lm_head.weight.dtype)).
+    """
     device_type = hidden[0].device.type
-    named = [("hidden", block) for block in hidden] + [("weight", head) for head in weight]
-    named += [] if bias is None else [("bias", bias)]
-    dtypes = {tensor.dtype for _, tensor in named}
+    dtypes = {tensor.dtype for tensor in (*hidden, *weight, *([] if bias is None else [bias]))}
     if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
         return torch.get_autocast_dtype(device_type)
-    if len(dtypes) > 1:
-        given = ", ".join(f"{name} {tensor.dtype}" for name, tensor in named)
-        raise TypeError(f"hidden, weight and bias must have one dtype outside autocast, got {given}")
-    return hidden[0].dtype
+    operand = functools.reduce(torch.promote_types, (head.dtype for head in weight))
+    if bias is not None and bias.dtype == torch.float64 and operand != torch.float64:
+        raise TypeError(
+            f"bias must not be wider than the logits it is added to, which are float32 for a head in {operand}; got "
+            "torch.float64, cast one"
+        )
+    return operand
+
+
+def _check_transform(transform: LogitTransform | None, acc: torch.dtype) -> LogitTransform:
+    """The transform, whose factors the kernels can hold."""
+    if transform is None:
+        return IDENTITY
+    if not isinstance(transform, LogitTransform):
+        raise TypeError(f"transform must be a windkern.LogitTransform or None, got {type(transform).__name__}")
+    scale, softcap, temperature = transform.scale, transform.softcap, transform.temperature
+    factors = {"scale / temperature": scale / temperature}
+    if softcap is not None:
+        factors |= {"scale / softcap": scale / softcap, "softcap / temperature": softcap / temperature}
+    least = torch.finfo(acc).tiny
+    for what, factor in factors.items():
+        if not least <= factor <= 1 / least:
+            raise ValueError(
+                f"{what} of transform must lie between {least:.3g} and {1 / least:.3g} to be computed in {acc}, got "
+                f"{factor:.3g} (scale={scale:g}, softcap={softcap}, temperature={temperature:g})"
+            )
+    return transform
 
 
 def prepare(
@@ -154,23 +182,21 @@ def prepare(
     if bias is not None:
         check_shape("bias", check_floating("bias", bias), (heads[0].shape[0],))
         check_same_device("bias", bias, "targets", targets)
-    if transform is None:
-        transform = IDENTITY
-    elif not isinstance(transform, LogitTransform):
-        raise TypeError(f"transform must be a windkern.LogitTransform or None, got {type(transform).__name__}")
     operand = _operand_dtype(blocks, heads, bias)
+    transform = _check_transform(transform, accumulator(operand))
     check_choice("backend", backend, ["auto", *backends.BACKENDS])
     flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
-    flat = [block if block.dtype == operand else block.to(operand) for block in flat]
     labels = targets.reshape(-1).long()
-    scored = labels != ignore_index
+    scored = labels != check_index("ignore_index", ignore_index)
     labels = torch.where(scored, torch.where(labels < 0, labels + IGNORED, labels), IGNORED)  # -1 stays an error
     rows, overflow = None, None
     if num_scored is not None:
-        check_num_scored(scored, num_scored)
+        num_scored = check_num_scored(scored, num_scored)
     if num_scored is not None and labels.numel() > 0:
         rows, labels, overflow = first_scored(scored, labels, min(num_scored, labels.numel()))
-    elif drop and not must_keep_rows(targets):
+    elif drop and must_keep_rows(targets):
+        rows = torch.arange(labels.shape[0], device=labels.device)  # copied, so that ignored ones can become 0
+    elif drop:
         positions = scored.nonzero().squeeze(1)  # on a GPU: the one synchronisation that num_scored avoids
         if positions.numel() < labels.numel():
             rows, labels = positions, labels.index_select(0, positions)
@@ -194,21 +220,21 @@ def must_keep_rows(targets: Tensor) -> bool:
     return torch.compiler.is_compiling() or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def check_num_scored(scored: Tensor, num_scored: int) -> None:
+def check_num_scored(scored: Tensor, num_scored: object) -> int:
     """Refuse a bound that is too small: always on a CPU, on a GPU in debug mode (it synchronises)."""
-    check_count("num_scored", num_scored)
-    if torch.compiler.is_compiling() or not (scored.device.type == "cpu" or backends.debug_mode()):
-        return
-    found = int(scored.sum())
-    if found > num_scored:
-        raise ValueError(f"num_scored must be at least the number of scored targets, {found}, got {num_scored}")
+    bound = check_count("num_scored", num_scored)
+    if not torch.compiler.is_compiling() and (scored.device.type == "cpu" or backends.debug_mode()):
+        found = int(scored.sum())
+        if found > bound:
+            raise ValueError(f"num_scored must be at least the number of scored targets, {found}, got {bound}")
+    return bound
 
 
 def first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tensor, Tensor, Tensor]:
     """Positions and targets of the first `num_scored` scored rows, with no size that depends on data.
 
-    Spare places point at the first scored row, which holds numbers whatever padding holds, with an ignored target;
-    rows beyond the bound are reported.
+    Spare places point at the first scored row, or at row 0 where there is none, with an ignored target; rows beyond
+    the bound are reported.
     """
     order = scored.cumsum(0) - 1
     fits = scored & (order < num_scored)

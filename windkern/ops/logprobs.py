@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from windkern import backends
+from windkern._checks import check_flag
 from windkern.kernels import buffers
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.kernels.gemm import Gemm, accumulator
 from windkern.ops import walk as walks
 from windkern.ops.inputs import Blocks, Inputs, check_targets, prepare
 from windkern.ops.once import differentiable_once
-from windkern.plan import bounded_rows, deterministic_tile, fixed_size, walk_sizes
+from windkern.ops.sizes import bounded_rows, fixed_size
+from windkern.plan import deterministic_tile, walk_sizes
 from windkern.transform import LogitTransform
 
 # Arguments that say what a walk does; the same tail for forward and backward.
@@ -39,7 +41,7 @@ _library.define(
 class TokenLogps(NamedTuple):
     """Results of `token_logps`, each shaped like targets, 0 where ignored."""
 
-    logps: Tensor  # log-prob of the target, nats, float32 (float64 for float64 input)
+    logps: Tensor  # log-prob of the target, nats, float32 (float64 for a float64 head)
     lse: Tensor  # log-sum-exp of the transformed logits
     entropy: Tensor | None  # of the token distribution, nats, when asked for
 
@@ -108,18 +110,30 @@ def padded_rows(num_rows: int, row_block: int) -> int:
     return -(-num_rows // row_block) * row_block if num_rows else 0
 
 
-def gather_rows(blocks: list[Tensor], rows: Tensor | None, total: int) -> list[Tensor]:
-    """Compacted copies of the blocks with `total` rows, zeros at the end; the blocks themselves if nothing moves."""
-    if rows is None and all(block.shape[0] == total for block in blocks):
+def gather_rows(
+    blocks: list[Tensor], rows: Tensor | None, targets: Tensor, total: int, operand: torch.dtype
+) -> list[Tensor]:
+    """The walk's rows: copies of the blocks in the operand dtype, with `total` rows; themselves if nothing changes.
+
+    Hazard: a row with an ignored target may hold NaN, and 0 * NaN is NaN in a product. Remedy: such rows are 0, as
+    those at the end.
+    """
+    if rows is None and all(block.shape[0] == total and block.dtype == operand for block in blocks):
         return blocks
+    count, ignored = targets.shape[0], (targets < 0).unsqueeze(1)
     gathered = []
     for block in blocks:
-        copy = buffers.empty("compact", (total, block.shape[1]), block.dtype, block.device)
-        count = block.shape[0] if rows is None else rows.shape[0]
+        copy = buffers.empty("compact", (total, block.shape[1]), operand, block.device)
         if rows is None:
             copy[:count].copy_(block)
-        else:
+        elif block.dtype == operand:
             torch.index_select(block, 0, rows, out=copy[:count])
+        else:
+            step = max(1, (1 << 20) // max(1, block.shape[1] * block.element_size()))
+            for first in range(0, count, step):
+                part = slice(first, min(first + step, count))
+                copy[part].copy_(buffers.track("scratch", block.index_select(0, rows[part])))
+        copy[:count].masked_fill_(ignored, 0.0)
         copy[count:].zero_()
         gathered.append(copy)
     return gathered
@@ -131,13 +145,20 @@ def pad_rows(values: Tensor, total: int, fill: float) -> Tensor:
     return torch.cat([values, values.new_full((total - values.shape[0],), fill)])
 
 
-def check_some_entry_is_open(saved: walks.Saved, targets: Tensor) -> None:
-    """A row whose vocabulary is masked whole has no distribution; seen on a CPU and in debug mode."""
+def check_some_entry_is_open(saved: walks.Saved, bias: Tensor | None, targets: Tensor) -> None:
+    """A row whose logits are all -inf has no distribution; seen on a CPU and in debug mode."""
     if targets.device.type != "cpu" and not backends.debug_mode():
         return
     closed = (saved.stats.run_max == -torch.inf) & (targets >= 0)
-    if bool(closed.any()):
-        raise ValueError(f"bias masks every vocabulary entry of scored row {int(closed.nonzero()[0])} with -inf")
+    if not bool(closed.any()):
+        return
+    row = f"every vocabulary entry of scored row {int(closed.nonzero()[0])}"
+    if bias is not None and bool((bias == -torch.inf).all()):
+        raise ValueError(f"bias masks {row} with -inf")
+    raise ValueError(
+        f"the logits of {row} are -inf: hidden @ weight.T overflows {saved.stats.run_max.dtype}, so hidden or weight "
+        "holds -inf or numbers that are too large"
+    )
 
 
 def run_forward(
@@ -145,16 +166,17 @@ def run_forward(
 ) -> walks.Saved:
     check_targets(targets, weight[0].shape[0])
     saved = walks.forward(walk, hidden, weight, bias, targets)
-    check_some_entry_is_open(saved, targets)
+    check_some_entry_is_open(saved, bias, targets)
     return saved
 
 
 def finish_hidden(total: Tensor, like: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
     """float32 dhidden of compacted rows to the caller's rows and dtype; ignored rows get exact zeros."""
+    total = total[:num_rows]
+    narrowed = total if total.dtype == like.dtype else buffers.track("cast", total.to(like.dtype))
     if rows is None:
-        return total[:num_rows].to(like.dtype)
-    # Reason: spare rows of num_scored all point at row 0 and carry zeros; adding them keeps row 0 right.
-    narrowed = buffers.track("cast", total[:num_rows].to(like.dtype))
+        return narrowed
+    # Reason: spare rows of num_scored all point at one row and carry zeros; adding them keeps that row right.
     return torch.zeros_like(like, memory_format=torch.contiguous_format).index_add_(0, rows, narrowed)
 
 
@@ -164,7 +186,8 @@ def _fwd(hidden, weight, bias, targets, rows, *config):
     walk = config.walk(targets.device.type)
     num_rows = targets.shape[0]
     total = padded_rows(num_rows, config.row_block)
-    saved = run_forward(walk, gather_rows(hidden, rows, total), weight, bias, pad_rows(targets, total, -1))
+    compact = gather_rows(hidden, rows, targets, total, config.operand)
+    saved = run_forward(walk, compact, weight, bias, pad_rows(targets, total, -1))
     scored = targets >= 0
     stats = RowStats(*(None if part is None else part[:num_rows] for part in saved.stats))
     zero = stats.run_max.new_zeros(())
@@ -186,7 +209,7 @@ def _fwd_fake(hidden, weight, bias, targets, rows, *config):
     total = padded_rows(num_rows, config.row_block)
     acc = accumulator(config.operand)
     vector = targets.new_empty(num_rows, dtype=acc)
-    columns = min(vocab_size, config.slabs_kept * config.slab_width)
+    layout = walks.kept_layout(config, config.operand, total, vocab_size)
     units = []
     if config.frozen_head:
         wanted = [block for block, flag in zip(hidden, config.hidden_grad, strict=True) if flag]
@@ -198,8 +221,8 @@ def _fwd_fake(hidden, weight, bias, targets, rows, *config):
         torch.empty_like(vector),
         torch.empty_like(vector) if config.entropy else vector.new_empty(0),
         vector.new_empty((3, total)),
-        targets.new_empty(total * columns, dtype=config.operand),
-        vector.new_empty((config.slabs_kept, total, config.offset_tiles)),
+        targets.new_empty(layout.shape, dtype=layout.dtype),
+        vector.new_empty(layout.offsets),
         units,
     )
 
@@ -222,7 +245,7 @@ def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entro
         offsets,
         list(units),
     )
-    compact = gather_rows(hidden, rows, total)
+    compact = gather_rows(hidden, rows, targets, total, config.operand)
     labels = pad_rows(targets, total, -1)
     if config.frozen_head:
         grads = walks.backward_unit(walk, upstream, compact, weight, labels, saved)
@@ -272,7 +295,7 @@ class _LogProbs(torch.autograd.Function):
         return logps, lse, entropy, saved[0]
 
     @staticmethod
-    @differentiable_once("token_logps")
+    @differentiable_once("token_logps", lambda ctx: ctx.saved_tensors)
     def backward(ctx, c_logp, c_lse, c_ent, _):
         config, n = Config(*ctx.config), ctx.num_blocks
         targets, rows, bias, entropy, stats, kept, offsets, *rest = ctx.saved_tensors
@@ -309,7 +332,8 @@ def row_logps(
         device=inputs.device.type,
         deterministic=deterministic,
         total_rows=rows + (inputs.rows is not None),
-        weight_dtype=inputs.weight[0].dtype,
+        hidden_dtype=tuple(block.dtype for block in inputs.hidden),
+        weight_dtype=tuple(head.dtype for head in inputs.weight),
         tile_columns=tile_columns,
         **grads,
     )
@@ -349,11 +373,14 @@ def token_logps(
     Args:
         hidden: (..., T, H), or a tuple of blocks (..., T, H_k) whose logits add up (LoRA on the head, a value head).
             float64, float32, bfloat16 or float16.
-        weight: (V, H) as in nn.Linear, or a tuple of (V, H_k). The dtype of hidden, except under autocast.
+        weight: (V, H) as in nn.Linear, or a tuple of (V, H_k). Outside autocast hidden is cast to the dtype of weight,
+            as in lm_head(hidden.to(lm_head.weight.dtype)), to the widest where blocks differ; gradients have the
+            dtype of their tensors.
         targets: (..., T) int64 or int32, already aligned with hidden (nothing is shifted).
-        bias: (V,) added to the logits; an entry of -inf masks that vocabulary entry after any transform.
+        bias: (V,) added to the logits; an entry of -inf masks that vocabulary entry after any transform. Any floating
+            dtype that is no wider than the sums.
         transform: scale, softcap and temperature of the logits; None is the identity.
-        ignore_index: targets with this value are not scored: results and gradients are 0 there.
+        ignore_index: targets with this value are not scored: results and gradients are 0 there, whatever hidden holds.
         entropy: also return the entropy of each token's distribution.
         num_scored: upper bound of the number of scored targets. On a GPU it saves the one synchronisation and keeps
             all sizes static (CUDA graphs, torch.compile). Rows beyond it give NaN on a GPU, an error on a CPU.
@@ -362,13 +389,13 @@ def token_logps(
         backend: "auto" or a name of `windkern.backends.available(device)`.
 
     Returns:
-        TokenLogps(logps, lse, entropy), each (..., T) in nats, float32 (float64 for float64 input); entropy is None
+        TokenLogps(logps, lse, entropy), each (..., T) in nats, float32 (float64 for a float64 weight); entropy is None
         unless asked for.
 
     Raises:
         TypeError: a tensor argument is no plain tensor or has a dtype that does not fit.
         ValueError: shapes, devices or values do not fit; a target lies outside the vocabulary (checked on a CPU, on
-            a GPU with WINDKERN_DEBUG=1); on a CPU, a scored row whose whole vocabulary is masked.
+            a GPU with WINDKERN_DEBUG=1); on a CPU, a scored row whose logits are all -inf.
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
@@ -386,6 +413,7 @@ def token_logps(
         (torch.Size([2, 3]), 0.0)
         >>> out.logps.sum().backward()
     """
+    entropy, deterministic = check_flag("entropy", entropy), check_flag("deterministic", deterministic)
     inputs = prepare(
         hidden,
         weight,

@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from windkern import backends
-from windkern._checks import check_choice, check_floating, check_same_device, check_shape, check_tensor, shape_of
-from windkern.ops.once import differentiable_once
+from windkern._checks import (
+    check_choice,
+    check_floating,
+    check_prefs_values,
+    check_rewards_values,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    readable,
+    shape_of,
+)
+from windkern.ops.once import differentiable_once, graph_links
 
 LINKS = ("bradley_terry", "step")
 LOSSES = ("square", "logistic", "hinge")
@@ -49,16 +59,17 @@ torch.library.register_fake(
 
 class _PairTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, prefs, rewards, where, link, loss, backend):
+    def forward(ctx, scores, links, prefs, rewards, where, link, loss, backend):
         value, slope = torch.ops.windkern.pair_terms(scores, prefs, rewards, where, link, loss, backend)
         ctx.save_for_backward(slope)
+        ctx.links = links
         return value
 
     @staticmethod
-    @differentiable_once("pair_loss")
+    @differentiable_once("pair_loss", lambda ctx: ctx.links)
     def backward(ctx, upstream):
         (slope,) = ctx.saved_tensors
-        return upstream.unsqueeze(1) * slope, None, None, None, None, None, None
+        return upstream.unsqueeze(1) * slope, None, None, None, None, None, None, None
 
 
 def _check_wide(name: str, value: Tensor) -> Tensor:
@@ -72,8 +83,8 @@ def _check_constant(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} requires grad, but it is a constant here; detach it")
 
 
-def _given(prefs: Tensor | None, rewards: Tensor | None) -> tuple[str, Tensor]:
-    """The one of prefs (B, N, N) and rewards (B, N) that was given, checked."""
+def _given(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None) -> tuple[str, Tensor]:
+    """The one of prefs (B, N, N) and rewards (B, N) that was given, checked; its values as the losses check them."""
     if (prefs is None) == (rewards is None):
         raise ValueError(f"give exactly one of prefs and rewards, got {'neither' if prefs is None else 'both'}")
     name, value = ("prefs", prefs) if rewards is None else ("rewards", rewards)
@@ -84,16 +95,19 @@ def _given(prefs: Tensor | None, rewards: Tensor | None) -> tuple[str, Tensor]:
         )
     if rewards is None:
         check_shape(name, value, ("B", value.shape[1], value.shape[1]))
+    if where is not None:
+        if check_tensor("where", where).dtype != torch.bool:
+            raise TypeError(f"where must be torch.bool, got {where.dtype}")
+        check_shape("where", where, tuple(value.shape[:2]))
+        check_same_device("where", where, "prefs or rewards", value)
+    if readable(value):
+        # As in the losses, a group with fewer than two responses is off: its values may be anything.
+        counted = None if where is None else where & (where.sum(1, keepdim=True) >= 2)
+        if rewards is None:
+            check_prefs_values(value, counted)
+        else:
+            check_rewards_values(value, counted)
     return name, value
-
-
-def _check_where(where: Tensor | None, groups: int, n: int, reference: Tensor) -> None:
-    if where is None:
-        return
-    if check_tensor("where", where).dtype != torch.bool:
-        raise TypeError(f"where must be torch.bool, got {where.dtype}")
-    check_shape("where", where, (groups, n))
-    check_same_device("where", where, "prefs or rewards", reference)
 
 
 def win_rates(
@@ -109,8 +123,8 @@ def win_rates(
         w_i = (1/K) * sum_{j counted} P_ij,  P_ii = 1/2      P_ij = prefs[i, j], or link(r_i - r_j)
 
     Args:
-        prefs: (B, N, N), the chance that i beats j; float32 or float64. Or
-        rewards: (B, N); then no N x N tensor is made.
+        prefs: (B, N, N), the chance that i beats j, prefs + prefs^T = 1, so 1/2 on the diagonal; float32 or float64. Or
+        rewards: (B, N), finite; then no N x N tensor is made.
         link: of rewards: "bradley_terry" (sigmoid of the gap) or "step" (1, 1/2 for a tie, 0).
         where: (B, N) bool, responses that count; the others get 0.
         backend: "auto" or a name of `windkern.backends.available(device)`.
@@ -119,7 +133,9 @@ def win_rates(
         (B, N), the dtype of what was given. No gradient flows.
 
     Raises:
-        ValueError: both or neither of prefs and rewards, a shape, `link` or a gradient where none is possible.
+        ValueError: both or neither of prefs and rewards, a shape, `link` or a gradient where none is possible; prefs
+            outside [0, 1], not symmetric or NaN, rewards that are not finite (looked at on a CPU, as the losses do; on
+            a GPU `windkern.losses.check_prefs` does it; the diagonal counts as 1/2 whatever it holds).
         TypeError: a dtype that does not fit.
         BackendUnavailableError: the named back end cannot run here.
 
@@ -133,9 +149,8 @@ def win_rates(
         >>> win_rates(rewards=torch.tensor([[2.0, 1.0, 1.0]]), link="step")
         tensor([[0.8333, 0.3333, 0.3333]])
     """
-    _, value = _given(prefs, rewards)
     check_choice("link", link, LINKS)
-    _check_where(where, value.shape[0], value.shape[1], value)
+    _, value = _given(prefs, rewards, where)
     return torch.ops.windkern.win_rates(
         prefs, rewards, where, link, backends.resolve(backend, value.device, value.dtype)
     )
@@ -163,7 +178,7 @@ def pair_loss(
     Args:
         scores: (B, N) float32 or float64, differentiable.
         prefs: (B, N, N), the chance that i beats j, prefs + prefs^T = 1. Or
-        rewards: (B, N); then no N x N tensor is made.
+        rewards: (B, N), finite; then no N x N tensor is made.
         link: of rewards: "bradley_terry" or "step".
         loss: "square", "logistic" or "hinge".
         where: (B, N) bool, responses that count; a group with fewer than two contributes 0 and gradient 0.
@@ -174,7 +189,8 @@ def pair_loss(
         A scalar, or (B,) for "none"; the dtype of scores.
 
     Raises:
-        ValueError: both or neither of prefs and rewards, a shape, an unknown name, prefs or rewards with gradient.
+        ValueError: both or neither of prefs and rewards, a shape, an unknown name, prefs or rewards with gradient or
+            with values that `win_rates` refuses.
         TypeError: a dtype that does not fit.
         BackendUnavailableError: the named back end cannot run here.
 
@@ -191,7 +207,7 @@ def pair_loss(
         >>> loss.item(), scores.grad.tolist()
         (0.0, [[0.0, 0.0]])
     """
-    name, value = _given(prefs, rewards)
+    name, value = _given(prefs, rewards, where)
     for argument, choice, choices in (
         ("link", link, LINKS),
         ("loss", loss, LOSSES),
@@ -204,9 +220,8 @@ def pair_loss(
     if value.dtype != scores.dtype:
         raise TypeError(f"{name} must have the dtype of scores, {scores.dtype}, got {value.dtype}")
     groups, n = scores.shape
-    _check_where(where, groups, n, value)
     chosen = backends.resolve(backend, scores.device, scores.dtype)
-    total = _PairTerms.apply(scores, prefs, rewards, where, link, loss, chosen)
+    total = _PairTerms.apply(scores, graph_links(scores), prefs, rewards, where, link, loss, chosen)
     if where is None:
         per_group = total / max(1, n * (n - 1))
     else:

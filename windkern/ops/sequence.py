@@ -11,7 +11,6 @@ from windkern import backends
 from windkern._checks import check_choice, check_integer, check_same_device, shape_of
 from windkern.ops.inputs import Blocks
 from windkern.ops.logprobs import token_logps
-from windkern.ops.once import differentiable_once
 from windkern.transform import LogitTransform
 
 _library = torch.library.Library("windkern", "FRAGMENT")
@@ -43,7 +42,6 @@ class _SegmentSum(torch.autograd.Function):
         return torch.ops.windkern.segment_sum(values, cu_seqlens, backend)
 
     @staticmethod
-    @differentiable_once("sequence_logps")
     def backward(ctx, upstream):
         (cu_seqlens,) = ctx.saved_tensors
         rows = torch.arange(ctx.rows, device=upstream.device)
@@ -79,7 +77,7 @@ def sequence_logps(
         bias, transform, ignore_index, num_scored, memory_budget, deterministic, backend: see `token_logps`.
 
     Returns:
-        (...) for padded and (S,) for packed input, nats, float32 (float64 for float64 input). Sums are taken in
+        (...) for padded and (S,) for packed input, nats, float32 (float64 for a float64 weight). Sums are taken in
         float32 over padded rows and in float64 over packed ones.
 
     Raises:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from windkern.kernels import buffers
 from windkern.kernels.contract import DZ_BINADES, RowState, RowStats, Upstream, kept_gain
-from windkern.kernels.gemm import Gemm
+from windkern.kernels.gemm import Gemm, accumulator
 from windkern.transform import LogitTransform
 
 
@@ -38,7 +39,10 @@ class Walk:
 
 @dataclass
 class Saved:
-    """What forward leaves for backward: `kept` is one flat buffer of whole slabs, offsets (slabs_kept, M, tiles)."""
+    """What forward leaves for backward: `kept` is one flat buffer of whole slabs, offsets (slabs_kept, M, tiles).
+
+    With the entropy the slabs hold logits and there are no offsets.
+    """
 
     stats: RowStats
     kept: Tensor
@@ -56,7 +60,7 @@ def _slab_logits(
     """Logits (R, W) of one slab: the products of all blocks add up in one float32 buffer."""
     z = None
     for block, head in zip(hidden, weight, strict=True):
-        z = walk.gemm.logits(block, walk.gemm.logit_operand(head[start:stop]), out, add_to=z)
+        z = walk.gemm.logits(block, walk.gemm.prepared(head[start:stop]), out, add_to=z)
     return z
 
 
@@ -72,6 +76,26 @@ def kept_columns(walk: Walk, vocab_size: int) -> int:
     return min(vocab_size, walk.slabs_kept * walk.slab_width)
 
 
+class KeptLayout(NamedTuple):
+    """The flat buffer of what forward keeps, and its offsets."""
+
+    shape: tuple[int]
+    dtype: torch.dtype
+    offsets: tuple[int, int, int]
+
+
+def kept_layout(sizes, operand: torch.dtype, rows: int, vocab_size: int) -> KeptLayout:
+    """Exponentials in the operand dtype with offsets by slab; float32 logits where the entropy is an output.
+
+    Reason: the entropy's gradient -P (log P + H) cancels near a uniform distribution, and log P of a rounded
+    exponential is off by the rounding. `sizes` is a `Walk` or what one is made from.
+    """
+    shape = (rows * kept_columns(sizes, vocab_size),)
+    if sizes.entropy:
+        return KeptLayout(shape, accumulator(operand), (0, rows, sizes.offset_tiles))
+    return KeptLayout(shape, operand, (sizes.slabs_kept, rows, sizes.offset_tiles))
+
+
 def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, targets: Tensor) -> Saved:
     """hidden_k (M, H_k), weight_k (V, H_k), bias (V,), targets (M,) with a negative one where the row is ignored."""
     M, V, device, acc = targets.shape[0], weight[0].shape[0], targets.device, walk.gemm.acc
@@ -81,8 +105,9 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
         target_logit=buffers.empty("rows", (M,), acc, device).fill_(-torch.inf),
         entropy_sum=buffers.zeros("rows", (M,), acc, device) if walk.entropy else None,
     )
-    kept = buffers.empty("kept", (M * kept_columns(walk, V),), walk.gemm.operand, device)
-    offsets = buffers.empty("kept", (walk.slabs_kept, M, walk.offset_tiles), acc, device)
+    layout = kept_layout(walk, walk.gemm.operand, M, V)
+    kept = buffers.empty("kept", layout.shape, layout.dtype, device)
+    offsets = buffers.empty("kept", layout.offsets, acc, device)
     tiled = walk.offset_tiles > 1
     units: list[Tensor] = []
     if walk.frozen_head:
@@ -90,7 +115,7 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
             for block, wanted in zip(hidden, walk.hidden_grad, strict=True):
                 if wanted:
                     units.append(buffers.zeros("dhidden", tuple(block.shape), acc, device))
-    operands = [walk.gemm.logit_operand(block) for block in hidden]
+    operands = [walk.gemm.prepared(block) for block in hidden]
     slab_buffer = None if tiled else _slab_buffer(walk, walk.row_block, walk.slab_width, device)
     for first in range(0, M, max(1, walk.row_block)):
         rows = slice(first, min(first + walk.row_block, M))
@@ -100,16 +125,17 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
         for index, (start, stop) in enumerate(walk.slabs(V)):
             size, width = rows.stop - rows.start, stop - start
             bias_slab = _bias_slab(walk, bias, start, stop)
-            slab_kept, offset = None, None
-            if index < walk.slabs_kept:
-                slab_kept, offset = _kept_slab(walk, kept, M, index, width)[rows], offsets[index][rows]
-            results = bias_slab, targets[rows], start, walk.transform, block_state, slab_kept, offset
+            place = _kept_slab(walk, kept, M, index, width)[rows] if index < walk.slabs_kept else None
+            exponentials = (None, None) if place is None or walk.entropy else (place, offsets[index][rows])
+            results = bias_slab, targets[rows], start, walk.transform, block_state, *exponentials
             if tiled:
-                slab = walk.gemm.logit_operand(weight[0][start:stop])
+                slab = walk.gemm.prepared(weight[0][start:stop])
                 walk.kernels.tile_forward(operands[0][rows], slab, *results)
                 continue
             z = _view(slab_buffer, size, width)
             z = _slab_logits(walk, [operand[rows] for operand in operands], weight, start, stop, z)
+            if place is not None and walk.entropy:
+                place.copy_(z)  # now: the kernel overwrites the logits
             if walk.frozen_head:
                 _unit_slab(walk, z, bias_slab, targets[rows], weight, start, block_state, block_units)
             else:
@@ -154,13 +180,13 @@ def _unit_slab(
     )
     heads = [head for head, wanted in zip(weight, walk.hidden_grad, strict=True) if wanted]
     for k, head in enumerate(heads):
-        slab = walk.gemm.grad_operand(head[start : start + width])
+        slab = walk.gemm.prepared(head[start : start + width])
         if walk.entropy:
             logged = len(heads) + k
             units[logged].addcmul_(units[k], max_step.unsqueeze(1)).mul_(rescale.unsqueeze(1))
-            units[logged] = walk.gemm.hidden_grad(walk.gemm.grad_operand(unit_entropy), slab, units[logged])
+            units[logged] = walk.gemm.hidden_grad(walk.gemm.prepared(unit_entropy), slab, units[logged])
         units[k].mul_(rescale.unsqueeze(1))
-        units[k] = walk.gemm.hidden_grad(walk.gemm.grad_operand(unit), slab, units[k])
+        units[k] = walk.gemm.hidden_grad(walk.gemm.prepared(unit), slab, units[k])
 
 
 @dataclass
@@ -217,22 +243,29 @@ def backward(
     ]
     weight_operands, gain = _weight_operands(walk, hidden, scale)
     all_kept = kept_columns(walk, V) >= V
-    operands = [] if all_kept else [walk.gemm.logit_operand(block) for block in hidden]
-    needs_slab = not all_kept or walk.gemm.operand == walk.gemm.acc
+    operands = [] if all_kept else [walk.gemm.prepared(block) for block in hidden]
+    needs_slab = not all_kept or walk.gemm.operand == walk.gemm.acc or walk.entropy
     slab_buffer = _slab_buffer(walk, M, walk.slab_width, device) if needs_slab else None
     dz_buffer = None
     if walk.gemm.operand != walk.gemm.acc:
         dz_buffer = buffers.empty("dz", (M * walk.slab_width,), walk.gemm.operand, device)
     for index, (start, stop) in enumerate(walk.slabs(V)):
         width = stop - start
-        if index < walk.slabs_kept:
-            src, offset = _kept_slab(walk, saved.kept, M, index, width), saved.offsets[index]
-            dz = _view(dz_buffer if dz_buffer is not None else slab_buffer, M, width)
+        kept = _kept_slab(walk, saved.kept, M, index, width) if index < walk.slabs_kept else None
+        z = _view(slab_buffer, M, width)
+        if kept is not None and not walk.entropy:
+            src, offset = kept, saved.offsets[index]
+            dz = z if dz_buffer is None else _view(dz_buffer, M, width)
             if dz is None:
                 dz = buffers.empty("slab", (M, width), walk.gemm.acc, device)
         else:
-            src, offset = _slab_logits(walk, operands, weight, start, stop, _view(slab_buffer, M, width)), None
+            offset = None
+            if kept is None:
+                src = _slab_logits(walk, operands, weight, start, stop, z)
+            else:  # a copy: the kernel overwrites it
+                src = (buffers.empty("slab", (M, width), walk.gemm.acc, device) if z is None else z).copy_(kept)
             dz = src if dz_buffer is None else _view(dz_buffer, M, width)
+        del z
         dbias_slab = buffers.empty("rows", (width,), walk.gemm.acc, device) if walk.bias_grad else None
         bias_slab = _bias_slab(walk, bias, start, stop)
         walk.kernels.slab_backward(
@@ -241,21 +274,27 @@ def backward(
         del src
         if walk.bias_grad:
             dbias[start:stop] = dbias[start:stop] + dbias_slab if accumulate else dbias_slab
-        dz_operand = walk.gemm.grad_operand(dz)
+        dz_operand = walk.gemm.prepared(dz) if any(walk.hidden_grad) or any(walk.weight_grad) else None
         for k, head in enumerate(weight):
             if totals[k] is not None:
-                slab = walk.gemm.grad_operand(head[start:stop])
+                slab = walk.gemm.prepared(head[start:stop])
                 totals[k] = walk.gemm.hidden_grad(dz_operand, slab, totals[k])
             if dweight[k] is not None:
                 walk.gemm.weight_grad(
                     dz_operand, weight_operands[k], dweight[k][start:stop], accumulate=accumulate, gain=gain
                 )
         del dz, dz_operand
-    if scale is not None:
-        for total in totals:
-            if total is not None:
+    for total in totals:
+        if total is not None:
+            if scale is not None:
                 total.mul_(scale.unsqueeze(1))
+            _zero_ignored(total, targets)
     return Grads(totals, dweight, dbias)
+
+
+def _zero_ignored(total: Tensor, targets: Tensor) -> None:
+    """Hazard: an ignored row may hold NaN. Remedy: its gradient is selected to be 0, whatever was summed."""
+    total.masked_fill_((targets < 0).unsqueeze(1), 0.0)
 
 
 def _weight_operands(
@@ -264,11 +303,11 @@ def _weight_operands(
     """The hidden operand of dweight, row-scaled for float16, and the scalar that scaling left out."""
     if scale is None or not any(walk.weight_grad):
         wanted = zip(hidden, walk.weight_grad, strict=True)
-        return [walk.gemm.grad_operand(block) if flag else None for block, flag in wanted], None
+        return [walk.gemm.prepared(block) if flag else None for block, flag in wanted], None
     gain = scale.amax() if scale.numel() else scale.new_ones(())
     relative = (scale / gain).unsqueeze(1)
     operands = [
-        walk.gemm.grad_operand(buffers.track("cast", (block * relative).to(block.dtype))) if flag else None
+        walk.gemm.prepared(buffers.track("cast", (block * relative).to(block.dtype))) if flag else None
         for block, flag in zip(hidden, walk.weight_grad, strict=True)
     ]
     return operands, gain
@@ -300,5 +339,6 @@ def backward_unit(
             if upstream.entropy is not None:
                 logged = saved.units[len(wanted) + place]
                 total[rows].addcmul_(logged[rows], (upstream.entropy[rows] * -slope).unsqueeze(1))
+        _zero_ignored(total, targets)
         totals[k] = total
     return Grads(totals, [None] * len(weight), None)

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from windkern._checks import check_choice, check_count, check_number
+from windkern.display import Display, clock
 from windkern.losses import OBJECTIVES
 from windkern.tabular import picture
 from windkern.tabular.games import LINKS, Game
@@ -50,11 +49,10 @@ class BanditSettings:
     jbond_learning_rate: float = 4.0  # the best of 1 and 4, with anchor rates 0.02 and 0.1
 
     def __post_init__(self) -> None:
-        check_count("seeds", self.seeds, least=2)
-        for name in ("contexts", "exact_iterations", "iterations", "groups", "jbond_groups"):
-            check_count(name, getattr(self, name), least=1)
-        for name in ("responses", "group_size"):
-            check_count(name, getattr(self, name), least=2)
+        pairs = ("seeds", "responses", "group_size")
+        for name in (*pairs, "contexts", "exact_iterations", "iterations", "groups", "jbond_groups"):
+            least = 2 if name in pairs else 1
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least=least))
         check_choice("link", self.link, LINKS)
         for name in ("beta", "eta", "jbond_learning_rate"):
             check_number(name, getattr(self, name), above=0)
@@ -154,8 +152,10 @@ def responses_to_target(curve: dict[str, object], start: float) -> float | None:
     return curve["samples"][int(below.argmax())] if below.any() else None
 
 
-def experiment(settings: BanditSettings, advance: Callable[[str], None] = lambda name: None) -> dict[str, object]:
-    """Every method on every game; `advance` is told the name of each run before it starts."""
+def experiment(
+    settings: BanditSettings, begin: Callable[[int, str], None] = lambda game, name: None
+) -> dict[str, object]:
+    """Every method on every game; `begin` is told the game, from 1, and the name of each run before it starts."""
     exact, sampled = exact_runs(settings), sampled_runs(settings)
     found: dict[str, dict[str, list[Solution]]] = {
         "exact": {name: [] for name in exact},
@@ -168,7 +168,7 @@ def experiment(settings: BanditSettings, advance: Callable[[str], None] = lambda
             equilibria[metric].append(np.array(value))
         for part, runs in (("exact", exact), ("sampled", sampled)):
             for name, run in runs.items():
-                advance(f"game {seed + 1}/{settings.seeds}: {part} {name}")
+                begin(seed + 1, f"{part} {name}")
                 found[part][name].append(run(game, seed))
     result: dict[str, object] = {
         part: {name: summary(solutions) for name, solutions in methods.items()} for part, methods in found.items()
@@ -227,42 +227,29 @@ def settings_from(arguments: argparse.Namespace) -> BanditSettings:
     return BanditSettings(**{name: value for name, value in given.items() if value is not None})
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
     """Run the experiment, write picture and JSON, print the table; returns 0."""
-    settings, console = settings_from(arguments), Console()
+    settings = settings_from(arguments)
     output: Path = arguments.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    console.print(
-        f"{settings.seeds} games of {settings.contexts} contexts x {settings.responses} responses, link "
-        f"{settings.link}, beta {settings.beta:g}, eta {settings.eta:g}; sampled: {settings.iterations} iterations of "
-        f"{settings.groups} groups of {settings.group_size} in each context",
-        highlight=False,
-        soft_wrap=True,
-    )
+    runs = [f"exact {name}" for name in exact_runs(settings)] + [f"sampled {name}" for name in sampled_runs(settings)]
     began = time.perf_counter()
-    columns = (TextColumn("{task.description:<36}"), BarColumn(bar_width=None), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        total = settings.seeds * (len(exact_runs(settings)) + len(sampled_runs(settings)))
-        task = progress.add_task("starting", total=total)
-        started = False
-
-        def advance(name: str) -> None:
-            nonlocal started
-            progress.update(task, description=name, advance=int(started))
-            started = True
-
-        result = experiment(settings, advance)
+    with display or Display() as display:
+        display.plan("game", settings.seeds, each={(name, ""): 1.0 for name in runs})
+        display.print(
+            f"{settings.seeds} games of {settings.contexts} contexts x {settings.responses} responses, link "
+            f"{settings.link}, beta {settings.beta:g}, eta {settings.eta:g}; sampled: {settings.iterations} iterations "
+            f"of {settings.groups} groups of {settings.group_size} in each context",
+        )
+        result = experiment(settings, display.phase)
     seconds = time.perf_counter() - began
     numbers, drawing = output / "bandit.json", output / "bandit.png"
     content = {"kind": "bandit", "settings": dataclasses.asdict(settings), "seconds": seconds, **result}
     numbers.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     picture.draw(drawing, content)
-    console.print(final_table(result))
-    console.print(
-        f"means ± standard errors over the games, at the last iteration; seconds a game\n"
-        f"* drawn in each context until the exploitability is first below {TARGET:g} of the reference's\n"
-        f"{seconds:.0f} s in all; picture {os.path.relpath(drawing)}, numbers {os.path.relpath(numbers)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    display.print(rich=final_table(result))
+    display.print("means ± standard errors over the games, at the last iteration; seconds a game")
+    display.print(f"* drawn in each context until the exploitability is first below {TARGET:g} of the reference's")
+    where = f"picture {os.path.relpath(drawing)}, numbers {os.path.relpath(numbers)}"
+    display.print(f"{clock(display.elapsed)} in all; {where}")
     return 0

@@ -6,11 +6,15 @@ import dataclasses
 import inspect
 from dataclasses import dataclass, field
 
+from windkern.train import tried  # noqa: F401
+
+# isort: split
 from transformers import TrainingArguments
 
 from windkern._checks import check_choice, check_count, check_number
 from windkern.losses import LOSSES, OBJECTIVES
 from windkern.train.focus import MODES
+from windkern.train.prompts import without_user
 
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")
@@ -136,7 +140,8 @@ class WindConfig(TrainingArguments):
     sampler: str = setting(
         "transformers",
         "Who samples: transformers (the policy's own generate), recorded:FILE (JSON lines), or http:URL (a server that "
-        "speaks the OpenAI protocol and serves the current policy). Default: what is always right.",
+        "speaks the OpenAI protocol and serves the current policy; its key is OPENAI_API_KEY of the environment). "
+        "Default: what is always right.",
     )
     http_model: str | None = setting(None, "Name of the model on the server of sampler=http:URL. None: policy.")
     temperature: float = setting(
@@ -167,6 +172,12 @@ class WindConfig(TrainingArguments):
     )
     judge_strength: float = setting(
         1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
+    )
+    judge_settings: dict | None = setting(
+        None,
+        "Keyword arguments of a judge that is a model: label (which of its logits), max_length (longer texts are cut "
+        "to so many tokens, and counted), batch_size, and template for pair-model. None: one label, 16 texts at a "
+        "time, and a text longer than the model's positions is an error.",
     )
     reference: str = setting(
         "model",
@@ -254,9 +265,9 @@ class WindConfig(TrainingArguments):
                 f"num_train_epochs={self.num_train_epochs}"
             )
         for name in ("num_iterations", "steps_per_iteration", "passes_per_iteration", "max_new_tokens"):
-            check_count(name, getattr(self, name), least=1)
+            setattr(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("sampling_batch_size", "eval_responses", "reference_responses"):
-            check_count(name, getattr(self, name), least=1)
+            setattr(self, name, check_count(name, getattr(self, name), least=1))
         if self.steps_per_iteration % self.passes_per_iteration:
             raise ValueError(
                 f"passes_per_iteration must divide steps_per_iteration = {self.steps_per_iteration}, "
@@ -277,10 +288,12 @@ class WindConfig(TrainingArguments):
         if self.reference == "precomputed" and not self.sampler.startswith("recorded:"):
             raise ValueError(
                 "reference='precomputed' needs responses that are known beforehand, sampler=recorded:FILE, "
-                f"got sampler={self.sampler!r}"
+                f"got sampler={without_user(self.sampler)!r}"
             )
         if self.top_p < 1 and self.sampler != "transformers":
-            raise ValueError(f"top_p must be 1 with sampler={self.sampler!r}, which takes no other, got {self.top_p}")
+            raise ValueError(
+                f"top_p must be 1 with sampler={without_user(self.sampler)!r}, which takes no other, got {self.top_p}"
+            )
         for name, (right, why) in _MEANINGLESS.items():
             if (value := getattr(self, name, right)) != right:
                 raise ValueError(f"{name} must be {right!r}, got {value!r}: {why}")
@@ -315,11 +328,11 @@ class WindConfig(TrainingArguments):
         least = {"spin": 1, "bond": 3}.get(self.loss, 2)
         if self.num_responses is None:
             self.num_responses = least if self.loss in ("spin", "bond") else 5
-        check_count("num_responses", self.num_responses, least=least)
+        self.num_responses = check_count("num_responses", self.num_responses, least=least)
         if self.loss in ("spin", "bond") and self.num_responses != least:
             raise ValueError(f"num_responses must be {least} for loss={self.loss!r}, got {self.num_responses}")
         if self.fit_responses is not None:
-            check_count("fit_responses", self.fit_responses, least=2)
+            self.fit_responses = check_count("fit_responses", self.fit_responses, least=2)
             if self.fit_responses > self.num_responses:
                 raise ValueError(
                     f"fit_responses must be at most num_responses = {self.num_responses}, got {self.fit_responses}"
@@ -330,7 +343,7 @@ class WindConfig(TrainingArguments):
                     "not a win rate against all responses"
                 )
         if self.replay:
-            check_count("replay_capacity", self.replay_capacity, least=self.num_responses)
+            self.replay_capacity = check_count("replay_capacity", self.replay_capacity, least=self.num_responses)
 
     @property
     def total_steps(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from windkern._checks import check_choice
 from windkern.train.models import require
 from windkern.train.prompts import ChatPrompt, as_messages, prompt_from_json, render, shown, split_dialogue
+from windkern.train.turns import encode_opened
 
 HUB = "hub:"
 ANSWERS = ("answer", "completion", "response")  # keys of a demonstration's answer
@@ -209,13 +210,35 @@ def demo_prompts(split: str) -> list[str]:
     return _parsed(_json_lines(text.split("\n"), name), name, "prompts", _prompt)
 
 
+def opened_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = None) -> list[str]:
+    """Return the texts of prompts up to where a response begins: with the assistant's turn opened, or as they are.
+
+    Args, Raises:
+        As `encode_prompts`, which encodes them.
+    """
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    if tokenizer.chat_template is not None:
+        return [render(tokenizer, as_messages(prompt, system), open_turn=True) for prompt in prompts]
+    if system is not None:
+        raise ValueError("system must be None: this tokenizer has no chat template to put it in")
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, ChatPrompt) and not prompt.is_one_turn:
+            roles = ", ".join(message["role"] for message in prompt.messages)
+            raise ValueError(
+                f"prompt {number} must be one message of the user, got messages of {roles}: this tokenizer has no "
+                "chat template to put them in"
+            )
+    return [str(prompt) for prompt in prompts]
+
+
 def encode_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = None) -> PromptBatch:
     """Return the token ids of prompts as the model expects a user's turn, padded on the left.
 
     Args:
         tokenizer: of transformers. With a chat template the prompt becomes the user's message, or the messages of a
             `ChatPrompt` stay as they are, and the assistant's turn is opened; without one the prompt is encoded as it
-            is, which a conversation cannot be.
+            is, which a conversation cannot be, and no end token follows it.
         prompts: user messages or conversations.
         system: system message, for prompts that bring none of their own; None leaves it to the template. A tokenizer
             without a template cannot take one.
@@ -227,22 +250,7 @@ def encode_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = No
         ValueError: no prompts, an empty encoding, a system message or a conversation without a chat template, or
             messages that the template refuses.
     """
-    if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    if tokenizer.chat_template is None:
-        if system is not None:
-            raise ValueError("system must be None: this tokenizer has no chat template to put it in")
-        for number, prompt in enumerate(prompts):
-            if isinstance(prompt, ChatPrompt) and not prompt.is_one_turn:
-                roles = ", ".join(message["role"] for message in prompt.messages)
-                raise ValueError(
-                    f"prompt {number} must be one message of the user, got messages of {roles}: this tokenizer has no "
-                    "chat template to put them in"
-                )
-        encoded = tokenizer([str(prompt) for prompt in prompts])["input_ids"]
-    else:
-        texts = [render(tokenizer, as_messages(prompt, system), open_turn=True) for prompt in prompts]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has put them in
+    encoded = encode_opened(tokenizer, opened_prompts(tokenizer, prompts, system=system))
     empty = next((k for k, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise ValueError(f"prompt {empty} encodes to no tokens: {prompts[empty]!r}")

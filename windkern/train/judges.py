@@ -80,8 +80,8 @@ def bradley_terry(rewards: Tensor, strength: float) -> Tensor:
     """Return prefs (..., N, N) from rewards (..., N): P_ij = sigmoid(strength * (r_i - r_j)).
 
     Example:
-        >>> bradley_terry(torch.tensor([1.0, 0.0]), 4.0)[0].tolist()
-        [0.5, 0.9820137619972229]
+        >>> bradley_terry(torch.tensor([1.0, 0.0]), 4.0)[0]
+        tensor([0.5000, 0.9820])
     """
     return torch.sigmoid(strength * (rewards[..., :, None] - rewards[..., None, :]))
 

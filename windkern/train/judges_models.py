@@ -5,80 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from windkern._checks import check_count
+from windkern.train.classifiers import Classifier
 from windkern.train.judges import Verdict
-from windkern.train.models import require
 from windkern.train.prompts import as_messages, render
 
 PreferenceFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
 TEMPLATE = "{prompt}\n\nResponse A:\n{first}\n\nResponse B:\n{second}\n\nWhich is better?"
-
-
-def load_classifier(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """Return (model in eval mode, tokenizer) of a sequence classifier, from a folder or the hub.
-
-    Raises:
-        MissingPackageError: transformers is not installed.
-        OSError: the folder or the hub id cannot be read (transformers says why).
-    """
-    require("transformers")
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval(), tokenizer
-
-
-class Classifier:
-    """Logits of a sequence classifier for many texts, some at a time, longest together.
-
-    Args:
-        model: any AutoModelForSequenceClassification; it is used in the mode it is in.
-        tokenizer: its tokenizer.
-        batch_size: texts at a time; 1 is used where the model's configuration names no padding token, since such a
-            model cannot tell where a padded text ends.
-        max_length: longer texts are cut, on the side the tokenizer's `truncation_side` names; None takes them whole.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer, *, batch_size: int = 16, max_length: int | None = None):
-        self.model, self.tokenizer = model, tokenizer
-        padded = tokenizer.pad_token_id is not None and model.config.pad_token_id is not None
-        self.batch_size = check_count("batch_size", batch_size, least=1) if padded else 1
-        self.max_length = None if max_length is None else check_count("max_length", max_length, least=1)
-
-    @property
-    def num_labels(self) -> int:
-        return self.model.config.num_labels
-
-    def encode(self, text: str, second: str | None = None, *, special: bool = True) -> dict[str, list[int]]:
-        """Model inputs of a text or of a pair of texts."""
-        cut = self.max_length is not None
-        encoded = self.tokenizer(
-            text, second, add_special_tokens=special, truncation=cut, max_length=self.max_length if cut else None
-        )
-        return dict(encoded)
-
-    def __call__(self, encoded: Sequence[dict[str, list[int]]]) -> Tensor:
-        """(S, labels) float32 logits, on the CPU."""
-        order = sorted(range(len(encoded)), key=lambda k: len(encoded[k]["input_ids"]))
-        logits = torch.empty(len(encoded), self.num_labels)
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            logits[chosen] = self._batch([encoded[k] for k in chosen])
-        return logits
-
-    @torch.no_grad()
-    def _batch(self, rows: list[dict[str, list[int]]]) -> Tensor:
-        if len(rows) == 1:
-            batch = {name: torch.tensor([ids]) for name, ids in rows[0].items()}
-        else:
-            batch = self.tokenizer.pad(rows, return_tensors="pt")
-        return self.model(**{name: ids.to(self.model.device) for name, ids in batch.items()}).logits.float().cpu()
 
 
 class ModelReward:
@@ -95,7 +30,7 @@ class ModelReward:
         label: index of the logit that is the reward; needed where the model has more than one.
 
     Raises:
-        ValueError: the model has several labels and `label` is None, or it has no such label.
+        ValueError: as `Classifier`; the model has several labels and `label` is None, or it has no such label.
     """
 
     def __init__(
@@ -111,7 +46,10 @@ class ModelReward:
         labels = self.classifier.num_labels
         if label is None and labels != 1:
             names = [model.config.id2label[k] for k in range(labels)]
-            raise ValueError(f"label must say which of the model's {labels} labels {names} is the reward")
+            raise ValueError(
+                f"label must say which of the model's {labels} labels {names} is the reward (in a settings file "
+                "judge_settings: {label: NUMBER})"
+            )
         self.label = check_count("label", label or 0)
         if self.label >= labels:
             raise ValueError(f"label must be below the model's {labels} labels, got {label}")
@@ -142,7 +80,7 @@ class ModelPreference:
         label: index of the label that says the first is better.
 
     Raises:
-        ValueError: the template lacks a field, or the model has no such label.
+        ValueError: as `Classifier`; the template lacks a field, or the model has no such label.
     """
 
     def __init__(

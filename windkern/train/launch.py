@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
-from transformers.utils import logging
 
+from windkern.display import Display, clock
 from windkern.train import report
 from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
-from windkern.train.judges_recorded import load_judge
-from windkern.train.models import describe, load_model
-from windkern.train.parts import check_prompts, check_unused
+from windkern.train.models import PACKAGED, describe, dtype_named, load_model
+from windkern.train.parts import check_prompts, check_unused, make_judge
+from windkern.train.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
 from windkern.train.sharded import whole_models
@@ -27,6 +26,8 @@ from windkern.train.trainer import WindTrainer
 
 SHOWN = 4  # prompts whose completions are printed
 DEMO_PROMPTS = "demo"
+# What a phase costs beside the sampling of as many responses, guessed; once it has been measured it does not matter.
+_SCORING, _FITTING, _JUDGING, _SAVING = 0.7, 2.0, 0.05, 10.0
 
 
 @dataclass(frozen=True)
@@ -45,28 +46,33 @@ def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
     return found[:limit]
 
 
-def make_trainer(run: RunConfig, config: WindConfig, observer) -> WindTrainer:
+def make_trainer(run: RunConfig, config: WindConfig, observer: Observer | None = None) -> WindTrainer:
     """Load models, prompts and judge, and put them together.
 
     Raises:
         ValueError, TypeError, OSError: a setting is wrong or something cannot be read; the message says which.
     """
-    import torch
-
+    observer = observer or Unobserved()
+    observer.phase(0, "reading the prompts")
     if config.loss == "spin":
         train = load_demonstrations(run.train_prompts)[: run.max_train_prompts]
     else:
         train = prompts_of(run.train_prompts, "train", run.max_train_prompts)
     heldout = prompts_of(run.eval_prompts, "heldout", run.max_eval_prompts)
-    options = {"dtype": getattr(torch, run.dtype), "attention": run.attention}
+    options = {"dtype": dtype_named(run.dtype, config.device.type), "attention": run.attention}
     check_prompts([one.prompt if isinstance(one, Demonstration) else one for one in train], heldout)
     judge, reference = None, None
     with whole_models(config):
         if config.judge is not None:
-            judge = load_judge(config.judge, strength=config.judge_strength, device=str(config.device))
+            observer.phase(0, f"loading the judge {config.judge}")
+            judge = make_judge(config)
+        once = " (converted the first time, which takes 30 s more)" if run.model == PACKAGED else ""
+        observer.phase(0, f"loading the model {run.model}{once}")
         model, tokenizer = load_model(run.model, **options)
         if config.reference == "model" and (heldout or needs_reference(config)):
+            observer.phase(0, f"loading the reference {run.reference_model or run.model}")
             reference, _ = load_model(run.reference_model or run.model, **options)
+    observer.phase(0, "preparing the run")
     with warnings.catch_warnings():  # peft asks transformers for what it has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         trainer = WindTrainer(
@@ -94,16 +100,15 @@ def _lora(settings: dict):
         raise ValueError(f"peft: {error}; its keys are arguments of peft.LoraConfig") from None
 
 
-def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:
+def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
     """A few lines about what is going to happen."""
     config, judge = trainer.args, trainer.judge
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
     total = sum(value.numel() for value in trainer.model.parameters())
-    lines = [
-        f"[bold]{run.model}[/bold]: {describe(base)}, "
-        + ("every weight trained" if trained == total else f"{trained / 1e6:.2f} M of them trained")
-    ]
+    share = "every weight trained" if trained == total else f"{trained / 1e6:.2f} M of them trained"
+    display.print((run.model, "bold"), f": {describe(base)}, {share}")
+    lines = []
     if judge is not None:
         strength = getattr(judge, "strength", None)
         link = "" if strength is None else f"; P(i beats j) = sigmoid({strength:g} * (reward_i - reward_j))"
@@ -126,41 +131,72 @@ def introduce(console: Console, run: RunConfig, trainer: WindTrainer) -> None:
             f"evaluated {when} on {len(trainer.eval_prompts)} held-out prompts, against {config.reference_responses} "
             "responses of the reference"
         )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    for line in lines:
+        display.print(line)
 
 
-def start(run: RunConfig, config: WindConfig, *, resume: bool, console: Console, kind: str = "train") -> Outcome:
+def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str, str], float]]:
+    """What a run is going to do, with costs in responses sampled, as `Display.plan` takes it."""
+    config, prompts, heldout = trainer.args, trainer.outer.prompts_per_iteration, len(trainer.eval_prompts)
+    fitted = prompts * (2 if trainer.objective.group == "pair" else config.fit_responses or config.num_responses)
+    batches = config.passes_per_iteration * fitted
+
+    def evaluation(responses: int) -> dict[tuple[str, str], float]:
+        asked = heldout * responses
+        scored = {} if config.reference == "precomputed" else {("scoring", OF_HELD_OUT): _SCORING * 2 * asked}
+        judged = {("judging held-out responses", ""): _JUDGING * (asked + heldout * config.reference_responses)}
+        return {("sampling", HELD_OUT): asked, **scored, **judged} if heldout else {}
+
+    before = {("sampling", OF_REFERENCE): heldout * config.reference_responses} if heldout else {}
+    if config.reference == "precomputed":
+        before = {("scoring", RECORDED): _SCORING * len(trainer.outer.prompts) * config.num_responses, **before}
+    return {
+        "before": before,
+        "each": {
+            ("sampling", "responses"): prompts * config.num_responses,
+            ("scoring", "log-probs"): _SCORING * fitted * len(trainer.objective.logps),
+            ("fitting", "batches"): _FITTING * batches,
+            **(evaluation(config.eval_responses) if trainer.evaluates_each_iteration else {}),
+            ("saving a checkpoint", ""): _SAVING,
+        },
+        "after": {("saving the model", ""): _SAVING, **evaluation(final_responses)},
+    }
+
+
+def start(
+    run: RunConfig, config: WindConfig, *, resume: bool, display: Display | None = None, kind: str = "train"
+) -> Outcome:
     """Do a run, and leave model, card, picture and numbers in `config.output_dir`.
 
     Args:
         run, config: the settings.
         resume: go on from the newest whole checkpoint.
-        console: where to print; made quiet on all processes but the first.
+        display: where to show how far it is, begun; made quiet on all processes but the first. None: stdout.
         kind: of the results file.
 
     Raises:
         As `make_trainer` and `WindTrainer.train`.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    console.quiet = config.process_index != 0
-    watch, output = report.Stopwatch(), Path(config.output_dir)
+    report.quiet_libraries()
+    output = Path(config.output_dir)
     if not resume:
         check_unused(output, overwrite=config.overwrite)  # before models are loaded
-    with report.LiveReport(config.num_iterations, console) as observer:
-        observer.waiting("loading the model (the packaged one is converted the first time: 30 seconds more)")
-        trainer = make_trainer(run, config, observer)
-        introduce(console, run, trainer)
+    with display or Display() as shown:
+        shown.hush(config.process_index != 0)
+        trainer = make_trainer(run, config, report.LiveReport(shown, config.num_iterations))
+        introduce(shown, run, trainer)
+        shown.plan("iteration", config.num_iterations, **plan(trainer, run.final_responses))
         trainer.train(resume_from_checkpoint=resume)
+        shown.phase(config.num_iterations + 1, "saving the model")
         trainer.save_model()
         final, after, before = trainer.compare(run.final_responses) if trainer.eval_prompts else (None, [], [])
     if config.process_index == 0:
-        _report(console, run, trainer, final, before, after, output, kind, watch)
+        _report(shown, run, trainer, final, before, after, output, kind)
     return Outcome(trainer, final)
 
 
 def _report(
-    console: Console,
+    display: Display,
     run: RunConfig,
     trainer: WindTrainer,
     final: Evaluation | None,
@@ -168,10 +204,9 @@ def _report(
     after: Sequence[Sequence[str]],
     output: Path,
     kind: str,
-    watch: report.Stopwatch,
 ) -> None:
-    console.print()
-    console.print(report.history_table(trainer.history))
+    display.print()
+    display.print(rich=report.history_table(trainer.history))
     picture, numbers = output / "win_rate.png", output / "result.json"
     settings = {**dataclasses.asdict(run), **trainer.args.own_settings(), "seed": trainer.args.seed}
     del settings["overwrite"]  # says how the run was begun, not what it is
@@ -187,15 +222,16 @@ def _report(
     )
     where = f"model {os.path.relpath(output)}, numbers {os.path.relpath(numbers)}"
     if final is None:
-        console.print(f"{watch} in all\n{where}", highlight=False, soft_wrap=True)
+        display.print(f"{clock(display.elapsed)} in all")
+        display.print(where)
         return
-    report.print_completions(console, trainer.eval_prompts, before, after, SHOWN)
+    report.print_completions(display.console, trainer.eval_prompts, before, after, SHOWN)
     report.draw(picture, trainer.history, final, f"{trainer.args.loss} on {run.model}, seed {trainer.args.seed}")
-    low, high = final.win_rate.interval
     kl = "" if final.kl is None else f"; KL {report.plus_minus(final.kl, 1)} nats a response"
-    console.print(
-        f"\nheld-out win rate against the reference: [bold]{final.win_rate.mean:.2f}[/bold], 95 % interval "
-        f"[{low:.2f}, {high:.2f}]{kl}; {watch} in all\n{where}, picture {os.path.relpath(picture)}",
-        highlight=False,
-        soft_wrap=True,
+    display.print()
+    display.print(
+        "held-out win rate against the reference: ",
+        (f"{final.win_rate.mean:.2f}", "bold"),
+        f", {report.interval(final.win_rate)}{kl}; {clock(display.elapsed)} in all",
     )
+    display.print(f"{where}, picture {os.path.relpath(picture)}")

@@ -21,8 +21,11 @@ class CorruptCheckpointError(RuntimeError):
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):  # Reason: hashlib.file_digest came with Python 3.11.
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_manifest(folder: Path) -> None:

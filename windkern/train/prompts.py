@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 
 SYSTEM_ROLES = ("system", "developer")
@@ -14,6 +16,28 @@ def shown(value: object) -> str:
     """A value as JSON, cut for an error message."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."
+
+
+def without_user(url: str) -> str:
+    """Return a URL that can be shown: without user and password.
+
+    Example:
+        >>> without_user("https://me:secret@host/v1")
+        'https://***@host/v1'
+    """
+    return re.sub(r"//\S*@", "//***@", url)
+
+
+def loosely(text: str) -> str:
+    """What is left of a text to find it by: without the space around it, its letters composed as Unicode's NFC.
+
+    A tokenizer may change both on the way to ids and back.
+
+    Example:
+        >>> loosely(" cafe\u0301 ") == "caf\u00e9"
+        True
+    """
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def _turns(messages: object) -> tuple[tuple[str, str], ...]:

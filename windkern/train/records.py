@@ -59,12 +59,12 @@ def _parse(line: str) -> Recorded:
         raise ValueError(f"not JSON ({error.msg})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), (str, list)):
         raise ValueError('expected an object with a string under "prompt", or with a list of chat messages there')
-    prompt = entry["prompt"].strip() if isinstance(entry["prompt"], str) else prompt_from_json(entry["prompt"])
+    prompt = entry["prompt"] if isinstance(entry["prompt"], str) else prompt_from_json(entry["prompt"])
     responses = _strings(entry.get("responses"), "responses")
     count = len(responses)
     rewards = None if entry.get("rewards") is None else _numbers(entry["rewards"], "rewards", count)
     prefs = None if entry.get("prefs") is None else _preferences(entry["prefs"], count)
-    return Recorded(prompt, tuple(text.strip() for text in responses), rewards, prefs)
+    return Recorded(prompt, responses, rewards, prefs)
 
 
 def load_records(path: str | Path) -> list[Recorded]:
@@ -74,7 +74,8 @@ def load_records(path: str | Path) -> list[Recorded]:
 
     Args:
         path: UTF-8 file. "prompt" is a string or a list of chat messages (`ChatPrompt`). "rewards" and
-            "prefs" are optional; other fields are not looked at; empty lines are skipped.
+            "prefs" are optional; other fields are not looked at; empty lines are skipped. Texts are taken as they are,
+            with the space around them.
 
     Raises:
         FileNotFoundError: no such file.

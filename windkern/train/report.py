@@ -1,24 +1,29 @@
-"""What a run shows: a progress bar, a line an iteration, a table, completions, a picture, a JSON file."""
+"""What a run shows: how far it is, a line an iteration, a table, completions, a picture, a JSON file."""
 
 from __future__ import annotations
 
 import json
-import textwrap
-import time
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from windkern.display import Display
+from windkern.terminal import printable
 from windkern.train.evaluate import NORMAL_95, Estimate, Evaluation
 from windkern.train.progress import Record
 
-# Shares of an iteration's time, so that the bar moves evenly; measured on two cores.
-_PHASES = {"sampling": 0.26, "scoring": 0.18, "fitting": 0.30, "evaluating": 0.22, "saving": 0.04}
+
+def quiet_libraries() -> None:
+    """Let transformers and the hub draw no bars of their own, and transformers tell of nothing but errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def plus_minus(estimate: Estimate, digits: int = 2) -> str:
@@ -31,80 +36,46 @@ def plus_minus(estimate: Estimate, digits: int = 2) -> str:
     return f"{estimate.mean:.{digits}f} ± {estimate.standard_error:.{digits}f}"
 
 
-def clock(seconds: float) -> str:
-    """Minutes and seconds.
+def interval(estimate: Estimate, digits: int = 2) -> str:
+    """The 95 % interval, or why there is none.
 
     Example:
-        >>> clock(83.6)
-        '1:24'
+        >>> interval(Estimate(0.75, 0.03)), interval(Estimate(0.75, float("nan")))
+        ('95 % interval [0.69, 0.81]', 'no interval from a single prompt')
     """
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    low, high = estimate.interval
+    if math.isnan(low):
+        return "no interval from a single prompt"
+    return f"95 % interval [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 class LiveReport:
-    """An observer with a progress bar, which prints one line for each finished iteration.
+    """An observer that shows a run on a display, with one line for each finished iteration.
 
-    Use as a context manager around the run.
+    Args:
+        display: where.
+        iterations: of the run.
     """
 
-    def __init__(self, iterations: int, console: Console | None = None):
-        self.iterations = iterations
-        self.console = console or Console()
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description:<34}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]:>9}"),
-            console=self.console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("starting", total=iterations, left="")
-        self._done, self._step = 0.0, 0.0
-        self._seconds: list[float] = []
-
-    def __enter__(self) -> LiveReport:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def waiting(self, what: str) -> None:
-        """Something that takes a while and is not an iteration."""
-        self._progress.update(self._task, description=what)
-
-    def phase(self, iteration: int, name: str, steps: int) -> None:
-        self._step = _PHASES.get(name, 0.0) / steps
-        place = f"iteration {iteration}/{self.iterations}: " if 1 <= iteration <= self.iterations else ""
-        self._progress.update(self._task, description=place + name)
-
-    def advance(self) -> None:
-        self._done = min(self._done + self._step, self.iterations)
-        self._progress.update(self._task, completed=self._done)
-
-    def note(self, text: str) -> None:
-        self.console.print(escape(text), style="yellow", highlight=False, soft_wrap=True)
+    def __init__(self, display: Display, iterations: int):
+        self.display, self.iterations = display, iterations
+        self.phase, self.advance, self.under_way = display.phase, display.advance, display.under_way
+        self.note = display.note
 
     def finished(self, record: Record) -> None:
-        self._done = float(record.iteration)
-        self._seconds.append(record.seconds)
-        left = self.iterations - record.iteration
-        eta = clock(left * sum(self._seconds) / len(self._seconds))
-        self._progress.update(self._task, completed=self._done, left=f"{eta} left" if left else "")
-        parts = [f"{record.iteration:>2}/{self.iterations}"]
+        parts: list[str | tuple[str, str]] = [f"{record.iteration:>2}/{self.iterations}"]
         if record.win_rate is not None:
-            parts.append(f"win rate [bold]{record.win_rate:.2f} ± {record.win_rate_se:.2f}[/bold]")
+            parts += ["  win rate ", (plus_minus(Estimate(record.win_rate, record.win_rate_se)), "bold")]
         if record.reward is not None or record.train_reward is not None:
-            parts.append(f"reward {record.train_reward if record.reward is None else record.reward:+.2f}")
+            parts.append(f"  reward {record.train_reward if record.reward is None else record.reward:+.2f}")
         if record.kl is not None:
-            parts.append(f"KL {record.kl:4.1f}")
+            parts.append(f"  KL {record.kl:4.1f}")
         if record.loss is not None:
-            parts.append(f"loss {record.loss:.3f}")
-        parts += [f"{record.tokens_per_second:3.0f} tokens/s", f"{eta} left"]
-        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+            parts.append(f"  loss {record.loss:.3f}")
+        parts.append(f"  {record.tokens_per_second:3.0f} tokens/s")
+        if self.display.left and not self.display.animated:  # the bar has it, and 80 columns are full
+            parts.append(f"  {self.display.left}")
+        self.display.print(*parts)
 
 
 def history_table(history: Sequence[Record]) -> Table:
@@ -142,11 +113,18 @@ def print_completions(
 ) -> None:
     """The first response to each of the first prompts, before and after; nothing is picked."""
     for prompt, old, new in list(zip(prompts, before, after, strict=True))[:count]:
-        console.print(f"\n[bold]{escape(prompt)}[/bold]", highlight=False)
+        console.print(Text("\n" + _one_line(prompt), style="bold"))
         for label, style, text in zip(labels, ("dim", "green"), (old[0], new[0]), strict=True):
-            lines = textwrap.wrap(" ".join(text.split()), max(40, console.width - 12)) or ["(nothing)"]
-            body = escape(("\n" + " " * 10).join(lines))
-            console.print(f"  [{style}]{label}  {body}[/{style}]", highlight=False)
+            lines = Text(_one_line(text) or "(nothing)").wrap(console, max(40, console.width - 12))
+            for line in lines:
+                line.rstrip()
+            body = Text("\n" + " " * 10).join(lines)
+            console.print(Text.assemble(f"  {label}  ", body, style=style))
+
+
+def _one_line(text: str) -> str:
+    """A text without line breaks, and with nothing that a terminal obeys."""
+    return printable(" ".join(text.split()))
 
 
 def as_json(
@@ -218,7 +196,7 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
     top.set_ylabel("held-out win rate\nagainst the reference")
     top.set_ylim(min(0.45, min(rate - half for rate, half in zip(rates, reach, strict=True)) - 0.02), 1.0)
     top.legend(loc="upper left", frameon=False)
-    top.set_title(title, fontsize=11)
+    top.set_title(printable(title), fontsize=11, parse_math=False)  # names hold what they like, dollars too
     with_kl = [record for record in history if record.kl is not None]
     kls = [0.0, *(record.kl for record in with_kl)]
     bottom.errorbar(
@@ -238,17 +216,3 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
         axes.grid(axis="y", color="0.9")
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __str__(self) -> str:
-        return clock(self.seconds)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start

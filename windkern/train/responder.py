@@ -10,6 +10,7 @@ from windkern.train.data import Demonstration
 from windkern.train.groups import FitGroup
 from windkern.train.rollouts import Rollout, joined, rollouts_of
 from windkern.train.sampler import Sampler, TransformersSampler
+from windkern.train.samplers_http import HttpSampler
 from windkern.train.samplers_recorded import RecordedSampler, completions_of_texts
 from windkern.train.seeds import stream
 
@@ -26,6 +27,7 @@ class Responder:
         tokenizer: of the policy.
         sampler: answers prompts; None takes the policy's own.
         own: makes a sampler of the policy as it is wrapped at the moment.
+        warn: told what a person should know, each thing once.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class Responder:
         tokenizer,
         sampler: Sampler | None,
         own: Callable[[], TransformersSampler],
+        warn: Callable[[str], None] = lambda line: None,
     ):
         self.config, self.group, self.prompts, self.demonstrations = config, group, prompts, demonstrations
-        self.tokenizer, self.sampler, self.own = tokenizer, sampler, own
+        self.tokenizer, self.sampler, self.own, self.warn = tokenizer, sampler, own, warn
+        self._said: set[str] = set()
         self.anchor: Anchor | None = None
         if config.reference == "precomputed" and not isinstance(sampler, RecordedSampler):
             raise ValueError(f"args.reference='precomputed' needs a RecordedSampler, got {type(sampler).__name__}")
@@ -48,6 +52,44 @@ class Responder:
         """Let a sampler with weights of its own follow the policy."""
         if hasattr(self.sampler, "update"):
             self.sampler.update(model)
+        elif isinstance(self.sampler, HttpSampler) and self.config.num_iterations > 1:
+            self._say(
+                "served weights",
+                f"the server at {self.sampler.server.url} is never given the new weights, for its sampler has no "
+                "update(model): from iteration 2 on the responses come from the initial policy. Their log-probs are "
+                + (
+                    "right, and trajectory_balance may be fitted to responses of any policy"
+                    if self.config.loss == "trajectory_balance"
+                    else "those of the current policy, but the loss takes them for its samples (win rates are then "
+                    "against the initial one), and no importance weight corrects that; of the losses, only "
+                    "trajectory_balance is made for it"
+                ),
+            )
+
+    def look_at(self, rollouts: Sequence[Rollout]) -> None:
+        """Say so where the responses of a whole iteration differ for no prompt."""
+        groups = [set(rollout.completions) for rollout in rollouts if len(rollout.completions) > 1]
+        if self.group == "demonstration" or not groups or any(len(group) > 1 for group in groups):
+            return
+        if isinstance(self.sampler, HttpSampler):
+            cause = (
+                "the server decodes greedily, because it ignores the temperature, or n and seed (as transformers serve "
+                "does where the model's generation_config says do_sample: false)"
+            )
+        elif isinstance(self.sampler, RecordedSampler):
+            cause = "the file has one and the same response to each"
+        else:
+            cause = "temperature or top_p is too low, or the policy has one response to each left"
+        self._say(
+            "identical",
+            f"all responses to each of the iteration's {len(groups)} prompts are identical, so none wins and nothing "
+            f"can be learnt; most likely {cause}",
+        )
+
+    def _say(self, what: str, line: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self.warn(line)
 
     def __call__(self, places: Sequence[int], iteration: int, block: int) -> list[Rollout]:
         """Responses to the prompts at some places; the block's draws depend on its number only."""

@@ -191,7 +191,8 @@ def collect(
     judge: Callable[[Block, list[Rollout]], list[Rollout]] | None,
     *,
     together: bool,
-    advance: Callable[[], None] = lambda: None,
+    begin: Callable[[str, int], None] = lambda name, done: None,
+    advance: Callable[[int], None] = lambda prompts: None,
 ) -> list[Rollout]:
     """Return the rollouts of an iteration, in the order of `places`, on every process.
 
@@ -205,6 +206,8 @@ def collect(
         sample: makes the rollouts of a block.
         judge: adds their verdict; None where the loss needs none.
         together: see `World.share`; then sampling and judging are two rounds, each with its own calls.
+        begin: told before "sampling" or "judging" how many prompts are done already; not if all are.
+        advance: told how many more are.
     """
     cuts = [tuple(places[first : first + block_size]) for first in range(0, len(places), block_size)]
     blocks = [Block(index, cut) for index, cut in enumerate(cuts)]
@@ -216,14 +219,22 @@ def collect(
             store.write(folder, block.index, rollouts, judged=False)
         if not together:
             judge_and_save(block)
-        advance()
 
     def judge_and_save(block: Block) -> None:
-        rollouts, done = store.read(folder, block.index)
-        if judge is not None and not done:
+        rollouts, is_judged = store.read(folder, block.index)
+        if judge is not None and not is_judged:
             store.write(folder, block.index, judge(block, rollouts), judged=True)
 
-    world.share(missing, sample_and_save, together=together)
-    world.share(blocks, judge_and_save)
+    def done(finished: Sequence[Block]) -> None:
+        advance(sum(len(block.places) for block in finished))
+
+    if missing:
+        begin("sampling", len(places) - sum(len(block.places) for block in missing))
+    world.share(missing, sample_and_save, together=together, done=done)
+    if missing and together and judge is not None:
+        begin("judging", 0)
+        world.share(blocks, judge_and_save, done=done)
+    else:  # all have been judged, unless an earlier process was killed while its judge was at work
+        world.share(blocks, judge_and_save)
     found = world.share(blocks, lambda block: store.read(folder, block.index)[0])
     return [rollout for part in found for rollout in part]

@@ -6,15 +6,18 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from windkern import recipes
 from windkern._checks import check_choice, check_count
-from windkern.train.models import PACKAGED, require
+from windkern.train.models import DTYPES, PACKAGED, require
+
+if TYPE_CHECKING:
+    from windkern.display import Display
 
 METHODS = ("wind", "value")
 # Of the inherited settings, those that most files have.
 OFTEN = ("output_dir", "seed", "gradient_accumulation_steps", "bf16", "eval_strategy", "save_steps", "report_to")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -31,7 +34,7 @@ class RunConfig:
     Example:
         >>> RunConfig(model="gpt2", train_prompts="demo", dtype="int8")
         Traceback (most recent call last):
-        ValueError: dtype must be one of 'float32', 'bfloat16', 'float16', got 'int8'
+        ValueError: dtype must be one of 'auto', 'float32', 'bfloat16', 'float16', got 'int8'
     """
 
     model: str = field(
@@ -57,7 +60,13 @@ class RunConfig:
     method: str = field(
         default="wind", metadata=_help("What is trained: wind, a policy; or value, a value head that guides one.")
     )
-    dtype: str = field(default="bfloat16", metadata=_help("Of the weights: float32, bfloat16 or float16."))
+    dtype: str = field(
+        default="auto",
+        metadata=_help(
+            "Dtype of the weights: float32, bfloat16, float16, or auto, which is bfloat16 except on a CPU without "
+            "instructions for it, where it is float32."
+        ),
+    )
     attention: str | None = field(
         default=None, metadata=_help("Implementation, as transformers names it. null: transformers chooses.")
     )
@@ -74,12 +83,12 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        check_count("final_responses", self.final_responses, least=1)
+        self.final_responses = check_count("final_responses", self.final_responses, least=1)
         check_choice("method", self.method, METHODS)
         check_choice("dtype", self.dtype, DTYPES)
         for name in ("max_train_prompts", "max_eval_prompts"):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), least=1)
+                setattr(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("model", "train_prompts"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} must not be empty")
@@ -178,10 +187,12 @@ def needed_packages(run: RunConfig | ValueRun, config: object) -> list[str]:
     return names
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
     """Train as the command line says; returns 0 when the run is complete."""
     require("transformers", "accelerate", "yaml", "rich")
     if arguments.fields:
+        if display is not None:
+            display.stop()
         show_fields(arguments.method or "wind", arguments.all)
         return 0
     if arguments.config is None:
@@ -196,21 +207,19 @@ def run(arguments: argparse.Namespace) -> int:
     )
     require(*needed_packages(settings, config))
     try:
-        return _train(settings, config, arguments.resume)
+        return _train(settings, config, arguments.resume, display)
     finally:
         close_processes()
 
 
-def _train(settings: RunConfig | ValueRun, config: object, resume: bool) -> int:
+def _train(settings: RunConfig | ValueRun, config: object, resume: bool, display: Display | None) -> int:
     if isinstance(settings, ValueRun):
         from windkern.train.value import run_value
 
-        return run_value(config, resume=resume)
-    from rich.console import Console
-
+        return run_value(config, resume=resume, display=display)
     from windkern.train import launch
 
-    launch.start(settings, config, resume=resume, console=Console())
+    launch.start(settings, config, resume=resume, display=display)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,9 @@ from transformers import (
 
 from windkern._checks import check_count, check_number
 from windkern.train.data import encode_prompts, padding_id
+from windkern.train.positions import positions_of
+from windkern.train.prompts import shown
+from windkern.train.turns import response_texts, turn_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Completions:
     attention_mask: Tensor  # (S, L) bool
     completion_mask: Tensor  # (S, L) bool, up to and including the first end token
     truncated: Tensor  # (S,) bool, no end token within the limit
-    texts: tuple[tuple[str, ...], ...]  # B times N, without special tokens
+    texts: tuple[tuple[str, ...], ...]  # B times N, what the tokens say, without special tokens
 
     @property
     def num_responses(self) -> int:
@@ -66,8 +69,8 @@ class Completions:
 class Sampler(Protocol):
     """Anything that answers prompts with the current policy.
 
-    `windkern.train.samplers_recorded.completions_of_texts` makes `Completions` of texts. A method `update(model)`,
-    where there is one, is called with the policy before each iteration.
+    `completions_of_ids` and `completions_of_texts` of `windkern.train.samplers_recorded` make `Completions` of token
+    ids and of texts. A method `update(model)`, where there is one, is called with the policy before each iteration.
     """
 
     def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
@@ -146,8 +149,8 @@ class TransformersSampler:
 
     Nothing cuts the distribution (no top-k, top-p, repetition penalty or forbidden tokens, whatever the model's
     generation_config says): the samples must come from the policy whose log-probs are fitted. A response ends with any
-    end token of the model's generation_config or the tokenizer's own. A temperature other than 1 is part of that
-    policy, so score with the same one.
+    end token of the model's generation_config, the tokenizer's own, or the one the chat template ends a turn with. A
+    temperature other than 1 is part of that policy, so score with the same one.
 
     Args:
         model: causal LM; its weights are used as they are at each call.
@@ -160,9 +163,11 @@ class TransformersSampler:
         batch_size: sequences generated at a time.
         synced: whether a forward of the model talks to other processes (a sharded model), so that all must take equally
             many.
+        under_way: told, after each token, how many responses the tokens of this call of `sample` amount to.
 
     Raises:
-        ValueError: a number is out of range, or neither the model nor the tokenizer names an end token.
+        ValueError: a number is out of range, or neither the model nor the tokenizer names an end token; when sampling,
+            a prompt and a response of `max_new_tokens` are more than the model has positions for.
     """
 
     def __init__(
@@ -176,8 +181,9 @@ class TransformersSampler:
         system: str | None = None,
         batch_size: int = 64,
         synced: bool = False,
+        under_way: Callable[[float], None] = lambda responses: None,
     ):
-        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.model, self.tokenizer, self.system, self.under_way = model, tokenizer, system, under_way
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
         self.top_p = check_number("top_p", top_p, above=0)
@@ -185,44 +191,55 @@ class TransformersSampler:
             raise ValueError(f"top_p must be at most 1, got {top_p!r}")
         self.batch_size = check_count("batch_size", batch_size, least=1)
         self.synced = synced
+        self.turn = turn_of(tokenizer)
         ends = model.generation_config.eos_token_id
         ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
         # Reason: transformers adds the tokenizer's to the policy's when it trains, and never to the reference's.
-        self.end_ids = sorted((ends | {tokenizer.eos_token_id}) - {None})
+        self.end_ids = sorted((ends | set(self.turn.ends)) - {None})
         if not self.end_ids:
             raise ValueError("neither model.generation_config nor the tokenizer names an end token (eos_token_id)")
 
     def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
         check_count("num_responses", num_responses, least=1)
         encoded = encode_prompts(self.tokenizer, prompts, system=self.system)
+        self._check_positions(prompts, encoded.attention_mask.sum(1))
         device = self.model.device
         ids = encoded.input_ids.repeat_interleave(num_responses, 0)  # (S, P)
         mask = encoded.attention_mask.repeat_interleave(num_responses, 0)
         generator = torch.Generator(device).manual_seed(seed)
         parts = [
-            self._generate(batch_ids, batch_mask, generator)
-            for batch_ids, batch_mask in zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
+            self._generate(batch_ids, batch_mask, generator, number * self.batch_size)
+            for number, (batch_ids, batch_mask) in enumerate(
+                zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
+            )
         ]
         width = max(part.shape[1] for part in parts)
         fill = self.end_ids[0]
         tokens = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
         own, truncated = completion_mask(tokens, self.end_ids)
-        texts = self.tokenizer.batch_decode(
-            [row[keep] for row, keep in zip(tokens, own, strict=True)], skip_special_tokens=True
-        )
+        rows = [row[keep].tolist() for row, keep in zip(tokens, own, strict=True)]
+        asked = [row[seen.bool()].tolist() for row, seen in zip(*encoded, strict=True)]
+        groups = [rows[first : first + num_responses] for first in range(0, len(rows), num_responses)]
         return Completions(
             input_ids=torch.cat([ids, tokens], 1),
             attention_mask=torch.cat([mask.bool(), own], 1),
             completion_mask=torch.cat([torch.zeros_like(mask, dtype=torch.bool), own], 1),
             truncated=truncated,
-            texts=tuple(
-                tuple(text.strip() for text in texts[first : first + num_responses])
-                for first in range(0, len(texts), num_responses)
-            ),
+            texts=response_texts(self.tokenizer, self.turn, asked, groups),
         )
 
+    def _check_positions(self, prompts: Sequence[str], lengths: Tensor) -> None:
+        """Reason: beyond its positions a model ends in an index out of range, or writes what it never learnt to."""
+        most, longest = positions_of(self.model), int(lengths.argmax())
+        if most is not None and int(lengths.max()) + self.max_new_tokens > most:
+            raise ValueError(
+                f"the prompt {shown(prompts[longest])} has {int(lengths.max())} tokens and the response up to "
+                f"max_new_tokens = {self.max_new_tokens}, but {type(self.model).__name__} has {most} positions: make "
+                "max_new_tokens smaller, or leave the prompt out"
+            )
+
     @torch.no_grad()
-    def _generate(self, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def _generate(self, ids: Tensor, mask: Tensor, generator: torch.Generator, done: int) -> Tensor:
         """(S, P) prompts to (S, T) tokens on the CPU, T at most max_new_tokens; after the end token anything."""
         settings = GenerationConfig(
             do_sample=False,  # GumbelNoise draws
@@ -243,12 +260,22 @@ class TransformersSampler:
                     input_ids=ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
                     generation_config=settings,
-                    logits_processor=self._processors(generator),
+                    logits_processor=LogitsProcessorList([*self._processors(generator), self._teller(ids, done)]),
                     synced_gpus=self.synced,
                 )
         finally:
             self.model.train(was_training)
         return out[:, ids.shape[1] :].cpu()
+
+    def _teller(self, ids: Tensor, done: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A logits processor that changes nothing and tells how far the rows are, behind `done` earlier ones."""
+        rows, opened = ids.shape
+
+        def tell(input_ids: Tensor, scores: Tensor) -> Tensor:
+            self.under_way(done + rows * min(1.0, (input_ids.shape[1] - opened + 1) / self.max_new_tokens))
+            return scores
+
+        return tell
 
     def _processors(self, generator: torch.Generator) -> LogitsProcessorList:
         if self.top_p == 1:

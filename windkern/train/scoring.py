@@ -56,11 +56,15 @@ class Scorer:
         job = score_job(batch.targets, self.config.temperature, self.options)
         return self.head(self.wrapped(), batch.input_ids, batch.attention_mask, job).view(batch.shape)
 
-    def policy(self, groups: Sequence[FitGroup], size: int, advance: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """(K,) log-probs of each group under the policy, in batches of `size` neighbours."""
+    def policy(
+        self, groups: Sequence[FitGroup], size: int, advance: Callable[[int], None] = lambda count: None
+    ) -> list[Tensor]:
+        """(K,) log-probs of each group under the policy, in batches of `size` neighbours; `advance` counts them."""
         return self._share(groups, size, lambda batch, part: self.score_batch(batch), advance)
 
-    def frozen(self, groups: Sequence[FitGroup], size: int, advance: Callable[[], None] = lambda: None) -> list[Tensor]:
+    def frozen(
+        self, groups: Sequence[FitGroup], size: int, advance: Callable[[int], None] = lambda count: None
+    ) -> list[Tensor]:
         """The same under the reference."""
         return self._share(groups, size, self.reference.score, advance)
 
@@ -70,7 +74,7 @@ class Scorer:
         groups: Sequence[FitGroup],
         size: int,
         score: Callable[[Batch, list[FitGroup]], Tensor],
-        advance: Callable[[], None],
+        advance: Callable[[int], None],
     ) -> list[Tensor]:
         parts = [list(groups[first : first + size]) for first in range(0, len(groups), size)]
         accelerator = self.world.accelerator
@@ -79,9 +83,10 @@ class Scorer:
         def work(part: list[FitGroup]) -> list[list[float]]:
             batch = collate(part, self.fill).to(accelerator.device)
             with accelerator.autocast():
-                rows = score(batch, part).float().tolist()
-            advance()
-            return rows
+                return score(batch, part).float().tolist()
 
-        rows = [row for part in self.world.share(parts, work, together=self.together()) for row in part]
+        def done(batches: Sequence[list[FitGroup]]) -> None:
+            advance(sum(len(group.completions) for part in batches for group in part))
+
+        rows = [row for part in self.world.share(parts, work, together=self.together(), done=done) for row in part]
         return [torch.tensor(row) for row in rows]

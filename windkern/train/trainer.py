@@ -7,6 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from windkern.train import tried  # noqa: F401
+
+# isort: split
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -22,15 +25,14 @@ from windkern.train.data import Demonstration, padding_id
 from windkern.train.evaluate import Evaluation
 from windkern.train.fused_head import FusedHead, Watch, loss_job
 from windkern.train.groups import IterationData, collate
-from windkern.train.heldout import HeldOut
+from windkern.train.heldout import HeldOut, Texts
 from windkern.train.identity import check_same, identity_of
 from windkern.train.judges import Judge, check_judge
-from windkern.train.judges_recorded import load_judge
 from windkern.train.metrics import Averages, make_record, step_metrics
 from windkern.train.objectives import make_objective
 from windkern.train.optim import forget_moments, master_optimizer
 from windkern.train.outer import OuterLoop
-from windkern.train.progress import Observer, Record, Unobserved
+from windkern.train.progress import RECORDED, Observer, Record, Unobserved
 from windkern.train.reference import PrecomputedReference, make_reference
 from windkern.train.responder import Responder
 from windkern.train.rollouts import RolloutStore, read_json, write_json
@@ -129,8 +131,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             prepare_plugin(self.accelerator)
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = World(self.accelerator)
-        if judge is None and args.judge:
-            judge = load_judge(args.judge, strength=args.judge_strength, device=str(args.device))
+        judge = parts.make_judge(args) if judge is None else judge
         self.judge = None if judge is None else check_judge(judge)
         if self.judge is None and (self.objective.judged or self.eval_prompts):
             raise ValueError(f"judge must be given for loss={args.loss!r}: pass judge=, or name one in args.judge")
@@ -142,6 +143,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             processing_class,
             sampler or parts.make_sampler(args, processing_class),
             self._policy_sampler,
+            lambda line: self._warn(line) if self.world.is_main else None,
         )
         self.fill = padding_id(processing_class)
         self.scorer = Scorer(self.head, self._scoring_model, self.world, args, self.fill, self._sharded)
@@ -150,7 +152,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         )
         folder = Path(args.output_dir) / "completions"
         self.store = RolloutStore(folder)
-        self.heldout = HeldOut(self.eval_prompts, args, self.judge, self.world, folder / "held-out")
+        self.heldout = HeldOut(self.eval_prompts, args, self.judge, self.world, folder / "held-out", self.observer)
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.world.size
         self.train_dataset = IterationData(args.steps_per_iteration * per_step, per_step, args.seed)
         self.outer = OuterLoop(
@@ -173,8 +175,14 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     # Setting up.
 
     def _policy_sampler(self) -> TransformersSampler:
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        return parts.transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
+        return self._sampler_of(self.accelerator.unwrap_model(self.model_wrapped))
+
+    def _sampler_of(self, model: nn.Module) -> TransformersSampler:
+        def tell(done: float) -> None:
+            self.observer.under_way(done * self.world.size)
+
+        synced = self._sharded()
+        return parts.transformers_sampler(model, self.processing_class, self.args, synced=synced, under_way=tell)
 
     def _scoring_model(self) -> nn.Module:
         # Hazard: DDP broadcasts buffers in every forward, and processes do not score equally often. Remedy: without it.
@@ -259,11 +267,10 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             self._forget_moments()
         self.responder.update(self.model)
         groups = self.outer.begin(self._iteration, inside=inside > 0, together=self._sharded())
+        self.responder.look_at(self.outer.rollouts)
         self.train_dataset.fill(self._iteration, groups)
         if not inside:
             self._averages.add(self.outer.measure(groups))
-        batches = self.args.steps_per_iteration * self.args.gradient_accumulation_steps
-        self.observer.phase(self._iteration, "fitting", batches)
 
     def _prepare_reference(self, step: int) -> None:
         """What can only be done while the policy still is what it was in the beginning."""
@@ -271,10 +278,10 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             if step:
                 raise FileNotFoundError(f"{self.reference.path} is missing, and the policy has moved since it was made")
             groups = self.responder.recorded()
-            self.reference.save(groups, self.scorer.policy(groups, 1), write=self.world.is_main)
+            self.observer.phase(0, "scoring", sum(len(group.completions) for group in groups), RECORDED)
+            self.reference.save(groups, self.scorer.policy(groups, 1, self.observer.advance), write=self.world.is_main)
         if self.eval_prompts and not step:
-            self.observer.phase(0, "sampling the reference", 1)
-            self._reference_texts()
+            self._reference_texts(0)
 
     def _prepare_anchor(self, step: int) -> None:
         if self.objective.group != "anchor" or self.outer.anchor is not None:
@@ -295,9 +302,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             torch.save(self.outer.anchor.state_dict(), folder / anchor_file(self.world.rank, self.world.size))
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.observer.phase(self._iteration, "saving", 1)
+        self.observer.phase(self._iteration, "saving a checkpoint")
         super()._save_checkpoint(model, trial)
-        self.observer.advance()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.reset_optimizer and self.state.global_step % self.args.steps_per_iteration == 0:
@@ -316,12 +322,11 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         if checkpoint is not None:
             self._anchor_path = Path(checkpoint) / anchor_file(self.world.rank, self.world.size)
 
-    def _reference_texts(self) -> list[tuple[str, ...]]:
+    def _reference_texts(self, iteration: int) -> list[tuple[str, ...]]:
         if self.reference is None:
             raise ValueError("an evaluation compares with the reference: pass reference=")
         with self.reference.sampling() as model:
-            sampler = parts.transformers_sampler(model, self.processing_class, self.args, synced=self._sharded())
-            return self.heldout.reference_texts(sampler, self._sharded())
+            return self.heldout.reference_texts(self._sampler_of(model), self._sharded(), iteration)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the groups of a batch, through the wrapped model's `__call__`."""
@@ -354,22 +359,21 @@ class WindTrainer(AtomicCheckpoints, Trainer):
 
     # Evaluation and records.
 
-    def compare(self, responses: int) -> tuple[Evaluation, list[tuple[str, ...]], list[tuple[str, ...]]]:
+    def compare(self, responses: int, iteration: int | None = None) -> tuple[Evaluation, Texts, Texts]:
         """Compare the policy as it is now with the reference on the held-out prompts.
 
         Args:
             responses: of the policy to each prompt. The draws are the same at every call.
+            iteration: for the observer; None is after the last.
 
         Returns:
             The evaluation, the responses of the policy, and those of the reference.
         """
-        self.observer.phase(self._iteration, "evaluating", 2)
-        reference = self._reference_texts()
-        rollouts = self.heldout.sample(self._policy_sampler(), responses, self._sharded())
-        self.observer.advance()
+        iteration = self.args.num_iterations + 1 if iteration is None else iteration
+        reference = self._reference_texts(iteration)
+        rollouts = self.heldout.sample(self._policy_sampler(), responses, self._sharded(), iteration)
         frozen = None if isinstance(self.reference, PrecomputedReference) else self.scorer.frozen
-        result = self.heldout.evaluate(rollouts, reference, self.scorer.policy, frozen)
-        self.observer.advance()
+        result = self.heldout.evaluate(rollouts, reference, self.scorer.policy, frozen, iteration)
         return result, [rollout.texts for rollout in rollouts], reference
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -388,7 +392,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         return metrics
 
     def _evaluation(self, prefix: str = "eval") -> tuple[Evaluation, dict[str, float]]:
-        result, _, _ = self.compare(self.args.eval_responses)
+        result, _, _ = self.compare(self.args.eval_responses, self._iteration)
         metrics = {}
         for name in ("win_rate", "reward", "kl"):
             estimate = getattr(result, name)
@@ -434,9 +438,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
             write_card(
-                folder,
+                folder := Path(output_dir or self.args.output_dir),
                 config=self.args.own_settings(),
                 base_model=getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
                 judge=None if self.judge is None else self.judge.name,

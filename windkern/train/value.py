@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from windkern.display import Display, clock
+from windkern.terminal import printable
+from windkern.train import report
 from windkern.train.models import describe, load_model
 from windkern.train.value_model import ValueModel
 from windkern.train.value_trainer import DemonstrationCollator, ValueConfig, ValueTrainer
@@ -30,7 +32,7 @@ def nll_per_token(
     *,
     batch_size: int,
     device: torch.device | str = "cpu",
-    progress: Callable[[Sequence], Sequence] = iter,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[float, int]:
     """Return the negative log-likelihood of the answers per token, in nats, and the number of tokens.
 
@@ -43,7 +45,7 @@ def nll_per_token(
         collate: makes batches of them.
         batch_size: demonstrations scored at a time.
         device: of the models.
-        progress: wraps the batches to show how far it is.
+        advance: told how many more demonstrations have been scored.
 
     Raises:
         ValueError: there are no demonstrations.
@@ -51,12 +53,13 @@ def nll_per_token(
     if not demonstrations:
         raise ValueError("demonstrations must hold at least one pair (prompt, answer), got none")
     total, tokens = 0.0, 0
-    firsts = range(0, len(demonstrations), batch_size)
-    for first in progress(firsts):
-        batch = collate(demonstrations[first : first + batch_size])
+    for first in range(0, len(demonstrations), batch_size):
+        part = demonstrations[first : first + batch_size]
+        batch = collate(part)
         masks = (batch[name].to(device) for name in ("input_ids", "attention_mask", "completion_mask"))
         total -= float(score(*masks).double().sum())
         tokens += int(batch["completion_mask"].sum())
+        advance(len(part))
     return total / tokens, tokens
 
 
@@ -95,8 +98,8 @@ def _dtypes(config: ValueConfig) -> tuple[torch.dtype, torch.dtype]:
 class _Meter:
     """Measures models on the same demonstrations."""
 
-    def __init__(self, config: ValueConfig, demonstrations: Sequence, collate: DemonstrationCollator, console: Console):
-        self.config, self.demonstrations, self.collate, self.console = config, demonstrations, collate, console
+    def __init__(self, config: ValueConfig, demonstrations: Sequence, collate: DemonstrationCollator, display: Display):
+        self.config, self.demonstrations, self.collate, self.display = config, demonstrations, collate, display
         self.tokens = 0
 
     def __call__(self, model: ValueModel, what: str, *, base_alone: bool = False) -> float:
@@ -104,6 +107,7 @@ class _Meter:
         model.eval()
         device = model.device
         low, _ = _dtypes(self.config)
+        self.display.phase(0, f"measuring {what}", len(self.demonstrations), "demonstrations")
         try:
             with torch.autocast(device.type, dtype=low, enabled=low != torch.float32):
                 nll, self.tokens = nll_per_token(
@@ -112,20 +116,53 @@ class _Meter:
                     self.collate,
                     batch_size=self.config.per_device_eval_batch_size,
                     device=device,
-                    progress=lambda firsts: track(firsts, f"measuring {what}", console=self.console, transient=True),
+                    advance=self.display.advance,
                 )
         finally:
             model.train(was_training)
         return nll
 
 
-def _show(console: Console, rows: Sequence[tuple[str, float]], tokens: int, measured_on: str) -> None:
-    table = Table(title=f"negative log-likelihood per token, {tokens} tokens of {escape(measured_on)}")
+class _Steps(TrainerCallback):
+    """Shows the steps of transformers.Trainer and what it logs."""
+
+    def __init__(self, display: Display):
+        self.display, self._evaluating = display, False
+
+    def on_train_begin(self, args, state, control, **given) -> None:
+        if state.global_step:
+            self.display.note(f"resumed: {state.global_step} of {state.max_steps} steps are done")
+        self._fitting(state)
+
+    def on_step_end(self, args, state, control, **given) -> None:
+        self.display.advance()
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **given) -> None:
+        if not self._evaluating:
+            self._evaluating = True
+            self.display.phase(0, "evaluating", len(eval_dataloader), "batches")
+        self.display.advance()
+
+    def on_evaluate(self, args, state, control, **given) -> None:
+        self._fitting(state)
+
+    def on_log(self, args, state, control, logs=None, **given) -> None:
+        shown = [f"{name} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs]
+        if shown:
+            self.display.print(f"{state.global_step}/{state.max_steps}  {'  '.join(shown)}")
+
+    def _fitting(self, state) -> None:
+        self._evaluating = False
+        self.display.phase(0, "fitting", state.max_steps, "steps", state.global_step)
+
+
+def _table(rows: Sequence[tuple[str, float]], tokens: int, measured_on: str) -> Table:
+    table = Table(title=Text(f"negative log-likelihood per token, {tokens} tokens of {printable(measured_on)}"))
     table.add_column("model")
     table.add_column("nats", justify="right")
     for name, nll in rows:
-        table.add_row(escape(name), f"{nll:.4f}")
-    console.print(table)
+        table.add_row(Text(printable(name)), f"{nll:.4f}")
+    return table
 
 
 def draw(path: Path, content: dict) -> None:
@@ -155,7 +192,20 @@ def draw(path: Path, content: dict) -> None:
     plt.close(figure)
 
 
-def run_value(config: ValueConfig, *, resume: bool) -> int:
+def _plan(config: ValueConfig, measured: int, trained: int) -> dict[tuple[str, str], float]:
+    """What a run is going to do, with costs in demonstrations scored, guessed, as `Forecast` takes them."""
+    epochs = config.num_train_epochs
+    if config.max_steps > 0:
+        each = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+        epochs = config.max_steps * each / trained
+    names = ["the base", "the start", "the end"]
+    names += ["the second base", "the value model on it"] if config.transfer_base else []
+    phases: dict[tuple[str, str], float] = {(f"measuring {name}", "demonstrations"): measured for name in names}
+    before, after = list(phases.items())[:2], list(phases.items())[2:]
+    return dict([*before, (("fitting", "steps"), 3.0 * trained * epochs), *after])
+
+
+def run_value(config: ValueConfig, *, resume: bool, display: Display | None = None) -> int:
     """Train a value model as the settings say, save it to `config.output_dir`, and compare it with its base.
 
     Prints the negative log-likelihood per token of the base alone, with the value model before and after training, and
@@ -165,6 +215,7 @@ def run_value(config: ValueConfig, *, resume: bool) -> int:
         config: base_model, value_model and train_demonstrations must be set. With bf16 or fp16 the base is loaded in
             16 bits; the value model is float32 always.
         resume: go on from the newest checkpoint in the output directory.
+        display: where to show how far it is, begun; None: stdout.
 
     Returns:
         0.
@@ -176,24 +227,40 @@ def run_value(config: ValueConfig, *, resume: bool) -> int:
     for name in ("base_model", "value_model", "train_demonstrations"):
         if not getattr(config, name):
             raise ValueError(f"{name} must be set, got {getattr(config, name)!r}")
+    report.quiet_libraries()
+    with display or Display() as shown:
+        shown.hush(config.process_index != 0)
+        return _run(config, resume, shown)
+
+
+def _run(config: ValueConfig, resume: bool, display: Display) -> int:
     from windkern.train.data import load_demonstrations
 
-    console, start = Console(quiet=config.process_index != 0), time.perf_counter()
+    start = time.perf_counter()
+    display.phase(0, "reading the demonstrations")
     train = load_demonstrations(config.train_demonstrations)
     measured_on = config.eval_demonstrations or config.train_demonstrations
     measured = load_demonstrations(config.eval_demonstrations) if config.eval_demonstrations else train
     base_dtype, value_dtype = _dtypes(config)
+    display.phase(0, f"loading the base {config.base_model}")
     base, tokenizer = load_model(config.base_model, dtype=base_dtype, device=config.device)
+    display.phase(0, f"loading the value model {config.value_model}")
     value, value_tokenizer = load_model(config.value_model, dtype=value_dtype, device=config.device)
     check_same_tokens(tokenizer, value_tokenizer, ("base_model", "value_model"))
     model = ValueModel(base, value)
     trainer = ValueTrainer(model, config, train_dataset=train, eval_dataset=measured, processing_class=tokenizer)
-    console.print(f"base {escape(config.base_model)}: {describe(base)}, frozen", highlight=False)
-    console.print(f"value model {escape(config.value_model)}: {describe(value)}, trained", highlight=False)
+    for callback in (PrinterCallback, ProgressCallback):  # the display shows what they would
+        trainer.remove_callback(callback)
+    trainer.add_callback(_Steps(display))
+    trainer._warn = display.note  # of checkpoints; else a warning of Python's
+    display.print((config.base_model, "bold"), f": {describe(base)}, the frozen base")
+    display.print((config.value_model, "bold"), f": {describe(value)}, the value model, trained")
 
-    meter = _Meter(config, measured, trainer.data_collator, console)
+    display.plan(before=_plan(config, len(measured), len(train)))
+    meter = _Meter(config, measured, trainer.data_collator, display)
     nll = {"base": meter(model, "the base", base_alone=True), "before": meter(model, "the start")}
     trainer.train(resume_from_checkpoint=resume or None)
+    display.phase(0, "saving the value model")
     trainer.save_model()
     nll["after"] = meter(model, "the end")
     rows = [
@@ -203,6 +270,7 @@ def run_value(config: ValueConfig, *, resume: bool) -> int:
     ]
     transfer = None
     if config.transfer_base:
+        display.phase(0, f"loading the second base {config.transfer_base}")
         other, other_tokenizer = load_model(config.transfer_base, dtype=base_dtype, device=config.device)
         check_same_tokens(tokenizer, other_tokenizer, ("base_model", "transfer_base"))
         moved = ValueModel(other, value, memory_budget=config.memory_budget, backend=config.backend)
@@ -214,7 +282,8 @@ def run_value(config: ValueConfig, *, resume: bool) -> int:
             (f"{config.transfer_base} alone", transfer["base"]),
             (f"{config.transfer_base} with the value model", transfer["with_value"]),
         ]
-    _show(console, rows, meter.tokens, measured_on)
+    display.stop()
+    display.print(rich=_table(rows, meter.tokens, measured_on))
     if config.should_save:
         content = {
             "kind": "value",
@@ -232,5 +301,6 @@ def run_value(config: ValueConfig, *, resume: bool) -> int:
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         picture = path.with_name("nll.png")
         draw(picture, content)
-        console.print(f"numbers {os.path.relpath(path)}, picture {os.path.relpath(picture)}", highlight=False)
+        where = f"numbers {os.path.relpath(path)}, picture {os.path.relpath(picture)}"
+        display.print(f"{clock(display.elapsed)} in all; {where}")
     return 0

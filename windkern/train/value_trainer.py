@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from windkern.train import tried  # noqa: F401
+
+# isort: split
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -72,9 +75,9 @@ class ValueConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_count("max_new_tokens", self.max_new_tokens, least=1)
+        self.max_new_tokens = check_count("max_new_tokens", self.max_new_tokens, least=1)
         if self.memory_budget is not None:
-            check_count("memory_budget", self.memory_budget, least=1)
+            self.memory_budget = check_count("memory_budget", self.memory_budget, least=1)
         check_choice("backend", self.backend, ["auto", *backends.BACKENDS])
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False, got True: demonstrations have no columns")

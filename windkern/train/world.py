@@ -36,7 +36,14 @@ class World:
         broadcast_object_list(held)
         return held[0]
 
-    def share(self, items: Sequence[Item], work: Callable[[Item], Result], *, together: bool = False) -> list[Result]:
+    def share(
+        self,
+        items: Sequence[Item],
+        work: Callable[[Item], Result],
+        *,
+        together: bool = False,
+        done: Callable[[Sequence[Item]], None] = lambda items: None,
+    ) -> list[Result]:
         """Do `work` for each item on one process or another; returns all results, in order, on every process.
 
         Args:
@@ -44,6 +51,7 @@ class World:
             work: called with items k with k % size == rank; its results are pickled between processes.
             together: every process calls `work` equally often (the last item again where there are too few), because
                 the calls talk to each other, as the forwards of a sharded model do.
+            done: told, after each item of this process, which items all processes together have done meanwhile.
         """
         rounds = -(-len(items) // self.size)
         found: list[tuple[int, Result]] = []
@@ -51,6 +59,7 @@ class World:
             place = turn * self.size + self.rank
             if place < len(items):
                 found.append((place, work(items[place])))
+                done(items[turn * self.size : (turn + 1) * self.size])
             elif together:
                 work(items[-1])
         if self.size > 1:

@@ -24,7 +24,7 @@ struct ForwardState {
 };
 
 struct ForwardOutputs {
-  void* kept;    // (rows, width) operand dtype, or null
+  void* kept;    // (rows, width) operand dtype, or null: exp(y - offset) * slope of the transform over that at zero
   void* offset;  // (rows,)
 };
 
@@ -36,7 +36,7 @@ struct UnitOutputs {
 };
 
 struct BackwardInputs {
-  const void* kept;    // (rows, width) operand dtype, or null: then Slab::logits holds recomputed logits
+  const void* kept;    // (rows, width) operand dtype, without c_ent; or null: then Slab::logits holds the logits
   const void* offset;  // (rows,)
   const void *max, *log_sum, *target, *entropy;  // (rows,)
   const void *c_logp, *c_lse, *c_ent;            // (rows,) or null

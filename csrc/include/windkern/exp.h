@@ -1,4 +1,4 @@
-// exp, log and tanh of a lane: polynomials on vectors and on the host, the hardware's own on a device.
+// exp, log, log1p and tanh of a lane: polynomials on vectors and on the host, the hardware's own on a device.
 #pragma once
 
 #include "lane.h"
@@ -88,6 +88,19 @@ WK_FN L lane_log(const L& x) {
   const L log_m = S(2) * s * (series + S(1));
   const L result = power * C::ln2_high + (power * C::ln2_low + log_m);
   return select(x <= splat<L>(0), splat<L>(minus_infinity<S>()), result);
+#endif
+}
+
+// log(1 + x) for x in [0, 1], relative to the result: the quotient corrects the rounding of 1 + x.
+template <class L>
+WK_FN L lane_log1p(const L& x) {
+#if defined(__CUDA_ARCH__)
+  return log1p(x);
+#else
+  using S = ScalarOf<L>;
+  const L u = S(1) + x, excess = u - S(1);
+  const L none = splat<L>(0);
+  return select(excess == none, x, L(lane_log(u) * (x / select(excess == none, splat<L>(S(1)), excess))));
 #endif
 }
 

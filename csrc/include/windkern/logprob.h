@@ -7,6 +7,10 @@
 namespace windkern {
 inline namespace WK_ISA {
 
+// The next number above a positive one.
+inline float next_above(float x) { return bit_cast<float>(bit_cast<int32_t>(x) + 1); }
+inline double next_above(double x) { return bit_cast<double>(bit_cast<int64_t>(x) + 1); }
+
 // y = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature without a softcap (softcap = 0).
 // What is divided is divided here, once and in double.
 template <class S>
@@ -21,7 +25,10 @@ struct Transform {
         to_tanh(slab.softcap > 0 ? S(slab.temperature / slab.softcap) : S(0)),
         slope(S(slab.scale / slab.temperature)),
         is_capped(slab.softcap > 0),
-        is_identity(slab.softcap <= 0 && slab.scale == slab.temperature) {}
+        is_identity(slab.softcap <= 0 && slab.scale == slab.temperature) {
+    // Reason: a saturated logit, tanh = 1, has slope exactly 0 and not a rounding of it.
+    for (int step = 0; step < 3 && is_capped && from_tanh * to_tanh < S(1); ++step) to_tanh = next_above(to_tanh);
+  }
 
   WK_FN bool capped() const { return is_capped; }
   WK_FN bool identity() const { return is_identity; }

@@ -1,0 +1,184 @@
+"""Sequence classifiers that judge: loaded whole or not at all, and the same for a text in any batch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from windkern._checks import check_count
+from windkern.train.models import require
+from windkern.train.positions import position_tables, positions_of
+
+# Logits in a padded batch against the same text alone, relative; several times what sums in another order differ by.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_log = logging.getLogger(__name__)
+
+
+def load_classifier(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    """Return (model in eval mode, tokenizer) of a sequence classifier, from a folder or the hub.
+
+    The folder may hold a PEFT adapter of one; its base may be any model, if the adapter has the head.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+        ValueError: weights of the model are not in the checkpoint, such as the head of a causal LM, or weights of the
+            checkpoint are not in the model; the message names them.
+        OSError: the folder or the hub id cannot be read (transformers says why).
+    """
+    require("transformers")
+    import transformers
+    from transformers.utils import find_adapter_config_file
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    adapter = find_adapter_config_file(name)
+    base = name if adapter is None else json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
+    model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, dtype=dtype, output_loading_info=True
+    )
+    missing, unused = set(found["missing_keys"]), set(found["unexpected_keys"])
+    if adapter is not None:
+        loaded, unused = model.load_adapter(name), set()  # of the base: its own head, which the adapter's replaces
+        replaced = {key for key in missing if hasattr(model.get_submodule(key.rpartition(".")[0]), "modules_to_save")}
+        missing = (missing - replaced) | set(getattr(loaded, "missing_keys", ()))
+    _check_whole(name, type(model).__name__, missing, unused)
+    return model.to(device).eval(), tokenizer
+
+
+def _check_whole(name: str, kind: str, missing: set[str], unused: set[str]) -> None:
+    faults = []
+    if missing:
+        faults.append(f"{_some(missing)} would be random, for the checkpoint lacks them")
+    if unused:
+        faults.append(f"{_some(unused)} of the checkpoint would not be used")
+    if faults:
+        raise ValueError(
+            f"{name} is not a judge: as {kind}, {' and '.join(faults)}. A judge must be a checkpoint of a trained "
+            "sequence classifier; one that is right all the same can be loaded in Python and given to ModelReward or "
+            "ModelPreference"
+        )
+
+
+def _some(names: set[str], most: int = 3) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+class Classifier:
+    """Logits of a sequence classifier for many texts, some at a time, longest together.
+
+    A text's logits do not depend on its batch: texts are padded on the right, with the id that the model's
+    configuration takes for padding, whatever the tokenizer's is. The first padded batch is checked against one of its
+    texts alone; where they differ, and where the configuration names no padding id, texts are read one by one.
+
+    Args:
+        model: any AutoModelForSequenceClassification; it is read in eval mode.
+        tokenizer: its tokenizer.
+        batch_size: texts at a time.
+        max_length: longer texts are cut to so many tokens, on the side the tokenizer's `truncation_side` names; the log
+            says how many. None: texts longer than the model's positions are refused.
+
+    Raises:
+        ValueError: a number is out of range, or `max_length` is more than the model has positions for; when reading, a
+            text is longer than them and `max_length` is None.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, *, batch_size: int = 16, max_length: int | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.padding = _padding_of(model)
+        self.batch_size = 1 if self.padding is None else check_count("batch_size", batch_size, least=1)
+        self.max_length = None if max_length is None else check_count("max_length", max_length, least=1)
+        self.positions = positions_of(model)
+        # Reason: a model without a table can go beyond its positions, if not well, and the user has said so.
+        most = self.positions if self.positions is not None and position_tables(model) else max_length
+        if max_length is not None and max_length > most:
+            raise ValueError(f"max_length must be at most the model's {most} positions, got {max_length}")
+        self.read, self.cut = 0, 0  # texts
+        self._said, self._checked = 0, False
+
+    @property
+    def num_labels(self) -> int:
+        return self.model.config.num_labels
+
+    def encode(self, text: str, second: str | None = None, *, special: bool = True) -> dict[str, list[int]]:
+        """Model inputs of a text or of a pair of texts."""
+        found = dict(self.tokenizer(text, second, add_special_tokens=special, verbose=False))
+        length, self.read = len(found["input_ids"]), self.read + 1
+        if self.max_length is not None and length > self.max_length:
+            self.cut += 1
+            found = dict(
+                self.tokenizer(text, second, add_special_tokens=special, truncation=True, max_length=self.max_length)
+            )
+        elif self.max_length is None and self.positions is not None and length > self.positions:
+            raise ValueError(
+                f"a text of {length} tokens is longer than the {self.positions} positions of the judge's "
+                f"{type(self.model).__name__}: let max_length cut it (in a settings file judge_settings: "
+                f"{{max_length: {self.positions}}}), or make max_new_tokens smaller"
+            )
+        return found
+
+    def __call__(self, encoded: Sequence[dict[str, list[int]]]) -> Tensor:
+        """(S, labels) float32 logits, on the CPU."""
+        if self.cut >= 2 * self._said and self.cut:
+            self._said = self.cut
+            _log.warning(
+                "%d of the judge's %d texts so far were longer than max_length = %d tokens and were cut",
+                self.cut,
+                self.read,
+                self.max_length,
+            )
+        order = sorted(range(len(encoded)), key=lambda k: len(encoded[k]["input_ids"]))
+        logits = torch.empty(len(encoded), self.num_labels)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while order:
+                chosen, order = order[: self.batch_size], order[self.batch_size :]
+                logits[chosen] = self._batch([encoded[k] for k in chosen])
+        finally:
+            self.model.train(was_training)
+        return logits
+
+    def _batch(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        """Rows are in order of their lengths."""
+        logits = self._forward(rows)
+        if self._checked or len(rows[0]["input_ids"]) == len(rows[-1]["input_ids"]):
+            return logits
+        self._checked = True
+        alone, bound = self._forward(rows[:1]), _ROUNDING.get(self.model.dtype, _ROUNDING[torch.bfloat16])
+        if torch.allclose(logits[:1], alone, rtol=bound, atol=bound):
+            return logits
+        self.batch_size = 1
+        _log.warning(
+            "%s gives a padded text other logits than the text alone (%s, not %s), so texts are read one by one",
+            type(self.model).__name__,
+            logits[0].tolist(),
+            alone[0].tolist(),
+        )
+        return torch.cat([self._forward([row]) for row in rows])
+
+    @torch.no_grad()
+    def _forward(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        batch = {
+            name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True)
+            for name in rows[0]
+            if name != "attention_mask"
+        }
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (S, L)
+        if self.padding is not None:
+            batch["input_ids"] = batch["input_ids"].masked_fill(~mask, self.padding)
+        batch["attention_mask"] = mask.long()
+        return self.model(**{name: ids.to(self.model.device) for name, ids in batch.items()}).logits.float().cpu()
+
+
+def _padding_of(model: nn.Module) -> int | None:
+    """The id that a model takes for padding; None where it names none, or one that it has no embedding for."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    found = getattr(config, "pad_token_id", None)
+    return found if found is not None and 0 <= found < model.get_input_embeddings().weight.shape[0] else None

@@ -1,0 +1,42 @@
+"""How many tokens a model has positions for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+def position_tables(model: nn.Module) -> list[nn.Embedding]:
+    """Learned positions, beyond which a model cannot go."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES
+    ]
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens a model has positions for, None where its configuration does not say.
+
+    That is `max_position_embeddings`, or more where its rotary embedding is stretched. RoBERTa and its kin count from
+    behind the padding id, so that they have fewer than their configuration says.
+    """
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    tables = [table for table in position_tables(model) if table.padding_idx is not None]
+    fewest = min([most, *(table.num_embeddings - table.padding_idx - 1 for table in tables)])
+    return max([fewest, *_stretched(config, most)])
+
+
+def _stretched(config, most: int) -> Iterator[int]:
+    """Positions by each scaling of a rotary embedding; some models have one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for each in (rope, *rope.values()):
+        if isinstance(each, dict) and isinstance(each.get("factor"), (int, float)):
+            yield int(each["factor"] * (each.get("original_max_position_embeddings") or most))
