@@ -183,7 +183,7 @@ def _trained(model: nn.Module) -> dict[str, list]:
 def plain_steps(kind: str) -> dict:
     """The steps of `wrapped` in one process, through the model's own logits."""
     model = _model_of(kind)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     seen = []
     for step in range(WRAPPED_STEPS):
         ids, attention, completion = _sequences(step)
@@ -223,7 +223,7 @@ def _wrapped_steps(kind: str) -> dict:
 
     rank, world = dist.get_rank(), dist.get_world_size()
     model = _wrap(kind, _model_of(kind))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     seen = []
     for step in range(WRAPPED_STEPS):
         mine = (part.chunk(world)[rank] for part in _sequences(step))

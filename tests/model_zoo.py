@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 VOCAB = 160
-LARGEST = 4_000_000  # parameters; a model whose configuration would not shrink counts as not built
+LARGEST = 9_000_000  # parameters; a model whose configuration would not shrink counts as not built
 _LAYERS = (
     "num_hidden_layers",
     "n_layer",
@@ -142,13 +142,22 @@ _SPECIALS: dict[str, dict[str, object]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy", "first_k_dense_replace": 1},
     "qwen4_exp_text": _QWEN4,
     "chameleon": {"vocabulary_map": _IMAGE_TOKENS, "vq_config": {**_VQ, "num_embeddings": 16}},
+    "reformer": {
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16],
+        "attention_head_size": 8,
+        "feed_forward_size": 48,
+        "attn_layers": ["local", "lsh"],
+        "lsh_attn_chunk_length": 4,
+        "local_attn_chunk_length": 4,
+        "num_buckets": 4,
+    },
     "musicgen": {"num_codebooks": 4},
     "musicgen_melody": {"num_codebooks": 4},
     "paddleocr_vl": {"text_config": {"head_dim": 8, "rope_parameters": _MROPE["full_attention"]}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 150, "vision_end_token_id": 149},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 150, "vision_end_token_id": 149},
     "step3p7": {"text_config": {"sliding_window": 8}},
-    "mistral4": {"text_config": {"num_key_value_heads": 4, "qk_head_dim": 16}},
 }
 
 
@@ -227,7 +236,7 @@ def _small(config: PreTrainedConfig) -> dict[str, object]:
 
 def _merge(into: dict, other: Mapping) -> dict:
     for name, value in other.items():
-        both = isinstance(value, Mapping) and isinstance(into.get(name), dict)
+        both = isinstance(value, Mapping) and isinstance(into.get(name), dict) and name != "rope_parameters"
         into[name] = _merge(into[name], value) if both else value
     return into
 

@@ -15,6 +15,11 @@ from test_hf import batch, build, by_logits  # noqa: E402
 
 from windkern import hf  # noqa: E402
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft asks transformers this
+    pytest.mark.filterwarnings("ignore:.*[tT]ied:UserWarning"),  # peft warns of saving, not of training
+]
+
 
 def gradients(values: torch.Tensor, model: nn.Module) -> list[torch.Tensor]:
     loss = (values * torch.tensor([1.0, -2.0, 0.5])).sum()

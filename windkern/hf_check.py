@@ -232,12 +232,12 @@ def _rounding(dtype: torch.dtype, hidden: Tensor) -> float:
 
 
 def _alike(target: Target, ours: Tensor, theirs: Tensor) -> bool:
-    """Whether hidden states (T, H) of two passes are the same within rounding; for most tokens, for experts flip."""
+    """Whether hidden states (T, H) of two passes are the same within rounding; of three in four, for experts flip."""
     gap = (ours.float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1).clamp(min=1e-30)
     narrow = torch.is_autocast_enabled(ours.device.type) or any(
         each.dtype.itemsize < 4 for each in target.base.parameters() if each.is_floating_point()
     )
-    return float(gap.cpu().median()) <= (0.1 if narrow else 1e-4)
+    return float(gap.cpu().sort().values[3 * len(gap) // 4 - 1]) <= (0.1 if narrow else 1e-4)
 
 
 def _padding(target: Target, ids: Tensor, alone: Tensor) -> tuple[bool, bool]:
