@@ -30,7 +30,7 @@ class Server:
                     outer.requests.append((self.path, body, self.headers.get("Authorization")))
                     step = outer.script.pop(0) if outer.script else reply(body)
                 if step == "hang":
-                    outer.release.wait(5)
+                    outer.release.wait()
                     return
                 if step in ("drip", "drip headers"):
                     self.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if step == "drip" else b""))

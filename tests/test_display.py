@@ -108,8 +108,7 @@ def test_a_phase_without_steps_says_that_it_is_alive(seconds):
         display.phase(0, "loading the model")
         for passed in (21, 42):
             seconds.now = 1000 + passed
-            deadline = time.monotonic() + 30
-            while len(lines_of(display)) < 1 + passed // 21 and time.monotonic() < deadline:
+            while len(lines_of(display)) < 1 + passed // 21:
                 time.sleep(0.005)
     assert lines_of(display) == ["0:00 loading the model", "0:21 loading the model", "0:42 loading the model"]
 
@@ -186,8 +185,9 @@ def test_the_bar_vanishes_and_lines_stay(seconds):
         display.print("kept")
         display.note("noted")
     shown = display.console.file.getvalue()
-    assert "kept\n" in shown and "noted\n" in shown and shown.endswith("\x1b[2K")  # the last line of the bar is erased
-    assert "\x1b[?25h" in shown  # and the cursor is back
+    assert "kept\n" in shown and "noted\n" in shown
+    # At the end the lines of the bar are erased, and the cursor is back.
+    assert min(map(shown.rindex, ("\x1b[2K", "\x1b[?25h"))) > shown.rindex("loading packages")
 
 
 def test_words_are_not_cut_in_a_terminal(seconds):
@@ -296,7 +296,7 @@ def test_an_interrupt_while_packages_are_loaded_is_one_line(tmp_path, command):
     # Hazard: what a shell starts in the background ignores SIGINT, and so do its children. Remedy: the default again.
     process = windkern(*command, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
-        assert process.stdout.readline() == "0:00 loading packages\n"
+        assert process.stdout.readline().endswith(" loading packages\n")
         process.send_signal(signal.SIGINT)
         out, error = process.communicate()
     finally:

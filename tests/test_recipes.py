@@ -147,6 +147,7 @@ def test_the_value_recipe_trains_a_value_model(inputs, capsys):
 
 def test_what_is_logged_goes_where_report_to_says(inputs, monkeypatch):
     from transformers import TrainerCallback, trainer
+    from transformers.integrations import integration_utils
 
     seen = []
 
@@ -157,6 +158,7 @@ def test_what_is_logged_goes_where_report_to_says(inputs, monkeypatch):
     def callbacks(names):
         return [Log] if names == ["tensorboard"] else []
 
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     monkeypatch.setattr(trainer, "get_reporting_integration_callbacks", callbacks)
     assert train(inputs, "demo", "num_responses=4", "fit_responses=2", more=("--report-to", "tensorboard")) == 0
     assert any({"loss", "kl_old", "kl_ref", "residual", "exploitability"} <= names for names in seen)

@@ -1,5 +1,6 @@
 """The ops as torch sees them: schemas, fake tensors, full-graph compilation, autocast, saved tensors."""
 
+import importlib
 import warnings
 
 import pytest
@@ -66,6 +67,7 @@ def test_opcheck(backend, gear, entropy, kept):
 
 
 def test_opcheck_segment_sum(backend):
+    importlib.import_module("windkern.ops.sequence")  # registers it, as the first use of sequence_logps does
     torch.library.opcheck(torch.ops.windkern.segment_sum.default, (torch.randn(9), torch.tensor([0, 4, 4, 9]), backend))
 
 

@@ -303,9 +303,10 @@ def test_how_long_a_server_may_ask_to_wait(header, pause):
     assert retry_after({} if header is None else {"Retry-After": header}, 1.0) == pause
 
 
-def test_a_date_to_wait_for_is_a_time_from_now():
-    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 20 < retry_after({"Retry-After": soon}, 1.0) <= 30
+def test_a_date_to_wait_for_is_a_time_from_now(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    soon = email.utils.formatdate(1e9 + 30, usegmt=True)
+    assert retry_after({"Retry-After": soon}, 1.0) == 30
 
 
 def test_a_server_that_asks_for_an_age_gets_a_minute(serve):
@@ -318,11 +319,8 @@ def test_a_server_that_asks_for_an_age_gets_a_minute(serve):
 
 @pytest.mark.parametrize("step", ["drip", "drip headers", "hang"])
 def test_an_answer_that_never_ends_is_given_up(serve, step):
-    server = serve(lambda body: step)
-    start = time.monotonic()
     with pytest.raises(ServerError, match=r"no answer in 2 attempts of 0\.2 s; last: timed out"):
-        sampler_of(server, timeout=0.2).sample([PROMPT], 1, seed=0)
-    assert time.monotonic() - start < 60 and len(server.requests) == 2
+        sampler_of(serve(lambda body: step), timeout=0.2).sample([PROMPT], 1, seed=0)
 
 
 def test_an_answer_without_bound_is_not_read_to_its_end(serve, monkeypatch):

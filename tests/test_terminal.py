@@ -31,7 +31,7 @@ def inputs(tmp_path_factory) -> Path:
     (folder / "train.txt").write_text("rain was\nbus was\na day\nso very")
     (folder / "heldout.jsonl").write_text(json.dumps({"prompt": f"rain {NAME}"}))
     for side in ("a", "b"):
-        save_records(folder / f"{NAME}{side}", [Recorded(f"rain {NAME}", (f"{side} {NAME}", "good"))])
+        save_records(folder / f"{NAME}{side}.jsonl", [Recorded(f"rain {NAME}", (f"{side} {NAME}", "good"))])
     return folder
 
 
@@ -61,21 +61,22 @@ def test_train(run, inputs):
     assert code == 0
     for part in (f"{SHOWN}: Llama", f"\nrain {SHOWN}\n", f"model out {SHOWN}, ", "no interval from a single prompt"):
         assert part in shown
+    assert run("plot", f"out {NAME}/result.json", "--output", "again.png") == (0, "picture again.png\n")
     code, shown = run("train", "--config", "c.yaml")
     assert code == 2 and f"out {SHOWN} holds checkpoints" in shown
 
 
 def test_eval_and_plot(run):
-    sides = (f"recorded:{NAME}a", f"recorded:{NAME}b")
+    sides = (f"recorded:{NAME}a.jsonl", f"recorded:{NAME}b.jsonl")
     command = ("eval", "--prompts", "heldout.jsonl", "--judge", "tiny_model:goodness", "--output-dir", f"eval {NAME}")
     code, shown = run(*command, "--model", sides[0], "--base", sides[1])
     assert code == 0
-    names = f"recorded:{SHOWN}a against recorded:{SHOWN}b"
+    names = f"recorded:{SHOWN}a.jsonl against recorded:{SHOWN}b.jsonl"
     for part in (names, f"rain {SHOWN}", f"a {SHOWN}", f"picture eval {SHOWN}"):
         assert part in shown
     assert "none from a single prompt" in shown
     code, shown = run("plot", f"eval {NAME}/eval.json", "--output", f"{NAME}.png")
-    assert (code, shown) == (0, f"picture {SHOWN}.png\n")
+    assert (code, shown) == (0, f"picture {SHOWN}.png\n"), shown
     code, shown = run(*command, "--model", f"no{NAME}", "--base", sides[1])
     assert code == 2 and shown.endswith("(WINDKERN_DEBUG=1 shows where)\n")
 

@@ -42,7 +42,7 @@ def test_the_first_loss_is_the_variance_of_the_win_rates(tmp_path):
     assert losses_of(trainer) == [pytest.approx(float(win_rates.var(-1, unbiased=False).mean()), rel=1e-4)]
     first = trainer.state.log_history[0]
     assert_has_not_moved(first["kl_old"], first["kl_ref"])
-    assert first["residual"] > 0.1
+    assert first["residual"] > 0.01
     # At pi = pi_ref the exploitability is Var(w) / (2 beta) to second order.
     assert first["exploitability"] == pytest.approx(losses_of(trainer)[0] / (2 * 0.05), rel=1e-4)
 

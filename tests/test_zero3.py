@@ -79,7 +79,8 @@ def test_models_are_loaded_whole(zero3, monkeypatch):
         assert deepspeed.is_deepspeed_zero3_enabled()
         raise KeyError
 
-    monkeypatch.setattr(launch, "load_model", load)
+    for each in ("load_policy", "load_model"):
+        monkeypatch.setattr(launch, each, load)
     monkeypatch.setattr(launch, "make_judge", lambda config: load(config.judge))
     monkeypatch.setattr(launch, "prompts_of", lambda source, split, limit: list(PROMPTS) if source else [])
     monkeypatch.setattr(launch, "WindTrainer", stop)

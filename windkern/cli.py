@@ -17,7 +17,7 @@ from windkern.terminal import printable
 if TYPE_CHECKING:
     from windkern.display import Display
 
-USAGE, INTERRUPTED = 2, 130
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 @contextlib.contextmanager
@@ -40,7 +40,9 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the last finished iteration in --output-dir")
     add("--seed", type=int, help="of all randomness (default: 0)")
     add("--iterations", type=int, help="outer iterations: sample, judge, fit")
-    add("--prompts", type=Path, metavar="FILE", help="training prompts, .jsonl or text (default: the packaged ones)")
+    add(
+        "--prompts", type=Path, metavar="FILE", help="training prompts, .jsonl, .csv, .txt (default: the packaged ones)"
+    )
     add("--heldout-prompts", type=Path, metavar="FILE", help="prompts for the evaluation (default: the packaged ones)")
     add("--model", metavar="NAME", help="folder or hub id of a causal LM (default: the packaged SmolLM2-135M-Instruct)")
     add("--judge", metavar="MODULE:FUNCTION", help="reward(prompts, responses) -> numbers (default: VADER sentiment)")
@@ -131,7 +133,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="folder or hub id of a causal LM, or recorded:FILE (JSON lines)")
     add("--base", required=True, metavar="NAME", help="what it is compared with, likewise")
-    add("--prompts", required=True, metavar="SOURCE", help=".jsonl, .json or text, or hub:NAME[:SPLIT[:COLUMN]]")
+    add("--prompts", required=True, metavar="SOURCE", help=".jsonl, .csv, .txt ... or hub:NAME[:SPLIT[:COLUMN]]")
     add(
         "--judge",
         required=True,
@@ -230,15 +232,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        hint = "; --resume goes on from the last finished iteration" if hasattr(arguments, "resume") else ""
+        hint = "; --resume goes on from what is on the disk" if hasattr(arguments, "resume") else ""
         print(f"windkern: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from windkern.backends import BackendUnavailableError, debug_mode
+        from windkern.backends import debug_mode
+        from windkern.train.errors import ended_by_another, message_of
 
-        mistakes = (ImportError, OSError, TypeError, ValueError, BackendUnavailableError)
-        if debug_mode() or not isinstance(error, mistakes):
+        told = message_of(error)
+        if told is None or debug_mode():
             raise
-        text = printable(" ".join(str(error).splitlines()))
-        print(f"windkern: error: {text} (WINDKERN_DEBUG=1 shows where)", file=sys.stderr)
+        if ended_by_another(error):
+            print(f"windkern: {told}", file=sys.stderr)
+            return FAILED
+        print(f"windkern: error: {told} (WINDKERN_DEBUG=1 shows where)", file=sys.stderr)
         return USAGE

@@ -112,7 +112,8 @@ class Display:
 
     def stop(self) -> None:
         """Take the bar away, and print lines no more; what is printed afterwards stays where it is."""
-        self._stopped.set()
+        with self._lock:  # a line that is being printed comes first
+            self._stopped.set()
         if self._live is not None:
             self._live.stop()
 

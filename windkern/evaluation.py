@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from windkern._checks import check_choice, check_count, check_number
 from windkern.terminal import printable
 from windkern.train.models import DTYPES, PACKAGED, dtype_named, require
 from windkern.train.prompts import prompt_to_json
+from windkern.train.valid_json import to_json
 
 if TYPE_CHECKING:
     from windkern.display import Display
@@ -228,10 +228,11 @@ def draw(path: Path, content: dict) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
     axes.hist(rates, bins=[k / 20 for k in range(21)], color="0.75", edgecolor="white")
     axes.axvline(0.5, color="0.4", linewidth=1, linestyle="--", label="as good as the base")
-    axes.axvspan(low, high, color="C1", alpha=0.25, linewidth=0)
-    axes.axvline(
-        estimate["mean"], color="C1", linewidth=2, label=f"mean {estimate['mean']:.3f}, 95 % [{low:.3f}, {high:.3f}]"
-    )
+    label = f"mean {estimate['mean']:.3f}"
+    if low is not None and math.isfinite(low):  # from a single prompt there is none
+        axes.axvspan(low, high, color="C1", alpha=0.25, linewidth=0)
+        label += f", 95 % [{low:.3f}, {high:.3f}]"
+    axes.axvline(estimate["mean"], color="C1", linewidth=2, label=label)
     axes.set_xlim(0, 1)
     # Names hold what they like, dollars too.
     judge, title = printable(settings["judge"]), printable(f"{settings['model']} against {settings['base']}")
@@ -313,7 +314,7 @@ def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     numbers, picture = output / "eval.json", output / "eval.png"
     content = as_dict(settings, result, prompts, ours, theirs)
-    numbers.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    numbers.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
     draw(picture, content)
     report.print_completions(display.console, prompts, theirs.texts, ours.texts, SHOWN, labels=("base  ", "model "))
     display.print()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,12 @@ def _draw_run(path: Path, content: dict) -> None:
     final, settings = content["final"], content["settings"]
     if final is None:
         raise ValueError("this run had no held-out prompts (eval_prompts), so there is no win rate to draw")
-    result = Evaluation(win_rate=Estimate(final["win_rate"], final["win_rate_se"]), reward=None, kl=None)
-    history = [Record(**record) for record in content["history"]]
+    error = math.nan if final["win_rate_se"] is None else final["win_rate_se"]  # of a single prompt there is none
+    result = Evaluation(win_rate=Estimate(final["win_rate"], error), reward=None, kl=None)
+    history = [
+        Record(**{key: math.nan if value is None and key.endswith("_se") else value for key, value in record.items()})
+        for record in content["history"]
+    ]
     seed = settings.get("wind", settings).get("seed", 0)
     report.draw(path, history, result, f"{settings.get('loss', 'wind')} on {settings['model']}, seed {seed}")
 

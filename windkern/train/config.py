@@ -14,25 +14,14 @@ from transformers import TrainingArguments
 from windkern._checks import check_choice, check_count, check_number
 from windkern.losses import LOSSES, OBJECTIVES
 from windkern.train.focus import MODES
+from windkern.train.inherited import check_inherited
 from windkern.train.prompts import without_user
 
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")
+LONG_PROMPTS = ("refuse", "drop", "cut")
 EVALUATED = ("win_rate", "reward", "kl")
-# Of transformers' settings: what cannot be right here, the one value that can, and why.
-_MEANINGLESS = {
-    "dataloader_num_workers": (0, "batches are made of responses that are sampled during the run"),
-    "auto_find_batch_size": (
-        False,
-        "another batch would change the number of steps; set per_device_train_batch_size",
-    ),
-    "ignore_data_skip": (False, "a resumed iteration would fit its first groups twice"),
-    "neftune_noise_alpha": (None, "noise in training would part the policy from the one that sampled and was scored"),
-    "label_smoothing_factor": (0.0, "there are no labels to smooth"),
-    "use_liger_kernel": (False, "it replaces the forward that the loss is computed in"),
-    "train_sampling_strategy": ("random", "the order of steps follows from the seed"),
-    "data_seed": (None, "the order of steps follows from seed"),
-}
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that look at an evaluation
 
 
 def setting(default, help: str, **options):
@@ -155,6 +144,18 @@ class WindConfig(TrainingArguments):
         "of the policy whose log-probs are fitted. Default 1: the theory needs it.",
     )
     max_new_tokens: int = setting(512, "Longest response, in tokens, end token included; at least 1. Default: ours.")
+    max_prompt_length: int | None = setting(
+        None,
+        "Longest prompt, in tokens, chat template included; at least 1. None: what max_new_tokens leave of the model's "
+        "positions (max_position_embeddings), which is the limit anyhow.",
+    )
+    long_prompts: str = setting(
+        "refuse",
+        "What happens to longer prompts, for training and held out: refuse (an error names the first), drop (they are "
+        "left out) or cut (the oldest messages, then the beginning of the text). How many is said at the start. "
+        "Default: nothing is changed in silence.",
+        choices=LONG_PROMPTS,
+    )
     system: str | None = setting(None, "System message for the chat template. None: the template's own.")
     sampling_batch_size: int = setting(
         64, "Sequences generated, and judged, at a time on a device; what a kill can lose. Default: ours."
@@ -242,7 +243,7 @@ class WindConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = setting(
         False, "Whether DDP looks for parameters without gradient. Default no: every trained one gets its gradient."
     )
-    remove_unused_columns: bool = setting(False, "Not used: the trainer makes its own batches.")
+    remove_unused_columns: bool = setting(False, "Must be False: batches have no columns.")
     dataloader_pin_memory: bool = setting(False, "Whether batches are pinned for the way to a GPU. Default no: small.")
 
     def __post_init__(self) -> None:
@@ -281,6 +282,13 @@ class WindConfig(TrainingArguments):
         for name in ("replay_on_policy_prob", "replay_inverse_temperature"):
             check_number(name, getattr(self, name), least=0)
         check_choice("truncated", self.truncated, TRUNCATED)
+        check_choice("long_prompts", self.long_prompts, LONG_PROMPTS)
+        if self.max_prompt_length is not None:
+            check_count("max_prompt_length", self.max_prompt_length, least=1)
+        if self.long_prompts == "cut" and any("recorded:" in (name or "") for name in (self.sampler, self.judge)):
+            raise ValueError(
+                "long_prompts must be refuse or drop with recorded:FILE, which has the prompts whole, got 'cut'"
+            )
         check_choice("reference", self.reference, REFERENCES)
         check_choice("focus", self.focus, MODES)
         self._check_loss()
@@ -294,17 +302,24 @@ class WindConfig(TrainingArguments):
             raise ValueError(
                 f"top_p must be 1 with sampler={without_user(self.sampler)!r}, which takes no other, got {self.top_p}"
             )
-        for name, (right, why) in _MEANINGLESS.items():
-            if (value := getattr(self, name, right)) != right:
-                raise ValueError(f"{name} must be {right!r}, got {value!r}: {why}")
+        check_inherited(self)
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if (self.load_best_model_at_end or self.save_strategy == "best") and metric not in EVALUATED:
+        asks = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in _BY_METRIC
+        if asks and metric not in EVALUATED:
             raise ValueError(
-                f"metric_for_best_model must be one of {', '.join(EVALUATED)} for load_best_model_at_end and "
-                f"save_strategy='best', got {self.metric_for_best_model!r}"
+                f"metric_for_best_model must be one of {', '.join(EVALUATED)} for load_best_model_at_end, "
+                f"save_strategy='best' and lr_scheduler_type {' and '.join(_BY_METRIC)}, got "
+                f"{self.metric_for_best_model!r}"
             )
+        if metric == "kl" and self.greater_is_better is None:
+            self.greater_is_better = False
 
     def _check_loss(self) -> None:
+        if self.loss in LOSSES and not LOSSES[self.loss].separable:
+            raise ValueError(
+                f"loss must be one of those that are sums over groups of responses, got {self.loss!r}, which couples "
+                "the batch or weighs tokens; train with it in TRL, inside windkern.integrations.trl.use(trainer)"
+            )
         names = [name for name, loss in LOSSES.items() if loss.separable]
         check_choice("loss", self.loss, names)
         check_choice("objective", self.objective, OBJECTIVES)

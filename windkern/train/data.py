@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from windkern._checks import check_choice
-from windkern.train.models import require
+from windkern.train.files import ANSWERS, json_lines, load, parsed
 from windkern.train.prompts import ChatPrompt, as_messages, prompt_from_json, render, shown, split_dialogue
 from windkern.train.turns import encode_opened
-
-HUB = "hub:"
-ANSWERS = ("answer", "completion", "response")  # keys of a demonstration's answer
-_Parsed = TypeVar("_Parsed")
-_Rows = Iterable[tuple[str, object]]  # (place for error messages, record)
 
 
 class PromptBatch(NamedTuple):
@@ -35,75 +29,6 @@ class Demonstration(NamedTuple):
 
     prompt: str  # or ChatPrompt
     answer: str
-
-
-def _json_lines(lines: Iterable[str], name: str) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{name}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f'{name}, line {number}: not JSON ({error.msg}); expected {{"prompt": "..."}}') from None
-
-
-def _json_list(text: str, name: str) -> Iterator[tuple[str, object]]:
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}, line {error.lineno}: not JSON ({error.msg})") from None
-    if not isinstance(entries, list):
-        raise ValueError(f"{name} must hold a list, one entry a prompt, got {shown(entries)}; JSON lines end in .jsonl")
-    for number, entry in enumerate(entries, start=1):
-        yield f"{name}, entry {number}", {"prompt": entry} if isinstance(entry, (str, list)) else entry
-
-
-def _file_rows(path: Path, what: str) -> _Rows:
-    name = str(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{what} file {name} does not exist; a data set of the hub is written {HUB}NAME")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte-order mark first
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} must be UTF-8, got byte {error.start} that is not ({error.reason})") from None
-    if path.suffix == ".json":
-        return _json_list(text, name)
-    lines = text.split("\n")  # not splitlines, which also cuts at characters that JSON strings may hold
-    if path.suffix == ".jsonl":
-        return _json_lines(lines, name)
-    if what != "prompts":
-        raise ValueError(f"{what} must come from .jsonl, .json or {HUB}NAME, got {name}")
-    return ((f"{name}, line {k}", {"prompt": line.strip()}) for k, line in enumerate(lines, start=1) if line.strip())
-
-
-def _hub_rows(source: str) -> _Rows:
-    parts = re.split(r":(?![^\[]*\])", source.removeprefix(HUB))  # at colons that are not of a slice, train[:100]
-    name, split, column = (*parts, *[""] * (3 - len(parts)))[:3]
-    if not name or len(parts) > 3:
-        raise ValueError(f"expected {HUB}NAME, {HUB}NAME:SPLIT or {HUB}NAME:SPLIT:COLUMN, got {source!r}")
-    require("datasets")
-    import datasets
-
-    try:
-        data = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{source} cannot be loaded: {error}") from error
-    if not set(data.column_names) & ({column} if column else {"prompt", "messages"}):
-        raise ValueError(
-            f"{source} must have the column {column or 'prompt or messages'}, it has {', '.join(data.column_names)}; "
-            f"another one can be named: {HUB}{name}:{split or 'train'}:COLUMN"
-        )
-    known = (column,) if column else ("prompt", "messages", *ANSWERS)
-    return _data_set_rows(data.select_columns([each for each in data.column_names if each in known]), source, column)
-
-
-def _data_set_rows(data, source: str, column: str) -> Iterator[tuple[str, object]]:
-    for number, row in enumerate(data):
-        if column and column != "prompt":
-            # Reason: a list in a column of another name, such as chosen, is a whole dialogue.
-            row = {"messages" if isinstance(row[column], list) else "prompt": row[column]}
-        yield f"{source}, row {number}", row
 
 
 def _prompt(record: object) -> str:
@@ -138,30 +63,13 @@ def _demonstration(record: object) -> Demonstration:
     )
 
 
-def _parsed(rows: _Rows, name: str, what: str, parse: Callable[[object], _Parsed]) -> list[_Parsed]:
-    found = []
-    for place, record in rows:
-        try:
-            found.append(parse(record))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    if not found:
-        raise ValueError(f"{name} holds no {what}")
-    return found
-
-
-def _load(source: str | Path, what: str, parse: Callable[[object], _Parsed]) -> list[_Parsed]:
-    name = str(source)
-    rows = _hub_rows(name) if name.startswith(HUB) else _file_rows(Path(source), what)
-    return _parsed(rows, name, what, parse)
-
-
 def load_prompts(source: str | Path) -> list[str]:
     """Return the prompts of a file or of a data set of the hub: plain strings, and `ChatPrompt` for chat messages.
 
-        FILE.jsonl                   an object a line, {"prompt": ...} or {"messages": [...]}
-        FILE.json                    a list of such objects, or of prompts
-        any other file               one prompt a line
+        .jsonl .ndjson               an object a line, {"prompt": ...} or {"messages": [...]}
+        .json                        a list of such objects, or of prompts
+        .csv .tsv .parquet           columns of these names; in CSV and TSV messages are JSON
+        .txt .md, no ending          one prompt a line
         hub:NAME[:SPLIT[:COLUMN]]    what datasets.load_dataset(NAME, split=SPLIT) has, a folder's name included
 
     "prompt" is a string, or a list of {"role": ..., "content": ...} of which the last is not the assistant's.
@@ -170,16 +78,16 @@ def load_prompts(source: str | Path) -> list[str]:
     answered is the source's to say.
 
     Args:
-        source: UTF-8 file, in which empty lines are skipped, or a string that starts with hub:. SPLIT is train where
-            it is left out and may be a slice such as train[:100]; COLUMN is prompt, else messages.
+        source: UTF-8 file, also compressed (.gz), in which empty lines are skipped, or a string that starts with hub:.
+            SPLIT is train where it is left out and may be a slice such as train[:100]; COLUMN is prompt, else messages.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an entry is no prompt (the message names its line or row), or there is none at all.
+        ValueError: a file of another kind, an entry that is no prompt (the message names its line or row), or none.
         OSError: the data set cannot be had.
-        MissingPackageError: a source of the hub, and datasets is not installed.
+        MissingPackageError: a source of the hub without datasets installed, or Parquet without pyarrow.
     """
-    return _load(source, "prompts", _prompt)
+    return load(source, "prompts", _prompt, text=True)
 
 
 def load_demonstrations(source: str | Path) -> list[Demonstration]:
@@ -194,7 +102,7 @@ def load_demonstrations(source: str | Path) -> list[Demonstration]:
     Raises:
         FileNotFoundError, ValueError, OSError, MissingPackageError: as `load_prompts`.
     """
-    return _load(source, "demonstrations", _demonstration)
+    return load(source, "demonstrations", _demonstration)
 
 
 def demo_prompts(split: str) -> list[str]:
@@ -207,7 +115,7 @@ def demo_prompts(split: str) -> list[str]:
     check_choice("split", split, ("train", "heldout"))
     name = f"demo_prompts_{split}.jsonl"
     text = importlib.resources.files("windkern.data").joinpath(name).read_text(encoding="utf-8")
-    return _parsed(_json_lines(text.split("\n"), name), name, "prompts", _prompt)
+    return parsed(json_lines(text, name), name, "prompts", _prompt)
 
 
 def opened_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = None) -> list[str]:

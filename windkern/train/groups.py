@@ -43,6 +43,16 @@ class Batch:
         """(B * K, L), aligned with hidden states."""
         return completion_targets(self.input_ids, self.completion_mask)
 
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU can copy from while the host goes on; asked for by `dataloader_pin_memory`."""
+        return Batch(
+            self.input_ids.pin_memory(),
+            self.attention_mask.pin_memory(),
+            self.completion_mask.pin_memory(),
+            self.shape,
+            {name: value.pin_memory() for name, value in self.constants.items()},
+        )
+
     def to(self, device: torch.device) -> Batch:
         # Reason: a blocking copy to a GPU waits for all that is queued there, the last backward pass. On the way back
         # the host must wait, or it would read what has not arrived.

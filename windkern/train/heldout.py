@@ -47,13 +47,19 @@ class HeldOut:
     def _block_size(self, responses: int) -> int:
         return max(1, self.config.sampling_batch_size // responses)
 
-    def reference_texts(self, sampler: TransformersSampler, together: bool, iteration: int) -> Texts:
+    def reference_texts(
+        self, sampler: TransformersSampler, together: bool, iteration: int, *, moved: bool = False
+    ) -> Texts:
         """Responses of the reference to each prompt, sampled at the first call and read from the disk afterwards.
 
         Args:
             sampler: of the reference.
             together: see `World.share`.
             iteration: for the observer, here and below.
+            moved: whether the sampler's model is no longer the reference, so that its responses must be there.
+
+        Raises:
+            FileNotFoundError, DamagedRecordError: see `windkern.train.rollouts.collect`.
         """
         config = self.config
         count = config.reference_responses
@@ -73,6 +79,7 @@ class HeldOut:
             sample,
             None,
             together=together,
+            begun=moved,
             begin=lambda name, done: self.observer.phase(
                 iteration, name, len(places) * count, OF_REFERENCE, done * count
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +17,20 @@ from windkern.train import report
 from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
-from windkern.train.models import PACKAGED, describe, dtype_named, load_model
+from windkern.train.lock import owned_by_run
+from windkern.train.models import PACKAGED, adapter_of, describe, dtype_named, load_model, load_policy, sync_files
 from windkern.train.parts import check_prompts, check_unused, make_judge
 from windkern.train.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
 from windkern.train.reference import needs_reference
 from windkern.train.run import RunConfig
 from windkern.train.sharded import whole_models
 from windkern.train.trainer import WindTrainer
+from windkern.train.world import World
 
 SHOWN = 4  # prompts whose completions are printed
 DEMO_PROMPTS = "demo"
+MERGED = "merged_base"  # folder of the base under a new adapter, where it is a merged one
+_OF_A_START = ("init_lora_weights", "task_type")  # say how an adapter begins, not what it is
 # What a phase costs beside the sampling of as many responses, guessed; once it has been measured it does not matter.
 _SCORING, _FITTING, _JUDGING, _SAVING = 0.7, 2.0, 0.05, 10.0
 
@@ -46,8 +51,15 @@ def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
     return found[:limit]
 
 
-def make_trainer(run: RunConfig, config: WindConfig, observer: Observer | None = None) -> WindTrainer:
+def make_trainer(
+    run: RunConfig, config: WindConfig, observer: Observer | None = None, *, resume: bool = False
+) -> WindTrainer:
     """Load models, prompts and judge, and put them together.
+
+    Args:
+        run, config: the settings.
+        observer: told about progress.
+        resume: whether a run goes on, so that what it has left in `config.output_dir` is its own.
 
     Raises:
         ValueError, TypeError, OSError: a setting is wrong or something cannot be read; the message says which.
@@ -68,11 +80,22 @@ def make_trainer(run: RunConfig, config: WindConfig, observer: Observer | None =
             judge = make_judge(config)
         once = " (converted the first time, which takes 30 s more)" if run.model == PACKAGED else ""
         observer.phase(0, f"loading the model {run.model}{once}")
-        model, tokenizer = load_model(run.model, **options)
+        model, tokenizer = load_policy(run.model, adapter=run.adapter, **options)
         if config.reference == "model" and (heldout or needs_reference(config)):
             observer.phase(0, f"loading the reference {run.reference_model or run.model}")
-            reference, _ = load_model(run.reference_model or run.model, **options)
+            if run.reference_model is None:
+                reference, _ = load_policy(run.model, adapter=run.adapter, **options)
+            else:
+                reference, _ = load_model(run.reference_model, **options)
     observer.phase(0, "preparing the run")
+    new_adapter = None if run.peft is None else _lora(run.peft)
+    if run.adapter == "merge" and adapter_of(run.model) is None:
+        raise ValueError(f"adapter must be continue where model is no adapter, got 'merge' for {run.model!r}")
+    if new_adapter is not None and hasattr(model, "peft_config"):
+        _check_continued(run, new_adapter, model.active_peft_config)
+        new_adapter = None
+    if new_adapter is not None and run.adapter == "merge":
+        _keep_base(model, tokenizer, config, resume)
     with warnings.catch_warnings():  # peft asks transformers for what it has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         trainer = WindTrainer(
@@ -83,7 +106,7 @@ def make_trainer(run: RunConfig, config: WindConfig, observer: Observer | None =
             judge=judge,
             reference=reference,
             processing_class=tokenizer,
-            peft_config=None if run.peft is None else _lora(run.peft),
+            peft_config=new_adapter,
             observer=observer,
         )
     for callback in (PrinterCallback, ProgressCallback):  # the observer shows what they would
@@ -98,6 +121,40 @@ def _lora(settings: dict):
         return LoraConfig(**{"task_type": "CAUSAL_LM"} | settings)
     except TypeError as error:
         raise ValueError(f"peft: {error}; its keys are arguments of peft.LoraConfig") from None
+
+
+def _check_continued(run: RunConfig, wanted, held) -> None:
+    """Raise unless the settings of `peft` are those of the adapter that is trained further."""
+    for key in run.peft:
+        ours, theirs = (_plain(getattr(each, key)) for each in (wanted, held))
+        if ours != theirs and key not in _OF_A_START and ours != "all-linear":
+            raise ValueError(
+                f"peft.{key} is {ours!r}, but the adapter {run.model!r} has {theirs!r}, and adapter: continue trains "
+                "it as it is; leave peft out, or set adapter: merge to start a new one on top of it"
+            )
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, (set, list, tuple)) else getattr(value, "value", value)
+
+
+def _keep_base(model, tokenizer, config: WindConfig, resume: bool) -> None:
+    """Write the merged base of a new adapter beside it, and let the adapter name it: no one else has it."""
+    folder = Path(config.output_dir).absolute() / MERGED
+    model.name_or_path = model.config._name_or_path = str(folder)
+
+    def write() -> None:
+        if resume and (folder / "config.json").is_file():
+            return
+        scratch = folder.with_name(f".{MERGED}.part")
+        for old in (scratch, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        sync_files(scratch)
+        scratch.rename(folder)
+
+    World(config.distributed_state).first(write)
 
 
 def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
@@ -179,19 +236,23 @@ def start(
     """
     report.quiet_libraries()
     output = Path(config.output_dir)
-    if not resume:
-        check_unused(output, overwrite=config.overwrite)  # before models are loaded
     with display or Display() as shown:
         shown.hush(config.process_index != 0)
-        trainer = make_trainer(run, config, report.LiveReport(shown, config.num_iterations))
-        introduce(shown, run, trainer)
-        shown.plan("iteration", config.num_iterations, **plan(trainer, run.final_responses))
-        trainer.train(resume_from_checkpoint=resume)
-        shown.phase(config.num_iterations + 1, "saving the model")
-        trainer.save_model()
-        final, after, before = trainer.compare(run.final_responses) if trainer.eval_prompts else (None, [], [])
-    if config.process_index == 0:
-        _report(shown, run, trainer, final, before, after, output, kind)
+        if config.disable_tqdm:  # no bar, and no lines in its place
+            shown.stop()
+        with owned_by_run(config, shown.note):
+            if not resume:  # before models are loaded
+                World(config.distributed_state).first(lambda: check_unused(output, overwrite=config.overwrite) and None)
+            trainer = make_trainer(run, config, report.LiveReport(shown, config.num_iterations), resume=resume)
+            introduce(shown, run, trainer)
+            shown.plan("iteration", config.num_iterations, **plan(trainer, run.final_responses))
+            trainer.train(resume_from_checkpoint=resume)
+            shown.phase(config.num_iterations + 1, "saving the model")
+            trainer.save_model()
+            final, after, before = trainer.compare(run.final_responses) if trainer.eval_prompts else (None, [], [])
+            shown.stop()
+            if config.process_index == 0:
+                _report(shown, run, trainer, final, before, after, output, kind)
     return Outcome(trainer, final)
 
 

@@ -93,12 +93,17 @@ def _verify_plain(folder: Path) -> None:
         raise CorruptCheckpointError("scheduler.pt is missing")
     for path in folder.iterdir():
         if path.suffix == ".safetensors":
-            _verify_safetensors(path)
+            verify_safetensors(path)
         elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
             raise CorruptCheckpointError(f"{path.name} is cut short")
 
 
-def _verify_safetensors(path: Path) -> None:
+def verify_safetensors(path: Path) -> None:
+    """Check that a safetensors file is as long as its head says, without reading its tensors.
+
+    Raises:
+        CorruptCheckpointError: it is not; the message names the file.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")  # of the header, which follows
         if 8 + length > path.stat().st_size:

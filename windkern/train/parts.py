@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,9 +11,12 @@ from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration
 from windkern.train.judges import Judge
 from windkern.train.judges_recorded import load_judge
+from windkern.train.preconditions import Room
 from windkern.train.prompts import without_user
 from windkern.train.sampler import Sampler, TransformersSampler
 
+Note = Callable[[str], None]
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _DROPOUT = ("dropout", "pdrop", "layerdrop")
 
 
@@ -80,6 +82,20 @@ def make_judge(config: WindConfig) -> Judge | None:
     )
 
 
+def fitting(
+    room: Room, prompts: Sequence, heldout: Sequence[str], note: Note
+) -> tuple[list[str], list[Demonstration], list[str]]:
+    """Training prompts, the demonstrations they are from if they are any, and held-out prompts, as far as they fit.
+
+    Raises:
+        ValueError: as `Room.fit`.
+    """
+    texts = [each.prompt if isinstance(each, Demonstration) else each for each in prompts]
+    kept = room.fit("train_prompts", texts, note)
+    shown = [prompts[k]._replace(prompt=prompt) for k, prompt in kept if isinstance(prompts[k], Demonstration)]
+    return [prompt for _, prompt in kept], shown, [prompt for _, prompt in room.fit("eval_prompts", heldout, note)]
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability of a model to 0, those of attention and of the configuration included."""
     for module in model.modules():
@@ -113,6 +129,66 @@ def check_prompts(prompts: Sequence[str], heldout: Sequence[str]) -> None:
         )
 
 
+def with_adapter(model: nn.Module, peft_config, seed: int) -> nn.Module:
+    """A model with a new adapter on top, which starts as the seed says.
+
+    Raises:
+        ValueError: the model has an adapter already; PEFT would put the new one in its place.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    if held := getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        names = ", ".join(held) if isinstance(held, dict) else "default"
+        raise ValueError(
+            f"peft_config makes a new adapter, but model has one ({names}), which it would take the place of. To train "
+            "that one further, leave peft_config out and load it by PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True); to start a new one on top, merge it first: PeftModel.from_pretrained(base, "
+            "folder).merge_and_unload()"
+        )
+    set_seed(seed)  # the adapter starts at random; transformers seeds only later
+    return get_peft_model(model, peft_config)
+
+
+def starts_as_base(peft_config) -> bool:
+    """Whether a model with a new adapter, switched off, is the model it was put on.
+
+    PiSSA and its like take from the base what they put into the adapter.
+    """
+    start = getattr(peft_config, "init_lora_weights", True)
+    return not (isinstance(start, str) and start.lower().startswith(_MOVES_BASE))
+
+
+def check_evaluation(config: WindConfig, heldout: Sequence[str], note: Note) -> None:
+    """Raise where an evaluation is asked for and there is nothing to evaluate on; `note` says what one prompt lacks.
+
+    Raises:
+        ValueError: eval_strategy, or what depends on it, without held-out prompts.
+    """
+    if not heldout and (config.eval_strategy != "no" or config.eval_on_start):
+        raise ValueError(
+            f"eval_prompts must be given for eval_strategy={str(config.eval_strategy.value)!r}, eval_on_start="
+            f"{config.eval_on_start}: an evaluation compares with the reference on held-out prompts"
+        )
+    if len(heldout) == 1:
+        note("eval_prompts holds one prompt: means over prompts get no standard error, and no interval")
+
+
+def not_finite(config: WindConfig, step: int, loss: float) -> FloatingPointError:
+    """The error for a loss that is no number, which names what may be to blame."""
+    given = {"eta": config.eta, "beta": config.beta, **(config.loss_settings or {})}
+    numbers = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+    if step == 1:  # no weight has moved
+        return FloatingPointError(
+            f"the loss of step 1 is {loss}, before any weight has moved: the numbers of the loss ({numbers}) or the "
+            "judge's rewards are too large for it"
+        )
+    return FloatingPointError(
+        f"the loss of step {step} is {loss}; lower learning_rate={config.learning_rate!r}, or the numbers of the loss "
+        f"({numbers})"
+    )
+
+
 def check_unused(output_dir: Path, *, overwrite: bool) -> list[Path]:
     """The checkpoints of an earlier run, which may be deleted.
 
@@ -141,13 +217,3 @@ def demonstrations_of(prompts: Sequence, wanted: bool) -> list[Demonstration]:
             f"{len(prompts)}"
         )
     return found
-
-
-def clear_run(output_dir: Path, *, overwrite: bool) -> None:
-    """Delete an earlier run's checkpoints, if that is wanted.
-
-    Raises:
-        ValueError: as `check_unused`.
-    """
-    for folder in check_unused(output_dir, overwrite=overwrite):
-        shutil.rmtree(folder)

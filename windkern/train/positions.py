@@ -38,5 +38,6 @@ def _stretched(config, most: int) -> Iterator[int]:
     """Positions by each scaling of a rotary embedding; some models have one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for each in (rope, *rope.values()):
-        if isinstance(each, dict) and isinstance(each.get("factor"), (int, float)):
+        scaled = isinstance(each, dict) and each.get("rope_type", each.get("type")) != "default"
+        if scaled and isinstance(each.get("factor"), (int, float)):
             yield int(each["factor"] * (each.get("original_max_position_embeddings") or most))

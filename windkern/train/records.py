@@ -1,21 +1,22 @@
-"""Responses somebody recorded, with their scores or preferences where there are any, from JSON lines."""
+"""Responses somebody recorded, with their scores or preferences where there are any."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from windkern.train.files import load
 from windkern.train.prompts import prompt_from_json, prompt_to_json
+from windkern.train.valid_json import to_json
 
 _SUM_TOLERANCE = 1e-3  # of prefs[i][j] + prefs[j][i] = 1, for files with rounded numbers
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One line: a prompt and N responses to it."""
+    """One row: a prompt and N responses to it."""
 
     prompt: str  # or ChatPrompt
     responses: tuple[str, ...]
@@ -52,11 +53,7 @@ def _preferences(value: object, count: int) -> tuple[tuple[float, ...], ...]:
     return rows
 
 
-def _parse(line: str) -> Recorded:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from None
+def _record(entry: object) -> Recorded:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), (str, list)):
         raise ValueError('expected an object with a string under "prompt", or with a list of chat messages there')
     prompt = entry["prompt"] if isinstance(entry["prompt"], str) else prompt_from_json(entry["prompt"])
@@ -68,34 +65,21 @@ def _parse(line: str) -> Recorded:
 
 
 def load_records(path: str | Path) -> list[Recorded]:
-    """Return the lines of a JSON-lines file of recorded responses.
+    """Return the rows of a file of recorded responses.
 
         {"prompt": "...", "responses": ["...", "..."], "rewards": [0.1, -2.0], "prefs": [[0.5, 0.9], [0.1, 0.5]]}
 
     Args:
-        path: UTF-8 file. "prompt" is a string or a list of chat messages (`ChatPrompt`). "rewards" and
-            "prefs" are optional; other fields are not looked at; empty lines are skipped. Texts are taken as they are,
-            with the space around them.
+        path: as for `windkern.train.data.load_prompts`, but no plain text; in CSV and TSV all but the prompt are JSON.
+            "prompt" is a string or a list of chat messages (`ChatPrompt`). "rewards" and "prefs" are optional; other
+            fields are not looked at. Texts are taken as they are, with the space around them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is not such an object (the message names the line and what is wrong), or there is none.
+        ValueError: a row is not such an object (the message names the line and what is wrong), or there is none.
+        MissingPackageError, OSError: as `load_prompts`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"file of recorded responses {path} does not exist")
-    found = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                found.append(_parse(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-    if not found:
-        raise ValueError(f"{path} holds no recorded responses")
-    return found
+    return load(path, "recorded responses", _record)
 
 
 def save_records(path: Path, records: Sequence[Recorded]) -> None:
@@ -107,5 +91,5 @@ def save_records(path: Path, records: Sequence[Recorded]) -> None:
             entry["rewards"] = list(record.rewards)
         if record.prefs is not None:
             entry["prefs"] = [list(row) for row in record.prefs]
-        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        lines.append(to_json(entry) + "\n")
     path.write_text("".join(lines), encoding="utf-8")

@@ -1,9 +1,9 @@
-"""Where log pi_ref comes from: a second model, the base under an adapter, or a table made before the first step."""
+"""Where log pi_ref comes from: a second model, the adapter as it was, or a table made before the first step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from windkern.losses import LOSSES
+from windkern.train.anchor import Anchor
 from windkern.train.config import WindConfig
 from windkern.train.fused_head import FusedHead, score_job
 from windkern.train.groups import Batch, FitGroup
-from windkern.train.rollouts import read_json, write_json
+from windkern.train.rollouts import ANEW, DamagedRecordError, read_json, write_json
 from windkern.train.scoring import Scorer
 from windkern.train.sharded import shard_frozen
 
@@ -76,23 +77,34 @@ def _without_adapter(model: nn.Module) -> Iterator[None]:
 
 
 class AdapterReference:
-    """The policy without its adapter.
+    """The policy as it was when the run began, by its adapter.
+
+    An adapter that begins with the run is left out: its base is the reference. One that the policy came with (a second
+    stage) is kept as it was, so that the reference is the first stage's policy, and not the bare base.
 
     Args:
-        model: the PEFT model, unwrapped.
+        model: the PEFT model, unwrapped, at its start.
         scorer: scores a batch with the policy as it is at that moment.
+        new: whether the adapter begins with the run.
+
+    Memory:
+        Of an adapter that is kept: 4 bytes a trained parameter, and while it is in place a copy of these parameters.
     """
 
-    def __init__(self, model: nn.Module, scorer: Scorer):
+    def __init__(self, model: nn.Module, scorer: Scorer, *, new: bool):
         self.model, self.scorer = model, scorer
+        self._start = None if new else Anchor(model, rate=1.0)  # which is never updated
+
+    def _in_place(self) -> AbstractContextManager[None]:
+        return _without_adapter(self.model) if self._start is None else self._start.in_place()
 
     def score(self, batch: Batch, groups: list[FitGroup]) -> Tensor:
-        with _without_adapter(self.model):
+        with self._in_place():
             return self.scorer.score_batch(batch)
 
     @contextmanager
     def sampling(self) -> Iterator[nn.Module]:
-        with _without_adapter(self.model):
+        with self._in_place():
             yield self.model
 
 
@@ -109,11 +121,18 @@ class PrecomputedReference:
         self._table: dict[tuple[int, tuple[int, ...]], float] = {}
 
     def load(self) -> bool:
-        """Read the file; False where there is none."""
+        """Read the file; False where there is none.
+
+        Raises:
+            DamagedRecordError: it holds something else.
+        """
         content = read_json(self.path)
         if content is None:
             return False
-        self._table = {(place, tuple(tokens)): logp for place, tokens, logp in content}
+        try:
+            self._table = {(place, tuple(tokens)): float(logp) for place, tokens, logp in content}
+        except (TypeError, ValueError) as error:
+            raise DamagedRecordError(self.path, error, ANEW) from error
         return True
 
     def save(self, groups: list[FitGroup], logps: list[Tensor], *, write: bool) -> None:
@@ -154,25 +173,47 @@ def make_reference(
     model: nn.Module | None,
     scorer: Scorer,
     accelerator: Accelerator | None = None,
+    *,
+    new_adapter: bool = True,
+    sharded: bool = False,
 ) -> Reference | None:
     """The reference that `config.reference` names; None where there is none and none is needed.
 
+    Args:
+        config: of the run.
+        policy: at its start.
+        model: of the reference, where there is one.
+        scorer: of the run.
+        accelerator: with FSDP2.
+        new_adapter: whether the policy's adapter begins with the run.
+        sharded: whether the policy is going to be cut in pieces.
+
     Raises:
         ValueError: a model is missing, or given where none is wanted; it shares parameters with the policy; the policy
-            has no adapter to leave out, or trains parameters of its base beside it.
+            has no adapter to leave out, or trains parameters of its base beside it, or is going to be cut in pieces and
+            came with an adapter.
     """
     if config.reference != "model" and model is not None:
         raise ValueError(f"reference must be None with args.reference={config.reference!r}, got a model")
     if config.reference == "adapter":
         if not hasattr(policy, "disable_adapter"):
-            raise ValueError("args.reference='adapter' needs a PEFT model; pass peft_config")
+            raise ValueError(
+                "args.reference='adapter' needs a PEFT model: pass peft_config, or a model with an adapter made by "
+                "PeftModel.from_pretrained(base, folder, is_trainable=True)"
+            )
         if trained := _trained_base(policy):
             raise ValueError(
                 f"args.reference='adapter' needs a base that stays, but {len(trained)} of its own parameters are "
                 f"trained, e.g. {trained[0]}; use bias='none' and freeze them, or pass a second model with "
                 "args.reference='model'"
             )
-        return AdapterReference(policy, scorer)
+        if sharded and not new_adapter:
+            raise ValueError(
+                "args.reference='adapter' keeps the adapter that the policy came with as it was, which FSDP and "
+                "DeepSpeed would cut in pieces; merge it first (adapter: merge, or model.merge_and_unload()), or pass "
+                "a second model with args.reference='model'"
+            )
+        return AdapterReference(policy, scorer, new=new_adapter)
     if config.reference == "precomputed":
         return PrecomputedReference(Path(config.output_dir) / "ref_logps.json", policy)
     if model is None and needs_reference(config):

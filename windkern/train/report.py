@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from windkern.display import Display
 from windkern.terminal import printable
 from windkern.train.evaluate import NORMAL_95, Estimate, Evaluation
 from windkern.train.progress import Record
+from windkern.train.valid_json import to_json
 
 
 def quiet_libraries() -> None:
@@ -158,7 +158,7 @@ def as_json(
             for prompt, old, new in zip(prompts, before, after, strict=True)
         ],
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    path.write_text(to_json(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -> None:

@@ -16,6 +16,7 @@ from windkern.losses import check_prefs
 from windkern.train.judges import Judge, Verdict, ask
 from windkern.train.models import sync_dir
 from windkern.train.sampler import Completions
+from windkern.train.valid_json import to_json
 from windkern.train.world import World
 
 
@@ -90,6 +91,10 @@ def judged(rollouts: Sequence[Rollout], prompts: Sequence[str], judge: Judge) ->
         check_shape("prefs", verdict.prefs, (*shape, shape[1]))
         if verdict.rewards is not None:
             check_shape("rewards", verdict.rewards, shape)
+            if not verdict.rewards.isfinite().all():
+                raise ValueError(
+                    f"rewards must be finite, got {verdict.rewards[~verdict.rewards.isfinite()][0].item()}"
+                )
     except (TypeError, ValueError) as error:
         raise type(error)(f"judge {judge.name!r}: {error}") from error
     return [
@@ -102,13 +107,28 @@ def judged(rollouts: Sequence[Rollout], prompts: Sequence[str], judge: Judge) ->
     ]
 
 
+class DamagedRecordError(ValueError):
+    """A file that a run wrote is not what was written; the message names it, and the way out."""
+
+    def __init__(self, path: Path, why: object, way_out: str):
+        super().__init__(f"{path} is damaged ({why}); {way_out}")
+
+
+ANEW = "restore it from a copy, or start another run in another output_dir"
+AGAIN = "delete it, and its responses are sampled and judged again, the same ones"
+BEGUN = (
+    "the policy that made it has moved, so it cannot be made again: restore it from a copy, or delete the checkpoints "
+    "inside its iteration and resume from one at the end of an iteration"
+)
+
+
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False)
+            file.write(to_json(content))
             file.flush()
             os.fsync(file.fileno())
         scratch.rename(path)
@@ -118,12 +138,37 @@ def write_json(path: Path, content: object) -> None:
     sync_dir(path.parent)
 
 
-def read_json(path: Path) -> object | None:
-    """The content of a JSON file, None if there is none."""
+def read_json(path: Path, way_out: str = ANEW) -> object | None:
+    """The content of a JSON file, None if there is none.
+
+    Raises:
+        DamagedRecordError: it holds something else; the message says `way_out`.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise DamagedRecordError(path, error, way_out) from error
+
+
+@dataclass(frozen=True)
+class Block:
+    """Prompts that are sampled and judged at once."""
+
+    index: int
+    places: tuple[int, ...]
+
+
+def blocks_of(places: Sequence[int], size: int) -> list[Block]:
+    """The places cut into blocks of `size`.
+
+    Example:
+        >>> blocks_of([4, 0, 2], 2)
+        [Block(index=0, places=(4, 0)), Block(index=1, places=(2,))]
+    """
+    cuts = [tuple(places[first : first + size]) for first in range(0, len(places), size)]
+    return [Block(index, cut) for index, cut in enumerate(cuts)]
 
 
 class RolloutStore:
@@ -144,41 +189,60 @@ class RolloutStore:
 
     def has(self, folder: Path, block: int) -> bool:
         """Whether a block has been sampled; it is there as a whole or not at all."""
-        return self._path(folder, block).is_file()
+        return self.path(folder, block).is_file()
 
-    def read(self, folder: Path, block: int) -> tuple[list[Rollout], bool]:
-        """The rollouts of a block and whether they have been judged; nothing where there is no such block."""
-        content = read_json(self._path(folder, block))
+    def read(self, folder: Path, block: Block, way_out: str = AGAIN) -> tuple[list[Rollout], bool]:
+        """The rollouts of a block and whether they have been judged; nothing where there is no such block.
+
+        Raises:
+            DamagedRecordError: its file does not hold rollouts of the block's prompts.
+        """
+        path = self.path(folder, block.index)
+        content = read_json(path, way_out)
         if content is None:
             return [], False
-        return [_rollout(entry) for entry in content["rollouts"]], content["judged"]
+        try:
+            found, judged = [_rollout(entry) for entry in content["rollouts"]], content["judged"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedRecordError(path, f"{type(error).__name__}: {error}", way_out) from error
+        places = [rollout.place for rollout in found]
+        if places != list(block.places) or not isinstance(judged, bool):
+            why = f"it holds the prompts {places}, its block has {list(block.places)}"
+            raise DamagedRecordError(path, why, way_out)
+        return found, judged
 
     def write(self, folder: Path, block: int, rollouts: Sequence[Rollout], judged: bool) -> None:
         content = {"judged": judged, "rollouts": [asdict(rollout) for rollout in rollouts]}
-        write_json(self._path(folder, block), content)
+        write_json(self.path(folder, block), content)
 
-    def _path(self, folder: Path, block: int) -> Path:
+    def path(self, folder: Path, block: int) -> Path:
         return folder / f"block-{block:04d}.json"
 
 
+def _row(values: object, kind: type, name: str, count: int | None = None) -> tuple:
+    """A list of numbers or texts of one kind, as many as wanted."""
+    if not isinstance(values, list) or set(map(type, values)) - {kind} or len(values) != (count or len(values)):
+        raise ValueError(f"{name} must hold {'' if count is None else f'{count} '}{kind.__name__} values")
+    return tuple(values)
+
+
 def _rollout(entry: dict) -> Rollout:
+    completions = tuple(_row(tokens, int, "completions") for tokens in entry["completions"])
+    count = len(completions)
+    if not count or not all(completions):
+        raise ValueError("completions must hold tokens")
+    prefs, rewards = entry["prefs"], entry["rewards"]
+    if prefs is not None and len(prefs) != count:
+        raise ValueError(f"prefs must hold {count} rows")
     return Rollout(
         place=entry["place"],
-        prompt_ids=tuple(entry["prompt_ids"]),
-        completions=tuple(map(tuple, entry["completions"])),
-        truncated=tuple(entry["truncated"]),
-        texts=tuple(entry["texts"]),
-        prefs=None if entry["prefs"] is None else tuple(map(tuple, entry["prefs"])),
-        rewards=None if entry["rewards"] is None else tuple(entry["rewards"]),
+        prompt_ids=_row(entry["prompt_ids"], int, "prompt_ids"),
+        completions=completions,
+        truncated=_row(entry["truncated"], bool, "truncated", count),
+        texts=_row(entry["texts"], str, "texts", count),
+        prefs=None if prefs is None else tuple(_row(row, float, "prefs", count) for row in prefs),
+        rewards=None if rewards is None else _row(rewards, float, "rewards", count),
     )
-
-
-@dataclass(frozen=True)
-class Block:
-    """Prompts that are sampled and judged at once."""
-
-    index: int
-    places: tuple[int, ...]
 
 
 def collect(
@@ -191,6 +255,7 @@ def collect(
     judge: Callable[[Block, list[Rollout]], list[Rollout]] | None,
     *,
     together: bool,
+    begun: bool = False,
     begin: Callable[[str, int], None] = lambda name, done: None,
     advance: Callable[[int], None] = lambda prompts: None,
 ) -> list[Rollout]:
@@ -206,12 +271,18 @@ def collect(
         sample: makes the rollouts of a block.
         judge: adds their verdict; None where the loss needs none.
         together: see `World.share`; then sampling and judging are two rounds, each with its own calls.
+        begun: whether responses have been fitted already, so that all must be there.
         begin: told before "sampling" or "judging" how many prompts are done already; not if all are.
         advance: told how many more are.
+
+    Raises:
+        FileNotFoundError: `begun`, and a block is not there.
+        DamagedRecordError: the file of a block is not what was written.
     """
-    cuts = [tuple(places[first : first + block_size]) for first in range(0, len(places), block_size)]
-    blocks = [Block(index, cut) for index, cut in enumerate(cuts)]
+    blocks, way_out = blocks_of(places, block_size), BEGUN if begun else AGAIN
     missing = world.agree([block for block in blocks if not store.has(folder, block.index)])
+    if missing and begun:
+        raise FileNotFoundError(f"{store.path(folder, missing[0].index)} is missing; {BEGUN}")
 
     def sample_and_save(block: Block) -> None:
         rollouts = sample(block)
@@ -221,7 +292,7 @@ def collect(
             judge_and_save(block)
 
     def judge_and_save(block: Block) -> None:
-        rollouts, is_judged = store.read(folder, block.index)
+        rollouts, is_judged = store.read(folder, block, way_out)
         if judge is not None and not is_judged:
             store.write(folder, block.index, judge(block, rollouts), judged=True)
 
@@ -236,5 +307,5 @@ def collect(
         world.share(blocks, judge_and_save, done=done)
     else:  # all have been judged, unless an earlier process was killed while its judge was at work
         world.share(blocks, judge_and_save)
-    found = world.share(blocks, lambda block: store.read(folder, block.index)[0])
+    found = world.share(blocks, lambda block: store.read(folder, block, way_out)[0])
     return [rollout for part in found for rollout in part]

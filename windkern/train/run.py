@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from windkern import recipes
 from windkern._checks import check_choice, check_count
-from windkern.train.models import DTYPES, PACKAGED, require
+from windkern.train.models import ADAPTERS, DTYPES, PACKAGED, require
 
 if TYPE_CHECKING:
     from windkern.display import Display
 
 METHODS = ("wind", "value")
+_RENAMED = {  # by transformers 5.24; each is understood with any release
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+_PATHS = ("output_dir", "model", "reference_model", "train_prompts", "eval_prompts")
+_PATHS += ("base_model", "value_model", "transfer_base", "train_demonstrations", "eval_demonstrations")
 # Of the inherited settings, those that most files have.
 OFTEN = ("output_dir", "seed", "gradient_accumulation_steps", "bf16", "eval_strategy", "save_steps", "report_to")
 
@@ -42,8 +51,8 @@ class RunConfig:
     )
     train_prompts: str = field(
         metadata=_help(
-            "Prompts to train on: a file (.jsonl, a prompt or messages a line; .json, a list; or text, a prompt a "
-            "line), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged)."
+            "Prompts to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz too; .txt, a prompt "
+            "a line), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged)."
         )
     )
     eval_prompts: str | None = field(
@@ -73,6 +82,15 @@ class RunConfig:
     peft: dict | None = field(
         default=None, metadata=_help("Arguments of peft.LoraConfig, such as {r: 16}. null: every weight is trained.")
     )
+    adapter: str = field(
+        default="continue",
+        metadata=_help(
+            "What becomes of a LoRA adapter that model is (a folder with adapter_config.json): continue (it is trained "
+            "further; peft must be null or say the same) or merge (into its base; then peft starts a new one, or with "
+            "null every weight is trained). With reference: adapter the reference is the policy at the start, either "
+            "way."
+        ),
+    )
     reference_model: str | None = field(
         default=None,
         metadata=_help("Of reference=model: folder or hub id of the frozen reference. null: the same as model."),
@@ -86,6 +104,7 @@ class RunConfig:
         self.final_responses = check_count("final_responses", self.final_responses, least=1)
         check_choice("method", self.method, METHODS)
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("adapter", self.adapter, ADAPTERS)
         for name in ("max_train_prompts", "max_eval_prompts"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_count(name, getattr(self, name), least=1))
@@ -148,11 +167,28 @@ def load_settings(
     content |= {} if method is None else {"method": method}
     require(*(name for name in ("peft", "deepspeed") if content.get(name)))
     source = " ".join([str(path), *(f"--override {entry}" for entry in overrides)])
+    _expand(content, source)
     try:
         classes = classes_of(content.get("method", "wind"))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    for old, new in _RENAMED.items():
+        names = (old, new) if new in {each.name for each in dataclasses.fields(classes[1])} else (new, old)
+        if names[0] in content and names[1] not in content:
+            content[names[1]] = content.pop(names[0])
     return build(classes, content, source)
+
+
+def _expand(content: dict[str, object], source: str) -> None:
+    """Put the values of environment variables, and the home folder, into paths."""
+    for name in _PATHS:
+        if isinstance(value := content.get(name), str):
+            found = os.path.expanduser(os.path.expandvars(value))
+            if unset := re.search(r"\$\{?[A-Za-z_]\w*\}?", found):
+                raise ValueError(
+                    f"{source}: {name} names the environment variable {unset[0]}, which is not set: {value!r}"
+                )
+            content[name] = found
 
 
 def show_fields(method: str, everything: bool) -> None:
@@ -206,6 +242,9 @@ def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
         method=arguments.method,
     )
     require(*needed_packages(settings, config))
+    from windkern.train.preconditions import check_reporting
+
+    check_reporting(config)
     try:
         return _train(settings, config, arguments.resume, display)
     finally:
@@ -214,9 +253,11 @@ def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
 
 def _train(settings: RunConfig | ValueRun, config: object, resume: bool, display: Display | None) -> int:
     if isinstance(settings, ValueRun):
+        from windkern.train.lock import owned_by_run
         from windkern.train.value import run_value
 
-        return run_value(config, resume=resume, display=display)
+        with owned_by_run(config, warnings.warn if display is None else display.note):
+            return run_value(config, resume=resume, display=display)
     from windkern.train import launch
 
     launch.start(settings, config, resume=resume, display=display)

@@ -7,6 +7,7 @@ Here the files go to a hidden folder, get a manifest of digests, are flushed to 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import warnings
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from windkern.train.lock import owned_by_run
 from windkern.train.manifest import CorruptCheckpointError, by_step, latest_checkpoint, verify, write_manifest
 from windkern.train.models import sync_dir, sync_files
+from windkern.train.valid_json import to_json
 
 __all__ = ["AtomicCheckpoints", "CheckpointError", "CorruptCheckpointError", "latest_checkpoint"]
 
@@ -38,7 +41,8 @@ def _reason(error: BaseException) -> str | None:
         if isinstance(cause, OSError):
             return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__
-    return said
+    # Reason: what torch says names a line of its source.
+    return "the system did not take all of a file" if "unexpected pos" in said or "Pytorch" in said else said
 
 
 class AtomicCheckpoints:
@@ -57,6 +61,7 @@ class AtomicCheckpoints:
         >>> class MyTrainer(AtomicCheckpoints, transformers.Trainer): ...
 
     Raises:
+        FolderInUseError: another process trains in this folder; see `windkern.train.lock.owned`.
         CheckpointError: the disk is full, over quota or read-only; the half-written folder has been removed.
         CorruptCheckpointError: `train` was given the path of a checkpoint that is not what was written.
     """
@@ -104,7 +109,9 @@ class AtomicCheckpoints:
         def commit():
             self._name_the_best(run_dir)
             if self.args.should_save:
-                self.state.save_to_json(str(staging / target.name / "trainer_state.json"))
+                state = staging / target.name / "trainer_state.json"
+                self.state.save_to_json(str(state))
+                state.write_text(to_json(json.loads(state.read_text(encoding="utf-8")), indent=2), encoding="utf-8")
                 write_manifest(staging / target.name)
                 sync_files(staging / target.name)
                 if target.exists():
@@ -176,10 +183,11 @@ class AtomicCheckpoints:
                 shutil.rmtree(doomed)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As `transformers.Trainer.train`, from a verified checkpoint."""
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._choose(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """As `transformers.Trainer.train`, from a verified checkpoint, in a folder that no other run writes into."""
+        with owned_by_run(self.args, self._warn):
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._choose(resume_from_checkpoint)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _warn(self, line: str) -> None:
         """Something a person should know about the checkpoints; called on rank 0."""

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import yaml
 
+from windkern.train.errors import one_line
+from windkern.train.files import decoded
 from windkern.train.settings_fields import WORDS, shown
 
 
@@ -60,8 +62,9 @@ def _refuse_word(node: yaml.Node, place: str) -> None:
 
 def _parse(text: str, source: str, nested: bool = False) -> object:
     """What a YAML document says; `nested` where it is to be a value inside a mapping."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -75,11 +78,14 @@ def _parse(text: str, source: str, nested: bool = False) -> object:
         where = "" if mark is None else f", line {mark.line + 1}"
         raise ValueError(f"{source}{where}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not YAML: {error}") from None
+        raise ValueError(f"{source}: not YAML: {one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{source}: nested too deeply to be read") from None
     except ValueError as error:
         raise ValueError(f"{source}, {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -96,8 +102,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not YAML or not a mapping, a key is given twice or is no string, an override has no `=` or
-            leads into something that is not a mapping; the message names file and line, or the override.
+        ValueError: it is not UTF-8, not YAML or not a mapping, a key is given twice or is no string, an override has no
+            `=` or leads into something that is not a mapping; the message names file and line, or the override.
 
     Example:
         >>> import tempfile
@@ -110,7 +116,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"settings file {path} does not exist")
-    content = _parse(path.read_text(encoding="utf-8"), str(path))
+    content = _parse(decoded(path.read_bytes(), str(path)), str(path))
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, got {shown(content)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from windkern.train import tried  # noqa: F401
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from windkern.train import parts
@@ -26,16 +27,21 @@ from windkern.train.evaluate import Evaluation
 from windkern.train.fused_head import FusedHead, Watch, loss_job
 from windkern.train.groups import IterationData, collate
 from windkern.train.heldout import HeldOut, Texts
-from windkern.train.identity import check_same, identity_of
+from windkern.train.history import History
+from windkern.train.identity import fingerprint, models_inside
 from windkern.train.judges import Judge, check_judge
+from windkern.train.lock import owned_by_run
 from windkern.train.metrics import Averages, make_record, step_metrics
+from windkern.train.models import name_base, public_name
 from windkern.train.objectives import make_objective
-from windkern.train.optim import forget_moments, master_optimizer
+from windkern.train.opening import open_run
+from windkern.train.optimizing import Optimizing
 from windkern.train.outer import OuterLoop
+from windkern.train.preconditions import Room, check_model, check_reporting
 from windkern.train.progress import RECORDED, Observer, Record, Unobserved
 from windkern.train.reference import PrecomputedReference, make_reference
 from windkern.train.responder import Responder
-from windkern.train.rollouts import RolloutStore, read_json, write_json
+from windkern.train.rollouts import RolloutStore
 from windkern.train.sampler import Sampler, TransformersSampler
 from windkern.train.saving import AtomicCheckpoints, latest_checkpoint
 from windkern.train.scoring import Scorer
@@ -43,7 +49,7 @@ from windkern.train.sharded import prepare_plugin
 from windkern.train.world import World
 
 
-class WindTrainer(AtomicCheckpoints, Trainer):
+class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
     """Aligns a causal LM with a judge by WIND, or by another separable loss of `windkern.losses`.
 
     An outer iteration freezes pi_t, samples N responses to each of some prompts, has them judged, scores them with pi_t
@@ -68,13 +74,16 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         sampler: answers prompts; None takes the one that `args.sampler` names. If it has a method `update(model)`, that
             is called before each iteration, for servers whose weights must follow.
         processing_class: tokenizer of the model.
-        peft_config: makes the model a PEFT model; `args.reference` "adapter" then needs no second model.
+        peft_config: puts a new adapter on the model, which must have none; `args.reference` "adapter" then needs no
+            second model. A PEFT model's own adapter is trained further.
         observer: told about progress.
         callbacks, optimizers: as `transformers.Trainer`.
 
     Raises:
-        ValueError: prompt lists overlap or are empty, something is missing that the settings ask for, or they
-            contradict each other.
+        ValueError: prompt lists overlap or are empty, a prompt is too long for the model, nothing of the model is
+            trained or its weights are not finite, something is missing that the settings ask for, or they contradict
+            each other.
+        MissingPackageError: `args.report_to` names what is not installed.
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
 
     Memory:
@@ -103,20 +112,24 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         if not isinstance(args, WindConfig):
             raise TypeError(f"args must be a WindConfig, got {type(args).__name__}")
         check_one_gpu(args.n_gpu)
+        check_reporting(args)
+        self.observer = observer or Unobserved()
         self.objective = make_objective(args)
-        self._demonstrations = parts.demonstrations_of(train_prompts, self.objective.group == "demonstration")
-        prompts = [one.prompt for one in self._demonstrations] or list(train_prompts)
-        self.eval_prompts = list(eval_prompts or ())
-        parts.check_prompts(prompts, self.eval_prompts)
+        note = self._warn if args.process_index == 0 else Unobserved().note
+        prompts, heldout = list(train_prompts), list(eval_prompts or ())
+        shown = parts.demonstrations_of(prompts, self.objective.group == "demonstration")
+        parts.check_prompts([one.prompt for one in shown] or prompts, heldout)
+        parts.check_evaluation(args, heldout, note)
+        self.weights_at_start = {"model": fingerprint(model), "reference": fingerprint(reference)}
+        new_adapter = peft_config is not None and parts.starts_as_base(peft_config)
         if peft_config is not None:
-            from peft import get_peft_model
-
-            set_seed(args.seed)  # the adapter starts at random; transformers seeds only later
-            model = get_peft_model(model, peft_config)
+            model = parts.with_adapter(model, peft_config, args.seed)
+        check_model(model)
         self.head = FusedHead(model)
+        room = Room(args, model, processing_class)
+        prompts, self.demonstrations, self.eval_prompts = parts.fitting(room, prompts, heldout, note)
         if args.disable_dropout:
             parts.disable_dropout(model)
-        self.observer = observer or Unobserved()
         super().__init__(
             model=model,
             args=args,
@@ -133,13 +146,15 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         self.world = World(self.accelerator)
         judge = parts.make_judge(args) if judge is None else judge
         self.judge = None if judge is None else check_judge(judge)
+        for inside in models_inside(self.judge):
+            self.weights_at_start["judge"] = self.weights_at_start.get("judge", {}) | fingerprint(inside)
         if self.judge is None and (self.objective.judged or self.eval_prompts):
             raise ValueError(f"judge must be given for loss={args.loss!r}: pass judge=, or name one in args.judge")
         self.responder = Responder(
             args,
             self.objective.group,
             prompts,
-            self._demonstrations,
+            self.demonstrations,
             processing_class,
             sampler or parts.make_sampler(args, processing_class),
             self._policy_sampler,
@@ -148,7 +163,13 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         self.fill = padding_id(processing_class)
         self.scorer = Scorer(self.head, self._scoring_model, self.world, args, self.fill, self._sharded)
         self.scorer.reference = self.reference = make_reference(
-            args, self.model, reference, self.scorer, self.accelerator if self.is_fsdp_enabled else None
+            args,
+            self.model,
+            reference,
+            self.scorer,
+            self.accelerator if self.is_fsdp_enabled else None,
+            new_adapter=new_adapter,
+            sharded=self._sharded(),
         )
         folder = Path(args.output_dir) / "completions"
         self.store = RolloutStore(folder)
@@ -168,6 +189,7 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             args.steps_per_iteration * per_step // args.passes_per_iteration,
         )
         self.history: list[Record] = []
+        self._records = History(self.store)
         self._averages, self._iteration = Averages(), 0
         self._iteration_start = time.perf_counter()
         self._anchor_path: Path | None = None  # of the checkpoint that is resumed
@@ -197,13 +219,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         return SequentialSampler(self.train_dataset)  # IterationData has the order
 
     def _collate(self, groups) -> dict:
-        return {"batch": collate(groups, self.fill)}
-
-    def create_optimizer(self, model=None):
-        """As transformers, with float32 master weights where 16-bit weights are trained."""
-        if self.optimizer is None and not self._sharded():
-            self.optimizer_cls_and_kwargs = master_optimizer(self.model, self.args, self.world.size, self._warn)
-        return super().create_optimizer(model)
+        batch = collate(groups, self.fill)  # beside it, what transformers counts tokens by
+        return {"batch": batch, "input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
     # The run.
 
@@ -216,7 +233,9 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             given: as `transformers.Trainer.train`.
 
         Raises:
-            ResumeError: what is in `output_dir` is of a run with other settings, prompts or judge.
+            ResumeError: what is in `output_dir` is of a run with other settings, models, prompts or judge.
+            FolderInUseError: another process trains in `output_dir`.
+            DamagedRecordError, FileNotFoundError: a file of the run that is resumed is damaged or missing.
             ValueError: not resuming, and `output_dir` holds checkpoints that may not be deleted, or an earlier call
                 has trained already.
             FloatingPointError: a loss is infinite or no number.
@@ -229,38 +248,25 @@ class WindTrainer(AtomicCheckpoints, Trainer):
                 f"train has taken {self.state.global_step} steps with this object, so its model is not where a run "
                 "begins; resume from a checkpoint, or make a new trainer with the model that is wanted"
             )
-        if self.world.is_main:
-            self._open(bool(resume_from_checkpoint))
         self.outer.forget()  # what an earlier call knew
         self.responder.anchor, self._averages, self._iteration = None, Averages(), 0
-        self.world.wait()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
-        done = self.state.global_step // self.args.steps_per_iteration
-        self._catch_up(done)
-        self.history = self._records(done)
+        with owned_by_run(self.args, self._warn):
+            self.world.first(lambda: open_run(self, resume))
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
+            done = self.state.global_step // self.args.steps_per_iteration
+            self._catch_up(done)
+            self.history = self.world.first(lambda: self._records.read(done))
         return output
-
-    def _open(self, resume: bool) -> None:
-        path = self.store.folder / "run.json"
-        judge = "" if self.judge is None else f"{self.judge.name}, strength {getattr(self.judge, 'strength', None)}"
-        prompts = self._demonstrations or self.outer.prompts
-        identity = identity_of(self.args, self.model, prompts, self.eval_prompts, judge, self.world.size)
-        found = read_json(path)
-        if resume and found is not None:
-            check_same(found, identity, str(self.args.output_dir))
-            return
-        if not resume:
-            parts.clear_run(Path(self.args.output_dir), overwrite=self.args.overwrite)
-            Path(self.args.output_dir, "ref_logps.json").unlink(missing_ok=True)
-        self.store.clear()
-        write_json(path, identity)
 
     def begin_iteration(self, step: int) -> None:
         """Fill the data set for the iteration that optimizer step `step` belongs to."""
         done, inside = divmod(step, self.args.steps_per_iteration)
+        resumed = not self._iteration and done
         self._catch_up(done)
+        if resumed and self.world.is_main:
+            self._records.tell_missing(done, self.outer.blocks, self._warn)
         self._iteration_start, self._iteration = time.perf_counter(), done + 1
-        self.history = self._records(done)
+        self.history = self.world.first(lambda: self._records.read(done))
         self._prepare_reference(step)
         self._prepare_anchor(step)
         if self.args.reset_optimizer and not inside:
@@ -305,28 +311,12 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         self.observer.phase(self._iteration, "saving a checkpoint")
         super()._save_checkpoint(model, trial)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.reset_optimizer and self.state.global_step % self.args.steps_per_iteration == 0:
-            self._forget_moments()  # the next step would; two thirds of the file
-        super()._save_optimizer_and_scheduler(output_dir)
-
-    def _forget_moments(self) -> None:
-        forget_moments(getattr(self.optimizer, "optimizer", self.optimizer))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not self._sharded() and not Path(checkpoint, "optimizer.pt").is_file():
-            raise FileNotFoundError(
-                f"{checkpoint} has no optimizer.pt (save_only_model=True?); a run cannot go on from it"
-            )
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._anchor_path = Path(checkpoint) / anchor_file(self.world.rank, self.world.size)
-
-    def _reference_texts(self, iteration: int) -> list[tuple[str, ...]]:
+    def _reference_texts(self, iteration: int) -> Texts:
         if self.reference is None:
             raise ValueError("an evaluation compares with the reference: pass reference=")
         with self.reference.sampling() as model:
-            return self.heldout.reference_texts(self._sampler_of(model), self._sharded(), iteration)
+            moved = isinstance(self.reference, PrecomputedReference) and self.state.global_step > 0
+            return self.heldout.reference_texts(self._sampler_of(model), self._sharded(), iteration, moved=moved)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the groups of a batch, through the wrapped model's `__call__`."""
@@ -336,16 +326,10 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         job = loss_job(watch, targets, batch.constants, self.args.temperature, self.scorer.options)
         loss = self.head(model, batch.input_ids, batch.attention_mask, job)
         if not loss.isfinite():  # transformers would log 0 and go on
-            raise FloatingPointError(
-                f"the loss of step {self.state.global_step + 1} is {loss.item()}; lower learning_rate"
-            )
+            raise parts.not_finite(self.args, self.state.global_step + 1, loss.item())
         self._averages.add(step_metrics(watch.logps, batch.constants, self.args))
         self.observer.advance()
         return (loss, {}) if return_outputs else loss
-
-    def floating_point_ops(self, inputs) -> int:
-        """6 operations for each parameter and token."""
-        return 6 * inputs["batch"].input_ids.numel() * sum(value.numel() for value in self.model.parameters())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers, with the means of what was counted since the last line."""
@@ -398,7 +382,8 @@ class WindTrainer(AtomicCheckpoints, Trainer):
             estimate = getattr(result, name)
             if estimate is not None:
                 metrics[f"{prefix}_{name}"] = estimate.mean
-                metrics[f"{prefix}_{name}_se"] = estimate.standard_error
+                if math.isfinite(estimate.standard_error):  # of one prompt there is none
+                    metrics[f"{prefix}_{name}_se"] = estimate.standard_error
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return result, metrics
@@ -420,28 +405,26 @@ class WindTrainer(AtomicCheckpoints, Trainer):
         record = make_record(self._iteration, self.outer.rollouts, result, lines, seconds)
         self.history.append(record)
         if self.world.is_main:
-            write_json(self.store.iteration(self._iteration) / "record.json", record.as_dict())
+            self._records.write(record)
         self.observer.finished(record)
 
     def _catch_up(self, iteration: int) -> None:
-        """Evaluate an iteration whose checkpoint was written, but whose evaluation was cut off by a kill."""
-        path = self.store.iteration(iteration) / "record.json"
-        if iteration and self.evaluates_each_iteration and not self.world.agree(path.is_file()):
+        """Record an iteration whose checkpoint was written, but whose evaluation or record was cut off by a kill."""
+        missing = self._records.missing(iteration, self.outer.blocks) if iteration else []
+        if self.world.agree(missing) == [f"iteration-{iteration:04d}/record.json"]:
             self._iteration = iteration
             self.outer.recall(iteration)
-            self.finish_iteration(self._evaluation()[0])
-
-    def _records(self, iterations: int) -> list[Record]:
-        found = [read_json(self.store.iteration(k) / "record.json") for k in range(1, iterations + 1)]
-        return [Record(**content) for content in found if content is not None]
+            self.finish_iteration(self._evaluation()[0] if self.evaluates_each_iteration else None)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            name_base(folder)
             write_card(
-                folder := Path(output_dir or self.args.output_dir),
+                folder,
                 config=self.args.own_settings(),
-                base_model=getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
+                base_model=public_name(getattr(self.model.config, "_name_or_path", "")) or type(self.model).__name__,
                 judge=None if self.judge is None else self.judge.name,
                 history=[record.as_dict() for record in self.history],
                 name=self.args.hub_model_id or folder.name,

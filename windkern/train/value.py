@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from windkern.display import Display, clock
 from windkern.terminal import printable
 from windkern.train import report
 from windkern.train.models import describe, load_model
+from windkern.train.valid_json import to_json
 from windkern.train.value_model import ValueModel
 from windkern.train.value_trainer import DemonstrationCollator, ValueConfig, ValueTrainer
 
@@ -298,7 +298,7 @@ def _run(config: ValueConfig, resume: bool, display: Display) -> int:
             "seconds": time.perf_counter() - start,
         }
         path = Path(config.output_dir) / RESULT
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
         picture = path.with_name("nll.png")
         draw(picture, content)
         where = f"numbers {os.path.relpath(path)}, picture {os.path.relpath(picture)}"

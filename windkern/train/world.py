@@ -8,6 +8,8 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from windkern.train.errors import AnotherProcessError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -36,6 +38,25 @@ class World:
         broadcast_object_list(held)
         return held[0]
 
+    def first(self, work: Callable[[], Result]) -> Result:
+        """Do `work` on the first process and return its result on all; where it fails, all raise.
+
+        Raises:
+            AnotherProcessError: on the others, where it failed on the first.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as caught:
+                error = caught
+        failed, result = self.agree((error is not None, result))
+        if error is not None:
+            raise error
+        if failed:
+            raise AnotherProcessError("the first process has failed")
+        return result
+
     def share(
         self,
         items: Sequence[Item],
@@ -52,18 +73,34 @@ class World:
             together: every process calls `work` equally often (the last item again where there are too few), because
                 the calls talk to each other, as the forwards of a sharded model do.
             done: told, after each item of this process, which items all processes together have done meanwhile.
+
+        Raises:
+            AnotherProcessError: `work` failed on another process, which raises what it met. (With `together` that one
+                raises at once: the others wait for it inside their calls, until its end breaks the connection.)
         """
         rounds = -(-len(items) // self.size)
         found: list[tuple[int, Result]] = []
+        error: Exception | None = None
         for turn in range(rounds):
             place = turn * self.size + self.rank
-            if place < len(items):
-                found.append((place, work(items[place])))
-                done(items[turn * self.size : (turn + 1) * self.size])
-            elif together:
-                work(items[-1])
+            try:
+                if place < len(items):
+                    found.append((place, work(items[place])))
+                    done(items[turn * self.size : (turn + 1) * self.size])
+                elif together:
+                    work(items[-1])
+            except Exception as caught:
+                if together or self.size == 1:
+                    raise
+                error = caught
+                break
         if self.size > 1:
-            found = gather_object(found)
+            parts = gather_object([(error is not None, found)])  # of every process
+            if error is not None:
+                raise error
+            if any(failed for failed, _ in parts):
+                raise AnotherProcessError("another process has failed")
+            found = [entry for _, part in parts for entry in part]
         return [result for _, result in sorted(found, key=lambda entry: entry[0])]
 
     def wait(self) -> None:
