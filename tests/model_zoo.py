@@ -148,6 +148,7 @@ _SPECIALS: dict[str, dict[str, object]] = {
         "attention_head_size": 8,
         "feed_forward_size": 48,
         "attn_layers": ["local", "lsh"],
+        "hash_seed": 1,  # else two calls hash differently
         "lsh_attn_chunk_length": 4,
         "local_attn_chunk_length": 4,
         "num_buckets": 4,
@@ -158,6 +159,24 @@ _SPECIALS: dict[str, dict[str, object]] = {
     "qwen2_5_omni_thinker": {"vision_start_token_id": 150, "vision_end_token_id": 149},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 150, "vision_end_token_id": 149},
     "step3p7": {"text_config": {"sliding_window": 8}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_MROPE["full_attention"], "mrope_section": [1, 1, 2]}}},
+    "mistral4": {"head_dim": 16},
+    "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
+    "deepseek_ocr2": {
+        "text_config": {"num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
+    "qwen4_exp": {"text_config": _QWEN4},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [0, 1, 0, 1],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
+    },
+    "emu3": {"vocabulary_map": _IMAGE_TOKENS, "vq_config": {"codebook_size": 16, "base_channels": 32}},
+    "janus": {"vq_config": {**_VQ, "num_embeddings": 16}},
+    "dots3_note_text": {"per_layer_config": None, "head_dim": 16},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
 }
 
 
