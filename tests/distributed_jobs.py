@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import windkern as wk
 
@@ -140,6 +141,7 @@ WRAPPED = {
     "ddp": 1e-4,
     "ddp, adapters": 1e-4,
     "ddp of torch.compile": 1e-4,
+    "fsdp1": 1e-4,
     "fsdp2": 1e-4,
     "fsdp2, adapters": 1e-4,
     "fsdp2, own unit of the head": 1e-4,
@@ -173,6 +175,9 @@ def _sequences(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _trained(model: nn.Module) -> dict[str, list]:
     found = {}
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return _trained(model.module)
     for name, value in model.named_parameters():
         if value.requires_grad:
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -204,6 +209,8 @@ def _wrap(kind: str, model: nn.Module) -> nn.Module:
     if kind.startswith("ddp"):
         inner = torch.compile(model, backend="eager") if "compile" in kind else model
         return nn.parallel.DistributedDataParallel(inner)
+    if kind == "fsdp1":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
     options = {"mp_policy": low} if "bfloat16" in kind else {}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from windkern import hf_call
 from windkern._checks import check_integer, check_same_device, check_shape, check_tensor, shape_of
 from windkern.hf_check import Verdict, verdict_of
-from windkern.hf_head import UnsupportedModelError, blocks, head_shape, linear_of
+from windkern.hf_head import UnsupportedModelError, blocks, linear_of
 from windkern.ops.inputs import Blocks
 from windkern.ops.sequence import sequence_logps as _sequence_logps
 from windkern.transform import LogitTransform
@@ -101,8 +101,7 @@ def _parts(target: hf_call.Target, verdict: Verdict) -> CausalLM:
     def hidden(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return hf_call.hidden_states(target, input_ids, attention_mask, positions=verdict.positions)
 
-    columns = verdict.columns if verdict.columns < head_shape(target.head)[0] else None
-    return CausalLM(hidden, target.head, verdict.transform, verdict.masked, columns)
+    return CausalLM(hidden, target.head, verdict.transform, verdict.masked, verdict.columns)
 
 
 def hidden_and_head(model: nn.Module) -> CausalLM:

@@ -7,6 +7,7 @@ weights are.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ class Verdict:
 
     transform: LogitTransform
     masked: Tensor | None  # (V',) bool: columns that the model leaves out of its distribution
-    columns: int  # V', of which the model returns logits
+    columns: int | None  # V', of which the model returns logits; None where it is all that its head gives
     positions: bool  # whether positions counted from the first token that is no padding are those of the model
     left_padding: bool  # whether padding on the left leaves hidden states as they are
 
@@ -62,9 +63,10 @@ def _circumstances(target: Target) -> tuple:
     linear = linear_of(head)
     device = target.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    prepared = hasattr(target.base, "_original_forward")  # by accelerate, which autocasts in a forward of its own
     hooks = (*head._forward_hooks, *head._forward_pre_hooks)
     weight = (weakref.ref(linear), linear.weight.dtype, head_shape(head), linear.bias is None)
-    return weakref.ref(head), weight, autocast, hooks, adapter_state(head), numbers_of(target.base)
+    return weakref.ref(head), weight, autocast, prepared, hooks, adapter_state(head), numbers_of(target.base)
 
 
 @contextmanager
@@ -86,7 +88,9 @@ def _look(target: Target) -> Verdict:
         seen = _Forward(target, ids)
         alone, columns = seen.hidden[0], seen.logits.shape[-1]  # (T, H), V'
         probe, exact = seen.probe[:, :columns], seen.exact[:, :columns]
-        transform, masked = hf_transform.read(target, probe, seen.made_of_probe, exact, seen.logits, seen.dtype)
+        transform, masked = hf_transform.read(
+            target, probe, seen.made_of_probe, exact, seen.logits, seen.dtype, seen.rounding
+        )
         for name, value, claimed in hf_transform.unfollowed(target, transform):
             if not _is_used_before(target, ids, alone, name, value):
                 raise hf_transform.refusal(target, name, value, claimed, exact, seen.logits)
@@ -97,6 +101,7 @@ def _look(target: Target) -> Verdict:
                 stacklevel=4,
             )
         positions, left_padding = _padding(target, ids, alone)
+        columns = columns if columns < seen.probe.shape[-1] else None
     return Verdict(transform, masked, columns, positions, left_padding)
 
 
@@ -114,7 +119,10 @@ def _is_used_before(target: Target, ids: Tensor, alone: Tensor, name: str, value
 def _token_ids(target: Target) -> Tensor:
     """(2, T) ids spread over the vocabulary, without special ones; the second row ends differently."""
     config = target.base.config
-    vocab = min(head_shape(target.head)[0], getattr(target.base.get_input_embeddings(), "num_embeddings", 1 << 62))
+    # Reason: where FSDP has weights in pieces, these numbers are still those of the whole.
+    vocab = min(
+        linear_of(target.head).out_features, getattr(target.base.get_input_embeddings(), "num_embeddings", 1 << 62)
+    )
     special = {0}
     for holder in (config, config.get_text_config() if hasattr(config, "get_text_config") else config):
         for name, value in vars(holder).items():
@@ -137,6 +145,7 @@ class _Forward:
         logits: (T, V') float64, what the model returned for the first row.
         probe, made_of_probe: (T, V) and (T, V') float64, what was given for the second row and became of it.
         dtype: in which the head gives its product.
+        rounding: what a number of the product may be off by, as a share of its size.
     """
 
     def __init__(self, target: Target, ids: Tensor):
@@ -187,7 +196,11 @@ class _Forward:
         return forward
 
     def _compare(self, product: Tensor) -> Tensor:
-        """(T, V) float64, the exact product of the first row; raise where the head gives something else."""
+        """(T, V) float64, the exact product of the first row; raise where the head gives something else.
+
+        What rounding may do is measured on the same product of torch, so that TF32 and sums in bfloat16 are known
+        whatever switches them on.
+        """
         head, linear = self.target.head, linear_of(self.target.head)
         states, weights = blocks(head, self.hidden)
         states, weights = ((each,) if isinstance(each, Tensor) else each for each in (states, weights))
@@ -195,40 +208,55 @@ class _Forward:
         autocast = torch.is_autocast_enabled(device) and self.hidden.dtype != torch.float64
         operand = torch.get_autocast_dtype(device) if autocast else weights[0].dtype
         wide = torch.float32 if operand.itemsize < 4 else torch.float64
-        states = [each.to(operand).to(wide) for each in states]
+        states = [each.to(operand) for each in states]
         bias = None if linear.bias is None else whole(linear.bias).to(wide)
-        ours, error = [], 0.0
+        exact, theirs, torchs = [], _Gap(), _Gap()
         for start in range(0, product.shape[-1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
-            pairs = zip(states, (whole(each)[part].to(operand).to(wide) for each in weights), strict=True)
-            exact = sum(nn.functional.linear(state, weight) for state, weight in pairs)
-            exact = exact if bias is None else exact + bias[part]
-            size = exact.abs() + exact.square().mean(-1, keepdim=True).sqrt()
-            error = max(error, float(((product[..., part].to(wide) - exact).abs() / size.clamp(min=1e-30)).max()))
-            ours.append(exact[0].to("cpu", torch.float64))
-        allowed = _rounding(product.dtype, self.hidden)
-        if not error <= allowed:
+            pairs = [(state, whole(each)[part].to(operand)) for state, each in zip(states, weights, strict=True)]
+            ours = sum(nn.functional.linear(state.to(wide), weight.to(wide)) for state, weight in pairs)
+            torchs.add(sum(nn.functional.linear(state, weight) for state, weight in pairs), ours)
+            ours = ours if bias is None else ours + bias[part]
+            theirs.add(product[..., part], ours)
+            exact.append(ours[0].to("cpu", torch.float64))
+        if not math.isfinite(theirs.share) and not math.isfinite(torchs.share):
+            raise UnsupportedModelError(f"{self.target.name} has NaN or infinity in its hidden states or its head")
+        eps = torch.finfo(product.dtype).eps
+        self.rounding = max(2 * eps, 4 * torchs.largest)
+        if not (theirs.largest <= self.rounding and theirs.share <= max(eps / 2, 2 * torchs.share)):
             raise UnsupportedModelError(
-                f"what the head of {self.target.name} gives differs from the product with its weight by {error:.3g} of "
-                f"its size (allowed {allowed:.3g} in {product.dtype}): something has replaced its forward; take that "
-                f"away, or {hf_transform.REMEDY}"
+                f"what the head of {self.target.name} gives differs from the product with its weight by "
+                f"{theirs.largest:.3g} of the size of a number, and by {theirs.share:.3g} of the whole (rounding to "
+                f"{product.dtype} takes {torchs.largest:.3g} and {torchs.share:.3g}): something has replaced its "
+                f"forward; take that away, or {hf_transform.REMEDY}"
             )
-        return torch.cat(ours, -1)
+        return torch.cat(exact, -1)
+
+
+class _Gap:
+    """By how much numbers are off, slice by slice of the vocabulary."""
+
+    largest = 0.0  # of one number, as a share of its size and the row's
+
+    def __init__(self):
+        self._gap = self._all = 0.0
+
+    def add(self, rounded: Tensor, exact: Tensor) -> None:
+        gap = rounded.to(exact.dtype) - exact
+        size = exact.abs() + exact.square().mean(-1, keepdim=True).sqrt()
+        self.largest = max(self.largest, float((gap.abs() / size.clamp(min=1e-30)).max()))
+        self._gap, self._all = self._gap + float(gap.square().sum()), self._all + float(exact.square().sum())
+
+    @property
+    def share(self) -> float:
+        """Root of the mean square, as a share of that of the exact numbers."""
+        return (self._gap / max(self._all, 1e-60)) ** 0.5
 
 
 def as_operand(head: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden states in the dtype of the head's weight, as models with a float32 head cast them; autocast does that."""
     dtype = linear_of(head).weight.dtype
     return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(dtype)
-
-
-def _rounding(dtype: torch.dtype, hidden: Tensor) -> float:
-    """What a product may be off by in each number, as a share of its size: rounded once, and summed over H."""
-    eps = torch.finfo(dtype).eps
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        eps = 2.0**-7 if torch.get_float32_matmul_precision() == "medium" else 2.0**-10
-    sums = 0.0 if dtype == torch.float64 else torch.finfo(torch.float32).eps * hidden.shape[-1] ** 0.5
-    return 4 * (eps + sums)
 
 
 def _alike(target: Target, ours: Tensor, theirs: Tensor) -> bool:

@@ -55,7 +55,13 @@ def numbers_of(base: nn.Module) -> tuple[tuple[str, float], ...]:
 
 
 def read(
-    target: Target, given: Tensor, made: Tensor, exact: Tensor, logits: Tensor, dtype: torch.dtype
+    target: Target,
+    given: Tensor,
+    made: Tensor,
+    exact: Tensor,
+    logits: Tensor,
+    dtype: torch.dtype,
+    rounding: float,
 ) -> tuple[LogitTransform, Tensor | None]:
     """Return the transform that made `made` of `given`, and the columns (V',) that it masks.
 
@@ -64,6 +70,7 @@ def read(
         exact: (T, V') float64, the head's product for real hidden states; logits: (T, V') float64, what the model
             returned for them.
         dtype: in which the head gives its product.
+        rounding: what a number of the product may be off by, as a share of its size.
 
     Raises:
         UnsupportedModelError: it is no scale and softcap that the configuration names, or some columns are replaced by
@@ -79,7 +86,7 @@ def read(
         )
     expected, size = _apply(transform, exact), transform.scale * exact.square().mean(-1, keepdim=True).sqrt()
     error = float(((logits - expected).abs() / (expected.abs() + size).clamp(min=1e-30)).max())
-    if not error <= 16 * torch.finfo(dtype).eps + 1e-4:
+    if not error <= rounding + 4 * torch.finfo(dtype).eps:  # of the product, and of the transform's few steps
         raise UnsupportedModelError(
             f"{target.name} does to the logits of real tokens something else than to other numbers: they differ from "
             f"{transform} by {error:.3g} of their size; {REMEDY}"
