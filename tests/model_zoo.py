@@ -273,7 +273,7 @@ def build(kind: str, name: str, dtype: torch.dtype = torch.float32) -> nn.Module
     model_class, config_class = getattr(transformers, name), CONFIG_MAPPING[kind]
     if not issubclass(config_class, model_class.config_class):
         config_class = model_class.config_class
-    given = _merge(_small(config_class()), _SPECIALS.get(kind, _SPECIALS.get(config_class.model_type, {})))
+    given = _merge(_small(config_class()), _SPECIALS.get(config_class.model_type, _SPECIALS.get(kind, {})))
     config = config_class(**given)
     config._attn_implementation = "eager"
     if hasattr(config, "is_decoder"):

@@ -77,7 +77,8 @@ def test_columns_that_are_cut_off_have_no_probability():
     assert_as_own_logits(model, ids.clamp(max=VOCAB - 6), attention, completion)
 
 
-def test_what_else_happens_to_columns_is_refused():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_else_happens_to_columns_is_refused(dtype):
     """A tolerance that grows with the largest logit would let all of these pass."""
     cases = {
         r"multiplies what its head gives by 0\.5 ": lambda logits: write(-torch.inf, 3)(0.5 * logits),
@@ -89,8 +90,8 @@ def test_what_else_happens_to_columns_is_refused():
     }
     for message, change in cases.items():
         with pytest.raises(hf.UnsupportedModelError, match=message):
-            hf.hidden_and_head(changed(change))
-    capped = changed(lambda logits: write(-torch.inf, 3)(7 * (logits / 7).tanh()), softcap=7.0)
+            hf.hidden_and_head(changed(change).to(dtype))
+    capped = changed(lambda logits: write(-torch.inf, 3)(7 * (logits / 7).tanh()), softcap=7.0).to(dtype)
     with pytest.raises(hf.UnsupportedModelError, match="caps its logits and then masks 1"):
         hf.hidden_and_head(capped)
 

@@ -39,7 +39,7 @@ class Target:
 
     @property
     def head(self) -> nn.Module:
-        return self.base.get_output_embeddings()
+        return _head_of(self.base)
 
     @property
     def chain(self) -> tuple[nn.Module, ...]:
@@ -66,6 +66,16 @@ class Target:
     @property
     def is_offloaded(self) -> bool:
         return any(each.is_meta for each in self.base.parameters())
+
+
+def _head_of(base: nn.Module) -> nn.Module | None:
+    """The model's head; that of the causal LM inside it where it names none itself, as NemotronH Omni."""
+    found = base.get_output_embeddings()
+    if found is None:
+        parts = [each for each in base.children() if hasattr(type(each), "get_output_embeddings")]
+        heads = [head for head in (each.get_output_embeddings() for each in parts) if head is not None]
+        found = heads[0] if len(heads) == 1 else None
+    return found
 
 
 def _is_peft(module: nn.Module) -> bool:
@@ -105,7 +115,7 @@ def find(model: object) -> Target:
                 f"got {type(current).__name__} without get_output_embeddings and config"
             )
         current, holder = current._modules[name], (current, name)
-    if current.get_output_embeddings() is None:
+    if _head_of(current) is None:
         raise UnsupportedModelError(
             f"{type(current).__name__} has no output embeddings; load it with AutoModelForCausalLM, not AutoModel"
         )
@@ -297,7 +307,7 @@ def decoder_of(base: nn.Module) -> nn.Module | None:
     """The part of a model that transformers calls its base model; None where it names none."""
     prefix = getattr(base, "base_model_prefix", "")
     found = base._modules.get(prefix)
-    return found if found is not None and found is not base.get_output_embeddings() else None
+    return found if found is not None and found is not _head_of(base) else None
 
 
 @functools.lru_cache(maxsize=64)
