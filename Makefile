@@ -36,7 +36,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-## test-models  windkern.hf against the logits of every causal LM of transformers, tiny and random (half an hour)
+## test-models  windkern.hf against the logits of every causal LM of transformers, tiny and random (minutes)
 test-models: $(STAMP)
 	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_model_sweep.py $(ARGS)
 
