@@ -63,7 +63,7 @@ def _circumstances(target: Target) -> tuple:
     linear = linear_of(head)
     device = target.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    prepared = hasattr(target.base, "_original_forward")  # by accelerate, which autocasts in a forward of its own
+    prepared = any("_original_forward" in vars(each) for each in target.chain)  # by accelerate, whose forward autocasts
     hooks = (*head._forward_hooks, *head._forward_pre_hooks)
     weight = (weakref.ref(linear), linear.weight.dtype, head_shape(head), linear.bias is None)
     return weakref.ref(head), weight, autocast, prepared, hooks, adapter_state(head), numbers_of(target.base)
