@@ -1,4 +1,4 @@
-"""Log-probs of any transformers causal LM from its hidden states and head, without the logits.
+"""Log-probs of transformers' causal LMs from their hidden states and heads, without the logits.
 
 Nothing here imports transformers: a model is asked for its decoder, its head and its configuration.
 """
@@ -119,8 +119,7 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
         model: a decoder-only transformers model with a plain nn.Linear head, or a PEFT model around one: adapters of
             any kind inside the layers, LoRA or `modules_to_save` on the head. Its scale and softcap must be among the
             numbers of its configuration. Columns that it masks get a bias of -inf, those that it cuts off are left out
-            by `blocks`. `sequence_logps` and `run` also take
-            a model in DDP or FSDP.
+            by `blocks`. `sequence_logps` and `run` also take a model in DDP or FSDP.
 
     Returns:
         CausalLM(hidden, head, transform, masked, columns) with the properties weight and bias, the model's own
