@@ -12,7 +12,7 @@ ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test test-lowest check lint bench aot-all gpu clean
+.PHONY: help setup demo test test-lowest test-models check lint bench aot-all gpu clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -35,6 +35,10 @@ demo: $(STAMP)
 ## test    the whole suite that runs without a GPU, under 10 minutes on 2 cores
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+## test-models  windkern.hf against the logits of every causal LM of transformers, tiny and random (minutes)
+test-models: $(STAMP)
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_model_sweep.py $(ARGS)
 
 ## check   lint, then test, where a missing C++ extension is a failure
 check: export WINDKERN_REQUIRE_CPP := 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import windkern as wk
 
@@ -133,3 +134,116 @@ def _train(folder: Path, kind: str, changes: dict, resume: bool = False, **more)
 def everything(folder: Path, runs: str) -> dict:
     """Both of the above in one launch, which takes longer than they do."""
     return {"gathered": gathered(folder), "runs": trainer(folder, runs)}
+
+
+# How a model is wrapped in the job `wrapped`, and how near it comes to one process.
+WRAPPED = {
+    "ddp": 1e-4,
+    "ddp, adapters": 1e-4,
+    "ddp of torch.compile": 1e-4,
+    "fsdp1": 1e-4,
+    "fsdp2": 1e-4,
+    "fsdp2, adapters": 1e-4,
+    "fsdp2, own unit of the head": 1e-4,
+    "fsdp2, bfloat16": 0.05,
+}
+WRAPPED_STEPS = 3
+
+
+def _model_of(kind: str):
+    import tiny_model
+
+    model = tiny_model.make_model()
+    if "own unit" in kind:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # a unit shares no parameters
+    if "adapters" in kind:
+        import peft
+
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2)).eval()
+    return model
+
+
+def _sequences(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four rows of token ids, attention and completion mask, one padded on the left."""
+    ids = torch.randint(2, 18, (4, 9), generator=torch.Generator().manual_seed(step))
+    attention, completion = torch.ones_like(ids), torch.zeros_like(ids)
+    attention[2, :2] = 0
+    completion[:, 4:] = 1
+    return ids, attention, completion
+
+
+def _trained(model: nn.Module) -> dict[str, list]:
+    found = {}
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return _trained(model.module)
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found[name.replace("module.", "").replace("_orig_mod.", "")] = whole.detach().tolist()
+    return found
+
+
+def plain_steps(kind: str) -> dict:
+    """The steps of `wrapped` in one process, through the model's own logits."""
+    model = _model_of(kind)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    seen = []
+    for step in range(WRAPPED_STEPS):
+        ids, attention, completion = _sequences(step)
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits[:, :-1]
+        tokens = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        logps = torch.where(completion[:, 1:].bool(), tokens, 0.0).sum(-1)
+        (-logps.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(logps.tolist())
+    return {"logps": seen, "weights": _trained(model)}
+
+
+def _wrap(kind: str, model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if kind.startswith("ddp"):
+        inner = torch.compile(model, backend="eager") if "compile" in kind else model
+        return nn.parallel.DistributedDataParallel(inner)
+    if kind == "fsdp1":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
+    options = {"mp_policy": low} if "bfloat16" in kind else {}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    units = [*base.model.layers, *([base.lm_head] if "own unit" in kind else []), model]
+    for unit in units:
+        fully_shard(unit, **options)
+    return model
+
+
+def wrapped(folder: Path) -> dict:
+    """Steps of a plain loop over `hf.sequence_logps`, each rank with its half of the rows, by kind of wrapper."""
+    return {kind: _wrapped_steps(kind) for kind in WRAPPED}
+
+
+def _wrapped_steps(kind: str) -> dict:
+    from windkern import hf
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = _wrap(kind, _model_of(kind))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    seen = []
+    for step in range(WRAPPED_STEPS):
+        mine = (part.chunk(world)[rank] for part in _sequences(step))
+        logps = hf.sequence_logps(model, *mine)
+        (-logps.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        both = [torch.empty_like(logps) for _ in range(world)]
+        dist.all_gather(both, logps.detach())
+        seen.append(torch.cat(both).tolist())
+    try:
+        hf.hidden_and_head(model)
+        apart = ""
+    except hf.UnsupportedModelError as error:
+        apart = str(error)
+    return {"logps": seen, "weights": _trained(model), "apart": apart}

@@ -10,7 +10,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from windkern import hf  # noqa: E402
+from windkern import hf, hf_check  # noqa: E402
 from windkern.transform import LogitTransform  # noqa: E402
 
 VOCAB = 61
@@ -130,7 +130,6 @@ def test_temperature_divides_last():
 def test_the_head_never_makes_logits(llama, monkeypatch):
     hf.hidden_and_head(llama)  # the check may
     monkeypatch.setattr(llama.lm_head, "forward", lambda hidden: pytest.fail("logits were computed"))
-    monkeypatch.setattr(hf, "_head", lambda model: model.lm_head)
     hf.sequence_logps(llama, *batch()).sum().backward()
 
 
@@ -142,8 +141,8 @@ def test_padding_changes_nothing(model):
 
 def test_a_model_is_checked_once(llama, monkeypatch):
     calls = []
-    compare = hf._compare_with_logits
-    monkeypatch.setattr(hf, "_compare_with_logits", lambda *parts: (calls.append(parts), compare(*parts)))
+    look = hf_check._look
+    monkeypatch.setattr(hf_check, "_look", lambda target: (calls.append(target), look(target))[1])
     for _ in range(3):
         hf.sequence_logps(llama, *batch())
     assert len(calls) == 1
@@ -184,7 +183,7 @@ def test_unsupported_models_say_what_would_do(llama):
     with pytest.raises(hf.UnsupportedModelError, match="AutoModelForCausalLM"):
         hf.hidden_and_head(llama.model)
     wrapped = nn.DataParallel(nn.Linear(2, 2))
-    with pytest.raises(hf.UnsupportedModelError, match=r"pass model\.module"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"DataParallel, which copies it .* DistributedDataParallel"):
         hf.hidden_and_head(wrapped)
     llama.lm_head = OddHead(32, VOCAB, bias=False)
     with pytest.raises(hf.UnsupportedModelError, match=r"OddHead, not a plain nn\.Linear"):

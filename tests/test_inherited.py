@@ -12,6 +12,7 @@ pytest.importorskip("accelerate")
 from trainer_cases import HELDOUT, make_config, make_trainer  # noqa: E402
 
 from windkern.train import inherited  # noqa: E402
+from windkern.train.config import WindConfig  # noqa: E402
 from windkern.train.inherited import CONDITIONAL, FREE, REFUSED, TRAINED  # noqa: E402
 
 OTHERS = {  # values that are not the default, for settings whose default does not tell its kind
@@ -147,6 +148,17 @@ def test_without_tqdm_no_progress_is_shown(tmp_path, capsys):
     for more, lines in (("false", True), ("true", False)):
         assert main(["train", "--config", str(path), "--override", f"disable_tqdm={more}"]) == 0
         assert ("sampling 0 of" in capsys.readouterr().out) == lines
+
+
+def test_what_is_unset_does_not_follow_the_log_level(tmp_path):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity_error()
+        assert WindConfig(output_dir=str(tmp_path), use_cpu=True).disable_tqdm is False
+    finally:
+        logging.set_verbosity(before)
 
 
 def test_the_tables_are_data(monkeypatch):

@@ -302,10 +302,11 @@ def test_mixed_precision_of_accelerate_is_kept(folder, tmp_path):
             fused_lm_head=True,
         )
         assert out.log_probs.dtype == torch.float32
-        plain = hf.sequence_logps(
-            trainer.ref_model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
-        )
+        given = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
+        prepared = hf.sequence_logps(trainer.ref_model, *given)  # accelerate's autocast is in its forward
+        plain = hf.sequence_logps(transformers.AutoModelForCausalLM.from_pretrained(folder), *given)
         ours = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, inputs))
+    torch.testing.assert_close(ours, prepared, rtol=1e-5, atol=1e-5)
     assert not torch.equal(ours, plain)  # under autocast
     torch.testing.assert_close(ours, plain, rtol=0.05, atol=0.05)
 

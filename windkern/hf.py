@@ -1,4 +1,4 @@
-"""Log-probs of any transformers causal LM from its hidden states and head, without the logits.
+"""Log-probs of transformers' causal LMs from their hidden states and heads, without the logits.
 
 Nothing here imports transformers: a model is asked for its decoder, its head and its configuration.
 """
@@ -6,30 +6,34 @@ Nothing here imports transformers: a model is asked for its decoder, its head an
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import weakref
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from windkern import hf_call
 from windkern._checks import check_integer, check_same_device, check_shape, check_tensor, shape_of
-from windkern.hf_head import UnsupportedModelError, blocks, check_adapters, linear_of
+from windkern.hf_check import Verdict, verdict_of
+from windkern.hf_head import UnsupportedModelError, blocks, linear_of
 from windkern.ops.inputs import Blocks
-from windkern.ops.logprobs import token_logps
 from windkern.ops.sequence import sequence_logps as _sequence_logps
 from windkern.transform import LogitTransform
 
-IGNORE_INDEX = -100
-_CHECKED_TOKENS = 8
-_verdicts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # base model -> LogitTransform that was verified
+__all__ = [
+    "IGNORE_INDEX",
+    "CausalLM",
+    "UnsupportedModelError",
+    "completion_targets",
+    "hidden_and_head",
+    "run",
+    "run_inside",
+    "sequence_logps",
+]
 
-# Configuration fields that scale the logits before any softcap.
-_SCALES = {
-    "logit_scale": lambda value: float(value),  # Cohere
-    "logits_scaling": lambda value: 1.0 / float(value),  # Granite
-    "lm_head_multiplier": lambda value: float(value),  # Falcon-H1
-}
+IGNORE_INDEX = -100
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,8 @@ class CausalLM:
     hidden: Callable[[Tensor, Tensor], Tensor]  # input_ids (S, L), attention_mask (S, L) -> (S, L, H)
     head: nn.Module  # what the model calls on hidden states: an nn.Linear, or the layer of PEFT around one
     transform: LogitTransform
-    decoder: nn.Module  # what `hidden` calls
+    masked: Tensor | None = None  # (V,) bool, columns to which the model gives no probability
+    columns: int | None = None  # V, where the head has more rows than the model returns logits for
 
     @property
     def weight(self) -> Tensor:
@@ -51,8 +56,13 @@ class CausalLM:
 
     @property
     def bias(self) -> Tensor | None:
-        """(V,), the parameter that the head uses now."""
-        return linear_of(self.head).bias
+        """(V,), the parameter that the head uses now; with -inf in columns that the model masks."""
+        linear = linear_of(self.head)
+        bias = linear.bias if self.columns is None or linear.bias is None else linear.bias[: self.columns]
+        if self.masked is None:
+            return bias
+        bias = linear.weight.new_zeros(self.masked.shape) if bias is None else bias
+        return bias.masked_fill(self.masked.to(bias.device), -torch.inf)
 
     def blocks(self, hidden: Tensor) -> tuple[Blocks, Blocks]:
         """What the fused ops take as `hidden` and `weight`, with the adapters as they are at the time of the call.
@@ -68,7 +78,7 @@ class CausalLM:
         Returns:
             (hidden, weight) for a plain head, for `modules_to_save` and where adapters are disabled or merged; else two
             tuples, one more block of r columns for each active adapter. Gradients reach W, A and B. Outside autocast
-            the blocks of adapters are cast to the dtype of `hidden`.
+            the blocks of adapters are cast to the dtype of W, and the ops cast `hidden` to it.
 
         Raises:
             UnsupportedModelError: an active adapter is DoRA or another variant, or has a bias (`lora_bias`).
@@ -76,80 +86,22 @@ class CausalLM:
         Memory:
             r numbers per token and adapter; a copy of B (V, r) where its dtype is not that of `hidden`.
         """
-        return blocks(self.head, hidden)
+        states, weights = blocks(self.head, hidden)
+        if self.columns is not None:
+            cut = slice(self.columns)
+            weights = weights[cut] if isinstance(weights, Tensor) else tuple(each[cut] for each in weights)
+        return states, weights
 
     def at_temperature(self, temperature: float) -> CausalLM:
         """The same model with its logits divided by `temperature` last, as a tempered sampler draws from them."""
         return dataclasses.replace(self, transform=dataclasses.replace(self.transform, temperature=temperature))
 
 
-def _base_model(model: object) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a transformers causal LM (a torch module), got {type(model).__name__}")
-    if not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-        raise UnsupportedModelError(f"model is wrapped in {type(model).__name__}; pass model.module")
-    if hasattr(model, "active_peft_config"):
-        if getattr(model.active_peft_config, "is_prompt_learning", False):
-            raise UnsupportedModelError(
-                "model uses prompt-learning PEFT, which changes the input; LoRA and the like, which live inside the "
-                "layers, work"
-            )
-        model = model.get_base_model()
-    if not (hasattr(model, "get_output_embeddings") and hasattr(model, "config")):
-        raise UnsupportedModelError(
-            "model must be a transformers causal LM, "
-            f"got {type(model).__name__} without get_output_embeddings and config"
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are supported"
-        )
-    return model
-
-
-def _head(model: nn.Module) -> nn.Linear:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no output embeddings; load it with AutoModelForCausalLM, not AutoModel"
-        )
-    linear_of(head)
-    return head
-
-
-def _decoder(model: nn.Module, head: nn.Module) -> nn.Module:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", model)
-    if decoder is model or decoder is head or not isinstance(decoder, nn.Module):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} names no decoder (get_decoder() gave {type(decoder).__name__}); compute hidden "
-            "states yourself and call windkern.sequence_logps"
-        )
-    return decoder
-
-
-def _transform(config: object) -> LogitTransform:
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    scale = 1.0
-    for field, reading in _SCALES.items():
-        value = getattr(config, field, None)
-        if value is not None:
-            scale *= reading(value)
-    return LogitTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
-
-
-def _hidden_states(decoder: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    accepted = inspect.signature(decoder.forward).parameters
-
+def _parts(target: hf_call.Target, verdict: Verdict) -> CausalLM:
     def hidden(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        options: dict[str, object] = {"use_cache": False} if "use_cache" in accepted else {}
-        if "position_ids" in accepted:
-            # Hazard: with left padding a learned position table would see other positions than generation does.
-            options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        out = decoder(input_ids=input_ids, attention_mask=attention_mask.long(), **options)
-        return out[0] if isinstance(out, tuple) else out.last_hidden_state
+        return hf_call.hidden_states(target, input_ids, attention_mask, positions=verdict.positions)
 
-    return hidden
+    return CausalLM(hidden, target.head, verdict.transform, verdict.masked, verdict.columns)
 
 
 def hidden_and_head(model: nn.Module) -> CausalLM:
@@ -157,31 +109,37 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
 
         model(ids, mask).logits == transform(hidden(ids, mask) @ weight.T + bias)
 
-    The first time a model is seen, its log-probs are compared with its own logits on a few tokens; the first time an
-    adapter is seen on its head, its block is compared with the head's own output, with random numbers in the adapter's
-    place. Both verdicts are kept for as long as the model lives.
+    Hidden states are what the model's own forward gives to its head, so whatever stands between decoder and head (a
+    dense layer with activation and norm, a scale, a cast) is part of them. What the head gives, and what the model
+    makes of it, is looked at by calling the model on 9 tokens: the first time, and again when the head, its dtype or
+    adapters, autocast or a number of the configuration is another. The first time an adapter is seen on the head, its
+    block is compared with the head's own output, with random numbers in the adapter's place.
 
     Args:
         model: a decoder-only transformers model with a plain nn.Linear head, or a PEFT model around one: adapters of
-            any kind inside the layers, LoRA or `modules_to_save` on the head. The scale of Cohere, Granite and
-            Falcon-H1 and the softcap of Gemma are read from `model.config`.
+            any kind inside the layers, LoRA or `modules_to_save` on the head. Its scale and softcap must be among the
+            numbers of its configuration. Columns that it masks get a bias of -inf, those that it cuts off are left out
+            by `blocks`. `sequence_logps` and `run` also take a model in DDP or FSDP.
 
     Returns:
-        CausalLM(hidden, head, transform, decoder) with the properties weight and bias, the model's own parameters, so
-        gradients reach them, and a tied embedding gets both of its gradients; and the method blocks, which the fused
-        ops need where LoRA is on the head.
+        CausalLM(hidden, head, transform, masked, columns) with the properties weight and bias, the model's own
+        parameters, so gradients reach them, and a tied embedding gets both of its gradients; and the method blocks,
+        which the fused ops need where LoRA is on the head.
 
     Raises:
         TypeError: `model` is no torch module.
-        UnsupportedModelError: no decoder, no plain head, an encoder-decoder, a wrapper such as DDP, prompt-learning
-            PEFT, another adapter on the head (DoRA, `lora_bias`, IA3, ...), or the log-probs do not match the model's
-            own logits (the message gives the numbers).
+        UnsupportedModelError: no plain head or several, an encoder-decoder, prompt-learning PEFT, another adapter on
+            the head (DoRA, `lora_bias`, IA3, ...), a wrapper that does something in its call (DDP, FSDP2, ...), or
+            logits that are no known transform of the head's product (the message gives the numbers).
+
+    Warns:
+        UserWarning: the model's own logits depend on tokens that come later.
 
     Memory:
-        The check holds logits of 8 tokens, once.
+        The check holds logits of 2 * 9 tokens, and 8192 rows of the weight in float32 or float64.
 
     Source:
-        The check is ours; where the pieces live is the convention of transformers.
+        The check is ours; where the head is, is the convention of transformers.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -191,54 +149,71 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
         >>> tuple(parts.weight.shape), parts.bias is None, parts.transform.is_identity
         ((32, 16), True, True)
     """
-    base = _base_model(model)
-    head = _head(base)
-    transform = _transform(base.config)
-    decoder = _decoder(base, head)
-    parts = CausalLM(_hidden_states(decoder), head, transform, decoder)
-    check_adapters(head)
-    if _verdicts.get(base) != transform:
-        _compare_with_logits(base, parts)
-        _verdicts[base] = transform
-    return parts
+    target = hf_call.find(model)
+    hf_call.check_apart(target)
+    hf_call.check_gradients(target)
+    return _parts(target, verdict_of(target))
 
 
-@torch.no_grad()
-def _compare_with_logits(model: nn.Module, parts: CausalLM) -> None:
-    """Raise unless the fused log-probs of a few tokens are those of the model's own logits."""
-    vocab = parts.weight.shape[0]
-    steps = torch.arange(_CHECKED_TOKENS + 1, device=parts.weight.device)
-    ids = (1 + steps * max(1, (vocab - 2) // (_CHECKED_TOKENS + 1))).clamp(max=vocab - 1)[
-        None
-    ]  # spread, no padding id 0
-    mask = torch.ones_like(ids)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # dropout would make the two passes differ
-    try:
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        states, weights = parts.blocks(parts.hidden(ids, mask)[:, :-1])
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if shape_of(logits) != (1, ids.shape[1], vocab):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} returned logits {shape_of(logits)} for {ids.shape[1]} tokens, expected "
-            f"{(1, ids.shape[1], vocab)} from its head"
+def run(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, job: Callable[[CausalLM, Tensor], Tensor]
+) -> Tensor:
+    """Return job(parts, hidden), computed inside the call of the model as it is wrapped.
+
+    DDP, FSDP2 and DeepSpeed arrange in that call what the backward needs, and parameters are whole only inside it. The
+    job takes the place of the product of the head; the forward ends after it, so logits are never made.
+
+    Args:
+        model: as `hidden_and_head`, or in DDP, FSDP, a DeepSpeed engine, torch.compile, what `Accelerator.prepare`
+            returns, or another wrapper that passes `input_ids`, `attention_mask` and `position_ids` on and returns what
+            the model returns. torch.compile around a model compiles its decoder alone here.
+        input_ids: (S, L) int64 or int32, padded on either side.
+        attention_mask: (S, L) bool or 0 and 1; 0 for padding.
+        job: gets the model taken apart and its hidden states (S, L, H), on the device of the head; returns a tensor.
+            Constants travel in it, for FSDP2 rounds floating arguments of a call to its mixed precision.
+
+    Raises:
+        TypeError, UnsupportedModelError: as `hidden_and_head`.
+
+    Warns:
+        UserWarning: as `hidden_and_head`; or rows are padded on the left, and the model's hidden states change with it.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).eval()
+        >>> ids = torch.tensor([[4, 5, 6]])
+        >>> run(model, ids, torch.ones_like(ids), lambda parts, hidden: hidden @ parts.weight.T).shape
+        torch.Size([1, 3, 32])
+    """
+    target = hf_call.find(model)
+    hf_call.check_gradients(target)
+    verdict = verdict_of(target)
+    if not verdict.left_padding and not bool(attention_mask[:, 0].all()):
+        warnings.warn(
+            f"hidden states of {target.name} change with padding on the left, and log-probs with them, as those of its "
+            "own logits do; pad on the right",
+            stacklevel=3,
         )
-    targets = ids[:, 1:]
-    ours = token_logps(states, weights, targets, bias=parts.bias, transform=parts.transform).logps
-    theirs = logits[:, :-1].double().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-    # Reason: the model rounds its logits to its dtype, we do not; a wrong scale or softcap is off by far more.
-    allowed = 1e-5 + 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
-    error = float((ours.double() - theirs).abs().max())
-    if not error <= allowed:
-        pair = [[round(float(value), 4) for value in row[0, :4]] for row in (ours, theirs)]
-        raise UnsupportedModelError(
-            f"log-probs of {type(model).__name__} from hidden states and head miss those of its logits by {error:.3g} "
-            f"nats (allowed {allowed:.3g}): {pair[0]} against {pair[1]}, with {parts.transform}. The model does "
-            "something to its hidden states or logits that windkern does not know; compute hidden states yourself and "
-            "call windkern.sequence_logps with the right transform"
-        )
+    parts = _parts(target, verdict)
+    given = hf_call.inputs(target.base, input_ids, attention_mask, positions=verdict.positions)
+    return hf_call.run(target, given, lambda hidden: job(parts, hidden))
+
+
+def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[CausalLM, Tensor], Result]) -> Result:
+    """Return job(parts, hidden) for code that runs in a forward of the model already, under whatever wraps it.
+
+    Args:
+        model: a transformers causal LM, not a wrapper.
+        given: keyword arguments of its forward.
+        job: as of `run`, and may return anything.
+
+    Raises:
+        TypeError, UnsupportedModelError: as `hidden_and_head`.
+    """
+    target = hf_call.find_inside(model)
+    parts = _parts(target, verdict_of(target))
+    given = {**given, **({"use_cache": False} if hf_call.takes(model, "use_cache") else {})}
+    return hf_call.at_head(model.forward, target.head, given, lambda hidden: job(parts, hidden))
 
 
 def completion_targets(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
@@ -303,7 +278,8 @@ def sequence_logps(
     vocabulary exists at a time.
 
     Args:
-        model: as `hidden_and_head`.
+        model: as `run`: also in DDP, FSDP2, torch.compile, what `Accelerator.prepare` returns, on several devices or,
+            without gradients, offloaded.
         input_ids: (S, L) int64 or int32, prompt and completion, padded on either side.
         attention_mask: (S, L) bool or 0 and 1; 0 for padding.
         completion_mask: (S, L) bool or 0 and 1; 1 for the tokens to score (the end token included). Never 1 in the
@@ -315,7 +291,8 @@ def sequence_logps(
         (S,) nats, float32 (float64 for a float64 model).
 
     Raises:
-        TypeError, UnsupportedModelError: as `hidden_and_head`; a mask or `input_ids` has a dtype that does not fit.
+        TypeError, UnsupportedModelError: as `run`, or weights would lose their gradients (offloaded, ZeRO-3); a mask
+            or `input_ids` has a dtype that does not fit.
         ValueError: shapes, devices or values do not fit.
         BackendUnavailableError: the named back end cannot run here.
 
@@ -338,17 +315,26 @@ def sequence_logps(
     attended = _as_bool("attention_mask", attention_mask, input_ids)
     if input_ids.device.type == "cpu" and bool((completion_mask.bool() & ~attended).any()):
         raise ValueError("completion_mask must be 0 wherever attention_mask is 0, got a scored padding token")
-    parts = hidden_and_head(model).at_temperature(temperature)
-    hidden, weight = parts.blocks(parts.hidden(input_ids, attended))
-    return _sequence_logps(
-        hidden,
-        weight,
-        targets,
-        bias=parts.bias,
-        transform=parts.transform,
-        normalize=normalize,
-        num_scored=num_scored,
-        memory_budget=memory_budget,
-        deterministic=deterministic,
-        backend=backend,
-    )
+
+    def job(parts: CausalLM, hidden: Tensor) -> Tensor:
+        parts = parts.at_temperature(temperature)
+        states, weight = parts.blocks(hidden)
+        if torch.is_grad_enabled() and any(hasattr(each, "ds_id") for each in (parts.weight, parts.bias)):
+            raise UnsupportedModelError(
+                "DeepSpeed ZeRO-3 frees the gathered head before its backward; score under torch.no_grad(), compute "
+                "the loss inside the call by windkern.hf.run and windkern.fused_loss, or use ZeRO-2 or FSDP2"
+            )
+        return _sequence_logps(
+            states,
+            weight,
+            targets.to(hidden.device),
+            bias=parts.bias,
+            transform=parts.transform,
+            normalize=normalize,
+            num_scored=num_scored,
+            memory_budget=memory_budget,
+            deterministic=deterministic,
+            backend=backend,
+        )
+
+    return run(model, input_ids, attended, job).to(input_ids.device)

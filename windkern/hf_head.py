@@ -18,7 +18,7 @@ _verified: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # LoRA layer
 
 
 class UnsupportedModelError(ValueError):
-    """A model's log-probs cannot be had from hidden states and a head; the message says why and what would do."""
+    """A model's log-probs are not those of hidden states and a head; the message says why and what would do."""
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -63,13 +63,37 @@ def linear_of(head: nn.Module) -> nn.Linear:
             return layer.base_layer
         layer = layer.base_layer
     if type(layer).__module__.split(".")[0] == "peft":
-        raise _refuse(
-            layer,
-            "and only LoRA on a plain nn.Linear and modules_to_save are supported there",
-            "leave the head out of target_modules (trainable_token_indices for tied embeddings), or merge the adapter "
-            "by merge_and_unload(); with quantisation leave the head out by llm_int8_skip_modules",
+        why = "and only LoRA on a plain nn.Linear and modules_to_save are supported there"
+        raise _refuse(layer, why, _way_out(layer))
+    if isinstance(layer, nn.ModuleList):
+        raise _refuse(layer, f"which is {len(layer)} heads with a distribution each", "a model with one head works")
+    raise _refuse(layer, "not a plain nn.Linear whose logits are the product with its weight", _way_out(layer))
+
+
+def head_shape(head: nn.Module) -> tuple[int, int]:
+    """(V, H) of the weight, also while ZeRO-3 has it in pieces."""
+    weight = linear_of(head).weight
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def _way_out(layer: nn.Module) -> str:
+    if _is_quantised(layer):
+        return "leave the head out of quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+    if type(layer).__name__ == "TrainableTokensWrapper":
+        return (
+            "it trains rows of the embedding, to which the head is tied: leave trainable_token_indices out of the "
+            "configuration, or untie the head (config.tie_word_embeddings=False) before the adapter is added"
         )
-    raise _refuse(layer, "not a plain nn.Linear", "with quantisation leave the head out of it by llm_int8_skip_modules")
+    if type(layer).__module__.split(".")[0] == "peft":
+        return "leave the head out of target_modules (of any adapter), or merge the adapter by merge_and_unload()"
+    return "put a plain nn.Linear there, or compute logits yourself and take their log_softmax"
+
+
+def _is_quantised(layer: nn.Module) -> bool:
+    inner = getattr(layer, "base_layer", layer)
+    weight, kind = getattr(inner, "weight", None), f"{type(inner).__module__}.{type(inner).__qualname__}".lower()
+    short = isinstance(weight, Tensor) and (weight.dtype.itemsize == 1 or not weight.is_floating_point())
+    return short or any(part in kind for part in ("bitsandbytes", "quant", "awq", "gptq", "hqq", "aqlm"))
 
 
 def _adapters(layer: nn.Module) -> list[str]:
@@ -94,7 +118,7 @@ def _adapters(layer: nn.Module) -> list[str]:
     return names
 
 
-def _whole(weight: Tensor) -> Tensor:
+def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
@@ -110,25 +134,25 @@ def blocks(head: nn.Module, hidden: Tensor) -> tuple[Blocks, Blocks]:
 
     Returns:
         (hidden, W) without an active adapter, else two tuples with a block of r columns for each adapter. Blocks of
-        adapters have the dtype of `hidden`, except under autocast, where the ops cast. Gradients reach W, A and B.
+        adapters have the dtype of W, except under autocast, where the ops cast. Gradients reach W, A and B.
 
     Raises:
         UnsupportedModelError: the logits are no such sum.
     """
     linear, layer = linear_of(head), _unwrap(head)
     names = _adapters(layer)
+    cast = not torch.is_autocast_enabled(hidden.device.type)
     if not names:
         if _is_lora(layer) and layer.disable_adapters and layer.merged:
             layer.unmerge()  # as peft's own forward does, so that disabled means the weights below the adapters
         return hidden, linear.weight
-    cast = not torch.is_autocast_enabled(hidden.device.type)
     states, weights, x = [hidden], [linear.weight], hidden
     for name in names:
         down, up = layer.lora_A[name], layer.lora_B[name].weight
         x = layer._cast_input_dtype(x, down.weight.dtype)  # peft casts the input again for each adapter
-        low = nn.functional.linear(layer.lora_dropout[name](x), _whole(down.weight)) * layer.scaling[name]
-        states.append(low.to(hidden.dtype) if cast else low)
-        weights.append(up.to(hidden.dtype) if cast else up)
+        low = nn.functional.linear(layer.lora_dropout[name](x), whole(down.weight)) * layer.scaling[name]
+        states.append(low.to(linear.weight.dtype) if cast else low)
+        weights.append(up.to(linear.weight.dtype) if cast else up)
     return tuple(states), tuple(weights)
 
 
@@ -143,7 +167,16 @@ class _BothWays(nn.Module):
         states, weights = blocks(self.head, hidden)
         ours = sum(nn.functional.linear(part, weight) for part, weight in zip(states, weights, strict=True))
         bias = linear_of(self.head).bias
-        return self.head(hidden), ours if bias is None else ours + bias
+        # Reason: hooks and replaced forwards are not adapters, and the model may be in the middle of them now.
+        return type(self.head).forward(self.head, hidden), ours if bias is None else ours + bias
+
+
+def adapter_state(head: nn.Module) -> tuple:
+    """What decides which adapters the next call of a head adds, as a value that can be compared."""
+    layer = _unwrap(head)
+    if not _is_lora(layer):
+        return ()
+    return tuple(layer.active_adapters), bool(layer.disable_adapters), tuple(layer.merged_adapters)
 
 
 @torch.no_grad()

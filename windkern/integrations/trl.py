@@ -34,7 +34,7 @@ FIELDS = {
     "RLOOTrainer": ("entropy",),
 }
 _ALL_FIELDS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-_PASSED = ("input_ids", "attention_mask", "position_ids")  # to the decoder
+_PASSED = ("input_ids", "attention_mask", "position_ids")  # to the model's own forward
 _WITHOUT_EFFECT = ("use_cache", "return_dict", "logits_to_keep")
 _SLAB_BYTES = 32 << 20  # of the logits of a metric that needs a pass of its own
 
@@ -190,12 +190,7 @@ def _replace(
     if base in _in_use:
         raise UnsupportedTrainerError(f"this {type(base).__name__} is in use already; remove the first handle first")
     theirs = base.forward
-    # Hazard: accelerate's wrapper autocasts the logits that the check compares with. Remedy: check without it.
-    base.forward = getattr(base, "_original_forward", theirs)
-    try:
-        hf.hidden_and_head(model)  # refuses what it cannot serve, before anything has been replaced
-    finally:
-        base.forward = theirs
+    hf.hidden_and_head(model)  # refuses what it cannot serve, before anything has been replaced
     head = FusedHead(fields, temperature, output, options)
 
     @functools.wraps(type(base).forward)  # `generate` checks its arguments against this signature
@@ -241,19 +236,20 @@ class FusedHead:
         if refused or labels is None:
             what = f"model inputs {', '.join(refused)}" if refused else "a call without labels"
             raise UnsupportedTrainerError(f"{what} not supported; windkern passes on {', '.join(_PASSED)} and labels")
-        parts = hf.hidden_and_head(model).at_temperature(self.temperature)
-        out = parts.decoder(**{name: given[name] for name in _PASSED if name in given}, use_cache=False)
-        hidden = (out[0] if isinstance(out, tuple) else out.last_hidden_state)[:, :-1]  # (S, L - 1, H)
-        states, heads = parts.blocks(hidden.to(parts.weight.device))
-        bias = parts.bias
-        with ExitStack() as whole:
-            if isinstance(heads, Tensor):
-                heads = whole.enter_context(gathered(heads))
-            else:
-                heads = tuple(whole.enter_context(gathered(each)) for each in heads)
-            if bias is not None:
-                bias = whole.enter_context(gathered(bias))
-            return self._score(states, heads, bias, labels[:, 1:], parts.transform, num_items_in_batch)
+
+        def job(parts: hf.CausalLM, hidden: Tensor):
+            states, heads = parts.blocks(hidden[:, :-1])  # (S, L - 1, H)
+            bias, transform = parts.bias, parts.at_temperature(self.temperature).transform
+            with ExitStack() as whole:
+                if isinstance(heads, Tensor):
+                    heads = whole.enter_context(gathered(heads))
+                else:
+                    heads = tuple(whole.enter_context(gathered(each)) for each in heads)
+                if bias is not None:
+                    bias = whole.enter_context(gathered(bias))
+                return self._score(states, heads, bias, labels[:, 1:], transform, num_items_in_batch)
+
+        return hf.run_inside(model, {name: given[name] for name in _PASSED if name in given}, job)
 
     def _score(
         self, hidden: Blocks, weight: Blocks, bias: Tensor | None, labels: Tensor, transform: LogitTransform, items

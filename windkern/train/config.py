@@ -249,6 +249,8 @@ class WindConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check()
         self.num_train_epochs, self.max_steps = float(self.num_iterations), -1
+        # Reason: TrainingArguments would take what is unset from the log level of transformers.
+        self.disable_tqdm = bool(self.disable_tqdm)
         super().__post_init__()
         check_one_gpu(self.n_gpu)
         for name in ("split_batches", "dispatch_batches"):

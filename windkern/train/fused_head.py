@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
@@ -20,12 +18,7 @@ Job = Callable[[hf.CausalLM, Tensor], Tensor]
 
 
 class FusedHead:
-    """Runs fused ops inside the `__call__` of a model, however it is wrapped.
-
-    The model's forward is replaced on the object, once. Without a job it is the old one, so `generate` and everything
-    else go on as before; with a job it runs the decoder and then calls the head module, whose forward is the job while
-    it runs. Hooks of DDP, FSDP2 and ZeRO-3 on the wrapped model, its decoder and its head therefore fire as for any
-    forward, and whatever they gather is whole inside.
+    """Runs fused ops inside the `__call__` of a model, however it is wrapped: `windkern.hf.run` for trainers.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one; not wrapped yet.
@@ -39,46 +32,10 @@ class FusedHead:
         if isinstance(model, nn.Module):
             check_whole(model)
         hf.hidden_and_head(model)  # an unsupported model is refused now, not after the first sampling
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        owner, bound = self, base.forward
-        theirs = getattr(bound, "__func__", None)  # a plain function where something has replaced the method before
-        self._job: Job | None = None
-
-        @functools.wraps(type(base).forward)  # `generate` checks its arguments against this signature
-        def forward(self, *args, **given):
-            if owner._job is None:
-                # Reason: with `bound` a deep copy of the model would run the weights of the original.
-                return bound(*args, **given) if theirs is None else theirs(self, *args, **given)
-            return _through_head(self, owner._job, given["input_ids"], given["attention_mask"])
-
-        base.forward = types.MethodType(forward, base)
 
     def __call__(self, wrapped: nn.Module, input_ids: Tensor, attention_mask: Tensor, job: Job) -> Tensor:
-        """Return job(parts, hidden) from inside `wrapped(input_ids, attention_mask)`.
-
-        Reason: constants travel in the job, not as arguments, because FSDP2 rounds floating arguments to its mixed
-        precision.
-        """
-        self._job = job
-        try:
-            return wrapped(input_ids=input_ids, attention_mask=attention_mask)
-        finally:
-            self._job = None
-
-
-def _through_head(base: nn.Module, job: Job, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    parts = hf.hidden_and_head(base)
-    head, hidden = parts.head, parts.hidden(input_ids, attention_mask)  # (S, L, H)
-    before = head.__dict__.get("forward")
-    # Hazard: a sharded head's parameters are other objects once its hooks have run. Remedy: take apart again inside.
-    head.forward = lambda states: job(hf.hidden_and_head(base), states)
-    try:
-        return head(hidden)
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
+        """Return job(parts, hidden) from inside `wrapped(input_ids, attention_mask)`."""
+        return hf.run(wrapped, input_ids, attention_mask, job)
 
 
 def _whole_blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple:
