@@ -21,7 +21,7 @@ from torch import Tensor
 
 import windkern as wk
 from benchmarks import record
-from windkern.kernels.contract import RowState, RowStats, Upstream
+from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
 from windkern.kernels.gemm import accumulator
 
 SHAPES = ((8192, 8192), (2048, 32768), (4096, 16384), (8192, 1024), (8192, 8191))  # the last: no 16-byte accesses
@@ -73,7 +73,7 @@ class EventTimer:
 
 
 @dataclass
-class Slab:
+class Matrices:
     """One slab's tensors on a device, and the kernels as calls on them."""
 
     kernels: ModuleType
@@ -91,12 +91,15 @@ class Slab:
         self.z = torch.empty_like(self.logits)
         self.targets = torch.randint(0, self.width, (self.rows,), device=self.device, generator=generator)
         self.low = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.kept, self.offset = torch.empty_like(self.low), self.logits.new_empty(self.rows, 1)
         self.state, self.rescale = self._new_state(), self.logits.new_empty(self.rows)
-        self.kernels.slab_forward(self.fresh(), None, self.targets, 0, IDENTITY, self.state, self.kept, self.offset)
+        self.kept = Kept(torch.empty_like(self.low), self.logits.new_empty(self.rows, 1))
+        self.kernels.slab_forward(self.slab(self.fresh()), self.state, self.kept)
         self.stats = RowStats(self.state.run_max, self.state.run_sum.log(), self.state.target_logit, None)
         self.upstream = Upstream(torch.ones_like(self.rescale), None, None)
         self.state = self._new_state()
+
+    def slab(self, logits: Tensor | None) -> Slab:
+        return Slab(logits, None, self.targets, 0, IDENTITY)
 
     def _new_state(self) -> RowState:
         low = self.logits.new_full((self.rows,), -torch.inf)
@@ -109,24 +112,33 @@ class Slab:
     def calls(self) -> dict[str, tuple[Callable[[], None], int]]:
         """By name: the call, and the bytes it has to move."""
         numbers, wide, item = self.rows * self.width, self.logits.element_size(), self.low.element_size()
-        forward = (self.z, None, self.targets, 0, IDENTITY, self.state)
-        backward = (None, self.targets, 0, IDENTITY, self.stats, self.upstream, None)
+        slab, nothing = self.slab(self.z), self.slab(None)
+        backward = (self.stats, self.upstream, None)
+        pivot = self.stats.run_max.clone()
         same = self.dtype == self.logits.dtype
         out = self.z if same else self.low
         k = self.kernels
         return {
-            "forward scoring": (lambda: k.slab_forward(*forward, None, None), numbers * wide),
-            "forward kept": (lambda: k.slab_forward(*forward, self.low, self.offset), numbers * (wide + item)),
+            "forward scoring": (lambda: k.slab_forward(slab, self.state, None), numbers * wide),
+            "forward exps": (
+                lambda: k.exps_forward(slab, self.state, Exps(out, pivot, 0, None)),
+                numbers * (wide + item),
+            ),
+            "backward exps": (
+                lambda: k.exps_backward(slab, pivot, self.rescale, out),
+                numbers * (wide + item),
+            ),
+            "forward kept": (lambda: k.slab_forward(slab, self.state, self.kept), numbers * (wide + item)),
             "forward unit": (
-                lambda: k.slab_forward_unit(*forward, out, None, self.rescale, None),
+                lambda: k.slab_forward_unit(slab, self.state, Unit(out, None, self.rescale, None)),
                 numbers * (wide + item),
             ),
             "backward kept": (
-                lambda: k.slab_backward(self.kept, self.offset, *backward, self.low, None),
+                lambda: k.slab_backward(nothing, self.kept, *backward, self.low, None),
                 numbers * 2 * item,
             ),
             "backward recomputed": (
-                lambda: k.slab_backward(self.z, None, *backward, out, None),
+                lambda: k.slab_backward(slab, None, *backward, out, None),
                 numbers * (wide + item),
             ),
         }
@@ -146,7 +158,7 @@ def copy_rate(timer: Timer, samples: int, device: str, num_bytes: int) -> float:
 def row_results(
     timer: Timer, backend: str, shape: tuple[int, int], dtype: str, device: str, samples: int
 ) -> list[dict]:
-    slab = Slab(wk.backends.BACKENDS[backend].kernels(), *shape, DTYPES[dtype], device)
+    slab = Matrices(wk.backends.BACKENDS[backend].kernels(), *shape, DTYPES[dtype], device)
     rows = []
     for kernel, (call, num_bytes) in slab.calls().items():
         taken = timer.seconds(call, slab.fresh, samples)

@@ -25,8 +25,8 @@ import torch
 from benchmarks import record, timing
 from windkern import backends
 from windkern.kernels import tuned
-from windkern.kernels.contract import RowState, RowStats, Upstream
-from windkern.kernels.gemm import Gemm
+from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Upstream
+from windkern.kernels.gemm import products_of
 from windkern.transform import LogitTransform
 
 ROWS, WIDTH = 8192, 8192
@@ -94,13 +94,14 @@ class Tuner:
         z = torch.randn(ROWS, WIDTH, device="cuda")
         kept = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16, device="cuda")
         offset, state = torch.empty(ROWS, 1, device="cuda"), self.state()
-        arguments = z, None, self.targets, 0, LogitTransform(), state, kept, offset
+        slab = Slab(z, None, self.targets, 0, LogitTransform())
+        arguments = slab, state, Exps(kept, state.run_max.clone(), 0, None)
         forward_bytes, backward_bytes = 6 * z.numel(), 4 * z.numel()
         best = {}
         for elements in ELEMENTS:
             self._using(row_elements_per_thread=elements)
             best[elements] = self._try(
-                "forward_rows, kept", {"elements": elements}, lambda: self.rows_module.slab_forward(*arguments)
+                "exps_rows", {"elements": elements}, lambda: self.rows_module.exps_forward(*arguments)
             )
         winner = min(best, key=best.get)
         self.entry["row_elements_per_thread"] = winner
@@ -109,7 +110,7 @@ class Tuner:
         stats = RowStats(state.run_max, state.run_sum.log(), state.target_logit, None)
         upstream = Upstream(torch.randn(ROWS, device="cuda"), None, None)
         dz = torch.empty_like(kept)
-        inputs = kept, offset, None, self.targets, 0, LogitTransform(), stats, upstream, None, dz, None
+        inputs = slab._replace(logits=None), Kept(kept, offset), stats, upstream, None, dz, None
         timed = []
         for settings in BACKWARD:
             self._using(backward=settings)
@@ -152,25 +153,26 @@ class Tuner:
 
     def _tiles(self, hidden_size: int) -> Callable[[], None]:
         hidden, weight = self._operands(hidden_size)
-        arguments = None, self.targets, 0, LogitTransform(), self.state(), None, None
+        slab = Slab(None, None, self.targets, 0, LogitTransform())
+        arguments = slab, self.state(), None
         return lambda: self.tile_module.tile_forward(hidden, weight, *arguments)
 
     def _walk(self, hidden_size: int) -> Callable[[], None]:
         hidden, weight = self._operands(hidden_size)
         z = torch.empty(ROWS, WIDTH, device="cuda")
-        arguments = None, self.targets, 0, LogitTransform(), self.state(), None, None
-        gemm = Gemm("cuda", torch.bfloat16)
+        slab, state = Slab(z, None, self.targets, 0, LogitTransform()), self.state()
+        products = products_of("cuda", torch.bfloat16)
 
         def call() -> None:
-            gemm.logits(hidden, weight, z)
-            self.rows_module.slab_forward(z, *arguments)
+            products.logits(hidden, weight, z)
+            self.rows_module.slab_forward(slab, state, None)
 
         return call
 
 
 def _both(kernels: ModuleType, forward: tuple, backward: tuple) -> Callable[[], None]:
     def call() -> None:
-        kernels.slab_forward(*forward)
+        kernels.exps_forward(*forward)
         kernels.slab_backward(*backward)
 
     return call

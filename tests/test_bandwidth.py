@@ -52,7 +52,7 @@ def data(capsys, saved):
 def test_every_kernel_of_every_back_end_is_measured(data):
     backends = wk.backends.available("cpu")
     rows = [row for row in data["rows"] if row["kernel"] != "pair_loss"]
-    assert len(rows) == 2 * 3 * 5 * len(backends)
+    assert len(rows) == 2 * 3 * 7 * len(backends)
     assert {row["backend"] for row in rows} == set(backends)
     pairs = [(row["n"], row["backend"]) for row in data["rows"] if row["kernel"] == "pair_loss"]
     assert pairs == [*((16, name) for name in backends), (16, "n x n"), *((32, name) for name in backends)]
@@ -88,7 +88,7 @@ def test_the_results_can_be_written_and_read(data, tmp_path):
 
 def test_kernels_compute_the_right_thing_on_what_they_are_given():
     """A benchmark of kernels fed with nonsense times nonsense."""
-    slab = bandwidth.Slab(wk.backends.BACKENDS["torch"].kernels(), 6, 50, torch.float32, "cpu")
+    slab = bandwidth.Matrices(wk.backends.BACKENDS["torch"].kernels(), 6, 50, torch.float32, "cpu")
     p = slab.logits.softmax(1)
     dz = torch.nn.functional.one_hot(slab.targets, 50) - p
     for kernel, result in (("backward kept", "low"), ("backward recomputed", "z")):

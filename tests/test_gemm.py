@@ -7,7 +7,7 @@ from test_logprobs import check
 from tolerances import assert_within
 
 from windkern.kernels import buffers, cpu_libraries, cpu_products, gemm
-from windkern.plan import _solve
+from windkern.plan import _walk_of
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -34,9 +34,9 @@ def library(request, monkeypatch):
     monkeypatch.setattr(cpu_libraries, "ONEDNN", request.param in ("onednn", "zen4"))
     monkeypatch.setattr(cpu_libraries, "ONEDNN_WEIGHT_GRAD", request.param == "onednn")
     monkeypatch.setattr(gemm, "_SMALL_PRODUCT", 1)
-    _solve.cache_clear()
+    _walk_of.cache_clear()
     yield
-    _solve.cache_clear()
+    _walk_of.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -26,7 +26,7 @@ ALLOWED = {
     "recipes": BASE,
     "reference": set(),
     "spec": BASE,
-    "costs": BASE | {"kernels", "spec"},
+    "costs": BASE | {"kernels", "spec", "backends"},
     "plan": BASE | {"kernels", "backends", "costs", "spec"},
     "backends": BASE | {"kernels"},
     "transform": {"_checks"},

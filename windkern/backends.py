@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
 from windkern._checks import check_choice, check_device, check_float_dtype
-from windkern.kernels import tuned
+from windkern.kernels import torch_rows, tuned
 
 
 class BackendUnavailableError(RuntimeError):
@@ -27,9 +28,16 @@ class Backend:
     reason: Callable[[torch.device, torch.dtype], str | None]  # None where it can run
     # Columns of the fused tiles it runs the forward in, by hidden size, operand dtype and batch invariance; None: none.
     tile_columns: Callable[[int, torch.dtype, bool], int | None] = lambda hidden_size, dtype, batch_invariant: None
+    # The most temporary memory of a row kernel, by rows, width, bytes of a number and device type.
+    scratch_bytes: Callable[[int, int, int, str], int] = torch_rows.scratch_bytes
 
     def kernels(self) -> ModuleType:
         return importlib.import_module(self.module)
+
+
+def _partial_sums(rows: int, width: int, itemsize: int, device_type: str) -> int:
+    """Of a column's sum: what kernels that hold a row in registers write beside their results."""
+    return min(rows, 256) * width * itemsize
 
 
 def _always(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -57,8 +65,8 @@ def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 # In order of preference: "auto" takes the first that can run; on a GPU in the order of `kernels/tuned.json`.
 BACKENDS = {
     "cpp": Backend("cpp", "windkern.kernels.cpp_rows", _cpp_reason),
-    "triton": Backend("triton", "windkern.kernels.triton_rows", _triton_reason, tuned.tile_columns),
-    "cuda": Backend("cuda", "windkern.kernels.cuda_rows", _cuda_reason),
+    "triton": Backend("triton", "windkern.kernels.triton_rows", _triton_reason, tuned.tile_columns, _partial_sums),
+    "cuda": Backend("cuda", "windkern.kernels.cuda_rows", _cuda_reason, scratch_bytes=_partial_sums),
     "torch": Backend("torch", "windkern.kernels.torch_rows", _always),
 }
 
@@ -122,6 +130,11 @@ def planned(requested: str, device_type: str, dtype: torch.dtype) -> str:
     if device_type == "cuda" and not torch.cuda.is_available():
         return tuned.preferred()[0]
     return _preferred(device_type, dtype)
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Make the device of `tensor` current: Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, deterministic: bool) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from windkern.kernels import torch_rows
+from windkern import backends
 from windkern.kernels.gemm import Products
 from windkern.spec import WalkSpec, row_stride
 
@@ -193,7 +193,7 @@ class Problem:
         """Row vectors, a slab's bias and its gradient, compacted rows, scratch, the head's slab in another dtype."""
         acc, H = self.acc, sum(self.hidden_sizes)
         total = self.rows * (14 * acc + 16) + 2 * width * acc + self.compact * self.rows * H * self.item
-        total += torch_rows.scratch_bytes(rows, width, acc, self.products.device_type)
+        total += backends.BACKENDS[self.walk.backend].scratch_bytes(rows, width, acc, self.products.device_type)
         return total + self._head_bytes(width)
 
     def _head_bytes(self, columns: int) -> int:
@@ -259,6 +259,11 @@ class Problem:
         for seconds, count in zip(own, launches, strict=True):
             total += max(seconds + count * device.launch, count * device.host / 2 if device is GPU else 0.0)
         return total
+
+    def accumulating_seconds(self) -> float:
+        """What a chunk pays for adding its dweight to that of others: one reading and one writing in float32."""
+        device = CPU if self.products.device_type == "cpu" else GPU
+        return 2 * self.vocab_size * self.weight_grads * self.acc / device.bytes
 
     @staticmethod
     def _product_seconds(device: Device, rows: int, columns: int, inner: int) -> float:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 @dataclass
 class Recording:
-    """Bytes alive and at the peak, FLOPs of the GEMMs, and the largest single buffer, of one recorded region."""
+    """Bytes alive and at the peak, products and their FLOPs, and the largest single buffer, of one recorded region."""
 
     live_bytes: int = 0
     peak_bytes: int = 0
     largest: int = 0
     flops: int = 0
+    products: int = 0
     by_name: dict[str, int] = field(default_factory=dict)
 
     def grow(self, name: str, num_bytes: int) -> None:
@@ -65,6 +66,7 @@ def track(name: str, tensor: Tensor) -> Tensor:
 def add_flops(flops: int) -> None:
     for record in _recordings:
         record.flops += flops
+        record.products += 1
 
 
 def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

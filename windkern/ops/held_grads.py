@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from windkern import backends
 from windkern.kernels import buffers
-from windkern.kernels.contract import DZ_BINADES
+from windkern.kernels.contract import DZ_BINADES, RowKernels
+from windkern.kernels.gemm import accumulator
 from windkern.ops.gradients import power_of_two
 from windkern.ops.inputs import Inputs, acc_dtype
 
-# Elements that are scaled at once: bounds the float32 copy.
-_BLOCK = {"cpu": 1 << 20}
-_BLOCK_GPU = 1 << 26
+# Elements that are scaled at once on a CPU: bounds the float32 copy.
+_BLOCK = 1 << 20
 
 
 class HeldGradients:
@@ -28,6 +29,7 @@ class HeldGradients:
         weights = zip(inputs.weight, wanted["weight_grad"], strict=True)
         self.accumulates = num_chunks > 1 or any(flag and head.dtype == torch.float16 for head, flag in weights)
         acc = acc_dtype(inputs)
+        self.kernels = backends.BACKENDS[inputs.backend].kernels()
         self.weight_dtypes = [head.dtype for head in inputs.weight]
         self.bias_dtype = None if inputs.bias is None else inputs.bias.dtype
         self.hidden = [
@@ -74,23 +76,38 @@ class HeldGradients:
                 total = total.div_(self.weight_scale[k])
             self.weight[k] = total.to(dtype)
 
+    @property
+    def is_scaled(self) -> bool:
+        return any(scale is not None for scale in (*self.hidden_scale, *self.weight_scale))
+
     def times(self, upstream: Tensor, *, keep: bool) -> list[Tensor | None]:
-        """Gradients of bias, hidden and weight blocks times a scalar; without `keep` in the memory held here."""
+        """Gradients of bias, hidden and weight blocks times a scalar; without `keep` in the memory held here.
+
+        Reason: the scalar is 1 where the loss is what backward begins at, and a pass over dweight costs as much as a
+        tenth of a step; on a CPU one look tells, a GPU looks in the kernel.
+        """
+        if not keep and upstream.device.type == "cpu" and bool(upstream == 1.0) and not self.is_scaled:
+            return [None if self.bias is None else self.bias.to(self.bias_dtype), *self.hidden, *self.weight]
         grads = [None if self.bias is None else (self.bias * upstream).to(self.bias_dtype)]
         for values, scales in ((self.hidden, self.hidden_scale), (self.weight, self.weight_scale)):
             for value, scale in zip(values, scales, strict=True):
-                grads.append(None if value is None else _times(value, scale, upstream, keep))
+                grads.append(None if value is None else _times(value, scale, upstream, keep, self.kernels))
         return grads
 
 
-def _times(value: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool) -> Tensor:
+def _times(value: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool, kernels: RowKernels) -> Tensor:
+    if value.device.type != "cpu":  # the kernel looks at the factor, and touches nothing where it is 1
+        factor = (upstream if scale is None else scale * upstream).expand(value.shape[0], 1).reshape(-1)
+        out = value.clone() if keep else value
+        kernels.rescale_rows(out, factor.to(accumulator(value.dtype)).contiguous())
+        return out
     out = torch.empty_like(value) if keep else value
     if scale is None and value.dtype == upstream.dtype:
         return torch.mul(value, upstream, out=out)
     # Hazard: times a scalar tensor, torch rounds that scalar to the low precision of the other factor. Remedy: a
     # float32 factor with dimensions, in blocks.
     factor = upstream.view(1, 1) if scale is None else scale * upstream
-    step = max(1, _BLOCK.get(value.device.type, _BLOCK_GPU) // max(1, value.shape[1]))
+    step = max(1, _BLOCK // max(1, value.shape[1]))
     for first in range(0, value.shape[0], step):
         rows = slice(first, first + step)
         out[rows].copy_(value[rows] * (factor if factor.shape[0] == 1 else factor[rows]))

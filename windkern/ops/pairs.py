@@ -31,11 +31,13 @@ _library.define("win_rates(Tensor? prefs, Tensor? rewards, Tensor? where, str li
 
 
 def _pair_terms(scores, prefs, rewards, where, link, loss, backend):
-    return backends.BACKENDS[backend].kernels().pair_terms(scores, prefs, rewards, where, link, loss)
+    with backends.on_device_of(scores):
+        return backends.BACKENDS[backend].kernels().pair_terms(scores, prefs, rewards, where, link, loss)
 
 
 def _win_rates(prefs, rewards, where, link, backend):
-    return backends.BACKENDS[backend].kernels().win_rates(prefs, rewards, where, link)
+    with backends.on_device_of(prefs if rewards is None else rewards):
+        return backends.BACKENDS[backend].kernels().win_rates(prefs, rewards, where, link)
 
 
 _library.impl("pair_terms", _pair_terms, "CompositeExplicitAutograd")

@@ -51,7 +51,8 @@ class RowBlock:
 
     def forward(self) -> walk.Saved:
         check_targets(self.targets, self.weight[0].shape[0])
-        saved = walk.forward(self.walk, self.hidden, self.weight, self.bias, self.targets)
+        with backends.on_device_of(self.targets):
+            saved = walk.forward(self.walk, self.hidden, self.weight, self.bias, self.targets)
         _check_some_entry_is_open(saved, self.bias, self.targets)
         return saved
 
@@ -76,7 +77,8 @@ class RowBlock:
             *(None if part is None else self.padded(torch.where(self.scored, part, 0.0)) for part in upstream)
         )
         rows = self.hidden, self.weight, self.bias, self.targets
-        return gradients.backward(self.walk, upstream, *rows, saved, dweight, dbias, accumulate=accumulate)
+        with backends.on_device_of(self.targets):
+            return gradients.backward(self.walk, upstream, *rows, saved, dweight, dbias, accumulate=accumulate)
 
 
 def _gather(

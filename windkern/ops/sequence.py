@@ -25,7 +25,8 @@ def _segment_sum(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
             raise ValueError(
                 f"cu_seqlens must rise from 0 to the number of rows, {values.shape[0]}, got {bounds[:4]}...{bounds[-1]}"
             )
-    return backends.BACKENDS[backend].kernels().segment_sum(values, cu_seqlens)
+    with backends.on_device_of(values):
+        return backends.BACKENDS[backend].kernels().segment_sum(values, cu_seqlens)
 
 
 _library.impl("segment_sum", _segment_sum, "CompositeExplicitAutograd")
