@@ -1,7 +1,7 @@
 """Tensors that say they are on a GPU, on a machine without one: shapes, dtypes and addresses, but no numbers.
 
-Code that is given them allocates nothing, whatever their size, and runs as on a GPU up to the kernels' launches; autograd
-works. A Triton kernel gets them with `mock_driver`, whose launches do nothing.
+Code that is given them allocates nothing, whatever their size, and runs as on a GPU up to the kernels' launches, with
+autograd. Triton kernels take them under `mock_driver`, whose launches do nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ GRANULE = 512  # bytes that torch's allocator for CUDA aligns to
 _BASE = 1 << 40
 _aten = torch.ops.aten
 
-# The Python functions of windkern's ops, noted as they are registered: torch has no way to run one with its arguments as
-# they are.
+# The Python functions of windkern's ops, noted as they are registered: torch runs one only through its dispatcher.
 _bodies: dict[str, Callable] = {}
 _impl = torch.library.Library.impl
 

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter has no driver"
-
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from windkern import backends
+
+assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter has no driver"
 
 # The most blocks of a grid in x, y and z: a launch with more fails with "invalid argument".
 GRID = (2**31 - 1, 65535, 65535)

@@ -1,4 +1,4 @@
-"""What tests/test_mock_gpu.py runs on the mock GPU, all jobs in one process: `python tests/mock_jobs.py` prints JSON."""
+"""Jobs of tests/test_mock_gpu.py on the mock GPU: `python tests/mock_jobs.py` runs them all and prints JSON."""
 
 from __future__ import annotations
 

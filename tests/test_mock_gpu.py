@@ -1,4 +1,4 @@
-"""What only a launch shows, without a GPU: how often Triton compiles, on which device it launches, and what a grid holds.
+"""What only a launch shows, without a GPU: how often Triton compiles, on which device it launches, how large a grid is.
 
 The launchers, Triton's binder and its cache are real; the tensors hold no numbers and the driver launches nothing.
 """
