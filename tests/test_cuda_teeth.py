@@ -91,7 +91,7 @@ def test_every_barrier_is_missed(barrier, objects, monkeypatch):
     monkeypatch.setattr(cuda_rows, "_DBIAS_TILES", 1)  # all rows in one block, which reads them batch after batch
     cuda_tools.install(monkeypatch, cuda_tools.load_emulated(objects))
     monkeypatch.setenv("CUDA_EMULATOR_SKIP", barrier)
-    with pytest.raises(RuntimeError, match="without a barrier between|no thread of its block wrote"):
+    with pytest.raises(RuntimeError, match=r"without a barrier between|no thread of its block wrote"):
         every_kernel()
 
 

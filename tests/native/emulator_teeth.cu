@@ -61,6 +61,8 @@ __global__ void adds_up_without_order(int* out) {
 // A warp that works in step on one GPU need not on another.
 __global__ void hands_over_inside_a_warp(int* out) {
   __shared__ int values[64];
+  values[threadIdx.x] = 0;
+  __syncthreads();
   values[threadIdx.x] = int(threadIdx.x);
   out[threadIdx.x] = values[threadIdx.x ^ 1];
 }
