@@ -172,9 +172,9 @@ def run_command(
     given["PYTHONUNBUFFERED"] = "1"
     deadline = time.monotonic() + seconds
     with log.open("w") as file:
-        # A session of its own, so that its children end with it.
+        # A group of its own, so that its children end with it; no session: it ends with whatever ends this program.
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=given, cwd=record.ROOT, start_new_session=True
+            command, stdout=file, stderr=subprocess.STDOUT, env=given, cwd=record.ROOT, preexec_fn=os.setpgrp
         )
         try:
             while True:

@@ -73,7 +73,7 @@ def measure(rows: int, vocab: int, wanted: tuple[bool, bool], repeats: int) -> H
         finally:
             inside[0] += time.perf_counter() - started
 
-    with mock_driver.installed(compiles=False) as driver:
+    with mock_driver.installed() as driver:
         for _ in range(3):
             call()
         driver.launches.clear()
