@@ -78,7 +78,7 @@ aot-all: $(STAMP)
 	$(OLD_TRITON)/bin/python -m pip install -q --disable-pip-version-check triton==3.6.0 "numpy<2.4"
 	$(OLD_TRITON)/bin/python -m benchmarks.aot
 
-## gpu     on a machine with a GPU, torch and nvcc: build, check and measure in MINUTES (9), all into OUT/gpu.tgz (default: out); CALL=2 tunes
+## gpu     on a machine with a GPU, torch and nvcc: build, check and measure in 9 MINUTES, all into OUT/gpu.tgz; CALL=2 tunes
 OUT ?= out
 MINUTES ?= 9
 CALL ?= 1

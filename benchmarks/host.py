@@ -62,7 +62,7 @@ def _call(rows: int, vocab: int, wanted: tuple[bool, bool]) -> Callable[[], None
     return call
 
 
-def measure(rows: int, vocab: int, wanted: tuple[bool, bool], repeats: int) -> Host:
+def measure(rows: int, vocab: int, wanted: tuple[bool, bool], repeats: int, *, compiles: bool = True) -> Host:
     """Median over calls whose kernels are compiled."""
     call, inside, run = _call(rows, vocab, wanted), [0.0], JITFunction.run
 
@@ -73,7 +73,7 @@ def measure(rows: int, vocab: int, wanted: tuple[bool, bool], repeats: int) -> H
         finally:
             inside[0] += time.perf_counter() - started
 
-    with mock_driver.installed() as driver:
+    with mock_driver.installed(compiles=compiles) as driver:
         for _ in range(3):
             call()
         driver.launches.clear()

@@ -138,12 +138,20 @@ def compiled_for_real() -> dict[str, Any]:
     return {"launches and compilations": found}
 
 
+def host() -> dict[str, list]:
+    """Figures of benchmarks/host.py by gear."""
+    from benchmarks import host
+
+    return {gear: host.measure(8, 2048, wanted, 2, compiles=False) for gear, wanted in host.GEARS.items()}
+
+
 JOBS = {
     **{f"devices {op}": lambda op=op: devices_of(op, guarded=False) for op in OPS},
     **{f"guarded {op}": lambda op=op: devices_of(op, guarded=True) for op in OPS},
     **{f"compilations {op}": lambda op=op: compilations(op) for op in ("trained", "frozen", "scoring")},
     **{f"grids {op}": lambda op=op: grids(op, 70000) for op in ("pair_loss", "win_rates")},
     "compiled": compiled_for_real,
+    "host": host,
 }
 
 

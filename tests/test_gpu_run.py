@@ -241,6 +241,7 @@ def test_a_failure_is_told_at_once(tmp_path):
 
 
 def test_smoke_checks_every_back_end_and_gear(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter is slow, and tested elsewhere
     monkeypatch.setattr(smoke, "SHAPES", ((40, 16, 515),))
     assert smoke.main(["--device", "cpu"]) == 0
     said = capsys.readouterr().out

@@ -100,6 +100,13 @@ def test_pairs_of_many_groups_fit_a_grid(found, op):
     assert result(found, f"grids {op}") == [[70000, 1, 1]]
 
 
+@needs_triton
+def test_the_hosts_time_is_measured_by_call_and_slab(found):
+    """What is counted; the times themselves decide nothing."""
+    for seconds, in_triton, launches, slabs in result(found, "host").values():
+        assert seconds > 0 and in_triton > 0 and launches >= slabs > 1
+
+
 class Properties:
     def __init__(self, major: int, minor: int):
         self.major, self.minor = major, minor
