@@ -12,7 +12,7 @@ ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test test-lowest test-models check lint bench aot-all gpu clean
+.PHONY: help setup demo test test-lowest test-models check lint bench aot-all gpu wheels clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -82,12 +82,28 @@ aot-all: $(STAMP)
 	$(OLD_TRITON)/bin/python -m pip install -q --disable-pip-version-check triton==3.6.0 "numpy<2.4"
 	$(OLD_TRITON)/bin/python -m benchmarks.aot
 
-## gpu     on a machine with a GPU, torch and nvcc: build, test, tune, profile, measure beside every peer, into OUT (default: out)
+## gpu     on a machine with a GPU, torch and nvcc: build, check and measure in 9 MINUTES, all into OUT/gpu.tgz; CALL=2 tunes
 OUT ?= out
 MINUTES ?= 9
+CALL ?= 1
+WHEELS := .wheels
+SITE := $(CURDIR)/build/site
 gpu:
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --out $(OUT) --minutes $(MINUTES) $(ARGS)
+	@test ! -d $(WHEELS) || $(PYTHON) -m pip install -q --disable-pip-version-check --no-index --no-deps --upgrade \
+	  --target $(SITE) $(WHEELS)/*.whl || echo "no peers from $(WHEELS)"
+	PYTHONPATH=.:$(SITE) $(PYTHON) -m benchmarks.gpu --out $(OUT) --minutes $(MINUTES) --call $(CALL) $(ARGS)
+
+## wheels  the peers of `make gpu` for a machine without a network (Python GPU_PYTHON, default 3.12): take .wheels along
+GPU_PYTHON ?= 3.12
+TRAVEL := liger.kernel cut.cross.entropy trl datasets dill multiprocess transformers
+empty :=
+wheels: $(STAMP)
+	rm -rf $(WHEELS)
+	$(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: \
+	  --python-version $(GPU_PYTHON) --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+	  -d $(WHEELS) verl $$($(BIN)/python -m pip list --format=freeze | grep -E "^($(subst $(empty) $(empty),|,$(TRAVEL)))==")
+	@du -sh $(WHEELS)
 
 ## clean   remove every environment and what was built in place
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info windkern/*.so
+	rm -rf $(VENV) .venv-* $(WHEELS) build dist *.egg-info windkern/*.so

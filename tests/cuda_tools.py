@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -19,11 +21,14 @@ import windkern as wk
 from windkern.kernels import cuda_rows
 
 ROOT = Path(__file__).parents[1]
-CUDA = ROOT / "csrc" / "cuda"
+NATIVE = ROOT / "tests" / "native"
 EMULATOR_FLAGS = (
     "-std=c++17 -U_FORTIFY_SOURCE -fPIC -fvisibility=hidden -fno-strict-aliasing "
-    f"-Wall -Wextra -Werror -Wno-unknown-pragmas -DWK_ISA=emulated -I{ROOT}/tests/native/cuda_emulator -I{ROOT}/csrc"
+    f"-Wall -Wextra -Werror -Wno-unknown-pragmas -DWK_ISA=emulated -I{NATIVE}/cuda_emulator -I{ROOT}/csrc"
 ).split()
+# Every load and store of a kernel calls tests/native/shared_memory.cpp, every address is checked for its alignment.
+# Reason: g++ would load what a branch leaves alone (phiopt), and time is spent on calls at the entry of functions.
+WATCHED = ["-O1", "-fsanitize=thread,alignment", "-fno-ssa-phiopt", "--param=tsan-instrument-func-entry-exit=0"]
 
 
 def run(command: list[str]) -> str:
@@ -32,22 +37,57 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+def _closing(text: str, start: int) -> int:
+    """Place behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place + 1
+    raise AssertionError(f"unbalanced: {text[start : start + 80]}")
+
+
+def with_bounds(text: str) -> str:
+    """Source whose kernels begin with a check of their first __launch_bounds__; lines stay where they are."""
+    parts, done = [], 0
+    for found in re.finditer(r"__launch_bounds__(?=\()", text):
+        stop = _closing(text, found.end())
+        most = text[found.end() + 1 : stop - 1].split(",")[0]
+        name = re.compile(r"\s*\w+(?=\()").match(text, stop)
+        body = re.compile(r"\s*\{").match(text, _closing(text, name.end()))
+        parts += [text[done : body.end()], f" ::cuda_emulator::check_bound({most});"]
+        done = body.end()
+    return "".join([*parts, text[done:]])
+
+
+def copy_sources(folder: Path) -> Path:
+    """csrc as the emulator takes it."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    for path in (csrc / "cuda").iterdir():
+        path.write_text(with_bounds(path.read_text()))
+    return csrc
+
+
 def compile_emulated(folder: Path, flags: list[str], *, binding: bool) -> list[str]:
     """Objects of csrc/cuda for the emulator, two at a time."""
-    sources = sorted(CUDA.glob("*.cu")) + [CUDA / "device.cpp"] + [CUDA / "binding.cpp"] * binding
-    python: list[str] = []
+    cuda = copy_sources(folder) / "cuda"
+    sources = [*sorted(cuda.glob("*.cu")), cuda / "device.cpp"]
+    jobs = [(source, flags) for source in sources]
     if binding:
         import pybind11
 
-        python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+        headers = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+        jobs += [(cuda / "binding.cpp", ["-O1", *headers]), (NATIVE / "shared_memory.cpp", ["-O2"])]
 
-    def one(source: Path) -> str:
+    def one(job: tuple[Path, list[str]]) -> str:
+        source, options = job
         target = str(folder / f"{source.stem}.o")
-        run(["g++", *EMULATOR_FLAGS, *flags, *python, "-x", "c++", "-c", str(source), "-o", target])
+        run(["g++", *EMULATOR_FLAGS, *options, "-x", "c++", "-c", str(source), "-o", target])
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, sources))
+        return list(pool.map(one, jobs))
 
 
 def shared_folder(tmp_path_factory) -> Path:
@@ -68,7 +108,7 @@ def once(shared: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def build_emulated(folder: Path) -> None:
-    objects = compile_emulated(folder, ["-O1"], binding=True)
+    objects = compile_emulated(folder, WATCHED, binding=True)
     run(["g++", "-shared", *objects, "-o", str(folder / "_cuda.so")])
 
 

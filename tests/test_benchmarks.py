@@ -17,7 +17,7 @@ import windkern as wk
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, errors, exact, gpu, peers, plot, readme, record, run, step, timing  # noqa: E402
+from benchmarks import compare, errors, exact, peers, plot, readme, record, run, step, timing  # noqa: E402
 from benchmarks.cases import SHAPES, TINY, Case, make_problem, select_cases  # noqa: E402
 from benchmarks.provider import LEVELS as provider_levels  # noqa: E402
 from benchmarks.provider import quiet  # noqa: E402
@@ -379,42 +379,3 @@ def test_a_gpu_is_asked_for_by_name(capsys):
     with pytest.raises(SystemExit):
         run.main(["--device", "cuda"])
     assert "needs a GPU that torch can use" in capsys.readouterr().err
-
-
-def test_the_gpu_run_says_what_it_lacks(capsys):
-    with pytest.raises(SystemExit):
-        gpu.main(["--steps", "test"])
-    assert "unknown step test; there are build, tests" in capsys.readouterr().err
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            gpu.main([])
-        assert "torch sees none" in capsys.readouterr().err
-
-
-def test_the_gpu_run_goes_on_after_a_broken_device(monkeypatch, tmp_path):
-    ended, logs = iter(["exit code 3", "exit code 3", "ok"]), []
-
-    def run_step(name, command, log, seconds):
-        logs.append(log.name)
-        return next(ended)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "bring_earlier_rows", lambda out: None)
-    monkeypatch.setattr(gpu, "commands", lambda out, minutes: {"speed": []})
-    monkeypatch.setattr(gpu, "run_step", run_step)
-    assert gpu.main(["--out", str(tmp_path), "--steps", "speed"]) == 0
-    assert logs == ["speed.log", "speed-1.log", "speed-2.log"]
-
-
-def test_a_step_of_the_gpu_run_is_logged_and_stopped_in_time(tmp_path, capsys, monkeypatch):
-    log, plain = tmp_path / "speed.log", subprocess.run
-    assert gpu.run_step("speed", ["echo", "measured"], log, 600) == "ok" and log.read_text() == "measured\n"
-    assert gpu.run_step("speed", ["sleep", "600"], log, 1) == "stopped after 1 s"
-
-    def late(command, *, timeout, **options):
-        plain(command, **options)
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(subprocess, "run", late)
-    assert gpu.run_step("speed", ["echo", "half"], log, 600) == "stopped after 600 s" and log.read_text() == "half\n"
-    assert "== speed: ok" in capsys.readouterr().out

@@ -187,25 +187,27 @@ def test_segment_sums(backend):
     assert cuda_rows.segment_sum(values, torch.tensor([0])).shape == (0,)
 
 
+def every_kernel() -> list[torch.Tensor]:
+    """Results of all kernels on teams of a warp and of a block, NaN replaced."""
+    torch.manual_seed(0)
+    rows = Rows(9, 1000, torch.bfloat16, "softcap", bias=True, entropy=True)
+    narrow = Rows(40, 40, torch.float32, "softcap", bias=True, entropy=True)
+    results = []
+    for one in (rows, narrow):
+        results += one.forward(cuda_rows, True) + one.forward(cuda_rows, False)
+        results += one.unit(cuda_rows, one is narrow) + one.backward(cuda_rows, True, False, True)
+        results += one.backward(cuda_rows, False, one is narrow, True)
+    pairs = torch.randn(2, 2, 700)
+    results += cuda_rows.pair_terms(pairs[0], None, pairs[1], None, "bradley_terry", "logistic")
+    results += [cuda_rows.win_rates(None, pairs[1], None, "step")]
+    results += [cuda_rows.segment_sum(pairs.flatten(), torch.tensor([0, 700, 2800]))]
+    return [value.nan_to_num(7.0) for value in results if value is not None]
+
+
 def test_bits_do_not_depend_on_the_order_of_threads(backend, monkeypatch):
-    """Twice the same bits, and the same with the last thread of every block run first: no barrier is missing."""
-
-    def everything():
-        torch.manual_seed(0)
-        rows = Rows(9, 1000, torch.bfloat16, "softcap", bias=True, entropy=True)
-        narrow = Rows(9, 40, torch.float32, "softcap", bias=True, entropy=True)
-        results = []
-        for one in (rows, narrow):
-            results += one.forward(cuda_rows, True) + one.forward(cuda_rows, False)
-            results += one.unit(cuda_rows, one is narrow) + one.backward(cuda_rows, True, False, True)
-            results += one.backward(cuda_rows, False, one is narrow, True)
-        pairs = torch.randn(2, 2, 700)
-        results += cuda_rows.pair_terms(pairs[0], None, pairs[1], None, "bradley_terry", "logistic")
-        results += [cuda_rows.segment_sum(pairs.flatten(), torch.tensor([0, 700, 2800]))]
-        return [value.nan_to_num(7.0) for value in results if value is not None]
-
-    first = everything()
-    for order in ("forward", "reverse"):
+    """Twice the same bits, with the last thread of every block first, and in an order drawn anew at every barrier."""
+    first = every_kernel()
+    for order in ("forward", "reverse", "random:1"):
         monkeypatch.setenv("CUDA_EMULATOR_ORDER", order)
-        for one, two in zip(first, everything(), strict=True):
+        for one, two in zip(first, every_kernel(), strict=True):
             assert torch.equal(one, two)

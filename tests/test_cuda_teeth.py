@@ -9,11 +9,14 @@ import pytest
 import torch
 from cases import SHAPES, Problem
 from cuda_cases import Rows, compare
+from test_cuda import every_kernel
 from test_logprobs import check
+
+from windkern.kernels import cuda_rows, torch_rows
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-# (file, what it says, what the fault says)
+# (file, what it says, what the fault says), and the .cu file to compile where the fault is in a header.
 FAULTS = {
     "dropped tail": ("forward.cu", "first < packs; first += at_once", "first + at_once <= packs; first += at_once"),
     "missing merge": ("forward.cu", "    merge(part, here);\n", "    part = here;\n"),
@@ -22,8 +25,20 @@ FAULTS = {
         "if (row.column == columns.at(column_tile, k))",
         "if (row.column + 1 == columns.at(column_tile, k))",
     ),
-    "missing barrier": ("backward.cu", "thread);\n    __syncthreads();\n", "thread);\n"),
+    "slot nobody writes": ("team.h", "if (lane == 0) slots", "if (lane == 0 && threadIdx.x > 0) slots", "segments.cu"),
+    "block above its bound": ("segments.cu", "segments, dim3(kThreads)", "segments, dim3(2 * kThreads)"),
 }
+# What the emulator says of the faults that it finds itself; results show the others.
+SAID = {
+    "slot nobody writes": "a thread reads what no thread of its block wrote",
+    "block above its bound": "a block of 256 threads, the kernel's bound is 128",
+}
+BARRIERS = [
+    f"{path.name}:{number}"
+    for path in sorted((cuda_tools.ROOT / "csrc" / "cuda").iterdir())
+    for number, line in enumerate(path.read_text().splitlines(), start=1)
+    if "__syncthreads();" in line.split("//")[0]
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,52 +49,101 @@ def objects(tmp_path_factory) -> Path:
 
 def build_with(fault: str, objects: Path, folder: Path):
     """The emulated module with one line of one file changed; the other objects are those of the real one."""
-    name, right, wrong = FAULTS[fault]
-    csrc = folder / "csrc"
-    shutil.copytree(cuda_tools.ROOT / "csrc", csrc)
-    source = csrc / "cuda" / name
-    text = source.read_text()
+    name, right, wrong, *compiled = FAULTS[fault]
+    cuda = cuda_tools.copy_sources(folder) / "cuda"
+    text = (cuda / name).read_text()
     assert text.count(right) == 1
-    source.write_text(text.replace(right, wrong))
-    changed = str(folder / "changed.o")
-    cuda_tools.run(["g++", *cuda_tools.EMULATOR_FLAGS, "-O1", "-x", "c++", "-c", str(source), "-o", changed])
+    (cuda / name).write_text(text.replace(right, wrong))
+    source, changed = cuda / (compiled or [name])[0], str(folder / "changed.o")
+    flags = [*cuda_tools.EMULATOR_FLAGS, *cuda_tools.WATCHED]
+    cuda_tools.run(["g++", *flags, "-x", "c++", "-c", str(source), "-o", changed])
     others = [str(path) for path in objects.glob("*.o") if path.stem != source.stem]
     cuda_tools.run(["g++", "-shared", changed, *others, "-o", str(folder / "_cuda.so")])
     return cuda_tools.load_emulated(folder)
 
 
 def exercise(monkeypatch):
-    """What the fault's kernels are compared on: a wide slab, then the walk."""
+    """What the fault's kernels are compared on: a wide slab, the walk, sums of segments."""
     for order in ("forward", "reverse"):
         monkeypatch.setenv("CUDA_EMULATOR_ORDER", order)
         for kernel, options in (("forward", (False,)), ("backward", (True, False, True))):
             compare(lambda: Rows(5, 1003, torch.float32, "softcap", bias=True), kernel, *options)
         check(Problem(SHAPES["odd"], "all"), torch.float32, "trained", memory_budget=0, backend="cuda")
+        values, bounds = torch.randn(300), torch.tensor([0, 7, 300])
+        torch.testing.assert_close(cuda_rows.segment_sum(values, bounds), torch_rows.segment_sum(values, bounds))
+
+
+def test_without_a_fault(objects, monkeypatch):
+    cuda_tools.install(monkeypatch, cuda_tools.load_emulated(objects))
+    exercise(monkeypatch)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault(fault, objects, tmp_path, monkeypatch):
-    cuda_tools.install(monkeypatch, cuda_tools.load_emulated(objects))
-    exercise(monkeypatch)
     cuda_tools.install(monkeypatch, build_with(fault, objects, tmp_path))
-    with pytest.raises(AssertionError):
+    with pytest.raises(RuntimeError if fault in SAID else AssertionError, match=SAID.get(fault)):
         exercise(monkeypatch)
 
 
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_every_barrier_is_missed(barrier, objects, monkeypatch):
+    """Left out one at a time, whether or not a result is wrong; with all of them test_cuda.py runs the same kernels."""
+    monkeypatch.setattr(cuda_rows, "_DBIAS_TILES", 1)  # all rows in one block, which reads them batch after batch
+    cuda_tools.install(monkeypatch, cuda_tools.load_emulated(objects))
+    monkeypatch.setenv("CUDA_EMULATOR_SKIP", barrier)
+    with pytest.raises(RuntimeError, match=r"without a barrier between|no thread of its block wrote"):
+        every_kernel()
+
+
+def build_teeth(folder: Path, flags: list[str]) -> str:
+    """tests/native/emulator_teeth.cu as a program, with the watcher where `flags` ask for one."""
+    source, program = folder / "teeth.cpp", str(folder / "teeth")
+    source.write_text(cuda_tools.with_bounds((cuda_tools.NATIVE / "emulator_teeth.cu").read_text()))
+    objects = [f"{program}.o", str(folder / "watcher.o")]
+    cuda_tools.run(["g++", *cuda_tools.EMULATOR_FLAGS, *flags, "-c", str(source), "-o", objects[0]])
+    watcher = str(cuda_tools.NATIVE / "shared_memory.cpp")
+    cuda_tools.run(["g++", *cuda_tools.EMULATOR_FLAGS, "-O1", "-c", watcher, "-o", objects[1]])
+    cuda_tools.run(["g++", *objects, "-o", program])
+    return program
+
+
+def say(program: str, fault: str, order: str = "forward") -> str:
+    ran = subprocess.run([program, fault], capture_output=True, text=True, env={"CUDA_EMULATOR_ORDER": order})
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
 def test_the_emulator_finds_what_breaks_on_a_gpu(tmp_path):
-    source, program = cuda_tools.ROOT / "tests" / "native" / "emulator_teeth.cu", str(tmp_path / "teeth")
-    cuda_tools.run(["g++", *cuda_tools.EMULATOR_FLAGS, "-O0", "-x", "c++", str(source), "-o", program])
+    program = build_teeth(tmp_path, ["-O0"])
     for fault, message in (
         ("ends", "32 threads ended while others wait"),
         ("branch", "threads wait at different barriers"),
         ("part", "threads ended while others wait"),
+        ("bound", "a block of 64 threads, the kernel's bound is 32"),
     ):
-        assert message in cuda_tools.run([program, fault])
-    sums = [
-        subprocess.run([program, "race"], capture_output=True, text=True, env={"CUDA_EMULATOR_ORDER": order}).stdout
-        for order in ("forward", "reverse")
-    ]
-    assert sums[0] != sums[1]
+        assert message in say(program, fault)
+    assert say(program, "race") != say(program, "race", "reverse")
+    # One order for a seed, and an order of its own for each.
+    shuffled = [say(program, "race", f"random:{seed}") for seed in (1, 2, 1)]
+    assert shuffled[0] == shuffled[2] and len({*shuffled, say(program, "race"), say(program, "race", "reverse")}) == 4
+
+
+@pytest.mark.parametrize("level", ["-O0", "-O1"])
+def test_the_watcher_finds_what_no_order_shows(level, tmp_path):
+    program = build_teeth(tmp_path, [*cuda_tools.WATCHED, level])
+    for fault, message in (
+        ("race", "without a barrier between"),
+        ("twice", "two threads write without a barrier between"),
+        ("overwritten", "without a barrier between"),
+        ("sum", "without a barrier between"),
+        ("warp", "without a barrier between"),
+        ("last block", "block 1: a thread reads what no thread of its block wrote"),
+        ("aligned", "is not a multiple of 16"),
+    ):
+        for order in ("forward", "reverse", "random:1"):
+            assert message in say(program, fault, order), (fault, order)
+    assert len({say(program, "right", order) for order in ("forward", "reverse", "random:1")}) == 1
+    assert say(program, "right").strip().isdigit()
 
 
 def test_kernels_are_clean_under_sanitizers(tmp_path):

@@ -99,9 +99,9 @@ def available(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
 def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """Name of the back end that will run; an explicit one that cannot run raises, nothing falls back in silence."""
     if requested == "auto":
-        return _preferred(device.type, dtype)
+        return _preferred(device.type, device.index, dtype)
     check_choice("backend", requested, ["auto", *BACKENDS])
-    reason = _reason(requested, device.type, dtype)
+    reason = _reason(requested, device.type, device.index, dtype)
     if reason is not None:
         raise BackendUnavailableError(f"backend={requested!r} cannot run on {device} with {dtype}: {reason}")
     return requested
@@ -110,17 +110,22 @@ def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
 _preference: dict[tuple[str, torch.dtype], str] = {}
 
 
-def _preferred(device_type: str, dtype: torch.dtype) -> str:
-    key = (device_type, dtype)
+def _preferred(device_type: str, index: int | None, dtype: torch.dtype) -> str:
+    device = _name(device_type, index)
+    key = (device, dtype)  # by device: a machine may have GPUs of several kinds
     if key not in _preference:
-        names = BACKENDS if device_type != "cuda" else tuned.preferred()
+        names = BACKENDS if device_type != "cuda" else tuned.preferred(tuned.architecture(index))
         # Reason: stop at the first; asking the others why not would import what is never used here.
-        _preference[key] = next(name for name in names if why_not(name, device_type, dtype) is None)
+        _preference[key] = next(name for name in names if why_not(name, device, dtype) is None)
     return _preference[key]
 
 
-def _reason(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    return why_not(name, device_type, dtype)
+def _reason(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    return why_not(name, _name(device_type, index), dtype)
+
+
+def _name(device_type: str, index: int | None) -> str:
+    return device_type if index is None else f"{device_type}:{index}"
 
 
 def planned(requested: str, device_type: str, dtype: torch.dtype) -> str:

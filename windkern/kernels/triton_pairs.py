@@ -89,6 +89,18 @@ def _tile_chances(given_ptr, group, n, i, j, mask, LINK: tl.constexpr, FROM_REWA
 
 
 @triton.jit
+def _place(n, TILE: tl.constexpr):
+    """Group of this program and its responses i; programs of a group lie side by side.
+
+    Reason: all in x, where a grid has room for 2^31 - 1 of them; y has 65535.
+    """
+    tiles = tl.cdiv(n, TILE)
+    group = (tl.program_id(0) // tiles).to(tl.int64)
+    i = (tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)).to(tl.int64)
+    return group, i
+
+
+@triton.jit
 def pair_kernel(
     scores_ptr,  # (B, N)
     given_ptr,  # (B, N) rewards or (B, N, N) preferences
@@ -102,8 +114,7 @@ def pair_kernel(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    group = tl.program_id(1).to(tl.int64)
-    i = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    group, i = _place(n, TILE)
     counted_i = i < n
     if MASKED:
         counted_i = counted_i & (tl.load(where_ptr + group * n + i, mask=i < n, other=0) != 0)
@@ -137,8 +148,7 @@ def win_rate_kernel(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    group = tl.program_id(1).to(tl.int64)
-    i = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    group, i = _place(n, TILE)
     counted_i = i < n
     if MASKED:
         counted_i = counted_i & (tl.load(where_ptr + group * n + i, mask=i < n, other=0) != 0)
@@ -178,7 +188,7 @@ def pair_terms(
     groups, n = scores.shape
     values, slope = torch.zeros_like(scores), torch.zeros_like(scores)
     if scores.numel():
-        pair_kernel[(triton.cdiv(n, TILE), groups)](
+        pair_kernel[(triton.cdiv(n, TILE) * groups,)](
             scores,
             given,
             scores if where is None else where.contiguous().view(torch.uint8),
@@ -201,7 +211,7 @@ def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None
     groups, n = given.shape[:2]
     rates = given.new_zeros(groups, n)
     if rates.numel():
-        win_rate_kernel[(triton.cdiv(n, TILE), groups)](
+        win_rate_kernel[(triton.cdiv(n, TILE) * groups,)](
             given,
             given if where is None else where.contiguous().view(torch.uint8),
             rates,

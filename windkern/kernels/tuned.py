@@ -34,12 +34,16 @@ def table(architecture: str) -> dict:
     return {**entries["default"], **entries.get(architecture, {})}
 
 
-@functools.cache
-def architecture() -> str:
-    """sm_90 or gfx942 of the current GPU; "default" where there is none."""
+def architecture(index: int | None = None) -> str:
+    """sm_90 or gfx942 of a GPU, the current one unless told which; "default" where there is none."""
     if not torch.cuda.is_available():
         return "default"
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return _architecture_of(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _architecture_of(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
     name = getattr(properties, "gcnArchName", "").split(":")[0]
     return name or f"sm_{properties.major}{properties.minor}"
 

@@ -1,0 +1,113 @@
+"""Python's share of a call: microseconds of the CPU for each call and each slab, with a driver that launches nothing.
+
+    python -m benchmarks.host [--rows 64] [--repeats 30]
+
+Needs Triton and no GPU. Launchers, Triton's binder and its cache are the real ones; tensors are on the CPU and so small
+that a product takes about as long as it takes to hand one to a GPU. A call waits for its host where a GPU is done with
+a slab sooner than that: with 512 rows or small heads. What the C code of a launch takes is not in the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import mock_driver
+import torch
+from triton.runtime.jit import JITFunction
+
+import windkern as wk
+
+HIDDEN = 16
+VOCABS = (4096, 16384)  # one that is few slabs, one that is many
+GEARS = {"trained": (True, True), "frozen head": (True, False), "scoring": (False, False)}
+
+
+class Host(NamedTuple):
+    """Of one call: seconds of the CPU, of them in Triton's launches, launches, slabs."""
+
+    seconds: float
+    in_triton: float
+    launches: int
+    slabs: int
+
+
+def _plan(rows: int, vocab: int, wanted: tuple[bool, bool]) -> wk.Plan:
+    grads = {"hidden_grad": wanted[0], "weight_grad": wanted[1]}
+    options = {"total_rows": rows + 1, "memory_budget": 0, "device": "cpu"}
+    return wk.plan(rows, HIDDEN, vocab, torch.bfloat16, **options, **grads)
+
+
+def _call(rows: int, vocab: int, wanted: tuple[bool, bool]) -> Callable[[], None]:
+    hidden = torch.randn(rows, HIDDEN).bfloat16().requires_grad_(wanted[0])
+    weight = torch.randn(vocab, HIDDEN).bfloat16().requires_grad_(wanted[1])
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+    # Reason: kernels that do nothing leave no log-probs; on a CPU only rows without a target may be so.
+    targets = torch.full((rows,), -100)
+
+    def call() -> None:
+        logps = wk.token_logps(hidden, weight, targets, num_scored=rows, memory_budget=0, backend="triton").logps
+        if leaves:
+            torch.autograd.grad(logps, leaves, torch.ones_like(logps))
+
+    return call
+
+
+def measure(rows: int, vocab: int, wanted: tuple[bool, bool], repeats: int, *, compiles: bool = True) -> Host:
+    """Median over calls whose kernels are compiled."""
+    call, inside, run = _call(rows, vocab, wanted), [0.0], JITFunction.run
+
+    def timed(self, *arguments, **options):
+        started = time.perf_counter()
+        try:
+            return run(self, *arguments, **options)
+        finally:
+            inside[0] += time.perf_counter() - started
+
+    with mock_driver.installed(compiles=compiles) as driver:
+        for _ in range(3):
+            call()
+        driver.launches.clear()
+        call()
+        launches, taken, in_triton = len(driver.launches), [], []
+        JITFunction.run = timed
+        try:
+            for _ in range(repeats):
+                inside[0], started = 0.0, time.process_time()
+                call()
+                taken.append(time.process_time() - started)
+                in_triton.append(inside[0])
+        finally:
+            JITFunction.run = run
+    slabs = _plan(rows, vocab, wanted).num_slabs
+    return Host(statistics.median(taken), statistics.median(in_triton), launches, slabs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=30)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print(f"{'gear':12s} {'slabs':>12s} {'launches':>12s} {'us a call':>14s} {'us a slab':>10s} {'in launches':>12s}")
+    for gear, wanted in GEARS.items():
+        few, many = (measure(chosen.rows, vocab, wanted, chosen.repeats) for vocab in VOCABS)
+        more = many.slabs - few.slabs
+        a_slab, in_triton = ((many[field] - few[field]) / more * 1e6 for field in (0, 1))
+        slabs, launches = f"{few.slabs} .. {many.slabs}", f"{few.launches} .. {many.launches}"
+        seconds = f"{1e6 * few.seconds:.0f} .. {1e6 * many.seconds:.0f}"
+        print(f"{gear:12s} {slabs:>12s} {launches:>12s} {seconds:>14s} {a_slab:10.1f} {in_triton:12.1f}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""An NVIDIA driver for Triton on a machine without a GPU: binder, cache and launchers are real, launches do nothing.
+
+For processes of their own, without TRITON_INTERPRET, which import this before windkern's kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from windkern import backends
+
+assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter has no driver"
+
+# The most blocks of a grid in x, y and z: a launch with more fails with "invalid argument".
+GRID = (2**31 - 1, 65535, 65535)
+SHARED = 227 << 10
+SM_90 = GPUTarget("cuda", 90, 32)
+
+
+class Launch(NamedTuple):
+    kernel: str
+    device: int  # that Triton launched on: the current one
+    grid: tuple[int, int, int]
+
+
+class _Utils:
+    """What Triton asks a driver's C code for."""
+
+    def load_binary(self, *_) -> tuple[int, int, int, int, int]:
+        return 0, 1, 32, 0, 1024  # module, function, registers, spills, threads
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+
+class Driver:
+    """Launches go to `launches`; `current` says which device is current."""
+
+    utils = _Utils()
+
+    def __init__(self, current: Callable[[], int]):
+        self.get_current_device = current
+        self.launches: list[Launch] = []
+        self.compiled: Counter[str] = Counter()  # by kernel
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return functools.partial(self.launch, metadata.name)
+
+    def launch(self, name: str, *arguments: Any) -> None:
+        grid = arguments[:3]
+        if any(not 0 < size <= most for size, most in zip(grid, GRID, strict=True)):
+            raise RuntimeError(f"Triton Error [CUDA]: invalid argument: {name} with a grid of {grid}, at most {GRID}")
+        self.launches.append(Launch(name, self.get_current_device(), grid))
+
+    def get_current_stream(self, device: int) -> int:
+        return 1000 + device
+
+    def get_current_target(self) -> GPUTarget:
+        return SM_90
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+class _Uncompiled:
+    """Stands for a compiled kernel where only its key is of interest."""
+
+    function, packed_metadata = 1, ()
+
+    def __init__(self, run: Callable[..., None]):
+        self.run = run
+
+    def launch_metadata(self, *_) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) -> Iterator[Driver]:
+    """The driver is Triton's inside, with empty caches, and the back end "triton" takes tensors of any device.
+
+    Args:
+        current: the number of the current device.
+        compiles: False counts what would be compiled, in microseconds instead of a second for each.
+    """
+    fake, function = Driver(current), triton.runtime.jit.JITFunction
+    compile_one = function._do_compile
+
+    def counted(self, key, signature, device, *arguments):
+        fake.compiled[self._fn_name] += 1
+        if compiles:
+            return compile_one(self, key, signature, device, *arguments)
+        kernel = self.device_caches[device][0][key] = _Uncompiled(functools.partial(fake.launch, self._fn_name))
+        return kernel
+
+    any_device = backends.Backend("triton", "windkern.kernels.triton_rows", lambda device, dtype: None)
+    caches = [kernel.device_caches for kernel in _kernels()]
+    for cache in caches:
+        cache.clear()
+    driver.set_active(fake)
+    try:
+        with (
+            mock.patch.object(function, "_do_compile", counted),
+            mock.patch.dict(backends.BACKENDS, {"triton": any_device}),
+        ):
+            yield fake
+    finally:
+        for cache in caches:
+            cache.clear()
+        driver._active = None
+
+
+def _kernels() -> Iterator[Any]:
+    """Every kernel of windkern: functions that Triton compiles for a launch."""
+    from windkern.kernels import triton_backward, triton_pairs, triton_rows, triton_tile
+
+    for module in (triton_rows, triton_backward, triton_tile, triton_pairs):
+        for value in vars(module).values():
+            if isinstance(value, triton.runtime.jit.JITFunction):
+                yield value
