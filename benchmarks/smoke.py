@@ -16,7 +16,7 @@ from torch import Tensor
 
 import windkern as wk
 from benchmarks.exact import allowed_error
-from windkern.kernels.gemm import Gemm
+from windkern.kernels.gemm import products_of
 
 # rows, hidden, vocabulary: one slab, a vocabulary that 8 does not divide, several slabs.
 SHAPES = ((64, 64, 512), (300, 128, 5003), (1024, 512, 40000))
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in wk.backends.BACKENDS:
         reason = wk.backends.why_not(name, chosen.device, DTYPE)
         print(f"{name:7s} {'runs' if reason is None else reason}", flush=True)
-    gemm = Gemm(chosen.device, DTYPE)
+    gemm = products_of(chosen.device, DTYPE)
     facts = {name: getattr(gemm, name) for name in dir(type(gemm)) if isinstance(getattr(type(gemm), name), property)}
     print("products:", ", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     started, wrong, lines = time.monotonic(), 0, 0

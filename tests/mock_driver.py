@@ -6,6 +6,7 @@ For processes of their own, without TRITON_INTERPRET, which import this before w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections import Counter
@@ -106,7 +107,7 @@ def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) 
         kernel = self.device_caches[device][0][key] = _Uncompiled(functools.partial(fake.launch, self._fn_name))
         return kernel
 
-    any_device = backends.Backend("triton", "windkern.kernels.triton_rows", lambda device, dtype: None)
+    any_device = dataclasses.replace(backends.BACKENDS["triton"], reason=lambda device, dtype: None)
     caches = [kernel.device_caches for kernel in _kernels()]
     for cache in caches:
         cache.clear()
@@ -125,9 +126,9 @@ def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) 
 
 def _kernels() -> Iterator[Any]:
     """Every kernel of windkern: functions that Triton compiles for a launch."""
-    from windkern.kernels import triton_backward, triton_pairs, triton_rows, triton_tile
+    from windkern.kernels import triton_backward, triton_exps, triton_pairs, triton_rows, triton_tile
 
-    for module in (triton_rows, triton_backward, triton_tile, triton_pairs):
+    for module in (triton_rows, triton_exps, triton_backward, triton_tile, triton_pairs):
         for value in vars(module).values():
             if isinstance(value, triton.runtime.jit.JITFunction):
                 yield value

@@ -141,7 +141,7 @@ def test_the_plan_is_obeyed(backend, dtype):
         problem = Problem(shape, "all")
         for gear in ("frozen_head", "trained"):
             for name, budget in test_plan.budgets(problem, dtype, gear).items():
-                plan = test_plan.plan_of(problem, dtype, gear, dropped=True, memory_budget=budget)
+                plan = test_plan.plan_of(problem, dtype, gear, dropped=True, memory_budget=budget, backend=backend)
                 with buffers.recording() as record:
                     problem.run(wk.token_logps, dtype, gear, memory_budget=budget, backend=backend)
                 assert record.flops == plan.flops, name

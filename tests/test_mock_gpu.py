@@ -29,7 +29,6 @@ OPS = (
     "win_rates",
     "sequences",
 )
-NO_GUARD = "the ops do not make their tensors' device current before a launch"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,6 @@ def test_kernels_are_launched_where_the_caller_is(found, op):
 
 
 @needs_triton
-@pytest.mark.xfail(strict=True, reason=NO_GUARD)
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_are_launched_where_their_tensors_are(found, op):
     """Tensors on GPU 1 while GPU 0 is current: Triton launches on the current device, whatever it is handed.
@@ -74,9 +72,7 @@ def test_kernels_are_launched_where_their_tensors_are(found, op):
 @pytest.mark.parametrize(
     ("gear", "most"),
     [
-        pytest.param(
-            "trained", 16, marks=pytest.mark.xfail(strict=True, reason="widths and alignments are specialised")
-        ),
+        ("trained", 16),
         ("frozen", 8),
         ("scoring", 8),
     ],

@@ -28,6 +28,7 @@ class Backend:
     reason: Callable[[torch.device, torch.dtype], str | None]  # None where it can run
     # Columns of the fused tiles it runs the forward in, by hidden size, operand dtype and batch invariance; None: none.
     tile_columns: Callable[[int, torch.dtype, bool], int | None] = lambda hidden_size, dtype, batch_invariant: None
+    wide_dz: bool = True  # whether dz can be written wider than what was kept
     # The most temporary memory of a row kernel, by rows, width, bytes of a number and device type.
     scratch_bytes: Callable[[int, int, int, str], int] = torch_rows.scratch_bytes
 
@@ -65,8 +66,10 @@ def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 # In order of preference: "auto" takes the first that can run; on a GPU in the order of `kernels/tuned.json`.
 BACKENDS = {
     "cpp": Backend("cpp", "windkern.kernels.cpp_rows", _cpp_reason),
-    "triton": Backend("triton", "windkern.kernels.triton_rows", _triton_reason, tuned.tile_columns, _partial_sums),
-    "cuda": Backend("cuda", "windkern.kernels.cuda_rows", _cuda_reason, scratch_bytes=_partial_sums),
+    "triton": Backend(
+        "triton", "windkern.kernels.triton_rows", _triton_reason, tuned.tile_columns, scratch_bytes=_partial_sums
+    ),
+    "cuda": Backend("cuda", "windkern.kernels.cuda_rows", _cuda_reason, wide_dz=False, scratch_bytes=_partial_sums),
     "torch": Backend("torch", "windkern.kernels.torch_rows", _always),
 }
 
@@ -128,13 +131,13 @@ def _name(device_type: str, index: int | None) -> str:
     return device_type if index is None else f"{device_type}:{index}"
 
 
-def planned(requested: str, device_type: str, dtype: torch.dtype) -> str:
+def planned(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """Name of the back end to plan for, also on a machine without such a device."""
     if requested != "auto":
         return requested
-    if device_type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         return tuned.preferred()[0]
-    return _preferred(device_type, dtype)
+    return _preferred(device.type, device.index, dtype)
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:

@@ -71,6 +71,10 @@ class Problem:
         return self.products.multiplied.itemsize
 
     @property
+    def dz_dtype(self) -> torch.dtype:
+        return self.products.multiplied if self.walk.wide_dz else self.walk.operand
+
+    @property
     def narrowed_item(self) -> int:
         """Bytes of a number of dhidden in the caller's dtype."""
         return max(dtype.itemsize for dtype in self.hidden_dtypes)
@@ -168,7 +172,7 @@ class Problem:
         """Backward's own buffers where dz is written, slab by slab."""
         M, width, acc = self.rows, spec.slab_width, self.acc
         all_kept = spec.kept_columns(self.vocab_size) >= self.vocab_size
-        dz = self.products.dz_dtype
+        dz = self.dz_dtype
         total = M * width * (acc if (dz.itemsize == acc or not all_kept or spec.entropy) else 0)
         total += M * width * (dz.itemsize if dz.itemsize != acc else 0)
         total += M * width * acc * (dz != self.products.multiplied)
@@ -209,9 +213,9 @@ class Problem:
     def _copies_weight_grad(self) -> bool:
         """Whether dweight of some columns exists apart from its place in the gradient."""
         if self.accumulates:
-            return not (self.products.adds and self.products.dz_dtype != torch.float16)
+            return not (self.products.adds and self.dz_dtype != torch.float16)
         direct = all(self.products.writes(dtype) for dtype in self.weight_dtypes)
-        return not direct or self.products.dz_dtype == torch.float16
+        return not direct or self.dz_dtype == torch.float16
 
     def flops(self, spec: WalkSpec) -> int:
         H = total = sum(self.hidden_sizes)

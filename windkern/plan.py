@@ -148,7 +148,8 @@ def plan(
     rows = check_count("rows", rows)
     sizes = check_each("hidden_size", hidden_size, lambda name, size: check_count(name, size, least=1))
     vocab_size = check_count("vocab_size", vocab_size, least=1)
-    device_type, deterministic = check_device("device", device).type, check_flag("deterministic", deterministic)
+    device, deterministic = check_device("device", device), check_flag("deterministic", deterministic)
+    device_type = device.type
     budget = default_budget(device_type) if memory_budget is None else check_count("memory_budget", memory_budget)
     dtype = check_float_dtype("dtype", dtype)
     hidden_dtypes, weight_dtypes = (
@@ -158,7 +159,7 @@ def plan(
     total_rows = rows if total_rows is None else check_count("total_rows", total_rows)
     if total_rows < rows:
         raise ValueError(f"total_rows must be at least rows, {rows}, got {total_rows}")
-    backend = backends.planned(check_choice("backend", backend, ["auto", *backends.BACKENDS]), device_type, dtype)
+    backend = backends.planned(check_choice("backend", backend, ["auto", *backends.BACKENDS]), device, dtype)
     hidden_grad = check_each("hidden_grad", hidden_grad, check_flag, len(sizes))
     weight_grad = check_each("weight_grad", weight_grad, check_flag, len(sizes))
     gear = gear_of(hidden_grad, weight_grad, check_flag("bias_grad", bias_grad))
@@ -186,6 +187,7 @@ def plan(
         row_block=fixed_tile(device_type)[0] if pads else 0,
         tile_columns=tiles,
         factored=plain and gear != "scoring",
+        wide_dz=backends.BACKENDS[backend].wide_dz,
         backend=backend,
     )
     problem = Problem(

@@ -41,6 +41,7 @@ class WalkSpec:
     row_block: int  # rows of one forward product; 0: all
     tile_columns: int  # of a forward in fused tiles; 0: it walks slabs
     factored: bool  # backward multiplies exponentials; dz is written only for an upstream on lse
+    wide_dz: bool  # dz is written in the dtype that is multiplied; else in that of the operands
     backend: str  # of the row kernels
 
     @property

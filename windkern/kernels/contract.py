@@ -117,7 +117,7 @@ class RowKernels(Protocol):
         stats: RowStats,
         upstream: Upstream,
         row_scale: Tensor | None,  # (M,) what upstream was divided by, for dbias
-        dz: Tensor,  # (M, W) operand dtype, or on a CPU that of the logits, out; may be the logits
+        dz: Tensor,  # (M, W) operand dtype, or that of the logits where the back end can; out; may be the logits
         dbias: Tensor | None,  # (W,) out: the sum of row_scale * dz over rows
     ) -> None:
         """dz = slope * (c_logp * onehot + P * (c_lse - c_logp - c_ent * (log P + entropy))), 0 in ignored rows."""

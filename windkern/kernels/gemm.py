@@ -84,11 +84,6 @@ class Products:
         return self.operand
 
     @property
-    def dz_dtype(self) -> torch.dtype:
-        """The dtype dz is written in: as it is multiplied, where the row kernels can."""
-        return self.multiplied if self.device_type == "cpu" else self.operand
-
-    @property
     def mixes(self) -> bool:
         """Whether operands are narrower than results."""
         return self.multiplied != self.acc

@@ -161,7 +161,7 @@ class _Backward:
         """dz of one slab after the other, from what was kept of it or from its logits."""
         walk, spec, products = self.walk, self.walk.spec, self.walk.products
         rows, vocab, acc = self.targets.shape[0], self.weight[0].shape[0], products.acc
-        scale = row_scale(self.upstream, products.dz_dtype, spec.transform.slope_at_zero)
+        scale = row_scale(self.upstream, walk.dz_dtype, spec.transform.slope_at_zero)
         upstream = self.upstream
         if scale is not None:
             upstream = Upstream(*(None if part is None else part / scale for part in upstream))
@@ -169,12 +169,12 @@ class _Backward:
         weight_operands, gain = self._weight_operands(scale)
         all_kept = spec.kept_columns(vocab) >= vocab
         operands = [] if all_kept else self._operands()
-        in_place = products.dz_dtype == acc
+        in_place = walk.dz_dtype == acc
         slab_buffer = dz_buffer = None
         if not products.allocates and (not all_kept or spec.saves_logits or in_place):
             slab_buffer = buffers.empty("slab", (rows, spec.slab_width), acc, self.device)
         if not in_place:
-            dz_buffer = buffers.empty("dz", (rows, spec.slab_width), products.dz_dtype, self.device)
+            dz_buffer = buffers.empty("dz", (rows, spec.slab_width), walk.dz_dtype, self.device)
         for index, (start, stop) in enumerate(spec.slabs(vocab)):
             width, kept, heads = stop - start, None, None
             z = None if slab_buffer is None else slab_buffer[:, :width]

@@ -91,7 +91,8 @@ class HeldGradients:
         grads = [None if self.bias is None else (self.bias * upstream).to(self.bias_dtype)]
         for values, scales in ((self.hidden, self.hidden_scale), (self.weight, self.weight_scale)):
             for value, scale in zip(values, scales, strict=True):
-                grads.append(None if value is None else _times(value, scale, upstream, keep, self.kernels))
+                with backends.on_device_of(upstream):
+                    grads.append(None if value is None else _times(value, scale, upstream, keep, self.kernels))
         return grads
 
 

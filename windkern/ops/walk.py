@@ -27,6 +27,10 @@ class Walk:
     def of(cls, spec: WalkSpec, device_type: str) -> Walk:
         return cls(spec, backends.BACKENDS[spec.backend].kernels(), products_of(device_type, spec.operand))
 
+    @property
+    def dz_dtype(self) -> torch.dtype:
+        return self.products.multiplied if self.spec.wide_dz else self.spec.operand
+
     def slab(self, logits: Tensor | None, bias: Tensor | None, targets: Tensor, start: int, width: int) -> Slab:
         if bias is not None:
             bias = bias[start : start + width].to(self.products.acc).contiguous()
