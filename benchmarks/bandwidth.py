@@ -23,6 +23,7 @@ import windkern as wk
 from benchmarks import record
 from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
 from windkern.kernels.gemm import accumulator
+from windkern.transform import LogitTransform
 
 SHAPES = ((8192, 8192), (2048, 32768), (4096, 16384), (8192, 1024), (8192, 8191))  # the last: no 16-byte accesses
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -144,7 +145,7 @@ class Matrices:
         }
 
 
-IDENTITY = wk.LogitTransform()
+IDENTITY = LogitTransform()
 
 
 def copy_rate(timer: Timer, samples: int, device: str, num_bytes: int) -> float:
@@ -193,7 +194,7 @@ def pair_results(timer: Timer, n: int, device: str, samples: int, largest_matrix
         for backend in wk.backends.available(device)
     }
     if n <= largest_matrix:
-        calls["n x n"] = step(lambda: wk.reference.pair_loss(scores, rewards=rewards, loss="logistic"))
+        calls["n x n"] = step(lambda: wk.naive.pair_loss(scores, rewards=rewards, loss="logistic"))
     rows = []
     for name, call in calls.items():
         peak = timer.peak_bytes(call)

@@ -55,7 +55,7 @@ def _call(rows: int, vocab: int, wanted: tuple[bool, bool]) -> Callable[[], None
     targets = torch.full((rows,), -100)
 
     def call() -> None:
-        logps = wk.token_logps(hidden, weight, targets, num_scored=rows, memory_budget=0, backend="triton").logps
+        logps = wk.token_logps(hidden, weight, targets, max_scored=rows, memory_budget=0, backend="triton").logps
         if leaves:
             torch.autograd.grad(logps, leaves, torch.ones_like(logps))
 

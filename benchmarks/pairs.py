@@ -31,7 +31,7 @@ def matrix_step(scores: Tensor, rewards: Tensor) -> Callable[[], tuple[Tensor, T
     """What people write: the N x N matrix of gaps and preferences."""
 
     def step():
-        loss = wk.reference.pair_loss(scores, rewards=rewards, loss="logistic")
+        loss = wk.naive.pair_loss(scores, rewards=rewards, loss="logistic")
         return loss.detach(), torch.autograd.grad(loss, scores)[0]
 
     return step
@@ -60,7 +60,7 @@ def run_size(n: int, samples: int, results: record.Results, device: str = "cpu")
     scores, rewards = make_group(n, device)
     exact = None
     if n <= LARGEST_MATRIX // 4:
-        exact = float(wk.reference.pair_loss(scores.detach().double(), rewards=rewards.double(), loss="logistic"))
+        exact = float(wk.naive.pair_loss(scores.detach().double(), rewards=rewards.double(), loss="logistic"))
     peaks = {}
     for name, step in steps.items():
         step()

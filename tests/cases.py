@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import windkern as wk
-from windkern import reference
+from windkern import naive
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NARROW = 0  # memory budgets: the smallest plan there is, about half of all, everything kept
@@ -42,12 +42,12 @@ GEARS = {
 }
 
 VARIANTS = {
-    "plain": {"bias": False, "transform": None, "entropy": False},
-    "entropy": {"bias": False, "transform": None, "entropy": True},
-    "bias": {"bias": True, "transform": None, "entropy": False},
-    "scaled": {"bias": True, "transform": wk.LogitTransform(scale=0.5, temperature=0.7), "entropy": False},
-    "softcap": {"bias": False, "transform": wk.LogitTransform(softcap=4.0), "entropy": False},
-    "all": {"bias": True, "transform": wk.LogitTransform(1.3, 5.0, 1.7), "entropy": True},
+    "plain": {"bias": False, "entropy": False},
+    "entropy": {"bias": False, "entropy": True},
+    "bias": {"bias": True, "entropy": False},
+    "scaled": {"bias": True, "entropy": False, "scale": 0.5, "temperature": 0.7},
+    "softcap": {"bias": False, "entropy": False, "softcap": 4.0},
+    "all": {"bias": True, "entropy": True, "scale": 1.3, "softcap": 5.0, "temperature": 1.7},
 }
 
 
@@ -84,7 +84,12 @@ class Problem:
 
     @property
     def options(self) -> dict:
-        return {key: VARIANTS[self.variant][key] for key in ("transform", "entropy")}
+        return {key: value for key, value in VARIANTS[self.variant].items() if key != "bias"}
+
+    @property
+    def transform(self) -> dict[str, float]:
+        """Scale, softcap and temperature, where they are not the defaults."""
+        return {key: value for key, value in self.options.items() if key != "entropy"}
 
     def upstream(self, count: int, like: Tensor) -> list[Tensor]:
         """Arbitrary, different for every row and output, and from a formula."""
@@ -125,10 +130,10 @@ class Problem:
 
     def exact(self, dtype: torch.dtype, gear: str) -> dict[str, Tensor]:
         """The reference in float64 on the inputs as `dtype` holds them."""
-        return self.run(reference.token_logps, torch.float64, gear, rounded_to=dtype)
+        return self.run(naive.token_logps, torch.float64, gear, rounded_to=dtype)
 
     def plain(self, dtype: torch.dtype, gear: str) -> dict[str, Tensor]:
-        return self.run(reference.token_logps, dtype, gear)
+        return self.run(naive.token_logps, dtype, gear)
 
     def middle_budget(self, dtype: torch.dtype, gear: str) -> int:
         """About half of what keeping everything takes, so that some slabs are kept and some recomputed."""

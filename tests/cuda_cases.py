@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-import windkern as wk
 from windkern.kernels import cuda_rows, torch_rows
 from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
+from windkern.transform import LogitTransform
 
 # A warp or a block for a row, with and without 16-byte accesses, rows that a team's registers hold and wider ones.
 WIDTHS = (1, 3, 32, 65, 512, 520, 1003, 4096, 4104, 8200, 8203)
 TRANSFORMS = {
-    "identity": wk.LogitTransform(),
-    "scaled": wk.LogitTransform(scale=0.5, temperature=0.7),
-    "softcap": wk.LogitTransform(1.3, 5.0, 1.7),
+    "identity": LogitTransform(),
+    "scaled": LogitTransform(scale=0.5, temperature=0.7),
+    "softcap": LogitTransform(1.3, 5.0, 1.7),
 }
 
 

@@ -32,17 +32,17 @@ def head(rows: int, device: str, *, hidden_grad: bool = True, weight_grad: bool 
 
 
 def trained(rows: int, device: str = "cuda:0", **options: Any) -> None:
-    logps = wk.token_logps(*head(rows, device), num_scored=rows, backend="triton", **options).logps
+    logps = wk.token_logps(*head(rows, device), max_scored=rows, backend="triton", **options).logps
     logps.sum().backward()
 
 
 def frozen(rows: int, device: str = "cuda:0") -> None:
-    wk.token_logps(*head(rows, device, weight_grad=False), num_scored=rows, backend="triton")
+    wk.token_logps(*head(rows, device, weight_grad=False), max_scored=rows, backend="triton")
 
 
 def scoring(rows: int, device: str = "cuda:0") -> None:
     with torch.no_grad():
-        wk.token_logps(*head(rows, device), num_scored=rows, backend="triton")
+        wk.token_logps(*head(rows, device), max_scored=rows, backend="triton")
 
 
 def fused(rows: int, device: str = "cuda:0") -> None:
@@ -50,20 +50,20 @@ def fused(rows: int, device: str = "cuda:0") -> None:
     grouped = hidden.detach().view(2, 2, -1, HIDDEN).requires_grad_()
     labels = targets.view(2, 2, -1)
     loss = wk.fused_loss(
-        lambda logps: logps.sum(-1), grouped, weight, labels, num_scored=labels.numel(), backend="triton"
+        lambda logps: logps.sum(-1), grouped, weight, labels, max_scored=labels.numel(), backend="triton"
     )
     loss.backward()
 
 
-def deterministic(rows: int, device: str) -> None:
-    trained(rows, device, deterministic=True)
+def batch_invariant(rows: int, device: str) -> None:
+    trained(rows, device, batch_invariant=True)
 
 
 def with_bias_and_entropy(rows: int, device: str) -> None:
     bias = torch.zeros(VOCAB, dtype=torch.bfloat16, device=device, requires_grad=True)
-    transform = wk.LogitTransform(1.3, 5.0, 1.7)
+    transform = {"scale": 1.3, "softcap": 5.0, "temperature": 1.7}
     outputs = wk.token_logps(
-        *head(rows, device), bias=bias, transform=transform, entropy=True, num_scored=rows, backend="triton"
+        *head(rows, device), bias=bias, **transform, entropy=True, max_scored=rows, backend="triton"
     )
     (outputs.logps + outputs.entropy).sum().backward()
 
@@ -79,7 +79,7 @@ def win_rates(groups: int, device: str) -> None:
 
 def sequences(rows: int, device: str) -> None:
     bounds = torch.arange(0, rows + 1, rows // 4, device=device)
-    wk.sequence_logps(*head(rows, device), cu_seqlens=bounds, num_scored=rows, backend="triton").sum().backward()
+    wk.sequence_logps(*head(rows, device), cu_seqlens=bounds, max_scored=rows, backend="triton").sum().backward()
 
 
 OPS = {
@@ -89,7 +89,7 @@ OPS = {
         frozen,
         scoring,
         fused,
-        deterministic,
+        batch_invariant,
         with_bias_and_entropy,
         pair_loss,
         win_rates,

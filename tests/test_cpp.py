@@ -16,6 +16,7 @@ from tolerances import assert_within
 import windkern as wk
 from windkern.kernels import cpp_rows, native, torch_rows
 from windkern.kernels.contract import Kept, RowState, Slab
+from windkern.transform import LogitTransform
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +69,7 @@ def test_exponential_is_exact_to_rounding(instruction_set, dtype):
     kept, offset = torch.empty_like(z), torch.empty(1, 1, dtype=dtype)
     state = RowState(*(torch.full((1,), start, dtype=dtype) for start in (-torch.inf, 0.0, -torch.inf)), None)
     exact = z.double().exp()
-    slab = Slab(z.clone(), None, torch.tensor([3]), 0, wk.LogitTransform())
+    slab = Slab(z.clone(), None, torch.tensor([3]), 0, LogitTransform())
     cpp_rows.slab_forward(slab, state, Kept(kept, offset))
     normal = exact > torch.finfo(dtype).tiny * 1.01
     relative = ((kept.double() - exact) / exact)[normal].abs().max()
@@ -82,7 +83,7 @@ def test_storage_rounds_to_nearest_even(instruction_set, dtype):
     z = -4 * torch.rand(3, 1001)
     kept, offset = torch.empty(3, 1001, dtype=dtype), torch.empty(3, 1)
     state = RowState(*(torch.full((3,), start) for start in (-torch.inf, 0.0, -torch.inf)), None)
-    slab = Slab(z.clone(), None, torch.tensor([0, 1, 2]), 0, wk.LogitTransform())
+    slab = Slab(z.clone(), None, torch.tensor([0, 1, 2]), 0, LogitTransform())
     cpp_rows.slab_forward(slab, state, Kept(kept, offset))
     wanted = (z.double() - offset.double()).exp().float().to(dtype)
     apart = (kept.view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
@@ -170,7 +171,7 @@ def test_planted_faults_are_caught(monkeypatch):
     for fault in (
         lambda slab, values: original(slab._replace(start=slab.start + 1), values),
         lambda slab, values: original(slab._replace(bias=None), values),
-        lambda slab, values: original(slab._replace(transform=wk.LogitTransform()), values),
+        lambda slab, values: original(slab._replace(transform=LogitTransform()), values),
     ):
         monkeypatch.setattr(cpp_rows, "_slab", fault)
         with pytest.raises((AssertionError, ValueError)):

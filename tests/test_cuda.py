@@ -17,6 +17,7 @@ from test_logprobs import check
 import windkern as wk
 from windkern.kernels import buffers, cuda_rows, torch_rows
 from windkern.kernels.contract import Kept, RowState, RowStats, Slab, Upstream
+from windkern.transform import LogitTransform
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -77,7 +78,7 @@ def test_rows_of_every_tile_reach_dbias(backend, rows):
     results = []
     for kernels in (cuda_rows, torch_rows):
         dz, dbias = torch.empty_like(z), torch.empty(width, dtype=torch.float64)
-        slab = Slab(z.clone(), None, targets, 0, wk.LogitTransform())
+        slab = Slab(z.clone(), None, targets, 0, LogitTransform())
         kernels.slab_backward(slab, None, stats, upstream, None, dz, dbias)
         results.append((dz, dbias))
     torch.testing.assert_close(*results)
@@ -108,7 +109,7 @@ def test_ignored_rows_and_no_rows(backend):
     problem = Problem(Shape((2, 3), (8,), 37), "all")
     problem.targets.fill_(-100)
     for gear in ("frozen_head", "trained"):
-        results = problem.run(wk.token_logps, torch.float32, gear, num_scored=3, backend=backend)
+        results = problem.run(wk.token_logps, torch.float32, gear, max_scored=3, backend=backend)
         assert all(torch.equal(value, torch.zeros_like(value)) for value in results.values())
 
 
@@ -130,7 +131,7 @@ def test_a_value_that_is_no_number_stays_one(backend):
     for keep in (False, True):
         state = RowState(torch.full((4,), -torch.inf), torch.zeros(4), torch.full((4,), -torch.inf), None)
         kept = Kept(torch.empty(4, 600), torch.empty(4, 1)) if keep else None
-        cuda_rows.slab_forward(Slab(z.clone(), None, torch.arange(4), 0, wk.LogitTransform()), state, kept)
+        cuda_rows.slab_forward(Slab(z.clone(), None, torch.arange(4), 0, LogitTransform()), state, kept)
         assert state.run_sum.isnan().tolist() == [False, True, True, False]
 
 

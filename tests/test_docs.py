@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import windkern as wk
+from windkern.transform import LogitTransform
 
 ROOT = Path(__file__).parents[1]
 NEEDS_EXTRAS = (
@@ -34,7 +35,7 @@ PUBLIC = {
     "plan": wk.plan,
     "pair_loss": wk.pair_loss,
     "win_rates": wk.win_rates,
-    "LogitTransform": wk.LogitTransform,
+    "LogitTransform": LogitTransform,
     "FusedLogProbs": wk.nn.FusedLogProbs,
     "gathered": wk.sharding.gathered,
     "Game": wk.tabular.Game,

@@ -6,6 +6,7 @@ import torch
 
 import windkern as wk
 from windkern import backends
+from windkern.transform import LogitTransform
 
 HIDDEN, WEIGHT = torch.zeros(2, 3, 4), torch.zeros(7, 4)
 TARGETS = torch.zeros(2, 3, dtype=torch.long)
@@ -35,14 +36,22 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"targets": TARGETS - 5}, ValueError, r"targets must be in \[0, 7\) or equal ignore_index, got -5"),
         ({"bias": torch.zeros(6)}, ValueError, r"bias must have shape \(7,\), got \(6,\)"),
         ({"bias": torch.zeros(7).double()}, TypeError, "bias must not be wider than the logits"),
-        ({"transform": 2.0}, TypeError, "transform must be a windkern.LogitTransform or None, got float"),
-        ({"num_scored": -1}, ValueError, "num_scored must be at least 0, got -1"),
-        ({"num_scored": 2.5}, TypeError, "num_scored must be an integer, got float"),
-        ({"num_scored": 5}, ValueError, "num_scored must be at least the number of scored targets, 6, got 5"),
+        ({"scale": "2"}, TypeError, "scale must be a number, got str '2'"),
+        ({"softcap": 0}, ValueError, "softcap must be greater than 0, got 0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be greater than 0, got -1.0"),
+        ({"temperature": float("inf")}, ValueError, "temperature must be"),
+        ({"weight": wk.Head(WEIGHT), "bias": torch.zeros(7)}, ValueError, "bias must not be given beside a windkern.H"),
+        ({"weight": wk.Head(WEIGHT), "scale": 2.0, "softcap": 3.0}, ValueError, "scale and softcap must not be given"),
+        ({"weight": wk.Head(WEIGHT), "temperature": 2.0}, ValueError, "temperature must not be given beside"),
+        ({"weight": wk.Head(WEIGHT[:, :3])}, ValueError, r"hidden must have last dimension 3 to match weight"),
+        ({"weight": wk.Head(None)}, TypeError, "weight must be a torch.Tensor"),
+        ({"max_scored": -1}, ValueError, "max_scored must be at least 0, got -1"),
+        ({"max_scored": 2.5}, TypeError, "max_scored must be an integer, got float"),
+        ({"max_scored": 5}, ValueError, "max_scored must be at least the number of scored targets, 6, got 5"),
         ({"memory_budget": -1}, ValueError, "memory_budget must be at least 0, got -1"),
         ({"memory_budget": "1G"}, TypeError, "memory_budget must be an integer, got str"),
         ({"backend": "torhc"}, ValueError, r"backend must be one of 'auto', .* did you mean 'torch'\?"),
-        ({"softcap": 30.0}, TypeError, "unexpected keyword argument 'softcap'"),
+        ({"transform": 30.0}, TypeError, "unexpected keyword argument 'transform'"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got NoneType"),
         ({"ignore_index": 0.5}, TypeError, "ignore_index must be an integer, got float 0.5"),
         ({"ignore_index": "-100"}, TypeError, "ignore_index must be an integer, got str '-100'"),
@@ -51,22 +60,22 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"ignore_index": torch.tensor(True)}, TypeError, "ignore_index must be an integer, got Tensor"),
         ({"ignore_index": torch.tensor([1, 2])}, TypeError, "ignore_index must be an integer, got Tensor"),
         ({"ignore_index": 2**70}, ValueError, "ignore_index must fit into 64 bits, got 1180591620717411303424"),
-        ({"num_scored": True}, TypeError, "num_scored must be an integer, got bool True"),
-        ({"num_scored": numpy.float64(6)}, TypeError, "num_scored must be an integer, got float64 .*6.0"),
+        ({"max_scored": True}, TypeError, "max_scored must be an integer, got bool True"),
+        ({"max_scored": numpy.float64(6)}, TypeError, "max_scored must be an integer, got float64 .*6.0"),
         ({"memory_budget": False}, TypeError, "memory_budget must be an integer, got bool False"),
         ({"entropy": "no"}, TypeError, "entropy must be True or False, got str 'no'"),
         ({"entropy": None}, TypeError, "entropy must be True or False, got NoneType"),
-        ({"deterministic": "no"}, TypeError, "deterministic must be True or False, got str 'no'"),
-        ({"deterministic": 1}, TypeError, "deterministic must be True or False, got int 1"),
+        ({"batch_invariant": "no"}, TypeError, "batch_invariant must be True or False, got str 'no'"),
+        ({"batch_invariant": 1}, TypeError, "batch_invariant must be True or False, got int 1"),
         ({"hidden": HIDDEN.view(6, 4).to_sparse()}, TypeError, "hidden must be a dense tensor, got torch.sparse_coo"),
         ({"weight": WEIGHT.to_sparse()}, TypeError, "weight must be a dense tensor, got torch.sparse_coo"),
         ({"targets": TARGETS.to_sparse()}, TypeError, "targets must be a dense tensor, got torch.sparse_coo"),
         ({"bias": torch.zeros(7).to_sparse()}, TypeError, "bias must be a dense tensor, got torch.sparse_coo"),
         ({"hidden": HIDDEN.to("meta"), "weight": META, "targets": TARGETS.to("meta")}, ValueError, "the meta device"),
-        ({"transform": wk.LogitTransform(softcap=1e39)}, ValueError, r"got 1e-39 \(scale=1, softcap=1e\+39,"),
-        ({"transform": wk.LogitTransform(softcap=1e-39)}, ValueError, "scale / softcap of transform must lie between"),
-        ({"transform": wk.LogitTransform(1e30, None, 1e-30)}, ValueError, "scale / temperature .*scale=1e.30, softcap"),
-        ({"transform": wk.LogitTransform(1e-300, None, 1e300)}, ValueError, "scale / temperature of transform"),
+        ({"softcap": 1e39}, ValueError, r"got 1e-39 \(scale=1, softcap=1e\+39,"),
+        ({"softcap": 1e-39}, ValueError, "scale / softcap must lie between"),
+        ({"scale": 1e30, "temperature": 1e-30}, ValueError, "scale / temperature .*scale=1e.30, softcap"),
+        ({"scale": 1e-300, "temperature": 1e300}, ValueError, "scale / temperature must lie"),
     ],
 )
 def test_token_logps(kwargs, error, match):
@@ -85,17 +94,19 @@ def test_other_layouts():
 
 def test_what_stands_for_an_integer_a_number_or_a_flag_serves():
     """NumPy's own, as collators hand them over, and tensors of one number."""
-    plain = call(ignore_index=3, num_scored=6, memory_budget=0, deterministic=True, entropy=True)
+    plain = call(ignore_index=3, max_scored=6, memory_budget=0, batch_invariant=True, entropy=True)
     for kind in (numpy.int64, numpy.int32, torch.tensor):
-        numbers = {name: kind(value) for name, value in (("ignore_index", 3), ("num_scored", 6), ("memory_budget", 0))}
-        flags = {"deterministic": numpy.bool_(True), "entropy": numpy.bool_(True)}
+        numbers = {name: kind(value) for name, value in (("ignore_index", 3), ("max_scored", 6), ("memory_budget", 0))}
+        flags = {"batch_invariant": numpy.bool_(True), "entropy": numpy.bool_(True)}
         for got, want in zip(call(**numbers, **flags), plain, strict=True):
             assert torch.equal(got, want)
-    transform = wk.LogitTransform(numpy.float32(0.5), numpy.float64(3.0), 2)
-    assert transform == wk.LogitTransform(0.5, 3.0, 2.0)
-    assert [type(value) for value in (transform.scale, transform.softcap, transform.temperature)] == [float] * 3
-    call(transform=transform)
-    call(HIDDEN.double(), WEIGHT.double(), transform=wk.LogitTransform(softcap=1e39))  # float64 holds it
+    head = wk.Head(WEIGHT, None, numpy.float32(0.5), numpy.float64(3.0), 2)
+    numbers = head.scale, head.softcap, head.temperature
+    assert numbers == (0.5, 3.0, 2.0) and [type(value) for value in numbers] == [float] * 3
+    scalars = call(scale=numpy.float32(0.5), softcap=numpy.float64(3.0), temperature=2)
+    for got, want in zip(call(weight=head), scalars, strict=True):
+        assert got is want or torch.equal(got, want)
+    call(HIDDEN.double(), WEIGHT.double(), softcap=1e39)  # float64 holds it
     sizes = {"rows": numpy.int64(8), "hidden_size": numpy.int64(4), "vocab_size": numpy.int32(9)}
     plan = wk.plan(**sizes, dtype=torch.float32, total_rows=numpy.int64(9), device="cpu")
     assert plan == wk.plan(8, 4, 9, torch.float32, total_rows=9, device="cpu")
@@ -142,9 +153,9 @@ GROUPS = torch.zeros(2, 3, 4, 8), torch.zeros(11, 8), torch.zeros(2, 3, 4, dtype
             r"loss_fn\(logps, k\): got",
         ),
         (lambda logps: logps.sum(-1), {"per_group": {"k": 3.0}}, TypeError, r"per_group\['k'\] must be a torch.Tensor"),
-        (lambda logps: logps.sum(-1), {"deterministic": "no"}, TypeError, "deterministic must be True or False"),
+        (lambda logps: logps.sum(-1), {"batch_invariant": "no"}, TypeError, "batch_invariant must be True or False"),
         (lambda logps: logps.sum(-1), {"ignore_index": 0.5}, TypeError, "ignore_index must be an integer"),
-        (lambda logps: logps.sum(-1), {"num_scored": 24.0}, TypeError, "num_scored must be an integer, got float 24.0"),
+        (lambda logps: logps.sum(-1), {"max_scored": 24.0}, TypeError, "max_scored must be an integer, got float 24.0"),
     ],
 )
 def test_fused_loss(backend, loss_fn, kwargs, error, match):
@@ -196,7 +207,7 @@ def test_cu_seqlens_must_cover_the_rows(bounds):
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), "1"])
 def test_transform(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
-        wk.LogitTransform(**{name: value})
+        LogitTransform(**{name: value})
 
 
 def test_an_explicit_backend_that_cannot_run_raises(monkeypatch):

@@ -15,7 +15,7 @@ from windkern import hf
 from windkern.losses import wind
 from windkern.train.fused_head import FusedHead, Watch, loss_job, score_job
 
-OPTIONS = {"memory_budget": None, "deterministic": False, "backend": "auto"}
+OPTIONS = {"memory_budget": None, "batch_invariant": False, "backend": "auto"}
 
 
 @pytest.fixture(params=FAMILIES)

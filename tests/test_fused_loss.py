@@ -6,7 +6,7 @@ from cases import DTYPES
 from tolerances import assert_within
 
 import windkern as wk
-from windkern import reference
+from windkern import naive
 from windkern.kernels import buffers
 
 
@@ -54,8 +54,8 @@ WANTS = {
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_parity(backend, dtype, gear, blocks):
     groups = Groups(blocks)
-    exact = groups.run(reference.fused_loss, torch.float64, WANTS[gear], rounded_to=dtype)
-    plain = groups.run(reference.fused_loss, dtype, WANTS[gear])
+    exact = groups.run(naive.fused_loss, torch.float64, WANTS[gear], rounded_to=dtype)
+    plain = groups.run(naive.fused_loss, dtype, WANTS[gear])
     for budget in (0, 200_000, None):  # a group larger than the budget; several chunks; one chunk
         ours = groups.run(wk.fused_loss, dtype, WANTS[gear], memory_budget=budget, backend=backend)
         for place, (value, want, own) in enumerate(zip(ours, exact, plain, strict=True)):
@@ -65,18 +65,18 @@ def test_parity(backend, dtype, gear, blocks):
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_scored": 126},
-        {"deterministic": True},
+        {"max_scored": 126},
+        {"batch_invariant": True},
         {"reduction": "sum"},
-        {"transform": wk.LogitTransform(softcap=6.0, temperature=1.3)},
+        {"softcap": 6.0, "temperature": 1.3},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("budget", [0, 200_000, None])
 def test_options(backend, options, budget):
     groups = Groups()
-    shared = {key: value for key, value in options.items() if key in ("reduction", "transform")}
-    exact = groups.run(reference.fused_loss, torch.float64, **shared)
+    shared = {key: value for key, value in options.items() if key in ("reduction", "softcap", "temperature")}
+    exact = groups.run(naive.fused_loss, torch.float64, **shared)
     ours = groups.run(wk.fused_loss, torch.float64, memory_budget=budget, backend=backend, **options)
     for place, (value, want) in enumerate(zip(ours, exact, strict=True)):
         assert_within(value, want, want, torch.float64, f"result {place}")
@@ -207,14 +207,14 @@ def test_float16_gradients_of_a_tiny_loss_survive_until_the_loss_scale_comes(bac
     """Coefficients near 1e-7, brought back by the upstream gradient of a loss scaler."""
     groups = Groups()
     groups.strength = groups.strength * 1e-5
-    num_scored = int((groups.targets != -100).sum()) + 5 if bounded else None
+    max_scored = int((groups.targets != -100).sum()) + 5 if bounded else None
 
     def scaled(function):
         return lambda *args, **kwargs: function(*args, **kwargs) * 2.0**23
 
-    exact = groups.run(scaled(reference.fused_loss), torch.float64, WANTS[gear], rounded_to=torch.float16)
-    plain = groups.run(scaled(reference.fused_loss), torch.float16, WANTS[gear])
-    fused = groups.run(scaled(wk.fused_loss), torch.float16, WANTS[gear], backend=backend, num_scored=num_scored)
+    exact = groups.run(scaled(naive.fused_loss), torch.float64, WANTS[gear], rounded_to=torch.float16)
+    plain = groups.run(scaled(naive.fused_loss), torch.float16, WANTS[gear])
+    fused = groups.run(scaled(wk.fused_loss), torch.float16, WANTS[gear], backend=backend, max_scored=max_scored)
     for value, want, other in zip(fused, exact, plain, strict=True):
         assert_within(value, want, other, torch.float16, gear)
     if retain:
@@ -243,9 +243,9 @@ def test_an_upstream_gradient_is_not_rounded_to_the_storage_dtype(backend):
     assert torch.equal(third, (whole.float() / 3).bfloat16())
 
 
-def test_num_scored_bounds_all_groups_together(backend):
+def test_max_scored_bounds_all_groups_together(backend):
     hidden, weight, targets = torch.randn(4, 2, 5, 8), torch.randn(301, 8), torch.randint(0, 301, (4, 2, 5))
-    with pytest.raises(ValueError, match="num_scored must be at least the number of scored targets, 40, got 12"):
+    with pytest.raises(ValueError, match="max_scored must be at least the number of scored targets, 40, got 12"):
         wk.fused_loss(
-            lambda logps: logps.sum(-1), hidden, weight, targets, num_scored=12, memory_budget=0, backend=backend
+            lambda logps: logps.sum(-1), hidden, weight, targets, max_scored=12, memory_budget=0, backend=backend
         )

@@ -65,14 +65,14 @@ def any_kernel():
 
 
 @pytest.mark.parametrize("requires", [(False, False), (True, False), (True, True)])
-def test_no_synchronisation_with_num_scored(backend, any_kernel, requires):
+def test_no_synchronisation_with_max_scored(backend, any_kernel, requires):
     hidden, weight, targets = large(requires)
     leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
     for attempt in ("warm up", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("default" if attempt == "warm up" else "error")
         try:
-            logps = wk.token_logps(hidden, weight, targets, num_scored=400, backend=backend).logps
+            logps = wk.token_logps(hidden, weight, targets, max_scored=400, backend=backend).logps
             if leaves:
                 torch.autograd.grad(logps.sum(), leaves)
         finally:
@@ -83,7 +83,7 @@ def test_cuda_graph(backend, any_kernel):
     hidden, weight, targets = large()
 
     def step():
-        logps = wk.token_logps(hidden, weight, targets, num_scored=400, backend=backend).logps
+        logps = wk.token_logps(hidden, weight, targets, max_scored=400, backend=backend).logps
         return (logps, *torch.autograd.grad(logps.sum(), (hidden, weight)))
 
     side = torch.cuda.Stream()
@@ -135,7 +135,7 @@ def test_fullgraph_compile(backend, compiler):
     hidden, weight, targets = large()
 
     def step(hidden, weight):
-        return wk.token_logps(hidden * 2, weight, targets, num_scored=400, backend=backend).logps.sin().sum()
+        return wk.token_logps(hidden * 2, weight, targets, max_scored=400, backend=backend).logps.sin().sum()
 
     torch._dynamo.reset()
     got = torch.compile(step, backend=compiler, fullgraph=True)(hidden, weight)

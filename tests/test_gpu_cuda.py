@@ -21,6 +21,7 @@ from cuda_cases import WIDTHS, Rows, close  # noqa: E402
 import windkern as wk  # noqa: E402
 from windkern.kernels import cuda_rows, torch_rows  # noqa: E402
 from windkern.kernels.contract import Kept, RowState, Slab  # noqa: E402
+from windkern.transform import LogitTransform  # noqa: E402
 
 REASON = wk.backends.why_not("cuda", "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -77,7 +78,7 @@ def test_offsets_beyond_two_to_the_31():
     )
     targets = torch.full((rows,), 5, device="cuda")
     kept = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda")
-    slab = Slab(z, None, targets, 0, wk.LogitTransform())
+    slab = Slab(z, None, targets, 0, LogitTransform())
     cuda_rows.slab_forward(slab, state, Kept(kept, torch.empty(rows, 1, device="cuda")))
     assert state.target_logit[[0, 1, -1]].tolist() == [-2.0, 0.0, 3.0]
     torch.testing.assert_close(state.run_sum[-1].item(), 1 + 32767 * 2.718281828459045**-3, rtol=1e-5, atol=0)

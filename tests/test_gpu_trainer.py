@@ -25,7 +25,7 @@ pytestmark = [
         "ignore:.*checkpointing", "ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding"
     ),
 ]
-OPTIONS = {"memory_budget": None, "deterministic": False, "backend": "auto"}
+OPTIONS = {"memory_budget": None, "batch_invariant": False, "backend": "auto"}
 PACKAGE = str(Path(wk.__file__).parent)
 ON_GPU = {"use_cpu": False}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from test_hf import build, by_logits
@@ -104,7 +106,7 @@ def test_two_active_adapters_are_two_blocks():
     states, weights = parts.blocks(torch.randn(2, 32, dtype=torch.float64))
     assert [tuple(each.shape) for each in states] == [(2, 32), (2, 3), (2, 2)]
     assert [tuple(each.shape) for each in weights] == [(61, 32), (61, 3), (61, 2)]
-    assert weights[0] is parts.weight and weights[2] is parts.head.lora_B["other"].weight
+    assert weights[0] is parts.weight and weights[2] is parts.lm_head.lora_B["other"].weight
     gradients = assert_as_autograd(model)
     assert sum("lm_head" in name for name in gradients) == 4
 
@@ -130,7 +132,7 @@ def test_the_check_draws_no_random_numbers_and_leaves_modes_and_weights():
 def test_adapters_are_looked_up_when_the_blocks_are_made():
     model = two_adapters()
     parts, hidden = hf.hidden_and_head(model), torch.randn(2, 32, dtype=torch.float64)
-    expected = parts.head(hidden)
+    expected = parts.lm_head(hidden)
 
     def logits() -> torch.Tensor:
         states, weights = parts.blocks(hidden)
@@ -141,23 +143,23 @@ def test_adapters_are_looked_up_when_the_blocks_are_made():
 
     torch.testing.assert_close(logits(), expected)
     with model.disable_adapter():
-        torch.testing.assert_close(logits(), parts.head(hidden))
+        torch.testing.assert_close(logits(), parts.lm_head(hidden))
         assert not torch.allclose(logits(), expected)
         assert_as_autograd(model.requires_grad_(True))
     model.set_adapter("other")
     assert len(parts.blocks(hidden)[0]) == 2
-    torch.testing.assert_close(logits(), parts.head(hidden))
-    parts.head.set_scale("other", 0.25)
-    torch.testing.assert_close(logits(), parts.head(hidden))
+    torch.testing.assert_close(logits(), parts.lm_head(hidden))
+    parts.lm_head.set_scale("other", 0.25)
+    torch.testing.assert_close(logits(), parts.lm_head(hidden))
     model.base_model.set_adapter(["default", "other"])
-    parts.head.set_scale("other", 1.0)
+    parts.lm_head.set_scale("other", 1.0)
     model.merge_adapter()
     assert isinstance(parts.blocks(hidden)[0], torch.Tensor)
     torch.testing.assert_close(logits(), expected)
     torch.testing.assert_close(hf.sequence_logps(model, *batch()), exact_by_logits(model, *batch()))
     model.base_model.disable_adapter_layers()
     below = logits()  # peft unmerges in a disabled layer's forward
-    torch.testing.assert_close(below, parts.head(hidden))
+    torch.testing.assert_close(below, parts.lm_head(hidden))
     assert not torch.allclose(below, expected)
 
 
@@ -165,12 +167,12 @@ def test_modules_to_save_is_the_trained_copy():
     model = peft.get_peft_model(build("Phi"), lora("q_proj", modules_to_save=["lm_head"]))
     model = filled(model).eval()
     parts = hf.hidden_and_head(model)
-    copy = parts.head.modules_to_save["default"]
+    copy = parts.lm_head.modules_to_save["default"]
     assert parts.weight is copy.weight and parts.bias is copy.bias and parts.weight.requires_grad
     gradients = assert_as_autograd(model)
     assert {"weight", "bias"} == {name.split(".")[-1] for name in gradients if "lm_head" in name}
     with model.disable_adapter():
-        assert parts.weight is parts.head.original_module.weight and parts.bias is parts.head.original_module.bias
+        assert parts.weight is parts.lm_head.original_module.weight and parts.bias is parts.lm_head.original_module.bias
         torch.testing.assert_close(hf.sequence_logps(model, *batch()), exact_by_logits(model, *batch()))
     assert parts.weight is copy.weight
 
@@ -222,7 +224,7 @@ def test_inside_the_loss_of_wind():
         heads,
         targets,
         per_group={"weights": weights, "reference": reference},
-        transform=parts.transform,
+        **dataclasses.asdict(parts.transform),
     )
     theirs = loss_fn(exact_by_logits(model, ids, attention, completion).view(2, 3), weights, reference).mean()
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

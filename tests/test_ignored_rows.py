@@ -7,6 +7,7 @@ from cases import GEARS, NARROW, SHAPES, UNLIMITED, Problem, Shape
 import windkern as wk
 from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Upstream
 from windkern.ops import fused_loss, inputs
+from windkern.transform import LogitTransform
 
 POISONS = (torch.nan, torch.inf)
 
@@ -27,11 +28,11 @@ def poisoned(problem: Problem, poison: float) -> Problem:
 
 @pytest.fixture(params=["dropped", "bounded", "spare", "kept"])
 def path(request, monkeypatch) -> dict:
-    """Options of the ways in which ignored rows are left out: dropped, num_scored, or all rows stay (a compiler)."""
+    """Options of the ways in which ignored rows are left out: dropped, max_scored, or all rows stay (a compiler)."""
     if request.param == "kept":
         monkeypatch.setattr(inputs, "must_keep_rows", lambda targets: True)
     scored = int((Problem(SHAPES["blocks"]).targets != -100).sum())
-    return {"bounded": {"num_scored": scored}, "spare": {"num_scored": scored + 4}}.get(request.param, {})
+    return {"bounded": {"max_scored": scored}, "spare": {"max_scored": scored + 4}}.get(request.param, {})
 
 
 @pytest.mark.parametrize("gear", GEARS)
@@ -56,7 +57,7 @@ def test_nothing_scored(backend, path, gear):
     problem.targets.fill_(-100)
     for value in (*problem.hidden, *problem.weight, problem.bias):
         value.fill_(torch.nan)
-    options = {"num_scored": 4} if path else {}
+    options = {"max_scored": 4} if path else {}
     for budget in (NARROW, UNLIMITED):
         for name, value in problem.run(
             wk.token_logps, torch.float32, gear, memory_budget=budget, backend=backend, **options
@@ -110,7 +111,7 @@ def test_fused_loss(backend, monkeypatch, gear, poison, way):
                 weight,
                 problem.targets,
                 bias=bias,
-                num_scored=bound,
+                max_scored=bound,
                 memory_budget=0,
                 backend=backend,
             )
@@ -136,14 +137,14 @@ def check_row_kernel(kernels, dtype: torch.dtype) -> None:
     upstream = Upstream(torch.tensor([1.0, 0.0, -2.0, 0.0], dtype=wide), None, None)
     for src, kept_offset in ((z.clone(), None), (exponentials, offset)):
         dz, dbias = torch.empty(rows, width, dtype=dtype), torch.empty(width, dtype=wide)
-        slab = Slab(src if kept_offset is None else None, None, targets, 0, wk.LogitTransform())
+        slab = Slab(src if kept_offset is None else None, None, targets, 0, LogitTransform())
         kept = None if kept_offset is None else Kept(src, kept_offset)
         kernels.slab_backward(slab, kept, stats, upstream, None, dz, dbias)
         assert torch.equal(dz[[1, 3]], torch.zeros(2, width, dtype=dtype))
         assert dz[[0, 2]].isfinite().all() and dbias.isfinite().all()
     state = RowState(*(torch.full((rows,), start, dtype=wide) for start in (-torch.inf, 0.0, -torch.inf)), None)
     values, pivot = torch.empty(rows, width, dtype=dtype), torch.full((rows,), -torch.inf, dtype=wide)
-    slab = Slab(z.clone(), None, targets, 0, wk.LogitTransform())
+    slab = Slab(z.clone(), None, targets, 0, LogitTransform())
     kernels.exps_forward(slab, state, Exps(values, pivot, 0, None))
     again = torch.empty_like(values)
     kernels.exps_backward(slab._replace(logits=z.clone()), pivot, torch.ones_like(pivot), again)

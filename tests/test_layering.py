@@ -1,4 +1,4 @@
-"""Imports point one way: kernels <- ops <- losses <- train; the reference imports only torch."""
+"""Imports point one way: kernels <- ops <- losses <- train; the specification imports only torch."""
 
 import ast
 import subprocess
@@ -9,10 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "windkern"
 # What each part may import of the package, beside what lies in its own folder.
-BASE = {"_checks", "transform", "terminal"}
+BASE = {"_checks", "transform", "terminal", "head"}
 ALLOWED = {
     "kernels": BASE | {"_cpp", "_cuda"},
-    "ops": BASE | {"kernels", "plan", "spec", "backends"},
+    "ops": BASE | {"kernels", "plan", "spec", "head", "backends"},
     "losses": BASE | {"kernels", "ops", "backends"},
     "tabular": BASE | {"losses", "display"},
     "losses_report": BASE | {"losses"},
@@ -24,7 +24,8 @@ ALLOWED = {
     "integrations": BASE | {"kernels", "ops", "plan", "backends", "losses", "hf"},
     "train": BASE | {"kernels", "ops", "losses", "backends", "hf", "integrations", "recipes", "display", "__version__"},
     "recipes": BASE,
-    "reference": set(),
+    "naive": set(),
+    "head": {"transform"},
     "spec": BASE,
     "costs": BASE | {"kernels", "spec", "backends"},
     "plan": BASE | {"kernels", "backends", "costs", "spec"},

@@ -60,34 +60,34 @@ def test_parity_at_real_vocabularies(backend, vocab, dtype):
 
 
 @pytest.mark.parametrize("gear", ["scoring", "frozen_head", "trained"])
-def test_num_scored_gives_the_same_as_dropping(backend, gear):
+def test_max_scored_gives_the_same_as_dropping(backend, gear):
     problem = Problem(SHAPES["odd"], "all")
     scored = int((problem.targets != -100).sum())
     plain = problem.run(wk.token_logps, torch.float64, gear, backend=backend)
     for bound in (scored, scored + 5, problem.targets.numel() + 3):
-        bounded = problem.run(wk.token_logps, torch.float64, gear, num_scored=bound, backend=backend)
+        bounded = problem.run(wk.token_logps, torch.float64, gear, max_scored=bound, backend=backend)
         for name, value in bounded.items():
             assert_within(value, plain[name], plain[name], torch.float64, name)
 
 
-def test_rows_beyond_num_scored_are_not_a_number_where_they_cannot_raise(monkeypatch):
+def test_rows_beyond_max_scored_are_not_a_number_where_they_cannot_raise(monkeypatch):
     problem = Problem(SHAPES["odd"], "plain")
     scored = (problem.targets != -100).view(-1)
     bound = int(scored.sum()) - 2
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what skips the check on the host
-    logps = problem.run(wk.token_logps, torch.float64, "scoring", num_scored=bound)["logps"].view(-1)
+    logps = problem.run(wk.token_logps, torch.float64, "scoring", max_scored=bound)["logps"].view(-1)
     late = scored & (scored.cumsum(0) > bound)
     assert torch.equal(logps.isnan(), late)
     assert late.sum() == 2
 
 
 @pytest.mark.parametrize("gear", ["scoring", "frozen_head", "frozen_body", "trained"])
-@pytest.mark.parametrize("num_scored", [None, 0, 3])
-def test_no_rows_and_all_ignored(backend, gear, num_scored):
+@pytest.mark.parametrize("max_scored", [None, 0, 3])
+def test_no_rows_and_all_ignored(backend, gear, max_scored):
     for lead in ((0,), (2, 3)):
         problem = Problem(Shape(lead, (8,), 37), "all")
         problem.targets.fill_(-100)
-        results = problem.run(wk.token_logps, torch.float32, gear, num_scored=num_scored, backend=backend)
+        results = problem.run(wk.token_logps, torch.float32, gear, max_scored=max_scored, backend=backend)
         assert all(torch.equal(value, torch.zeros_like(value)) for value in results.values())
 
 
@@ -108,7 +108,7 @@ def test_ignore_index_may_be_a_token(backend, ignore_index):
     hidden, weight = torch.randn(6, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
     targets = torch.tensor([0, 1, 2, ignore_index, 3, 10])
     ours = wk.token_logps(hidden, weight, targets, ignore_index=ignore_index, backend=backend)
-    exact = wk.reference.token_logps(hidden, weight, targets, ignore_index=ignore_index)
+    exact = wk.naive.token_logps(hidden, weight, targets, ignore_index=ignore_index)
     torch.testing.assert_close(ours.logps, exact[0])
 
 
@@ -119,7 +119,7 @@ def test_non_contiguous_inputs(backend):
     bias = torch.randn(101, 2, dtype=torch.float64)[:, 0]
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     ours = wk.token_logps(*leaves, targets, bias=bias, backend=backend).logps
-    exact = wk.reference.token_logps(*leaves, targets, bias=bias)[0]
+    exact = wk.naive.token_logps(*leaves, targets, bias=bias)[0]
     torch.testing.assert_close(ours, exact)
     for got, want in zip(
         torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(exact.sum(), leaves), strict=True
@@ -155,7 +155,7 @@ def test_lora_on_the_head_equals_merged_weight(backend, adapter_only):
     targets = torch.randint(0, 203, (9,))
     leaves = [hidden, down, up] + ([] if adapter_only else [base])
     ours = wk.token_logps((hidden, scale * hidden @ down.T), (base, up), targets, memory_budget=NARROW, backend=backend)
-    exact = wk.reference.token_logps(hidden, base + scale * up @ down, targets)
+    exact = wk.naive.token_logps(hidden, base + scale * up @ down, targets)
     upstream = torch.sin(torch.arange(9.0, dtype=torch.float64))
     torch.testing.assert_close(ours.logps, exact[0])
     for got, want in zip(
@@ -169,7 +169,7 @@ def test_a_value_head_trains_on_a_frozen_base(backend):
     hidden = [problem.hidden[0], problem.hidden[1].requires_grad_()]
     weight = [problem.weight[0], problem.weight[1].requires_grad_()]
     ours = wk.token_logps(tuple(hidden), tuple(weight), problem.targets, backend=backend).logps
-    exact = wk.reference.token_logps(hidden, weight, problem.targets)[0]
+    exact = wk.naive.token_logps(hidden, weight, problem.targets)[0]
     leaves = [hidden[1], weight[1]]
     for got, want in zip(
         torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(exact.sum(), leaves), strict=True
@@ -179,12 +179,10 @@ def test_a_value_head_trains_on_a_frozen_base(backend):
 
 def test_module_shares_the_parameter_and_equals_the_function():
     lm_head = torch.nn.Linear(8, 37)
-    head = wk.nn.FusedLogProbs(lm_head.weight, lm_head.bias, entropy=True, transform=wk.LogitTransform(softcap=3.0))
+    head = wk.nn.FusedLogProbs(lm_head.weight, lm_head.bias, entropy=True, softcap=3.0)
     assert head.weight is lm_head.weight
     hidden, targets = torch.randn(2, 5, 8), torch.randint(0, 37, (2, 5))
-    direct = wk.token_logps(
-        hidden, lm_head.weight, targets, bias=lm_head.bias, entropy=True, transform=wk.LogitTransform(softcap=3.0)
-    )
+    direct = wk.token_logps(hidden, lm_head.weight, targets, bias=lm_head.bias, entropy=True, softcap=3.0)
     for got, want in zip(head(hidden, targets), direct, strict=True):
         assert torch.equal(got, want)
     assert "softcap" in repr(head)

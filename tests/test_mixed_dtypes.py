@@ -6,7 +6,7 @@ from cases import GEARS, NARROW, UNLIMITED
 from tolerances import assert_within
 
 import windkern as wk
-from windkern import reference
+from windkern import naive
 from windkern.kernels import buffers
 
 # (hidden, head), and what the products are taken in
@@ -62,8 +62,8 @@ def test_parity(backend, op, gear, dtypes):
     arguments = leaves(*dtypes, GEARS[gear])
     exact = leaves(*dtypes, GEARS[gear])
     exact = [value.detach().to(operand).double().requires_grad_(value.requires_grad) for value in exact[:3]]
-    want = run(OPS[op](reference), *exact, arguments[3])
-    plain = run(OPS[op](reference), *leaves(*dtypes, GEARS[gear]))
+    want = run(OPS[op](naive), *exact, arguments[3])
+    plain = run(OPS[op](naive), *leaves(*dtypes, GEARS[gear]))
     for budget in (NARROW, UNLIMITED):
         got = run(OPS[op](wk), *arguments, memory_budget=budget, backend=backend)
         wanted = [leaf for leaf in arguments[:3] if leaf.requires_grad]
@@ -85,7 +85,7 @@ def test_blocks_of_two_dtypes_take_the_wider(backend, gear):
     ours = wk.token_logps(*blocks, targets, bias=bias, backend=backend).logps
     wide = [tuple(block.detach().double().requires_grad_(block.requires_grad) for block in pair) for pair in blocks]
     exact_bias = bias.detach().double().requires_grad_(bias.requires_grad)
-    exact = reference.token_logps(*wide, targets, bias=exact_bias)[0]
+    exact = naive.token_logps(*wide, targets, bias=exact_bias)[0]
     wide = [leaf for leaf in (*wide[0], *wide[1], exact_bias) if leaf.requires_grad]
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
     upstream = torch.cos(torch.arange(24.0)).view(LEAD)
@@ -144,6 +144,6 @@ def test_float16_hidden_states_of_a_float32_head_keep_tiny_gradients(backend):
     loss = wk.fused_loss(lambda logps: 1e-7 * logps.sum(-1), hidden, weight, targets, backend=backend)
     (grad,) = torch.autograd.grad(2.0**23 * loss, hidden)
     exact = hidden.detach().double().requires_grad_()
-    value = reference.fused_loss(lambda logps: 1e-7 * logps.sum(-1), exact, weight.double(), targets)
+    value = naive.fused_loss(lambda logps: 1e-7 * logps.sum(-1), exact, weight.double(), targets)
     (want,) = torch.autograd.grad(2.0**23 * value, exact)
     assert_within(grad, want, want, torch.float16, "dhidden")

@@ -23,7 +23,7 @@ OPS = (
     "frozen",
     "scoring",
     "fused",
-    "deterministic",
+    "batch_invariant",
     "with_bias_and_entropy",
     "pair_loss",
     "win_rates",

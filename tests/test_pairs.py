@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import windkern as wk
-from windkern import _checks, reference
+from windkern import _checks
 from windkern.ops.pairs import LINKS, LOSSES
 
 CASES = [(loss, link, given) for loss in LOSSES for link in LINKS for given in ("rewards", "prefs")]
@@ -23,7 +23,7 @@ def group(groups=3, n=13, dtype=torch.float64):
 
 
 def arguments(rewards, link, given):
-    return {"rewards": rewards, "link": link} if given == "rewards" else {"prefs": reference.preferences(rewards, link)}
+    return {"rewards": rewards, "link": link} if given == "rewards" else {"prefs": naive.preferences(rewards, link)}
 
 
 @pytest.mark.parametrize(("loss", "link", "given"), CASES)
@@ -37,7 +37,7 @@ def test_parity(backend, loss, link, given, dtype, masked, n):
     leaf, exact_leaf = scores.clone().requires_grad_(), scores.double().requires_grad_()
     ours = wk.pair_loss(leaf, loss=loss, where=where, reduction="none", backend=backend, **given)
     wide = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in given.items()}
-    exact = reference.pair_loss(exact_leaf, loss=loss, where=where, reduction="none", **wide)
+    exact = naive.pair_loss(exact_leaf, loss=loss, where=where, reduction="none", **wide)
     tolerance = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
     torch.testing.assert_close(ours.double(), exact, **tolerance)
     upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -45,7 +45,7 @@ def test_parity(backend, loss, link, given, dtype, masked, n):
     (want,) = torch.autograd.grad(exact, exact_leaf, upstream)
     torch.testing.assert_close(got.double(), want, **tolerance)
     rates = wk.win_rates(**given, where=where, backend=backend)
-    torch.testing.assert_close(rates.double(), reference.win_rates(**wide, where=where), **tolerance)
+    torch.testing.assert_close(rates.double(), naive.win_rates(**wide, where=where), **tolerance)
 
 
 @pytest.mark.parametrize("loss", ["square", "logistic"])
@@ -92,13 +92,13 @@ def check_diagonal(backend):
     """P_ii counts as 1/2 whatever the kernel is given there: on a GPU nobody looks before it runs."""
     kernels = wk.backends.BACKENDS[backend].kernels()
     rewards = torch.randn(2, 37)
-    prefs = reference.preferences(rewards)
-    exact = reference.win_rates(prefs)
+    prefs = naive.preferences(rewards)
+    exact = naive.win_rates(prefs)
     for value in (0.0, torch.nan, 7.0):
         broken = prefs.clone()
         broken.diagonal(dim1=1, dim2=2).fill_(value)
         torch.testing.assert_close(kernels.win_rates(broken, None, None, "step"), exact)
-        torch.testing.assert_close(reference.win_rates(broken), exact)
+        torch.testing.assert_close(naive.win_rates(broken), exact)
         for loss in LOSSES:
             right, wrong = (kernels.pair_terms(rewards, given, None, None, "step", loss) for given in (prefs, broken))
             assert all(torch.equal(one, two) for one, two in zip(right, wrong, strict=True))
@@ -152,7 +152,7 @@ def test_large_preferences_are_checked_in_blocks(monkeypatch):
     """Blocks of rows and of groups see what one look would, asymmetry across blocks included."""
     monkeypatch.setattr(_checks, "_PREFS_BLOCK", 30)
     for shape in ((4, 3), (2, 13), (1, 37)):
-        prefs = reference.preferences(torch.randn(shape))
+        prefs = naive.preferences(torch.randn(shape))
         wk.win_rates(prefs)
         prefs[-1, -1, 0] += 0.01
         with pytest.raises(ValueError, match=r"off by up to 0\.01"):
@@ -163,7 +163,7 @@ def test_large_preferences_are_checked_in_blocks(monkeypatch):
 def test_reductions(backend, reduction):
     scores, rewards = group()
     ours = wk.pair_loss(scores, rewards=rewards, reduction=reduction, backend=backend)
-    torch.testing.assert_close(ours, reference.pair_loss(scores, rewards=rewards, reduction=reduction))
+    torch.testing.assert_close(ours, naive.pair_loss(scores, rewards=rewards, reduction=reduction))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -227,7 +227,7 @@ def test_win_rates_average_to_one_half(backend):
 def test_square_is_the_pair_objective_of_wind(backend):
     """c^2 * pair_loss(s / c) with prefs is wind's square_pair of the same scores."""
     scores, rewards = group()
-    prefs = reference.preferences(rewards)
+    prefs = naive.preferences(rewards)
     eta, beta = 0.7, 0.4
     c = eta / (1 + eta * beta)
     zero = torch.zeros_like(scores)

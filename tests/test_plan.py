@@ -27,7 +27,7 @@ def plan_of(problem: Problem, dtype, gear, *, dropped, **kwargs):
         entropy=VARIANTS[problem.variant]["entropy"],
         device="cpu",
         total_rows=problem.targets.numel(),
-        capped=(problem.options["transform"] or wk.LogitTransform()).softcap is not None,
+        capped="softcap" in problem.options,
         **kwargs,
     )
 
@@ -39,8 +39,8 @@ def budgets(problem, dtype, gear):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gear", GEARS)
 @pytest.mark.parametrize("variant", ["plain", "all"])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, variant, deterministic):
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, variant, batch_invariant):
     if gear == "bias_only" and variant == "plain":
         pytest.skip("this variant has no bias")
     # A wide head with short slabs: there, what dhidden takes is most of the plan; a narrow one: there, packed operands.
@@ -49,16 +49,21 @@ def test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, variant, de
         for name, budget in budgets(problem, dtype, gear).items():
             if shape.hidden[0] > 1000 and (name == "half" or gear == "bias_only"):
                 continue
-            plan = plan_of(problem, dtype, gear, dropped=True, memory_budget=budget, deterministic=deterministic)
+            plan = plan_of(problem, dtype, gear, dropped=True, memory_budget=budget, batch_invariant=batch_invariant)
             with buffers.recording() as record:
                 problem.run(
-                    wk.token_logps, dtype, gear, memory_budget=budget, deterministic=deterministic, backend=backend
+                    wk.token_logps, dtype, gear, memory_budget=budget, batch_invariant=batch_invariant, backend=backend
                 )
             place = f"{name} {shape}: {plan}\n{record.by_name}"
             if gear in ("trained", "frozen_body") and variant == "plain":  # and where nothing comes on lse
                 with buffers.recording() as record_of_exps:
                     replace(problem, seen=("logps",)).run(
-                        wk.token_logps, dtype, gear, memory_budget=budget, deterministic=deterministic, backend=backend
+                        wk.token_logps,
+                        dtype,
+                        gear,
+                        memory_budget=budget,
+                        batch_invariant=batch_invariant,
+                        backend=backend,
                     )
                 assert record_of_exps.flops == record.flops
                 record.peak_bytes = max(record.peak_bytes, record_of_exps.peak_bytes)
@@ -67,7 +72,7 @@ def test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, variant, de
             assert record.peak_bytes <= plan.peak_bytes, place
             assert (
                 name == "narrow"
-                or deterministic
+                or batch_invariant
                 or plan.peak_bytes
                 <= max(budget, plan_of(problem, dtype, gear, dropped=True, memory_budget=0).peak_bytes)
             ), place
@@ -225,9 +230,9 @@ def test_peak_resident_memory_agrees_with_the_plan(backend, dtype, gear):
         ((1, 8, 8, torch.float32), {"capped": 1}, TypeError, "capped must be True or False"),
         (
             (1, 8, 8, torch.float32),
-            {"deterministic": "no"},
+            {"batch_invariant": "no"},
             TypeError,
-            "deterministic must be True or False",
+            "batch_invariant must be True or False",
         ),
         ((1, 8, 8, torch.float32), {"entropy": "no"}, TypeError, "entropy must be True or False"),
         ((1, 8, 8, torch.float32), {"hidden_grad": "no"}, TypeError, "hidden_grad must be True or False"),

@@ -28,9 +28,9 @@ def op_arguments(gear: str, *, entropy: bool, kept: bool, backend: str):
         tuple(problem.weight),
         problem.targets,
         bias=problem.bias,
-        transform=problem.options["transform"],
+        **{"scale": 1.0, "softcap": None, "temperature": 1.0, **problem.transform},
         ignore_index=-100,
-        num_scored=None,
+        max_scored=None,
         backend=backend,
     )
     grads = {"hidden_grad": (wants[0], wants[0]), "weight_grad": (wants[1], wants[1]), "bias_grad": wants[2]}
@@ -73,7 +73,7 @@ def token_entropy(hidden, weight, targets):
 
 
 def token_bounded(hidden, weight, targets):
-    return wk.token_logps(hidden * 2, weight, targets, num_scored=40).logps.square().sum()
+    return wk.token_logps(hidden * 2, weight, targets, max_scored=40).logps.square().sum()
 
 
 def packed(hidden, weight, targets):
@@ -266,7 +266,7 @@ def test_outputs_used_one_at_a_time(backend):
     out = wk.token_logps(
         hidden, problem.weight[0], problem.targets, bias=problem.bias, **problem.options, backend=backend
     )
-    exact = wk.reference.token_logps(hidden, problem.weight[0], problem.targets, bias=problem.bias, **problem.options)
+    exact = wk.naive.token_logps(hidden, problem.weight[0], problem.targets, bias=problem.bias, **problem.options)
     for one, two in zip(out, exact, strict=True):
         torch.testing.assert_close(
             torch.autograd.grad(one.sum(), hidden, retain_graph=True),
@@ -317,7 +317,7 @@ def test_compile_of_transposed_inputs(train_head):
     leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
 
     def function(hidden, weight):
-        return wk.token_logps(hidden, weight, targets, num_scored=33).logps.sin().sum()
+        return wk.token_logps(hidden, weight, targets, max_scored=33).logps.sin().sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
@@ -339,6 +339,6 @@ def test_padding_may_be_nan_beside_spare_rows(backend):
     hidden[0] = torch.nan
     targets = torch.tensor([-100, 1, 2, -100, 3, 4])
     for bound in (4, 6):
-        logps = wk.token_logps(hidden, weight, targets, num_scored=bound, backend=backend).logps
+        logps = wk.token_logps(hidden, weight, targets, max_scored=bound, backend=backend).logps
         (grad,) = torch.autograd.grad(logps.sum(), weight)
         assert grad.isfinite().all() and logps.isfinite().all()

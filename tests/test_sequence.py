@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import windkern as wk
-from windkern import reference
+from windkern import naive
 
 BOUNDS = [0, 4, 4, 9, 23]  # one empty sequence
 
@@ -24,7 +24,7 @@ def test_packed(backend, normalize, index_dtype):
     hidden, weight, targets = packed_problem()
     bounds = torch.tensor(BOUNDS, dtype=index_dtype)
     ours = wk.sequence_logps(hidden, weight, targets, cu_seqlens=bounds, normalize=normalize, backend=backend)
-    exact = reference.sequence_logps(hidden, weight, targets, cu_seqlens=bounds, normalize=normalize)
+    exact = naive.sequence_logps(hidden, weight, targets, cu_seqlens=bounds, normalize=normalize)
     torch.testing.assert_close(ours, exact)
     upstream = torch.tensor([1.0, 7.0, -2.0, 0.3], dtype=torch.float64)
     leaves = (hidden, weight)
@@ -43,7 +43,7 @@ def test_padded(backend, normalize, lead):
     targets.view(-1)[::3] = -100
     targets.view(-1, lead[-1])[0] = -100  # a sequence without a scored token
     ours = wk.sequence_logps(hidden, weight, targets, normalize=normalize, backend=backend)
-    exact = reference.sequence_logps(hidden, weight, targets, normalize=normalize)
+    exact = naive.sequence_logps(hidden, weight, targets, normalize=normalize)
     torch.testing.assert_close(ours, exact)
     got, want = (torch.autograd.grad(value.sum(), hidden)[0] for value in (ours, exact))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
@@ -66,7 +66,7 @@ def test_long_sequences_keep_their_digits(backend):
     hidden, weight = torch.randn(8192, 4), torch.randn(37, 4)
     targets = torch.randint(0, 37, (8192,))
     packed = wk.sequence_logps(hidden, weight, targets, cu_seqlens=torch.tensor([0, 8192]), backend=backend)
-    exact = reference.sequence_logps(hidden.double(), weight.double(), targets)
+    exact = naive.sequence_logps(hidden.double(), weight.double(), targets)
     assert abs(packed.item() - exact.item()) <= 2e-7 * abs(exact.item())
 
 
@@ -77,4 +77,4 @@ def test_segment_sum_of_segments(backend, count):
     bounds = torch.cat(
         [torch.zeros(1, dtype=torch.int64), torch.randint(0, 41, (count - 1,)).sort()[0], torch.tensor([40])]
     )
-    torch.testing.assert_close(kernels.segment_sum(values, bounds), reference.segment_sum(values, bounds))
+    torch.testing.assert_close(kernels.segment_sum(values, bounds), naive.segment_sum(values, bounds))

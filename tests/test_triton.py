@@ -17,13 +17,14 @@ if torch.cuda.is_available():
     pytest.skip("a GPU runs the kernels themselves: tests/test_gpu.py", allow_module_level=True)
 
 from windkern.kernels import triton_backward, triton_maths, triton_pairs, triton_rows, triton_tile, tuned
+from windkern.transform import LogitTransform
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy"),
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-TRANSFORMS = {"identity": wk.LogitTransform(), "softcap": wk.LogitTransform(1.3, 5.0, 1.7)}
+TRANSFORMS = {"identity": LogitTransform(), "softcap": LogitTransform(1.3, 5.0, 1.7)}
 
 
 def close(got, want, dtype):
@@ -180,7 +181,7 @@ def test_gradcheck():
     targets = torch.tensor([0, 6, -100])
 
     def outputs(hidden, weight, bias):
-        options = {"transform": wk.LogitTransform(softcap=4.0), "entropy": True, "backend": "triton"}
+        options = {"softcap": 4.0, "entropy": True, "backend": "triton"}
         return tuple(wk.token_logps(hidden, weight, targets, bias=bias, **options))
 
     assert torch.autograd.gradcheck(outputs, (hidden, weight, bias))
@@ -289,11 +290,11 @@ def test_rows_of_tiles_do_not_depend_on_their_neighbours(small_tiles):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_deterministic_runs_tiles_in_every_gear(small_tiles, monkeypatch, dtype):
+def test_batch_invariant_runs_tiles_in_every_gear(small_tiles, monkeypatch, dtype):
     """The same bits whatever the gear, the budget and the neighbours; gradients within the error budget."""
     monkeypatch.setattr(tuned, "tile_hidden", lambda arch=None: 0)
     problem = Problem(Shape((3, 11), (24,), 517), "all")
-    options = {"deterministic": True, "backend": "triton"}
+    options = {"batch_invariant": True, "backend": "triton"}
     whole = problem.run(wk.token_logps, dtype, "scoring", **options)["logps"]
     for gear in ("frozen_head", "frozen_body"):
         exact, plain = problem.exact(dtype, gear), problem.plain(dtype, gear)
@@ -304,7 +305,7 @@ def test_deterministic_runs_tiles_in_every_gear(small_tiles, monkeypatch, dtype)
                 assert_within(value, exact[name], plain[name], dtype, name)
     hidden, weight = problem.hidden[0].to(dtype)[1:2, 3:9], problem.weight[0].to(dtype)
     bias, targets = problem.bias.to(dtype), problem.targets[1:2, 3:9]
-    part = wk.token_logps(hidden, weight, targets, bias=bias, transform=problem.options["transform"], **options).logps
+    part = wk.token_logps(hidden, weight, targets, bias=bias, **problem.transform, **options).logps
     assert torch.equal(part, whole[1:2, 3:9])
 
 
@@ -385,5 +386,5 @@ def test_block_sizes_come_from_the_table():
     assert {"cpp", *tuned.preferred("sm_90")} == set(wk.backends.BACKENDS)
     with pytest.raises(RuntimeError, match="at most 16384 columns"):
         state = RowState(*(torch.zeros(1) for _ in range(3)), None)
-        slab = Slab(torch.zeros(1, 20000), None, torch.zeros(1, dtype=torch.int64), 0, wk.LogitTransform())
+        slab = Slab(torch.zeros(1, 20000), None, torch.zeros(1, dtype=torch.int64), 0, LogitTransform())
         triton_rows.slab_forward(slab, state, None)

@@ -239,7 +239,7 @@ def test_every_field_is_trls(name, fields):
     model = MODELS[name]()
     given = labelled(61)
     ours = FusedHead(
-        fields, 0.7, FusedCausalLMOutput, {"memory_budget": None, "deterministic": False, "backend": "auto"}
+        fields, 0.7, FusedCausalLMOutput, {"memory_budget": None, "batch_invariant": False, "backend": "auto"}
     )(model, **given, num_items_in_batch=5)
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", *fields))
     theirs = model(**given, num_items_in_batch=5, fused_lm_head=True)
@@ -252,7 +252,7 @@ def test_a_batch_without_labels_gives_a_differentiable_zero():
     model, given = wide_model(61), labelled(61)
     given["labels"][:] = -100
     head = FusedHead(
-        FIELDS, 1.0, FusedCausalLMOutput, {"memory_budget": None, "deterministic": False, "backend": "auto"}
+        FIELDS, 1.0, FusedCausalLMOutput, {"memory_budget": None, "batch_invariant": False, "backend": "auto"}
     )
     out = head(model, **given)
     out.loss.backward()
@@ -262,7 +262,7 @@ def test_a_batch_without_labels_gives_a_differentiable_zero():
 def test_bfloat16_is_nearer_the_truth_than_trl():
     given, model = labelled(61), wide_model(61)
     model = model.to(torch.bfloat16)
-    head = FusedHead((), 1.0, FusedCausalLMOutput, {"memory_budget": None, "deterministic": False, "backend": "auto"})
+    head = FusedHead((), 1.0, FusedCausalLMOutput, {"memory_budget": None, "batch_invariant": False, "backend": "auto"})
     hidden = model.model(given["input_ids"], given["attention_mask"]).last_hidden_state[:, :-1]
     exact = (hidden.double() @ model.lm_head.weight.double().T).log_softmax(-1)
     labels = given["labels"][:, 1:]
@@ -353,7 +353,7 @@ def test_what_is_not_supported_says_so(folder, tmp_path):
 
 
 def test_inputs_the_decoder_would_not_get_are_refused():
-    head = FusedHead((), 1.0, FusedCausalLMOutput, {"memory_budget": None, "deterministic": False, "backend": "auto"})
+    head = FusedHead((), 1.0, FusedCausalLMOutput, {"memory_budget": None, "batch_invariant": False, "backend": "auto"})
     with pytest.raises(UnsupportedTrainerError, match="model inputs pixel_values, shift_labels not supported"):
         head(wide_model(61), **labelled(61), pixel_values=torch.ones(1), shift_labels=torch.ones(1), cache=None)
     with pytest.raises(UnsupportedTrainerError, match="a call without labels"):

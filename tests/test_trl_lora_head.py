@@ -47,7 +47,7 @@ def test_lora_on_the_head_is_in_every_field(name):
     }
     for fields in (FIELDS, ("mean_logits",)):
         head = FusedHead(
-            fields, 0.7, FusedCausalLMOutput, {"memory_budget": None, "deterministic": False, "backend": "auto"}
+            fields, 0.7, FusedCausalLMOutput, {"memory_budget": None, "batch_invariant": False, "backend": "auto"}
         )
         ours = head(model.get_base_model(), **given)
         for key in ("log_probs", *fields):
@@ -84,7 +84,7 @@ def test_a_head_and_adapter_in_pieces_are_gathered(tmp_path):
     model, given = lora_on_head(wide_model(61)), labelled(61)
     base = model.get_base_model()
     head = FusedHead(
-        ("mean_logits",), 1.0, FusedCausalLMOutput, {"memory_budget": None, "deterministic": False, "backend": "auto"}
+        ("mean_logits",), 1.0, FusedCausalLMOutput, {"memory_budget": None, "batch_invariant": False, "backend": "auto"}
     )
     whole = head(base, **given)
     layers = [base.lm_head.base_layer, base.lm_head.lora_A["default"], base.lm_head.lora_B["default"]]

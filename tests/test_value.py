@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -100,7 +101,7 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
             blocks=lambda states: (states, weight),
             weight=weight,
             bias=parts.bias,
-            transform=parts.transform,
+            **dataclasses.asdict(parts.transform),
         )
 
     faulty = pair(torch.float64)

@@ -8,8 +8,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from windkern import backends, hf, losses, nn, reference, tabular
+    from windkern import backends, hf, losses, naive, nn, tabular
     from windkern.backends import BackendUnavailableError
+    from windkern.head import Head
     from windkern.integrations import sharding
     from windkern.ops.fused_loss import fused_loss
     from windkern.ops.logprobs import TokenLogps, token_logps
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
     from windkern.plan import Plan, plan
     from windkern.train.config import WindConfig
     from windkern.train.trainer import WindTrainer
-    from windkern.transform import LogitTransform
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
-    "LogitTransform",
+    "Head",
     "Plan",
     "TokenLogps",
     "WindConfig",
@@ -33,10 +33,10 @@ __all__ = [
     "fused_loss",
     "hf",
     "losses",
+    "naive",
     "nn",
     "pair_loss",
     "plan",
-    "reference",
     "sequence_logps",
     "sharding",
     "tabular",
@@ -47,7 +47,7 @@ __all__ = [
 # Imported at first use: torch alone takes seconds, and the command line must be able to say so meanwhile.
 _LAZY = {
     "BackendUnavailableError": "windkern.backends:BackendUnavailableError",
-    "LogitTransform": "windkern.transform:LogitTransform",
+    "Head": "windkern.head:Head",
     "Plan": "windkern.plan:Plan",
     "TokenLogps": "windkern.ops.logprobs:TokenLogps",
     "WindConfig": "windkern.train.config:WindConfig",
@@ -59,7 +59,7 @@ _LAZY = {
     "nn": "windkern.nn",
     "pair_loss": "windkern.ops.pairs:pair_loss",
     "plan": "windkern.plan:plan",
-    "reference": "windkern.reference",
+    "naive": "windkern.naive",
     "sequence_logps": "windkern.ops.sequence:sequence_logps",
     "sharding": "windkern.integrations.sharding",
     "tabular": "windkern.tabular",

@@ -145,9 +145,9 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, deterministic: bool) -> int | None:
+def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, batch_invariant: bool) -> int | None:
     """Tile width if back end `name` runs the forward in fused tiles for these sizes, else None."""
-    return None if len(hidden_sizes) > 1 else BACKENDS[name].tile_columns(hidden_sizes[0], dtype, deterministic)
+    return None if len(hidden_sizes) > 1 else BACKENDS[name].tile_columns(hidden_sizes[0], dtype, batch_invariant)
 
 
 # Run while torch.compile traces, not traced: they import. It is what torch.compiler.assume_constant_result sets, which
@@ -157,5 +157,5 @@ _reason._dynamo_marked_constant = True
 
 
 def debug_mode() -> bool:
-    """WINDKERN_DEBUG=1: values are checked on a GPU too (targets, num_scored), at the cost of synchronisations."""
+    """WINDKERN_DEBUG=1: values are checked on a GPU too (targets, max_scored), at the cost of synchronisations."""
     return os.environ.get("WINDKERN_DEBUG", "0") not in ("", "0")

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 import windkern
-from windkern import backends, reference
+from windkern import backends, naive
 from windkern.kernels import cpp_rows, cpu_products
 from windkern.ops.logprobs import token_logps
 from windkern.terminal import printable
-from windkern.transform import LogitTransform
 
 if TYPE_CHECKING:
     from windkern.display import Display
@@ -138,8 +137,7 @@ def _problem(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def _found(function: Callable[..., tuple], leaves: list[Tensor], targets: Tensor, upstream: Tensor, other: Tensor):
     hidden, weight, bias = leaves
-    transform = LogitTransform(scale=1.2, softcap=8.0)
-    logps, _, entropy = function(hidden, weight, targets, bias=bias, transform=transform, entropy=True)
+    logps, _, entropy = function(hidden, weight, targets, bias=bias, scale=1.2, softcap=8.0, entropy=True)
     loss = (logps * upstream).sum() + (entropy * other).sum()
     grads = torch.autograd.grad(loss, (hidden, weight))
     # Log-probs alone, as losses ask for them, take another way through backward.
@@ -149,11 +147,11 @@ def _found(function: Callable[..., tuple], leaves: list[Tensor], targets: Tensor
 
 
 def check_backend(name: str, device: str, dtype: torch.dtype) -> list[Check]:
-    """Log-probs, entropy and gradients of a small problem, beside `windkern.reference` in float64."""
+    """Log-probs, entropy and gradients of a small problem, beside `windkern.naive` in float64."""
     *leaves, targets, upstream, other = _problem(device, dtype)
     exact = [value.detach().double().requires_grad_() for value in leaves]
     label = str(dtype).removeprefix("torch.")
-    want = _found(reference.token_logps, exact, targets, upstream, other)
+    want = _found(naive.token_logps, exact, targets, upstream, other)
     try:
         got = _found(
             lambda *args, **options: token_logps(*args, **options, backend=name), leaves, targets, upstream, other
@@ -267,5 +265,5 @@ def _print(display: Display, on: list[Device], found: list[BackendState], checks
             verdict = Text.assemble(("wrong", "red"), f" {printable(wrong[0].message)}".rstrip())
         results.add_row(device, name, SHORT[dtype], *cells, verdict)
     allowed = ", ".join(f"{SHORT[str(dtype)[6:]]} {error:.0e}" for dtype, error in ALLOWED.items())
-    display.print(f"self-test: error in norm, relative to windkern.reference; allowed {allowed}")
+    display.print(f"self-test: error in norm, relative to windkern.naive; allowed {allowed}")
     display.print(rich=results)

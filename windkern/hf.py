@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from windkern import hf_call
 from windkern._checks import check_integer, check_same_device, check_shape, check_tensor, shape_of
+from windkern.head import Head
 from windkern.hf_check import Verdict, verdict_of
 from windkern.hf_head import UnsupportedModelError, blocks, linear_of
 from windkern.ops.inputs import Blocks
@@ -44,7 +45,7 @@ class CausalLM:
     """
 
     hidden: Callable[[Tensor, Tensor], Tensor]  # input_ids (S, L), attention_mask (S, L) -> (S, L, H)
-    head: nn.Module  # what the model calls on hidden states: an nn.Linear, or the layer of PEFT around one
+    lm_head: nn.Module  # what the model calls on hidden states: an nn.Linear, or the layer of PEFT around one
     transform: LogitTransform
     masked: Tensor | None = None  # (V,) bool, columns to which the model gives no probability
     columns: int | None = None  # V, where the head has more rows than the model returns logits for
@@ -52,23 +53,29 @@ class CausalLM:
     @property
     def weight(self) -> Tensor:
         """(V, H), the parameter that the head uses now, without adapters."""
-        return linear_of(self.head).weight
+        return linear_of(self.lm_head).weight
 
     @property
     def bias(self) -> Tensor | None:
         """(V,), the parameter that the head uses now; with -inf in columns that the model masks."""
-        linear = linear_of(self.head)
+        linear = linear_of(self.lm_head)
         bias = linear.bias if self.columns is None or linear.bias is None else linear.bias[: self.columns]
         if self.masked is None:
             return bias
         bias = linear.weight.new_zeros(self.masked.shape) if bias is None else bias
         return bias.masked_fill(self.masked.to(bias.device), -torch.inf)
 
-    def blocks(self, hidden: Tensor) -> tuple[Blocks, Blocks]:
+    @property
+    def head(self) -> Head:
+        """The head without adapters, with the parameters that it uses now."""
+        weight = self.weight if self.columns is None else self.weight[: self.columns]
+        return Head(weight, self.bias, **dataclasses.asdict(self.transform))
+
+    def blocks(self, hidden: Tensor) -> tuple[Blocks, Head]:
         """What the fused ops take as `hidden` and `weight`, with the adapters as they are at the time of the call.
 
-            logits = transform(sum_k hidden[k] @ weight[k].T + bias)
-            with LoRA on the head: hidden = (h, s * (dropout(h) @ A.T), ...), weight = (W, B, ...)
+            logits = transform(sum_k hidden[k] @ head.weight[k].T + head.bias)
+            with LoRA on the head: hidden = (h, s * (dropout(h) @ A.T), ...), head.weight = (W, B, ...)
 
         Dropout of the adapters is drawn in training mode, once a call and in the order in which PEFT draws it.
 
@@ -76,8 +83,8 @@ class CausalLM:
             hidden: (..., H), the decoder's.
 
         Returns:
-            (hidden, weight) for a plain head, for `modules_to_save` and where adapters are disabled or merged; else two
-            tuples, one more block of r columns for each active adapter. Gradients reach W, A and B. Outside autocast
+            (hidden, head); hidden and head.weight are tensors for a plain head, for `modules_to_save` and where adapters
+            are disabled or merged, else two tuples, one more block of r columns for each active adapter. Gradients reach W, A and B. Outside autocast
             the blocks of adapters are cast to the dtype of W, and the ops cast `hidden` to it.
 
         Raises:
@@ -86,11 +93,11 @@ class CausalLM:
         Memory:
             r numbers per token and adapter; a copy of B (V, r) where its dtype is not that of `hidden`.
         """
-        states, weights = blocks(self.head, hidden)
+        states, weights = blocks(self.lm_head, hidden)
         if self.columns is not None:
             cut = slice(self.columns)
             weights = weights[cut] if isinstance(weights, Tensor) else tuple(each[cut] for each in weights)
-        return states, weights
+        return states, dataclasses.replace(self.head, weight=weights)
 
     def at_temperature(self, temperature: float) -> CausalLM:
         """The same model with its logits divided by `temperature` last, as a tempered sampler draws from them."""
@@ -122,7 +129,7 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
             by `blocks`. `sequence_logps` and `run` also take a model in DDP or FSDP.
 
     Returns:
-        CausalLM(hidden, head, transform, masked, columns) with the properties weight and bias, the model's own
+        CausalLM(hidden, lm_head, ...) with the properties head, weight and bias, the model's own
         parameters, so gradients reach them, and a tied embedding gets both of its gradients; and the method blocks,
         which the fused ops need where LoRA is on the head.
 
@@ -146,7 +153,7 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
         >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         ...                      num_attention_heads=2, num_key_value_heads=2)
         >>> parts = hidden_and_head(LlamaForCausalLM(config))
-        >>> tuple(parts.weight.shape), parts.bias is None, parts.transform.is_identity
+        >>> tuple(parts.head.weight.shape), parts.head.bias is None, parts.head.softcap is None
         ((32, 16), True, True)
     """
     target = hf_call.find(model)
@@ -265,9 +272,9 @@ def sequence_logps(
     *,
     temperature: float = 1.0,
     normalize: str = "sum",
-    num_scored: int | None = None,
+    max_scored: int | None = None,
     memory_budget: int | None = None,
-    deterministic: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Return the log-prob of each completion under a transformers causal LM, without the logits.
@@ -285,7 +292,7 @@ def sequence_logps(
         completion_mask: (S, L) bool or 0 and 1; 1 for the tokens to score (the end token included). Never 1 in the
             first column, nor where attention_mask is 0.
         temperature: divides the logits last, so that completions drawn at that temperature are scored as drawn.
-        normalize, num_scored, memory_budget, deterministic, backend: see `windkern.sequence_logps`.
+        normalize, max_scored, memory_budget, batch_invariant, backend: see `windkern.sequence_logps`.
 
     Returns:
         (S,) nats, float32 (float64 for a float64 model).
@@ -318,7 +325,7 @@ def sequence_logps(
 
     def job(parts: CausalLM, hidden: Tensor) -> Tensor:
         parts = parts.at_temperature(temperature)
-        states, weight = parts.blocks(hidden)
+        states, head = parts.blocks(hidden)
         if torch.is_grad_enabled() and any(hasattr(each, "ds_id") for each in (parts.weight, parts.bias)):
             raise UnsupportedModelError(
                 "DeepSpeed ZeRO-3 frees the gathered head before its backward; score under torch.no_grad(), compute "
@@ -326,14 +333,12 @@ def sequence_logps(
             )
         return _sequence_logps(
             states,
-            weight,
+            head,
             targets.to(hidden.device),
-            bias=parts.bias,
-            transform=parts.transform,
             normalize=normalize,
-            num_scored=num_scored,
+            max_scored=max_scored,
             memory_budget=memory_budget,
-            deterministic=deterministic,
+            batch_invariant=batch_invariant,
             backend=backend,
         )
 

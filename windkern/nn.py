@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from windkern.losses import WindLoss
 from windkern.ops.inputs import Blocks
 from windkern.ops.logprobs import TokenLogps, token_logps
-from windkern.transform import LogitTransform
 
 __all__ = ["FusedLogProbs", "WindLoss"]
 
@@ -20,10 +19,11 @@ class FusedLogProbs(nn.Module):
     Args:
         weight: (V, H) tensor or parameter; a parameter is shared, not copied (tied embeddings stay tied).
         bias: (V,) tensor, parameter, or None.
-        transform, ignore_index, entropy, memory_budget, deterministic, backend: see `windkern.token_logps`.
+        scale, softcap, temperature, ignore_index, entropy, memory_budget, batch_invariant, backend: see
+            `windkern.token_logps`.
 
     Returns:
-        `forward(hidden (..., T, H), targets (..., T), num_scored=None)` returns `TokenLogps`.
+        `forward(hidden (..., T, H), targets (..., T), max_scored=None)` returns `TokenLogps`.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `windkern.token_logps`, when called.
@@ -47,11 +47,13 @@ class FusedLogProbs(nn.Module):
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        transform: LogitTransform | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
         ignore_index: int = -100,
         entropy: bool = False,
         memory_budget: int | None = None,
-        deterministic: bool = False,
+        batch_invariant: bool = False,
         backend: str = "auto",
     ):
         super().__init__()
@@ -61,16 +63,18 @@ class FusedLogProbs(nn.Module):
             else:
                 self.register_buffer(name, value)
         self.options = {
-            "transform": transform,
+            "scale": scale,
+            "softcap": softcap,
+            "temperature": temperature,
             "ignore_index": ignore_index,
             "entropy": entropy,
             "memory_budget": memory_budget,
-            "deterministic": deterministic,
+            "batch_invariant": batch_invariant,
             "backend": backend,
         }
 
-    def forward(self, hidden: Blocks, targets: Tensor, num_scored: int | None = None) -> TokenLogps:
-        return token_logps(hidden, self.weight, targets, bias=self.bias, num_scored=num_scored, **self.options)
+    def forward(self, hidden: Blocks, targets: Tensor, max_scored: int | None = None) -> TokenLogps:
+        return token_logps(hidden, self.weight, targets, bias=self.bias, max_scored=max_scored, **self.options)
 
     def extra_repr(self) -> str:
         return f"vocab={self.weight.shape[0]}, hidden={self.weight.shape[1]}, " + ", ".join(

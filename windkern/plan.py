@@ -28,7 +28,7 @@ class Plan:
     outputs and gradients.
     """
 
-    rows: int  # scored rows, after padding to fixed tiles when deterministic
+    rows: int  # scored rows, after padding to fixed tiles when batch_invariant
     hidden_sizes: tuple[int, ...]
     vocab_size: int
     walk: WalkSpec
@@ -104,7 +104,7 @@ def plan(
     group_rows: int | None = None,
     memory_budget: int | None = None,
     device: str | torch.device = "cuda",
-    deterministic: bool = False,
+    batch_invariant: bool = False,
     total_rows: int | None = None,
     hidden_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     weight_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
@@ -124,7 +124,7 @@ def plan(
         memory_budget: bytes for everything beside outputs and gradients; None is 2 GiB on a GPU, 256 MiB on a CPU.
             Below the smallest possible plan the smallest plan is taken.
         device: "cuda", "cpu" or a torch.device.
-        deterministic: fixed tiles, so that a row's log-prob does not depend on anything but the row.
+        batch_invariant: fixed tiles, so that a row's log-prob does not depend on anything but the row.
         total_rows: rows before ignored ones are dropped; larger than `rows` means that rows are copied first.
         hidden_dtype: of the hidden states where it differs from `dtype`, one or one for each block; rows are cast as
             they are copied.
@@ -148,7 +148,7 @@ def plan(
     rows = check_count("rows", rows)
     sizes = check_each("hidden_size", hidden_size, lambda name, size: check_count(name, size, least=1))
     vocab_size = check_count("vocab_size", vocab_size, least=1)
-    device, deterministic = check_device("device", device), check_flag("deterministic", deterministic)
+    device, batch_invariant = check_device("device", device), check_flag("batch_invariant", batch_invariant)
     device_type = device.type
     budget = default_budget(device_type) if memory_budget is None else check_count("memory_budget", memory_budget)
     dtype = check_float_dtype("dtype", dtype)
@@ -163,13 +163,13 @@ def plan(
     hidden_grad = check_each("hidden_grad", hidden_grad, check_flag, len(sizes))
     weight_grad = check_each("weight_grad", weight_grad, check_flag, len(sizes))
     gear = gear_of(hidden_grad, weight_grad, check_flag("bias_grad", bias_grad))
-    tiles = backends.tile_columns(backend, sizes, dtype, deterministic) or 0
+    tiles = backends.tile_columns(backend, sizes, dtype, batch_invariant) or 0
     if gear == "frozen_head" and tiles:
         # Reason: the frozen head's gear needs the slab; where all gears must give the same bits, all run tiles.
-        gear, tiles = ("trained", tiles) if deterministic else (gear, 0)
+        gear, tiles = ("trained", tiles) if batch_invariant else (gear, 0)
     entropy = check_flag("entropy", entropy)
     plain = not (entropy or tiles or check_flag("capped", capped) or dtype == torch.float16)
-    pads = deterministic and not tiles
+    pads = batch_invariant and not tiles
     walk = WalkSpec(
         gear=gear,
         operand=dtype,
@@ -198,7 +198,7 @@ def plan(
         hidden_dtypes=hidden_dtypes,
         weight_dtypes=weight_dtypes,
         compact=pads or total_rows > rows or any(each != dtype for each in hidden_dtypes),
-        batch_invariant=deterministic,
+        batch_invariant=batch_invariant,
         walk=walk,
     )
     if group_rows is None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 from torch import Tensor
 
 from windkern._checks import check_tensor
+from windkern.head import Head
+
+Whole = TypeVar("Whole", Tensor, Head)
 
 
 @contextmanager
-def gathered(weight: Tensor) -> Iterator[Tensor]:
+def gathered(weight: Whole) -> Iterator[Whole]:
     """Yield the whole head of a sharded parameter: FSDP2 and tensor-parallel DTensors, ZeRO-3, or a plain tensor.
 
     A DTensor is gathered differentiably: its gradient comes back in pieces, each the mean over the ranks, as FSDP2
@@ -20,13 +25,13 @@ def gathered(weight: Tensor) -> Iterator[Tensor]:
     in the head's own forward, is left to them.
 
     Args:
-        weight: (V, H) parameter or tensor, sharded or not.
+        weight: (V, H) parameter or tensor, sharded or not; or a `windkern.Head` of such.
 
     Returns:
-        A context manager that yields a plain (V, H) tensor.
+        A context manager that yields a plain (V, H) tensor, or the head with plain tensors.
 
     Raises:
-        TypeError: weight is no tensor.
+        TypeError: weight is neither a tensor nor a head.
         ImportError: the parameter is partitioned by ZeRO-3 and deepspeed cannot be imported.
 
     Memory:
@@ -41,7 +46,14 @@ def gathered(weight: Tensor) -> Iterator[Tensor]:
         ...     weight.shape
         torch.Size([5, 2])
     """
-    if hasattr(weight, "full_tensor"):
+    if isinstance(weight, Head):
+        with ExitStack() as stack:
+            single = isinstance(weight.weight, Tensor)
+            blocks = (weight.weight,) if single else weight.weight
+            whole = tuple(stack.enter_context(gathered(block)) for block in blocks)
+            bias = None if weight.bias is None else stack.enter_context(gathered(weight.bias))
+            yield dataclasses.replace(weight, weight=whole[0] if single else whole, bias=bias)
+    elif hasattr(weight, "full_tensor"):
         from torch.distributed.tensor import Partial
 
         # Hazard: by default the gradient counts as equal on all ranks, and each would keep its piece of its own only.

@@ -12,7 +12,7 @@ import importlib
 import types
 import weakref
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from windkern import hf
 from windkern._checks import check_choice, check_number
+from windkern.head import Head
 from windkern.integrations.sharding import gathered
 from windkern.kernels import buffers
 from windkern.ops.inputs import Blocks, Inputs, prepare
 from windkern.ops.logprobs import row_logps
-from windkern.transform import LogitTransform
 
 # What each trainer reads beside log_probs; what only its metrics read is computed without a gradient.
 FIELDS = {
@@ -72,7 +72,7 @@ class Handle(AbstractContextManager):
 
 
 def use(
-    trainer: object, *, memory_budget: int | None = None, deterministic: bool = False, backend: str = "auto"
+    trainer: object, *, memory_budget: int | None = None, batch_invariant: bool = False, backend: str = "auto"
 ) -> Handle:
     """Let a TRL trainer compute its log-probs by windkern, until the handle is removed or its block is left.
 
@@ -86,7 +86,7 @@ def use(
     Args:
         trainer: a `trl.DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` or `KTOTrainer`, or an instance of a subclass of one;
             already constructed. `precompute_ref_log_probs=True` has then been done by TRL.
-        memory_budget, deterministic, backend: see `windkern.token_logps`.
+        memory_budget, batch_invariant, backend: see `windkern.token_logps`.
 
     Returns:
         Handle, also a context manager; `handle.models` are the models whose forward was replaced.
@@ -124,7 +124,7 @@ def use(
     if reference is not None:
         wanted.append((unwrap(reference, keep_fp32_wrapper=True), ()))
     handle = Handle()
-    options = {"memory_budget": memory_budget, "deterministic": deterministic, "backend": backend}
+    options = {"memory_budget": memory_budget, "batch_invariant": batch_invariant, "backend": backend}
     try:
         for model, names in wanted:
             _replace(handle, model, names, temperature, output, trainer.accelerator.autocast, options)
@@ -215,7 +215,7 @@ class FusedHead:
         fields: of TRL's `FusedCausalLMOutput` to fill beside `log_probs`.
         temperature: divides the logits.
         output: TRL's `FusedCausalLMOutput`.
-        options: memory_budget, deterministic, backend of `windkern.token_logps`.
+        options: memory_budget, batch_invariant, backend of `windkern.token_logps`.
 
     Raises:
         ValueError: a field has no such name; UnsupportedTrainerError: an input the decoder is not given by us.
@@ -238,37 +238,30 @@ class FusedHead:
             raise UnsupportedTrainerError(f"{what} not supported; windkern passes on {', '.join(_PASSED)} and labels")
 
         def job(parts: hf.CausalLM, hidden: Tensor):
-            states, heads = parts.blocks(hidden[:, :-1])  # (S, L - 1, H)
-            bias, transform = parts.bias, parts.at_temperature(self.temperature).transform
-            with ExitStack() as whole:
-                if isinstance(heads, Tensor):
-                    heads = whole.enter_context(gathered(heads))
-                else:
-                    heads = tuple(whole.enter_context(gathered(each)) for each in heads)
-                if bias is not None:
-                    bias = whole.enter_context(gathered(bias))
-                return self._score(states, heads, bias, labels[:, 1:], transform, num_items_in_batch)
+            states, head = parts.at_temperature(self.temperature).blocks(hidden[:, :-1])  # (S, L - 1, H)
+            with gathered(head) as whole:
+                return self._score(states, whole, labels[:, 1:], num_items_in_batch)
 
         return hf.run_inside(model, {name: given[name] for name in _PASSED if name in given}, job)
 
-    def _score(
-        self, hidden: Blocks, weight: Blocks, bias: Tensor | None, labels: Tensor, transform: LogitTransform, items
-    ):
+    def _score(self, hidden: Blocks, head: Head, labels: Tensor, items):
         inputs = prepare(
             hidden,
-            weight,
-            labels.to(weight.device if isinstance(weight, Tensor) else weight[0].device),
-            bias=bias,
-            transform=transform,
+            head,
+            labels.to(head.weight.device if isinstance(head.weight, Tensor) else head.weight[0].device),
+            bias=None,
+            scale=1.0,
+            softcap=None,
+            temperature=1.0,
             ignore_index=hf.IGNORE_INDEX,
-            num_scored=None,
+            max_scored=None,
             backend=self.options["backend"],
         )
         logps, lse, entropy, stats = row_logps(
             inputs,
             entropy="entropy" in self.fields,
             memory_budget=self.options["memory_budget"],
-            deterministic=self.options["deterministic"],
+            batch_invariant=self.options["batch_invariant"],
         )
         found: dict[str, Tensor] = {}
         if "entropy" in self.fields:

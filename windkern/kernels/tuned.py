@@ -77,11 +77,11 @@ def tile_hidden(arch: str | None = None) -> int:
     return table(arch or architecture())["tile_hidden"]
 
 
-def tile_columns(hidden_size: int, dtype: torch.dtype, deterministic: bool) -> int | None:
+def tile_columns(hidden_size: int, dtype: torch.dtype, batch_invariant: bool) -> int | None:
     """Columns of a tile where a walk over a head runs tiles, for 16-bit operands; None where it walks slabs.
 
     Tiles run where they were measured to be faster, and wherever a row's results may depend on nothing but the row,
     which a library's product of a varying shape does not promise.
     """
-    runs = dtype in (torch.bfloat16, torch.float16) and (deterministic or hidden_size <= tile_hidden())
+    runs = dtype in (torch.bfloat16, torch.float16) and (batch_invariant or hidden_size <= tile_hidden())
     return tile_config().columns if runs else None

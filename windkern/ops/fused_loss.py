@@ -17,8 +17,9 @@ from windkern.ops.held_grads import HeldGradients
 from windkern.ops.inputs import (
     Blocks,
     Inputs,
+    Weight,
     acc_dtype,
-    check_num_scored,
+    check_max_scored,
     first_scored,
     must_keep_rows,
     prepare,
@@ -26,7 +27,6 @@ from windkern.ops.inputs import (
 from windkern.ops.once import differentiable_once, graph_links
 from windkern.ops.rows import RowBlock
 from windkern.plan import Plan, plan
-from windkern.transform import LogitTransform
 
 
 @dataclass
@@ -36,7 +36,7 @@ class _Chunk:
     groups: slice
     rows: Tensor | None  # (m,) positions of the rows in the chunk, None where all are scored
     targets: Tensor  # (m,)
-    overflow: Tensor | None  # rows of the chunk beyond num_scored
+    overflow: Tensor | None  # rows of the chunk beyond max_scored
 
 
 @dataclass
@@ -49,9 +49,9 @@ class _Job:
     groups: int  # B
     responses: int  # N
     tokens: int  # T
-    num_scored: int | None
+    max_scored: int | None
     memory_budget: int | None
-    deterministic: bool
+    batch_invariant: bool
     grads: dict[str, object]
     grad_enabled: bool  # where the caller is
 
@@ -66,7 +66,7 @@ class _Job:
             self.inputs.weight[0].shape[0],
             group_rows=group_rows,
             memory_budget=self.memory_budget,
-            deterministic=self.deterministic,
+            batch_invariant=self.batch_invariant,
             total_rows=total_rows,
             **{**self.inputs.planned(), **self.grads},
         )
@@ -76,8 +76,8 @@ class _Job:
         targets = self.inputs.targets
         scored = targets >= 0
         total_rows, positions, counts = self.inputs.total_rows, None, None
-        if self.num_scored is not None or must_keep_rows(targets):
-            per_group, any_scored = self.group_tokens, self.num_scored != 0
+        if self.max_scored is not None or must_keep_rows(targets):
+            per_group, any_scored = self.group_tokens, self.max_scored != 0
         else:  # on a GPU: two synchronisations, however many chunks there are
             counts = scored.view(self.groups, self.group_tokens).sum(1).tolist()
             per_group, any_scored = max(counts, default=0), any(counts)
@@ -94,8 +94,8 @@ class _Job:
             first = groups.start * self.group_tokens
             labels = targets[first : groups.stop * self.group_tokens]
             rows, overflow = None, None
-            if self.num_scored is not None and labels.numel() > 0:
-                bound = min(self.num_scored, labels.shape[0])
+            if self.max_scored is not None and labels.numel() > 0:
+                bound = min(self.max_scored, labels.shape[0])
                 rows, labels, overflow = first_scored(labels >= 0, labels, bound)
             elif counts is not None:
                 found = sum(counts[groups])
@@ -275,17 +275,19 @@ def _outside_graphs(function: Callable) -> Callable:
 def fused_loss(
     loss_fn: Callable[..., Tensor],
     hidden: Blocks,
-    weight: Blocks,
+    weight: Weight,
     targets: Tensor,
     *,
     per_group: Mapping[str, Tensor] | None = None,
     reduction: str = "mean",
     bias: Tensor | None = None,
-    transform: LogitTransform | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     ignore_index: int = -100,
-    num_scored: int | None = None,
+    max_scored: int | None = None,
     memory_budget: int | None = None,
-    deterministic: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Return a loss over groups of responses, with gradients, without logits and without recomputing them.
@@ -305,7 +307,8 @@ def fused_loss(
         targets: (B, N, T), aligned with hidden.
         per_group: constants with leading dimension B, handed to loss_fn chunk by chunk by name.
         reduction: "mean" (the sum over groups divided by B, always) or "sum".
-        bias, transform, ignore_index, num_scored, memory_budget, deterministic, backend: see `token_logps`.
+        bias, scale, softcap, temperature, ignore_index, max_scored, memory_budget, batch_invariant, backend: see
+            `token_logps`.
 
     Returns:
         A scalar, float32 (float64 for a float64 weight).
@@ -349,14 +352,16 @@ def fused_loss(
         weight,
         targets,
         bias=bias,
-        transform=transform,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
         ignore_index=ignore_index,
-        num_scored=None,
+        max_scored=None,
         backend=backend,
         drop=False,
     )
-    if num_scored is not None:
-        num_scored = check_num_scored(inputs.targets >= 0, num_scored)
+    if max_scored is not None:
+        max_scored = check_max_scored(inputs.targets >= 0, max_scored)
     groups, responses, tokens = targets.shape
     grads = inputs.grads()
     job = _Job(
@@ -366,9 +371,9 @@ def fused_loss(
         groups=groups,
         responses=responses,
         tokens=tokens,
-        num_scored=num_scored,
+        max_scored=max_scored,
         memory_budget=memory_budget,
-        deterministic=check_flag("deterministic", deterministic),
+        batch_invariant=check_flag("batch_invariant", batch_invariant),
         grads=grads,
         grad_enabled=torch.is_grad_enabled(),
     )

@@ -61,7 +61,7 @@ class HeldGradients:
             place = self.hidden_scale[k][places]
             place.copy_(scale) if rows is None else place.index_add_(0, rows, scale)
         narrowed = total if total.dtype == target.dtype else buffers.track("cast", total.to(target.dtype))
-        # Reason: spare rows of num_scored all point at one scored row and carry zeros; adding them keeps it right.
+        # Reason: spare rows of max_scored all point at one scored row and carry zeros; adding them keeps it right.
         target.copy_(narrowed) if rows is None else target.index_add_(0, rows, narrowed)
 
     def finish(self) -> None:

@@ -21,10 +21,12 @@ from windkern._checks import (
     check_shape,
     shape_of,
 )
+from windkern.head import Head
 from windkern.kernels.gemm import accumulator
-from windkern.transform import IDENTITY, LogitTransform
+from windkern.transform import LogitTransform
 
 Blocks = Tensor | Sequence[Tensor]
+Weight = Blocks | Head
 IGNORED = -1  # targets of rows that are not scored, once the caller's ignore_index has been read
 
 
@@ -37,7 +39,7 @@ class Inputs:
     bias: Tensor | None  # (V,)
     targets: Tensor  # (M,) int64, IGNORED where not scored
     rows: Tensor | None  # (M,) int64 positions among the R rows, None where all rows are scored
-    overflow: Tensor | None  # (R,) rows beyond num_scored, whose results become NaN
+    overflow: Tensor | None  # (R,) rows beyond max_scored, whose results become NaN
     lead: tuple[int, ...]  # shape of the caller's targets
     total_rows: int  # R
     operand: torch.dtype  # of the GEMMs
@@ -132,7 +134,7 @@ def _refuse_forward_mode(tensors: list[Tensor]) -> None:
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
         raise RuntimeError(
             "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) is not implemented for windkern; "
-            "use reverse mode, or windkern.reference for small sizes"
+            "use reverse mode, or windkern.naive for small sizes"
         )
 
 
@@ -154,12 +156,8 @@ def _operand_dtype(hidden: list[Tensor], weight: list[Tensor], bias: Tensor | No
     return operand
 
 
-def _check_transform(transform: LogitTransform | None, acc: torch.dtype) -> LogitTransform:
+def _check_transform(transform: LogitTransform, acc: torch.dtype) -> LogitTransform:
     """The transform, whose factors the kernels can hold."""
-    if transform is None:
-        return IDENTITY
-    if not isinstance(transform, LogitTransform):
-        raise TypeError(f"transform must be a windkern.LogitTransform or None, got {type(transform).__name__}")
     scale, softcap, temperature = transform.scale, transform.softcap, transform.temperature
     factors = {"scale / temperature": scale / temperature}
     if softcap is not None:
@@ -168,48 +166,62 @@ def _check_transform(transform: LogitTransform | None, acc: torch.dtype) -> Logi
     for what, factor in factors.items():
         if not least <= factor <= 1 / least:
             raise ValueError(
-                f"{what} of transform must lie between {least:.3g} and {1 / least:.3g} to be computed in {acc}, got "
+                f"{what} must lie between {least:.3g} and {1 / least:.3g} to be computed in {acc}, got "
                 f"{factor:.3g} (scale={scale:g}, softcap={softcap}, temperature={temperature:g})"
             )
     return transform
 
 
+def _as_head(weight: Weight, bias: Tensor | None, scale: float, softcap: float | None, temperature: float) -> Head:
+    if not isinstance(weight, Head):
+        return Head(weight, bias, scale, softcap, temperature)
+    given = {"bias": bias is not None, "scale": scale != 1.0, "softcap": softcap is not None}
+    given = [name for name, other in {**given, "temperature": temperature != 1.0}.items() if other]
+    if given:
+        raise ValueError(f"{' and '.join(given)} must not be given beside a windkern.Head, which has its own")
+    return weight
+
+
 def prepare(
     hidden: Blocks,
-    weight: Blocks,
+    weight: Weight,
     targets: Tensor,
     *,
     bias: Tensor | None,
-    transform: LogitTransform | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
     ignore_index: int,
-    num_scored: int | None,
+    max_scored: int | None,
     backend: str,
     drop: bool = True,
 ) -> Inputs:
     """Check everything a caller can get wrong, flatten to rows, and drop the ignored ones."""
     check_integer("targets", targets)
-    blocks, heads = _as_blocks("hidden", hidden), _as_blocks("weight", weight)
+    head = _as_head(weight, bias, scale, softcap, temperature)
+    bias = head.bias
+    blocks, heads = _as_blocks("hidden", hidden), _as_blocks("weight", head.weight)
     _check_blocks(blocks, heads, targets)
     _refuse_forward_mode([*blocks, *heads, *([] if bias is None else [bias])])
     if bias is not None:
         check_shape("bias", check_floating("bias", bias), (heads[0].shape[0],))
         check_same_device("bias", bias, "targets", targets)
     operand = _operand_dtype(blocks, heads, bias)
-    transform = _check_transform(transform, accumulator(operand))
+    transform = _check_transform(head.transform, accumulator(operand))
     check_choice("backend", backend, ["auto", *backends.BACKENDS])
     flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
     labels = targets.reshape(-1).long()
     scored = labels != check_index("ignore_index", ignore_index)
     labels = torch.where(scored, torch.where(labels < 0, labels + IGNORED, labels), IGNORED)  # -1 stays an error
     rows, overflow = None, None
-    if num_scored is not None:
-        num_scored = check_num_scored(scored, num_scored)
-    if num_scored is not None and labels.numel() > 0:
-        rows, labels, overflow = first_scored(scored, labels, min(num_scored, labels.numel()))
+    if max_scored is not None:
+        max_scored = check_max_scored(scored, max_scored)
+    if max_scored is not None and labels.numel() > 0:
+        rows, labels, overflow = first_scored(scored, labels, min(max_scored, labels.numel()))
     elif drop and must_keep_rows(targets):
         rows = torch.arange(labels.shape[0], device=labels.device)  # copied, so that ignored ones can become 0
     elif drop:
-        positions = scored.nonzero().squeeze(1)  # on a GPU: the one synchronisation that num_scored avoids
+        positions = scored.nonzero().squeeze(1)  # on a GPU: the one synchronisation that max_scored avoids
         if positions.numel() < labels.numel():
             rows, labels = positions, labels.index_select(0, positions)
     return Inputs(
@@ -232,29 +244,29 @@ def must_keep_rows(targets: Tensor) -> bool:
     return torch.compiler.is_compiling() or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def check_num_scored(scored: Tensor, num_scored: object) -> int:
+def check_max_scored(scored: Tensor, max_scored: object) -> int:
     """Refuse a bound that is too small: always on a CPU, on a GPU in debug mode (it synchronises)."""
-    bound = check_count("num_scored", num_scored)
+    bound = check_count("max_scored", max_scored)
     if not torch.compiler.is_compiling() and (scored.device.type == "cpu" or backends.debug_mode()):
         found = int(scored.sum())
         if found > bound:
-            raise ValueError(f"num_scored must be at least the number of scored targets, {found}, got {bound}")
+            raise ValueError(f"max_scored must be at least the number of scored targets, {found}, got {bound}")
     return bound
 
 
-def first_scored(scored: Tensor, labels: Tensor, num_scored: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions and targets of the first `num_scored` scored rows, with no size that depends on data.
+def first_scored(scored: Tensor, labels: Tensor, max_scored: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions and targets of the first `max_scored` scored rows, with no size that depends on data.
 
     Spare places point at the first scored row, or at row 0 where there is none, with an ignored target; rows beyond
     the bound are reported.
     """
     order = scored.cumsum(0) - 1
-    fits = scored & (order < num_scored)
-    place = torch.where(fits, order, num_scored)
+    fits = scored & (order < max_scored)
+    place = torch.where(fits, order, max_scored)
     positions = torch.arange(scored.shape[0], device=scored.device)
-    rows = torch.zeros(num_scored + 1, dtype=torch.int64, device=scored.device).scatter(0, place, positions)
-    filled = torch.zeros(num_scored + 1, dtype=torch.bool, device=scored.device).scatter(0, place, fits)
-    rows, filled = torch.where(filled, rows, rows[:1])[:num_scored], filled[:num_scored]
+    rows = torch.zeros(max_scored + 1, dtype=torch.int64, device=scored.device).scatter(0, place, positions)
+    filled = torch.zeros(max_scored + 1, dtype=torch.bool, device=scored.device).scatter(0, place, fits)
+    rows, filled = torch.where(filled, rows, rows[:1])[:max_scored], filled[:max_scored]
     return rows, torch.where(filled, labels.index_select(0, rows), IGNORED), scored & ~fits
 
 

@@ -11,14 +11,13 @@ from windkern._checks import check_flag
 from windkern.kernels import buffers
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.kernels.gemm import accumulator
-from windkern.ops.inputs import Blocks, Inputs, prepare
+from windkern.ops.inputs import Blocks, Inputs, Weight, prepare
 from windkern.ops.once import differentiable_once
 from windkern.ops.rows import RowBlock
 from windkern.ops.sizes import bounded_rows, fixed_size
 from windkern.ops.walk import Saved, kept_layout
 from windkern.plan import planned_spec
 from windkern.spec import WalkSpec
-from windkern.transform import LogitTransform
 
 _ROWS = "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor targets, Tensor? rows"
 _library = torch.library.Library("windkern", "FRAGMENT")
@@ -47,7 +46,7 @@ def finish_hidden(total: Tensor, like: Tensor, rows: Tensor | None, num_rows: in
     narrowed = total if total.dtype == like.dtype else buffers.track("cast", total.to(like.dtype))
     if rows is None:
         return narrowed
-    # Reason: spare rows of num_scored all point at one row and carry zeros; adding them keeps that row right.
+    # Reason: spare rows of max_scored all point at one row and carry zeros; adding them keeps that row right.
     return torch.zeros_like(like, memory_format=torch.contiguous_format).index_add_(0, rows, narrowed)
 
 
@@ -156,7 +155,7 @@ class _LogProbs(torch.autograd.Function):
 
 
 def row_logps(
-    inputs: Inputs, *, entropy: bool, memory_budget: int | None, deterministic: bool
+    inputs: Inputs, *, entropy: bool, memory_budget: int | None, batch_invariant: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Differentiable logps, lse, entropy of the compacted rows, each (M,); entropy is empty unless asked for.
 
@@ -169,7 +168,7 @@ def row_logps(
         fixed_size(inputs.weight[0].shape[0]),
         entropy=entropy,
         memory_budget=memory_budget,
-        deterministic=deterministic,
+        batch_invariant=batch_invariant,
         total_rows=rows + (inputs.rows is not None),
         **inputs.planned(),
     )
@@ -186,21 +185,24 @@ def row_logps(
 
 def token_logps(
     hidden: Blocks,
-    weight: Blocks,
+    weight: Weight,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    transform: LogitTransform | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
-    num_scored: int | None = None,
+    max_scored: int | None = None,
     memory_budget: int | None = None,
-    deterministic: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> TokenLogps:
     """Return the log-prob of each target, the log-sum-exp and, if asked for, the entropy, without the logits.
 
-        z = transform(sum_k hidden_k @ weight_k.T + bias)
+        z = transform(sum_k hidden_k @ weight_k.T + bias), transform(z) = scale * z / temperature
+            or softcap * tanh(scale * z / softcap) / temperature
         logps = z[target] - logsumexp(z)        entropy = -sum_v softmax(z)_v * log softmax(z)_v
 
     All three are differentiable with respect to hidden, weight and bias, with any upstream gradient per token.
@@ -208,19 +210,22 @@ def token_logps(
     Args:
         hidden: (..., T, H), or a tuple of blocks (..., T, H_k) whose logits add up (LoRA on the head, a value head).
             float64, float32, bfloat16 or float16.
-        weight: (V, H) as in nn.Linear, or a tuple of (V, H_k). Outside autocast hidden is cast to the dtype of weight,
+        weight: (V, H) as in nn.Linear, a tuple of (V, H_k), or a `windkern.Head`, which brings what follows of bias,
+            scale, softcap and temperature. Outside autocast hidden is cast to the dtype of weight,
             as in lm_head(hidden.to(lm_head.weight.dtype)), to the widest where blocks differ; gradients have the
             dtype of their tensors.
         targets: (..., T) int64 or int32, already aligned with hidden (nothing is shifted).
         bias: (V,) added to the logits; an entry of -inf masks that vocabulary entry after any transform. Any floating
             dtype that is no wider than the sums.
-        transform: scale, softcap and temperature of the logits; None is the identity.
+        scale: multiplies the logits first (Cohere's `logit_scale`, `1 / logits_scaling` of Granite). Positive.
+        softcap: bound of the logits before the temperature (Gemma's `final_logit_softcapping`), or None. Positive.
+        temperature: divides last. Positive.
         ignore_index: targets with this value are not scored: results and gradients are 0 there, whatever hidden holds.
         entropy: also return the entropy of each token's distribution.
-        num_scored: upper bound of the number of scored targets. On a GPU it saves the one synchronisation and keeps
+        max_scored: upper bound of the number of scored targets. On a GPU it saves the one synchronisation and keeps
             all sizes static (CUDA graphs, torch.compile). Rows beyond it give NaN on a GPU, an error on a CPU.
         memory_budget: bytes for everything beside outputs and gradients; None is 2 GiB on a GPU, 256 MiB on a CPU.
-        deterministic: a row's results do not depend on the other rows, the budget or which gradients are wanted.
+        batch_invariant: a row's results do not depend on the other rows, the budget or which gradients are wanted.
         backend: "auto" or a name of `windkern.backends.available(device)`.
 
     Returns:
@@ -248,16 +253,20 @@ def token_logps(
         (torch.Size([2, 3]), 0.0)
         >>> out.logps.sum().backward()
     """
-    entropy, deterministic = check_flag("entropy", entropy), check_flag("deterministic", deterministic)
+    entropy, batch_invariant = check_flag("entropy", entropy), check_flag("batch_invariant", batch_invariant)
     inputs = prepare(
         hidden,
         weight,
         targets,
         bias=bias,
-        transform=transform,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
         ignore_index=ignore_index,
-        num_scored=num_scored,
+        max_scored=max_scored,
         backend=backend,
     )
-    logps, lse, ent, _ = row_logps(inputs, entropy=entropy, memory_budget=memory_budget, deterministic=deterministic)
+    logps, lse, ent, _ = row_logps(
+        inputs, entropy=entropy, memory_budget=memory_budget, batch_invariant=batch_invariant
+    )
     return TokenLogps(inputs.scatter(logps), inputs.scatter(lse), inputs.scatter(ent) if entropy else None)

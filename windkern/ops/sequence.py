@@ -9,9 +9,8 @@ from torch import Tensor
 
 from windkern import backends
 from windkern._checks import check_choice, check_integer, check_same_device, shape_of
-from windkern.ops.inputs import Blocks
+from windkern.ops.inputs import Blocks, Weight
 from windkern.ops.logprobs import token_logps
-from windkern.transform import LogitTransform
 
 _library = torch.library.Library("windkern", "FRAGMENT")
 _library.define("segment_sum(Tensor values, Tensor cu_seqlens, str backend) -> Tensor")
@@ -52,17 +51,19 @@ class _SegmentSum(torch.autograd.Function):
 
 def sequence_logps(
     hidden: Blocks,
-    weight: Blocks,
+    weight: Weight,
     targets: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
     normalize: str = "sum",
     bias: Tensor | None = None,
-    transform: LogitTransform | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     ignore_index: int = -100,
-    num_scored: int | None = None,
+    max_scored: int | None = None,
     memory_budget: int | None = None,
-    deterministic: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Return the log-prob of each sequence, the sum of its scored tokens' log-probs, without the logits.
@@ -75,7 +76,8 @@ def sequence_logps(
         targets: (..., T), or packed (M,); aligned with hidden.
         cu_seqlens: (S + 1,) int64 or int32, rising from 0 to M: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1].
         normalize: "sum" (what the theory of preference losses needs) or "mean" over the scored tokens (0 if none).
-        bias, transform, ignore_index, num_scored, memory_budget, deterministic, backend: see `token_logps`.
+        bias, scale, softcap, temperature, ignore_index, max_scored, memory_budget, batch_invariant, backend: see
+            `token_logps`.
 
     Returns:
         (...) for padded and (S,) for packed input, nats, float32 (float64 for a float64 weight). Sums are taken in
@@ -117,11 +119,13 @@ def sequence_logps(
         weight,
         targets,
         bias=bias,
-        transform=transform,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
         ignore_index=ignore_index,
-        num_scored=num_scored,
+        max_scored=max_scored,
         memory_budget=memory_budget,
-        deterministic=deterministic,
+        batch_invariant=batch_invariant,
         backend=backend,
     ).logps
     if cu_seqlens is None:

@@ -157,7 +157,7 @@ class Game:
         beta: float,
         rewards: Array | None = None,
         prefs: Array | None = None,
-        link: str = "step",
+        link: str = "bradley_terry",
     ):
         self.ref = as_policy("ref", ref, positive=True)
         self.beta = float(check_number("beta", beta, least=0))

@@ -212,7 +212,7 @@ class WindConfig(TrainingArguments):
         None, "Bytes a fused op may allocate beside outputs and gradients. None: 2 GiB on a GPU, 256 MiB on a CPU."
     )
     backend: str = setting("auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run.")
-    deterministic: bool = setting(
+    batch_invariant: bool = setting(
         False, "Whether a row's log-prob must not depend on its neighbours to the last bit. Costs time; default no."
     )
     master_weights: bool = setting(

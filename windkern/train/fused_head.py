@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import windkern
 from windkern import hf
+from windkern.head import Head
 from windkern.integrations.sharding import gathered
+from windkern.ops.inputs import Blocks
 from windkern.ops.sequence import sequence_logps
 from windkern.train.sharded import check_whole
 
@@ -38,13 +40,10 @@ class FusedHead:
         return hf.run(wrapped, input_ids, attention_mask, job)
 
 
-def _whole_blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple:
-    """Blocks of hidden states and weights, and the bias, as whole plain tensors while `stack` is open."""
-    states, weights = parts.blocks(hidden)
-    bias = None if parts.bias is None else stack.enter_context(gathered(parts.bias))
-    if isinstance(weights, tuple):
-        return states, tuple(stack.enter_context(gathered(weight)) for weight in weights), bias
-    return states, stack.enter_context(gathered(weights)), bias
+def _whole_blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple[Blocks, Head]:
+    """Hidden states and the head, of whole plain tensors while `stack` is open."""
+    states, head = parts.blocks(hidden)
+    return states, stack.enter_context(gathered(head))
 
 
 def score_job(targets: Tensor, temperature: float, options: Mapping[str, object]) -> Job:
@@ -53,8 +52,8 @@ def score_job(targets: Tensor, temperature: float, options: Mapping[str, object]
     def job(parts: hf.CausalLM, hidden: Tensor) -> Tensor:
         parts = parts.at_temperature(temperature)
         with ExitStack() as stack:
-            states, weights, bias = _whole_blocks(stack, parts, hidden)
-            return sequence_logps(states, weights, targets, bias=bias, transform=parts.transform, **options)
+            states, head = _whole_blocks(stack, parts, hidden)
+            return sequence_logps(states, head, targets, **options)
 
     return job
 
@@ -72,17 +71,15 @@ def loss_job(
         parts = parts.at_temperature(temperature)
         groups = targets.shape
         with ExitStack() as stack:
-            states, weights, bias = _whole_blocks(stack, parts, hidden)
+            states, head = _whole_blocks(stack, parts, hidden)
             blocks = states if isinstance(states, tuple) else (states,)
             split = tuple(block.view(*groups, block.shape[-1]) for block in blocks)
             return windkern.fused_loss(
                 loss,
                 split if isinstance(states, tuple) else split[0],
-                weights,
+                head,
                 targets,
                 per_group=constants,
-                bias=bias,
-                transform=parts.transform,
                 **options,
             )
 

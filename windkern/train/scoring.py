@@ -47,7 +47,7 @@ class Scorer:
         """Keyword arguments of the fused ops."""
         return {
             "memory_budget": self.config.memory_budget,
-            "deterministic": self.config.deterministic,
+            "batch_invariant": self.config.batch_invariant,
             "backend": self.config.backend,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -25,9 +26,9 @@ def _tuple(blocks: Blocks) -> tuple[Tensor, ...]:
 
 def _check_pair(base: hf.CausalLM, value: hf.CausalLM) -> None:
     for name, parts in (("base", base), ("value", value)):
-        if parts.transform.softcap is not None:
+        if parts.head.softcap is not None:
             raise hf.UnsupportedModelError(
-                f"{name} caps its logits at {parts.transform.softcap}; capped logits of one model plus logits of "
+                f"{name} caps its logits at {parts.head.softcap}; capped logits of one model plus logits of "
                 "another are not one product of blocks. Use models without final_logit_softcapping"
             )
     if base.weight.shape[0] != value.weight.shape[0]:
@@ -149,11 +150,11 @@ class ValueModel(nn.Module):
             raise ValueError("completion_mask must be 0 wherever attention_mask is 0, got a scored padding token")
         base, value = hf.hidden_and_head(self.base), hf.hidden_and_head(self.value)
         # Reason: the walk scales the sum as the base scales its own logits, so the base's hidden states stay untouched.
-        ratio = value.transform.scale / base.transform.scale
+        ratio = value.head.scale / base.head.scale
         with torch.no_grad():
-            base_hidden, base_weight = (_tuple(each) for each in base.blocks(base.hidden(input_ids, attended)))
+            base_hidden, base_head = base.blocks(base.hidden(input_ids, attended))
         hidden = value.hidden(input_ids, attended)
-        own_hidden, own_weight = (_tuple(each) for each in value.blocks(hidden if ratio == 1 else hidden * ratio))
+        own_hidden, own_head = value.blocks(hidden if ratio == 1 else hidden * ratio)
         if base.weight.dtype != value.weight.dtype and not torch.is_autocast_enabled(input_ids.device.type):
             raise TypeError(
                 f"base is {base.weight.dtype} and value is {value.weight.dtype}; outside autocast (bf16=True of "
@@ -161,12 +162,15 @@ class ValueModel(nn.Module):
             )
         biases = [] if base.bias is None else [base.bias.detach()]
         biases += [] if value.bias is None else [value.bias * ratio]
-        return sequence_logps(
-            (*base_hidden, *own_hidden),
-            (*(each.detach() for each in base_weight), *own_weight),
-            targets,
+        both = dataclasses.replace(
+            base_head,
+            weight=(*(each.detach() for each in _tuple(base_head.weight)), *_tuple(own_head.weight)),
             bias=sum(biases[1:], biases[0]) if biases else None,
-            transform=base.transform,
+        )
+        return sequence_logps(
+            (*_tuple(base_hidden), *_tuple(own_hidden)),
+            both,
+            targets,
             memory_budget=self.memory_budget,
             backend=self.backend,
         )

@@ -1,4 +1,4 @@
-"""deterministic=True: a row's log-prob depends on the row alone. Default: the same call gives the same bits."""
+"""batch_invariant=True: a row's log-prob depends on the row alone. Default: the same call gives the same bits."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def rows_and_head(dtype, rows=300, hidden_size=72, vocab=5003):
 def logps(hidden, weight, targets, *, grads=(False, False), **kwargs):
     hidden = hidden.detach().requires_grad_(grads[0])
     weight = weight.detach().requires_grad_(grads[1])
-    return wk.token_logps(hidden, weight, targets, deterministic=True, entropy=True, **kwargs)
+    return wk.token_logps(hidden, weight, targets, batch_invariant=True, entropy=True, **kwargs)
 
 
 def assert_same(first, second, places=slice(None)):
@@ -50,7 +50,7 @@ def test_neighbours_and_ignored_rows_keep_the_bits(backend):
     changed[~keep] = 100.0
     labels = torch.where(keep, targets, -100)
     mixed = logps(changed, weight, labels, backend=backend)
-    bounded = logps(changed, weight, labels, num_scored=150, backend=backend)
+    bounded = logps(changed, weight, labels, max_scored=150, backend=backend)
     for result in (mixed, bounded):
         assert_same(whole, [value[keep] for value in result], keep)
 
@@ -60,7 +60,7 @@ def test_fused_loss_sees_the_scoring_log_probs(backend):
     hidden, weight, targets = rows_and_head(torch.float32, rows=240)
     hidden, targets = hidden.view(5, 4, 12, -1), targets.view(5, 4, 12)
     with torch.no_grad():
-        old = wk.sequence_logps(hidden, weight, targets, deterministic=True, backend=backend)
+        old = wk.sequence_logps(hidden, weight, targets, batch_invariant=True, backend=backend)
     seen = []
 
     def loss_fn(logps, old):
@@ -75,7 +75,7 @@ def test_fused_loss_sees_the_scoring_log_probs(backend):
             targets,
             per_group={"old": old},
             memory_budget=budget,
-            deterministic=True,
+            batch_invariant=True,
             backend=backend,
         )
     assert all(torch.equal(gap, torch.zeros_like(gap)) for gap in seen)
@@ -102,9 +102,9 @@ def test_the_same_call_gives_the_same_bits(backend):
 def test_gradients_are_those_of_the_default_mode(backend):
     hidden, weight, targets = rows_and_head(torch.float64, rows=150)
     grads = []
-    for deterministic in (False, True):
+    for batch_invariant in (False, True):
         leaves = (hidden.detach().requires_grad_(), weight.detach().requires_grad_())
-        out = wk.token_logps(*leaves, targets, deterministic=deterministic, memory_budget=0, backend=backend)
+        out = wk.token_logps(*leaves, targets, batch_invariant=batch_invariant, memory_budget=0, backend=backend)
         grads.append(torch.autograd.grad(out.logps.sin().sum(), leaves))
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-13)

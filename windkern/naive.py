@@ -14,8 +14,18 @@ def _blocks(value: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-def logits(hidden, weight, *, bias: Tensor | None = None, transform=None) -> Tensor:
-    """Transformed logits (..., V) = transform(sum_k hidden_k @ weight_k.T + bias); -inf bias masks at the end.
+def logits(
+    hidden,
+    weight,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Transformed logits (..., V) of z = sum_k hidden_k @ weight_k.T + bias; -inf bias masks at the end.
+
+        scale * z / temperature, with a softcap: softcap * tanh(scale * z / softcap) / temperature
 
     Products are taken in the dtype of the head, the widest where its blocks differ, as in lm_head(hidden.to(dtype)).
 
@@ -28,23 +38,19 @@ def logits(hidden, weight, *, bias: Tensor | None = None, transform=None) -> Ten
     z = sum(block.to(dtype) @ head.to(dtype).T for block, head in zip(_blocks(hidden), heads, strict=True))
     if bias is not None:
         z = z + bias
-    if transform is not None:
-        if transform.softcap is not None:
-            z = transform.softcap * torch.tanh(z * (transform.scale / transform.softcap))
-        else:
-            z = transform.scale * z
-        z = z / transform.temperature
+    z = scale * z if softcap is None else softcap * torch.tanh(z * (scale / softcap))
+    z = z / temperature
     if bias is not None:
         z = z + torch.where(bias == -torch.inf, -torch.inf, 0.0).to(z.dtype)
     return z
 
 
 def token_logps(
-    hidden, weight, targets: Tensor, *, bias=None, transform=None, ignore_index: int = -100, entropy: bool = False
+    hidden, weight, targets: Tensor, *, ignore_index: int = -100, entropy: bool = False, **logits_of
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logps, lse, entropy), each shaped like targets, 0 where ignored; entropy None unless asked for.
 
-    What hidden holds where the target is ignored enters nothing, not even as 0 * NaN.
+    `logits_of` are the arguments of `logits` after the weight. What hidden holds where the target is ignored enters nothing, not even as 0 * NaN.
 
     Example:
         >>> logps, lse, _ = token_logps(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]))
@@ -53,7 +59,7 @@ def token_logps(
     """
     scored = targets != ignore_index
     hidden = [torch.where(scored.unsqueeze(-1), block, 0.0) for block in _blocks(hidden)]
-    z = logits(hidden, weight, bias=bias, transform=transform)
+    z = logits(hidden, weight, **logits_of)
     log_p = torch.log_softmax(z, dim=-1)
     logps = log_p.gather(-1, torch.where(scored, targets, 0).unsqueeze(-1).long()).squeeze(-1)
     lse = torch.logsumexp(z, dim=-1)
