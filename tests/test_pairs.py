@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import windkern as wk
-from windkern import _checks
+from windkern import _checks, naive
 from windkern.ops.pairs import LINKS, LOSSES
 
 CASES = [(loss, link, given) for loss in LOSSES for link in LINKS for given in ("rewards", "prefs")]

@@ -83,8 +83,9 @@ class CausalLM:
             hidden: (..., H), the decoder's.
 
         Returns:
-            (hidden, head); hidden and head.weight are tensors for a plain head, for `modules_to_save` and where adapters
-            are disabled or merged, else two tuples, one more block of r columns for each active adapter. Gradients reach W, A and B. Outside autocast
+            (hidden, head). For a plain head, for `modules_to_save` and where adapters are disabled or merged, hidden
+            and head.weight are tensors; else two tuples, with one more block of r columns for each active adapter.
+            Gradients reach W, A and B. Outside autocast
             the blocks of adapters are cast to the dtype of W, and the ops cast `hidden` to it.
 
         Raises:

@@ -50,7 +50,8 @@ def token_logps(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logps, lse, entropy), each shaped like targets, 0 where ignored; entropy None unless asked for.
 
-    `logits_of` are the arguments of `logits` after the weight. What hidden holds where the target is ignored enters nothing, not even as 0 * NaN.
+    `logits_of` are the arguments of `logits` after the weight. What hidden holds where the target is ignored enters
+    nothing, not even as 0 * NaN.
 
     Example:
         >>> logps, lse, _ = token_logps(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]))
