@@ -36,7 +36,7 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"targets": TARGETS - 5}, ValueError, r"targets must be in \[0, 7\) or equal ignore_index, got -5"),
         ({"bias": torch.zeros(6)}, ValueError, r"bias must have shape \(7,\), got \(6,\)"),
         ({"bias": torch.zeros(7).double()}, TypeError, "bias must not be wider than the logits"),
-        ({"scale": "2"}, TypeError, "scale must be a number, got str '2'"),
+        ({"scale": "2"}, ValueError, "scale must be a finite number, got .2."),
         ({"softcap": 0}, ValueError, "softcap must be greater than 0, got 0"),
         ({"temperature": -1.0}, ValueError, "temperature must be greater than 0, got -1.0"),
         ({"temperature": float("inf")}, ValueError, "temperature must be"),

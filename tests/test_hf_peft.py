@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from test_hf import build, by_logits
@@ -103,7 +101,8 @@ def two_adapters() -> nn.Module:
 def test_two_active_adapters_are_two_blocks():
     model = two_adapters()
     parts = hf.hidden_and_head(model)
-    states, weights = parts.blocks(torch.randn(2, 32, dtype=torch.float64))
+    states, head = parts.blocks(torch.randn(2, 32, dtype=torch.float64))
+    weights = head.weight
     assert [tuple(each.shape) for each in states] == [(2, 32), (2, 3), (2, 2)]
     assert [tuple(each.shape) for each in weights] == [(61, 32), (61, 3), (61, 2)]
     assert weights[0] is parts.weight and weights[2] is parts.lm_head.lora_B["other"].weight
@@ -135,11 +134,11 @@ def test_adapters_are_looked_up_when_the_blocks_are_made():
     expected = parts.lm_head(hidden)
 
     def logits() -> torch.Tensor:
-        states, weights = parts.blocks(hidden)
+        states, head = parts.blocks(hidden)
         if isinstance(states, torch.Tensor):
-            assert states is hidden and weights is parts.weight
-            return states @ weights.T
-        return sum(state @ weight.T for state, weight in zip(states, weights, strict=True))
+            assert states is hidden and head.weight is parts.weight
+            return states @ head.weight.T
+        return sum(state @ weight.T for state, weight in zip(states, head.weight, strict=True))
 
     torch.testing.assert_close(logits(), expected)
     with model.disable_adapter():
@@ -216,15 +215,14 @@ def test_inside_the_loss_of_wind():
         return ((logps - reference) / 10 - weights).square().mean(1)
 
     parts = hf.hidden_and_head(model)
-    states, heads = parts.blocks(parts.hidden(ids, attention))
+    states, head = parts.blocks(parts.hidden(ids, attention))
     targets = hf.completion_targets(ids, completion).view(2, 3, 8)
     ours = wk.fused_loss(
         loss_fn,
         tuple(each.view(2, 3, 8, -1) for each in states),
-        heads,
+        head,
         targets,
         per_group={"weights": weights, "reference": reference},
-        **dataclasses.asdict(parts.transform),
     )
     theirs = loss_fn(exact_by_logits(model, ids, attention, completion).view(2, 3), weights, reference).mean()
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

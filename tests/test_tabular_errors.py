@@ -21,7 +21,7 @@ CYCLE = rock_paper_scissors(3).expand(2, 3, 3)
 
 
 def game(beta: float = 0.1, **changes: object) -> Game:
-    return Game(REF, beta, **({"rewards": REWARDS} | changes))
+    return Game(REF, beta, **({"rewards": REWARDS, "link": "step"} | changes))
 
 
 def cyclic(beta: float = 0.1) -> Game:

@@ -169,7 +169,7 @@ def test_large_and_small_beta():
     against = game.win_rate(game.equilibrium()).max(-1).values  # of any rival, pure ones are the strongest
     assert (against <= 0.5 + beta * math.log(1 / game.ref.min().item())).all()
     # Without a pull at all the gain of a best response is its win rate beyond one half.
-    plain = Game(ref, 0.0, rewards=rewards)
+    plain = Game(ref, 0.0, rewards=rewards, link="step")
     torch.testing.assert_close(plain.exploitability(ref), plain.win_rate(ref).max(-1).values - 0.5)
     assert (plain.best_response(ref).max(-1).values == 1).all()
 
@@ -200,7 +200,7 @@ def test_best_of_n_law(game, n, ties):
 def test_best_of_n_identities(game, seed, n, m, ties):
     (policy,) = policies(game, seed)
     rewards = game.rewards.round() if ties else game.rewards
-    game = Game(game.ref, game.beta, rewards=rewards)
+    game = Game(game.ref, game.beta, rewards=rewards, link="step")
     twice = best_of_n(policy, rewards, 2)
     torch.testing.assert_close(twice, 2 * policy * game.win_rate(policy), rtol=1e-12, atol=1e-15)  # (1.9)
     law = best_of_n(policy, rewards, n)
@@ -251,7 +251,7 @@ def test_its_limit_is_best_of_n_of_the_reference():
     for size in (100, 1000):
         generator = torch.Generator().manual_seed(0)
         ref = torch.randn(1, size, generator=generator, dtype=torch.float64).softmax(-1)
-        game = Game(ref, 1.0, rewards=torch.arange(size, dtype=torch.float64)[None])
+        game = Game(ref, 1.0, rewards=torch.arange(size, dtype=torch.float64)[None], link="step")
         limit = log_win_rate_equilibrium(game, 1.5)
         errors[size] = (limit.cumsum(-1) - ref.cumsum(-1) ** 3).abs().max().item()
     assert errors[100] < 0.02 and errors[1000] < 0.15 * errors[100]

@@ -98,10 +98,10 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
             weight = weight.detach()
         return SimpleNamespace(
             hidden=hidden,
-            blocks=lambda states: (states, weight),
+            blocks=lambda states: (states, dataclasses.replace(parts.head, weight=weight)),
             weight=weight,
             bias=parts.bias,
-            **dataclasses.asdict(parts.transform),
+            head=parts.head,
         )
 
     faulty = pair(torch.float64)

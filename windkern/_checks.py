@@ -73,6 +73,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
 
 
 def _is_finite(value: numbers.Real) -> bool:
+    if torch.compiler.is_compiling():  # which may hold a number as a symbol
+        return value - value == 0
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond float64

@@ -144,7 +144,7 @@ class Game:
         docs/theory.md, eq. (1.1) to (1.22).
 
     Example:
-        >>> game = Game([[0.5, 0.5]], beta=0.5, rewards=[[1.0, 0.0]])
+        >>> game = Game([[0.5, 0.5]], beta=0.5, rewards=[[1.0, 0.0]], link="step")
         >>> game.equilibrium()
         tensor([[0.7311, 0.2689]], dtype=torch.float64)
         >>> game.exploitability([[0.5, 0.5]])
