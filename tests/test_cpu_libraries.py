@@ -12,7 +12,7 @@ from cases import NARROW, UNLIMITED, Problem, Shape
 
 import windkern as wk
 from windkern.kernels import cpu_libraries, cpu_products
-from windkern.plan import _solve
+from windkern.plan import _walk_of
 from windkern.train.models import dtype_named
 
 CPUINFO = (
@@ -201,9 +201,9 @@ def multiplied(monkeypatch):
 @pytest.fixture
 def without_bf16_products(monkeypatch):
     monkeypatch.setattr(cpu_products, "PRODUCT", None)
-    _solve.cache_clear()
+    _walk_of.cache_clear()
     yield
-    _solve.cache_clear()
+    _walk_of.cache_clear()
 
 
 @pytest.mark.parametrize("gear", ["scoring", "frozen_head", "frozen_body", "trained"])
