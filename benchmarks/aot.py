@@ -28,7 +28,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from windkern.kernels import triton_backward, triton_exps, triton_launch, triton_pairs, triton_rows, triton_tile, tuned
+from windkern.kernels import tuned
+from windkern.kernels.triton import backward as triton_backward
+from windkern.kernels.triton import exps as triton_exps
+from windkern.kernels.triton import launch as triton_launch
+from windkern.kernels.triton import pairs as triton_pairs
+from windkern.kernels.triton import rows as triton_rows
+from windkern.kernels.triton import tile as triton_tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

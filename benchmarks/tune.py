@@ -54,7 +54,8 @@ class Tuner:
     """Everything is tried through the launchers, with the table's entries replaced."""
 
     def __init__(self, deadline: float):
-        from windkern.kernels import triton_rows, triton_tile
+        from windkern.kernels.triton import rows as triton_rows
+        from windkern.kernels.triton import tile as triton_tile
 
         self.rows_module, self.tile_module, self.deadline = triton_rows, triton_tile, deadline
         self.entry = dict(tuned.table(tuned.architecture()))

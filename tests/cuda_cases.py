@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from windkern.kernels import cuda_rows, torch_rows
 from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
+from windkern.kernels.native import cuda as cuda_rows
+from windkern.kernels.torch import rows as torch_rows
 from windkern.transform import LogitTransform
 
 # A warp or a block for a row, with and without 16-byte accesses, rows that a team's registers hold and wider ones.

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 import windkern as wk
-from windkern.kernels import cuda_rows
+from windkern.kernels.native import cuda as cuda_rows
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "tests" / "native"

@@ -126,7 +126,11 @@ def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) 
 
 def _kernels() -> Iterator[Any]:
     """Every kernel of windkern: functions that Triton compiles for a launch."""
-    from windkern.kernels import triton_backward, triton_exps, triton_pairs, triton_rows, triton_tile
+    from windkern.kernels.triton import backward as triton_backward
+    from windkern.kernels.triton import exps as triton_exps
+    from windkern.kernels.triton import pairs as triton_pairs
+    from windkern.kernels.triton import rows as triton_rows
+    from windkern.kernels.triton import tile as triton_tile
 
     for module in (triton_rows, triton_exps, triton_backward, triton_tile, triton_pairs):
         for value in vars(module).values():

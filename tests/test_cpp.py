@@ -14,8 +14,10 @@ from cases import SHAPES, UNLIMITED, Problem, Shape
 from tolerances import assert_within
 
 import windkern as wk
-from windkern.kernels import cpp_rows, native, torch_rows
 from windkern.kernels.contract import Kept, RowState, Slab
+from windkern.kernels.native import cpp as cpp_rows
+from windkern.kernels.native import pointers
+from windkern.kernels.torch import rows as torch_rows
 from windkern.transform import LogitTransform
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +129,7 @@ def without_extension(monkeypatch):
 
 
 def test_without_the_extension_the_reason_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "PACKAGE", tmp_path)  # left out on purpose: no file, and no warning
+    monkeypatch.setattr(pointers, "PACKAGE", tmp_path)  # left out on purpose: no file, and no warning
     without = without_extension(monkeypatch)
     reason = without.why_not(torch.device("cpu"), torch.float32)
     assert "was installed without its extension _cpp; reinstall windkern with a C++17 compiler" in reason
@@ -143,7 +145,7 @@ def test_without_the_extension_the_reason_is_told(monkeypatch, tmp_path):
 )
 def test_an_extension_that_does_not_load_is_not_passed_over_in_silence(monkeypatch, tmp_path, suffix, words):
     (tmp_path / f"_cpp{suffix}").touch()
-    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    monkeypatch.setattr(pointers, "PACKAGE", tmp_path)
     with pytest.warns(RuntimeWarning, match=f"extension _cpp {words}.*; another back end runs instead"):
         without = without_extension(monkeypatch)
     assert words in without.why_not(torch.device("cpu"), torch.float32)

@@ -15,8 +15,10 @@ from cuda_cases import WIDTHS, Rows, compare
 from test_logprobs import check
 
 import windkern as wk
-from windkern.kernels import buffers, cuda_rows, torch_rows
+from windkern.kernels import buffers
 from windkern.kernels.contract import Kept, RowState, RowStats, Slab, Upstream
+from windkern.kernels.native import cuda as cuda_rows
+from windkern.kernels.torch import rows as torch_rows
 from windkern.transform import LogitTransform
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import windkern as wk
-from windkern.kernels import cuda_rows
+from windkern.kernels.native import cuda as cuda_rows
 
 ROOT = cuda_tools.ROOT
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -12,7 +12,8 @@ from cuda_cases import Rows, compare
 from test_cuda import every_kernel
 from test_logprobs import check
 
-from windkern.kernels import cuda_rows, torch_rows
+from windkern.kernels.native import cuda as cuda_rows
+from windkern.kernels.torch import rows as torch_rows
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 

@@ -9,7 +9,9 @@ import torch
 import windkern as wk
 from windkern import backends, doctor
 from windkern.cli import main
-from windkern.kernels import cpp_rows, cpu_products, torch_rows
+from windkern.kernels import cpu_products
+from windkern.kernels.native import cpp as cpp_rows
+from windkern.kernels.torch import rows as torch_rows
 
 pytest.importorskip("rich")
 

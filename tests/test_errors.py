@@ -211,7 +211,7 @@ def test_transform(name, value):
 
 
 def test_an_explicit_backend_that_cannot_run_raises(monkeypatch):
-    broken = backends.Backend("broken", "windkern.kernels.torch_rows", lambda device, dtype: "no such device")
+    broken = backends.Backend("broken", "windkern.kernels.torch.rows", lambda device, dtype: "no such device")
     monkeypatch.setitem(backends.BACKENDS, "broken", broken)
     with pytest.raises(wk.BackendUnavailableError, match=r"backend='broken' cannot run on cpu .*: no such device"):
         call(backend="broken")

@@ -19,8 +19,9 @@ from cases import DTYPES  # noqa: E402
 from cuda_cases import WIDTHS, Rows, close  # noqa: E402
 
 import windkern as wk  # noqa: E402
-from windkern.kernels import cuda_rows, torch_rows  # noqa: E402
 from windkern.kernels.contract import Kept, RowState, Slab  # noqa: E402
+from windkern.kernels.native import cuda as cuda_rows  # noqa: E402
+from windkern.kernels.torch import rows as torch_rows  # noqa: E402
 from windkern.transform import LogitTransform  # noqa: E402
 
 REASON = wk.backends.why_not("cuda", "cuda")

@@ -263,7 +263,8 @@ def test_large_groups_take_linear_memory(backend):
 
 @pytest.mark.parametrize("fault", ["value", "slope", "link", "mask"])
 def test_planted_faults_are_caught(fault, monkeypatch):
-    from windkern.kernels import torch_pairs, torch_rows
+    from windkern.kernels.torch import pairs as torch_pairs
+    from windkern.kernels.torch import rows as torch_rows
 
     def broken(scores, prefs, rewards, where, link, loss):
         link = {"bradley_terry": "step", "step": "bradley_terry"}[link] if fault == "link" else link

@@ -9,7 +9,8 @@ from test_logprobs import check
 from test_numerics import test_bfloat16_log_probs_are_those_of_float32_logits
 
 import windkern as wk
-from windkern.kernels import buffers, gemm, torch_rows
+from windkern.kernels import buffers, gemm
+from windkern.kernels.torch import rows as torch_rows
 from windkern.ops import gradients, logprobs, rows, walk
 from windkern.spec import WalkSpec
 

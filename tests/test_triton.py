@@ -9,14 +9,20 @@ from cases import NARROW, SHAPES, UNLIMITED, Problem, Shape
 from tolerances import assert_within
 
 import windkern as wk
-from windkern.kernels import torch_pairs, torch_rows
 from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream, relative_slope
+from windkern.kernels.torch import pairs as torch_pairs
+from windkern.kernels.torch import rows as torch_rows
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("a GPU runs the kernels themselves: tests/test_gpu.py", allow_module_level=True)
 
-from windkern.kernels import triton_backward, triton_maths, triton_pairs, triton_rows, triton_tile, tuned
+from windkern.kernels import tuned
+from windkern.kernels.triton import backward as triton_backward
+from windkern.kernels.triton import maths as triton_maths
+from windkern.kernels.triton import pairs as triton_pairs
+from windkern.kernels.triton import rows as triton_rows
+from windkern.kernels.triton import tile as triton_tile
 from windkern.transform import LogitTransform
 
 pytestmark = [

@@ -15,8 +15,13 @@ if torch.cuda.is_available():
 import test_triton
 from test_triton import TRANSFORMS, compare_pairs, compare_rows, compare_tiles
 
-from windkern.kernels import triton_backward, triton_exps, triton_maths, triton_pairs, triton_rows, triton_tile
 from windkern.kernels.contract import CONTRACT
+from windkern.kernels.triton import backward as triton_backward
+from windkern.kernels.triton import exps as triton_exps
+from windkern.kernels.triton import maths as triton_maths
+from windkern.kernels.triton import pairs as triton_pairs
+from windkern.kernels.triton import rows as triton_rows
+from windkern.kernels.triton import tile as triton_tile
 
 pytestmark = test_triton.pytestmark
 small_tiles = test_triton.small_tiles

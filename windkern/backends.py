@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 
 from windkern._checks import check_choice, check_device, check_float_dtype
-from windkern.kernels import torch_rows, tuned
+from windkern.kernels import tuned
+from windkern.kernels.torch import rows as torch_rows
 
 
 class BackendUnavailableError(RuntimeError):
@@ -46,18 +47,18 @@ def _always(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _cpp_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    return importlib.import_module("windkern.kernels.cpp_rows").why_not(device, dtype)
+    return importlib.import_module("windkern.kernels.native.cpp").why_not(device, dtype)
 
 
 def _cuda_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    return importlib.import_module("windkern.kernels.cuda_rows").why_not(device, dtype)
+    return importlib.import_module("windkern.kernels.native.cuda").why_not(device, dtype)
 
 
 def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it runs on NVIDIA and AMD GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
     try:
-        importlib.import_module("windkern.kernels.triton_rows")
+        importlib.import_module("windkern.kernels.triton.rows")
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install 'triton>=3.4'"
     return None
@@ -65,12 +66,12 @@ def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 # In order of preference: "auto" takes the first that can run; on a GPU in the order of `kernels/tuned.json`.
 BACKENDS = {
-    "cpp": Backend("cpp", "windkern.kernels.cpp_rows", _cpp_reason),
+    "cpp": Backend("cpp", "windkern.kernels.native.cpp", _cpp_reason),
     "triton": Backend(
-        "triton", "windkern.kernels.triton_rows", _triton_reason, tuned.tile_columns, scratch_bytes=_partial_sums
+        "triton", "windkern.kernels.triton.rows", _triton_reason, tuned.tile_columns, scratch_bytes=_partial_sums
     ),
-    "cuda": Backend("cuda", "windkern.kernels.cuda_rows", _cuda_reason, wide_dz=False, scratch_bytes=_partial_sums),
-    "torch": Backend("torch", "windkern.kernels.torch_rows", _always),
+    "cuda": Backend("cuda", "windkern.kernels.native.cuda", _cuda_reason, wide_dz=False, scratch_bytes=_partial_sums),
+    "torch": Backend("torch", "windkern.kernels.torch.rows", _always),
 }
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import windkern
 from windkern import backends, naive
-from windkern.kernels import cpp_rows, cpu_products
+from windkern.kernels import cpu_products
+from windkern.kernels.native import cpp as cpp_rows
 from windkern.ops.logprobs import token_logps
 from windkern.terminal import printable
 

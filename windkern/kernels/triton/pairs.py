@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from windkern.kernels.native import LINKS, PAIR_LOSSES
+from windkern.kernels.native.pointers import LINKS, PAIR_LOSSES
 
 TILE, WARPS = 32, 4  # rows and columns of pairs that a program looks at together
 _SEGMENT_BLOCK = 1024

@@ -15,8 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from windkern.kernels import buffers
 from windkern.kernels.contract import Kept, RowState, Slab, kept_gain, kept_log_gain
-from windkern.kernels.triton_launch import interprets, transform_numbers
-from windkern.kernels.triton_maths import finite, merge, relative_slope, transform_logit
+from windkern.kernels.triton.launch import interprets, transform_numbers
+from windkern.kernels.triton.maths import finite, merge, relative_slope, transform_logit
 from windkern.kernels.tuned import tile_config
 
 _JOIN_ROWS = 16

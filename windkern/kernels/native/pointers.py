@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 LINKS = {"bradley_terry": 0, "step": 1}

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from windkern.kernels import buffers, torch_rows
+from windkern.kernels import buffers
 from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
-from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
+from windkern.kernels.native.pointers import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
+from windkern.kernels.torch import rows as torch_rows
 
 try:
     from windkern import _cuda

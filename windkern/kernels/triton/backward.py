@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from windkern.kernels.contract import Kept, RowStats, Slab, Upstream
-from windkern.kernels.triton_exps import column_sums
-from windkern.kernels.triton_launch import ROW_POINTERS, kept_pointers, or_unused, slab_numbers
-from windkern.kernels.triton_maths import one_minus_p, relative_slope, transform_logit
+from windkern.kernels.triton.exps import column_sums
+from windkern.kernels.triton.launch import ROW_POINTERS, kept_pointers, or_unused, slab_numbers
+from windkern.kernels.triton.maths import one_minus_p, relative_slope, transform_logit
 from windkern.kernels.tuned import backward_config, tile_config
 
 _POINTERS = [*ROW_POINTERS, "log_sum_ptr", "c_logp_ptr", "c_lse_ptr", "c_ent_ptr"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
-from windkern.kernels.native import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
-from windkern.kernels.torch_rows import rescale_rows
+from windkern.kernels.native.pointers import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
+from windkern.kernels.torch.rows import rescale_rows
 
 try:
     from windkern import _cpp

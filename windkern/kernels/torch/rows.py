@@ -26,7 +26,7 @@ from windkern.kernels.contract import (
     relative_slope,
     target_slope,
 )
-from windkern.kernels.torch_pairs import pair_terms, win_rates
+from windkern.kernels.torch.pairs import pair_terms, win_rates
 from windkern.transform import LogitTransform
 
 __all__ = [

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from windkern.kernels.contract import Kept, RowState, Slab, Unit, kept_gain, kept_log_gain
-from windkern.kernels.triton_backward import slab_backward
-from windkern.kernels.triton_exps import column_sums, exps_backward, exps_forward, rescale_rows
-from windkern.kernels.triton_launch import (
+from windkern.kernels.triton.backward import slab_backward
+from windkern.kernels.triton.exps import column_sums, exps_backward, exps_forward, rescale_rows
+from windkern.kernels.triton.launch import (
     ROW_POINTERS,
     kept_pointers,
     or_unused,
@@ -20,9 +20,9 @@ from windkern.kernels.triton_launch import (
     slab_numbers,
     slab_pointers,
 )
-from windkern.kernels.triton_maths import finite, look_at_row, merge, relative_slope
-from windkern.kernels.triton_pairs import pair_terms, segment_sum, win_rates
-from windkern.kernels.triton_tile import tile_forward
+from windkern.kernels.triton.maths import finite, look_at_row, merge, relative_slope
+from windkern.kernels.triton.pairs import pair_terms, segment_sum, win_rates
+from windkern.kernels.triton.tile import tile_forward
 
 __all__ = [
     "column_sums",

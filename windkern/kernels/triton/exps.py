@@ -9,8 +9,8 @@ from torch import Tensor
 
 from windkern.kernels import buffers
 from windkern.kernels.contract import PIVOT_ROOM, Exps, RowState, Slab
-from windkern.kernels.triton_launch import ROW_POINTERS, or_unused, row_block, slab_numbers, slab_pointers
-from windkern.kernels.triton_maths import finite, look_at_row, merge, transform_logit
+from windkern.kernels.triton.launch import ROW_POINTERS, or_unused, row_block, slab_numbers, slab_pointers
+from windkern.kernels.triton.maths import finite, look_at_row, merge, transform_logit
 from windkern.kernels.tuned import backward_config
 
 COLUMN_SUM_ROWS = 1024  # rows that one program of a column sum adds up

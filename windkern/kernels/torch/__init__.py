@@ -1,0 +1,1 @@
+"""Row kernels in plain PyTorch: the readable back end, on any device."""
