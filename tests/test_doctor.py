@@ -9,7 +9,7 @@ import torch
 import windkern as wk
 from windkern import backends, doctor
 from windkern.cli import main
-from windkern.kernels import cpu_products
+from windkern.kernels import cpu_products, gemm
 from windkern.kernels.native import cpp as cpp_rows
 from windkern.kernels.torch import rows as torch_rows
 
@@ -30,7 +30,7 @@ def test_the_tables_name_versions_devices_back_ends_and_errors(capsys, monkeypat
     assert "it runs on NVIDIA and AMD GPUs, not on cpu" in shown
     rows = [line.split() for line in shown.splitlines() if line.split()[-1:] == ["ok"]]
     assert {(row[1], row[2]) for row in rows} == {
-        (name, dtype) for name in wk.backends.available("cpu") for dtype in doctor.SHORT.values()
+        (name, dtype) for name in wk.backends.available("cpu") for dtype in [doctor.SHORT[str(dtype)[6:]] for dtype in doctor.ALLOWED]
     }
     assert "wrong" not in shown
 
@@ -51,6 +51,17 @@ def test_json_is_what_programs_read(capsys):
 def test_the_instruction_set_is_the_one_in_use():
     found = doctor.cpp_extension()
     assert (found["reason"] is None) == (found["in_use"] in found["instruction_sets"])
+
+
+def test_products_are_told_with_what_is_particular_about_them(monkeypatch):
+    found = doctor.products("cpu")
+    assert list(found) == ["fp32", "bf16", "fp16"] and "widened to float32" in found["fp16"]
+    monkeypatch.setattr(gemm, "_cuda_has", lambda product: product == "mm")  # as torch 2.8 and 2.9 do
+    monkeypatch.setattr(doctor, "_multiplies_in_tf32", lambda: True)
+    found = doctor.products("cuda")
+    assert "each takes a temporary" in found["bf16"] and "in TF32" in found["fp32"] and "TF32" not in found["fp16"]
+    monkeypatch.setattr(gemm, "_cuda_has", lambda product: False)
+    assert "widened to float32" in doctor.products("cuda")["bf16"]
 
 
 def test_a_missing_extension_is_told_with_the_reason(monkeypatch, capsys):

@@ -6,6 +6,7 @@ from cases import NARROW, UNLIMITED, Problem, Shape
 from test_logprobs import check
 from tolerances import assert_within
 
+import windkern as wk
 from windkern.kernels import buffers, cpu_libraries, cpu_products, gemm
 from windkern.plan import _walk_of
 
@@ -120,6 +121,21 @@ def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_other_rows(monkeypat
     for rows in (slice(0, 1), slice(5, 12), slice(47, 100)):
         part = left[rows]
         assert torch.equal(cpu_products.multiply(part, right, torch.empty(len(part), 130)), whole[rows])
+
+
+def test_a_product_that_cannot_add_takes_a_temporary(monkeypatch):
+    """torch 2.8 and 2.9: mm has float32 results of 16-bit operands, addmm has not; the plan counts the temporary."""
+    arguments = 512, 4096, 1024, torch.bfloat16
+    whole = wk.plan(*arguments).peak_bytes
+    monkeypatch.setattr(gemm, "_cuda_has", lambda product: product == "mm")
+    products = gemm.products_of("cuda", torch.bfloat16)
+    assert (products.name, products.adds, products.widens) == ("torch", False, False)
+    _walk_of.cache_clear()
+    assert wk.plan(*arguments).peak_bytes == whole + 4 * 512 * 4096
+    _walk_of.cache_clear()
+    monkeypatch.setattr(products.__class__, "_mm", lambda self, a, b, out: out.copy_(a.float() @ b.float()))
+    left, right, total = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.ones(3, 5)
+    assert torch.equal(products._addmm(total, left, right), 1 + left.float() @ right.float())
 
 
 def test_flops_are_counted():

@@ -315,6 +315,25 @@ def test_batch_invariant_runs_tiles_in_every_gear(small_tiles, monkeypatch, dtyp
     assert torch.equal(part, whole[1:2, 3:9])
 
 
+@pytest.mark.parametrize("vocab", [64, 100])
+def test_a_vocabulary_of_one_tile_takes_the_gear_of_its_plan(small_tiles, monkeypatch, vocab):
+    """Where all gears run tiles, a frozen head does too, although there is one offset a row as in a slab."""
+    monkeypatch.setattr(tuned, "tile_hidden", lambda arch=None: 0)
+    options = {"batch_invariant": True, "backend": "triton"}
+    plan = wk.plan(9, 24, vocab, torch.bfloat16, weight_grad=False, device="cpu", **options)
+    assert plan.gear == "trained" and plan.walk.tile_columns
+    hidden, weight = torch.randn(9, 24).bfloat16(), torch.randn(vocab, 24).bfloat16()
+    targets = torch.randint(0, vocab, (9,))
+    whole = wk.token_logps(hidden, weight, targets, **options).logps
+    ran = []
+    for name in ("tile_forward", "exps_forward", "slab_forward_unit"):
+        right = getattr(triton_rows, name)
+        monkeypatch.setattr(triton_rows, name, lambda *args, right=right, name=name: (ran.append(name), right(*args)))
+    frozen = wk.token_logps(hidden.requires_grad_(), weight, targets, **options).logps
+    assert torch.equal(frozen, whole) and set(ran) == {"tile_forward"}
+    frozen.sum().backward()
+
+
 # Pairs and segments ---------------------------------------------------------------------------------------------------
 
 

@@ -18,8 +18,10 @@ from torch import Tensor
 import windkern
 from windkern import backends, naive
 from windkern.kernels import cpu_products
+from windkern.kernels.gemm import products_of
 from windkern.kernels.native import cpp as cpp_rows
 from windkern.ops.logprobs import token_logps
+from windkern.plan import PRODUCTS
 from windkern.terminal import printable
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ PACKAGES = (
 )
 # Relative error in norm that the self-test allows: rounding of sums in the dtype, and some.
 ALLOWED = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3}
-SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
+SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 QUANTITIES = ("logps", "entropy", "dhidden", "dweight")
 
 
@@ -40,6 +42,7 @@ class Device:
     name: str  # as torch names it: cpu, cuda:0
     model: str
     detail: str
+    products: dict[str, str]  # by dtype: who multiplies, and what is particular about it
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,33 @@ def versions() -> dict[str, str | None]:
 def devices() -> list[Device]:
     """The CPU, then every GPU that torch sees."""
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
-    found = [Device("cpu", _cpu_model(), f"{threads}, torch uses {torch.backends.cpu.get_cpu_capability()}")]
+    detail = f"{threads}, torch uses {torch.backends.cpu.get_cpu_capability()}"
+    found = [Device("cpu", _cpu_model(), detail, products("cpu"))]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         detail = f"capability {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
-        found.append(Device(f"cuda:{index}", properties.name, detail))
+        found.append(Device(f"cuda:{index}", properties.name, detail, products("cuda")))
     return found
+
+
+def products(device_type: str) -> dict[str, str]:
+    """Which library multiplies operands of each dtype, and what costs speed or digits there."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        chosen = products_of(device_type, dtype)
+        said = PRODUCTS[chosen.name]
+        if not chosen.adds:
+            said += ", which adds no 16-bit product to float32 sums: each takes a temporary (torch 2.10 needs none)"
+        if device_type == "cuda" and dtype == torch.float32 and _multiplies_in_tf32():
+            said += " in TF32, as a setting of torch's asks: errors are those of 10 bits, not of float32"
+        found[SHORT[str(dtype).removeprefix("torch.")]] = said
+    return found
+
+
+def _multiplies_in_tf32() -> bool:
+    """Whether torch rounds operands of float32 products; asked by multiplying, for torch has two kinds of settings."""
+    left = torch.full((64, 64), 1 + 2.0**-18, device="cuda")
+    return bool((torch.mm(left, torch.eye(64, device="cuda")) != left).any())
 
 
 def _cpu_model() -> str:
@@ -237,6 +261,8 @@ def _print(display: Display, on: list[Device], found: list[BackendState], checks
         display.print((f"not installed: {missing}", "dim"))
     for device in on:
         display.print((device.name, "bold"), f": {device.model}; {device.detail}")
+        told = "; ".join(f"{dtype} by {said}" for dtype, said in device.products.items())
+        display.print((f"products on {device.name}", "bold"), f": {told}")
     cpp = cpp_extension()
     state = (
         f": instruction sets {', '.join(cpp['instruction_sets'])}; in use {cpp['in_use']}; bfloat16 products with "
