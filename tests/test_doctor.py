@@ -30,7 +30,9 @@ def test_the_tables_name_versions_devices_back_ends_and_errors(capsys, monkeypat
     assert "it runs on NVIDIA and AMD GPUs, not on cpu" in shown
     rows = [line.split() for line in shown.splitlines() if line.split()[-1:] == ["ok"]]
     assert {(row[1], row[2]) for row in rows} == {
-        (name, dtype) for name in wk.backends.available("cpu") for dtype in [doctor.SHORT[str(dtype)[6:]] for dtype in doctor.ALLOWED]
+        (name, dtype)
+        for name in wk.backends.available("cpu")
+        for dtype in [doctor.SHORT[str(dtype)[6:]] for dtype in doctor.ALLOWED]
     }
     assert "wrong" not in shown
 
