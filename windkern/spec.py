@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class WalkSpec:
     wide_dz: bool  # dz is written in the dtype that is multiplied; else in that of the operands
     backend: str  # of the row kernels
 
-    @property
+    @functools.cached_property
     def transform(self) -> LogitTransform:
         return LogitTransform(self.scale, self.softcap, self.temperature)
 

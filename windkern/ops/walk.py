@@ -186,6 +186,7 @@ class _Writer:
 
     def slabs(self, rows: slice, hidden, weight, bias, targets: Tensor, state: RowState) -> None:
         walk, spec = self.walk, self.walk.spec
+        pivot = self.offsets[0, rows, 0] if spec.factored else None
         for index, (start, stop) in enumerate(spec.slabs(weight[0].shape[0])):
             place = self.kept[rows, start:stop] if index < spec.slabs_kept else None
             in_place = place is not None and self.in_place
@@ -202,8 +203,7 @@ class _Writer:
                     place.copy_(slab.logits)  # now: the kernel overwrites the logits
                 walk.kernels.slab_forward(slab, state, None)
             elif spec.factored:
-                exps = Exps(place, self.offsets[0, rows, 0], earlier=start, moved=None)
-                walk.kernels.exps_forward(slab, state, exps)
+                walk.kernels.exps_forward(slab, state, Exps(place, pivot, earlier=start, moved=None))
             else:
                 walk.kernels.slab_forward(slab, state, Kept(place, self.offsets[index][rows]))
 
@@ -217,6 +217,7 @@ class _Writer:
                 self._unit_slab(walk.slab(z, bias, targets, start, stop - start), heads, state, units)
             return
         count, moved = targets.shape[0], buffers.empty("rows", targets.shape, walk.products.acc, self.device)
+        pivot = self.offsets[0, rows, 0]
         slabs = spec.slabs(weight[0].shape[0])
         for group in (slabs[i : i + spec.slabs_at_once] for i in range(0, len(slabs), spec.slabs_at_once)):
             begin, end = group[0][0], group[-1][1]
@@ -229,7 +230,7 @@ class _Writer:
                 heads = walk.heads(weight, start, stop)
                 slab = walk.slab(walk.logits(hidden, heads, z), bias, targets, start, stop - start)
                 values = slab.logits if self.in_place else self.unit[:count, place]
-                exps = Exps(values, self.offsets[0, rows, 0], start - begin, moved)
+                exps = Exps(values, pivot, start - begin, moved)
                 walk.kernels.exps_forward(slab, state, exps)
                 for unit in units if begin else ():
                     walk.kernels.rescale_rows(unit, moved)
