@@ -61,7 +61,7 @@ def test_products_are_told_with_what_is_particular_about_them(monkeypatch):
     monkeypatch.setattr(gemm, "_cuda_has", lambda product: product == "mm")  # as torch 2.8 and 2.9 do
     monkeypatch.setattr(doctor, "_multiplies_in_tf32", lambda: True)
     found = doctor.products("cuda")
-    assert "each takes a temporary" in found["bf16"] and "in TF32" in found["fp32"] and "TF32" not in found["fp16"]
+    assert "a temporary for each sum" in found["bf16"] and "in TF32" in found["fp32"] and "TF32" not in found["fp16"]
     monkeypatch.setattr(gemm, "_cuda_has", lambda product: False)
     assert "widened to float32" in doctor.products("cuda")["bf16"]
 

@@ -131,6 +131,7 @@ def test_a_product_that_cannot_add_takes_a_temporary(monkeypatch):
     products = gemm.products_of("cuda", torch.bfloat16)
     assert (products.name, products.adds, products.widens) == ("torch", False, False)
     _walk_of.cache_clear()
+    assert "a temporary for each sum" in str(wk.plan(*arguments))
     assert wk.plan(*arguments).peak_bytes == whole + 4 * 512 * 4096
     _walk_of.cache_clear()
     monkeypatch.setattr(products.__class__, "_mm", lambda self, a, b, out: out.copy_(a.float() @ b.float()))

@@ -21,7 +21,6 @@ from windkern.kernels import cpu_products
 from windkern.kernels.gemm import products_of
 from windkern.kernels.native import cpp as cpp_rows
 from windkern.ops.logprobs import token_logps
-from windkern.plan import PRODUCTS
 from windkern.terminal import printable
 
 if TYPE_CHECKING:
@@ -97,9 +96,7 @@ def products(device_type: str) -> dict[str, str]:
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         chosen = products_of(device_type, dtype)
-        said = PRODUCTS[chosen.name]
-        if not chosen.adds:
-            said += ", which adds no 16-bit product to float32 sums: each takes a temporary (torch 2.10 needs none)"
+        said = chosen.said
         if device_type == "cuda" and dtype == torch.float32 and _multiplies_in_tf32():
             said += " in TF32, as a setting of torch's asks: errors are those of 10 bits, not of float32"
         found[SHORT[str(dtype).removeprefix("torch.")]] = said

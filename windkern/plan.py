@@ -32,7 +32,7 @@ class Plan:
     hidden_sizes: tuple[int, ...]
     vocab_size: int
     walk: WalkSpec
-    products: str  # who multiplies: torch, widened, onednn or own
+    products: str  # who multiplies, in words
     flops: int
     units: float
     seconds: float  # on the reference device of the device type
@@ -64,22 +64,13 @@ class Plan:
             f"gear {self.gear}: {self.units:g} units of rows x hidden x vocab ({self.flops / 1e12:.3g} TFLOP)",
             f"{self.rows} rows, hidden {' + '.join(map(str, self.hidden_sizes))}, vocabulary {self.vocab_size}",
             f"{self.num_slabs} slabs of {self.slab_width} columns, {self.slabs_kept} kept for backward",
-            f"products of {str(walk.operand).removeprefix('torch.')} by {PRODUCTS[self.products]}"
+            f"products of {str(walk.operand).removeprefix('torch.')} by {self.products}"
             + ("" if self.gear in ("scoring", "frozen_head") else f"; {way}"),
             f"peak {self.peak_bytes / MIB:.1f} MiB of a budget of {self.memory_budget / MIB:.1f} MiB",
         ]
         if self.chunk_groups is not None:
             lines.append(f"{self.num_chunks} chunks of up to {self.chunk_groups} groups")
         return "\n".join(lines)
-
-
-# Who multiplies, by the name of its class of products.
-PRODUCTS = {
-    "torch": "torch",
-    "widened": "torch, widened to float32 slab by slab",
-    "onednn": "oneDNN",
-    "own": "windkern's own instructions for it",
-}
 
 
 def gear_of(hidden_grad: Sequence[bool], weight_grad: Sequence[bool], bias_grad: bool) -> str:
@@ -215,7 +206,7 @@ def _solve(problem: Problem, budget: int) -> Plan:
         hidden_sizes=problem.hidden_sizes,
         vocab_size=problem.vocab_size,
         walk=walk,
-        products=problem.products.name,
+        products=problem.products.said,
         flops=flops,
         units=flops / max(1, problem.rows * sum(problem.hidden_sizes) * problem.vocab_size),
         seconds=problem.seconds(walk),

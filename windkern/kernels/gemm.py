@@ -71,6 +71,7 @@ class Products:
     operand: torch.dtype
 
     name: ClassVar[str] = "torch"
+    words: ClassVar[str] = "torch"
     widens: ClassVar[bool] = False  # operands are made wider before they are multiplied, slab by slab
     allocates: ClassVar[bool] = False  # the library returns its own result instead of filling ours
 
@@ -92,6 +93,11 @@ class Products:
     def adds(self) -> bool:
         """Whether a product adds to what is there; else it makes a temporary first."""
         return not (self.device_type == "cuda" and self.mixes) or _cuda_has("addmm")
+
+    @property
+    def said(self) -> str:
+        """Who multiplies, in words, and what costs memory or time there."""
+        return self.words + ("" if self.adds else ", with a temporary for each sum (torch 2.10 and newer need none)")
 
     def prepared(self, tensor: Tensor) -> Tensor:
         """A caller's tensor rounded to the operands' dtype, then as it is multiplied; itself where it is that."""
@@ -176,6 +182,7 @@ class WidenedProducts(Products):
     """
 
     name: ClassVar[str] = "widened"
+    words: ClassVar[str] = "torch, widened to float32 slab by slab"
     widens: ClassVar[bool] = True
 
     @property
@@ -192,6 +199,7 @@ class OneDnnProducts(Products):
     """float32 on an AMD CPU with AVX-512, where MKL runs its AVX2 code."""
 
     name: ClassVar[str] = "onednn"
+    words: ClassVar[str] = "oneDNN"
     allocates: ClassVar[bool] = True
 
     def _uses(self, left: Tensor, columns: int) -> bool:
@@ -236,6 +244,7 @@ class OwnProducts(Products):
     """bfloat16 on a CPU that multiplies it into float32 sums (AMX, AVX512_BF16), by csrc/cpu/products_*.cpp."""
 
     name: ClassVar[str] = "own"
+    words: ClassVar[str] = "windkern's own instructions for it"
 
     def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
         return min(columns, _round_down(_PREPARED_BYTES // (2 * max(rows, inner)), 64))
