@@ -43,8 +43,14 @@ def budgets(problem, dtype, gear):
 def test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, variant, batch_invariant):
     if gear == "bias_only" and variant == "plain":
         pytest.skip("this variant has no bias")
-    # A wide head with short slabs: there, what dhidden takes is most of the plan; a narrow one: there, packed operands.
-    for shape in (Shape((4, 100), (48,), 4001), SHAPES["blocks"], Shape((150,), (1100,), 301), Shape((4,), (8,), 1003)):
+    # A wide head with short slabs: there, what dhidden takes is most of the plan; a narrow one: there, packed operands;
+    # few rows: there, the head's rows in another dtype.
+    for shape in (
+        Shape((4, 100), (48,), 4001),
+        SHAPES["blocks"],
+        Shape((150,), (1100,), 301),
+        Shape((4,), (65,), 1003),
+    ):
         problem = Problem(shape, variant)
         for name, budget in budgets(problem, dtype, gear).items():
             if shape.hidden[0] > 1000 and (name == "half" or gear == "bias_only"):

@@ -144,7 +144,7 @@ class _Backward:
             end = min(begin + wide, vocab)
             for start in range(begin, end, spec.slab_width):
                 stop = min(start + spec.slab_width, end)
-                place, z = slice(start - begin, stop - begin), None
+                place, z, heads = slice(start - begin, stop - begin), None, None  # what came before is free now
                 if slab_buffer is not None:
                     z = slab_buffer[:, place] if in_place else slab_buffer[:, : stop - start]
                 heads = walk.heads(self.weight, start, stop)
@@ -156,6 +156,7 @@ class _Backward:
                 self._bias_from(values, begin, g)
             heads = heads if end - begin <= spec.slab_width else None
             self._multiply(values, begin, heads, totals, scaled, None, first=begin == 0)
+            heads = None
 
     def from_dz(self) -> list[Tensor | None]:
         """dz of one slab after the other, from what was kept of it or from its logits."""

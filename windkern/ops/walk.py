@@ -215,6 +215,7 @@ class _Writer:
                 heads = walk.heads(weight, start, stop)
                 z = walk.logits(hidden, heads, self._buffer(targets.shape[0], stop - start))
                 self._unit_slab(walk.slab(z, bias, targets, start, stop - start), heads, state, units)
+                del heads, z  # before the next slab's are made
             return
         count, moved = targets.shape[0], buffers.empty("rows", targets.shape, walk.products.acc, self.device)
         pivot = self.offsets[0, rows, 0]
@@ -235,11 +236,14 @@ class _Writer:
                 for unit in units if begin else ():
                     walk.kernels.rescale_rows(unit, moved)
                 del slab, z, exps, values
+                if len(group) > 1:
+                    del heads
             if len(group) > 1:
                 heads = walk.heads(weight, begin, end)
             values = (self.slab if self.in_place else self.unit)[:count, : end - begin]
             for k, head in enumerate(self._wanted(heads)):
                 units[k] = walk.products.hidden_grad(values, head, units[k], first=begin == 0)
+            del heads, head
 
     def _wanted(self, heads: list[Tensor]) -> list[Tensor]:
         return [head for head, wanted in zip(heads, self.walk.spec.hidden_grad, strict=True) if wanted]
