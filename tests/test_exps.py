@@ -89,6 +89,26 @@ def test_rows_that_are_sure_of_their_target(backend, dtype, above):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("upstream", [1.0, 1e-12, 1e-20])
+def test_small_upstreams_where_the_pivot_lies_far_below(backend, dtype, upstream):
+    """A second slab 39 above the first: the sum of the exponentials is e^39 and more, and g must not go denormal."""
+    hidden, weight, targets = inputs()
+    bias = torch.zeros(VOCAB, dtype=torch.float64)
+    bias[256:] = 39.0
+
+    def scaled(function):
+        return lambda *args, **options: (function(*args, **options)[0] * upstream,)
+
+    exact = grads(scaled(wk.naive.token_logps), torch.float64, hidden, weight, targets, bias, storage=dtype)
+    plain = grads(scaled(wk.naive.token_logps), dtype, hidden, weight, targets, bias)
+    for budget in budgets(dtype):
+        function = scaled(wk.token_logps)
+        ours = grads(function, dtype, hidden, weight, targets, bias, memory_budget=budget, backend=backend)
+        for name, value in ours.items():
+            assert_within(value, exact[name], plain[name], dtype, f"{name} at budget {budget}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", ["the first slab", "a middle slab", "all but the target"])
 def test_masks(backend, dtype, masked):
     hidden, weight, targets = inputs()

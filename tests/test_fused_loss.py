@@ -249,3 +249,20 @@ def test_max_scored_bounds_all_groups_together(backend):
         wk.fused_loss(
             lambda logps: logps.sum(-1), hidden, weight, targets, max_scored=12, memory_budget=0, backend=backend
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", [7, 8])
+def test_several_chunks_run_the_walk_that_was_planned(backend, dtype, groups):
+    """FLOPs exactly and bytes as a bound, also where the last chunk is a smaller one."""
+    hidden = torch.randn(groups, 4, 3, 64).to(dtype).requires_grad_()
+    weight, targets = torch.randn(2049, 64).to(dtype).requires_grad_(), torch.randint(0, 2049, (groups, 4, 3))
+    counts = set()
+    for budget in (100_000, 400_000, 700_000):
+        options = {"memory_budget": budget, "backend": backend}
+        plan = wk.plan(12 * groups, 64, 2049, dtype, group_rows=12, total_rows=12 * groups, device="cpu", **options)
+        with buffers.recording() as record:
+            wk.fused_loss(lambda logps: logps.sum(-1), hidden, weight, targets, **options)
+        assert record.flops == plan.flops and record.peak_bytes <= max(plan.peak_bytes, budget), (budget, plan)
+        counts.add(plan.num_chunks)
+    assert max(counts) > 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -40,6 +40,7 @@ class Plan:
     memory_budget: int
     chunk_groups: int | None = None  # fused_loss: groups finished together
     num_chunks: int = 1
+    problem: Problem | None = field(default=None, repr=False, compare=False)  # of one chunk
 
     @property
     def gear(self) -> str:
@@ -56,6 +57,11 @@ class Plan:
     @property
     def num_slabs(self) -> int:
         return -(-self.vocab_size // self.slab_width)
+
+    def chunk(self, rows: int) -> WalkSpec:
+        """The walk of a chunk of `fused_loss` with that many scored rows."""
+        problem = replace(self.problem, rows=self.walk.padded_rows(rows))
+        return _solve(problem, self.memory_budget).walk
 
     def __str__(self) -> str:
         walk = self.walk
@@ -212,6 +218,7 @@ def _solve(problem: Problem, budget: int) -> Plan:
         seconds=problem.seconds(walk),
         peak_bytes=problem.peak_bytes(walk),
         memory_budget=budget,
+        problem=problem,
     )
 
 

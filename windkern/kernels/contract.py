@@ -21,6 +21,9 @@ DZ_BINADES = {torch.float16: 12}
 # How far a slab's maximum may exceed the pivot of its row before the pivot moves there: exp(40) leaves bfloat16 and
 # float32 room for sums of products, and what lies 87 below a maximum is 0 beside it.
 PIVOT_ROOM = 40.0
+# The same at the end of forward. Reason: backward divides upstream gradients by the sum of the exponentials, and small
+# ones would go denormal, which bfloat16 products take for 0.
+SETTLED_ROOM = 20.0
 
 
 def kept_gain(dtype: torch.dtype) -> float:

@@ -59,7 +59,7 @@ class _Job:
     def group_tokens(self) -> int:
         return self.responses * self.tokens
 
-    def make_plan(self, rows: int, *, group_rows: int | None = None, total_rows: int | None = None) -> Plan:
+    def make_plan(self, rows: int, *, group_rows: int, total_rows: int) -> Plan:
         return plan(
             rows,
             self.inputs.hidden_sizes,
@@ -160,19 +160,18 @@ def _run(job: _Job, scale: float, wants_grad: bool) -> tuple[Tensor, HeldGradien
     held = HeldGradients(job.inputs, job.grads, made.num_chunks) if wants_grad else None
     total = job.inputs.hidden[0].new_zeros((), dtype=acc_dtype(job.inputs))
     for chunk in chunks:
-        total = total + _run_chunk(job, chunk, scale, held)
+        total = total + _run_chunk(job, made, chunk, scale, held)
     if held is not None:
         held.finish()
     return total * scale, held
 
 
-def _run_chunk(job: _Job, chunk: _Chunk, scale: float, held: HeldGradients | None) -> Tensor:
+def _run_chunk(job: _Job, made: Plan, chunk: _Chunk, scale: float, held: HeldGradients | None) -> Tensor:
     inputs, groups, rows, targets = job.inputs, chunk.groups, chunk.rows, chunk.targets
     places = slice(groups.start * job.group_tokens, groups.stop * job.group_tokens)
     hidden = [block[places] for block in inputs.hidden]
-    num_rows = targets.shape[0]
-    made = job.make_plan(num_rows, total_rows=num_rows + (rows is not None))
-    block = RowBlock.of(made.walk.of(inputs.transform), hidden, inputs.weight, inputs.bias, targets, rows)
+    spec = made.chunk(targets.shape[0]).of(inputs.transform)
+    block = RowBlock.of(spec, hidden, inputs.weight, inputs.bias, targets, rows)
     saved = block.forward()
     token_logps = block.selected(saved.stats.logps)
     if rows is not None:

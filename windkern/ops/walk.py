@@ -10,7 +10,7 @@ from torch import Tensor
 
 from windkern import backends
 from windkern.kernels import buffers
-from windkern.kernels.contract import PIVOT_ROOM, Exps, Kept, RowKernels, RowState, RowStats, Slab, Unit, kept_gain
+from windkern.kernels.contract import SETTLED_ROOM, Exps, Kept, RowKernels, RowState, RowStats, Slab, Unit, kept_gain
 from windkern.kernels.gemm import Products, accumulator, products_of
 from windkern.spec import WalkSpec, row_stride
 
@@ -134,8 +134,8 @@ def _finish_exps(
     """The sums (M,) of exp(y - pivot); the target's entry of what is kept becomes -(1 - p) times that."""
     pivot, total = offsets[0, :, 0], offsets[1, :, 0]
     columns = walk.spec.kept_columns(vocab_size)
-    if columns < vocab_size and walk.spec.gear != "frozen_head":  # slabs that were not kept moved no pivot
-        new = torch.where(stats.run_max > pivot + PIVOT_ROOM, stats.run_max, pivot)
+    if walk.spec.gear != "frozen_head":  # slabs that were not kept moved no pivot
+        new = torch.where(stats.run_max > pivot + SETTLED_ROOM, stats.run_max, pivot)
         if columns:
             never = (pivot == -torch.inf) | (new == pivot)
             walk.kernels.rescale_rows(kept[:, :columns], torch.where(never, 1.0, torch.exp(pivot - new)))

@@ -274,13 +274,10 @@ def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
 
 
 def rescale_rows(sums: Tensor, factor: Tensor) -> None:
-    """sums (M, H) *= factor (M,); on a CPU only where it is not 1."""
-    if sums.device.type != "cpu":
-        sums.mul_(factor.unsqueeze(1))
-        return
-    moved = (factor != 1.0).nonzero().squeeze(1)
-    if moved.numel():
-        sums[moved] *= factor[moved].unsqueeze(1)
+    """sums (M, H) *= factor (M,); on a CPU only in blocks of rows where one is not 1."""
+    for rows in _row_blocks(sums):
+        if sums.device.type != "cpu" or bool((factor[rows] != 1.0).any()):
+            sums[rows].mul_(factor[rows].unsqueeze(1))
 
 
 def _probabilities(
