@@ -61,6 +61,7 @@ def test_train(run, inputs):
     assert code == 0
     for part in (f"{SHOWN}: Llama", f"\nrain {SHOWN}\n", f"model out {SHOWN}, ", "no interval from a single prompt"):
         assert part in shown
+    assert "nan" not in shown  # a single prompt has no standard error
     assert run("plot", f"out {NAME}/result.json", "--output", "again.png") == (0, "picture again.png\n")
     code, shown = run("train", "--config", "c.yaml")
     assert code == 2 and f"out {SHOWN} holds checkpoints" in shown
@@ -74,7 +75,7 @@ def test_eval_and_plot(run):
     names = f"recorded:{SHOWN}a.jsonl against recorded:{SHOWN}b.jsonl"
     for part in (names, f"rain {SHOWN}", f"a {SHOWN}", f"picture eval {SHOWN}"):
         assert part in shown
-    assert "none from a single prompt" in shown
+    assert "none from a single prompt" in shown and "nan" not in shown
     code, shown = run("plot", f"eval {NAME}/eval.json", "--output", f"{NAME}.png")
     assert (code, shown) == (0, f"picture {SHOWN}.png\n"), shown
     code, shown = run(*command, "--model", f"no{NAME}", "--base", sides[1])

@@ -18,7 +18,16 @@ from windkern.train.config import WindConfig
 from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluate import Evaluation
 from windkern.train.lock import owned_by_run
-from windkern.train.models import PACKAGED, adapter_of, describe, dtype_named, load_model, load_policy, sync_files
+from windkern.train.models import (
+    PACKAGED,
+    adapter_of,
+    describe,
+    dtype_named,
+    in_words,
+    load_model,
+    load_policy,
+    sync_files,
+)
 from windkern.train.parts import check_prompts, check_unused, make_judge
 from windkern.train.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
 from windkern.train.reference import needs_reference
@@ -163,7 +172,7 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
     total = sum(value.numel() for value in trainer.model.parameters())
-    share = "every weight trained" if trained == total else f"{trained / 1e6:.2f} M of them trained"
+    share = "every weight trained" if trained == total else f"{in_words(trained)} of them trained"
     display.print((run.model, "bold"), f": {describe(base)}, {share}")
     lines = []
     if judge is not None:

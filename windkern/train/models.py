@@ -332,8 +332,19 @@ def name_base(folder: Path) -> None:
         file.write_text(to_json(content, indent=2), encoding="utf-8")
 
 
+def in_words(count: int) -> str:
+    """A number of parameters.
+
+    Example:
+        >>> in_words(134_515_008), in_words(37_700), in_words(12)
+        ('134.5 M', '37.7 K', '12')
+    """
+    if count >= 1e5:
+        return f"{count / 1e6:.1f} M"
+    return f"{count / 1e3:.1f} K" if count >= 1e3 else str(count)
+
+
 def describe(model) -> str:
     """One line for a report: class, size, dtype."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e3:.1f} K"
+    size = in_words(sum(parameter.numel() for parameter in model.parameters()))
     return f"{type(model).__name__}, {size} parameters, {str(model.dtype).removeprefix('torch.')}"

@@ -27,13 +27,14 @@ def quiet_libraries() -> None:
 
 
 def plus_minus(estimate: Estimate, digits: int = 2) -> str:
-    """A mean and its standard error.
+    """A mean and its standard error, which a single prompt does not have.
 
     Example:
-        >>> plus_minus(Estimate(0.7461, 0.0312))
-        '0.75 ± 0.03'
+        >>> plus_minus(Estimate(0.7461, 0.0312)), plus_minus(Estimate(0.7461, float("nan")))
+        ('0.75 ± 0.03', '0.75')
     """
-    return f"{estimate.mean:.{digits}f} ± {estimate.standard_error:.{digits}f}"
+    mean = f"{estimate.mean:.{digits}f}"
+    return mean if math.isnan(estimate.standard_error) else f"{mean} ± {estimate.standard_error:.{digits}f}"
 
 
 def interval(estimate: Estimate, digits: int = 2) -> str:
