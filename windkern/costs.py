@@ -228,9 +228,14 @@ class Problem:
             recomputed = self.vocab_size - spec.kept_columns(self.vocab_size)
         return 2 * self.rows * (total * self.vocab_size + H * recomputed)
 
+    @property
+    def device(self) -> Device:
+        """The reference device of the device type."""
+        return CPU if self.products.device_type == "cpu" else GPU
+
     def seconds(self, spec: WalkSpec) -> float:
         """Predicted seconds of forward and backward on the reference device of the device type."""
-        device = CPU if self.products.device_type == "cpu" else GPU
+        device = self.device
         M, V, W, acc = self.rows, self.vocab_size, spec.slab_width, self.acc
         slabs, kept = -(-V // W), spec.kept_columns(V)
         own = [0.0, 0.0]  # the device's time in forward and in backward
@@ -266,8 +271,7 @@ class Problem:
 
     def accumulating_seconds(self) -> float:
         """What a chunk pays for adding its dweight to that of others: one reading and one writing in float32."""
-        device = CPU if self.products.device_type == "cpu" else GPU
-        return 2 * self.vocab_size * self.weight_grads * self.acc / device.bytes
+        return 2 * self.vocab_size * self.weight_grads * self.acc / self.device.bytes
 
     @staticmethod
     def _product_seconds(device: Device, rows: int, columns: int, inner: int) -> float:

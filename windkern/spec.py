@@ -10,7 +10,6 @@ import torch
 
 from windkern.transform import LogitTransform
 
-GEARS = ("scoring", "frozen_head", "frozen_body", "trained")
 _TYPES = {  # annotations of the fields, and what they are in the schema of an op
     "bool": "bool",
     "float": "float",
@@ -26,7 +25,7 @@ _TYPES = {  # annotations of the fields, and what they are in the schema of an o
 class WalkSpec:
     """The decisions of a plan; each field is an argument of the registered ops, under the same name."""
 
-    gear: str  # one of GEARS
+    gear: str  # scoring, frozen_head, frozen_body or trained
     operand: torch.dtype  # of the products
     hidden_grad: tuple[bool, ...]  # by block: which gradients are wanted
     weight_grad: tuple[bool, ...]

@@ -73,32 +73,32 @@ def _slab(slab: Slab, values: Tensor):
 
 
 def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
-    """As `torch_rows.slab_forward`."""
+    """As `kernels.torch.rows.slab_forward`."""
     values, offset = (None, None) if kept is None else kept
     arguments = _slab(slab, slab.logits if values is None else values)
     _kernels.slab_forward(arguments, *map(address, state), *matrix(values), address(offset))
 
 
 def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
-    """As `torch_rows.slab_forward_unit`."""
+    """As `kernels.torch.rows.slab_forward_unit`."""
     rows = map(address, (unit.rescale, unit.max_step))
     arguments = *matrix(unit.values), *matrix(unit.logged), *rows
     _kernels.slab_forward_unit(_slab(slab, unit.values), *map(address, state), *arguments)
 
 
 def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
-    """As `torch_rows.exps_forward`."""
+    """As `kernels.torch.rows.exps_forward`."""
     arguments = *matrix(exps.values), address(exps.pivot), exps.earlier, address(exps.moved)
     _kernels.exps_forward(_slab(slab, exps.values), *map(address, state), *arguments)
 
 
 def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
-    """As `torch_rows.exps_backward`."""
+    """As `kernels.torch.rows.exps_backward`."""
     _kernels.exps_backward(_slab(slab, values), address(pivot), address(entry), *matrix(values))
 
 
 def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
-    """As `torch_rows.column_sums`."""
+    """As `kernels.torch.rows.column_sums`."""
     arguments = *values.shape, *matrix(values), address(weights), address(sums)
     _kernels.column_sums(DTYPES[values.dtype], *arguments, torch.get_num_threads())
 
@@ -112,7 +112,7 @@ def slab_backward(
     dz: Tensor,
     dbias: Tensor | None,
 ) -> None:
-    """As `torch_rows.slab_backward`."""
+    """As `kernels.torch.rows.slab_backward`."""
     values, offset = (None, None) if kept is None else kept
     rows = map(address, (*stats, *upstream, row_scale))
     wide = dz.dtype == stats.run_max.dtype
@@ -121,7 +121,7 @@ def slab_backward(
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """As `torch_rows.segment_sum`."""
+    """As `kernels.torch.rows.segment_sum`."""
     sums = values.new_empty(bounds.shape[0] - 1)
     values, bounds = contiguous(values, bounds)
     _kernels.segment_sum(

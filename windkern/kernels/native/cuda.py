@@ -75,7 +75,7 @@ def _slab(slab: Slab, values: Tensor):
 
 
 def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
-    """As `torch_rows.slab_forward`."""
+    """As `kernels.torch.rows.slab_forward`."""
     values, offset = (None, None) if kept is None else kept
     arguments = _slab(slab, slab.logits if values is None else values)
     with _queue_of(slab.logits) as queue:
@@ -83,7 +83,7 @@ def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
 
 
 def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
-    """As `torch_rows.slab_forward_unit`."""
+    """As `kernels.torch.rows.slab_forward_unit`."""
     rows = map(address, (unit.rescale, unit.max_step))
     arguments = *matrix(unit.values), *matrix(unit.logged), *rows
     with _queue_of(slab.logits) as queue:
@@ -91,20 +91,20 @@ def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
 
 
 def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
-    """As `torch_rows.exps_forward`."""
+    """As `kernels.torch.rows.exps_forward`."""
     arguments = *matrix(exps.values), address(exps.pivot), exps.earlier, address(exps.moved)
     with _queue_of(slab.logits) as queue:
         _cuda.exps_forward(queue, _slab(slab, exps.values), *map(address, state), *arguments)
 
 
 def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
-    """As `torch_rows.exps_backward`."""
+    """As `kernels.torch.rows.exps_backward`."""
     with _queue_of(values) as queue:
         _cuda.exps_backward(queue, _slab(slab, values), address(pivot), address(entry), *matrix(values))
 
 
 def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
-    """As `torch_rows.column_sums`."""
+    """As `kernels.torch.rows.column_sums`."""
     tiles = _dbias_tiles(*values.shape, values.device.type)
     partial = buffers.empty("scratch", (tiles, values.shape[1]), sums.dtype, sums.device)
     arguments = *values.shape, *matrix(values), address(weights), address(sums), address(partial), tiles
@@ -113,7 +113,7 @@ def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
 
 
 def rescale_rows(sums: Tensor, factor: Tensor) -> None:
-    """As `torch_rows.rescale_rows`: a block for each row, which returns where the factor is 1."""
+    """As `kernels.torch.rows.rescale_rows`: a block for each row, which returns where the factor is 1."""
     with _queue_of(sums) as queue:
         _cuda.rescale_rows(queue, DTYPES[sums.dtype], *matrix(sums), address(factor), *sums.shape)
 
@@ -133,7 +133,7 @@ def slab_backward(
     dz: Tensor,
     dbias: Tensor | None,
 ) -> None:
-    """As `torch_rows.slab_backward`."""
+    """As `kernels.torch.rows.slab_backward`."""
     values, offset = (None, None) if kept is None else kept
     rows = map(address, (*stats, *upstream, row_scale))
     tiles, partial = 0, None
@@ -146,7 +146,7 @@ def slab_backward(
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """As `torch_rows.segment_sum`."""
+    """As `kernels.torch.rows.segment_sum`."""
     sums = values.new_empty(bounds.shape[0] - 1)
     values, bounds = contiguous(values, bounds)
     with _queue_of(values) as queue:

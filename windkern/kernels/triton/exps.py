@@ -174,7 +174,7 @@ def column_sum_parts(
 
 
 def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
-    """As `torch_rows.exps_forward`."""
+    """As `kernels.torch.rows.exps_forward`."""
     z = slab.logits
     if z.shape[0] == 0:
         return
@@ -196,7 +196,7 @@ def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
 
 
 def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
-    """As `torch_rows.exps_backward`."""
+    """As `kernels.torch.rows.exps_backward`."""
     rows, width = values.shape
     if rows == 0:
         return
@@ -218,13 +218,13 @@ def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> N
 
 
 def rescale_rows(sums: Tensor, factor: Tensor) -> None:
-    """As `torch_rows.rescale_rows`: one program a row, which returns where the factor is 1."""
+    """As `kernels.torch.rows.rescale_rows`: one program a row, which returns where the factor is 1."""
     if sums.shape[0]:
         rescale_kernel[(sums.shape[0],)](sums, factor, sums.stride(0), sums.shape[1], BLOCK=1024, num_warps=4)
 
 
 def column_sums(values: Tensor, weights: Tensor | None, sums: Tensor) -> None:
-    """As `torch_rows.column_sums`, in a fixed order; without weights each row counts once."""
+    """As `kernels.torch.rows.column_sums`, in a fixed order; without weights each row counts once."""
     rows, width = values.shape
     if rows == 0:
         sums.zero_()

@@ -1,7 +1,7 @@
 """The Triton back end: its forward row kernels, and in `__all__` the whole contract. 64-bit offsets everywhere.
 
 A program of a forward kernel holds one whole row of a slab in registers, so the maximum, the sums and what is kept
-come from one read. A slab is at most 16384 columns wide (`windkern.plan.SLAB_COLUMNS`).
+come from one read. A slab is at most 16384 columns wide (`windkern.costs.SLAB_COLUMNS`).
 """
 
 from __future__ import annotations
