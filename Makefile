@@ -38,7 +38,7 @@ test: $(STAMP)
 
 ## test-models  windkern.hf against the logits of every causal LM of transformers, tiny and random (minutes)
 test-models: $(STAMP)
-	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_model_sweep.py $(ARGS)
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/hf/test_model_sweep.py $(ARGS)
 
 ## check   lint, then test, where a missing C++ extension is a failure
 check: export WINDKERN_REQUIRE_CPP := 1
@@ -67,12 +67,12 @@ endef
 
 ## test-lowest  the tests of the trainer and of hf with the oldest libraries that pyproject.toml allows (torch as it is)
 LOWEST := .venv-lowest
-LOWEST_TESTS := hf* train* value* saving settings_file recipes prompts judges_samplers server turns distributed
+LOWEST_TESTS := hf train value settings commands/test_recipes.py
 test-lowest: $(STAMP)
 	$(call environment,$(LOWEST))
 	@echo "Here pip may find fault with trl, which these tests leave out."
 	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check $$($(BIN)/python -m windkern.train.tried)
-	$(LOWEST)/bin/python -m pytest -n 2 $(ARGS) $(foreach name,$(LOWEST_TESTS),tests/test_$(name).py)
+	$(LOWEST)/bin/python -m pytest -n 2 $(ARGS) $(foreach name,$(LOWEST_TESTS),tests/$(name))
 
 ## aot-all every Triton kernel compiled for every chip, with the pinned Triton and with the older one of GPU machines
 OLD_TRITON := .venv-triton-3.6

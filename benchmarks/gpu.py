@@ -37,7 +37,7 @@ MAIN_HEAD = "4096x128256"
 MAIN_ROWS = (8192, 2048, 512)
 # In the order of their importance; `gemm` is the floor.
 MAIN_PEERS = ("gemm", "plain")
-SANITIZER = "tests/test_gpu_cuda.py::test_clean_under_compute_sanitizer"
+SANITIZER = "tests/kernels/test_gpu_cuda.py::test_clean_under_compute_sanitizer"
 
 
 class Step(NamedTuple):
@@ -88,7 +88,7 @@ def _peers(results: Path, seconds: float) -> list[str]:
 
 
 def _tests(results: Path, seconds: float) -> list[str]:
-    files = map(str, sorted(Path("tests").glob("test_gpu*.py")))
+    files = map(str, sorted(Path("tests").rglob("test_gpu*.py")))
     parallel = ("-n", "8", "--dist", "worksteal", "--maxfail", "30", "--session-timeout", str(int(seconds - GRACE)))
     # Reason: a library that is newer than those tried here may warn; that is no failure of a kernel.
     shown = ("-p", "benchmarks.failures", "-W", "default", "-rs", "--tb", "short")

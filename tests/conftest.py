@@ -6,12 +6,12 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; tests/test_triton.py runs its kernels
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; tests/kernels/test_triton.py runs its kernels
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, which torch may insist on
 
 import windkern as wk
-from windkern import doctor
+from windkern.commands import doctor
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core for each worker
@@ -28,7 +28,7 @@ else:
 
 
 def pytest_report_header() -> str:
-    """Shown without -q; tests/test_other_cpus.py reads it."""
+    """Shown without -q; tests/kernels/test_other_cpus.py reads it."""
     return f"CPU: {torch.backends.cpu.get_cpu_capability()} for torch, {doctor.cpp_extension()['in_use']} for C++"
 
 

@@ -1,4 +1,4 @@
-"""What runs in each process of tests/test_distributed.py, see tests/distributed_tools.py."""
+"""What runs in each process of tests/train/test_distributed.py, see tests/distributed_tools.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs of tests/test_mock_gpu.py on the mock GPU: `python tests/mock_jobs.py` runs them all and prints JSON."""
+"""Jobs of tests/kernels/test_mock_gpu.py on the mock GPU: `python tests/mock_jobs.py` runs them all and prints JSON."""
 
 from __future__ import annotations
 

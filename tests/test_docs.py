@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 NEEDS_EXTRAS = (
     "windkern.hf",
     "windkern.train",
-    "windkern.demo",
+    "windkern.commands.demo",
     "windkern.display",
-    "windkern.cli",
+    "windkern.commands.cli",
     "windkern.__main__",
-    "windkern.tabular.bandit",
+    "windkern.commands.bandit",
 )
 MODULES = [
     module.name

@@ -39,7 +39,7 @@ def make_config(folder, **changes):
 
 
 def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), prompts=PROMPTS, given=None, **changes):
-    from windkern.train.judges import RewardJudge
+    from windkern.train.judges.judge import RewardJudge
     from windkern.train.trainer import WindTrainer
 
     config = make_config(folder, **changes)
@@ -91,7 +91,8 @@ def run_or_hang(folder: str, resume: bool, hang_at: str | None, changes: dict) -
 
 def _hang_at(place: str, sign: Path) -> None:
     """Let the n-th arrival at a place of the trainer never return: a place to be killed at."""
-    from windkern.train import outer, responder, rollouts, saving, trainer
+    from windkern.train import outer, responder, rollouts, trainer
+    from windkern.train.checkpoints import saving
 
     name, number = place.split(":")
     owner, attribute = {

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from windkern.train.value_model import ValueModel
+from windkern.value.model import ValueModel
 
 VOCAB = 18  # of the tiny tokenizer
 

@@ -8,10 +8,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from windkern import backends, hf, losses, naive, nn, tabular
+    from windkern import backends, hf, losses, naive, nn, sharding, tabular
     from windkern.backends import BackendUnavailableError
     from windkern.head import Head
-    from windkern.integrations import sharding
     from windkern.ops.fused_loss import fused_loss
     from windkern.ops.logprobs import TokenLogps, token_logps
     from windkern.ops.pairs import pair_loss, win_rates
@@ -61,7 +60,7 @@ _LAZY = {
     "plan": "windkern.plan:plan",
     "naive": "windkern.naive",
     "sequence_logps": "windkern.ops.sequence:sequence_logps",
-    "sharding": "windkern.integrations.sharding",
+    "sharding": "windkern.sharding",
     "tabular": "windkern.tabular",
     "token_logps": "windkern.ops.logprobs:token_logps",
     "win_rates": "windkern.ops.pairs:win_rates",

@@ -2,6 +2,6 @@
 
 import sys
 
-from windkern.cli import main
+from windkern.commands.cli import main
 
 sys.exit(main())

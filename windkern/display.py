@@ -145,7 +145,7 @@ class Display:
         left = self._forecast.left
         return f"{clock(left)} left" if left is not None and left >= 1 else ""
 
-    # What windkern.train.progress.Observer asks for.
+    # What windkern.train.report.progress.Observer asks for.
 
     def phase(self, iteration: int, name: str, steps: int = 1, unit: str = "", done: int = 0) -> None:
         with self._lock:

@@ -1,1 +1,1 @@
-"""Prompt files of the demo, read through `windkern.train.data.demo_prompts`."""
+"""Prompt files of the demo, read through `windkern.train.data.loading.demo_prompts`."""

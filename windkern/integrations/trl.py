@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from windkern import hf
 from windkern._checks import check_choice, check_number
 from windkern.head import Head
-from windkern.integrations.sharding import gathered
 from windkern.kernels import buffers
 from windkern.ops.inputs import Blocks, Inputs, prepare
 from windkern.ops.logprobs import row_logps
+from windkern.sharding.whole import gathered
 
 # What each trainer reads beside log_probs; what only its metrics read is computed without a gradient.
 FIELDS = {

@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 
 from windkern._checks import check_choice, check_count, check_number
 from windkern.losses import LOSSES, OBJECTIVES
+from windkern.train.data.prompts import without_user
 from windkern.train.focus import MODES
 from windkern.train.inherited import check_inherited
-from windkern.train.prompts import without_user
 
 REFERENCES = ("model", "adapter", "precomputed")
 TRUNCATED = ("keep", "drop")

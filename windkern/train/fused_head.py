@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import windkern
 from windkern import hf
 from windkern.head import Head
-from windkern.integrations.sharding import gathered
 from windkern.ops.inputs import Blocks
 from windkern.ops.sequence import sequence_logps
+from windkern.sharding.whole import gathered
 from windkern.train.sharded import check_whole
 
 Job = Callable[[hf.CausalLM, Tensor], Tensor]

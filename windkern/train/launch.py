@@ -12,12 +12,12 @@ from pathlib import Path
 
 from transformers import PrinterCallback, ProgressCallback
 
+from windkern.commands.train import RunConfig
 from windkern.display import Display, clock
-from windkern.train import report
+from windkern.train.checkpoints.lock import owned_by_run
 from windkern.train.config import WindConfig
-from windkern.train.data import Demonstration, demo_prompts, load_demonstrations, load_prompts
-from windkern.train.evaluate import Evaluation
-from windkern.train.lock import owned_by_run
+from windkern.train.data.loading import Demonstration, demo_prompts, load_demonstrations, load_prompts
+from windkern.train.evaluation.evaluate import Evaluation
 from windkern.train.models import (
     PACKAGED,
     adapter_of,
@@ -29,9 +29,9 @@ from windkern.train.models import (
     sync_files,
 )
 from windkern.train.parts import check_prompts, check_unused, make_judge
-from windkern.train.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
 from windkern.train.reference import needs_reference
-from windkern.train.run import RunConfig
+from windkern.train.report import show as report
+from windkern.train.report.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
 from windkern.train.sharded import whole_models
 from windkern.train.trainer import WindTrainer
 from windkern.train.world import World

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from windkern.train.config import WindConfig
-from windkern.train.evaluate import Evaluation
+from windkern.train.evaluation.evaluate import Evaluation
 from windkern.train.focus import exploitability
 from windkern.train.groups import FitGroup
-from windkern.train.progress import Record
+from windkern.train.report.progress import Record
 from windkern.train.rollouts import Rollout
 
 

@@ -16,8 +16,8 @@ import torch
 
 from windkern._checks import check_choice
 from windkern.kernels import cpu_libraries
+from windkern.train.checkpoints.manifest import CorruptCheckpointError, verify_safetensors
 from windkern.train.errors import one_line
-from windkern.train.manifest import CorruptCheckpointError, verify_safetensors
 from windkern.train.valid_json import to_json
 
 PACKAGED = "smollm2-135m-instruct"

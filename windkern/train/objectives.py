@@ -13,7 +13,7 @@ from torch import Tensor
 
 from windkern.losses import LOSSES, OBJECTIVES, Loss, check_prefs
 from windkern.train.config import WindConfig, required_settings
-from windkern.train.judges import Verdict
+from windkern.train.judges.judge import Verdict
 
 # Losses that only look at the order of the rewards, so that win rates serve where a judge has no rewards.
 ORDER_ONLY = ("bon_sft", "bond", "listwise_dpo")

@@ -6,9 +6,9 @@ import pickle
 from pathlib import Path
 
 from windkern.train.anchor import anchor_file
+from windkern.train.checkpoints.manifest import CorruptCheckpointError
 from windkern.train.errors import one_line
 from windkern.train.inherited import check_optimizer_arguments
-from windkern.train.manifest import CorruptCheckpointError
 from windkern.train.optim import forget_moments, master_optimizer
 
 

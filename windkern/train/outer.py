@@ -14,11 +14,11 @@ from windkern.train.anchor import Anchor
 from windkern.train.config import WindConfig
 from windkern.train.focus import PromptFocus, exploitability
 from windkern.train.groups import FitGroup, fit_groups
-from windkern.train.judges import Judge
+from windkern.train.judges.judge import Judge
 from windkern.train.metrics import group_metrics, rollout_metrics, win_rates_of
 from windkern.train.objectives import Objective
-from windkern.train.progress import Observer
 from windkern.train.replay import ReplayBuffer, Replayed
+from windkern.train.report.progress import Observer
 from windkern.train.rollouts import (
     ANEW,
     BEGUN,

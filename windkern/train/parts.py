@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import nn
 
 from windkern.train.config import WindConfig
-from windkern.train.data import Demonstration
-from windkern.train.judges import Judge
-from windkern.train.judges_recorded import load_judge
+from windkern.train.data.loading import Demonstration
+from windkern.train.data.prompts import without_user
+from windkern.train.judges.judge import Judge
+from windkern.train.judges.recorded import load_judge
 from windkern.train.preconditions import Room
-from windkern.train.prompts import without_user
-from windkern.train.sampler import Sampler, TransformersSampler
+from windkern.train.samplers.sampler import Sampler, TransformersSampler
 
 Note = Callable[[str], None]
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -48,8 +48,8 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
     Raises:
         ValueError: it names none; FileNotFoundError: there is no file of recorded responses.
     """
-    from windkern.train.samplers_http import HttpSampler
-    from windkern.train.samplers_recorded import RecordedSampler
+    from windkern.train.samplers.http import HttpSampler
+    from windkern.train.samplers.recorded import RecordedSampler
 
     kind, _, name = config.sampler.partition(":")
     system = config.system if tokenizer.chat_template is not None else None
@@ -73,7 +73,7 @@ def make_judge(config: WindConfig) -> Judge | None:
     """The judge that `config.judge` names, None where it names none.
 
     Raises:
-        ValueError, OSError: as `windkern.train.judges_recorded.load_judge`.
+        ValueError, OSError: as `windkern.train.judges.recorded.load_judge`.
     """
     if config.judge is None:
         return None
@@ -120,7 +120,9 @@ def check_prompts(prompts: Sequence[str], heldout: Sequence[str]) -> None:
     for name, entries in (("train_prompts", prompts), ("eval_prompts", heldout)):
         for place, entry in enumerate(entries):
             if not isinstance(entry, str):
-                hint = "; make messages one by windkern.train.prompts.ChatPrompt" if isinstance(entry, list) else ""
+                hint = (
+                    "; make messages one by windkern.train.data.prompts.ChatPrompt" if isinstance(entry, list) else ""
+                )
                 raise TypeError(f"{name}[{place}] must be a string, got {type(entry).__name__}{hint}")
     if shared := set(prompts) & set(heldout):
         raise ValueError(

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from windkern.train.anchor import Anchor
 from windkern.train.config import WindConfig
-from windkern.train.data import Demonstration
+from windkern.train.data.loading import Demonstration
 from windkern.train.groups import FitGroup
 from windkern.train.rollouts import Rollout, joined, rollouts_of
-from windkern.train.sampler import Sampler, TransformersSampler
-from windkern.train.samplers_http import HttpSampler
-from windkern.train.samplers_recorded import RecordedSampler, completions_of_texts
+from windkern.train.samplers.http import HttpSampler
+from windkern.train.samplers.recorded import RecordedSampler, completions_of_texts
+from windkern.train.samplers.sampler import Sampler, TransformersSampler
 from windkern.train.seeds import stream
 
 

@@ -13,9 +13,9 @@ import torch
 
 from windkern._checks import check_shape
 from windkern.losses import check_prefs
-from windkern.train.judges import Judge, Verdict, ask
+from windkern.train.judges.judge import Judge, Verdict, ask
 from windkern.train.models import sync_dir
-from windkern.train.sampler import Completions
+from windkern.train.samplers.sampler import Completions
 from windkern.train.valid_json import to_json
 from windkern.train.world import World
 

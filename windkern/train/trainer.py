@@ -20,30 +20,30 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from windkern.train import parts
 from windkern.train.anchor import Anchor, anchor_file
 from windkern.train.callbacks import Iterations
-from windkern.train.card import write_card
+from windkern.train.checkpoints.identity import fingerprint, models_inside
+from windkern.train.checkpoints.lock import owned_by_run
+from windkern.train.checkpoints.opening import open_run
+from windkern.train.checkpoints.saving import AtomicCheckpoints, latest_checkpoint
 from windkern.train.config import WindConfig, check_one_gpu
-from windkern.train.data import Demonstration, padding_id
-from windkern.train.evaluate import Evaluation
+from windkern.train.data.loading import Demonstration, padding_id
+from windkern.train.evaluation.evaluate import Evaluation
+from windkern.train.evaluation.heldout import HeldOut, Texts
 from windkern.train.fused_head import FusedHead, Watch, loss_job
 from windkern.train.groups import IterationData, collate
-from windkern.train.heldout import HeldOut, Texts
-from windkern.train.history import History
-from windkern.train.identity import fingerprint, models_inside
-from windkern.train.judges import Judge, check_judge
-from windkern.train.lock import owned_by_run
+from windkern.train.judges.judge import Judge, check_judge
 from windkern.train.metrics import Averages, make_record, step_metrics
 from windkern.train.models import name_base, public_name
 from windkern.train.objectives import make_objective
-from windkern.train.opening import open_run
 from windkern.train.optimizing import Optimizing
 from windkern.train.outer import OuterLoop
 from windkern.train.preconditions import Room, check_model, check_reporting
-from windkern.train.progress import RECORDED, Observer, Record, Unobserved
 from windkern.train.reference import PrecomputedReference, make_reference
+from windkern.train.report.card import write_card
+from windkern.train.report.history import History
+from windkern.train.report.progress import RECORDED, Observer, Record, Unobserved
 from windkern.train.responder import Responder
 from windkern.train.rollouts import RolloutStore
-from windkern.train.sampler import Sampler, TransformersSampler
-from windkern.train.saving import AtomicCheckpoints, latest_checkpoint
+from windkern.train.samplers.sampler import Sampler, TransformersSampler
 from windkern.train.scoring import Scorer
 from windkern.train.sharded import prepare_plugin
 from windkern.train.world import World

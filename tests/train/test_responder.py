@@ -1,0 +1,96 @@
+"""What a run says about the responses it gets: a server that decodes greedily, and one that keeps its weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from completion_server import Server
+from tiny_model import make_tokenizer
+from trainer_cases import make_trainer
+
+from windkern.train.responder import Responder
+from windkern.train.rollouts import Rollout
+from windkern.train.samplers.http import HttpSampler
+
+STALE = "never given the new weights"
+SAME = "are identical"
+
+
+def responder(sampler=None, group="samples", **config) -> tuple[Responder, list[str]]:
+    said: list[str] = []
+    settings = SimpleNamespace(
+        **{"reference": "model", "num_iterations": 3, "loss": "wind", "num_responses": 2} | config
+    )
+    return Responder(settings, group, ["p"], [], make_tokenizer(), sampler, lambda: None, said.append), said
+
+
+def rollout(*completions) -> Rollout:
+    return Rollout(0, (1,), completions, (False,) * len(completions), ("",) * len(completions))
+
+
+def http_sampler(cls=HttpSampler) -> HttpSampler:
+    return cls("http://127.0.0.1:1/v1", "m", make_tokenizer(), max_new_tokens=4)
+
+
+def test_a_server_that_keeps_its_weights_is_said_once():
+    found, said = responder(http_sampler())
+    found.update(None)
+    found.update(None)
+    assert len(said) == 1 and STALE in said[0] and "http://127.0.0.1:1/v1" in said[0]
+    assert "from iteration 2 on" in said[0] and "no importance weight" in said[0]
+    other, said = responder(http_sampler(), loss="trajectory_balance")
+    other.update(None)
+    assert "responses of any policy" in said[0] and "no importance weight" not in said[0]
+
+
+def test_a_server_that_follows_or_need_not_is_not_said():
+    class Following(HttpSampler):
+        seen = ()
+
+        def update(self, model):
+            self.seen = (*self.seen, model)
+
+    follows, said = responder(http_sampler(Following))
+    follows.update("weights")
+    assert follows.sampler.seen == ("weights",) and not said
+    for sampler, iterations in ((http_sampler(), 1), (None, 3)):
+        once, said = responder(sampler, num_iterations=iterations)
+        once.update(None)
+        assert not said
+
+
+def test_identical_responses_of_a_whole_iteration_are_said_once():
+    same, different = rollout((5, 1), (5, 1)), rollout((5, 1), (6, 1))
+    for sampler, cause in ((http_sampler(), "server decodes greedily"), (None, "temperature or top_p is too low")):
+        found, said = responder(sampler)
+        found.look_at([same, different])
+        found.look_at([rollout((5, 1))])  # nothing to compare
+        assert not said
+        found.look_at([same, same])
+        found.look_at([same])
+        assert len(said) == 1 and "each of the iteration's 2 prompts are identical" in said[0] and cause in said[0]
+    shown, said = responder(None, group="demonstration")
+    shown.look_at([same])  # the policy has learnt its demonstration
+    assert not said
+
+
+@pytest.mark.parametrize("content", ["good day", None])
+def test_a_run_with_a_greedy_server_says_both(tmp_path, content):
+    """With None the server answers as it should."""
+    choice = {"message": {"content": content}, "finish_reason": "stop"}
+    server = Server(reply=lambda body: content and (200, json.dumps({"choices": [choice] * body["n"]}), {}))
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer(tmp_path, sampler=f"http:{server.url}", save_strategy="no").train()
+    finally:
+        server.close()
+    texts = [str(each.message) for each in caught]
+    assert sum(STALE in text for text in texts) == 1
+    assert sum(SAME in text for text in texts) == (content is not None)

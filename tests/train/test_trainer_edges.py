@@ -1,0 +1,174 @@
+"""WindTrainer where somebody stops it, calls it twice, feeds it nonsense, or hands it models that share weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import tiny_model
+from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer, weights_of
+from transformers import TrainerCallback
+
+from windkern.train.checkpoints.identity import ResumeError
+from windkern.train.data.loading import Demonstration
+from windkern.train.judges.judge import RewardJudge
+from windkern.train.metrics import step_metrics
+from windkern.train.parts import disable_dropout
+from windkern.train.trainer import WindTrainer
+
+
+def test_one_object_trains_once(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="no")
+    trainer.train()
+    for resume in (None, True):
+        with pytest.raises(ValueError, match="train has taken 4 steps"):
+            trainer.train(resume_from_checkpoint=resume)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "bond", "num_responses": 3, "anchor_rate": 0.25},
+        {"loss": "trajectory_balance", "replay": True},
+        {"focus": "hardest"},
+    ],
+)
+def test_an_object_that_failed_goes_on_as_if_nothing_had_been(tmp_path, changes):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **given):
+            if state.global_step == 5 and not failed:
+                failed.append(state.global_step)
+                raise ConnectionError("the network is away")
+
+    failed, settings = [0], {"num_iterations": 3} | changes
+    whole = make_trainer(tmp_path / "whole", given={"callbacks": [Fails()]}, **settings)
+    whole.train()
+    failed.clear()
+    trainer = make_trainer(tmp_path / "failed", given={"callbacks": [Fails()]}, **settings)
+    with pytest.raises(ConnectionError):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    want = weights_of(whole)
+    assert failed == [5]
+    assert all(torch.equal(value, want[name]) for name, value in weights_of(trainer).items())
+
+
+def test_an_evaluation_before_the_first_step_is_of_no_iteration(tmp_path):
+    trainer = make_trainer(tmp_path, heldout=HELDOUT, eval_strategy="epoch", eval_on_start=True)
+    trainer.train()
+    assert [record.iteration for record in trainer.history] == [1, 2]
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_win_rate" in entry] == [0, 2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:all responses to each of the iteration's")
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate=1e30, max_grad_norm=0)
+    with pytest.raises(FloatingPointError, match=r"the loss of step \d is (nan|inf)"):
+        trainer.train()
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_resumed(tmp_path):
+    make_trainer(tmp_path, num_iterations=1, save_only_model=True).train()
+    with pytest.raises(FileNotFoundError, match="save_only_model"):
+        make_trainer(tmp_path, save_only_model=True).train(resume_from_checkpoint=True)
+
+
+def test_optimizers_without_master_weights_are_named(tmp_path):
+    model, reference = (tiny_model.make_model().bfloat16() for _ in range(2))
+    trainer = make_trainer(tmp_path, model=model, optim="sgd", given={"reference": reference})
+    with pytest.warns(UserWarning, match="optim=sgd has no float32 master weights"):
+        trainer.create_optimizer()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_the_base_under_an_adapter_is_not_its_reference(tmp_path):
+    pytest.importorskip("peft")
+    model = tiny_model.make_model()
+    with pytest.raises(ValueError, match="parameters of its own"):
+        make_trainer(tmp_path, model=model, given={"reference": model, "peft_config": lora()})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_an_adapter_whose_base_is_trained_too_gives_no_reference(tmp_path):
+    """Switching the adapter off would leave the new norm on, and pi_ref would move with the policy."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model.make_model(), lora())
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 of its own parameters are trained, e\.g\. .*norm\.weight"):
+        make_trainer(tmp_path, model=model, reference="adapter")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Bloom", {"n_layer": 1, "n_head": 2, "hidden_dropout": 0.5}),
+        ("Falcon", {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_dropout": 0.5}),
+        (
+            "Starcoder2",
+            {
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "num_hidden_layers": 1,
+                "intermediate_size": 16,
+                "residual_dropout": 0.5,
+            },
+        ),
+    ],
+)
+def test_dropout_that_is_only_a_number_is_off(name, settings):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(vocab_size=16, hidden_size=16, **settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).train()
+    ids = torch.arange(8)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_data_parallel_is_refused(tmp_path):
+    config = make_config(tmp_path)
+    assert config.n_gpu <= 1
+    config._n_gpu = 2
+    with pytest.raises(ValueError, match="nproc_per_node=2"):
+        WindTrainer(
+            tiny_model.make_model(), config, train_prompts=PROMPTS, processing_class=tiny_model.make_tokenizer()
+        )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            {},
+            {"given": {"judge": RewardJudge(tiny_model.goodness, strength=1.0)}},
+            r"strength 4\.0' there, .*strength 1\.0' here",
+        ),
+        ({}, {"optim_args": "amsgrad=True"}, "optim_args None there"),
+        (
+            {"loss": "spin", "num_responses": 1, "prompts": [Demonstration("rain", "good")]},
+            {"prompts": [Demonstration("rain", "bad")]},
+            "prompts .* there",
+        ),
+    ],
+)
+def test_a_run_with_other_answers_or_another_judge_is_another_run(tmp_path, first, second, message):
+    settings = {"num_iterations": 1} | first
+    make_trainer(tmp_path, **settings).train()
+    with pytest.raises(ResumeError, match=message):
+        make_trainer(tmp_path, **settings | second).train(resume_from_checkpoint=True)
+
+
+def test_responses_that_are_not_fitted_are_not_in_the_metrics(tmp_path):
+    """With pi_t in place but for a dropped response nothing has moved, and the residual is that of the kept ones."""
+    config = make_config(tmp_path)
+    old, rates = torch.zeros(1, 3), torch.tensor([[0.75, 0.25, 0.0]])
+    constants = {"old_logps": old, "ref_logps": old, "win_rates": rates, "where": torch.tensor([[True, True, False]])}
+    found = step_metrics(torch.tensor([[0.0, 0.0, -80.0]]), constants, config)
+    assert found["kl_old"] == found["kl_ref"] == found["outside"] == 0
+    assert found["residual"] == pytest.approx(0.25) and found["implied_win_rate_max"] == pytest.approx(0.5)
+    everything = step_metrics(old, {**constants, "where": torch.zeros(1, 3, dtype=torch.bool)}, config)
+    assert everything.keys() == found.keys()

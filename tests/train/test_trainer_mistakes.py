@@ -1,0 +1,89 @@
+"""What a WindTrainer refuses by name, and what must not depend on chance when a run begins again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import tiny_model
+from trainer_cases import lora, make_trainer, weights_of
+
+from windkern.train.checkpoints.identity import ResumeError
+from windkern.train.judges.judge import Verdict
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_an_adapter_starts_as_the_seed_says(tmp_path):
+    """Whatever torch's generator was used for before: a run killed in its first iteration begins again."""
+    pytest.importorskip("peft")
+    found = []
+    for other in (1, 2):
+        model = tiny_model.make_model()
+        given = {"peft_config": lora(), "reference": None, "processing_class": tiny_model.make_tokenizer()}
+        torch.manual_seed(other)
+        found.append(weights_of(make_trainer(tmp_path, model=model, reference="adapter", given=given)))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_messages_must_be_chat_prompts(tmp_path):
+    messages = [{"role": "user", "content": "the"}]
+    with pytest.raises(TypeError, match=r"train_prompts\[1\] must be a string, got list; .*\.ChatPrompt"):
+        make_trainer(tmp_path, prompts=["the", messages])
+
+
+def test_a_bare_function_is_no_judge(tmp_path):
+    with pytest.raises(TypeError, match=r"judge must have a method judge .* RewardJudge\(function"):
+        make_trainer(tmp_path, given={"judge": tiny_model.goodness})
+
+
+def test_a_run_goes_on_with_its_model_only(tmp_path):
+    given = {"max_new_tokens": 4, "num_iterations": 1, "save_strategy": "no"}
+    make_trainer(tmp_path, **given).train()
+    other = tiny_model.make_model()
+    other.config._name_or_path = "somewhere/other/"
+    with pytest.raises(ResumeError, match=r"model '' there, 'other' here"):
+        make_trainer(tmp_path, model=other, **given).train(resume_from_checkpoint=True)
+    frozen = tiny_model.make_model()
+    frozen.model.norm.requires_grad_(False)
+    with pytest.raises(ResumeError, match=r"frozen_parameters 0 there, 16 here"):
+        make_trainer(tmp_path, model=frozen, **given).train(resume_from_checkpoint=True)
+
+
+def test_a_wrong_verdict_is_not_kept(tmp_path):
+    class Lopsided:
+        name = "lopsided"
+
+        def judge(self, prompts, responses):
+            return Verdict(torch.ones(len(prompts), len(responses[0]), len(responses[0])), None)
+
+    trainer = make_trainer(tmp_path, given={"judge": Lopsided()}, num_iterations=1)
+    with pytest.raises(ValueError, match="judge 'lopsided': prefs"):
+        trainer.train()
+    folder = tmp_path / "completions" / "iteration-0001"
+    assert not json.loads((folder / "block-0000.json").read_text())["judged"]
+
+
+def test_a_judge_that_fails_is_named(tmp_path):
+    def broken(prompts, responses):
+        return {}["score"]
+
+    trainer = make_trainer(tmp_path, reward=broken)
+    with pytest.raises(ValueError, match="judge 'broken' failed: KeyError: 'score'"):
+        trainer.train()
+
+
+def test_a_name_is_no_model(tmp_path):
+    with pytest.raises(TypeError, match=r"model must be a transformers causal LM .* got str"):
+        make_trainer(tmp_path, model="gpt2")
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
+    from windkern.train.models import load_model
+
+    with pytest.raises(FileNotFoundError, match=r"model folder \./mine does not exist"):
+        load_model("./mine")

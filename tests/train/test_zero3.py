@@ -1,0 +1,90 @@
+"""What can be said of ZeRO-3 where DeepSpeed is not installed, on parameters that look like its own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import tiny_model
+from trainer_cases import PROMPTS, make_config
+from transformers.integrations import deepspeed
+
+import windkern as wk
+from windkern.commands.train import RunConfig
+from windkern.train import launch
+from windkern.train.fused_head import FusedHead
+from windkern.train.sharded import whole_models
+
+
+class Stage3:
+    """Of what transformers keeps of DeepSpeed's settings: that the stage is 3."""
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+def as_zero3(parameter: torch.nn.Parameter, *, whole: bool) -> torch.nn.Parameter:
+    parameter.ds_id, parameter.ds_shape = 0, parameter.shape
+    if not whole:
+        parameter.data = torch.empty(0)
+    return parameter
+
+
+@pytest.fixture
+def zero3(tmp_path):
+    """A configuration with ZeRO-3, as TrainingArguments leaves it."""
+    config = make_config(tmp_path)
+    config.hf_deepspeed_config = Stage3()
+    config.deepspeed_plugin = SimpleNamespace(dschf=None)
+    deepspeed.set_hf_deepspeed_config(config.hf_deepspeed_config)
+    yield config
+    deepspeed.unset_hf_deepspeed_config()
+
+
+def test_a_head_that_hooks_have_gathered_is_left_to_them():
+    """To free it in its own forward is an error of DeepSpeed."""
+    weight = as_zero3(torch.nn.Parameter(torch.ones(5, 2)), whole=True)
+    with wk.sharding.gathered(weight) as found:
+        assert found is weight
+    weight = as_zero3(torch.nn.Parameter(torch.ones(5, 2)), whole=False)
+    with pytest.raises(ImportError, match="partitioned by ZeRO-3; install deepspeed"), wk.sharding.gathered(weight):
+        pass
+
+
+def test_a_model_in_pieces_is_refused():
+    model = tiny_model.make_model()
+    FusedHead(model)
+    as_zero3(model.model.norm.weight, whole=False)
+    with pytest.raises(ValueError, match=r"cut its parameter model.norm.weight in pieces; load policy"):
+        FusedHead(model)
+
+
+def test_models_are_loaded_whole(zero3, monkeypatch):
+    with pytest.raises(KeyError), whole_models(zero3):
+        assert not deepspeed.is_deepspeed_zero3_enabled()
+        raise KeyError
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    seen = []
+
+    def load(name, **options):
+        seen.append((name, deepspeed.is_deepspeed_zero3_enabled()))
+        return tiny_model.make_model(), tiny_model.make_tokenizer()
+
+    def stop(*args, **given):
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        raise KeyError
+
+    for each in ("load_policy", "load_model"):
+        monkeypatch.setattr(launch, each, load)
+    monkeypatch.setattr(launch, "make_judge", lambda config: load(config.judge))
+    monkeypatch.setattr(launch, "prompts_of", lambda source, split, limit: list(PROMPTS) if source else [])
+    monkeypatch.setattr(launch, "WindTrainer", stop)
+    zero3.judge = "judge"
+    with pytest.raises(KeyError):
+        launch.make_trainer(RunConfig(model="policy", reference_model="reference", train_prompts="any"), zero3, None)
+    assert seen == [("judge", False), ("policy", False), ("reference", False)]

@@ -1,0 +1,95 @@
+"""`windkern plot`: the picture of a results file, drawn again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from windkern.terminal import printable
+from windkern.train.models import require
+
+
+def _draw_run(path: Path, content: dict) -> None:
+    from windkern.train.evaluation.evaluate import Estimate, Evaluation
+    from windkern.train.report import show as report
+    from windkern.train.report.progress import Record
+
+    final, settings = content["final"], content["settings"]
+    if final is None:
+        raise ValueError("this run had no held-out prompts (eval_prompts), so there is no win rate to draw")
+    error = math.nan if final["win_rate_se"] is None else final["win_rate_se"]  # of a single prompt there is none
+    result = Evaluation(win_rate=Estimate(final["win_rate"], error), reward=None, kl=None)
+    history = [
+        Record(**{key: math.nan if value is None and key.endswith("_se") else value for key, value in record.items()})
+        for record in content["history"]
+    ]
+    seed = settings.get("wind", settings).get("seed", 0)
+    report.draw(path, history, result, f"{settings.get('loss', 'wind')} on {settings['model']}, seed {seed}")
+
+
+def _draw_eval(path: Path, content: dict) -> None:
+    from windkern.commands import evaluate as evaluation
+
+    evaluation.draw(path, content)
+
+
+def _draw_bandit(path: Path, content: dict) -> None:
+    from windkern.commands import bandit_picture as picture
+
+    picture.draw(path, content)
+
+
+def _draw_value(path: Path, content: dict) -> None:
+    from windkern.value import run as value
+
+    value.draw(path, content)
+
+
+KINDS: dict[str, Callable[[Path, dict], None]] = {
+    "demo": _draw_run,
+    "train": _draw_run,
+    "value": _draw_value,
+    "eval": _draw_eval,
+    "bandit": _draw_bandit,
+}
+
+
+def read(path: Path) -> dict:
+    """The content of a results file.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such file.
+        ValueError: it is no JSON object with a "kind" that is known.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a results file, such as {path / 'result.json'}")
+    if not path.is_file():
+        raise FileNotFoundError(f"results file {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f'{path} must be a results file with "kind" {", ".join(KINDS)}, got {kind!r}')
+    return content
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw the picture of a results file; returns 0."""
+    require("matplotlib")
+    content = read(arguments.results)
+    path = arguments.output or arguments.results.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        KINDS[content["kind"]](path, content)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{arguments.results} is no whole result of kind {content['kind']!r}: {type(error).__name__} {error}"
+        ) from error
+    print(f"picture {printable(os.path.relpath(path))}")
+    return 0

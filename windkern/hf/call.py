@@ -1,0 +1,347 @@
+"""A causal LM called as it is wrapped, up to its head, where a job takes the place of the product with the vocabulary.
+
+Nothing here imports transformers, accelerate, peft or torch.distributed: wrappers are known by what they hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from windkern.hf.head import UnsupportedModelError, linear_of
+
+_compiled_decoders: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # torch.compile's wrapper -> a forward
+_CALLED_AS_IT_IS = "windkern.hf.sequence_logps takes the model as it is wrapped and runs inside its call"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A causal LM, and what has to be called so that the hooks of all that is around it fire."""
+
+    wrappers: tuple[nn.Module, ...]  # outermost first, torch.compile's left out
+    base: nn.Module  # the transformers model
+    compiled: tuple[nn.Module, ...]  # wrappers of torch.compile
+    places: tuple[tuple[nn.Module, str, nn.Module], ...]  # who holds which of `compiled` by which name
+    inside: bool = False  # whether the model's call has begun: its hooks have fired, and its forward is what to call
+
+    @property
+    def name(self) -> str:
+        return type(self.base).__name__
+
+    @property
+    def head(self) -> nn.Module:
+        return _head_of(self.base)
+
+    @property
+    def chain(self) -> tuple[nn.Module, ...]:
+        return (*self.wrappers, self.base)
+
+    @property
+    def reducers(self) -> tuple[nn.Module, ...]:
+        """Wrappers whose own forward arranges the reduction of gradients, as DDP's does; PEFT's does not."""
+        return tuple(each for each in self.wrappers if not _is_peft(each))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 puts parameters together in the call of the model itself."""
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        return fsdp is not None and any(isinstance(each, fsdp.FSDPModule) for each in self.chain)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head computes."""
+        linear = linear_of(self.head)
+        place = getattr(getattr(linear, "_hf_hook", None), "execution_device", None)  # of accelerate
+        return torch.device("cpu" if place is None else place) if linear.weight.is_meta else linear.weight.device
+
+    @property
+    def is_offloaded(self) -> bool:
+        return any(each.is_meta for each in self.base.parameters())
+
+
+def _head_of(base: nn.Module) -> nn.Module | None:
+    """The model's head; that of the causal LM inside it where it names none itself, as NemotronH Omni."""
+    found = base.get_output_embeddings()
+    if found is None:
+        parts = [each for each in base.children() if hasattr(type(each), "get_output_embeddings")]
+        heads = [head for head in (each.get_output_embeddings() for each in parts) if head is not None]
+        found = heads[0] if len(heads) == 1 else None
+    return found
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return hasattr(type(module), "active_peft_config")
+
+
+def find(model: object) -> Target:
+    """Look through DDP, FSDP, torch.compile, PEFT and other wrappers for the transformers model.
+
+    Raises:
+        TypeError: `model` is no torch module.
+        UnsupportedModelError: there is none, it is an encoder-decoder, or a wrapper cannot be served.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers causal LM (a torch module), got {type(model).__name__}")
+    current, holder, wrappers, compiled, places = model, None, [], [], []
+    while not (hasattr(type(current), "get_output_embeddings") and hasattr(current, "config")):
+        inner = current._modules.get("_orig_mod")
+        if inner is not None:
+            compiled.append(current)
+            places += [] if holder is None else [(*holder, current)]
+            current = inner
+            continue
+        wrappers.append(current)
+        if _is_peft(current):
+            _check_peft(current)
+            current, holder = current.get_base_model(), (current.base_model, "model")
+            continue
+        if isinstance(current, nn.DataParallel):
+            raise UnsupportedModelError(
+                "model is wrapped in DataParallel, which copies it for each call; use DistributedDataParallel"
+            )
+        name = next((name for name in ("module", "_fsdp_wrapped_module") if name in current._modules), None)
+        if name is None:
+            raise UnsupportedModelError(
+                "model must be a transformers causal LM, "
+                f"got {type(current).__name__} without get_output_embeddings and config"
+            )
+        current, holder = current._modules[name], (current, name)
+    if _head_of(current) is None:
+        raise UnsupportedModelError(
+            f"{type(current).__name__} has no output embeddings; load it with AutoModelForCausalLM, not AutoModel"
+        )
+    if getattr(current.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(current).__name__} is an encoder-decoder; only decoder-only models are supported"
+        )
+    return Target(tuple(wrappers), current, tuple(compiled), tuple(places))
+
+
+def find_inside(model: nn.Module) -> Target:
+    """The target for code that runs in the forward of a transformers model, under whatever wraps it."""
+    return dataclasses.replace(find(model), inside=True)
+
+
+def _check_peft(model: nn.Module) -> None:
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            "model uses prompt-learning PEFT, which changes the input; LoRA and the like, which live inside the "
+            "layers, work"
+        )
+
+
+def check_apart(target: Target) -> None:
+    """Raise unless hidden states and head may be used outside the model's own call.
+
+    Raises:
+        UnsupportedModelError: a wrapper reduces gradients in its call, or FSDP2 holds the head in pieces outside it.
+    """
+    if target.reducers:
+        raise UnsupportedModelError(
+            f"model is wrapped in {type(target.reducers[0]).__name__}, and hidden states taken outside its call would "
+            f"miss what it does there, such as the reduction of gradients; {_CALLED_AS_IT_IS}"
+        )
+    if target.is_sharded:
+        raise UnsupportedModelError(
+            f"{target.name} is sharded by FSDP2, and its head is whole only inside the model's call; {_CALLED_AS_IT_IS}"
+            " (in a loop of your own over hidden states: windkern.sharding.gathered)"
+        )
+
+
+def check_gradients(target: Target) -> None:
+    """Raise if gradients are wanted of weights that are copied in for each forward.
+
+    Raises:
+        UnsupportedModelError: accelerate has offloaded trained weights, and gradients are enabled.
+    """
+    if not (torch.is_grad_enabled() and target.is_offloaded):
+        return
+    if any(each.is_meta and each.requires_grad for each in target.base.parameters()):
+        raise UnsupportedModelError(
+            f"weights of {target.name} are offloaded, and copies that live for one forward would get their gradients; "
+            "score under torch.no_grad(), freeze the offloaded weights, or load the model whole to train it"
+        )
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside, `make(forward)` stands in the place of the module's innermost forward."""
+    # Reason: a hook of accelerate moves weights and inputs, and then calls what it keeps under this name.
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    own, theirs = module.__dict__.get(name), getattr(module, name)
+    module.__dict__[name] = make(theirs)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = own
+
+
+class _HeadReachedError(Exception):
+    """Ends the model's forward once its head has been called, with what the call returned."""
+
+
+def at_head(forward: Callable, head: nn.Module, given: Mapping[str, object], job: Callable[[Tensor], object]) -> object:
+    """Return job(hidden), run as the head's forward inside forward(**given), which ends there.
+
+    What comes after the head would need logits: it is left by an exception, raised by the last of the head's hooks, so
+    that the hooks of everything that computes have fired by then.
+
+    Raises:
+        UnsupportedModelError: the forward never calls the head.
+    """
+
+    def stop(module: nn.Module, args: object, output: object) -> None:
+        raise _HeadReachedError(output)
+
+    with replaced_forward(head, lambda theirs: lambda hidden, *args, **options: job(hidden)):
+        handle = head.register_forward_hook(stop)
+        try:
+            forward(**given)
+        except _HeadReachedError as reached:
+            return reached.args[0]
+        finally:
+            handle.remove()
+    raise never_called(head)
+
+
+def never_called(head: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the model's forward does not call its head, the {type(head).__qualname__} of get_output_embeddings(); "
+        "compute hidden states yourself and call windkern.sequence_logps"
+    )
+
+
+def call(target: Target, given: Mapping[str, object], inside: Callable[..., object], *, check: bool = False) -> object:
+    """Call the model as it is wrapped, with `inside(theirs, **given)` in the place of its base model's forward.
+
+    Args:
+        given: keyword arguments of the call.
+        inside: gets the forward it replaces, and the arguments as the wrappers hand them on.
+        check: leave DDP out: nothing is trained, and processes may find out at different times that they must look.
+
+    Returns:
+        What `inside` returned, as the wrappers hand it back.
+
+    Raises:
+        UnsupportedModelError: a wrapper does not call the model.
+    """
+    outer = target.chain[0]
+    if check and isinstance(outer, nn.parallel.DistributedDataParallel):
+        outer = target.chain[1]
+    seen: list[object] = []
+
+    def make(theirs: Callable) -> Callable:
+        def forward(*args: object, **received: object) -> object:
+            # Reason: PEFT passes None for each argument it knows, and not every model takes them all.
+            seen.append(inside(theirs, *args, **{name: each for name, each in received.items() if each is not None}))
+            return seen[-1]
+
+        return forward
+
+    with _without_compile(target), replaced_forward(target.base, make):
+        out = (target.base.forward if target.inside else outer)(**given)
+    if not seen:
+        raise UnsupportedModelError(f"{type(outer).__name__} does not call the {target.name} inside it")
+    # Reason: FSDP2 may be set to round what a model returns, and waits for the gradient of what it was given.
+    return seen[-1] if target.inside or (target.is_sharded and not target.reducers) else out
+
+
+def run(target: Target, given: Mapping[str, object], job: Callable[[Tensor], Tensor], *, check: bool = False) -> Tensor:
+    """Return job(hidden) from inside the model's call, whose gradients are then those of any forward of the model.
+
+    Args:
+        given, check: as `call`.
+
+    Raises:
+        UnsupportedModelError: the model or a wrapper does not reach the head.
+    """
+
+    def inside(theirs: Callable, *args: object, **received: object) -> object:
+        return at_head(functools.partial(theirs, *args), target.head, received, job)
+
+    out = call(target, given, inside, check=check)
+    if not isinstance(out, Tensor):
+        raise UnsupportedModelError(
+            f"{type(target.chain[0]).__name__} must return what the model inside it returns, got {type(out).__name__}"
+        )
+    return out
+
+
+@contextmanager
+def _without_compile(target: Target) -> Iterator[None]:
+    """Inside, the decoder alone is compiled, with the settings of the wrapper that torch.compile put around the model.
+
+    Hazard: a job that changes from call to call would be compiled each time. Remedy: leave wrappers out, compile less.
+    """
+    with ExitStack() as stack:
+        for module, name, wrapper in target.places:
+            module._modules[name] = wrapper._modules["_orig_mod"]
+            stack.callback(module._modules.__setitem__, name, wrapper)
+        for module in (*target.chain, target.head):
+            compiled = module.__dict__.get("_compiled_call_impl")
+            if compiled is not None:
+                module.__dict__["_compiled_call_impl"] = None
+                stack.callback(module.__dict__.__setitem__, "_compiled_call_impl", compiled)
+        decoder = decoder_of(target.base)
+        if target.compiled and decoder is not None and not hasattr(decoder, "_hf_hook"):
+            wrapper = target.compiled[-1]
+            if wrapper not in _compiled_decoders:
+                _compiled_decoders[wrapper] = wrapper.dynamo_ctx(decoder.forward)
+            stack.enter_context(replaced_forward(decoder, lambda theirs: _compiled_decoders[wrapper]))
+        yield
+
+
+def decoder_of(base: nn.Module) -> nn.Module | None:
+    """The part of a model that transformers calls its base model; None where it names none."""
+    prefix = getattr(base, "base_model_prefix", "")
+    found = base._modules.get(prefix)
+    return found if found is not None and found is not _head_of(base) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def takes(base: nn.Module, name: str) -> bool:
+    """Whether the model, or its decoder by way of the model's further arguments, takes an argument of this name."""
+    if name in _parameters(type(base).forward):
+        return True
+    decoder = decoder_of(base)
+    accepted = decoder is not None and name in _parameters(type(decoder).forward)
+    return accepted and "kwargs" in _parameters(type(base).forward)
+
+
+def inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, positions: bool) -> dict[str, object]:
+    """Arguments of one forward without a cache.
+
+    Args:
+        positions: count positions from the first token that is not padding.
+    """
+    given: dict[str, object] = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+    if takes(base, "use_cache"):
+        given["use_cache"] = False
+    if positions:
+        # Hazard: with left padding a learned position table would see other positions than generation does.
+        given["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return given
+
+
+def hidden_states(
+    target: Target, input_ids: Tensor, attention_mask: Tensor, *, positions: bool, check: bool = False
+) -> Tensor:
+    """(S, L, H), what the head is given."""
+    given = inputs(target.base, input_ids, attention_mask, positions=positions)
+    return run(target, given, lambda hidden: hidden, check=check)

@@ -1,0 +1,346 @@
+"""Log-probs of transformers' causal LMs from their hidden states and heads, without the logits.
+
+Nothing here imports transformers: a model is asked for its decoder, its head and its configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from windkern._checks import check_integer, check_same_device, check_shape, check_tensor, shape_of
+from windkern.head import Head
+from windkern.hf import call as hf_call
+from windkern.hf.check import Verdict, verdict_of
+from windkern.hf.head import UnsupportedModelError, blocks, linear_of
+from windkern.ops.inputs import Blocks
+from windkern.ops.sequence import sequence_logps as _sequence_logps
+from windkern.transform import LogitTransform
+
+__all__ = [
+    "IGNORE_INDEX",
+    "CausalLM",
+    "UnsupportedModelError",
+    "completion_targets",
+    "hidden_and_head",
+    "run",
+    "run_inside",
+    "sequence_logps",
+]
+
+IGNORE_INDEX = -100
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+    """A causal LM taken apart for the fused ops: `logits = transform(hidden(ids, mask) @ weight.T + bias)`.
+
+    A head that PEFT changed adds a block of a few columns for each LoRA adapter; `blocks` gives them all.
+    """
+
+    hidden: Callable[[Tensor, Tensor], Tensor]  # input_ids (S, L), attention_mask (S, L) -> (S, L, H)
+    lm_head: nn.Module  # what the model calls on hidden states: an nn.Linear, or the layer of PEFT around one
+    transform: LogitTransform
+    masked: Tensor | None = None  # (V,) bool, columns to which the model gives no probability
+    columns: int | None = None  # V, where the head has more rows than the model returns logits for
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, H), the parameter that the head uses now, without adapters."""
+        return linear_of(self.lm_head).weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V,), the parameter that the head uses now; with -inf in columns that the model masks."""
+        linear = linear_of(self.lm_head)
+        bias = linear.bias if self.columns is None or linear.bias is None else linear.bias[: self.columns]
+        if self.masked is None:
+            return bias
+        bias = linear.weight.new_zeros(self.masked.shape) if bias is None else bias
+        return bias.masked_fill(self.masked.to(bias.device), -torch.inf)
+
+    @property
+    def head(self) -> Head:
+        """The head without adapters, with the parameters that it uses now."""
+        weight = self.weight if self.columns is None else self.weight[: self.columns]
+        return Head(weight, self.bias, **dataclasses.asdict(self.transform))
+
+    def blocks(self, hidden: Tensor) -> tuple[Blocks, Head]:
+        """What the fused ops take as `hidden` and `weight`, with the adapters as they are at the time of the call.
+
+            logits = transform(sum_k hidden[k] @ head.weight[k].T + head.bias)
+            with LoRA on the head: hidden = (h, s * (dropout(h) @ A.T), ...), head.weight = (W, B, ...)
+
+        Dropout of the adapters is drawn in training mode, once a call and in the order in which PEFT draws it.
+
+        Args:
+            hidden: (..., H), the decoder's.
+
+        Returns:
+            (hidden, head). For a plain head, for `modules_to_save` and where adapters are disabled or merged, hidden
+            and head.weight are tensors; else two tuples, with one more block of r columns for each active adapter.
+            Gradients reach W, A and B. Outside autocast
+            the blocks of adapters are cast to the dtype of W, and the ops cast `hidden` to it.
+
+        Raises:
+            UnsupportedModelError: an active adapter is DoRA or another variant, or has a bias (`lora_bias`).
+
+        Memory:
+            r numbers per token and adapter; a copy of B (V, r) where its dtype is not that of `hidden`.
+        """
+        states, weights = blocks(self.lm_head, hidden)
+        if self.columns is not None:
+            cut = slice(self.columns)
+            weights = weights[cut] if isinstance(weights, Tensor) else tuple(each[cut] for each in weights)
+        return states, dataclasses.replace(self.head, weight=weights)
+
+    def at_temperature(self, temperature: float) -> CausalLM:
+        """The same model with its logits divided by `temperature` last, as a tempered sampler draws from them."""
+        return dataclasses.replace(self, transform=dataclasses.replace(self.transform, temperature=temperature))
+
+
+def _parts(target: hf_call.Target, verdict: Verdict) -> CausalLM:
+    def hidden(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return hf_call.hidden_states(target, input_ids, attention_mask, positions=verdict.positions)
+
+    return CausalLM(hidden, target.head, verdict.transform, verdict.masked, verdict.columns)
+
+
+def hidden_and_head(model: nn.Module) -> CausalLM:
+    """Take a transformers causal LM apart into hidden states, head weight, bias and logit transform.
+
+        model(ids, mask).logits == transform(hidden(ids, mask) @ weight.T + bias)
+
+    Hidden states are what the model's own forward gives to its head, so whatever stands between decoder and head (a
+    dense layer with activation and norm, a scale, a cast) is part of them. What the head gives, and what the model
+    makes of it, is looked at by calling the model on 9 tokens: the first time, and again when the head, its dtype or
+    adapters, autocast or a number of the configuration is another. The first time an adapter is seen on the head, its
+    block is compared with the head's own output, with random numbers in the adapter's place.
+
+    Args:
+        model: a decoder-only transformers model with a plain nn.Linear head, or a PEFT model around one: adapters of
+            any kind inside the layers, LoRA or `modules_to_save` on the head. Its scale and softcap must be among the
+            numbers of its configuration. Columns that it masks get a bias of -inf, those that it cuts off are left out
+            by `blocks`. `sequence_logps` and `run` also take a model in DDP or FSDP.
+
+    Returns:
+        CausalLM(hidden, lm_head, ...) with the properties head, weight and bias, the model's own
+        parameters, so gradients reach them, and a tied embedding gets both of its gradients; and the method blocks,
+        which the fused ops need where LoRA is on the head.
+
+    Raises:
+        TypeError: `model` is no torch module.
+        UnsupportedModelError: no plain head or several, an encoder-decoder, prompt-learning PEFT, another adapter on
+            the head (DoRA, `lora_bias`, IA3, ...), a wrapper that does something in its call (DDP, FSDP2, ...), or
+            logits that are no known transform of the head's product (the message gives the numbers).
+
+    Warns:
+        UserWarning: the model's own logits depend on tokens that come later.
+
+    Memory:
+        The check holds logits of 2 * 9 tokens, and 8192 rows of the weight in float32 or float64.
+
+    Source:
+        The check is ours; where the head is, is the convention of transformers.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2, num_key_value_heads=2)
+        >>> parts = hidden_and_head(LlamaForCausalLM(config))
+        >>> tuple(parts.head.weight.shape), parts.head.bias is None, parts.head.softcap is None
+        ((32, 16), True, True)
+    """
+    target = hf_call.find(model)
+    hf_call.check_apart(target)
+    hf_call.check_gradients(target)
+    return _parts(target, verdict_of(target))
+
+
+def run(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, job: Callable[[CausalLM, Tensor], Tensor]
+) -> Tensor:
+    """Return job(parts, hidden), computed inside the call of the model as it is wrapped.
+
+    DDP, FSDP2 and DeepSpeed arrange in that call what the backward needs, and parameters are whole only inside it. The
+    job takes the place of the product of the head; the forward ends after it, so logits are never made.
+
+    Args:
+        model: as `hidden_and_head`, or in DDP, FSDP, a DeepSpeed engine, torch.compile, what `Accelerator.prepare`
+            returns, or another wrapper that passes `input_ids`, `attention_mask` and `position_ids` on and returns what
+            the model returns. torch.compile around a model compiles its decoder alone here.
+        input_ids: (S, L) int64 or int32, padded on either side.
+        attention_mask: (S, L) bool or 0 and 1; 0 for padding.
+        job: gets the model taken apart and its hidden states (S, L, H), on the device of the head; returns a tensor.
+            Constants travel in it, for FSDP2 rounds floating arguments of a call to its mixed precision.
+
+    Raises:
+        TypeError, UnsupportedModelError: as `hidden_and_head`.
+
+    Warns:
+        UserWarning: as `hidden_and_head`; or rows are padded on the left, and the model's hidden states change with it.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).eval()
+        >>> ids = torch.tensor([[4, 5, 6]])
+        >>> run(model, ids, torch.ones_like(ids), lambda parts, hidden: hidden @ parts.weight.T).shape
+        torch.Size([1, 3, 32])
+    """
+    target = hf_call.find(model)
+    hf_call.check_gradients(target)
+    verdict = verdict_of(target)
+    if not verdict.left_padding and not bool(attention_mask[:, 0].all()):
+        warnings.warn(
+            f"hidden states of {target.name} change with padding on the left, and log-probs with them, as those of its "
+            "own logits do; pad on the right",
+            stacklevel=3,
+        )
+    parts = _parts(target, verdict)
+    given = hf_call.inputs(target.base, input_ids, attention_mask, positions=verdict.positions)
+    return hf_call.run(target, given, lambda hidden: job(parts, hidden))
+
+
+def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[CausalLM, Tensor], Result]) -> Result:
+    """Return job(parts, hidden) for code that runs in a forward of the model already, under whatever wraps it.
+
+    Args:
+        model: a transformers causal LM, not a wrapper.
+        given: keyword arguments of its forward.
+        job: as of `run`, and may return anything.
+
+    Raises:
+        TypeError, UnsupportedModelError: as `hidden_and_head`.
+    """
+    target = hf_call.find_inside(model)
+    parts = _parts(target, verdict_of(target))
+    given = {**given, **({"use_cache": False} if hf_call.takes(model, "use_cache") else {})}
+    return hf_call.at_head(model.forward, target.head, given, lambda hidden: job(parts, hidden))
+
+
+def completion_targets(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    """Targets aligned with hidden states: position t scores token t + 1 if that token belongs to the completion.
+
+        targets[s, t] = input_ids[s, t + 1] where completion_mask[s, t + 1], else -100; the last column is -100
+
+    Args:
+        input_ids: (S, L) int64 or int32, prompt and completion, padded on either side.
+        completion_mask: (S, L) bool, or integers 0 and 1; 1 for the tokens to score (the end token included).
+
+    Returns:
+        (S, L) int64.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: shapes or devices do not fit, or the first column is scored, which has no token before it.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> completion_targets(ids, torch.tensor([[0, 0, 1, 1]]))
+        tensor([[-100,    7,    8, -100]])
+    """
+    check_shape("input_ids", check_integer("input_ids", input_ids), ("S", "L"))
+    mask = _as_bool("completion_mask", completion_mask, input_ids)
+    if input_ids.device.type == "cpu" and input_ids.shape[1] and bool(mask[:, 0].any()):
+        raise ValueError(
+            "completion_mask must be 0 in the first column: its token has no token before it to predict it"
+        )
+    targets = torch.full_like(input_ids, IGNORE_INDEX, dtype=torch.int64)
+    targets[:, :-1] = torch.where(mask[:, 1:], input_ids[:, 1:].long(), IGNORE_INDEX)
+    return targets
+
+
+def _as_bool(name: str, mask: object, input_ids: Tensor) -> Tensor:
+    tensor = check_tensor(name, mask)
+    if tensor.dtype not in (torch.bool, torch.int64, torch.int32):
+        raise TypeError(f"{name} must be bool, int64 or int32, got {tensor.dtype}")
+    check_shape(name, tensor, shape_of(input_ids))
+    check_same_device(name, tensor, "input_ids", input_ids)
+    return tensor.bool()
+
+
+def sequence_logps(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    normalize: str = "sum",
+    max_scored: int | None = None,
+    memory_budget: int | None = None,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the log-prob of each completion under a transformers causal LM, without the logits.
+
+        logps[s] = sum_t completion_mask[s, t] * log p(input_ids[s, t] | input_ids[s, :t])
+
+    Differentiable with respect to every parameter that requires a gradient; under torch.no_grad only one slab of the
+    vocabulary exists at a time.
+
+    Args:
+        model: as `run`: also in DDP, FSDP2, torch.compile, what `Accelerator.prepare` returns, on several devices or,
+            without gradients, offloaded.
+        input_ids: (S, L) int64 or int32, prompt and completion, padded on either side.
+        attention_mask: (S, L) bool or 0 and 1; 0 for padding.
+        completion_mask: (S, L) bool or 0 and 1; 1 for the tokens to score (the end token included). Never 1 in the
+            first column, nor where attention_mask is 0.
+        temperature: divides the logits last, so that completions drawn at that temperature are scored as drawn.
+        normalize, max_scored, memory_budget, batch_invariant, backend: see `windkern.sequence_logps`.
+
+    Returns:
+        (S,) nats, float32 (float64 for a float64 model).
+
+    Raises:
+        TypeError, UnsupportedModelError: as `run`, or weights would lose their gradients (offloaded, ZeRO-3); a mask
+            or `input_ids` has a dtype that does not fit.
+        ValueError: shapes, devices or values do not fit.
+        BackendUnavailableError: the named back end cannot run here.
+
+    Memory:
+        The decoder's own, and what `windkern.plan` gives for the scored tokens.
+
+    Source:
+        `windkern.sequence_logps`.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).eval()
+        >>> ids = torch.tensor([[0, 4, 5, 6], [7, 8, 9, 10]])
+        >>> attention, completion = torch.ones_like(ids), torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])
+        >>> attention[0, 0] = 0
+        >>> sequence_logps(model, ids, attention, completion).shape
+        torch.Size([2])
+    """
+    targets = completion_targets(input_ids, completion_mask)
+    attended = _as_bool("attention_mask", attention_mask, input_ids)
+    if input_ids.device.type == "cpu" and bool((completion_mask.bool() & ~attended).any()):
+        raise ValueError("completion_mask must be 0 wherever attention_mask is 0, got a scored padding token")
+
+    def job(parts: CausalLM, hidden: Tensor) -> Tensor:
+        parts = parts.at_temperature(temperature)
+        states, head = parts.blocks(hidden)
+        if torch.is_grad_enabled() and any(hasattr(each, "ds_id") for each in (parts.weight, parts.bias)):
+            raise UnsupportedModelError(
+                "DeepSpeed ZeRO-3 frees the gathered head before its backward; score under torch.no_grad(), compute "
+                "the loss inside the call by windkern.hf.run and windkern.fused_loss, or use ZeRO-2 or FSDP2"
+            )
+        return _sequence_logps(
+            states,
+            head,
+            targets.to(hidden.device),
+            normalize=normalize,
+            max_scored=max_scored,
+            memory_budget=memory_budget,
+            batch_invariant=batch_invariant,
+            backend=backend,
+        )
+
+    return run(model, input_ids, attended, job).to(input_ids.device)

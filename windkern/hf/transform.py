@@ -1,0 +1,199 @@
+"""Scale, softcap and masked columns of a model's logits, read from what it makes of numbers that we chose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from windkern.hf.call import Target
+from windkern.hf.head import UnsupportedModelError
+from windkern.transform import LogitTransform
+
+REMEDY = "compute hidden states yourself and call windkern.sequence_logps with the right transform"
+_MASK = -1e4  # a column that is always at or below this is a mask: exp of it is 0 beside any other logit
+_SAMPLE = 256  # columns that candidates are tried on
+# Fields that claim something of the logits, and the scale they mean where they mean one.
+_CLAIMS = {
+    "logit_scale": lambda value: value,  # Cohere
+    "logits_scaling": lambda value: 1 / value,  # Granite
+    "lm_head_multiplier": lambda value: value,  # Falcon-H1
+    "final_logit_softcapping": None,  # Gemma
+}
+
+
+def probe(rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """(rows, V) float64, numbers of `dtype` from 2^-8 to 2^12 (2^9 in float16), of either sign, all sizes in a column.
+
+    Small ones show the scale, large ones a softcap.
+    """
+    random = torch.Generator().manual_seed(0)  # Reason: the caller's random numbers are not ours to draw
+    top = 8 if dtype == torch.float16 else 11
+    sizes = 2 ** torch.linspace(-8, top, rows, dtype=torch.float64)
+    place = (torch.arange(rows)[:, None] + torch.arange(vocab)) % rows
+    mantissa = 1 + torch.rand(rows, vocab, generator=random, dtype=torch.float64)
+    sign = torch.randint(2, (rows, vocab), generator=random) * 2 - 1
+    return (sizes[place] * mantissa * sign).to(dtype).double()
+
+
+def numbers_of(base: nn.Module) -> tuple[tuple[str, float], ...]:
+    """Names and values of what may scale or cap: in a model's configuration, in that of its text part, on the model.
+
+    Integers only where their name says so: a scale of 1 / 2 layers would be a coincidence, and numbers of steps change.
+    """
+    config = base.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return tuple(
+        (name, value)
+        for holder in ((config,) if text is config else (config, text)) + (base,)
+        for name, value in vars(holder).items()
+        if type(value) is float or (type(value) is int and _speaks(name))
+        if math.isfinite(value)
+    )
+
+
+def read(
+    target: Target,
+    given: Tensor,
+    made: Tensor,
+    exact: Tensor,
+    logits: Tensor,
+    dtype: torch.dtype,
+    rounding: float,
+) -> tuple[LogitTransform, Tensor | None]:
+    """Return the transform that made `made` of `given`, and the columns (V',) that it masks.
+
+    Args:
+        given: (T, V') float64, what the head gave; made: (T, V') float64, what the model returned.
+        exact: (T, V') float64, the head's product for real hidden states; logits: (T, V') float64, what the model
+            returned for them.
+        dtype: in which the head gives its product.
+        rounding: what a number of the product may be off by, as a share of its size.
+
+    Raises:
+        UnsupportedModelError: it is no scale and softcap that the configuration names, or some columns are replaced by
+            constants that are no mask.
+    """
+    masked = _masked(target, made, logits)
+    given, made, exact, logits = (each[:, ~masked] for each in (given, made, exact, logits))
+    transform = _fit(target, given, made, dtype)
+    if transform.softcap is not None and bool(masked.any()):
+        raise UnsupportedModelError(
+            f"{target.name} caps its logits and then masks {int(masked.sum())} of them; windkern can do one or the "
+            f"other; {REMEDY}"
+        )
+    expected, size = _apply(transform, exact), transform.scale * exact.square().mean(-1, keepdim=True).sqrt()
+    error = float(((logits - expected).abs() / (expected.abs() + size).clamp(min=1e-30)).max())
+    if not error <= rounding + 4 * torch.finfo(dtype).eps:  # of the product, and of the transform's few steps
+        raise UnsupportedModelError(
+            f"{target.name} does to the logits of real tokens something else than to other numbers: they differ from "
+            f"{transform} by {error:.3g} of their size; {REMEDY}"
+        )
+    return transform, masked if bool(masked.any()) else None
+
+
+def _apply(transform: LogitTransform, logits: Tensor) -> Tensor:
+    scaled = transform.scale * logits
+    return scaled if transform.softcap is None else transform.softcap * (scaled / transform.softcap).tanh()
+
+
+def _masked(target: Target, made: Tensor, logits: Tensor) -> Tensor:
+    """(V,) columns that hold the same very negative number whatever the head gives."""
+    constant = (made == made[0]).all(0)
+    masked = constant & (made[0] <= _MASK) & (logits <= _MASK).all(0)
+    replaced = constant & ~masked
+    if bool(replaced.any()):
+        column = int(replaced.nonzero()[0])
+        raise UnsupportedModelError(
+            f"{target.name} replaces {int(replaced.sum())} of its {made.shape[-1]} logits by constants (token {column} "
+            f"has {float(made[0, column]):.4g}), whatever its head gives; {REMEDY}"
+        )
+    if not bool(made[:, ~masked].isfinite().all()) or bool(masked.all()):
+        raise UnsupportedModelError(f"{target.name} makes infinite logits or NaN of finite numbers; {REMEDY}")
+    return masked
+
+
+def _slack(dtype: torch.dtype) -> float:
+    """What rounding a few times may do to the whole: random in a short format, a last digit or two in a long one."""
+    eps = torch.finfo(dtype).eps
+    return eps if eps > 1e-4 else 8 * eps
+
+
+def _fits(transform: LogitTransform, given: Tensor, made: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the model's numbers are those of the transform, rounded a few times on the way."""
+    expected, slack = _apply(transform, given), _slack(dtype)
+    gap, least = made - expected, torch.finfo(dtype).tiny * slack
+    return bool((gap.abs() <= 4 * slack * expected.abs() + least).all()) and bool(gap.norm() <= slack * expected.norm())
+
+
+def _fit(target: Target, given: Tensor, made: Tensor, dtype: torch.dtype) -> LogitTransform:
+    """The scale and softcap among the model's numbers that explain what it made."""
+    part = given[:, :_SAMPLE], made[:, :_SAMPLE]
+    small = given.abs() <= given.abs().min() * 4
+    scale = float((made[small] / given[small]).median())
+    for candidate in _candidates(target, scale, float(made.abs().max()), _slack(dtype)):
+        if _fits(candidate, *part, dtype) and _fits(candidate, given, made, dtype):
+            return candidate
+    plain = scale > 0 and _fits(LogitTransform(scale=scale), given, made, torch.float16)
+    what = f"multiplies what its head gives by {scale:.6g}" if plain else "does something to what its head gives"
+    raise UnsupportedModelError(
+        f"{target.name} {what} that its configuration does not name ({_pairs(given, made)}); {REMEDY}"
+    )
+
+
+def _pairs(given: Tensor, made: Tensor) -> str:
+    return ", ".join(f"{float(a):.4g} -> {float(b):.4g}" for a, b in zip(given[:, 0], made[:, 0], strict=True))
+
+
+def _candidates(target: Target, scale: float, top: float, slack: float) -> Iterator[LogitTransform]:
+    """Transforms of the model's numbers that are near what was measured: nearest first, those that speak of it before.
+
+    Args:
+        scale: the measured slope at zero.
+        top: the largest number that the model made.
+    """
+    near = max(slack, 1e-3)
+    numbers = [(name, value) for name, value in numbers_of(target.base) if value > 0]
+    found = [("logits", 1.0), *numbers, *((name, 1 / value) for name, value in numbers)]
+    scales = sorted((not _speaks(name), abs(value / scale - 1), value) for name, value in found if scale > 0)
+    caps = sorted((not _speaks(name), value) for name, value in numbers if value >= top * (1 - near))
+    for _, gap, value in scales:
+        if gap <= near:
+            yield LogitTransform(scale=value)
+            yield from (LogitTransform(scale=value, softcap=cap) for _, cap in caps)
+
+
+def _speaks(name: str) -> bool:
+    return any(part in name for part in ("logit", "lm_head", "output_", "scal", "cap", "mult"))
+
+
+def unfollowed(target: Target, transform: LogitTransform) -> Iterator[tuple[str, float, LogitTransform]]:
+    """Names and values of what the model's own configuration claims and its logits do not show, as a transform.
+
+    A wrapper around a text model is free to ignore what the configuration of its text part says.
+    """
+    for name, meaning in _CLAIMS.items():
+        value = vars(target.base.config).get(name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            continue
+        if meaning is None:
+            followed, claimed = transform.softcap == value, LogitTransform(scale=transform.scale, softcap=value)
+        else:
+            claimed = LogitTransform(scale=meaning(value), softcap=transform.softcap)
+            followed = any(math.isclose(transform.scale, each, rel_tol=1e-3) for each in (value, 1 / value))
+        if not followed:
+            yield name, value, claimed
+
+
+def refusal(
+    target: Target, name: str, value: float, claimed: LogitTransform, exact: Tensor, logits: Tensor
+) -> UnsupportedModelError:
+    """What to raise for a claim that is not followed: exact and logits as `read`."""
+    ours, theirs = (each.log_softmax(-1) for each in (_apply(claimed, exact), logits))
+    error = float((ours - theirs).abs().nan_to_num(0.0).max())  # a masked column is -inf in both or in one
+    return UnsupportedModelError(
+        f"config.{name} is {value}, and {target.name} does not follow it: log-probs with {claimed} miss those of its "
+        f"logits by {error:.3g} nats. Set config.{name} to None if the model was trained without it; else {REMEDY}"
+    )

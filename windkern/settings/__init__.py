@@ -1,0 +1,1 @@
+"""Settings: dataclasses filled from YAML files and command lines."""

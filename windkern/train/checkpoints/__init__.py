@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, verified, resumed only by the run that wrote them."""

@@ -1,0 +1,1 @@
+"""Prompts, demonstrations and recorded responses: files, chat templates, token ids."""

@@ -1,0 +1,95 @@
+"""Responses somebody recorded, with their scores or preferences where there are any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from windkern.train.data.files import load
+from windkern.train.data.prompts import prompt_from_json, prompt_to_json
+from windkern.train.valid_json import to_json
+
+_SUM_TOLERANCE = 1e-3  # of prefs[i][j] + prefs[j][i] = 1, for files with rounded numbers
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One row: a prompt and N responses to it."""
+
+    prompt: str  # or ChatPrompt
+    responses: tuple[str, ...]
+    rewards: tuple[float, ...] | None = None  # N
+    prefs: tuple[tuple[float, ...], ...] | None = None  # N x N, chance that response i beats response j
+
+
+def _strings(value: object, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
+        raise ValueError(f'"{name}" must be a list of one string or more')
+    return tuple(value)
+
+
+def _numbers(value: object, name: str, count: int) -> tuple[float, ...]:
+    fits = isinstance(value, list) and len(value) == count
+    if not fits or not all(
+        isinstance(each, (int, float)) and not isinstance(each, bool) and math.isfinite(each) for each in value
+    ):
+        raise ValueError(f'"{name}" must be a list of {count} finite numbers, one for each response')
+    return tuple(float(each) for each in value)
+
+
+def _preferences(value: object, count: int) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(value, list) or len(value) != count:
+        raise ValueError(f'"prefs" must be a list of {count} lists, one for each response')
+    rows = tuple(_numbers(row, "prefs", count) for row in value)
+    for i, row in enumerate(rows):
+        for j, chance in enumerate(row):
+            if not 0 <= chance <= 1 or abs(chance + rows[j][i] - 1) > _SUM_TOLERANCE:
+                raise ValueError(
+                    f'"prefs" must be chances with prefs[i][j] + prefs[j][i] = 1, got prefs[{i}][{j}] = {chance} and '
+                    f"prefs[{j}][{i}] = {rows[j][i]}"
+                )
+    return rows
+
+
+def _record(entry: object) -> Recorded:
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), (str, list)):
+        raise ValueError('expected an object with a string under "prompt", or with a list of chat messages there')
+    prompt = entry["prompt"] if isinstance(entry["prompt"], str) else prompt_from_json(entry["prompt"])
+    responses = _strings(entry.get("responses"), "responses")
+    count = len(responses)
+    rewards = None if entry.get("rewards") is None else _numbers(entry["rewards"], "rewards", count)
+    prefs = None if entry.get("prefs") is None else _preferences(entry["prefs"], count)
+    return Recorded(prompt, responses, rewards, prefs)
+
+
+def load_records(path: str | Path) -> list[Recorded]:
+    """Return the rows of a file of recorded responses.
+
+        {"prompt": "...", "responses": ["...", "..."], "rewards": [0.1, -2.0], "prefs": [[0.5, 0.9], [0.1, 0.5]]}
+
+    Args:
+        path: as for `windkern.train.data.loading.load_prompts`, but no plain text; in CSV and TSV all but the prompt
+            are JSON. "prompt" is a string or a list of chat messages (`ChatPrompt`). "rewards" and "prefs" are
+            optional; other fields are not looked at. Texts are taken as they are, with the space around them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a row is not such an object (the message names the line and what is wrong), or there is none.
+        MissingPackageError, OSError: as `load_prompts`.
+    """
+    return load(path, "recorded responses", _record)
+
+
+def save_records(path: Path, records: Sequence[Recorded]) -> None:
+    """Write what `load_records` reads."""
+    lines = []
+    for record in records:
+        entry: dict[str, object] = {"prompt": prompt_to_json(record.prompt), "responses": list(record.responses)}
+        if record.rewards is not None:
+            entry["rewards"] = list(record.rewards)
+        if record.prefs is not None:
+            entry["prefs"] = [list(row) for row in record.prefs]
+        lines.append(to_json(entry) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,137 @@
+"""Where a response begins and ends: how texts become token ids behind a prompt, and token ids texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from windkern.train.data.prompts import render
+
+_ANSWER = "windkern-answer"  # stands for an answer in a rendered conversation
+_ANCHORS = ("\n", "a", "1", ".")  # what may stand before a text so that it is not encoded as the start of one
+
+
+class Turn(NamedTuple):
+    """What a tokenizer, by its chat template if it has one, puts around an answer."""
+
+    space: str  # white space between the opened turn and the answer
+    end: int | None  # id of the token that ends the answer
+    ends: tuple[int, ...]  # ids of all tokens that end one
+
+
+def turn_of(tokenizer) -> Turn:
+    """Return what goes around an answer.
+
+    The end token is the first special token that the chat template puts behind an answer (Gemma's <end_of_turn>, which
+    is not its eos_token), else the tokenizer's eos_token; both end an answer. None and () where there is neither.
+
+    Raises:
+        ValueError: the chat template refuses a conversation of two messages.
+    """
+    space, end, eos = "", None, tokenizer.eos_token_id
+    if tokenizer.chat_template is not None:
+        asked = [{"role": "user", "content": "question"}]
+        opened = render(tokenizer, asked, open_turn=True)
+        dialogue = render(tokenizer, [*asked, {"role": "assistant", "content": _ANSWER}], open_turn=False)
+        before, answer, after = dialogue.rpartition(_ANSWER)
+        if answer:
+            gap = before.removeprefix(opened) if before.startswith(opened) else ""
+            space, end = gap if gap.isspace() else "", _first_special(tokenizer, after)
+    return Turn(space, eos if end is None else end, tuple(sorted({end, eos} - {None})))
+
+
+def _first_special(tokenizer, text: str) -> int | None:
+    added = tokenizer.added_tokens_decoder
+    ids = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in added]
+    special = [token for token in ids if added[token].special]
+    visible = [token for token in ids if added[token].content.strip()]  # some models do not mark their end as special
+    return next(iter(special or visible), None)
+
+
+def encode_opened(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of texts that something follows.
+
+    A chat template has put special tokens in; without one the tokenizer adds those it puts in front of a text, and none
+    behind.
+    """
+    if tokenizer.chat_template is not None:
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    # Hazard: some tokenizers put their end token behind every text, and a response would follow it. Remedy: cut it off.
+    bare = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [
+        ids[: _place(ids, own) + len(own)] for ids, own in zip(tokenizer(list(texts))["input_ids"], bare, strict=True)
+    ]
+
+
+def _place(ids: list[int], part: list[int]) -> int:
+    """Where a part begins; the end of `ids` where it is not in them, or is nothing."""
+    starts = range(len(ids) - len(part) + 1) if part else ()
+    return next((k for k in starts if ids[k : k + len(part)] == part), len(ids))
+
+
+def encode_responses(tokenizer, turn: Turn, opened: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of responses, as they follow on their prompts, without an end token.
+
+    The ids of prompt and response together are those of the joined text wherever the tokenizer does not merge letters
+    of both into one token; nothing is stripped, so the space between them and the indentation of code stay.
+
+    Args:
+        tokenizer: of transformers.
+        turn: what it puts around an answer.
+        opened: S prompts as they are encoded, see `windkern.train.data.loading.opened_prompts`.
+        texts: S responses.
+    """
+    spaced = [turn.space + text if _wants_space(text) else text for text in texts]
+    unique = list(dict.fromkeys(opened))
+    prompts = dict(zip(unique, encode_opened(tokenizer, unique), strict=True))
+    joined = encode_opened(tokenizer, [prompt + text for prompt, text in zip(opened, spaced, strict=True)])
+    rows = []
+    for prompt, text, ids in zip(opened, spaced, joined, strict=True):
+        own = prompts[prompt]
+        rows.append(ids[len(own) :] if ids[: len(own)] == own else _encode_inside(tokenizer, text))
+    return rows
+
+
+def _encode_inside(tokenizer, text: str) -> list[int]:
+    """The ids of a text that does not begin where a sentence does.
+
+    Hazard: SentencePiece tokenizers put a space before a text of its own. Remedy: something before it, taken off again.
+    """
+    for anchor in _ANCHORS:
+        before, ids = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (anchor, anchor + text))
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def response_texts(
+    tokenizer, turn: Turn, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the texts of responses as they follow on their prompts, without special tokens; nothing is stripped.
+
+    Args:
+        tokenizer: of transformers.
+        turn: what it puts around an answer; its space is not part of a text.
+        prompts: B token ids.
+        responses: B times N token ids.
+    """
+
+    def decode(rows: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    found = []
+    for prompt, group in zip(prompts, responses, strict=True):
+        # Reason: a tokenizer may show the space in front of a word only where something stands before it.
+        before, *whole = decode([list(prompt), *([*prompt, *row] for row in group)])
+        alone = decode([list(row) for row in group])
+        texts = [
+            text[len(before) :] if text.startswith(before) else own for text, own in zip(whole, alone, strict=True)
+        ]
+        bare = [text.removeprefix(turn.space) for text in texts]
+        found.append(tuple(own if _wants_space(own) else text for own, text in zip(bare, texts, strict=True)))
+    return tuple(found)
+
+
+def _wants_space(text: str) -> bool:
+    """Whether the template's space belongs in front of a text: not where it brings its own, or is nothing."""
+    return text != "" and not text[0].isspace()

@@ -1,0 +1,1 @@
+"""Evaluation of a policy against the reference on held-out prompts."""

@@ -1,0 +1,1 @@
+"""Judges: callables, reward models, pair models, recorded verdicts."""

@@ -1,0 +1,223 @@
+"""Judges: who wins between two responses to a prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from windkern._checks import check_number
+from windkern.train.data.prompts import shown
+from windkern.train.models import require
+
+RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+class Verdict(NamedTuple):
+    """Of B prompts with N responses each."""
+
+    prefs: Tensor  # (B, N, N) float32, prefs[b, i, j] = chance that response i beats response j
+    rewards: Tensor | None  # (B, N) float32, where the judge has them
+
+
+class Judge(Protocol):
+    """Anything that compares responses."""
+
+    name: str  # what a report says about it
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
+        """Compare all N responses to each of B prompts with each other.
+
+        In an evaluation the N are the policy's and, after them, the reference's.
+        """
+        ...
+
+
+def check_judge(judge: object) -> object:
+    """Return a judge.
+
+    Raises:
+        TypeError: it has no method `judge` or no `name`.
+
+    Example:
+        >>> check_judge(3)
+        Traceback (most recent call last):
+        TypeError: judge must have a method judge and a name, got int
+    """
+    if callable(getattr(judge, "judge", None)) and isinstance(getattr(judge, "name", None), str):
+        return judge
+    hint = "; make a function of rewards one by RewardJudge(function, strength=1.0)" if callable(judge) else ""
+    raise TypeError(f"judge must have a method judge and a name, got {type(judge).__name__}{hint}")
+
+
+class JudgeError(ValueError):
+    """A judge failed; the message says which, and how."""
+
+
+def ask(judge: Judge, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
+    """Return a judge's verdict, with errors that name the judge.
+
+    Raises:
+        JudgeError: the judge raised something that does not name it.
+    """
+    try:
+        return judge.judge(prompts, responses)
+    except Exception as error:
+        if isinstance(error, (ValueError, OSError)) and repr(judge.name) in str(error):
+            raise
+        raise JudgeError(f"judge {judge.name!r} failed: {type(error).__name__}: {error}") from error
+
+
+def bradley_terry(rewards: Tensor, strength: float) -> Tensor:
+    """Return prefs (..., N, N) from rewards (..., N): P_ij = sigmoid(strength * (r_i - r_j)).
+
+    Example:
+        >>> bradley_terry(torch.tensor([1.0, 0.0]), 4.0)[0]
+        tensor([0.5000, 0.9820])
+    """
+    return torch.sigmoid(strength * (rewards[..., :, None] - rewards[..., None, :]))
+
+
+class RewardJudge:
+    """A judge made of a reward function and the Bradley-Terry link.
+
+        P_ij = sigmoid(strength * (r_i - r_j))
+
+    Args:
+        reward: called as reward(prompts, responses) on two lists of S strings, one prompt for each response; returns
+            S numbers.
+        strength: of the link, per unit of reward; positive.
+        name: for reports.
+
+    Raises:
+        ValueError: `strength` is not positive; when judging, the reward function returned another number of values,
+            or one that is not finite.
+
+    Example:
+        >>> judge = RewardJudge(lambda prompts, responses: [len(text) for text in responses], strength=1.0)
+        >>> judge.judge(["hi"], [["a", "abc"]]).rewards
+        tensor([[1., 3.]])
+    """
+
+    def __init__(self, reward: RewardFunction, *, strength: float, name: str | None = None):
+        self.reward = reward
+        self.strength = check_number("strength", strength, above=0)
+        self.name = name or getattr(reward, "__name__", type(reward).__name__)
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
+        flat_prompts = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
+        flat = [text for group in responses for text in group]
+        found = self.reward(flat_prompts, flat)
+        try:
+            values = torch.as_tensor(found if isinstance(found, Tensor) else list(found), dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"reward {self.name!r} must return a list of numbers, one for each of {len(flat)} responses, "
+                f"got {shown(found)}"
+            ) from error
+        if values.shape != (len(flat),):
+            raise ValueError(
+                f"reward {self.name!r} must return one number for each of {len(flat)} responses, "
+                f"got shape {tuple(values.shape)}"
+            )
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"reward {self.name!r} must return finite numbers, got {float(values[bad])} for {flat[bad]!r}"
+            )
+        rewards = values.view(len(prompts), -1)
+        return Verdict(bradley_terry(rewards, self.strength), rewards)
+
+
+@contextlib.contextmanager
+def _current_directory() -> Iterator[None]:
+    """Imports find modules of the current directory, which an installed command does not by itself."""
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def load_function(name: str) -> Callable:
+    """Return the object that `module:attribute` names, for judges given on a command line.
+
+    Modules of the current directory are found too, after all others.
+
+    Raises:
+        ValueError: not of that form, no such module or attribute, or not callable; the message says which.
+
+    Example:
+        >>> load_function("math:sqrt")(4)
+        2.0
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"expected module:function, got {name!r}")
+    try:
+        with _current_directory():
+            module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"cannot import {module_name!r} of {name!r}: {error}; modules are looked for where Python does and in "
+            f"{os.getcwd()}"
+        ) from error
+    function = functools.reduce(lambda owner, part: getattr(owner, part, None), attribute.split("."), module)
+    if not callable(function):
+        raise ValueError(f"module {module_name!r} has no function {attribute!r}")
+    return function
+
+
+def repeated_share(text: str) -> float:
+    """Return the share of three-word sequences that occurred earlier in the text: 0 for prose, near 1 for a loop.
+
+    Example:
+        >>> repeated_share("one two three four"), repeated_share("la la la la la la")
+        (0.0, 0.75)
+    """
+    words = re.findall(r"[\w']+", text.lower())
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(triples)) / len(triples) if triples else 0.0
+
+
+@functools.cache
+def _analyzer():
+    require("vaderSentiment")
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+def vader_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return how positive each response sounds, less the share of it that is repetition: numbers in [-2, 1].
+
+        reward = VADER compound score of the words - repeated_share(response)
+
+    Capitals, exclamation marks, emoticons and emoji, all of which VADER counts, are taken out first: only words can
+    earn anything. The prompts do not matter.
+
+    Raises:
+        MissingPackageError: vaderSentiment is not installed.
+
+    Source:
+        Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text".
+    """
+    plain = (re.sub(r"[^\w\s',.;-]", " ", text).lower() for text in responses)
+    return [
+        _analyzer().polarity_scores(words)["compound"] - repeated_share(text)
+        for words, text in zip(plain, responses, strict=True)
+    ]
+
+
+def vader_judge(strength: float) -> RewardJudge:
+    """The judge of the demo: the more positive response is the likelier winner."""
+    return RewardJudge(vader_reward, strength=strength, name="VADER sentiment without repetition")

@@ -1,0 +1,1 @@
+"""What a run reports: records, lines, tables, pictures, the model card."""

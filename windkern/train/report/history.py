@@ -1,0 +1,86 @@
+"""The records of a run's iterations on the disk, and what of a run is no longer there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from windkern.train.report.progress import Record
+from windkern.train.rollouts import DamagedRecordError, RolloutStore, read_json, write_json
+
+_WITHOUT = "delete it, and the history goes on without its iteration"
+
+
+class History:
+    """One `record.json` for each finished iteration.
+
+    Args:
+        store: where the iterations' folders are.
+    """
+
+    def __init__(self, store: RolloutStore):
+        self.store = store
+
+    def path(self, iteration: int) -> Path:
+        return self.store.iteration(iteration) / "record.json"
+
+    def write(self, record: Record) -> None:
+        write_json(self.path(record.iteration), record.as_dict())
+
+    def read(self, iterations: int) -> list[Record]:
+        """The records of the first iterations, as far as they are there.
+
+        Raises:
+            DamagedRecordError: a file is not a record.
+        """
+        found = []
+        for iteration in range(1, iterations + 1):
+            path = self.path(iteration)
+            if (content := read_json(path, _WITHOUT)) is None:
+                continue
+            try:
+                record = Record(**content)
+            except TypeError as error:
+                raise DamagedRecordError(path, error, _WITHOUT) from error
+            # Reason: JSON has no word for the standard error of one prompt, which is nan.
+            lost = {each: math.nan for each in ("win_rate", "kl") if content[each] is not None}
+            lost = {f"{each}_se": nan for each, nan in lost.items() if content[f"{each}_se"] is None}
+            record = dataclasses.replace(record, **lost)
+            if record.iteration != iteration or not all(_is_number(each) for each in content.values()):
+                raise DamagedRecordError(path, f"it is no record of iteration {iteration}", _WITHOUT)
+            found.append(record)
+        return found
+
+    def missing(self, iteration: int, blocks: int) -> list[str]:
+        """Files of a finished iteration that are not there.
+
+        Args:
+            iteration: counted from 1.
+            blocks: of an iteration.
+        """
+        folder = self.store.iteration(iteration)
+        wanted = [*(self.store.path(folder, block) for block in range(blocks)), folder / "scored.json"]
+        wanted.append(self.path(iteration))
+        return [f"{path.parent.name}/{path.name}" for path in wanted if not path.is_file()]
+
+    def tell_missing(self, iterations: int, blocks: int, note: Callable[[str], None]) -> None:
+        """Say which files of finished iterations are not there; nothing needs them any more but a reader.
+
+        Args:
+            iterations: that are finished.
+            blocks: of an iteration.
+            note: told in one line.
+        """
+        missing = [name for iteration in range(1, iterations + 1) for name in self.missing(iteration, blocks)]
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            note(
+                f"missing in {self.store.folder}: {', '.join(missing[:5])}{more}; the run goes on without, and what it "
+                "says of those iterations will not be whole"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value))

@@ -1,0 +1,1 @@
+"""Samplers: the policy's own generate, servers, recorded responses."""

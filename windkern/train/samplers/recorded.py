@@ -1,0 +1,201 @@
+"""Completions made of texts or of token ids: those somebody recorded, or those a server wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from windkern._checks import check_count
+from windkern.train.data.loading import encode_prompts, opened_prompts, padding_id
+from windkern.train.data.prompts import loosely
+from windkern.train.data.records import load_records
+from windkern.train.data.turns import encode_responses, response_texts, turn_of
+from windkern.train.samplers.sampler import Completions
+from windkern.train.seeds import generator
+
+
+def completions_of_texts(
+    tokenizer,
+    prompts: Sequence[str],
+    texts: Sequence[Sequence[str]],
+    *,
+    system: str | None = None,
+    max_new_tokens: int | None = None,
+    truncated: Sequence[Sequence[bool]] | None = None,
+) -> Completions:
+    """Return prompts and responses as token ids with masks, as `TransformersSampler` returns its own.
+
+    Each response is encoded as it follows on its prompt, nothing is stripped from it, and it ends as the chat template
+    ends a turn, or with the tokenizer's end token where there is no template, unless it was truncated. A text can have
+    several encodings; the one used here is the tokenizer's, which need not be the one a server drew, so its log-prob
+    can differ a little from the server's: `completions_of_ids` takes the tokens themselves.
+
+    Args:
+        tokenizer: of the policy.
+        prompts: B.
+        texts: B times N responses.
+        system: system message for the chat template, None for the template's own.
+        max_new_tokens: longest response, end token included; longer ones are cut and count as truncated.
+        truncated: B times N, responses that were cut off where they were made; None says none was.
+
+    Raises:
+        ValueError: no prompts, groups of different sizes, an empty response, or a tokenizer without an end token.
+
+    Example:
+        >>> completions_of_texts(None, ["a"], [["x"], ["y"]])
+        Traceback (most recent call last):
+        ValueError: texts must have one group of responses for each of 1 prompts, got 2
+    """
+    count = _group_size("texts", prompts, texts)
+    opened = opened_prompts(tokenizer, prompts, system=system)
+    flat = [text for group in texts for text in group]
+    behind = [prompt for prompt in opened for _ in range(count)]
+    turn = turn_of(tokenizer)
+    if turn.end is None:
+        raise ValueError("the tokenizer names no end token (eos_token_id), and its chat template has none either")
+    rows = encode_responses(tokenizer, turn, behind, flat)
+    cut = [False] * len(rows) if truncated is None else [bool(each) for group in truncated for each in group]
+    for k, row in enumerate(rows):
+        if cut[k] and not row:
+            raise ValueError(f"a truncated response to {prompts[k // count]!r} encodes to no tokens: {flat[k]!r}")
+        if not cut[k] and not set(row) & set(turn.ends):
+            rows[k] = [*row, turn.end]
+    groups = [rows[first : first + count] for first in range(0, len(rows), count)]
+    return completions_of_ids(
+        tokenizer,
+        prompts,
+        groups,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        truncated=[cut[first : first + count] for first in range(0, len(cut), count)],
+    )
+
+
+def completions_of_ids(
+    tokenizer,
+    prompts: Sequence[str],
+    responses: Sequence[Sequence[Sequence[int]]],
+    *,
+    system: str | None = None,
+    max_new_tokens: int | None = None,
+    truncated: Sequence[Sequence[bool]] | None = None,
+) -> Completions:
+    """Return what `completions_of_texts` returns, of responses whose tokens are known.
+
+    A response ends with its first end token, and nothing is put behind one that has none. The texts are those of the
+    tokens that are kept.
+
+    Args:
+        tokenizer, prompts, system, max_new_tokens: as `completions_of_texts`.
+        responses: B times N lists of token ids, as they were drawn, the end token included.
+        truncated: B times N, responses that were cut off where they were made; None: those without an end token.
+
+    Raises:
+        ValueError: no prompts, groups of different sizes, an empty response, or an id that is not the tokenizer's.
+
+    Example:
+        >>> completions_of_ids(None, ["a"], [[[1]], [[2]]])
+        Traceback (most recent call last):
+        ValueError: responses must have one group of responses for each of 1 prompts, got 2
+    """
+    count = _group_size("responses", prompts, responses)
+    turn, known = turn_of(tokenizer), len(tokenizer)
+    encoded = encode_prompts(tokenizer, prompts, system=system)
+    rows = [list(row) for group in responses for row in group]
+    cut = [True] * len(rows) if truncated is None else [bool(each) for group in truncated for each in group]
+    for k, row in enumerate(rows):
+        if strange := [token for token in row if not 0 <= token < known]:
+            raise ValueError(f"responses must hold ids below the tokenizer's {known}, got {strange[0]}")
+        if not row:
+            raise ValueError(f"a response to {prompts[k // count]!r} must have tokens, got none")
+        stop = next((place for place, token in enumerate(row) if token in turn.ends), None)
+        if stop is not None:
+            row, cut[k] = row[: stop + 1], False
+        if max_new_tokens is not None and len(row) > max_new_tokens:
+            row, cut[k] = row[:max_new_tokens], True
+        rows[k] = row
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [padding_id(tokenizer)] * (width - len(row)) for row in rows])
+    own = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    ids, mask = (each.repeat_interleave(count, 0) for each in encoded)
+    asked = [row[seen.bool()].tolist() for row, seen in zip(*encoded, strict=True)]
+    groups = [rows[first : first + count] for first in range(0, len(rows), count)]
+    return Completions(
+        input_ids=torch.cat([ids, tokens], 1),
+        attention_mask=torch.cat([mask.bool(), own], 1),
+        completion_mask=torch.cat([torch.zeros_like(mask, dtype=torch.bool), own], 1),
+        truncated=torch.tensor(cut),
+        texts=response_texts(tokenizer, turn, asked, groups),
+    )
+
+
+def _group_size(name: str, prompts: Sequence[str], groups: Sequence[Sequence]) -> int:
+    """N, the same for every prompt."""
+    if len(groups) != len(prompts):
+        raise ValueError(
+            f"{name} must have one group of responses for each of {len(prompts)} prompts, got {len(groups)}"
+        )
+    counts = {len(group) for group in groups}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"every prompt must have the same number of responses, at least one, got {sorted(counts)}")
+    return counts.pop()
+
+
+class RecordedSampler:
+    """Answers prompts with recorded responses: for offline runs, and for responses of models that cannot run here.
+
+    A prompt is found as it was recorded, else by its text without the space around it.
+
+    Args:
+        path: JSON lines, see `windkern.train.data.records.load_records`; a prompt may have several lines.
+        tokenizer: of the policy whose log-probs are fitted.
+        max_new_tokens: longest response, end token included; None takes them whole.
+        system: system message for the chat template, None for the template's own.
+
+    Raises:
+        FileNotFoundError, ValueError: the file does not exist or a line is wrong; when sampling, a prompt is not in
+            the file or has fewer responses than are wanted.
+    """
+
+    def __init__(self, path: str | Path, tokenizer, *, max_new_tokens: int | None = None, system: str | None = None):
+        self.path, self.tokenizer, self.system = Path(path), tokenizer, system
+        self.max_new_tokens = None if max_new_tokens is None else check_count("max_new_tokens", max_new_tokens, least=1)
+        self._responses: dict[str, list[str]] = {}
+        self._loosely: dict[str, list[str]] = {}  # the same, by what is left of a prompt without the space around it
+        for record in load_records(path):
+            self._responses.setdefault(str(record.prompt), []).extend(record.responses)
+            self._loosely.setdefault(loosely(record.prompt), []).extend(record.responses)
+
+    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
+        """`num_responses` of the responses recorded for each prompt, without putting any back."""
+        check_count("num_responses", num_responses, least=1)
+        return completions_of_texts(
+            self.tokenizer,
+            prompts,
+            [self._choose(prompt, num_responses, seed) for prompt in prompts],
+            system=self.system,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def everything(self, prompt: str) -> Completions:
+        """All responses recorded for a prompt.
+
+        Raises:
+            ValueError: there are none.
+        """
+        texts = [self._choose(prompt, max(1, len(self._found(prompt))), 0)]
+        return completions_of_texts(
+            self.tokenizer, [prompt], texts, system=self.system, max_new_tokens=self.max_new_tokens
+        )
+
+    def _found(self, prompt: str) -> list[str]:
+        return self._responses.get(str(prompt)) or self._loosely.get(loosely(prompt), [])
+
+    def _choose(self, prompt: str, count: int, seed: int) -> list[str]:
+        found = self._found(prompt)
+        if len(found) < count:
+            raise ValueError(f"{self.path} has {len(found)} responses to {prompt!r}, {count} are wanted")
+        order = torch.randperm(len(found), generator=generator(seed, prompt))
+        return [found[k] for k in order[:count].tolist()]

@@ -1,0 +1,285 @@
+"""Responses of the current policy, with the masks that say which tokens are whose."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from windkern._checks import check_count, check_number
+from windkern.train.data.loading import encode_prompts, padding_id
+from windkern.train.data.prompts import shown
+from windkern.train.data.turns import response_texts, turn_of
+from windkern.train.positions import positions_of
+
+
+@dataclass(frozen=True)
+class Completions:
+    """N responses to each of B prompts, S = B * N sequences, prompt by prompt.
+
+    Prompts are padded on the left and completions on the right, so every completion starts in the same column.
+    """
+
+    input_ids: Tensor  # (S, L) int64
+    attention_mask: Tensor  # (S, L) bool
+    completion_mask: Tensor  # (S, L) bool, up to and including the first end token
+    truncated: Tensor  # (S,) bool, no end token within the limit
+    texts: tuple[tuple[str, ...], ...]  # B times N, what the tokens say, without special tokens
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.texts[0])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.completion_mask.sum())
+
+    def groups(self, chosen: Sequence[int]) -> Completions:
+        """The responses to some of the prompts, without columns that are padding in all of them."""
+        return self.responses(chosen, torch.arange(self.num_responses).expand(len(chosen), -1))
+
+    def responses(self, prompts: Sequence[int], chosen: Tensor) -> Completions:
+        """Some responses to some prompts: `chosen` (B, K) are their places among the N. Cut as `groups`."""
+        rows = (torch.tensor(prompts)[:, None] * self.num_responses + chosen).flatten()
+        used = self.attention_mask[rows].any(0).nonzero().flatten()
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        return Completions(
+            input_ids=self.input_ids[rows, columns],
+            attention_mask=self.attention_mask[rows, columns],
+            completion_mask=self.completion_mask[rows, columns],
+            truncated=self.truncated[rows],
+            texts=tuple(
+                tuple(self.texts[k][place] for place in places)
+                for k, places in zip(prompts, chosen.tolist(), strict=True)
+            ),
+        )
+
+
+class Sampler(Protocol):
+    """Anything that answers prompts with the current policy.
+
+    `completions_of_ids` and `completions_of_texts` of `windkern.train.samplers.recorded` make `Completions` of token
+    ids and of texts. A method `update(model)`, where there is one, is called with the policy before each iteration.
+    """
+
+    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
+        """`num_responses` independent responses to each prompt; the same seed and weights give the same responses."""
+        ...
+
+
+class GumbelNoise(LogitsProcessor):
+    """Turns greedy decoding into exact sampling from softmax(logits / temperature).
+
+        argmax_v (z_v + temperature * G_v),  G_v = -log(-log U_v) independent,  is a draw from softmax(z / temperature)
+
+    Reason: with a generator of its own the draws do not depend on what else uses torch's, and on a CPU it takes a
+    tenth of the time of torch.multinomial over a large vocabulary. The result of a call is overwritten by the next one:
+    a new buffer for each token would cost more than the arithmetic.
+
+    Source: Gumbel-max trick (Gumbel 1954; Maddison, Tarlow, Minka 2014, arXiv 1411.0030).
+    """
+
+    def __init__(self, generator: torch.Generator, temperature: float):
+        self.generator = generator
+        self.temperature = temperature
+        self._noise = torch.empty(0)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._noise.shape != scores.shape:
+            self._noise = torch.empty(scores.shape, device=scores.device)
+        # Hazard: log 0. Remedy: none needed, U = 0 gives G = -inf, a token that is not drawn; U = 1 does not occur.
+        noise = self._noise.uniform_(generator=self.generator).log_().neg_().log_()
+        return torch.add(scores, noise, alpha=-self.temperature, out=noise)
+
+
+def completion_mask(tokens: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return which generated tokens belong to the response, and which responses were cut off.
+
+    A response ends with its first end token, which belongs to it. Padding is never looked at, since many models pad
+    with their end token.
+
+    Args:
+        tokens: (S, T) int64, generated tokens.
+        end_ids: ids that end a response.
+
+    Returns:
+        ((S, T) bool, (S,) bool): mask, and truncated (no end token among the T).
+
+    Example:
+        >>> mask, truncated = completion_mask(torch.tensor([[7, 2, 2], [7, 8, 9]]), [2])
+        >>> mask.int().tolist(), truncated.tolist()
+        ([[1, 1, 0], [1, 1, 1]], [False, True])
+    """
+    ends = torch.isin(tokens, torch.tensor(sorted(end_ids), dtype=tokens.dtype, device=tokens.device))
+    ended_before = ends.cumsum(-1) - ends.long() > 0
+    return ~ended_before, ~ends.any(-1)
+
+
+@contextlib.contextmanager
+def _own_settings(model) -> Iterator[None]:
+    """Let `generate` see the settings it is given and no others.
+
+    Hazard: transformers fills what they leave open from model.generation_config: suppressed or forced tokens, biases,
+    stop strings. Remedy: an empty one while it generates.
+    """
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]  # below wrappers and PEFT
+    kept = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in zip(owners, kept, strict=True):
+            owner.generation_config = config
+
+
+class TransformersSampler:
+    """Samples from a transformers model with `generate`.
+
+    Nothing cuts the distribution (no top-k, top-p, repetition penalty or forbidden tokens, whatever the model's
+    generation_config says): the samples must come from the policy whose log-probs are fitted. A response ends with any
+    end token of the model's generation_config, the tokenizer's own, or the one the chat template ends a turn with. A
+    temperature other than 1 is part of that policy, so score with the same one.
+
+    Args:
+        model: causal LM; its weights are used as they are at each call.
+        tokenizer: its tokenizer.
+        max_new_tokens: longest response, end token included.
+        temperature: divides the logits; positive.
+        top_p: samples come from the smallest set of tokens with this probability. Below 1 they are not samples of the
+            policy any more.
+        system: system message for the chat template, None for the template's own.
+        batch_size: sequences generated at a time.
+        synced: whether a forward of the model talks to other processes (a sharded model), so that all must take equally
+            many.
+        under_way: told, after each token, how many responses the tokens of this call of `sample` amount to.
+
+    Raises:
+        ValueError: a number is out of range, or neither the model nor the tokenizer names an end token; when sampling,
+            a prompt and a response of `max_new_tokens` are more than the model has positions for.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        system: str | None = None,
+        batch_size: int = 64,
+        synced: bool = False,
+        under_way: Callable[[float], None] = lambda responses: None,
+    ):
+        self.model, self.tokenizer, self.system, self.under_way = model, tokenizer, system, under_way
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.top_p = check_number("top_p", top_p, above=0)
+        if top_p > 1:
+            raise ValueError(f"top_p must be at most 1, got {top_p!r}")
+        self.batch_size = check_count("batch_size", batch_size, least=1)
+        self.synced = synced
+        self.turn = turn_of(tokenizer)
+        ends = model.generation_config.eos_token_id
+        ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+        # Reason: transformers adds the tokenizer's to the policy's when it trains, and never to the reference's.
+        self.end_ids = sorted((ends | set(self.turn.ends)) - {None})
+        if not self.end_ids:
+            raise ValueError("neither model.generation_config nor the tokenizer names an end token (eos_token_id)")
+
+    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
+        check_count("num_responses", num_responses, least=1)
+        encoded = encode_prompts(self.tokenizer, prompts, system=self.system)
+        self._check_positions(prompts, encoded.attention_mask.sum(1))
+        device = self.model.device
+        ids = encoded.input_ids.repeat_interleave(num_responses, 0)  # (S, P)
+        mask = encoded.attention_mask.repeat_interleave(num_responses, 0)
+        generator = torch.Generator(device).manual_seed(seed)
+        parts = [
+            self._generate(batch_ids, batch_mask, generator, number * self.batch_size)
+            for number, (batch_ids, batch_mask) in enumerate(
+                zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
+            )
+        ]
+        width = max(part.shape[1] for part in parts)
+        fill = self.end_ids[0]
+        tokens = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
+        own, truncated = completion_mask(tokens, self.end_ids)
+        rows = [row[keep].tolist() for row, keep in zip(tokens, own, strict=True)]
+        asked = [row[seen.bool()].tolist() for row, seen in zip(*encoded, strict=True)]
+        groups = [rows[first : first + num_responses] for first in range(0, len(rows), num_responses)]
+        return Completions(
+            input_ids=torch.cat([ids, tokens], 1),
+            attention_mask=torch.cat([mask.bool(), own], 1),
+            completion_mask=torch.cat([torch.zeros_like(mask, dtype=torch.bool), own], 1),
+            truncated=truncated,
+            texts=response_texts(self.tokenizer, self.turn, asked, groups),
+        )
+
+    def _check_positions(self, prompts: Sequence[str], lengths: Tensor) -> None:
+        """Reason: beyond its positions a model ends in an index out of range, or writes what it never learnt to."""
+        most, longest = positions_of(self.model), int(lengths.argmax())
+        if most is not None and int(lengths.max()) + self.max_new_tokens > most:
+            raise ValueError(
+                f"the prompt {shown(prompts[longest])} has {int(lengths.max())} tokens and the response up to "
+                f"max_new_tokens = {self.max_new_tokens}, but {type(self.model).__name__} has {most} positions: make "
+                "max_new_tokens smaller, or leave the prompt out"
+            )
+
+    @torch.no_grad()
+    def _generate(self, ids: Tensor, mask: Tensor, generator: torch.Generator, done: int) -> Tensor:
+        """(S, P) prompts to (S, T) tokens on the CPU, T at most max_new_tokens; after the end token anything."""
+        settings = GenerationConfig(
+            do_sample=False,  # GumbelNoise draws
+            num_beams=1,
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            eos_token_id=self.end_ids,
+            pad_token_id=padding_id(self.tokenizer),
+            use_cache=True,
+        )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with _own_settings(self.model):
+                out = self.model.generate(
+                    input_ids=ids.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([*self._processors(generator), self._teller(ids, done)]),
+                    synced_gpus=self.synced,
+                )
+        finally:
+            self.model.train(was_training)
+        return out[:, ids.shape[1] :].cpu()
+
+    def _teller(self, ids: Tensor, done: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A logits processor that changes nothing and tells how far the rows are, behind `done` earlier ones."""
+        rows, opened = ids.shape
+
+        def tell(input_ids: Tensor, scores: Tensor) -> Tensor:
+            self.under_way(done + rows * min(1.0, (input_ids.shape[1] - opened + 1) / self.max_new_tokens))
+            return scores
+
+        return tell
+
+    def _processors(self, generator: torch.Generator) -> LogitsProcessorList:
+        if self.top_p == 1:
+            return LogitsProcessorList([GumbelNoise(generator, self.temperature)])
+        return LogitsProcessorList(
+            [TemperatureLogitsWarper(self.temperature), TopPLogitsWarper(self.top_p), GumbelNoise(generator, 1.0)]
+        )
