@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass, field
 
 from windkern.train import tried  # noqa: F401
@@ -12,13 +11,12 @@ from windkern.train import tried  # noqa: F401
 from transformers import TrainingArguments
 
 from windkern._checks import check_choice, check_count, check_number
-from windkern.losses import LOSSES, OBJECTIVES
+from windkern.losses import LOSSES, Loss
 from windkern.train.data.prompts import without_user
 from windkern.train.focus import MODES
 from windkern.train.inherited import check_inherited
 
 REFERENCES = ("model", "adapter", "precomputed")
-TRUNCATED = ("keep", "drop")
 LONG_PROMPTS = ("refuse", "drop", "cut")
 EVALUATED = ("win_rate", "reward", "kl")
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that look at an evaluation
@@ -42,18 +40,6 @@ def check_one_gpu(count: int) -> None:
         )
 
 
-def required_settings(loss: str) -> dict[str, float]:
-    """The arguments of a loss that have no default of their own, with the values of the table of losses.
-
-    Example:
-        >>> required_settings("inpo"), required_settings("dpo")
-        ({'eta': 0.25, 'tau': 0.05}, {})
-    """
-    found = LOSSES[loss]
-    known = inspect.signature(found.function).parameters
-    return {name: value for name, value in found.settings.items() if known[name].default is inspect.Parameter.empty}
-
-
 @dataclass
 class WindConfig(TrainingArguments):
     """Settings of a `WindTrainer` run, in addition to those of `transformers.TrainingArguments`.
@@ -75,34 +61,22 @@ class WindConfig(TrainingArguments):
 
     Example:
         >>> config = WindConfig(output_dir="run", num_iterations=2, steps_per_iteration=4, report_to="none")
-        >>> config.total_steps, round(config.step_scale, 3)
-        (8, 3.333)
+        >>> config.total_steps, config.loss_arguments
+        (8, {'eta': 4.0, 'beta': 0.05, 'objective': 'square'})
     """
 
     loss: str = setting(
         "wind",
-        "Loss that is fitted: a separable one of windkern.losses.LOSSES (`windkern losses`). Losses over pairs get the "
-        "best and the worst response of a group; spin a demonstration and a sample; bond one sample of the policy and "
-        "two of its moving average. Default: the paper this package implements.",
+        "Loss that is fitted: a separable one of windkern.losses.LOSSES. `windkern losses` lists them; `windkern losses "
+        "NAME` says which responses it takes. Default: the paper this package implements.",
     )
-    objective: str = setting(
-        "square",
-        "Objective of loss=wind: " + ", ".join(OBJECTIVES) + ". Default: the one with the paper's guarantee, centred "
-        "in the group, so that no partition function is needed.",
-    )
-    eta: float | None = setting(
+    loss_kwargs: dict | None = setting(
         None,
-        "Step size of the update, positive, per unit of win rate (of reward for rebel). After a perfect fit "
-        "c = eta / (1 + eta * beta) nats separate a certain winner from a certain loser. None: of the table of losses, "
-        "where the loss has no default (wind 4, sppo 4, rebel 1, inpo 0.25); ours.",
-    )
-    beta: float | None = setting(
-        None,
-        "Weight of the KL to the reference (for losses with another beta, theirs), not negative. None: the loss's own "
-        "default, else that of the table of losses (wind 0.05, trajectory_balance 1); ours.",
-    )
-    loss_settings: dict | None = setting(
-        None, "Further keyword arguments of the loss by name, such as {tau: 0.1} for inpo. None: its defaults."
+        "Arguments of the loss by name, such as {eta: 4, beta: 0.05, objective: square}; `windkern losses NAME` explains "
+        "them. eta is a step size: after a perfect fit of wind, eta / (1 + eta * beta) nats separate a certain winner "
+        "from a certain loser; beta weighs the KL to the reference. What is left out has the loss's own default, or "
+        "where it has none that of the table of losses (ours). The exact update converges whatever the preferences up to "
+        "eta = 4 * beta; the default eta is larger, since an iteration's few steps stay far from a perfect fit (ours).",
     )
     num_iterations: int = setting(
         3, "Outer iterations: freeze the policy, sample, judge, fit. At least 1. Default: as SPPO's runs."
@@ -157,14 +131,17 @@ class WindConfig(TrainingArguments):
         choices=LONG_PROMPTS,
     )
     system: str | None = setting(None, "System message for the chat template. None: the template's own.")
+    chat_template_kwargs: dict | None = setting(
+        None, "Further arguments of the chat template by name, such as {enable_thinking: false} for Qwen3. None: none."
+    )
     sampling_batch_size: int = setting(
         64, "Sequences generated, and judged, at a time on a device; what a kill can lose. Default: ours."
     )
-    truncated: str = setting(
-        "keep",
-        "What happens to responses that met max_new_tokens: keep (scored as the prefixes they are) or drop (judged and "
-        "beaten by others, but not fitted). Default: keep, which is unbiased for a judge that reads what was written.",
-        choices=TRUNCATED,
+    mask_truncated_completions: bool = setting(
+        False,
+        "Whether responses that reach max_new_tokens without an end token are left out of the fit; they are judged, and "
+        "others beat them, all the same. Default no: they are scored as the prefixes they are, which is unbiased for a "
+        "judge that reads what was written.",
     )
     judge: str | None = setting(
         None,
@@ -283,7 +260,6 @@ class WindConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
         for name in ("replay_on_policy_prob", "replay_inverse_temperature"):
             check_number(name, getattr(self, name), least=0)
-        check_choice("truncated", self.truncated, TRUNCATED)
         check_choice("long_prompts", self.long_prompts, LONG_PROMPTS)
         if self.max_prompt_length is not None:
             check_count("max_prompt_length", self.max_prompt_length, least=1)
@@ -324,40 +300,35 @@ class WindConfig(TrainingArguments):
             )
         names = [name for name, loss in LOSSES.items() if loss.separable]
         check_choice("loss", self.loss, names)
-        check_choice("objective", self.objective, OBJECTIVES)
-        if self.objective != "square" and self.loss != "wind":
-            raise ValueError(f"objective={self.objective!r} belongs to loss='wind', got loss={self.loss!r}")
-        needed = required_settings(self.loss)
-        self.eta = needed.get("eta") if self.eta is None else check_number("eta", self.eta, above=0)
-        self.beta = needed.get("beta") if self.beta is None else check_number("beta", self.beta, least=0)
-        if self.focus == "hardest" and (self.loss != "wind" or not self.beta):
+        arguments = self.loss_arguments
+        if self.focus == "hardest" and not self.entry.pull(arguments):
             raise ValueError(
-                "focus='hardest' needs loss='wind' with beta above 0, whose exploitability it estimates, "
-                f"got loss={self.loss!r}, beta={self.beta!r}"
+                "focus='hardest' needs a loss with a pull to the reference, such as loss='wind' with beta above 0, whose "
+                f"exploitability it estimates, got loss={self.loss!r} with {arguments}"
             )
-        if self.replay and self.loss != "trajectory_balance":
+        if self.replay and not self.entry.any_policy:
+            right = ", ".join(name for name, loss in LOSSES.items() if loss.any_policy)
             raise ValueError(
-                "replay=True needs loss='trajectory_balance', the one that is right for responses of any policy, "
-                f"got loss={self.loss!r}"
+                f"replay=True needs a loss that is right for responses of any policy ({right}), got loss={self.loss!r}"
             )
 
     def _check_responses(self) -> None:
-        least = {"spin": 1, "bond": 3}.get(self.loss, 2)
+        fixed = self.entry.group.sampled
         if self.num_responses is None:
-            self.num_responses = least if self.loss in ("spin", "bond") else 5
-        self.num_responses = check_count("num_responses", self.num_responses, least=least)
-        if self.loss in ("spin", "bond") and self.num_responses != least:
-            raise ValueError(f"num_responses must be {least} for loss={self.loss!r}, got {self.num_responses}")
+            self.num_responses = fixed or 5
+        self.num_responses = check_count("num_responses", self.num_responses, least=fixed or 2)
+        if fixed and self.num_responses != fixed:
+            raise ValueError(f"num_responses must be {fixed} for loss={self.loss!r}, got {self.num_responses}")
         if self.fit_responses is not None:
             self.fit_responses = check_count("fit_responses", self.fit_responses, least=2)
             if self.fit_responses > self.num_responses:
                 raise ValueError(
                     f"fit_responses must be at most num_responses = {self.num_responses}, got {self.fit_responses}"
                 )
-            if self.loss not in ("wind", "sppo") or OBJECTIVES[self.objective].statistic != "V":
+            if not self.entry.against_all(self.loss_arguments):
                 raise ValueError(
-                    f"fit_responses must be None for loss={self.loss!r}, objective={self.objective!r}, whose target is "
-                    "not a win rate against all responses"
+                    f"fit_responses must be None for loss={self.loss!r} with {self.loss_arguments}, whose target is not "
+                    "a win rate against all responses"
                 )
         if self.replay:
             self.replay_capacity = check_count("replay_capacity", self.replay_capacity, least=self.num_responses)
@@ -368,11 +339,17 @@ class WindConfig(TrainingArguments):
         return self.num_iterations * self.steps_per_iteration
 
     @property
-    def step_scale(self) -> float:
-        """c = eta / (1 + eta * beta), what a win rate is multiplied by in the log-prob target of wind."""
-        return self.eta / (1 + self.eta * self.beta)
+    def entry(self) -> Loss:
+        """The loss in the table of losses."""
+        return LOSSES[self.loss]
+
+    @property
+    def loss_arguments(self) -> dict[str, object]:
+        """All arguments of the loss beside its tensors: those of `loss_kwargs`, and defaults."""
+        return self.entry.arguments(self.loss_kwargs)
 
     def own_settings(self) -> dict:
-        """The fields declared here and their values, for reports."""
+        """The fields declared here and their values, for reports; arguments of the loss that are defaults included."""
         own = WindConfig.__annotations__
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name in own}
+        found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name in own}
+        return found | {"loss_kwargs": self.loss_arguments}
