@@ -113,7 +113,7 @@ def report_of(run) -> dict:
         name: [entry[name] for entry in run.state.log_history if name in entry]
         for name in ("loss", "kl_old", "kl_ref", "eval_win_rate", "eval_kl")
     }
-    return {**logged, "texts": [list(rollout.texts) for rollout in run.outer.rollouts]}
+    return {**logged, "texts": [list(group.texts) for group in run.iterations.current.groups]}
 
 
 def trainer(folder: Path, runs: str) -> dict:

@@ -35,7 +35,11 @@ def make_config(folder, **changes):
         "disable_tqdm": True,
         "eval_strategy": "no",
     }
-    return WindConfig(**settings | changes)
+    settings |= changes
+    arguments = {name: settings.pop(name) for name in ("eta", "beta", "objective", "tau") if name in settings}
+    if arguments:
+        settings["loss_kwargs"] = arguments
+    return WindConfig(**settings)
 
 
 def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), prompts=PROMPTS, given=None, **changes):
@@ -45,14 +49,14 @@ def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), 
     config = make_config(folder, **changes)
     parts = {
         "judge": RewardJudge(reward, strength=4.0),
-        "reference": tiny_model.make_model() if config.reference == "model" else None,
+        "ref_model": tiny_model.make_model() if config.reference == "model" else None,
         "processing_class": tiny_model.make_tokenizer(),
     } | (given or {})
     return WindTrainer(
         tiny_model.make_model() if model is None else model,
         config,
-        train_prompts=list(prompts),
-        eval_prompts=list(heldout),
+        train_dataset=list(prompts),
+        eval_dataset=list(heldout),
         **parts,
     )
 

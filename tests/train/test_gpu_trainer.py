@@ -13,8 +13,9 @@ import tiny_model
 from trainer_cases import HELDOUT, lora, make_config, make_trainer, weights_of
 
 import windkern as wk
+from windkern.train.batches import collate
 from windkern.train.fused_head import FusedHead, loss_job
-from windkern.train.groups import FitGroup, collate
+from windkern.train.groups import Group
 from windkern.train.samplers.sampler import GumbelNoise, TransformersSampler
 
 pytestmark = [
@@ -56,7 +57,7 @@ def run(folder, device: dict, *, resume: bool = False, **changes):
         {},
         {"objective": "kl", "gradient_accumulation_steps": 2},
         {"loss": "dpo"},
-        {"loss": "sppo", "truncated": "drop"},
+        {"loss": "sppo", "mask_truncated_completions": True},
         {"fit_responses": 2},
     ],
     ids=str,
@@ -121,7 +122,7 @@ def test_bfloat16(tmp_path, kind):
         changes["bf16"] = True
     else:
         model = model.bfloat16()
-    given = {"reference": tiny_model.make_model().to(model.dtype)}
+    given = {"ref_model": tiny_model.make_model().to(model.dtype)}
     trainer = make_trainer(tmp_path, model=model, given=given, **ON_GPU, **changes)
     trainer.train()
     assert all(value == value and value >= 0 for value in losses_of(trainer)) and len(losses_of(trainer)) == 12
@@ -146,7 +147,7 @@ def test_samples_of_a_gpu_are_samples_of_the_policy():
         torch.testing.assert_close(share, (logits / temperature).softmax(-1).double().cpu(), rtol=0, atol=0.005)
 
 
-def groups_of(count: int, responses: int, tokens: int, vocab: int) -> list[FitGroup]:
+def groups_of(count: int, responses: int, tokens: int, vocab: int) -> list[Group]:
     made = torch.Generator().manual_seed(0)
     found = []
     for place in range(count):
@@ -154,7 +155,12 @@ def groups_of(count: int, responses: int, tokens: int, vocab: int) -> list[FitGr
         prefs = torch.rand(responses, responses, generator=made)
         old = -5.0 * tokens + torch.randn(responses, generator=made)
         constants = {"prefs": (prefs + 1 - prefs.mT) / 2, "old_logps": old, "ref_logps": old - 0.1}
-        found.append(FitGroup(place, (5, 6, 7), tuple(map(tuple, rows)), constants))
+        texts = (False,) * responses, ("",) * responses
+        found.append(Group(place, (5, 6, 7), tuple(map(tuple, rows)), *texts, constants=constants))
+            Group(
+                place, (5, 6, 7), tuple(map(tuple, rows)), (False,) * responses, ("",) * responses, constants=constants
+            )
+        )
     return found
 
 

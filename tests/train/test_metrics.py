@@ -67,7 +67,7 @@ def test_measurements_are_of_uniformly_drawn_prompts(tmp_path):
 
     trainer = make_trainer(tmp_path, reward=reward, focus="hardest", focus_uniform_share=0.5, num_iterations=6)
     for iteration in range(1, 7):
-        trainer.outer.begin(iteration, inside=False, together=False)
-        assert len(trainer.outer.measured) == 2 and len(trainer.outer.rollouts) == 4
+        found = trainer.outer.begin(iteration, inside=False)
+        assert len(found.measured) == 2 and len(found.groups) == 4
         chosen = trainer.outer.focus.choose(iteration + 1, 4)
         assert sum(chosen.uniform) == 2

@@ -73,7 +73,7 @@ def test_a_bias_may_mask():
 @pytest.mark.parametrize("kind", ["rope", "learned"])
 def test_prompts_and_responses_must_fit_the_positions(tmp_path, kind):
     model = tiny_model.make_model() if kind == "rope" else gpt2(64)
-    changes = {"max_new_tokens": 44, "given": {"reference": copy.deepcopy(model)}}
+    changes = {"max_new_tokens": 44, "given": {"ref_model": copy.deepcopy(model)}}
     message = (
         rf"train_prompts\[1\] has 23 tokens, and 20 fit \(the 64 positions .* 44\): '{LONG[:50]}.*set long_prompts"
     )

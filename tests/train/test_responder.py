@@ -14,8 +14,9 @@ from completion_server import Server
 from tiny_model import make_tokenizer
 from trainer_cases import make_trainer
 
+from windkern.losses import LOSSES
+from windkern.train.groups import Group
 from windkern.train.responder import Responder
-from windkern.train.rollouts import Rollout
 from windkern.train.samplers.http import HttpSampler
 
 STALE = "never given the new weights"
@@ -27,11 +28,12 @@ def responder(sampler=None, group="samples", **config) -> tuple[Responder, list[
     settings = SimpleNamespace(
         **{"reference": "model", "num_iterations": 3, "loss": "wind", "num_responses": 2} | config
     )
-    return Responder(settings, group, ["p"], [], make_tokenizer(), sampler, lambda: None, said.append), said
+    settings.entry = LOSSES[settings.loss]
+    return Responder(settings, group, ["p"], [], SimpleNamespace(model="weights"), sampler, said.append), said
 
 
-def rollout(*completions) -> Rollout:
-    return Rollout(0, (1,), completions, (False,) * len(completions), ("",) * len(completions))
+def rollout(*completions) -> Group:
+    return Group(0, (1,), completions, (False,) * len(completions), ("",) * len(completions))
 
 
 def http_sampler(cls=HttpSampler) -> HttpSampler:
@@ -40,12 +42,12 @@ def http_sampler(cls=HttpSampler) -> HttpSampler:
 
 def test_a_server_that_keeps_its_weights_is_said_once():
     found, said = responder(http_sampler())
-    found.update(None)
-    found.update(None)
+    found.update()
+    found.update()
     assert len(said) == 1 and STALE in said[0] and "http://127.0.0.1:1/v1" in said[0]
     assert "from iteration 2 on" in said[0] and "no importance weight" in said[0]
     other, said = responder(http_sampler(), loss="trajectory_balance")
-    other.update(None)
+    other.update()
     assert "responses of any policy" in said[0] and "no importance weight" not in said[0]
 
 
@@ -57,11 +59,11 @@ def test_a_server_that_follows_or_need_not_is_not_said():
             self.seen = (*self.seen, model)
 
     follows, said = responder(http_sampler(Following))
-    follows.update("weights")
+    follows.update()
     assert follows.sampler.seen == ("weights",) and not said
     for sampler, iterations in ((http_sampler(), 1), (None, 3)):
         once, said = responder(sampler, num_iterations=iterations)
-        once.update(None)
+        once.update()
         assert not said
 
 

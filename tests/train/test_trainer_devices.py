@@ -11,8 +11,9 @@ pytest.importorskip("accelerate")
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import make_config, make_trainer
 
+from windkern.train.batches import collate
 from windkern.train.config import WindConfig
-from windkern.train.groups import FitGroup, collate
+from windkern.train.groups import Group
 from windkern.train.metrics import Averages, step_metrics
 
 
@@ -68,9 +69,12 @@ def test_the_metrics_of_a_step_do_not_wait_for_the_device(tmp_path):
     assert averages.take() == {}
 
 
+GROUP = Group(0, (5, 6), ((7,), (8, 9)), (False,) * 2, ("", ""), constants={"old_logps": torch.zeros(2)})
+
+
 def test_a_batch_is_sent_to_a_gpu_without_waiting_and_back_with():
     """Meta tensors tell nothing of time, so the arguments are looked at."""
-    batch = collate([FitGroup(0, (5, 6), ((7,), (8, 9)), {"old_logps": torch.zeros(2)})], fill=0)
+    batch = collate([GROUP], fill=0)
     asked = []
 
     class Asked(TorchDispatchMode):

@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.loading import Demonstration
+from windkern.train.dropout import disable_dropout
 from windkern.train.judges.judge import RewardJudge
 from windkern.train.metrics import step_metrics
-from windkern.train.parts import disable_dropout
 from windkern.train.trainer import WindTrainer
 
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed(tmp_path):
 
 def test_optimizers_without_master_weights_are_named(tmp_path):
     model, reference = (tiny_model.make_model().bfloat16() for _ in range(2))
-    trainer = make_trainer(tmp_path, model=model, optim="sgd", given={"reference": reference})
+    trainer = make_trainer(tmp_path, model=model, optim="sgd", given={"ref_model": reference})
     with pytest.warns(UserWarning, match="optim=sgd has no float32 master weights"):
         trainer.create_optimizer()
 
@@ -88,7 +88,7 @@ def test_the_base_under_an_adapter_is_not_its_reference(tmp_path):
     pytest.importorskip("peft")
     model = tiny_model.make_model()
     with pytest.raises(ValueError, match="parameters of its own"):
-        make_trainer(tmp_path, model=model, given={"reference": model, "peft_config": lora()})
+        make_trainer(tmp_path, model=model, given={"ref_model": model, "peft_config": lora()})
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")

@@ -24,7 +24,7 @@ def test_an_adapter_starts_as_the_seed_says(tmp_path):
     found = []
     for other in (1, 2):
         model = tiny_model.make_model()
-        given = {"peft_config": lora(), "reference": None, "processing_class": tiny_model.make_tokenizer()}
+        given = {"peft_config": lora(), "ref_model": None, "processing_class": tiny_model.make_tokenizer()}
         torch.manual_seed(other)
         found.append(weights_of(make_trainer(tmp_path, model=model, reference="adapter", given=given)))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

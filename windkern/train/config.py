@@ -67,16 +67,16 @@ class WindConfig(TrainingArguments):
 
     loss: str = setting(
         "wind",
-        "Loss that is fitted: a separable one of windkern.losses.LOSSES. `windkern losses` lists them; `windkern losses "
-        "NAME` says which responses it takes. Default: the paper this package implements.",
+        "Loss that is fitted: a separable one of windkern.losses.LOSSES. `windkern losses` lists them, and `windkern "
+        "losses NAME` says which responses it takes. Default: the paper this package implements.",
     )
     loss_kwargs: dict | None = setting(
         None,
-        "Arguments of the loss by name, such as {eta: 4, beta: 0.05, objective: square}; `windkern losses NAME` explains "
-        "them. eta is a step size: after a perfect fit of wind, eta / (1 + eta * beta) nats separate a certain winner "
-        "from a certain loser; beta weighs the KL to the reference. What is left out has the loss's own default, or "
-        "where it has none that of the table of losses (ours). The exact update converges whatever the preferences up to "
-        "eta = 4 * beta; the default eta is larger, since an iteration's few steps stay far from a perfect fit (ours).",
+        "Arguments of the loss by name, such as {eta: 4, beta: 0.05, objective: square}; `windkern losses NAME` "
+        "explains them. eta is a step size: after a perfect fit of wind, eta / (1 + eta * beta) nats separate a certain "
+        "winner from a certain loser; beta weighs the KL to the reference. What is left out has the loss's own default, "
+        "or where it has none that of the table of losses (ours). The exact update converges whatever the preferences "
+        "up to eta = 4 * beta; the default eta is larger, since an iteration's few steps stay far from a perfect fit.",
     )
     num_iterations: int = setting(
         3, "Outer iterations: freeze the policy, sample, judge, fit. At least 1. Default: as SPPO's runs."
@@ -139,9 +139,9 @@ class WindConfig(TrainingArguments):
     )
     mask_truncated_completions: bool = setting(
         False,
-        "Whether responses that reach max_new_tokens without an end token are left out of the fit; they are judged, and "
-        "others beat them, all the same. Default no: they are scored as the prefixes they are, which is unbiased for a "
-        "judge that reads what was written.",
+        "Whether responses that reach max_new_tokens without an end token are left out of the fit; they are judged, "
+        "and others beat them, all the same. Default no: they are scored as the prefixes they are, which is unbiased "
+        "for a judge that reads what was written.",
     )
     judge: str | None = setting(
         None,
@@ -303,8 +303,8 @@ class WindConfig(TrainingArguments):
         arguments = self.loss_arguments
         if self.focus == "hardest" and not self.entry.pull(arguments):
             raise ValueError(
-                "focus='hardest' needs a loss with a pull to the reference, such as loss='wind' with beta above 0, whose "
-                f"exploitability it estimates, got loss={self.loss!r} with {arguments}"
+                "focus='hardest' needs a loss with a pull to the reference, whose exploitability it estimates, such as "
+                f"loss='wind' with beta above 0, got loss={self.loss!r} with {arguments}"
             )
         if self.replay and not self.entry.any_policy:
             right = ", ".join(name for name, loss in LOSSES.items() if loss.any_policy)
@@ -327,8 +327,8 @@ class WindConfig(TrainingArguments):
                 )
             if not self.entry.against_all(self.loss_arguments):
                 raise ValueError(
-                    f"fit_responses must be None for loss={self.loss!r} with {self.loss_arguments}, whose target is not "
-                    "a win rate against all responses"
+                    f"fit_responses must be None for loss={self.loss!r} with {self.loss_arguments}, whose target is "
+                    "not a win rate against all responses"
                 )
         if self.replay:
             self.replay_capacity = check_count("replay_capacity", self.replay_capacity, least=self.num_responses)

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,12 @@ from windkern._files import sync_files
 from windkern.commands.train import RunConfig
 from windkern.display import Display, clock
 from windkern.train.checkpoints.lock import owned_by_run
+from windkern.train.checkpoints.opening import check_unused
 from windkern.train.config import WindConfig
+from windkern.train.data.datasets import check_prompts
 from windkern.train.data.loading import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluation.evaluate import Evaluation
+from windkern.train.evaluation.evaluator import Comparison
 from windkern.train.judges import make_judge
 from windkern.train.models import (
     PACKAGED,
@@ -29,7 +31,6 @@ from windkern.train.models import (
     load_model,
     load_policy,
 )
-from windkern.train.parts import check_prompts, check_unused
 from windkern.train.reference import needs_reference
 from windkern.train.report import show as report
 from windkern.train.report.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
@@ -76,7 +77,7 @@ def make_trainer(
     """
     observer = observer or Unobserved()
     observer.phase(0, "reading the prompts")
-    if config.loss == "spin":
+    if config.entry.group.kind == "demonstration":
         train = load_demonstrations(run.train_prompts)[: run.max_train_prompts]
     else:
         train = prompts_of(run.train_prompts, "train", run.max_train_prompts)
@@ -111,10 +112,10 @@ def make_trainer(
         trainer = WindTrainer(
             model,
             config,
-            train_prompts=train,
-            eval_prompts=heldout,
+            train_dataset=train,
+            eval_dataset=heldout,
             judge=judge,
-            reference=reference,
+            ref_model=reference,
             processing_class=tokenizer,
             peft_config=new_adapter,
             observer=observer,
@@ -180,9 +181,8 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
         strength = getattr(judge, "strength", None)
         link = "" if strength is None else f"; P(i beats j) = sigmoid({strength:g} * (reward_i - reward_j))"
         lines.append(f"judge: {judge.name}{link}")
-    objective = f", objective {config.objective}" if config.loss == "wind" else ""
-    numbers = [f"{name} {getattr(config, name):g}" for name in ("eta", "beta") if getattr(config, name) is not None]
-    lines.append(", ".join([f"loss {config.loss}{objective}", *numbers, f"seed {config.seed}"]))
+    arguments = [f"{name} {value}" for name, value in config.loss_arguments.items()]
+    lines.append(", ".join([f"loss {config.loss}", *arguments, f"seed {config.seed}"]))
     fitted = (
         ""
         if config.fit_responses in (None, config.num_responses)
@@ -193,7 +193,7 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
         f"{config.num_responses} responses each{fitted}"
     )
     if trainer.eval_prompts:
-        when = "after each iteration" if trainer.evaluates_each_iteration else "at the end (eval_strategy is not epoch)"
+        when = "after each iteration" if trainer.iterations.evaluated else "at the end (eval_strategy is not epoch)"
         lines.append(
             f"evaluated {when} on {len(trainer.eval_prompts)} held-out prompts, against {config.reference_responses} "
             "responses of the reference"
@@ -205,7 +205,7 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
 def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str, str], float]]:
     """What a run is going to do, with costs in responses sampled, as `Display.plan` takes it."""
     config, prompts, heldout = trainer.args, trainer.outer.prompts_per_iteration, len(trainer.eval_prompts)
-    fitted = prompts * (2 if trainer.objective.group == "pair" else config.fit_responses or config.num_responses)
+    fitted = prompts * (2 if trainer.loss_plan.group == "pair" else config.fit_responses or config.num_responses)
     batches = config.passes_per_iteration * fitted
 
     def evaluation(responses: int) -> dict[tuple[str, str], float]:
@@ -221,9 +221,9 @@ def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str
         "before": before,
         "each": {
             ("sampling", "responses"): prompts * config.num_responses,
-            ("scoring", "log-probs"): _SCORING * fitted * len(trainer.objective.logps),
+            ("scoring", "log-probs"): _SCORING * fitted * len(trainer.loss_plan.logps),
             ("fitting", "batches"): _FITTING * batches,
-            **(evaluation(config.eval_responses) if trainer.evaluates_each_iteration else {}),
+            **(evaluation(config.eval_responses) if trainer.iterations.evaluated else {}),
             ("saving a checkpoint", ""): _SAVING,
         },
         "after": {("saving the model", ""): _SAVING, **evaluation(final_responses)},
@@ -259,10 +259,11 @@ def start(
             trainer.train(resume_from_checkpoint=resume)
             shown.phase(config.num_iterations + 1, "saving the model")
             trainer.save_model()
-            final, after, before = trainer.compare(run.final_responses) if trainer.eval_prompts else (None, [], [])
+            compared = trainer.compare(run.final_responses) if trainer.eval_prompts else None
+            final = None if compared is None else compared.result
             shown.stop()
             if config.process_index == 0:
-                _report(shown, run, trainer, final, before, after, output, kind)
+                _report(shown, run, trainer, compared, output, kind)
     return Outcome(trainer, final)
 
 
@@ -270,12 +271,13 @@ def _report(
     display: Display,
     run: RunConfig,
     trainer: WindTrainer,
-    final: Evaluation | None,
-    before: Sequence[Sequence[str]],
-    after: Sequence[Sequence[str]],
+    compared: Comparison | None,
     output: Path,
     kind: str,
 ) -> None:
+    final = None if compared is None else compared.result
+    after = [] if compared is None else [group.texts for group in compared.policy]
+    before = [] if compared is None else [group.texts for group in compared.reference]
     display.print()
     display.print(rich=report.history_table(trainer.history))
     picture, numbers = output / "win_rate.png", output / "result.json"

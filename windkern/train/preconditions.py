@@ -13,6 +13,7 @@ from transformers.integrations import integration_utils
 
 from windkern._checks import FLOATS, check_choice
 from windkern.train.config import WindConfig
+from windkern.train.data.datasets import PromptSets
 from windkern.train.data.loading import encode_prompts, padding_id
 from windkern.train.data.prompts import SYSTEM_ROLES, ChatPrompt
 from windkern.train.models import MissingPackageError
@@ -40,6 +41,21 @@ def check_reporting(args: TrainingArguments) -> None:
             raise MissingPackageError(
                 f"report_to {name} needs a package that is not installed; run: python -m pip install {package}"
             )
+
+
+def check_evaluation(config: WindConfig, heldout: Sequence[str], note: Callable[[str], None]) -> None:
+    """Raise where an evaluation is asked for and there is nothing to evaluate on; `note` says what one prompt lacks.
+
+    Raises:
+        ValueError: eval_strategy, or what depends on it, without held-out prompts.
+    """
+    if not heldout and (config.eval_strategy != "no" or config.eval_on_start):
+        raise ValueError(
+            f"eval_dataset must be given for eval_strategy={str(config.eval_strategy.value)!r}, eval_on_start="
+            f"{config.eval_on_start}: an evaluation compares with the reference on held-out prompts"
+        )
+    if len(heldout) == 1:
+        note("eval_dataset holds one prompt: means over prompts get no standard error, and no interval")
 
 
 def check_model(model: nn.Module) -> None:
@@ -156,6 +172,13 @@ class Room:
         if not kept and prompts:
             raise ValueError(f"all {len(prompts)} {name} have more than {self.limit} tokens ({self.why})")
         return kept
+
+    def fit_all(self, given: PromptSets, note: Callable[[str], None]) -> PromptSets:
+        """The prompts of a run as far as they fit, see `fit`."""
+        kept = self.fit("train_dataset", given.train, note)
+        heldout = [prompt for _, prompt in self.fit("eval_dataset", given.heldout, note)]
+        answers = [given.demonstrations[k]._replace(prompt=prompt) for k, prompt in kept if given.demonstrations]
+        return PromptSets([prompt for _, prompt in kept], answers, heldout)
 
     def _fits(self, prompt: str) -> bool:
         return encode_prompts(self.tokenizer, [prompt], system=self.system).input_ids.shape[1] <= self.limit

@@ -57,7 +57,7 @@ CASES = {
         r"weights of the model are others than when the run began, first in model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "the reference": (
-        {"given": lambda: {"reference": other(1.01)}},
+        {"given": lambda: {"ref_model": other(1.01)}},
         r"weights of the reference are others than .* model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "the dtype": ({"model": lambda: other().bfloat16()}, "dtype 'float32' there, 'bfloat16' here"),
@@ -101,10 +101,10 @@ def test_what_differs_is_said_in_words(begun, tmp_path, name):
 )
 def test_every_setting_of_an_adapter_counts(tmp_path, changes, message):
     pytest.importorskip("peft")
-    given = {"reference": None, "peft_config": lora()}
+    given = {"ref_model": None, "peft_config": lora()}
     make_trainer(tmp_path / "first", reference="adapter", given=given, **SETTINGS).train()
     with pytest.raises(ResumeError, match=message):
-        given = {"reference": None, "peft_config": lora(**changes)}
+        given = {"ref_model": None, "peft_config": lora(**changes)}
         resume(tmp_path / "first", tmp_path, reference="adapter", given=given)
 
 
@@ -243,7 +243,7 @@ def test_an_evaluation_that_was_cut_off_knows_all_earlier_iterations(tmp_path):
     (tmp_path / "b/completions/iteration-0002/record.json").unlink()
     again = make_trainer(tmp_path / "b", heldout=HELDOUT, **changes)
     again.train(resume_from_checkpoint=True)
-    places = [[rollout.place for rollout in each.outer.rollouts] for each in (trainer, again)]
+    places = [[group.place for group in each.iterations.current.groups] for each in (trainer, again)]
     assert places[0] == places[1]
     want = weights_of(trainer)
     assert all(torch.equal(value, want[name]) for name, value in weights_of(again).items())

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from windkern._files import read_json, write_json
 from windkern.train.checkpoints.identity import ResumeError, check_same, identity_of
 from windkern.train.checkpoints.manifest import by_step
-from windkern.train.parts import check_unused
 
 if TYPE_CHECKING:
     from windkern.train.trainer import WindTrainer
@@ -30,6 +29,21 @@ def _identity(trainer: WindTrainer) -> dict:
         processes=trainer.world.size,
         weights=trainer.weights_at_start,
     )
+
+
+def check_unused(output_dir: Path, *, overwrite: bool) -> list[Path]:
+    """The checkpoints of an earlier run, which may be deleted.
+
+    Raises:
+        ValueError: there are some, and `overwrite` is False.
+    """
+    found = sorted(output_dir.glob("checkpoint-*"))
+    if found and not overwrite:
+        raise ValueError(
+            f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it (--resume), or take "
+            "another output_dir, or set overwrite to true to delete them"
+        )
+    return found
 
 
 def open_run(trainer: WindTrainer, resume: str | bool | None) -> None:
