@@ -155,12 +155,8 @@ def groups_of(count: int, responses: int, tokens: int, vocab: int) -> list[Group
         prefs = torch.rand(responses, responses, generator=made)
         old = -5.0 * tokens + torch.randn(responses, generator=made)
         constants = {"prefs": (prefs + 1 - prefs.mT) / 2, "old_logps": old, "ref_logps": old - 0.1}
-        texts = (False,) * responses, ("",) * responses
-        found.append(Group(place, (5, 6, 7), tuple(map(tuple, rows)), *texts, constants=constants))
-            Group(
-                place, (5, 6, 7), tuple(map(tuple, rows)), (False,) * responses, ("",) * responses, constants=constants
-            )
-        )
+        kept = {"truncated": (False,) * responses, "texts": ("",) * responses, "constants": constants}
+        found.append(Group(place, (5, 6, 7), tuple(map(tuple, rows)), **kept))
     return found
 
 
