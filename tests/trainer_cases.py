@@ -91,14 +91,15 @@ def run_or_hang(folder: str, resume: bool, hang_at: str | None, changes: dict) -
 
 def _hang_at(place: str, sign: Path) -> None:
     """Let the n-th arrival at a place of the trainer never return: a place to be killed at."""
-    from windkern.train import outer, responder, rollouts, trainer
+    from windkern import _files
+    from windkern.train import outer, responder, trainer
     from windkern.train.checkpoints import saving
 
     name, number = place.split(":")
     owner, attribute = {
         "sampling": (responder.Responder, "__call__"),
         "judging": (outer, "judged"),
-        "writing a block": (rollouts, "sync_dir"),
+        "writing a block": (_files, "sync_dir"),
         "scoring": (outer.OuterLoop, "_score"),
         "a step": (trainer.WindTrainer, "compute_loss"),
         "saving": (trainer.WindTrainer, "_save_optimizer_and_scheduler"),

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from windkern._checks import check_choice, check_count, check_number
+from windkern._files import to_json
 from windkern.terminal import printable
 from windkern.train.data.prompts import prompt_to_json
 from windkern.train.models import DTYPES, PACKAGED, dtype_named, require
-from windkern.train.valid_json import to_json
 
 if TYPE_CHECKING:
     from windkern.display import Display

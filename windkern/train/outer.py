@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from windkern._files import ANEW, DamagedRecordError, read_json, write_json
 from windkern.losses.bond import PENALTY
 from windkern.train.anchor import Anchor
 from windkern.train.config import WindConfig
@@ -20,17 +21,13 @@ from windkern.train.objectives import Objective
 from windkern.train.replay import ReplayBuffer, Replayed
 from windkern.train.report.progress import Observer
 from windkern.train.rollouts import (
-    ANEW,
     BEGUN,
     Block,
-    DamagedRecordError,
     Rollout,
     RolloutStore,
     blocks_of,
     collect,
     judged,
-    read_json,
-    write_json,
 )
 from windkern.train.scoring import Scorer
 from windkern.train.world import World

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from windkern._files import ANEW, DamagedRecordError, read_json, write_json
 from windkern.losses import LOSSES
 from windkern.train.anchor import Anchor
 from windkern.train.config import WindConfig
 from windkern.train.fused_head import FusedHead, score_job
 from windkern.train.groups import Batch, FitGroup
-from windkern.train.rollouts import ANEW, DamagedRecordError, read_json, write_json
 from windkern.train.scoring import Scorer
 from windkern.train.sharded import shard_frozen
 

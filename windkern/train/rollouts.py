@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,11 +10,10 @@ from pathlib import Path
 import torch
 
 from windkern._checks import check_shape
+from windkern._files import DamagedRecordError, read_json, write_json
 from windkern.losses import check_prefs
 from windkern.train.judges.judge import Judge, Verdict, ask
-from windkern.train.models import sync_dir
 from windkern.train.samplers.sampler import Completions
-from windkern.train.valid_json import to_json
 from windkern.train.world import World
 
 
@@ -107,49 +104,11 @@ def judged(rollouts: Sequence[Rollout], prompts: Sequence[str], judge: Judge) ->
     ]
 
 
-class DamagedRecordError(ValueError):
-    """A file that a run wrote is not what was written; the message names it, and the way out."""
-
-    def __init__(self, path: Path, why: object, way_out: str):
-        super().__init__(f"{path} is damaged ({why}); {way_out}")
-
-
-ANEW = "restore it from a copy, or start another run in another output_dir"
 AGAIN = "delete it, and its responses are sampled and judged again, the same ones"
 BEGUN = (
     "the policy that made it has moved, so it cannot be made again: restore it from a copy, or delete the checkpoints "
     "inside its iteration and resume from one at the end of an iteration"
 )
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(to_json(content))
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}; what was saved before is whole") from error
-    sync_dir(path.parent)
-
-
-def read_json(path: Path, way_out: str = ANEW) -> object | None:
-    """The content of a JSON file, None if there is none.
-
-    Raises:
-        DamagedRecordError: it holds something else; the message says `way_out`.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise DamagedRecordError(path, error, way_out) from error
 
 
 @dataclass(frozen=True)

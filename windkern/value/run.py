@@ -13,11 +13,11 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from windkern._files import to_json
 from windkern.display import Display, clock
 from windkern.terminal import printable
 from windkern.train.models import describe, load_model
 from windkern.train.report import show as report
-from windkern.train.valid_json import to_json
 from windkern.value.model import ValueModel
 from windkern.value.trainer import DemonstrationCollator, ValueConfig, ValueTrainer
 

@@ -15,9 +15,9 @@ pytest.importorskip("accelerate")
 import tiny_model
 from trainer_cases import HELDOUT, PROMPTS, lora, make_trainer, weights_of
 
+from windkern._files import DamagedRecordError
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.checkpoints.manifest import CorruptCheckpointError
-from windkern.train.rollouts import DamagedRecordError
 
 SETTINGS = {"num_iterations": 1, "max_new_tokens": 3, "save_strategy": "no"}
 

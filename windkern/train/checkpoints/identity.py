@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from windkern._files import ANEW, DamagedRecordError
 from windkern.train.config import WindConfig
 from windkern.train.data.loading import Demonstration
 from windkern.train.data.prompts import prompt_to_json
 from windkern.train.inherited import FREE, TRAINED
 from windkern.train.models import public_name
-from windkern.train.rollouts import ANEW, DamagedRecordError
 
 # Settings that may differ. More iterations than before are welcome; a schedule that depends on their number then goes
 # on at another rate.

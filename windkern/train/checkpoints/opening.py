@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from windkern._files import read_json, write_json
 from windkern.train.checkpoints.identity import ResumeError, check_same, identity_of
 from windkern.train.checkpoints.manifest import by_step
 from windkern.train.parts import check_unused
-from windkern.train.rollouts import read_json, write_json
 
 if TYPE_CHECKING:
     from windkern.train.trainer import WindTrainer

@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from windkern._files import DamagedRecordError, read_json, write_json
 from windkern.train.report.progress import Record
-from windkern.train.rollouts import DamagedRecordError, RolloutStore, read_json, write_json
+from windkern.train.rollouts import RolloutStore
 
 _WITHOUT = "delete it, and the history goes on without its iteration"
 

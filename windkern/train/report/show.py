@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from windkern._files import to_json
 from windkern.display import Display
 from windkern.terminal import printable
 from windkern.train.evaluation.evaluate import NORMAL_95, Estimate, Evaluation
 from windkern.train.report.progress import Record
-from windkern.train.valid_json import to_json
 
 
 def quiet_libraries() -> None:
