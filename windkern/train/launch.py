@@ -13,8 +13,8 @@ from pathlib import Path
 from transformers import PrinterCallback, ProgressCallback
 
 from windkern._files import sync_files
-from windkern.commands.train import RunConfig
 from windkern.display import Display, clock
+from windkern.settings.run import RunConfig
 from windkern.train.checkpoints.lock import owned_by_run
 from windkern.train.config import WindConfig
 from windkern.train.data.loading import Demonstration, demo_prompts, load_demonstrations, load_prompts
