@@ -13,9 +13,9 @@ import pytest
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package)
 
-from windkern.commands.bandit import BanditSettings  # noqa: E402
 from windkern.commands.bandit_experiment import METRICS, RIVALS, TARGET, responses_to_target, summary  # noqa: E402
 from windkern.commands.bandit_picture import COLOURS, LABELS  # noqa: E402
+from windkern.commands.bandit_settings import BanditSettings  # noqa: E402
 from windkern.commands.cli import main  # noqa: E402
 from windkern.losses import OBJECTIVES  # noqa: E402
 from windkern.tabular import METHODS, solve  # noqa: E402

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import doctest
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from windkern.commands import bandit, demo, evaluate
+from windkern.commands import demo, evaluate, train
+from windkern.commands.bandit_settings import BanditSettings
+from windkern.commands.cli import build_parser
 from windkern.settings import options, run
 from windkern.train.config import WindConfig
 
@@ -72,8 +75,14 @@ def test_options_of_the_same_name_mean_the_same():
     keys = trainer | {each.name for each in dataclasses.fields(run.RunConfig)}
     assert {each.name for each in dataclasses.fields(demo.Changes)} <= keys
     helps: dict[str, set[str]] = {}
-    for cls in (demo.Changes, evaluate.EvalSettings, bandit.BanditSettings):
+    for cls in (demo.Changes, evaluate.EvalSettings, BanditSettings):
         for each in dataclasses.fields(cls):
             if each.name in options.SHARED:
                 helps.setdefault(each.name, set()).add(each.metadata["help"])
     assert {name for name, texts in helps.items() if len(texts) > 1} == {"num_iterations", "eta"}  # bandit's are others
+
+
+def test_options_may_be_written_with_underscores():
+    argv = ["train", "--output_dir", "a_b", "--report_to=my_tracker", "--override", "eval_steps=1"]
+    found = options.filled(train.Options, build_parser().parse_args(argv))
+    assert (found.output_dir, found.report_to, found.override) == (Path("a_b"), "my_tracker", ["eval_steps=1"])

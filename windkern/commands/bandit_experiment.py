@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from windkern.commands import bandit_picture as picture
+from windkern.commands.bandit_settings import BanditSettings
 from windkern.losses import OBJECTIVES
 from windkern.tabular.games import Game
 from windkern.tabular.sampled import fit
 from windkern.tabular.solvers import Solution, measure, solve
-
-if TYPE_CHECKING:
-    from windkern.commands.bandit import BanditSettings
 
 METRICS = ("reward", "win_vs_ref", "kl", "exploitability", "kl_ref")
 RIVALS = ("iterative_bond", "jbond", "sppo")

@@ -27,8 +27,20 @@ COMMANDS: dict[str, ModuleType] = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, and --output_dir means --output-dir: trainers of other libraries write their options so."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(map(_with_dashes, given)), namespace)
+
     def error(self, message: str):
         super().error(printable(message))
+
+
+def _with_dashes(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def build_parser() -> argparse.ArgumentParser:
