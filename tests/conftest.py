@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, which torch may insist on
 
 import windkern as wk
-from windkern.commands import doctor
+from windkern.commands import diagnosis
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core for each worker
@@ -29,7 +29,7 @@ else:
 
 def pytest_report_header() -> str:
     """Shown without -q; tests/kernels/test_other_cpus.py reads it."""
-    return f"CPU: {torch.backends.cpu.get_cpu_capability()} for torch, {doctor.cpp_extension()['in_use']} for C++"
+    return f"CPU: {torch.backends.cpu.get_cpu_capability()} for torch, {diagnosis.cpp_extension()['in_use']} for C++"
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ NEEDS_EXTRAS = (
     "windkern.commands.cli",
     "windkern.__main__",
     "windkern.commands.bandit",
+    "windkern.commands.diagnosis",
+    "windkern.settings",
 )
 MODULES = [
     module.name

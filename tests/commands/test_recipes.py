@@ -18,8 +18,8 @@ for package in ("rich", "matplotlib"):
 import tiny_model  # noqa: E402
 
 from windkern import recipes  # noqa: E402
-from windkern.commands import train as run  # noqa: E402
 from windkern.commands.cli import main  # noqa: E402
+from windkern.settings import run  # noqa: E402
 
 HERE = ("use_cpu=true", "bf16=false")  # what a machine without a GPU cannot take from a recipe for one
 WORDS = ("rain", "bus", "day", "the bus", "a day", "so very", "was a", "not the")

@@ -124,7 +124,7 @@ def test_what_is_taken_runs(tmp_path, changes):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 def test_both_names_of_checkpointing_are_taken_from_a_file(tmp_path, name):
-    from windkern.commands.train import load_settings
+    from windkern.settings.run import load_settings
 
     path = tmp_path / "x.yaml"
     path.write_text(f"model: m\ntrain_prompts: p.txt\noutput_dir: out\nuse_cpu: true\n{name}: true\n")

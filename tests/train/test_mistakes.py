@@ -146,7 +146,7 @@ def test_a_settings_file_is_named(tmp_path, capsys, content, message):
 
 
 def test_variables_stand_in_paths(place, tmp_path, monkeypatch):
-    from windkern.commands.train import load_settings
+    from windkern.settings.run import load_settings
 
     monkeypatch.setenv("PLACE", str(place))
     path = settings_of(

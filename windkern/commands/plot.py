@@ -9,8 +9,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from windkern.commands.loading import loading
 from windkern.terminal import printable
-from windkern.train.models import require
+
+SUMMARY = "draw the picture of a results file again"
 
 
 def _draw_run(path: Path, content: dict) -> None:
@@ -79,8 +81,16 @@ def read(path: Path) -> dict:
     return content
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command to its parser."""
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what train, demo, eval or bandit wrote")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file for the picture (default: beside RESULTS)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Draw the picture of a results file; returns 0."""
+    with loading(lines=False):
+        from windkern.train.models import require
     require("matplotlib")
     content = read(arguments.results)
     path = arguments.output or arguments.results.with_suffix(".png")
@@ -89,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         KINDS[content["kind"]](path, content)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{arguments.results} is no whole result of kind {content['kind']!r}: {type(error).__name__} {error}"
+            f"{arguments.results} is not a complete result of kind {content['kind']!r}: {type(error).__name__} {error}"
         ) from error
     print(f"picture {printable(os.path.relpath(path))}")
     return 0

@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import PrinterCallback, ProgressCallback
 
 from windkern._files import sync_files
-from windkern.commands.train import RunConfig
 from windkern.display import Display, clock
+from windkern.settings.run import RunConfig
 from windkern.train.checkpoints.lock import owned_by_run
 from windkern.train.checkpoints.opening import check_unused
 from windkern.train.config import WindConfig
@@ -168,6 +168,26 @@ def _keep_base(model, tokenizer, config: WindConfig, resume: bool) -> None:
     World(config.distributed_state).first(write)
 
 
+def drawn_prompts(total: int, iterations: int, each: int) -> str:
+    """Say how many prompts there are and how many of them are drawn.
+
+    Args:
+        total: training prompts.
+        iterations: of the run.
+        each: prompts that an iteration draws.
+
+    Example:
+        >>> drawn_prompts(640, 3, 16)
+        '640 training prompts; 3 iterations draw 16 each, 48 in all'
+        >>> drawn_prompts(20, 3, 16)
+        '20 training prompts; 3 iterations draw 16 each, 48 in all, so a prompt is drawn 2.4 times on average'
+    """
+    often = (
+        f", so a prompt is drawn {iterations * each / total:.2g} times on average" if iterations * each > total else ""
+    )
+    return f"{total} training prompts; {iterations} iterations draw {each} each, {iterations * each} in all{often}"
+
+
 def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
     """A few lines about what is going to happen."""
     config, judge = trainer.args, trainer.judge
@@ -188,10 +208,9 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
         if config.fit_responses in (None, config.num_responses)
         else (f"; the {config.fit_responses} with the highest and lowest win rates are fitted")
     )
-    lines.append(
-        f"{config.num_iterations} iterations of {trainer.outer.prompts_per_iteration} prompts, "
-        f"{config.num_responses} responses each{fitted}"
-    )
+    each = trainer.outer.prompts_per_iteration
+    lines.append(drawn_prompts(len(trainer.outer.prompts), config.num_iterations, each))
+    lines.append(f"{config.num_responses} responses to each{fitted}")
     if trainer.eval_prompts:
         when = "after each iteration" if trainer.iterations.evaluated else "at the end (eval_strategy is not epoch)"
         lines.append(
