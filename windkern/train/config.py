@@ -68,15 +68,16 @@ class WindConfig(TrainingArguments):
     loss: str = setting(
         "wind",
         "Loss that is fitted: a separable one of windkern.losses.LOSSES. `windkern losses` lists them, and `windkern "
-        "losses NAME` says which responses it takes. Default: the paper this package implements.",
+        "losses NAME` says which responses one takes. Default: the paper this package implements.",
     )
     loss_kwargs: dict | None = setting(
         None,
         "Arguments of the loss by name, such as {eta: 4, beta: 0.05, objective: square}; `windkern losses NAME` "
-        "explains them. eta is a step size: after a perfect fit of wind, eta / (1 + eta * beta) nats separate a certain "
-        "winner from a certain loser; beta weighs the KL to the reference. What is left out has the loss's own default, "
-        "or where it has none that of the table of losses (ours). The exact update converges whatever the preferences "
-        "up to eta = 4 * beta; the default eta is larger, since an iteration's few steps stay far from a perfect fit.",
+        "explains them. eta is a step size: after a perfect fit of wind, eta / (1 + eta * beta) nats separate a "
+        "certain winner from a certain loser; beta weighs the KL to the reference. What is left out has the loss's own "
+        "default, or where it has none that of the table of losses (ours). The exact update converges whatever the "
+        "preferences up to eta = 4 * beta; the default eta is larger, since an iteration's few steps stay far from a "
+        "perfect fit.",
     )
     num_iterations: int = setting(
         3, "Outer iterations: freeze the policy, sample, judge, fit. At least 1. Default: as SPPO's runs."

@@ -171,7 +171,7 @@ class Policy:
         model = (self.wrapped if self.sharded else self.model).eval()
 
         def work(part: list[Group]) -> list[list[float]]:
-            batch = collate(part, self.fill).to(accelerator.device)
+            batch = collate(part, self.fill).to(self.model.device)
             with accelerator.autocast():
                 job = score_job(batch.targets, self.settings.temperature, self.settings.options)
                 return self.run(model, batch, job).view(batch.shape).float().tolist()

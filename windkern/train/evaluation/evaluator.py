@@ -45,6 +45,8 @@ class Evaluator:
         reference_responses: of the reference to each prompt.
         sampling_batch_size: sequences sampled at a time.
         scoring_batch_size: prompts scored at a time.
+        kl: whether to estimate KL(policy || reference); both must score each other's responses.
+        units: what the observer calls the responses of the policy and of the reference.
     """
 
     def __init__(
@@ -61,11 +63,14 @@ class Evaluator:
         reference_responses: int,
         sampling_batch_size: int,
         scoring_batch_size: int,
+        kl: bool = True,
+        units: tuple[str, str] = (HELD_OUT, OF_REFERENCE),
     ):
         self.prompts, self.judge, self.policy, self.reference = list(prompts), judge, policy, reference
         self.world, self.folder, self.observer, self.seed = world, folder, observer, seed
         self.reference_responses = reference_responses
         self.sampling_batch_size, self.scoring_batch_size = sampling_batch_size, scoring_batch_size
+        self.kl, self.units = kl and policy.scores and reference.scores, units
 
     def answer_once(self, iteration: int) -> list[Group]:
         """Responses of the reference to each prompt, sampled at the first call and read from the disk afterwards.
@@ -82,7 +87,7 @@ class Evaluator:
             return self._sample(reference, block, count, stream(self.seed, "reference", block.index))
 
         if self.folder is None:
-            return self._sample_all(reference, count, sample, iteration, OF_REFERENCE)
+            return self._sample_all(reference, count, sample, iteration, self.units[1])
         return collect(
             self.world,
             GroupStore(self.folder),
@@ -93,7 +98,7 @@ class Evaluator:
             together=reference.sharded,
             begun=reference.gone,
             begin=lambda name, done: self.observer.phase(
-                iteration, name, len(places) * count, OF_REFERENCE, done * count
+                iteration, name, len(places) * count, self.units[1], done * count
             ),
             advance=lambda prompts: self.observer.advance(prompts * count),
         )
@@ -113,8 +118,8 @@ class Evaluator:
                 self.policy, block, responses, stream(self.seed, "evaluate", responses, block.index * size)
             )
 
-        ours = self._sample_all(self.policy, responses, sample, iteration, HELD_OUT)
-        ratios = self._log_ratios(ours, iteration) if self.policy.scores and self.reference.scores else None
+        ours = self._sample_all(self.policy, responses, sample, iteration, self.units[0])
+        ratios = self._log_ratios(ours, iteration) if self.kl else None
         texts = [[group.texts for group in groups] for groups in (ours, theirs)]
         self.observer.phase(iteration, "judging held-out responses")
         if self.world.size == 1:
