@@ -170,7 +170,7 @@ def test_mistakes_are_one_line(inputs, capsys):
         ("lerning_rate=1", "did you mean 'learning_rate'"),
         ("train_prompts=/no/such", "/no/such"),
         ("judge=tiny_model:nothing", "no function 'nothing'"),
-        ("eta=fast", "eta must be a number"),
+        ("loss_kwargs.eta=fast", "eta must be a finite number, got 'fast'"),
         ("model=/no/such/model", "/no/such/model"),
     ):
         assert train(inputs, "demo", change) == 2

@@ -11,11 +11,12 @@ pytest.importorskip("accelerate")
 from tiny_model import goodness
 from trainer_cases import HELDOUT, make_config, make_trainer
 
+from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import step_metrics
 
 
 def numbers(logps, constants, config) -> dict[str, float]:
-    return {name: float(value) for name, value in step_metrics(logps, constants, config).items()}
+    return {name: float(value) for name, value in step_metrics(logps, constants, plan_loss(config)).items()}
 
 
 def test_a_step_says_how_far_it_is_from_the_target(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +14,7 @@ from trainer_cases import make_config, make_trainer
 from windkern.train.batches import collate
 from windkern.train.config import WindConfig
 from windkern.train.groups import Group
+from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import Averages, step_metrics
 
 
@@ -23,10 +24,16 @@ def test_two_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         make_config(tmp_path)
 
 
-def test_a_transformers_without_distributed_loading_will_do(tmp_path):
+def test_a_transformers_without_distributed_loading_will_do(tmp_path, monkeypatch):
+    begin = transformers.Trainer.__init__
+
+    def without(trainer, *args, **given):
+        begin(trainer, *args, **given)
+        vars(trainer).pop("is_distributed_loading_by_transformers", None)
+
+    monkeypatch.setattr(transformers.Trainer, "__init__", without)
     trainer = make_trainer(tmp_path)
-    vars(trainer).pop("is_distributed_loading_by_transformers", None)
-    assert not trainer._sharded()
+    assert not trainer.policy.sharded
 
 
 def test_a_named_judge_is_loaded_where_the_model_is(tmp_path, monkeypatch):
@@ -55,8 +62,9 @@ def test_the_metrics_of_a_step_do_not_wait_for_the_device(tmp_path):
     made = torch.Generator().manual_seed(0)
     logps, old, ref = (torch.randn(2, 4, generator=made) for _ in range(3))
     constants = {"old_logps": old, "ref_logps": ref, "win_rates": torch.rand(2, 4, generator=made)}
+    plan = plan_loss(make_config(tmp_path))
     with Transfers() as seen:
-        found = step_metrics(logps, constants, make_config(tmp_path))
+        found = step_metrics(logps, constants, plan)
     assert seen.count == 0 and len(found) == 5
     averages = Averages()
     averages.add({"length": 3.0})

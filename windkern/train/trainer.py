@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from windkern.train.adapters import starts_as_base, with_adapter
 from windkern.train.anchor import anchor_file
 from windkern.train.batches import IterationData, collate
-from windkern.train.checkpoints.identity import fingerprint, models_inside
+from windkern.train.checkpoints.identity import fingerprint, identity_of, models_inside
 from windkern.train.checkpoints.lock import owned_by_run
 from windkern.train.checkpoints.opening import open_run
 from windkern.train.checkpoints.saving import AtomicCheckpoints, latest_checkpoint
@@ -178,6 +178,21 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         self.iterations = Iterations(self.outer, self.evaluator, self.train_dataset, self, warn)
         self.callback_handler.callbacks.insert(1, self.iterations)  # behind the one that decides about saving
 
+    def _identity(self) -> dict:
+        """What determines the weights that the run ends with."""
+        judge = self.judge
+        return identity_of(
+            self.args,
+            self.model,
+            self.processing_class,
+            reference=self.reference.model if self.args.reference == "model" and self.reference else None,
+            prompts=self.demonstrations or self.outer.prompts,
+            heldout=self.eval_prompts,
+            judge="" if judge is None else f"{judge.name}, strength {getattr(judge, 'strength', None)}",
+            processes=self.world.size,
+            weights=self.weights_at_start,
+        )
+
     def _make_evaluator(self) -> Evaluator:
         return Evaluator(
             self.eval_prompts,
@@ -240,7 +255,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             )
         self.iterations.forget()
         with owned_by_run(self.args, self._warn):
-            self.world.first(lambda: open_run(self, resume))
+            self.world.first(lambda: open_run(self.args, self.store, self._identity(), resume, self._warn))
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
             self.iterations.catch_up(self.state)
             self.iterations.read_history(self.state)
