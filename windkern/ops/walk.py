@@ -206,6 +206,7 @@ class _Writer:
                 walk.kernels.exps_forward(slab, state, Exps(place, pivot, earlier=start, moved=None))
             else:
                 walk.kernels.slab_forward(slab, state, Kept(place, self.offsets[index][rows]))
+            del slab, z  # before the next slab's are made
 
     def frozen(self, rows: slice, hidden, weight, bias, targets: Tensor, state: RowState, units: list[Tensor]) -> None:
         """Add exp(y - pivot) @ weight of every slab to the unit gradients, several slabs in one product."""
