@@ -24,6 +24,7 @@ ALLOWED = {
     "spec": BASE,
     "costs": BASE | {"kernels", "spec", "backends"},
     "plan": BASE | {"kernels", "backends", "costs", "spec"},
+    "testing": {"naive", "plan"},
     "backends": BASE | {"kernels"},
     "transform": {"_checks"},
     "_checks": set(),
