@@ -33,7 +33,7 @@ def test_the_tables_name_versions_devices_back_ends_and_errors(capsys, monkeypat
     assert {(row[1], row[2]) for row in rows} == {
         (name, dtype)
         for name in wk.backends.available("cpu")
-        for dtype in [diagnosis.SHORT[str(dtype)[6:]] for dtype in diagnosis.ALLOWED]
+        for dtype in [diagnosis.SHORT[str(dtype)[6:]] for dtype in diagnosis.DTYPES]
     }
     assert "wrong" not in shown
 

@@ -23,6 +23,7 @@ from windkern.settings import fields as settings_fields  # noqa: E402
 from windkern.settings import file as settings_file  # noqa: E402
 from windkern.settings.fields import build, own_fields  # noqa: E402
 from windkern.settings.file import read_settings  # noqa: E402
+from windkern.train import launch  # noqa: E402
 
 
 class Colour(Enum):
@@ -75,7 +76,9 @@ def written(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("module", [describe, run, settings_fields, settings_file], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [describe, launch, run, settings_fields, settings_file], ids=lambda module: module.__name__
+)
 def test_docstring_examples_run(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from windkern._figures import plain_table
 from windkern.commands import bandit_picture as picture
 from windkern.commands.bandit_settings import BanditSettings
 from windkern.losses import OBJECTIVES
@@ -125,7 +125,7 @@ def experiment(
 
 def final_table(result: dict[str, object]) -> Table:
     """One row a method: where it ended, what it took."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = plain_table()
     table.add_column("")
     headers = (
         "reward",

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from windkern._figures import plain_table
 from windkern.commands.loading import loading
 from windkern.terminal import printable
 
@@ -44,14 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(display: Display, on: list[Device], found: list[BackendState], checks: list[Check]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     from windkern.commands import diagnosis
 
     def table(*headers: str) -> Table:
-        made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        made = plain_table()
         for header in headers:
             made.add_column(header, overflow="fold", no_wrap=header not in ("why not", ""))
         return made
@@ -93,6 +93,8 @@ def _print(display: Display, on: list[Device], found: list[BackendState], checks
         if wrong:
             verdict = Text.assemble(("wrong", "red"), f" {printable(wrong[0].message)}".rstrip())
         results.add_row(device, name, diagnosis.SHORT[dtype], *cells, verdict)
-    allowed = ", ".join(f"{diagnosis.SHORT[str(dtype)[6:]]} {error:.0e}" for dtype, error in diagnosis.ALLOWED.items())
-    display.print(f"self-test: error in norm, relative to windkern.naive; allowed {allowed}")
+    display.print(
+        "self-test: error in norm, relative to windkern.naive in float64; allowed: fp64 1e-11, fp32 4 x (plain "
+        "PyTorch's error + eps), bf16 max(half of plain PyTorch's error, eps)"
+    )
     display.print(rich=results)

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from windkern._figures import picture, plain_table
 from windkern._files import to_json
 from windkern.commands.loading import loading
 from windkern.settings.options import add_options, filled, option, shared
@@ -162,44 +163,34 @@ def as_dict(settings: EvalSettings, found: Comparison, prompts: Sequence[str], a
 
 def draw(path: Path, content: dict) -> None:
     """How the win rates of the prompts are spread, with their mean and its 95 % interval, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     estimate, settings = content["win_rate"], content["settings"]
     (low, high), rates = estimate["95"], [entry["win_rate"] for entry in content["prompts"]]
-    figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
-    axes.hist(rates, bins=[k / 20 for k in range(21)], color="0.75", edgecolor="white")
-    axes.axvline(0.5, color="0.4", linewidth=1, linestyle="--", label="as good as the base")
-    label = f"mean {estimate['mean']:.3f}"
-    if low is not None and math.isfinite(low):  # from a single prompt there is none
-        axes.axvspan(low, high, color="C1", alpha=0.25, linewidth=0)
-        label += f", 95 % [{low:.3f}, {high:.3f}]"
-    axes.axvline(estimate["mean"], color="C1", linewidth=2, label=label)
-    axes.set_xlim(0, 1)
-    # Names hold what they like, dollars too.
-    judge, title = printable(settings["judge"]), printable(f"{settings['model']} against {settings['base']}")
-    axes.set_xlabel(f"win rate of a prompt's responses, judged by {judge}", parse_math=False)
-    axes.set_ylabel("prompts")
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_title(title, fontsize=11, parse_math=False)
-    axes.legend(loc="upper left", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path, figsize=(7.2, 3.8)) as (_, axes):
+        axes.hist(rates, bins=[k / 20 for k in range(21)], color="0.75", edgecolor="white")
+        axes.axvline(0.5, color="0.4", linewidth=1, linestyle="--", label="as good as the base")
+        label = f"mean {estimate['mean']:.3f}"
+        if low is not None and math.isfinite(low):  # from a single prompt there is none
+            axes.axvspan(low, high, color="C1", alpha=0.25, linewidth=0)
+            label += f", 95 % [{low:.3f}, {high:.3f}]"
+        axes.axvline(estimate["mean"], color="C1", linewidth=2, label=label)
+        axes.set_xlim(0, 1)
+        # Names hold what they like, dollars too.
+        judge, title = printable(settings["judge"]), printable(f"{settings['model']} against {settings['base']}")
+        axes.set_xlabel(f"win rate of a prompt's responses, judged by {judge}", parse_math=False)
+        axes.set_ylabel("prompts")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_title(title, fontsize=11, parse_math=False)
+        axes.legend(loc="upper left", frameon=False)
 
 
 def _table(result: Evaluation, about: About):
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     from windkern.train.report.show import plus_minus
 
     low, high = result.win_rate.interval
     shown = "none from a single prompt" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = plain_table()
     for name in ("", "model", "base"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("win rate", plus_minus(result.win_rate, 3), f"{1 - result.win_rate.mean:.3f}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from windkern._checks import check_choice
+from windkern._figures import picture, plain_table
 from windkern.losses import LOSSES, Loss
 from windkern.terminal import printable
 
@@ -110,35 +111,31 @@ def _curve(loss: Loss, start: Tensor, response: int, label: str, settings: dict[
 
 def draw(path: Path, loss: Loss) -> None:
     """Value on the left, slope on the right, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     found = curves(loss)
     moved = _first(loss) if all(curve.response == 0 for curve in found) else "a response"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.4), layout="constrained")
-    for number, curve in enumerate(found):
-        style = {"color": f"C{number}", "linestyle": DASHES[number % len(DASHES)], "linewidth": 2, "label": curve.label}
-        left.plot(curve.moves, curve.values, **style)
-        right.plot(curve.moves, curve.slopes, **style)
-    right.axhline(0, color="0.6", linewidth=1)
-    for axes, name, series in ((left, "value", "values"), (right, "slope", "slopes")):
-        axes.set_title(name, fontsize=10)
-        axes.axvline(0, color="0.6", linewidth=1, linestyle="--")
-        axes.set_xlabel(f"log-prob of {moved}, nats from the start")
-        axes.set_ylim(*_window([getattr(curve, series) for curve in found]))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
-        axes.set_xlim(-loss.span, loss.span)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(found), 6), frameon=False)
-    numbers = {name: value for name, value in loss.settings.items() if not isinstance(value, Tensor)}
-    settings = ", ".join(f"{name} = {value:g}" for name, value in numbers.items())
-    figure.suptitle(f"{loss.name}: {loss.formula}" + (f"\n{settings}" if settings else ""), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path, nrows=1, ncols=2, figsize=(9.6, 4.4)) as (figure, (left, right)):
+        for number, curve in enumerate(found):
+            style = {
+                "color": f"C{number}",
+                "linestyle": DASHES[number % len(DASHES)],
+                "linewidth": 2,
+                "label": curve.label,
+            }
+            left.plot(curve.moves, curve.values, **style)
+            right.plot(curve.moves, curve.slopes, **style)
+        right.axhline(0, color="0.6", linewidth=1)
+        for axes, name, series in ((left, "value", "values"), (right, "slope", "slopes")):
+            axes.set_title(name, fontsize=10)
+            axes.axvline(0, color="0.6", linewidth=1, linestyle="--")
+            axes.set_xlabel(f"log-prob of {moved}, nats from the start")
+            axes.set_ylim(*_window([getattr(curve, series) for curve in found]))
+            axes.grid(color="0.92")
+            axes.set_xlim(-loss.span, loss.span)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(found), 6), frameon=False)
+        numbers = {name: value for name, value in loss.settings.items() if not isinstance(value, Tensor)}
+        settings = ", ".join(f"{name} = {value:g}" for name, value in numbers.items())
+        figure.suptitle(f"{loss.name}: {loss.formula}" + (f"\n{settings}" if settings else ""), fontsize=10)
 
 
 def _first(loss: Loss) -> str:
@@ -175,11 +172,9 @@ def as_dict(loss: Loss) -> dict[str, object]:
 
 def print_table(console) -> None:
     """Every loss, one row each."""
-    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), row_styles=["", "dim"])
+    table = plain_table(row_styles=["", "dim"])
     table.add_column("name", no_wrap=True, style="bold")
     columns = [("formula of a group", 5), ("inputs", 3), ("source", 3), ("separable", None), ("when", 4)]
     if console.width < WIDE:  # words would break: the rest is in `windkern losses NAME`

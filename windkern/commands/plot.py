@@ -65,7 +65,7 @@ def read(path: Path) -> dict:
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: it is no JSON object with a "kind" that is known.
+        ValueError: it is not a JSON object with a known "kind".
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a results file, such as {path / 'result.json'}")

@@ -107,8 +107,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not UTF-8, not YAML or not a mapping, a key is given twice or is no string, an override has no
-            `=` or leads into something that is not a mapping; the message names file and line, or the override.
+        ValueError: it is not UTF-8, not YAML or not a mapping, a key is given twice or is not a string, an override has
+            no `=` or leads into something that is not a mapping; the message names file and line, or the override.
 
     Example:
         >>> import tempfile

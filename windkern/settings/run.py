@@ -61,7 +61,7 @@ class RunConfig:
     """
 
     model: str = field(
-        metadata=_help("Policy at the start: folder or hub id of a causal LM, or smollm2-135m-instruct (packaged).")
+        metadata=_help("Initial policy: folder or hub id of a causal LM, or smollm2-135m-instruct (packaged).")
     )
     train_prompts: str = field(
         metadata=_help(
@@ -72,26 +72,28 @@ class RunConfig:
     eval_prompts: str | None = field(
         default=None,
         metadata=_help(
-            "Held-out prompts, likewise: compared at the end, and after each iteration with eval_strategy: epoch. "
-            "null: the policy is not evaluated."
+            "Held-out prompts, in the same forms. The policy is compared with the reference on them at the end, and "
+            "after each iteration with eval_strategy: epoch. null: the policy is not evaluated."
         ),
     )
     max_train_prompts: int | None = field(
-        default=None, metadata=_help("Use only so many of train_prompts, from the first; at least 1. null: all.")
+        default=None, metadata=_help("Only the first so many of train_prompts are used; at least 1. null: all.")
     )
-    max_eval_prompts: int | None = field(default=None, metadata=_help("The same of eval_prompts."))
+    max_eval_prompts: int | None = field(
+        default=None, metadata=_help("Only the first so many of eval_prompts are used; at least 1. null: all.")
+    )
     method: str = field(
-        default="wind", metadata=_help("What is trained: wind, a policy; or value, a value head that guides one.")
+        default="wind", metadata=_help("What is trained: wind (a policy) or value (a value model that guides one).")
     )
     dtype: str = field(
         default="auto",
         metadata=_help(
-            "Dtype of the weights: float32, bfloat16, float16, or auto, which is bfloat16 except on a CPU without "
-            "instructions for it, where it is float32."
+            "Dtype of the weights: float32, bfloat16, float16, or auto, which means float32 on a CPU without "
+            "instructions for bfloat16, and bfloat16 elsewhere."
         ),
     )
     attention: str | None = field(
-        default=None, metadata=_help("Implementation, as transformers names it. null: transformers chooses.")
+        default=None, metadata=_help("Attention implementation, as transformers names it. null: transformers chooses.")
     )
     peft: dict | None = field(
         default=None, metadata=_help("Arguments of peft.LoraConfig, such as {r: 16}. null: every weight is trained.")
@@ -99,19 +101,19 @@ class RunConfig:
     adapter: str = field(
         default="continue",
         metadata=_help(
-            "What becomes of a LoRA adapter that model is (a folder with adapter_config.json): continue (it is trained "
-            "further; peft must be null or say the same) or merge (into its base; then peft starts a new one, or with "
-            "null every weight is trained). With reference: adapter the reference is the policy at the start, either "
-            "way."
+            "What happens if model is a LoRA adapter (a folder with adapter_config.json): continue trains it further, "
+            "and peft must be null or say the same; merge adds it to its base, then peft starts a new adapter, or null "
+            "trains every weight. Either way, with reference: adapter the reference is the initial policy."
         ),
     )
     reference_model: str | None = field(
         default=None,
-        metadata=_help("Of reference=model: folder or hub id of the frozen reference. null: the same as model."),
+        metadata=_help("Folder or hub id of the frozen reference, for reference: model. null: the same as model."),
     )
 
     final_responses: int = field(
-        default=2, metadata=_help("Responses to each held-out prompt in the comparison at the end; at least 1.")
+        default=2,
+        metadata=_help("Responses to each held-out prompt in the final comparison; at least 1. Default: ours."),
     )
 
     def __post_init__(self) -> None:

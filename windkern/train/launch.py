@@ -48,14 +48,14 @@ _SCORING, _FITTING, _JUDGING, _SAVING = 0.7, 2.0, 0.05, 10.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ended with."""
+    """The result of a run."""
 
     trainer: WindTrainer
     final: Evaluation | None  # on held-out prompts, where there are any
 
 
 def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
-    """The prompts a setting names; nothing for None."""
+    """Return the prompts that a setting names; none for None."""
     if source is None:
         return []
     found = demo_prompts(split) if source == DEMO_PROMPTS else load_prompts(source)
@@ -65,12 +65,12 @@ def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
 def make_trainer(
     run: RunConfig, config: WindConfig, observer: Observer | None = None, *, resume: bool = False
 ) -> WindTrainer:
-    """Load models, prompts and judge, and put them together.
+    """Load models, prompts and judge, and make a trainer of them.
 
     Args:
         run, config: the settings.
         observer: told about progress.
-        resume: whether a run goes on, so that what it has left in `config.output_dir` is its own.
+        resume: whether a run continues, so that the files in `config.output_dir` are its own.
 
     Raises:
         ValueError, TypeError, OSError: a setting is wrong or something cannot be read; the message says which.
@@ -101,7 +101,7 @@ def make_trainer(
     observer.phase(0, "preparing the run")
     new_adapter = None if run.peft is None else _lora(run.peft)
     if run.adapter == "merge" and adapter_of(run.model) is None:
-        raise ValueError(f"adapter must be continue where model is no adapter, got 'merge' for {run.model!r}")
+        raise ValueError(f"adapter must be continue where model is not an adapter, got 'merge' for {run.model!r}")
     if new_adapter is not None and hasattr(model, "peft_config"):
         _check_continued(run, new_adapter, model.active_peft_config)
         new_adapter = None
@@ -150,7 +150,7 @@ def _plain(value: object) -> object:
 
 
 def _keep_base(model, tokenizer, config: WindConfig, resume: bool) -> None:
-    """Write the merged base of a new adapter beside it, and let the adapter name it: no one else has it."""
+    """Write the merged base of a new adapter beside it, and let the adapter name it: no other copy exists."""
     folder = Path(config.output_dir).absolute() / MERGED
     model.name_or_path = model.config._name_or_path = str(folder)
 
@@ -189,7 +189,7 @@ def drawn_prompts(total: int, iterations: int, each: int) -> str:
 
 
 def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
-    """A few lines about what is going to happen."""
+    """Print a few lines about what is going to happen."""
     config, judge = trainer.args, trainer.judge
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
@@ -222,7 +222,7 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
 
 
 def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str, str], float]]:
-    """What a run is going to do, with costs in responses sampled, as `Display.plan` takes it."""
+    """The phases of a run and their estimated costs in sampled responses, as `Display.plan` takes them."""
     config, prompts, heldout = trainer.args, trainer.outer.prompts_per_iteration, len(trainer.eval_prompts)
     fitted = prompts * (2 if trainer.loss_plan.group == "pair" else config.fit_responses or config.num_responses)
     batches = config.passes_per_iteration * fitted
@@ -252,13 +252,13 @@ def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str
 def start(
     run: RunConfig, config: WindConfig, *, resume: bool, display: Display | None = None, kind: str = "train"
 ) -> Outcome:
-    """Do a run, and leave model, card, picture and numbers in `config.output_dir`.
+    """Do a run, and write model, card, picture and numbers to `config.output_dir`.
 
     Args:
         run, config: the settings.
-        resume: go on from the newest whole checkpoint.
-        display: where to show how far it is, begun; made quiet on all processes but the first. None: stdout.
-        kind: of the results file.
+        resume: continue from the newest whole checkpoint.
+        display: where to show progress, already entered; all processes but the first are made quiet. None: stdout.
+        kind: the "kind" in the results file.
 
     Raises:
         As `make_trainer` and `WindTrainer.train`.
