@@ -180,6 +180,10 @@ def test_a_small_softcap(dtype):
     test_kept_accuracy.check_softcap("triton", dtype, "a hundredth")
 
 
+def test_slopes_near_saturation():
+    test_kept_accuracy.check_near_saturation("triton", 3, 33.0, 2.0)
+
+
 def test_gradcheck():
     hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
@@ -286,6 +290,10 @@ def test_a_walk_over_tiles_obeys_its_plan(small_tiles):
 def test_tiles_keep_what_a_small_softcap_needs(small_tiles, dtype):
     test_kept_accuracy.check_softcap("triton", dtype, "one over fifty")
     test_kept_accuracy.check_entropy("triton", dtype)
+
+
+def test_tiles_near_saturation(small_tiles):
+    test_kept_accuracy.check_near_saturation("triton", 5, 1.0)
 
 
 def test_rows_of_tiles_do_not_depend_on_their_neighbours(small_tiles):

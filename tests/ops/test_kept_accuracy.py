@@ -108,6 +108,36 @@ def test_saturated_logits_have_no_gradient(backend, dtype):
         check_saturated(backend, dtype, softcap, temperature)
 
 
+def check_near_saturation(backend, depth, softcap, temperature=1.0):
+    """float32 logits of +-depth caps, whose slope 1 - tanh^2 is 2e-2 to 5e-7: what plain autograd has left of it."""
+    generator = torch.Generator().manual_seed(0)
+    size = depth + 0.5 * torch.randn(24, 331, generator=generator)
+    z = softcap * size * torch.randn(24, 331, generator=generator).sign()
+    targets = torch.randint(0, 331, (24,), generator=generator)
+    options = {"softcap": softcap, "temperature": temperature}
+
+    def gradients(function, dtype, wants, **more):
+        leaves = [value.to(dtype).requires_grad_(flag) for value, flag in zip((z, torch.eye(331)), wants, strict=True)]
+        out = function(*leaves, targets, **options, **more)
+        result = out[2] if more.get("entropy") else out[0]
+        return torch.autograd.grad(result.sum(), [leaf for leaf in leaves if leaf.requires_grad])
+
+    for wants, entropy in itertools.product(((True, True), (True, False)), (False, True)):
+        exact = gradients(naive.token_logps, torch.float64, wants, entropy=entropy)
+        plain = gradients(naive.token_logps, torch.float32, wants, entropy=entropy)
+        for budget in (NARROW, UNLIMITED):
+            more = {"entropy": entropy, "memory_budget": budget, "backend": backend}
+            ours = gradients(wk.token_logps, torch.float32, wants, **more)
+            for place, (got, want, own) in enumerate(zip(ours, exact, plain, strict=True)):
+                assert_within(got, want, own, torch.float32, f"gradient {place} at budget {budget}, entropy {entropy}")
+
+
+@pytest.mark.parametrize(("softcap", "temperature"), [(30.0, 1.0), (1.0, 1.0), (33.0, 2.0)])
+@pytest.mark.parametrize("depth", [3, 5, 8])
+def test_slopes_near_saturation(backend, depth, softcap, temperature):
+    check_near_saturation(backend, depth, softcap, temperature)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_entropy_keeps_logits(backend, dtype):
     """float32 logits, bit for bit what is recomputed otherwise, and still 6 units where all of them fit."""
