@@ -12,7 +12,7 @@ ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test test-lowest test-models check lint bench aot-all gpu wheels clean
+.PHONY: help setup demo test test-all test-lowest test-models check lint bench aot-all gpu wheels clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -32,9 +32,14 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 demo: $(STAMP)
 	$(BIN)/python -m windkern demo $(ARGS)
 
-## test    the whole suite that runs without a GPU, under 10 minutes on 2 cores
+## test    the whole suite that runs without a GPU, under 8 minutes on 2 cores
+SPREAD := -n 2 --dist loadgroup
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+
+## test-all the suite and what it leaves out: all kernels for every chip, nvcc's warnings, test-models (30 minutes)
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow" $(ARGS)
 
 ## test-models  windkern.hf against the logits of every causal LM of transformers, tiny and random (minutes)
 test-models: $(STAMP)
@@ -72,7 +77,7 @@ test-lowest: $(STAMP)
 	$(call environment,$(LOWEST))
 	@echo "Here pip may find fault with trl, which these tests leave out."
 	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check $$($(BIN)/python -m windkern.train.tried)
-	$(LOWEST)/bin/python -m pytest -n 2 $(ARGS) $(foreach name,$(LOWEST_TESTS),tests/$(name))
+	$(LOWEST)/bin/python -m pytest $(SPREAD) $(ARGS) $(foreach name,$(LOWEST_TESTS),tests/$(name))
 
 ## aot-all every Triton kernel compiled for every chip, with the pinned Triton and with the older one of GPU machines
 OLD_TRITON := .venv-triton-3.6

@@ -79,8 +79,11 @@ class _Backward:
         return [self.walk.products.prepared(block) for block in self.hidden]
 
     def _multiply(self, dz: Tensor, start: int, heads, totals, operands, gain: Tensor | None, *, first: bool) -> None:
-        """Both products of vocabulary columns `start` and following, for every block."""
+        """Both products of vocabulary columns `start` and following, for every block that wants them."""
         products, stop = self.walk.products, start + dz.shape[1]
+        if not (any(self.walk.spec.hidden_grad) or any(self.walk.spec.weight_grad)):
+            return
+        dz = products.widened(dz)
         for k in range(len(self.weight)):
             if totals[k] is not None:
                 head = products.prepared(self.weight[k][start:stop]) if heads is None else heads[k]
@@ -110,8 +113,7 @@ class _Backward:
             values = self.saved.kept[:, start : min(start + spec.product_columns, kept)]
             if self.dbias is not None:
                 self._bias_from(values, start, g)
-            if any(spec.hidden_grad) or any(spec.weight_grad):
-                self._multiply(products.widened(values), start, None, totals, scaled, None, first=start == 0)
+            self._multiply(values, start, None, totals, scaled, None, first=start == 0)
         if kept < vocab:
             self._recomputed(kept, vocab, g, pivot, target_entry(self.saved.stats, total), totals, scaled)
         for total_k in totals:
@@ -196,8 +198,6 @@ class _Backward:
             del slab, z
             if sums is not None:
                 self._put_bias(start, sums)
-            if any(spec.hidden_grad) or any(spec.weight_grad):
-                dz = products.widened(dz)
             self._multiply(dz, start, heads, totals, weight_operands, gain, first=False)
             del dz
         if scale is not None:
