@@ -63,7 +63,7 @@ class _Job:
         return plan(
             rows,
             self.inputs.hidden_sizes,
-            self.inputs.weight[0].shape[0],
+            self.inputs.vocab_size,
             group_rows=group_rows,
             memory_budget=self.memory_budget,
             batch_invariant=self.batch_invariant,
@@ -170,7 +170,7 @@ def _run_chunk(job: _Job, made: Plan, chunk: _Chunk, scale: float, held: HeldGra
     inputs, groups, rows, targets = job.inputs, chunk.groups, chunk.rows, chunk.targets
     places = slice(groups.start * job.group_tokens, groups.stop * job.group_tokens)
     hidden = [block[places] for block in inputs.hidden]
-    spec = made.chunk(targets.shape[0]).of(inputs.transform)
+    spec = made.chunk(targets.shape[0]).of(inputs.transform, inputs.cut)
     block = RowBlock.of(spec, hidden, inputs.weight, inputs.bias, targets, rows)
     saved = block.forward()
     token_logps = block.selected(saved.stats.logps)

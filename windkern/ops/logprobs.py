@@ -165,14 +165,14 @@ def row_logps(
     spec = planned_spec(
         rows,
         tuple(fixed_size(size) for size in inputs.hidden_sizes),
-        fixed_size(inputs.weight[0].shape[0]),
+        fixed_size(inputs.vocab_size),
         entropy=entropy,
         memory_budget=memory_budget,
         batch_invariant=batch_invariant,
         total_rows=rows + (inputs.rows is not None),
         **inputs.planned(),
     )
-    walk = WalkSpec(*spec).of(inputs.transform)
+    walk = WalkSpec(*spec).of(inputs.transform, inputs.cut)
     spec = walk.values()
     if walk.gear == "scoring":
         return torch.ops.windkern.logprobs_fwd(

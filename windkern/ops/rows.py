@@ -23,7 +23,8 @@ class RowBlock:
     hidden: list[Tensor]  # (total, H_k) in the operands' dtype
     weight: list[Tensor]  # (V, H_k)
     bias: Tensor | None
-    targets: Tensor  # (total,)
+    labels: Tensor  # (total,)
+    targets: Tensor  # (total,) the same as the rows of `weight` are numbered, V where the target's lies on another rank
     scored: Tensor  # (count,)
     count: int
 
@@ -39,18 +40,20 @@ class RowBlock:
     ) -> RowBlock:
         """Rows `rows` (count,) of the blocks, all of them where that is None; `targets` (count,) are theirs."""
         total = spec.padded_rows(targets.shape[0])
+        labels = _pad(targets, total, IGNORED)
         return cls(
             walk.Walk.of(spec, targets.device.type),
             _gather(hidden, rows, targets, total, spec.operand),
             weight,
             bias,
-            _pad(targets, total, IGNORED),
+            labels,
+            _of_shard(labels, spec.vocab_start, weight[0].shape[0]) if spec.merges else labels,
             targets >= 0,
             targets.shape[0],
         )
 
     def forward(self) -> walk.Saved:
-        check_targets(self.targets, self.weight[0].shape[0])
+        check_targets(self.labels, self.walk.spec.vocab_size or self.weight[0].shape[0])
         with backends.on_device_of(self.targets):
             saved = walk.forward(self.walk, self.hidden, self.weight, self.bias, self.targets)
         _check_some_entry_is_open(saved, self.bias, self.targets)
@@ -108,6 +111,12 @@ def _gather(
         copy[count:].zero_()
         gathered.append(copy)
     return gathered
+
+
+def _of_shard(targets: Tensor, start: int, count: int) -> Tensor:
+    """Targets among `count` rows of the head from `start` on; `count` itself, which no slab holds, where elsewhere."""
+    inside = (targets >= start) & (targets < start + count)
+    return torch.where(targets < 0, targets, torch.where(inside, targets - start, count))
 
 
 def _pad(values: Tensor, total: int, fill: float) -> Tensor:

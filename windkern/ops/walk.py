@@ -12,6 +12,8 @@ from windkern import backends
 from windkern.kernels import buffers
 from windkern.kernels.contract import SETTLED_ROOM, Exps, Kept, RowKernels, RowState, RowStats, Slab, Unit, kept_gain
 from windkern.kernels.gemm import Products, accumulator, products_of
+from windkern.sharding.merge import merged
+from windkern.sharding.ranks import Ranks
 from windkern.spec import WalkSpec, row_stride
 
 
@@ -117,6 +119,10 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
         if block_units is not units:
             for unit, block_unit in zip(units, block_units, strict=True):
                 unit[rows].copy_(block_unit)
+    if spec.merges:
+        own, state = state, merged(state, Ranks(spec.group))
+        if units and not spec.factored:
+            _move_units(units, own, state, spec.entropy)
     log_sum = state.run_sum.log()
     entropy = log_sum - state.entropy_sum / state.run_sum if spec.entropy else None
     stats = RowStats(state.run_max, log_sum, state.target_logit, entropy)
@@ -126,6 +132,16 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
     for unit in units:
         unit.div_(scale.unsqueeze(1))
     return Saved(stats, kept, offsets, units)
+
+
+def _move_units(units: list[Tensor], own: RowState, whole: RowState, entropy: bool) -> None:
+    """Sums relative to the maximum of a rank's part of the vocabulary become those relative to the whole's."""
+    step = torch.where(own.run_max == -torch.inf, 0.0, own.run_max - whole.run_max).unsqueeze(1)
+    wanted = len(units) // (1 + entropy)
+    for k, unit in enumerate(units[:wanted]):
+        if entropy:
+            units[wanted + k].addcmul_(unit, step).mul_(step.exp())
+        unit.mul_(step.exp())
 
 
 def _finish_exps(
