@@ -1,4 +1,4 @@
-"""Run a job of tests/distributed_jobs.py, or of a module like it, in several CPU processes and read back what each reports."""
+"""Run a job of tests/distributed_jobs.py, or of a module like it, in CPU processes and read what each reports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ import windkern
 SECONDS = 1200  # a rank that waits for another would wait for ever; two that only have few turns may take long
 
 
-def launch(
-    job: str, folder: Path, *options: str, processes: int = 2, module: str = "distributed_jobs"
-) -> list[dict]:
+def launch(job: str, folder: Path, *options: str, processes: int = 2, module: str = "distributed_jobs") -> list[dict]:
     """What each rank of `job` reported, in the order of ranks; an AssertionError with the output if one failed.
 
     The processes are new ones, forked from a server that has imported everything and run nothing: importing takes

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -41,10 +40,10 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RanksError(
-                f"rank {self.rank} of the {self.size} that the head is cut over could not {what}: another rank has died, "
-                "has raised an error, or called with other rows, gradients or arguments; all ranks of the group must "
-                "make the same calls (its timeout, an argument of init_process_group or new_group, bounds the wait): "
-                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                f"rank {self.rank} of the {self.size} that the head is cut over could not {what}: another rank has "
+                "died, has raised an error, or called with other rows, gradients or arguments; all ranks of the group "
+                "must make the same calls (its timeout, an argument of init_process_group or new_group, bounds the "
+                f"wait): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
 
     def gathered(self, local: Tensor, what: str) -> Tensor:

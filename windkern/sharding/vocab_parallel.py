@@ -8,7 +8,7 @@ from torch import Tensor
 
 from windkern._checks import FLOATS, check_floating, check_index, shape_of
 from windkern.shard import Cut, Shard
-from windkern.sharding.ranks import Ranks
+from windkern.sharding.ranks import Ranks, RanksError
 
 _REFUSED = -1  # in the place of the first row: a rank that cannot take part says so, so that no other waits for it
 _FOLLOWS = -2  # the same: this rank's rows follow on those of the rank before
@@ -64,7 +64,7 @@ def vocab_parallel(
         ...     return -wk.token_logps(hidden, head, targets).logps.mean()
     """
     if not (dist.is_available() and dist.is_initialized()):
-        raise _not_initialized()
+        raise RanksError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
     fault: Exception | None = None
     first, local = _REFUSED, torch.zeros(0, 0)
     group = _group_of(weight, group)
@@ -93,12 +93,6 @@ def vocab_parallel(
             reduce_dtype=reduce_dtype,
         ),
     )
-
-
-def _not_initialized() -> Exception:
-    from windkern.sharding.ranks import RanksError
-
-    return RanksError("group: torch.distributed is not initialised; call torch.distributed.init_process_group first")
 
 
 def _group_of(weight: object, group: object) -> dist.ProcessGroup:
@@ -183,17 +177,19 @@ def _starts(table: list[list[int]]) -> list[int]:
     for first, rows, _, _ in table:
         starts.append(stop if first == _FOLLOWS else first)
         stop += rows
-    held = sorted((start, start + rows, rank) for rank, (start, (_, rows, _, _)) in enumerate(zip(starts, table, strict=True)) if rows)
-    if not held:
-        raise ValueError("weight has no rows on any rank of the group")
-    stop, before = 0, None
-    for start, end, rank in held:
-        if start != stop:
-            what = "overlap" if start < stop else "leave a gap"
-            beside = "the beginning of the vocabulary" if before is None else f"those of rank {before}, which end at {stop}"
-            raise ValueError(
-                f"start: the rows of rank {rank}, {start} to {end}, {what} with {beside}; the parts must cover the "
-                "vocabulary once (start=None lays them out in the order of ranks)"
-            )
-        stop, before = end, rank
+    _check_cover([(start, start + row[1], rank) for rank, (start, row) in enumerate(zip(starts, table, strict=True))])
     return starts
+
+
+def _check_cover(parts: list[tuple[int, int, int]]) -> None:
+    """Start, end and rank of all parts, which must be the whole of one vocabulary."""
+    stop, beside = 0, "the beginning of the vocabulary"
+    for start, end, rank in sorted(part for part in parts if part[0] < part[1]):
+        if start != stop:
+            raise ValueError(
+                f"start: the rows of rank {rank}, {start} to {end}, {'overlap' if start < stop else 'leave a gap'} with "
+                f"{beside}; the parts must cover the vocabulary once (start=None lays them out in the order of ranks)"
+            )
+        stop, beside = end, f"those of rank {rank}, which end at {end}"
+    if stop == 0:
+        raise ValueError("weight has no rows on any rank of the group")
