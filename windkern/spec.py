@@ -50,18 +50,22 @@ class WalkSpec:
     vocab_start: int = 0
     vocab_size: int = 0  # of the whole head
     reduce_dtype: torch.dtype = torch.float32
+    least_rows: int = 0  # to walk with, padded: streamed, all ranks walk over as many row blocks
 
     @functools.cached_property
     def transform(self) -> LogitTransform:
         return LogitTransform(self.scale, self.softcap, self.temperature)
 
-    def of(self, transform: LogitTransform, cut: Cut | None = None) -> WalkSpec:
-        """The same decisions for logits with this transform, of a head that is cut."""
+    def of(self, transform: LogitTransform, cut: Cut | None = None, rows: int = 0) -> WalkSpec:
+        """The same decisions for logits with this transform; for a head that is cut, and the most rows of a rank."""
         given = {"scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
         if cut is not None:
             given |= {"group": cut.group, "streams": cut.streams, "vocab_start": cut.start}
             given |= {"vocab_size": cut.vocab_size}
             given |= {"reduce_dtype": cut.reduce_dtype or torch.promote_types(self.operand, torch.float32)}
+        if cut is not None and cut.streams:  # all ranks read slab after slab, whatever each keeps
+            given |= {"slabs_at_once": 1, "product_columns": self.slab_width}
+            given |= {"least_rows": max(1, self.padded_rows(rows) if self.row_block else 1)}
         return dataclasses.replace(self, **given)
 
     @property
@@ -92,7 +96,12 @@ class WalkSpec:
 
     def padded_rows(self, rows: int) -> int:
         """Rows of the walk: whole row blocks where products have fixed tiles."""
-        return -(-rows // self.row_block) * self.row_block if self.row_block else rows
+        padded = -(-rows // self.row_block) * self.row_block if self.row_block else rows
+        return max(padded, self.least_rows)
+
+    def head_rows(self, rows: int) -> int:
+        """Rows of the head to walk over, of which `rows` lie here."""
+        return self.vocab_size if self.streams else rows
 
     def values(self) -> tuple:
         """The fields in their order, as arguments of an op."""

@@ -12,33 +12,28 @@ from torch import Tensor
 from windkern.kernels import buffers
 from windkern.kernels.contract import DZ_BINADES, Kept, Upstream, other_slope, target_slope
 from windkern.ops.walk import Saved, Walk, target_entry
+from windkern.sharding.passing import CollectedRows, PassedRows
 from windkern.sharding.ranks import Ranks
 from windkern.spec import row_stride
-
-
-@dataclass
-class Grads:
-    """Gradients by block; None where none was wanted. dhidden_k is float32 (M, H_k) over compacted rows."""
-
-    hidden: list[Tensor | None]
-    weight: list[Tensor | None]
-    bias: Tensor | None
 
 
 def backward(
     walk: Walk,
     upstream: Upstream,
     hidden: list[Tensor],
-    weight: list[Tensor],
+    weight: list[Tensor] | list[PassedRows],
     bias: Tensor | None,
     targets: Tensor,
     saved: Saved,
-    dweight: list[Tensor | None],
+    dweight: list[Tensor | None] | list[CollectedRows | None],
     dbias: Tensor | None,
     *,
     accumulate: bool,
-) -> Grads:
-    """Gradients of sum(upstream * outputs). dweight_k (V, H_k) and dbias (V,) are filled, or added to."""
+) -> list[Tensor | None]:
+    """dhidden_k of sum(upstream * outputs), float32 (M, H_k) over compacted rows, None where it is not wanted.
+
+    dweight_k (V, H_k) and dbias (V,) are filled, or added to.
+    """
     run = _Backward(walk, upstream, hidden, weight, bias, targets, saved, dweight, dbias, accumulate)
     if walk.spec.gear == "frozen_head":
         totals = run.from_units()
@@ -46,13 +41,16 @@ def backward(
         totals = run.from_exps()
     else:
         totals = run.from_dz()
+    for sink in dweight:
+        if isinstance(sink, CollectedRows):
+            run.waits.append(sink.finish)
     for wait in run.waits:
         wait()
     for total in totals:
         if total is not None:
             # Hazard: an ignored row may hold NaN. Remedy: its gradient is selected to be 0, whatever was summed.
             total.masked_fill_((targets < 0).unsqueeze(1), 0.0)
-    return Grads(totals, dweight, dbias)
+    return totals
 
 
 @dataclass
@@ -60,11 +58,11 @@ class _Backward:
     walk: Walk
     upstream: Upstream
     hidden: list[Tensor]
-    weight: list[Tensor]
+    weight: list[Tensor] | list[PassedRows]
     bias: Tensor | None
     targets: Tensor
     saved: Saved
-    dweight: list[Tensor | None]
+    dweight: list[Tensor | None] | list[CollectedRows | None]
     dbias: Tensor | None
     accumulate: bool
     waits: list[Callable[[], None]] = field(default_factory=list)  # for sums of dhidden over the ranks of a cut head
@@ -108,13 +106,18 @@ class _Backward:
             if totals[k] is not None:
                 head = products.prepared(self.weight[k][start:stop]) if heads is None else heads[k]
                 totals[k] = products.hidden_grad(dz, head, totals[k], first=first)
+            elif self.walk.spec.streams and heads is None:
+                self.weight[k][start:stop]  # read in turn, as all ranks do
 
     def _to_weight(self, dz: Tensor, start: int, operands, gain: Tensor | None) -> None:
         products, stop = self.walk.products, start + dz.shape[1]
         for k in range(len(self.weight)):
-            if self.dweight[k] is not None:
-                place = self.dweight[k][start:stop]
-                products.weight_grad(dz, operands[k], place, accumulate=self.accumulate, gain=gain)
+            sink = self.dweight[k]
+            if isinstance(sink, CollectedRows):
+                with sink.rows(start, stop) as place:
+                    products.weight_grad(dz, operands[k], place, accumulate=False, gain=gain)
+            elif sink is not None:
+                products.weight_grad(dz, operands[k], sink[start:stop], accumulate=self.accumulate, gain=gain)
 
     def _finish_hidden(self, totals: list[Tensor | None], factor: Tensor | None) -> None:
         """dhidden times `factor` (M,), once all of its products are there; a cut head's is summed over the ranks.
@@ -291,7 +294,10 @@ class _Backward:
                 rows = slice(first, first + step)
                 torch.mul(self.saved.units[place][rows], (factor[rows] * slope).unsqueeze(1), out=total[rows])
                 if self.weight[k].shape[0]:
-                    head_rows = buffers.track("scratch", self.weight[k].index_select(0, safe_targets[rows]))
+                    if spec.streams:
+                        head_rows = self.saved.units[place - len(wanted)][rows]
+                    else:
+                        head_rows = buffers.track("scratch", self.weight[k].index_select(0, safe_targets[rows]))
                     if head_rows.dtype != spec.operand:
                         head_rows = head_rows.to(spec.operand)
                     total[rows].addcmul_(head_rows.to(acc), at_target[rows].unsqueeze(1))

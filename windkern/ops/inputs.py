@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from windkern import backends
 from windkern._checks import (
+    FLOATS,
     check_choice,
     check_count,
     check_floating,
@@ -24,6 +25,9 @@ from windkern._checks import (
 from windkern.head import Head
 from windkern.kernels.gemm import accumulator
 from windkern.shard import Cut, Shard
+from windkern.sharding.agreement import agreed
+from windkern.sharding.ranks import Ranks
+from windkern.sharding.whole import gathered_mean
 from windkern.transform import LogitTransform
 
 Blocks = Tensor | Sequence[Tensor]
@@ -52,6 +56,10 @@ class Inputs:
     def vocab_size(self) -> int:
         """Rows of the head to plan for, the same number on all ranks of one that is cut."""
         return self.weight[0].shape[0] if self.cut is None else self.cut.largest
+
+    @property
+    def streams(self) -> bool:
+        return self.cut is not None and self.cut.streams
 
     @property
     def num_rows(self) -> int:
@@ -125,7 +133,7 @@ def _local_bias(bias: Tensor | None, cut: Cut | None) -> Tensor | None:
     """The entries of the bias that belong to the rows here."""
     if cut is None or not hasattr(bias, "to_local"):
         return bias
-    return bias.to_local()
+    return gathered_mean(bias) if cut.streams else bias.to_local()
 
 
 def _check_blocks(hidden: list[Tensor], weight: list[Tensor], targets: Tensor, cut: Cut | None) -> None:
@@ -235,9 +243,10 @@ def prepare(
     _check_blocks(blocks, heads, targets, cut)
     _refuse_forward_mode([*blocks, *heads, *([] if bias is None else [bias])])
     if bias is not None:
-        check_shape("bias", check_floating("bias", bias), (heads[0].shape[0],))
+        entries = heads[0].shape[0] if cut is None or not cut.streams else cut.vocab_size
+        check_shape("bias", check_floating("bias", bias), (entries,))
         check_same_device("bias", bias, "targets", targets)
-    operand = _operand_dtype(blocks, heads, bias)
+    operand = _operand_dtype(blocks, heads, bias) if cut is None or cut.operand is None else cut.operand
     transform = _check_transform(head.transform, accumulator(operand))
     check_choice("backend", backend, ["auto", *backends.BACKENDS])
     flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
@@ -313,6 +322,19 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
             f"targets must be in [0, {vocab_size}) or equal ignore_index, got {wrong}; "
             f"weight has {vocab_size} rows (one for each vocabulary entry)"
         )
+
+
+def settled(
+    inputs: Inputs, sizes: tuple[int, int], options: dict[str, int | None]
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """The largest of each size over the ranks of a streamed head, and by block whether any of them wants dhidden."""
+    grads = inputs.grads()
+    equal = {f"a gradient of weight[{k}]": int(flag) for k, flag in enumerate(grads["weight_grad"])}
+    equal |= {"a gradient of bias": int(grads["bias_grad"]), "dtype": FLOATS.index(inputs.operand)}
+    equal |= {name: -1 if value is None else int(value) for name, value in options.items()}
+    largest = [*sizes, *(int(flag) for flag in grads["hidden_grad"])]
+    found = agreed(Ranks(inputs.cut.group), inputs.device, largest, equal)
+    return tuple(found[: len(sizes)]), tuple(bool(flag) for flag in found[len(sizes) :])
 
 
 def acc_dtype(inputs: Inputs) -> torch.dtype:

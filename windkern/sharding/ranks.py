@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -63,18 +64,33 @@ class Ranks:
             return _nothing
         with self.meeting(what):
             work = dist.all_reduce(values, group=self.group, async_op=True)
+        return self._waiting(work, what)
 
+    def begin_send(self, values: Tensor, owner: int, what: str) -> Callable[[], None]:
+        """Begin to fill `values` with those of rank `owner` of the group; what is returned waits for the end."""
+        with self.meeting(what):
+            work = dist.broadcast(values, group=self.group, group_src=owner, async_op=True)
+        return self._waiting(work, what)
+
+    def begin_collect(self, values: Tensor, owner: int, what: str) -> Callable[[], None]:
+        """Begin to replace `values` on rank `owner` of the group by their sum; what is returned waits for the end."""
+        with self.meeting(what):
+            work = dist.reduce(values, group=self.group, group_dst=owner, async_op=True)
+        return self._waiting(work, what)
+
+    def _waiting(self, work: dist.Work, what: str) -> Callable[[], None]:
         def wait() -> None:
             with self.meeting(what):
                 work.wait()
 
         return wait
 
-    def largest(self, numbers: Tensor, what: str) -> Tensor:
-        """The elementwise maximum over the ranks, in place."""
+    def largest(self, numbers: list[int], device: torch.device, what: str) -> list[int]:
+        """The largest of each of `numbers` over the ranks."""
+        values = torch.tensor(numbers, device=device)
         with self.meeting(what):
-            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
-        return numbers
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        return values.tolist()
 
 
 def _nothing() -> None:

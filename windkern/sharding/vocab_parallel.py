@@ -187,8 +187,8 @@ def _check_cover(parts: list[tuple[int, int, int]]) -> None:
     for start, end, rank in sorted(part for part in parts if part[0] < part[1]):
         if start != stop:
             raise ValueError(
-                f"start: the rows of rank {rank}, {start} to {end}, {'overlap' if start < stop else 'leave a gap'} with "
-                f"{beside}; the parts must cover the vocabulary once (start=None lays them out in the order of ranks)"
+                f"start: the rows of rank {rank}, {start} to {end}, {'overlap' if start < stop else 'leave a gap'} "
+                f"with {beside}; the parts must cover the vocabulary once (start=None lays them out in ranks' order)"
             )
         stop, beside = end, f"those of rank {rank}, which end at {end}"
     if stop == 0:
