@@ -88,8 +88,8 @@ class _Job:
         per_group, groups = max(1, per_group), self.groups
         if self.inputs.streams:
             given = {"batch_invariant": self.batch_invariant, "memory_budget": self.memory_budget}
-            given["fused_loss"] = True
-            (per_group, groups), flags = settled(self.inputs, (per_group, groups), given)
+            given |= {"entropy": False, "fused_loss": True}
+            (per_group, groups), flags = settled(self.inputs, self.grads, (per_group, groups), given)
             self.grads["hidden_grad"], total_rows = flags, per_group * groups + 1
         made = self.make_plan(per_group * groups, group_rows=per_group, total_rows=total_rows + (not any_scored))
         chunks = self._cut(made.chunk_groups, targets, positions, counts)

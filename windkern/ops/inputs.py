@@ -325,10 +325,9 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
 
 
 def settled(
-    inputs: Inputs, sizes: tuple[int, int], options: dict[str, int | None]
+    inputs: Inputs, grads: dict[str, object], sizes: tuple[int, int], options: dict[str, int | None]
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """The largest of each size over the ranks of a streamed head, and by block whether any of them wants dhidden."""
-    grads = inputs.grads()
     equal = {f"a gradient of weight[{k}]": int(flag) for k, flag in enumerate(grads["weight_grad"])}
     equal |= {"a gradient of bias": int(grads["bias_grad"]), "dtype": FLOATS.index(inputs.operand)}
     equal |= {name: -1 if value is None else int(value) for name, value in options.items()}

@@ -166,7 +166,7 @@ def row_logps(
     rows, planned = bounded_rows(inputs.num_rows), inputs.planned()
     if inputs.streams:
         given = {"entropy": entropy, "batch_invariant": batch_invariant, "memory_budget": memory_budget}
-        (rows, _), planned["hidden_grad"] = settled(inputs, (rows, 0), {**given, "fused_loss": False})
+        (rows, _), planned["hidden_grad"] = settled(inputs, planned, (rows, 0), {**given, "fused_loss": False})
     spec = planned_spec(
         rows,
         tuple(fixed_size(size) for size in inputs.hidden_sizes),
