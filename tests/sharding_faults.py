@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from cases import SHAPES, Problem
-from sharding_jobs import Checks, Cut, assert_raises, parity
+from sharding_jobs import Checks, Cut, assert_caught, assert_raises, parity
 
 import windkern as wk
 from windkern.kernels.gemm import Products
@@ -184,7 +184,3 @@ def teeth(folder: Path) -> dict:
         dist.all_reduce(caught)
         checks.run(name, assert_caught, float(caught))
     return checks.report()
-
-
-def assert_caught(ranks: float) -> None:
-    assert ranks, "the fault was not seen"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from cases import GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, Problem
+from cases import GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, Problem, Shape
 from tolerances import assert_within
 
 import windkern as wk
+from windkern.kernels import buffers
 
 
 class Checks:
@@ -32,6 +33,13 @@ class Checks:
 
     def report(self) -> dict:
         return {"failed": self.failed, "count": self.count}
+
+
+def assert_passed(ranks: list[dict], least: int) -> None:
+    """No rank failed a check, and one ran at least so many."""
+    for rank, report in enumerate(ranks):
+        assert not report["failed"], f"rank {rank}: " + "\n".join(report["failed"])
+    assert max(report["count"] for report in ranks) >= least
 
 
 def layouts(vocab: int, ranks: int) -> Iterator[list[tuple[int, int]]]:
@@ -199,6 +207,10 @@ def assert_raises(kind: type, words: str, call: Callable[[], object]) -> None:
         raise AssertionError(f"nothing was raised, {kind.__name__} with {words!r} was to be")
 
 
+def assert_caught(ranks: float) -> None:
+    assert ranks, "the fault was not seen"
+
+
 def retained(group: dist.ProcessGroup) -> None:
     """Upstreams on logps, lse, logps of one graph: the two passes of the log-probs give equal bits."""
     problem = Problem(SHAPES["odd"], "plain")
@@ -323,6 +335,50 @@ def dtensor(group: dist.ProcessGroup) -> None:
     assert_raises(ValueError, "start must be", lambda: wk.sharding.vocab_parallel(cut, start=77))
 
 
+def fuzzed(trial: int) -> tuple[Problem, torch.dtype, str, dict, torch.Generator]:
+    """A random problem, the same on all ranks."""
+    generator = torch.Generator().manual_seed(trial)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    variant, gear = list(VARIANTS)[draw(0, len(VARIANTS))], list(GEARS)[draw(0, len(GEARS))]
+    gear = "trained" if gear == "bias_only" else gear
+    shape = Shape((draw(1, 4), draw(1, 12)), tuple(draw(1, 20) for _ in range(draw(1, 3))), draw(3, 700))
+    seen = (Problem.seen, ("logps",))[draw(0, 2)]
+    options = {"memory_budget": (NARROW, 50_000, UNLIMITED)[draw(0, 3)], "batch_invariant": bool(draw(0, 2))}
+    return Problem(shape, variant, trial, seen=seen), DTYPES[draw(0, 2)], gear, options, generator
+
+
+def random_layout(vocab: int, ranks: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    bounds = [0, *sorted(torch.randint(0, vocab + 1, (ranks - 1,), generator=generator).tolist()), vocab]
+    parts = [(bounds[k], bounds[k + 1]) for k in range(ranks)]
+    return [parts[k] for k in torch.randperm(ranks, generator=generator).tolist()]
+
+
+def fuzz(checks: Checks, group: dist.ProcessGroup, trials: range) -> None:
+    for trial in trials:
+        problem, dtype, gear, options, generator = fuzzed(trial)
+        cut = Cut(random_layout(problem.shape.vocab, group.size(), generator), group)
+        checks.run(f"fuzz {trial}: {problem.shape}", parity, problem, dtype, gear, cut, **options)
+
+
+def memory(group: dist.ProcessGroup) -> None:
+    """A rank takes what the plan of its own rows says, and three numbers a row from each rank."""
+    rows, size, vocab = 96, 16, 4000
+    part = vocab // group.size()
+    targets = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(rows, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    head = wk.sharding.vocab_parallel(torch.randn(part, size).requires_grad_(), group)
+    for budget in (0, 1 << 20):
+        plan = wk.plan(rows, size, part, torch.float32, device="cpu", memory_budget=budget)
+        with buffers.recording() as record:
+            wk.token_logps(hidden, head, targets, memory_budget=budget).logps.sum().backward()
+        merging = 4 * rows * (3 * group.size() + 6)
+        assert record.peak_bytes <= plan.peak_bytes + merging, (record.peak_bytes, plan.peak_bytes, record.by_name)
+        assert record.peak_bytes < 4 * rows * part or budget
+
+
 def vocab_parallel(folder: Path, kind: str) -> dict:
     """`kind`: "some" of the checks that take long, or "all"."""
     world, checks = dist.group.WORLD, Checks()
@@ -331,6 +387,7 @@ def vocab_parallel(folder: Path, kind: str) -> dict:
         gears(checks, world, DTYPES if kind == "all" else (torch.bfloat16,))
         one_rank(checks, alone)
     pivots(checks, world)
+    fuzz(checks, world, range(100 if kind == "all" else 8))
     for check in (
         masked,
         nothing_open,
@@ -341,6 +398,7 @@ def vocab_parallel(folder: Path, kind: str) -> dict:
         other_ops,
         lower_reduce_dtype,
         dtensor,
+        memory,
     ):
         checks.run(check.__name__, check, world)
     return checks.report()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +11,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from cases import GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, Problem
-from sharding_jobs import DTYPES, Checks, assert_raises
+from sharding_jobs import DTYPES, Checks, assert_caught, assert_raises, fuzzed
 from tolerances import assert_within
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import windkern as wk
+from windkern.ops import walk
+from windkern.sharding import passing
+from windkern.sharding.ranks import Ranks
 
 
 @dataclass
@@ -332,6 +337,56 @@ def orders(mesh: DeviceMesh, count: int) -> None:
         torch.testing.assert_close(hidden.grad, exact.grad, rtol=1e-4, atol=1e-5)
 
 
+def fuzz(checks: Checks, mesh: DeviceMesh, trials: range) -> None:
+    world = dist.get_world_size()
+    for trial in trials:
+        problem, dtype, gear, options, generator = fuzzed(trial)
+        rows = problem.targets.numel()
+        bounds = [0, *sorted(torch.randint(0, rows + 1, (world - 1,), generator=generator).tolist()), rows]
+        keep = tuple(stop - start for start, stop in itertools.pairwise(bounds))
+        checks.run(f"fuzz {trial}: {keep}", parity, problem, dtype, gear, Streamed(mesh, keep), **options)
+
+
+def teeth(folder: Path) -> dict:
+    """Planted faults: the comparison that the real code passes must fail on some rank."""
+    checks, mesh = Checks(), init_device_mesh("cpu", (dist.get_world_size(),))
+    call = Streamed(mesh, (20, 13))
+
+    def summed(original, self, place, mine, divisor):
+        return original(self, place, mine, 1)
+
+    def own_rows_only(original, self, values, owner, what):
+        return lambda: None
+
+    def one_buffer(original, self, index):
+        return original(self, 0)
+
+    plants = {
+        "a sum where FSDP2 takes the mean": (passing.CollectedRows, "_taking", summed, "trained"),
+        "the gradient of one rank": (Ranks, "begin_collect", own_rows_only, "trained"),
+        "one buffer for all slabs": (passing.PassedRows, "_buffer", one_buffer, "frozen_head"),
+        "no rows of the targets": (walk._Writer, "_find_targets", lambda *_: None, "frozen_head"),
+    }
+    for name, (owner, attribute, broken, gear) in plants.items():
+        original = getattr(owner, attribute)
+        problem = Problem(SHAPES["odd"], "plain", seen=("logps",))
+        setattr(owner, attribute, functools.partialmethod(_planted, original, broken))
+        caught = torch.zeros(())
+        try:
+            parity(problem, torch.float32, gear, call, memory_budget=NARROW)
+        except AssertionError:
+            caught += 1
+        finally:
+            setattr(owner, attribute, original)
+        dist.all_reduce(caught)
+        checks.run(name, assert_caught, float(caught))
+    return checks.report()
+
+
+def _planted(self, original, broken, *args):
+    return broken(original, self, *args)
+
+
 def streamed(folder: Path, kind: str) -> dict:
     """`kind`: "some" of the checks that take long, or "all"."""
     checks, world = Checks(), dist.get_world_size()
@@ -346,5 +401,6 @@ def streamed(folder: Path, kind: str) -> dict:
     checks.run("batch_invariant", batch_invariant, mesh)
     checks.run("unsharded", unsharded_unit)
     checks.run("orders", orders, mesh, 50 if kind == "all" else 3)
+    fuzz(checks, mesh, range(100 if kind == "all" else 5))
     refusals(checks, mesh)
     return checks.report()

@@ -2,35 +2,30 @@
 
 import pytest
 from distributed_tools import launch
-
-
-def passed(ranks: list[dict], least: int) -> None:
-    for rank, report in enumerate(ranks):
-        assert not report["failed"], f"rank {rank}: " + "\n".join(report["failed"])
-    assert max(report["count"] for report in ranks) >= least
+from sharding_jobs import assert_passed
 
 
 def test_two_ranks(tmp_path):
-    passed(launch("vocab_parallel", tmp_path, "some", module="sharding_jobs"), 70)
+    assert_passed(launch("vocab_parallel", tmp_path, "some", module="sharding_jobs"), 70)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.slow
 def test_every_gear_and_dtype(tmp_path, processes):
-    passed(launch("vocab_parallel", tmp_path, "all", processes=processes, module="sharding_jobs"), 300)
+    assert_passed(launch("vocab_parallel", tmp_path, "all", processes=processes, module="sharding_jobs"), 300)
 
 
 def test_four_ranks(tmp_path):
-    passed(launch("vocab_parallel", tmp_path, "some", processes=4, module="sharding_jobs"), 30)
+    assert_passed(launch("vocab_parallel", tmp_path, "some", processes=4, module="sharding_jobs"), 30)
 
 
 def test_faults(tmp_path):
-    passed(launch("faults", tmp_path, module="sharding_faults"), 20)
+    assert_passed(launch("faults", tmp_path, module="sharding_faults"), 20)
 
 
 def test_a_rank_that_dies(tmp_path):
-    passed(launch("death", tmp_path, module="sharding_faults"), 1)
+    assert_passed(launch("death", tmp_path, module="sharding_faults"), 1)
 
 
 def test_planted_faults_are_caught(tmp_path):
-    passed(launch("teeth", tmp_path, module="sharding_faults"), 4)
+    assert_passed(launch("teeth", tmp_path, module="sharding_faults"), 4)
