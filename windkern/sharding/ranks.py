@@ -52,11 +52,10 @@ class Ranks:
         shape = self.size, *local.shape
         if local.numel() == 0:
             return local.new_empty(shape)
-        # Reason: gloo gathers into the first dimension only, and NCCL into contiguous memory only.
-        flat = local.new_empty(self.size * local.numel())
+        parts = local.new_empty(shape)
         with self.meeting(what):
-            dist.all_gather_into_tensor(flat, local.contiguous().view(-1), group=self.group)
-        return flat.view(shape)
+            dist.all_gather(list(parts.unbind(0)), local.contiguous(), group=self.group)
+        return parts
 
     def begin_sum(self, values: Tensor, what: str) -> Callable[[], None]:
         """Begin to replace `values` by their sum over the ranks; what is returned waits for the end."""
