@@ -16,7 +16,6 @@ from windkern.hf import call as hf_call  # noqa: E402
 from windkern.hf import masks as hf_masks  # noqa: E402
 from windkern.hf import shared_check  # noqa: E402
 
-
 SEEN = hf_masks.seen
 
 
