@@ -132,4 +132,4 @@ def test_the_look_runs_a_few_tokens_and_few_forwards():
         lambda module, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
     )
     assert reason(model) is None
-    assert len(seen) == 4 and max(seen) <= 36
+    assert len(seen) == 5 and max(seen) <= 36

@@ -10,11 +10,12 @@ from windkern.hf.causal_lm import (
     run_inside,
     sequence_logps,
 )
-from windkern.hf.groups import group_logps, layout_rules, run_rows
+from windkern.hf.groups import SHARED_PROMPT, group_logps, layout_rules, run_rows, run_rows_inside
 from windkern.hf.layout import GroupLayout, GroupRows, LayoutRules, lengths_of, make_layout, make_rows
 
 __all__ = [
     "IGNORE_INDEX",
+    "SHARED_PROMPT",
     "CausalLM",
     "GroupLayout",
     "GroupRows",
@@ -30,5 +31,6 @@ __all__ = [
     "run",
     "run_inside",
     "run_rows",
+    "run_rows_inside",
     "sequence_logps",
 ]

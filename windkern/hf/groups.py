@@ -23,6 +23,7 @@ takes the steps apart:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +50,16 @@ SHARED_PROMPT = ("auto", "always", "never")
 # Times the hidden size. By counting operations it is 6; attention with a mask reaches a third of the rate of products.
 _BALANCE = 2
 Job = Callable[[CausalLM, Tensor], Tensor]
+Result = TypeVar("Result")
 
 
 def layout_rules(
-    model: nn.Module, *, shared_prompt: str = "auto", mask_budget: int = MASK_BUDGET, row_tokens: int = 0
+    model: nn.Module,
+    *,
+    shared_prompt: str = "auto",
+    mask_budget: int = MASK_BUDGET,
+    row_tokens: int = 0,
+    inside: bool = False,
 ) -> LayoutRules:
     """Return how groups may be laid out for a model: what `make_layout` takes beside lengths.
 
@@ -65,6 +72,7 @@ def layout_rules(
         mask_budget: bytes that masks (and the scores that eager attention keeps) of one row may take; longer rows are
             cut into fewer responses each.
         row_tokens: pack neighbouring groups into rows of up to so many tokens.
+        inside: the caller runs in a forward of the model already, under whatever wraps it.
 
     Raises:
         ValueError: `shared_prompt` is none of these, or a number is negative.
@@ -78,7 +86,7 @@ def layout_rules(
         True
     """
     check_choice("shared_prompt", shared_prompt, SHARED_PROMPT)
-    target = hf_call.find(model)
+    target = hf_call.find_inside(model) if inside else hf_call.find(model)
     sharing = sharing_of(target) if shared_prompt != "never" else None
     if sharing is None or not sharing.holds:
         if shared_prompt == "always":
@@ -94,7 +102,7 @@ def layout_rules(
             len(sharing.form.kinds) + 2 * config.num_attention_heads * config.num_hidden_layers
         )
     balance = _BALANCE * config.hidden_size
-    return LayoutRules(True, balance, pair_bytes, mask_budget, row_tokens)
+    return LayoutRules(True, balance, pair_bytes, mask_budget, row_tokens, sharing.relative)
 
 
 def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = False) -> Tensor:
@@ -111,6 +119,36 @@ def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = Fals
     """
     target = hf_call.find(model)
     hf_call.check_gradients(target)
+    given, amend, parts = _call_of(target, rows)
+    index = rows.padded()[0] if padded else rows.index
+    return hf_call.run(target, given, lambda hidden: job(parts, _scored(hidden, index)), amend=amend)
+
+
+def run_rows_inside(model: nn.Module, rows: GroupRows, job: Callable[[CausalLM, Tensor], Result]) -> Result:
+    """Return job(parts, hidden) for code that runs in a forward of the model already, as `windkern.hf.run_inside`.
+
+    Args:
+        model: a transformers causal LM, not a wrapper.
+        rows, job: as of `run_rows`; the job may return anything.
+
+    Raises:
+        TypeError, UnsupportedModelError: as `run_rows`.
+    """
+    target = hf_call.find_inside(model)
+    given, amend, parts = _call_of(target, rows)
+    return hf_call.at_head(
+        model.forward, target.head, amend(given), lambda hidden: job(parts, _scored(hidden, rows.index))
+    )
+
+
+def _scored(hidden: Tensor, index: Tensor) -> Tensor:
+    """(.., H) of the rows (rows, L, H) at an index of any shape."""
+    # Reason: its backward adds up the states of a shared last token in a fixed order, on a GPU too.
+    return nn.functional.embedding(index.to(hidden.device), hidden.flatten(0, -2))
+
+
+def _call_of(target: hf_call.Target, rows: GroupRows) -> tuple[dict, Callable[[dict], dict], CausalLM]:
+    """Arguments of the model, what changes them inside its wrappers, and its parts."""
     verdict = verdict_of(target)
     form = None
     if rows.is_shared:
@@ -123,14 +161,7 @@ def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = Fals
         form = sharing.form
     positions = verdict.positions if form is None else hf_call.takes(target.base, "position_ids")
     given, amend = inputs_of(target, rows, form, positions)
-    parts = parts_of(target, verdict)
-    index = rows.padded()[0] if padded else rows.index
-
-    def select(hidden: Tensor) -> Tensor:
-        # Reason: its backward adds up the states of a shared last token in a fixed order, on a GPU too.
-        return job(parts, nn.functional.embedding(index.to(hidden.device), hidden.flatten(0, -2)))
-
-    return hf_call.run(target, given, select, amend=amend)
+    return given, amend, parts_of(target, verdict)
 
 
 def group_logps(

@@ -36,6 +36,7 @@ class LayoutRules:
         pair_bytes: what one pair of tokens of a row takes in masks and, where a backend keeps them, in scores.
         mask_budget: bytes that the pairs of one row may take, unless the rows it stands for take more.
         row_tokens: neighbouring groups are packed into rows of up to so many tokens; 0 gives each group its own rows.
+        relative: whether positions matter to the model by their differences alone. No row depends on it.
     """
 
     shared: bool = True
@@ -43,6 +44,7 @@ class LayoutRules:
     pair_bytes: int = 5
     mask_budget: int = MASK_BUDGET
     row_tokens: int = 0
+    relative: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("balance", 1), ("pair_bytes", 1), ("mask_budget", 0), ("row_tokens", 0)):

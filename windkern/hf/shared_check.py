@@ -32,8 +32,6 @@ _NARROW = 3  # tokens that a window sees in the check
 # were seen to take 0.9 of it at most. In a wide dtype there is room for more, in a narrow one a fault would hide.
 _ROUNDINGS = {"wide": 16, "narrow": 4}
 _KEPT = 8
-# What models raise on a mask or positions that they do not know.
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 _log = logging.getLogger(__name__)
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # base model -> {circumstances: Sharing}
 
@@ -44,6 +42,7 @@ class Sharing:
 
     form: MaskForm | None
     reason: str | None
+    relative: bool = False  # whether positions matter by their differences alone
 
     @property
     def holds(self) -> bool:
@@ -99,13 +98,15 @@ def _look(target: Target) -> Sharing:
     with in_eval_mode(target.chain[0]), hf_masks.narrowed(target.base, _NARROW):
         try:
             trial = _Trial(target, apart, together)
-        except _FAILURES as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any kind: the model's own
             return Sharing(None, f"a row of its own failed: {type(error).__name__}: {error}")
         reasons = []
         for form in hf_masks.forms(target.base):
             reason = trial.refusal(form)
             if reason is None:
-                return Sharing(form, None)
+                return Sharing(form, None, trial.is_relative(apart))
             reasons.append(reason)
     return Sharing(None, _explained(target, reasons[0]))
 
@@ -174,9 +175,16 @@ class _Trial:
             fault = self._gaps(self._run(replace(rows, last_reader=end), form))[0]
             if not fault > self.allowed[0]:
                 return f"rounding takes {self.allowed[0]:.2g}, and would hide a row without its mask, {fault:.2g}"
-        except _FAILURES as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # models raise anything on a mask or positions that they do not know
             return f"it failed with {form}: {type(error).__name__}: {error}"
         return None
+
+    def is_relative(self, apart: GroupRows) -> bool:
+        """Whether hidden states stay as they are when all positions grow by the same number."""
+        later = replace(apart, position_ids=apart.position_ids + 3)
+        return self._gaps(self._run(later, None))[0] <= self.allowed[0]
 
     def _run(self, rows: GroupRows, form: MaskForm | None, moved: bool = False) -> tuple[Tensor, ...]:
         """(M, H) hidden states, and (ids, E) the gradient of their sum with respect to embedded tokens."""
