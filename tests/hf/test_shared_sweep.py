@@ -118,7 +118,8 @@ def table() -> str:
         found[result if result in ("shares", "not built", "unsupported") else short(result)].append(kind)
     lines = [f"transformers {transformers.__version__}", "", "| | number | model types |", "|---|---|---|"]
     for name, kinds in sorted(found.items(), key=lambda pair: -len(pair[1])):
-        lines.append(f"| {name} | {len(kinds)} | {', '.join(sorted(kinds))} |")
+        names = ", ".join(kind.replace(", images", " (images)") for kind in sorted(kinds))
+        lines.append(f"| {name} | {len(kinds)} | {names} |")
     return "\n".join(lines)
 
 

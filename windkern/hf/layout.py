@@ -114,7 +114,8 @@ def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules
         cost of a row of L tokens = L (1 + L / balance), half of the second term where plain causal attention does
         allowed: L^2 pair_bytes <= max(mask_budget, the same of the rows of one response it stands for)
 
-    A group is cut into equal numbers of responses, in their order.
+    A group is cut into equal numbers of responses, in their order. Rows are padded to the longest: where that costs
+    more than rows of one response each, these are taken.
 
     Args:
         lengths: for each group the length of its prompt, at least 1, and of its responses.
@@ -137,16 +138,28 @@ def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules
                 "a group must have a prompt of at least one token, which predicts the first token of a response, and "
                 f"at least one response; group {place} has {prompt} tokens and {len(responses)} responses"
             )
+    apart = GroupLayout(
+        fixed, tuple((piece,) for group, (_, sizes) in enumerate(fixed) for piece in _in_chunks(group, len(sizes), 1))
+    )
+    if not rules.shared:
+        return apart
     rows = [(piece,) for group in range(len(fixed)) for piece in _cut(fixed, group, rules)]
-    if rules.shared and rules.row_tokens:
+    if rules.row_tokens:
         rows = _packed(fixed, rows, rules)
-    return GroupLayout(fixed, tuple(rows))
+    shared = GroupLayout(fixed, tuple(rows))
+    return shared if _padded_cost(shared, rules) < _padded_cost(apart, rules) else apart
+
+
+def _padded_cost(layout: GroupLayout, rules: LayoutRules) -> float:
+    """Of all rows of a layout, padded to the longest."""
+    share = 1.0 if layout.is_shared else 0.5
+    return len(layout.rows) * layout.width * (1 + share * layout.width / rules.balance)
 
 
 def _cut(lengths: Lengths, group: int, rules: LayoutRules) -> tuple[Piece, ...]:
     count = len(lengths[group][1])
     best, least = _in_chunks(group, count, 1), math.inf
-    for size in range(count if rules.shared else 1, 0, -1):  # Reason: of equal costs the fewer rows
+    for size in range(count, 0, -1):  # Reason: of equal costs the fewer rows
         pieces = _in_chunks(group, count, size)
         cost = sum(_cost(lengths, piece, rules) for piece in pieces)
         if cost < least and all(_is_allowed(lengths, piece, rules) for piece in pieces):
