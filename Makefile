@@ -59,6 +59,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 	$(BIN)/python -m benchmarks.pairs
+	$(BIN)/python -m benchmarks.bodies
 	$(BIN)/python -m benchmarks.errors
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.readme

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,11 +17,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from windkern._checks import check_count, check_number
+from windkern._checks import check_count, check_flag, check_number
 from windkern.train.data.loading import encode_prompts, padding_id
 from windkern.train.data.prompts import shown
 from windkern.train.data.turns import response_texts, turn_of
 from windkern.train.positions import positions_of
+from windkern.train.samplers.shared_cache import UnsharedCacheError, prompt_cache
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,16 @@ def _own_settings(model) -> Iterator[None]:
 
 
 class TransformersSampler:
-    """Samples from a transformers model with `generate`.
+    """Samples from a transformers model with `generate`, running a prompt once for all of its responses.
 
     Nothing cuts the distribution (no top-k, top-p, repetition penalty or forbidden tokens, whatever the model's
     generation_config says): the samples must come from the policy whose log-probs are fitted. A response ends with any
     end token of the model's generation_config, the tokenizer's own, or the one the chat template ends a turn with. A
     temperature other than 1 is part of that policy, so score with the same one.
+
+    The keys and values of a prompt are computed once and copied to its responses, which changes logits by rounding
+    alone. A model whose cache is more than keys and values (recurrent layers, a compressed cache) runs the prompt for
+    each response.
 
     Args:
         model: causal LM; its weights are used as they are at each call.
@@ -163,6 +168,8 @@ class TransformersSampler:
         batch_size: sequences generated at a time.
         synced: whether a forward of the model talks to other processes (a sharded model), so that all must take equally
             many.
+        shared_prompt: whether a prompt runs once; False runs it for each response. Either way the same seed gives the
+            same tokens; between the two ways rounding may decide otherwise.
         under_way: told, after each token, how many responses the tokens of this call of `sample` amount to.
 
     Raises:
@@ -181,6 +188,7 @@ class TransformersSampler:
         system: str | None = None,
         batch_size: int = 64,
         synced: bool = False,
+        shared_prompt: bool = True,
         under_way: Callable[[float], None] = lambda responses: None,
     ):
         self.model, self.tokenizer, self.system, self.under_way = model, tokenizer, system, under_way
@@ -191,6 +199,8 @@ class TransformersSampler:
             raise ValueError(f"top_p must be at most 1, got {top_p!r}")
         self.batch_size = check_count("batch_size", batch_size, least=1)
         self.synced = synced
+        self.shared_prompt = check_flag("shared_prompt", shared_prompt)
+        self._expands = True  # until a cache is seen that cannot be copied row by row
         self.turn = turn_of(tokenizer)
         ends = model.generation_config.eos_token_id
         ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
@@ -206,13 +216,10 @@ class TransformersSampler:
         device = self.model.device
         ids = encoded.input_ids.repeat_interleave(num_responses, 0)  # (S, P)
         mask = encoded.attention_mask.repeat_interleave(num_responses, 0)
+        owner = torch.arange(len(prompts)).repeat_interleave(num_responses)
         generator = torch.Generator(device).manual_seed(seed)
-        parts = [
-            self._generate(batch_ids, batch_mask, generator, number * self.batch_size)
-            for number, (batch_ids, batch_mask) in enumerate(
-                zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
-            )
-        ]
+        batches = zip(*(each.split(self.batch_size) for each in (ids, mask, owner)), strict=True)
+        parts = [self._generate(*batch, generator, number * self.batch_size) for number, batch in enumerate(batches)]
         width = max(part.shape[1] for part in parts)
         fill = self.end_ids[0]
         tokens = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
@@ -239,8 +246,11 @@ class TransformersSampler:
             )
 
     @torch.no_grad()
-    def _generate(self, ids: Tensor, mask: Tensor, generator: torch.Generator, done: int) -> Tensor:
-        """(S, P) prompts to (S, T) tokens on the CPU, T at most max_new_tokens; after the end token anything."""
+    def _generate(self, ids: Tensor, mask: Tensor, owner: Tensor, generator: torch.Generator, done: int) -> Tensor:
+        """(S, P) prompts to (S, T) tokens on the CPU, T at most max_new_tokens; after the end token anything.
+
+        `owner` (S,) says whose prompt a row is.
+        """
         settings = GenerationConfig(
             do_sample=False,  # GumbelNoise draws
             num_beams=1,
@@ -252,20 +262,33 @@ class TransformersSampler:
             pad_token_id=padding_id(self.tokenizer),
             use_cache=True,
         )
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         was_training = self.model.training
         self.model.eval()
         try:
             with _own_settings(self.model):
+                seen = self._seen(ids, mask, owner, settings)
                 out = self.model.generate(
-                    input_ids=ids.to(self.model.device),
-                    attention_mask=mask.to(self.model.device),
+                    input_ids=ids,
+                    attention_mask=mask,
                     generation_config=settings,
                     logits_processor=LogitsProcessorList([*self._processors(generator), self._teller(ids, done)]),
                     synced_gpus=self.synced,
+                    **seen,
                 )
         finally:
             self.model.train(was_training)
         return out[:, ids.shape[1] :].cpu()
+
+    def _seen(self, ids: Tensor, mask: Tensor, owner: Tensor, settings: GenerationConfig) -> Mapping[str, object]:
+        """The prompts' cache, as an argument of `generate`."""
+        if not (self.shared_prompt and self._expands):
+            return {}
+        try:
+            return prompt_cache(self.model, ids, mask, owner, settings, synced=self.synced)
+        except UnsharedCacheError:
+            self._expands = False
+            return {}
 
     def _teller(self, ids: Tensor, done: int) -> Callable[[Tensor, Tensor], Tensor]:
         """A logits processor that changes nothing and tells how far the rows are, behind `done` earlier ones."""
