@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "windkern"
 # Below `train`, what each part may import of the package beside what lies in its own folder.
-BASE = {"_checks", "transform", "terminal", "head"}
+BASE = {"_checks", "_extras", "transform", "terminal", "head"}
 ALLOWED = {
     "kernels": BASE | {"_cpp", "_cuda"},
     "ops": BASE | {"kernels", "plan", "spec", "backends"},
@@ -27,6 +27,7 @@ ALLOWED = {
     "backends": BASE | {"kernels"},
     "transform": {"_checks"},
     "_checks": set(),
+    "_extras": set(),
     "terminal": set(),
     "forecast": set(),
     "display": {"forecast", "terminal"},

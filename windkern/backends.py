@@ -60,7 +60,7 @@ def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         importlib.import_module("windkern.kernels.triton.rows")
     except ImportError as error:
-        return f"Triton cannot be imported ({error}); pip install 'triton>=3.4'"
+        return f"Triton cannot be imported ({error}); a torch for GPUs brings it, else: pip install 'triton>=3.4'"
     return None
 
 

@@ -228,9 +228,6 @@ def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
             display.stop()
         print(json.dumps(report, indent=1))
         return 0 if report["ok"] else 1
-    from windkern.train.models import require
-
-    require("rich")
     from windkern.display import Display
 
     with display or Display(lines=False) as display:
