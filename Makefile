@@ -47,9 +47,9 @@ test-models: $(STAMP)
 check: export WINDKERN_REQUIRE_CPP := 1
 check: lint test
 
-## types   mypy over the package
+## types   mypy over the package, and over the examples as a user's own scripts
 types: $(STAMP)
-	$(BIN)/python -m mypy windkern
+	$(BIN)/python -m mypy windkern examples
 
 ## lint    ruff, its format, and vermin: nothing that Python 3.10 does not have
 lint: $(STAMP)

@@ -98,7 +98,7 @@ def __dir__() -> list[str]:
 class _Package(ModuleType):
     """Hazard: importing the module windkern.plan puts it in the place of its function `plan`. Remedy: the function."""
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         is_module = name == "plan" and isinstance(value, ModuleType)
         super().__setattr__(name, value.plan if is_module else value)
 

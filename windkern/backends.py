@@ -153,8 +153,8 @@ def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, b
 
 # Run while torch.compile traces, not traced: they import. It is what torch.compiler.assume_constant_result sets, which
 # itself costs a second of imports.
-_preferred._dynamo_marked_constant = True
-_reason._dynamo_marked_constant = True
+_preferred._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def debug_mode() -> bool:

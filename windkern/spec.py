@@ -50,8 +50,8 @@ class WalkSpec:
 
     def of(self, transform: LogitTransform) -> WalkSpec:
         """The same decisions for logits with this transform."""
-        numbers = {"scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
-        return dataclasses.replace(self, **numbers)
+        scale, softcap, temperature = transform.scale, transform.softcap, transform.temperature
+        return dataclasses.replace(self, scale=scale, softcap=softcap, temperature=temperature)
 
     @property
     def offset_tiles(self) -> int:
@@ -84,7 +84,7 @@ class WalkSpec:
 
     @classmethod
     def schema(cls) -> str:
-        return ", ".join(f"{_TYPES[field.type]} {field.name}" for field in dataclasses.fields(cls))
+        return ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(cls))
 
 
 def row_stride(columns: int) -> int:

