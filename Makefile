@@ -15,7 +15,7 @@ ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test test-lowest test-newest test-models check lint types docs actions wheel pure bench aot-all gpu wheels clean
+.PHONY: help setup demo test test-lowest test-newest test-models check lint types docs actions wheel pure cibuildwheel bench aot-all gpu wheels clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -121,6 +121,12 @@ pure: $(STAMP)
 	rm -rf dist/*-py3-none-any.whl "$(TRIAL)"
 	WINDKERN_BUILD_CPP=0 WINDKERN_BUILD_CUDA=0 $(RELEASE)/bin/python -m build --wheel --outdir dist
 	$(call checked,--pure)
+
+## cibuildwheel  the wheels of every Python for this kind of machine, as pyproject.toml says (Linux needs docker)
+cibuildwheel:
+	$(PYTHON) -m venv $(RELEASE)-ci
+	$(RELEASE)-ci/bin/python -m pip install -q --disable-pip-version-check "cibuildwheel>=3,<5"
+	$(RELEASE)-ci/bin/python -m cibuildwheel --output-dir dist
 
 # The newest wheel of dist, looked at and then tried: in an environment of its own, at a path with spaces, from another
 # folder, with no compiler on PATH.

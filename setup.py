@@ -53,8 +53,8 @@ CUDA_SOURCES = [
 CUDA_BINDING = "cuda/binding.cpp"
 
 
-# Apple's clang takes the pragmas of OpenMP this way and wants the header of `brew install libomp` (WINDKERN_CXXFLAGS). What
-# Python and OpenMP export is left to what the process has loaded by then: torch brings its libomp, and stays the only one.
+# Apple's clang takes the pragmas of OpenMP this way, and wants the header of `brew install libomp` (WINDKERN_CXXFLAGS).
+# What Python and OpenMP export is left to what the process has loaded by then: torch brings the only libomp.
 MACOS = sys.platform == "darwin"
 OPENMP = "-Xpreprocessor -fopenmp" if MACOS else "-fopenmp"
 LINK = "-shared -undefined dynamic_lookup" if MACOS else "-shared -fopenmp"
