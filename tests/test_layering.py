@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "windkern"
 # Below `train`, what each part may import of the package beside what lies in its own folder.
-BASE = {"_checks", "_figures", "_files", "transform", "terminal", "head", "shard"}
+BASE = {"_checks", "_extras", "_figures", "_files", "transform", "terminal", "head", "shard"}
 ALLOWED = {
     "kernels": BASE | {"_cpp", "_cuda"},
     "ops": BASE | {"kernels", "plan", "spec", "backends", "sharding"},
@@ -29,6 +29,7 @@ ALLOWED = {
     "backends": BASE | {"kernels"},
     "transform": {"_checks"},
     "_checks": set(),
+    "_extras": set(),
     "terminal": set(),
     "forecast": set(),
     "display": {"forecast", "terminal"},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from windkern import backends, hf, losses, naive, nn, sharding, tabular
@@ -67,11 +68,24 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str):
+# The names that an installation without the extra `train` lacks: `from windkern import *` leaves them out there.
+_NEEDS_TRAIN = ("WindConfig", "WindTrainer")
+if importlib.util.find_spec("transformers") is None:
+    for _name in _NEEDS_TRAIN:
+        __all__.remove(_name)
+
+
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'windkern' has no attribute {name!r}")
     module, _, attribute = _LAZY[name].partition(":")
-    found = importlib.import_module(module)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if name not in _NEEDS_TRAIN:
+            raise
+        told = f'windkern.{name} needs {error.name}; run: python -m pip install "windkern[train]"'
+        raise ImportError(told, name=error.name) from error
     found = getattr(found, attribute) if attribute else found
     globals()[name] = found
     return found
@@ -84,8 +98,9 @@ def __dir__() -> list[str]:
 class _Package(ModuleType):
     """Hazard: importing the module windkern.plan puts it in the place of its function `plan`. Remedy: the function."""
 
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value.plan if name == "plan" and isinstance(value, ModuleType) else value)
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_module = name == "plan" and isinstance(value, ModuleType)
+        super().__setattr__(name, value.plan if is_module else value)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -95,11 +95,11 @@ def check_number(name: str, value: float, *, above: float | None = None, least: 
 def check_int(name: str, value: object) -> int:
     """A Python or symbolic integer, or what stands for one (`__index__`: NumPy's integers); True and False do not."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value
+        return value  # type: ignore[return-value]  # a symbol stands for an int
     try:
         if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
             raise TypeError
-        return operator.index(value)
+        return operator.index(value)  # type: ignore[arg-type]  # what has no __index__ raises
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {_described(value)}") from None
 
@@ -153,7 +153,7 @@ def check_each(name: str, value: object, check: Callable[[str, object], object],
 def check_device(name: str, device: object) -> torch.device:
     """A torch.device, from one or from what names one."""
     try:
-        return torch.device(device)
+        return torch.device(device)  # type: ignore[call-overload]  # what names none raises
     except (RuntimeError, TypeError):
         raise ValueError(f"{name} must be a torch.device or name one, as 'cuda' or 'cpu', got {device!r}") from None
 

@@ -60,7 +60,7 @@ def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         importlib.import_module("windkern.kernels.triton.rows")
     except ImportError as error:
-        return f"Triton cannot be imported ({error}); pip install 'triton>=3.4'"
+        return f"Triton cannot be imported ({error}); a torch for GPUs brings it, else: pip install 'triton>=3.4'"
     return None
 
 
@@ -153,8 +153,8 @@ def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, b
 
 # Run while torch.compile traces, not traced: they import. It is what torch.compiler.assume_constant_result sets, which
 # itself costs a second of imports.
-_preferred._dynamo_marked_constant = True
-_reason._dynamo_marked_constant = True
+_preferred._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def debug_mode() -> bool:

@@ -285,7 +285,7 @@ class Problem:
 
     def solve(self, budget: int) -> WalkSpec:
         """The fastest choice within the budget, else the smallest."""
-        best = None
+        best: tuple[tuple[bool, float], WalkSpec] | None = None
         for width in self._widths():
             for at_once in self._groups(width):
                 spec = self._most_kept(width, at_once, budget)
@@ -293,6 +293,7 @@ class Problem:
                 key = (True, -self.seconds(spec)) if peak <= budget else (False, -peak)
                 if best is None or key > best[0]:
                     best = key, spec
+        assert best is not None  # there is a width, and a number of groups
         return best[1]
 
     def _groups(self, width: int) -> tuple[int, ...]:
@@ -344,7 +345,8 @@ def _gpu_widths(vocab_size: int) -> list[int]:
     """Multiples of 256, widest first, one for each number of slabs; multiples of 64 for a narrow vocabulary."""
     step = 256 if vocab_size > 256 else COLUMN_STEP
     widest = min(SLAB_COLUMNS[1], round_up(vocab_size, step))
-    widths, slabs = [], -(-vocab_size // widest)
+    widths: list[int] = []
+    slabs = -(-vocab_size // widest)
     while not widths or widths[-1] > step:
         width = round_up(-(-vocab_size // slabs), step)
         if not widths or width < widths[-1]:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -179,6 +180,8 @@ class Display:
 
     def _move(self, done: float, partly: float) -> None:
         with self._lock:
+            if self._running is None:
+                return
             self._running.done, self._running.partly = done, partly
             self._forecast.move(self._running.share)
             self._line(self._pause)
@@ -209,7 +212,7 @@ class Display:
         with self._lock:
             text = printable(self._description())
             share, elapsed, left = self._forecast.share, clock(self.elapsed), self.left
-        sign = self._spinner.render(self.console.get_time())
+        sign = cast(Text, self._spinner.render(self.console.get_time()))
         row = Table.grid(expand=True, padding=(0, 2, 0, 0), pad_edge=False)
         row.add_column(ratio=1)
         for _ in range(3):

@@ -124,7 +124,7 @@ class Forecast:
             self._measured[kind] = before[0] + seconds, before[1] + done
         self._visits, self._last = {}, None
 
-    def _paces(self) -> dict[Kind, float]:
+    def _paces(self) -> dict[Kind | None, float]:
         """Seconds per cost of each kind that has been measured."""
         found = dict(self._measured)
         phases = self._phases(self._at)
@@ -133,9 +133,10 @@ class Forecast:
                 seconds = visit.spent + (visit.moved - visit.began if kind == self._kind else 0.0)
                 before = found.get(kind, (0.0, 0.0))
                 found[kind] = before[0] + seconds, before[1] + phases[kind] * (visit.share - visit.first)
-        paces = {kind: seconds / cost for kind, (seconds, cost) in found.items() if cost > 0}
-        if paces:
-            whole = [sum(column) for column in zip(*(found[kind] for kind in paces), strict=True)]
+        measured = {kind: seconds / cost for kind, (seconds, cost) in found.items() if cost > 0}
+        paces: dict[Kind | None, float] = dict(measured.items())
+        if measured:
+            whole = [sum(column) for column in zip(*(found[kind] for kind in measured), strict=True)]
             paces[None] = whole[0] / whole[1]
         return paces
 

@@ -35,7 +35,8 @@ def logits(
     """
     heads = _blocks(weight)
     dtype = functools.reduce(torch.promote_types, (head.dtype for head in heads))
-    z = sum(block.to(dtype) @ head.to(dtype).T for block, head in zip(_blocks(hidden), heads, strict=True))
+    products = (block.to(dtype) @ head.to(dtype).T for block, head in zip(_blocks(hidden), heads, strict=True))
+    z = functools.reduce(torch.add, products)
     if bias is not None:
         z = z + bias
     z = scale * z if softcap is None else softcap * torch.tanh(z * (scale / softcap))
@@ -64,13 +65,13 @@ def token_logps(
     log_p = torch.log_softmax(z, dim=-1)
     logps = log_p.gather(-1, torch.where(scored, targets, 0).unsqueeze(-1).long()).squeeze(-1)
     lse = torch.logsumexp(z, dim=-1)
-    result = [torch.where(scored, logps, 0.0), torch.where(scored, lse, 0.0), None]
+    entropies = None
     if entropy:
         # Hazard: 0 * -inf where a bias masks. Remedy: those entries are replaced before the product.
         masked = log_p == -torch.inf
         terms = log_p.exp() * log_p.masked_fill(masked, 0.0)
-        result[2] = torch.where(scored, -terms.sum(-1), 0.0)
-    return tuple(result)
+        entropies = torch.where(scored, -terms.sum(-1), 0.0)
+    return torch.where(scored, logps, 0.0), torch.where(scored, lse, 0.0), entropies
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

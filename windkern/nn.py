@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from windkern.losses import WindLoss
@@ -42,6 +44,9 @@ class FusedLogProbs(nn.Module):
         torch.Size([2, 3])
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         weight: Tensor,
@@ -62,7 +67,7 @@ class FusedLogProbs(nn.Module):
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, value)
-        self.options = {
+        self.options: dict[str, Any] = {
             "scale": scale,
             "softcap": softcap,
             "temperature": temperature,

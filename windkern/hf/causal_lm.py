@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,8 @@ class CausalLM:
         if self.columns is not None:
             cut = slice(self.columns)
             weights = weights[cut] if isinstance(weights, Tensor) else tuple(each[cut] for each in weights)
-        return states, dataclasses.replace(self.head, weight=weights)
+        whole = weights if isinstance(weights, Tensor) else tuple(weights)
+        return states, dataclasses.replace(self.head, weight=whole)
 
     def at_temperature(self, temperature: float) -> CausalLM:
         """The same model with its logits divided by `temperature` last, as a tempered sampler draws from them."""
@@ -221,7 +222,8 @@ def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[Cau
     target = hf_call.find_inside(model)
     parts = parts_of(target, verdict_of(target))
     given = {**given, **({"use_cache": False} if hf_call.takes(model, "use_cache") else {})}
-    return hf_call.at_head(model.forward, target.head, given, lambda hidden: job(parts, hidden))
+    found = hf_call.at_head(model.forward, target.head, given, lambda hidden: job(parts, hidden))
+    return cast(Result, found)
 
 
 def completion_targets(input_ids: Tensor, completion_mask: Tensor) -> Tensor:

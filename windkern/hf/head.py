@@ -5,8 +5,10 @@ Nothing here imports peft: a head is one of its layers only if somebody has impo
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ def _is_lora(module: nn.Module) -> bool:
     return type(module).forward is own.forward and type(module).merge is own.merge
 
 
-def _unwrap(head: nn.Module) -> nn.Module:
+def _unwrap(head: Any) -> Any:
     """The layer that `modules_to_save` of PEFT calls now: the active adapter's copy, or the original."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(head, peft.utils.ModulesToSaveWrapper):
@@ -96,7 +98,7 @@ def _is_quantised(layer: nn.Module) -> bool:
     return short or any(part in kind for part in ("bitsandbytes", "quant", "awq", "gptq", "hqq", "aqlm"))
 
 
-def _adapters(layer: nn.Module) -> list[str]:
+def _adapters(layer: Any) -> list[str]:
     """Names of the adapters whose products peft's layer adds in its next call; none where they are off or merged."""
     if not _is_lora(layer) or layer.disable_adapters or layer.merged:
         return []
@@ -165,7 +167,8 @@ class _BothWays(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         states, weights = blocks(self.head, hidden)
-        ours = sum(nn.functional.linear(part, weight) for part, weight in zip(states, weights, strict=True))
+        products = (nn.functional.linear(part, weight) for part, weight in zip(states, weights, strict=True))
+        ours = functools.reduce(torch.add, products)
         bias = linear_of(self.head).bias
         # Reason: hooks and replaced forwards are not adapters, and the model may be in the middle of them now.
         return type(self.head).forward(self.head, hidden), ours if bias is None else ours + bias

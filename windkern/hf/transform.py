@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ def numbers_of(base: nn.Module) -> tuple[tuple[str, float], ...]:
 
     Integers only where their name says so: a scale of 1 / 2 layers would be a coincidence, and numbers of steps change.
     """
-    config = base.config
+    config: Any = base.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return tuple(
         (name, value)

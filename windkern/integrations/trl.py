@@ -11,9 +11,10 @@ import functools
 import importlib
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Handle(AbstractContextManager):
 
     models: list[nn.Module] = field(default_factory=list)
     _enabled: bool = True
-    _own: list[tuple[nn.Module, object, object]] = field(default_factory=list)  # model, its forward, ours
+    _own: list[tuple[nn.Module, Callable, Callable]] = field(default_factory=list)  # model, its forward, ours
 
     @property
     def enabled(self) -> bool:
@@ -73,7 +74,7 @@ class Handle(AbstractContextManager):
 
 
 def use(
-    trainer: object,
+    trainer: Any,
     *,
     shared_prompt: str = "auto",
     memory_budget: int | None = None,
@@ -144,7 +145,7 @@ def use(
     return handle
 
 
-def _fields_of(trainer: object) -> tuple[str, ...]:
+def _fields_of(trainer: Any) -> tuple[str, ...]:
     known = [each.__name__ for each in type(trainer).__mro__ if each.__module__.split(".")[0] == "trl"]
     name = next((name for name in known if name in FIELDS), None)
     if name is None:
@@ -170,7 +171,7 @@ def _output_class() -> type:
     return output
 
 
-def _check_options(trainer: object) -> None:
+def _check_options(trainer: Any) -> None:
     if getattr(trainer.args, "cast_lm_head_to_fp32", False):
         raise UnsupportedTrainerError(
             "cast_lm_head_to_fp32=True is not supported; leave it out: windkern never rounds logits, whatever the "
@@ -193,11 +194,11 @@ def _replace(
     temperature: float,
     output: type,
     autocast,
-    options: Mapping[str, object],
+    options: Mapping[str, Any],
     shared_prompt: str,
 ) -> None:
     """Put our forward in front of the one TRL gave the model (for a PEFT model, its base model)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     if base in _in_use:
         raise UnsupportedTrainerError(f"this {type(base).__name__} is in use already; remove the first handle first")
     theirs = base.forward
@@ -236,7 +237,7 @@ class FusedHead:
     fields: tuple[str, ...]
     temperature: float
     output: type
-    options: Mapping[str, object]
+    options: Mapping[str, Any]
     shared_prompt: str = "never"
 
     def __post_init__(self) -> None:
@@ -325,7 +326,8 @@ def _without_gradient(inputs: Inputs, lse: Tensor, fields: tuple[str, ...]) -> d
     pairs = list(zip(hidden, inputs.weight, strict=True))  # (M, H_k), (V, H_k)
     bias, transform = inputs.bias, inputs.transform
     if wanted == ["mean_logits"] and transform.softcap is None:
-        mean = sum(torch.mv(block.to(lse.dtype), weight.mean(0, dtype=lse.dtype)) for block, weight in pairs)
+        means = (torch.mv(block.to(lse.dtype), weight.mean(0, dtype=lse.dtype)) for block, weight in pairs)
+        mean = functools.reduce(torch.add, means)
         if bias is not None:
             mean += bias.mean(dtype=lse.dtype)
         return {"mean_logits": transform.slope_at_zero * mean}
@@ -333,7 +335,8 @@ def _without_gradient(inputs: Inputs, lse: Tensor, fields: tuple[str, ...]) -> d
     width = min(vocab, max(1, _SLAB_BYTES // (lse.element_size() * max(1, rows))))
     for start in range(0, vocab, width):
         part = slice(start, start + width)
-        z = sum(nn.functional.linear(block, weight[part].to(block.dtype)).to(lse.dtype) for block, weight in pairs)
+        products = (nn.functional.linear(block, weight[part].to(block.dtype)).to(lse.dtype) for block, weight in pairs)
+        z = functools.reduce(torch.add, products)
         z = buffers.track("slab", z if bias is None else z + bias[part])
         z.mul_(transform.scale)
         if transform.softcap is not None:

@@ -51,7 +51,7 @@ def _cuda_has(product: str) -> bool:
 
 
 # What torch.compiler.assume_constant_result sets; that function costs a second of imports.
-_cuda_has._dynamo_marked_constant = True
+_cuda_has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -132,7 +132,7 @@ class Products:
 
     def hidden_grad(self, dz: Tensor, weight: Tensor, total: Tensor, *, first: bool = False) -> Tensor:
         """total (M, H) + dz (M, W) @ weight (W, H), without `total` if `first`; the result replaces `total`."""
-        self._count(*dz.shape, weight.shape[1])
+        self._count(dz.shape[0], dz.shape[1], weight.shape[1])
         return self._mm(dz, weight, total) if first else self._addmm(total, dz, weight)
 
     def weight_grad(self, dz: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool, gain: Tensor | None) -> None:
@@ -219,7 +219,7 @@ class OneDnnProducts(Products):
     def hidden_grad(self, dz: Tensor, weight: Tensor, total: Tensor, *, first: bool = False) -> Tensor:
         if not self._uses(dz, weight.shape[1]):
             return super().hidden_grad(dz, weight, total, first=first)
-        self._count(*dz.shape, weight.shape[1])
+        self._count(dz.shape[0], dz.shape[1], weight.shape[1])
         if first:
             product = torch.ops.mkldnn._linear_pointwise(dz, weight.t(), None, "none", [], "")
         else:

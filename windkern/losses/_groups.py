@@ -45,7 +45,7 @@ def check_logps(logps: object, responses: int | str = "N") -> Tensor:
     return tensor
 
 
-def check_constant(name: str, value: object, logps: Tensor, shape: tuple[int, ...]) -> Tensor:
+def check_constant(name: str, value: object, logps: Tensor, shape: tuple[int | str, ...]) -> Tensor:
     """A float constant on the device of `logps`, in its dtype; one that wants a gradient is a mistake, so it raises."""
     tensor = check_precise(name, value)
     check_shape(name, tensor, shape)
@@ -58,7 +58,7 @@ def check_constant(name: str, value: object, logps: Tensor, shape: tuple[int, ..
 def check_frozen_logps(name: str, value: object, logps: Tensor) -> Tensor:
     """Log-probs of a frozen policy: like any constant, but a dtype other than that of `logps` is a mix-up."""
     tensor = check_constant(name, value, logps, shape_of(logps))
-    if value.dtype != logps.dtype:
+    if isinstance(value, Tensor) and value.dtype != logps.dtype:
         raise TypeError(f"{name} is {value.dtype} but logps is {logps.dtype}; score both policies in one precision")
     return tensor
 
@@ -201,7 +201,8 @@ def first_of_pair(logps: Tensor) -> Tensor:
 
 def pair_gaps(logps: Tensor, base_logps: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 2) -> log-ratios (B,) of the chosen and of the rejected response, 0 where masked."""
-    return (fill(logps, where) - fill(base_logps, where)).unbind(-1)
+    chosen, rejected = (fill(logps, where) - fill(base_logps, where)).unbind(-1)
+    return chosen, rejected
 
 
 def logistic(margin: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -80,7 +80,7 @@ def exo(
             f"give exactly one of rewards and label_smoothing, got {'neither' if rewards is None else 'both'}"
         )
     where = kept_responses(where, logps)
-    if rewards is None:
+    if label_smoothing is not None:
         check_number("label_smoothing", label_smoothing, above=0)
         if label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be below 0.5, got {label_smoothing!r}")

@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class _Job:
     max_scored: int | None
     memory_budget: int | None
     batch_invariant: bool
-    grads: dict[str, object]
+    grads: dict[str, Any]
     grad_enabled: bool  # where the caller is
     chunk_rows: int | None = None  # what chunks are planned for where they share one plan; else their scored rows
 
@@ -277,14 +278,15 @@ def _check_per_group(
 
 def _outside_graphs(function: Callable) -> Callable:
     """torch.compiler.disable, applied at the first call after torch._dynamo was imported (which takes a second)."""
+    disabled: list[Callable] = []
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
-        if not hasattr(function, "eager"):
-            function.eager = torch.compiler.disable(function)
-        return function.eager(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
 
     return call
 

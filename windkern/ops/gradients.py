@@ -150,7 +150,7 @@ class _Backward:
         g = torch.where(self.targets >= 0, self.upstream.logp / -total, 0.0) * spec.transform.slope_at_zero
         vocab = self.weight[0].shape[0]
         totals = self._totals(buffers.empty if vocab else buffers.zeros)
-        scaled = [None] * len(self.hidden)
+        scaled: list[Tensor | None] = [None] * len(self.hidden)
         for k, block in enumerate(self.hidden):
             if self.dweight[k] is not None:
                 scaled[k] = buffers.empty("scaled", tuple(block.shape), products.multiplied, self.device)

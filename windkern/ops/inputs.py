@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Inputs:
     def device(self) -> torch.device:
         return self.targets.device
 
-    def grads(self) -> dict[str, object]:
+    def grads(self) -> dict[str, Any]:
         """Which gradients autograd will ask for, as `plan` wants it."""
         enabled = torch.is_grad_enabled()
         return {
@@ -82,7 +83,7 @@ class Inputs:
             "bias_grad": enabled and self.bias is not None and self.bias.requires_grad,
         }
 
-    def planned(self) -> dict[str, object]:
+    def planned(self) -> dict[str, Any]:
         """What `plan` asks about these inputs beside their sizes."""
         return {
             "dtype": self.operand,
@@ -212,9 +213,9 @@ def _check_transform(transform: LogitTransform, acc: torch.dtype) -> LogitTransf
 
 def _as_head(weight: Weight, bias: Tensor | None, scale: float, softcap: float | None, temperature: float) -> Head:
     if not isinstance(weight, Head):
-        return Head(weight, bias, scale, softcap, temperature)
-    given = {"bias": bias is not None, "scale": scale != 1.0, "softcap": softcap is not None}
-    given = [name for name, other in {**given, "temperature": temperature != 1.0}.items() if other]
+        return Head(weight if isinstance(weight, Tensor) else tuple(weight), bias, scale, softcap, temperature)
+    others = {"bias": bias is not None, "scale": scale != 1.0, "softcap": softcap is not None}
+    given = [name for name, other in {**others, "temperature": temperature != 1.0}.items() if other]
     if given:
         raise ValueError(f"{' and '.join(given)} must not be given beside a windkern.Head, which has its own")
     return weight

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def differentiable_once(op: str, inputs: Callable[[object], Iterable[Tensor]]) -> Callable:
+def differentiable_once(op: str, inputs: Callable[[Any], Iterable[Tensor]]) -> Callable:
     """Like torch's once_differentiable, but raises wherever the gradient is differentiated again.
 
     `inputs(ctx)` gives tensors on the graphs of the op's inputs. Hazard: a gradient that is on no graph of theirs is

@@ -57,7 +57,7 @@ class RowBlock:
             targets.shape[0],
         )
 
-    def forward(self) -> walk.Saved:
+    def forward(self) -> walk.Saved:  # type: ignore[name-defined]  # the field hides the module
         check_targets(self.labels, self.walk.spec.vocab_size or self.weight[0].shape[0])
         with backends.on_device_of(self.targets):
             saved = walk.forward(self.walk, self.hidden, self.weight, self.bias, self.targets)
@@ -74,7 +74,7 @@ class RowBlock:
     def backward(
         self,
         upstream: Upstream,
-        saved: walk.Saved,
+        saved: walk.Saved,  # type: ignore[name-defined]
         dweight: list[Tensor | None],
         dbias: Tensor | None,
         *,

@@ -25,7 +25,7 @@ def bounded_rows(rows: int) -> int:
     if has_static_value(rows):
         return int(rows)
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-        return _largest(rows)
+        return _largest(rows)  # type: ignore[arg-type]  # a symbol here
     bound = 64
     while bound < rows:
         bound *= 2

@@ -117,12 +117,12 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
         block_state = RowState(*(None if part is None else part[rows] for part in state))
         # One list, so that a product that returns its own result frees the one it replaces.
         block_units = units if step >= M else [unit[rows] for unit in units]
-        block = [operand[rows] for operand in operands]
+        read = [operand[rows] for operand in operands]
         if spec.gear == "frozen_head":
             found = [part[rows] for part in target_rows]
-            writer.frozen(rows, block, weight, bias, targets[rows], block_state, block_units, found)
+            writer.frozen(rows, read, weight, bias, targets[rows], block_state, block_units, found)
         else:
-            writer.slabs(rows, block, weight, bias, targets[rows], block_state)
+            writer.slabs(rows, read, weight, bias, targets[rows], block_state)
         if block_units is not units:
             for unit, block_unit in zip(units, block_units, strict=True):
                 unit[rows].copy_(block_unit)
@@ -216,7 +216,8 @@ class _Writer:
             if spec.tile_columns:
                 slab = walk.slab(None, bias, targets, start, stop - start)
                 kept = None if place is None else Kept(place, self.offsets[index][rows])
-                walk.kernels.tile_forward(hidden[0], walk.products.prepared(weight[0][start:stop]), slab, state, kept)
+                operand = walk.products.prepared(weight[0][start:stop])  # the plan has tiles only where kernels have
+                walk.kernels.tile_forward(hidden[0], operand, slab, state, kept)  # type: ignore[attr-defined]
                 continue
             z = place if in_place else self._buffer(targets.shape[0], stop - start)
             z = walk.logits(hidden, walk.heads(weight, start, stop), z)

@@ -165,11 +165,11 @@ class Game:
         if (rewards is None) == (prefs is None):
             raise ValueError(f"give exactly one of rewards and prefs, got {'neither' if prefs is None else 'both'}")
         contexts, responses = self.ref.shape
-        if rewards is None:
-            self.rewards = None
+        self.rewards: Tensor | None = None
+        if prefs is not None:
             self.prefs = as_matrix("prefs", prefs, (contexts, responses, responses)).to(self.ref.device)
             _check_prefs(self.prefs)
-        else:
+        elif rewards is not None:
             self.rewards = as_matrix("rewards", rewards, (contexts, responses)).to(self.ref.device)
             gaps = self.rewards[:, :, None] - self.rewards[:, None, :]
             self.prefs = (gaps.sign() + 1) / 2 if link == "step" else gaps.sigmoid()
@@ -250,7 +250,7 @@ class Game:
             moved = keep * tilt + step * (self._wins((self.log_ref + middle).softmax(-1)) - 0.5)
             change = (moved - tilt).abs().max()
             tilt = moved
-            if change <= 4 * torch.finfo(tilt.dtype).eps * max(1.0, tilt.abs().max()):
+            if change <= 4 * torch.finfo(tilt.dtype).eps * max(1.0, float(tilt.abs().max())):
                 return normalised(self.log_ref + tilt)
         raise RuntimeError(f"no equilibrium after {MAX_STEPS} steps at beta={self.beta:g}; take a larger beta")
 

@@ -83,10 +83,17 @@ def _wind_fit(objective: str) -> Fit:
     uses_log_z = OBJECTIVES[objective].uses_log_z
 
     def loss(game: Game, settings: Settings, batch: Batch, log_z: Tensor, logps: Tensor) -> Tensor:
-        extra = {"log_z": log_z} if uses_log_z else {}
-        old, ref, prefs = batch.old_logps, batch.ref_logps, batch.prefs
-        options = {"eta": settings.eta, "beta": game.beta, "objective": objective, "reduction": "none"}
-        return wind(logps, old, ref, prefs, **options, **extra)
+        return wind(
+            logps,
+            batch.old_logps,
+            batch.ref_logps,
+            batch.prefs,
+            eta=settings.eta,
+            beta=game.beta,
+            objective=objective,
+            log_z=log_z if uses_log_z else None,
+            reduction="none",
+        )
 
     return Fit(_wind_pull, loss, uses_log_z)
 

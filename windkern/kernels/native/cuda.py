@@ -105,7 +105,7 @@ def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> N
 
 def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
     """As `kernels.torch.rows.column_sums`."""
-    tiles = _dbias_tiles(*values.shape, values.device.type)
+    tiles = _dbias_tiles(values.shape[0], values.shape[1], values.device.type)
     partial = buffers.empty("scratch", (tiles, values.shape[1]), sums.dtype, sums.device)
     arguments = *values.shape, *matrix(values), address(weights), address(sums), address(partial), tiles
     with _queue_of(values) as queue:
@@ -138,7 +138,7 @@ def slab_backward(
     rows = map(address, (*stats, *upstream, row_scale))
     tiles, partial = 0, None
     if dbias is not None:
-        tiles = _dbias_tiles(*dz.shape, dz.device.type)
+        tiles = _dbias_tiles(dz.shape[0], dz.shape[1], dz.device.type)
         partial = buffers.empty("scratch", (tiles, dz.shape[1]), dbias.dtype, dbias.device)
     outputs = *matrix(dz), address(dbias), address(partial), tiles
     with _queue_of(dz) as queue:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
 from windkern._files import read_json, write_json
 from windkern.train.checkpoints.identity import ResumeError, check_same
 from windkern.train.checkpoints.manifest import by_step
