@@ -29,10 +29,10 @@ def test_a_transformers_without_distributed_loading_will_do(tmp_path):
 
 
 def test_a_named_judge_is_loaded_where_the_model_is(tmp_path, monkeypatch):
-    from windkern.train import parts
+    from windkern.train.judges import named
 
     given = {}
-    monkeypatch.setattr(parts, "load_judge", lambda name, **options: given.update(options, name=name))
+    monkeypatch.setattr(named, "load_judge", lambda name, **options: given.update(options, name=name))
     with pytest.raises(ValueError, match="judge must be given"):
         make_trainer(tmp_path, given={"judge": None}, judge="reward-model:any", judge_strength=2.0)
     assert given == {"name": "reward-model:any", "strength": 2.0, "device": "cpu", "settings": None}

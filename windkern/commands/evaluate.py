@@ -32,7 +32,7 @@ class EvalSettings:
     Args:
         model, base: folder or hub id of a causal LM, "smollm2-135m-instruct" for the packaged one, or recorded:FILE
             for responses in JSON lines (see `windkern.train.data.records.load_records`).
-        judge: see `windkern.train.judges.recorded.load_judge`.
+        judge: see `windkern.train.judges.named.load_judge`.
         strength: of the Bradley-Terry link, where the judge has rewards.
         responses: of each of the two to each prompt; all pairs are judged.
         max_new_tokens: longest response, end token included.
@@ -280,7 +280,7 @@ def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
     from windkern.display import Display, clock
     from windkern.train.data.loading import load_prompts
     from windkern.train.evaluation.evaluate import compare
-    from windkern.train.judges.recorded import load_judge
+    from windkern.train.judges.named import load_judge
     from windkern.train.report import show as report
 
     report.quiet_libraries()

@@ -18,6 +18,7 @@ from windkern.train.checkpoints.lock import owned_by_run
 from windkern.train.config import WindConfig
 from windkern.train.data.loading import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluation.evaluate import Evaluation
+from windkern.train.judges import make_judge
 from windkern.train.models import (
     PACKAGED,
     adapter_of,
@@ -28,7 +29,7 @@ from windkern.train.models import (
     load_policy,
     sync_files,
 )
-from windkern.train.parts import check_prompts, check_unused, make_judge
+from windkern.train.parts import check_prompts, check_unused
 from windkern.train.reference import needs_reference
 from windkern.train.report import show as report
 from windkern.train.report.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved

@@ -1,4 +1,4 @@
-"""Parts of a run made from its settings: sampler, judge, dropout switch, clean output folder."""
+"""Parts of a run made from its settings: the policy's sampler, dropout switch, clean output folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from torch import nn
 
 from windkern.train.config import WindConfig
 from windkern.train.data.loading import Demonstration
-from windkern.train.data.prompts import without_user
-from windkern.train.judges.judge import Judge
-from windkern.train.judges.recorded import load_judge
 from windkern.train.preconditions import Room
-from windkern.train.samplers.sampler import Sampler, TransformersSampler
+from windkern.train.samplers.sampler import TransformersSampler
 
 Note = Callable[[str], None]
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -39,46 +36,6 @@ def transformers_sampler(
         batch_size=config.sampling_batch_size,
         synced=synced,
         under_way=under_way,
-    )
-
-
-def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
-    """The sampler that `config.sampler` names, None for the policy's own `generate`.
-
-    Raises:
-        ValueError: it names none; FileNotFoundError: there is no file of recorded responses.
-    """
-    from windkern.train.samplers.http import HttpSampler
-    from windkern.train.samplers.recorded import RecordedSampler
-
-    kind, _, name = config.sampler.partition(":")
-    system = config.system if tokenizer.chat_template is not None else None
-    if config.sampler == "transformers":
-        return None
-    if kind == "recorded" and name:
-        return RecordedSampler(name, tokenizer, max_new_tokens=config.max_new_tokens, system=system)
-    if kind in ("http", "https") and name:
-        return HttpSampler(
-            name if "://" in name else config.sampler,
-            config.http_model or "policy",
-            tokenizer,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            system=system,
-        )
-    raise ValueError(f"sampler must be transformers, recorded:FILE or http:URL, got {without_user(config.sampler)!r}")
-
-
-def make_judge(config: WindConfig) -> Judge | None:
-    """The judge that `config.judge` names, None where it names none.
-
-    Raises:
-        ValueError, OSError: as `windkern.train.judges.recorded.load_judge`.
-    """
-    if config.judge is None:
-        return None
-    return load_judge(
-        config.judge, strength=config.judge_strength, device=str(config.device), settings=config.judge_settings
     )
 
 

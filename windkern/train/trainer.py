@@ -30,6 +30,7 @@ from windkern.train.evaluation.evaluate import Evaluation
 from windkern.train.evaluation.heldout import HeldOut, Texts
 from windkern.train.fused_head import FusedHead, Watch, loss_job
 from windkern.train.groups import IterationData, collate
+from windkern.train.judges import make_judge
 from windkern.train.judges.judge import Judge, check_judge
 from windkern.train.metrics import Averages, make_record, step_metrics
 from windkern.train.models import name_base, public_name
@@ -43,6 +44,7 @@ from windkern.train.report.history import History
 from windkern.train.report.progress import RECORDED, Observer, Record, Unobserved
 from windkern.train.responder import Responder
 from windkern.train.rollouts import RolloutStore
+from windkern.train.samplers import make_sampler
 from windkern.train.samplers.sampler import Sampler, TransformersSampler
 from windkern.train.scoring import Scorer
 from windkern.train.sharded import prepare_plugin
@@ -144,7 +146,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             prepare_plugin(self.accelerator)
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = World(self.accelerator)
-        judge = parts.make_judge(args) if judge is None else judge
+        judge = make_judge(args) if judge is None else judge
         self.judge = None if judge is None else check_judge(judge)
         for inside in models_inside(self.judge):
             self.weights_at_start["judge"] = self.weights_at_start.get("judge", {}) | fingerprint(inside)
@@ -156,7 +158,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             prompts,
             self.demonstrations,
             processing_class,
-            sampler or parts.make_sampler(args, processing_class),
+            sampler or make_sampler(args, processing_class),
             self._policy_sampler,
             lambda line: self._warn(line) if self.world.is_main else None,
         )

@@ -17,10 +17,12 @@ from windkern import hf  # noqa: E402
 from windkern.train.data import records  # noqa: E402
 from windkern.train.data.records import Recorded, load_records, save_records  # noqa: E402
 from windkern.train.judges import models as judges_models  # noqa: E402
+from windkern.train.judges import named as judges_named  # noqa: E402
 from windkern.train.judges import recorded as judges_recorded  # noqa: E402
 from windkern.train.judges.judge import RewardJudge  # noqa: E402
 from windkern.train.judges.models import ModelPreference, ModelReward, PairJudge  # noqa: E402
-from windkern.train.judges.recorded import RecordedJudge, load_judge  # noqa: E402
+from windkern.train.judges.named import load_judge  # noqa: E402
+from windkern.train.judges.recorded import RecordedJudge  # noqa: E402
 from windkern.train.samplers import http as samplers_http  # noqa: E402
 from windkern.train.samplers import recorded as samplers_recorded  # noqa: E402
 from windkern.train.samplers.http import HttpSampler, ServerError  # noqa: E402
@@ -31,7 +33,9 @@ PROMPTS = ["the bus was", "rain and"]
 RESPONSES = [["very good", "bad", "a day and so"], ["good good", "not bad", "rain"]]
 
 
-@pytest.mark.parametrize("module", [judges_models, judges_recorded, records, samplers_http, samplers_recorded])
+@pytest.mark.parametrize(
+    "module", [judges_models, judges_named, judges_recorded, records, samplers_http, samplers_recorded]
+)
 def test_the_examples_run(module):
     assert not doctest.testmod(module).failed
 
