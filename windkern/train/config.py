@@ -128,11 +128,18 @@ class WindConfig(TrainingArguments):
     )
     sampler: str = setting(
         "transformers",
-        "Who samples: transformers (the policy's own generate), recorded:FILE (JSON lines), or http:URL (a server that "
-        "speaks the OpenAI protocol and serves the current policy; its key is OPENAI_API_KEY of the environment). "
-        "Default: what is always right.",
+        "Who samples: transformers (the policy's own generate), vllm:URL or sglang:URL (a server that is given the "
+        "weights before each iteration, see docs/vllm.md), openai:URL (a server that speaks the OpenAI protocol, for a "
+        "policy that stays as it is), or recorded:FILE (JSON lines). The key of a server is OPENAI_API_KEY of the "
+        "environment. Default: what is always right.",
     )
-    http_model: str | None = setting(None, "Name of the model on the server of sampler=http:URL. None: policy.")
+    sampler_settings: dict | None = setting(
+        None,
+        "Keyword arguments of a sampler that is a server: model (name of the base model there), folder (that trainer "
+        "and server see under the same name, for weights), tokens (under way at once), timeout (seconds), attempts, "
+        "and concurrency for openai. None: the server's only model (policy for openai), output_dir/served, 131072 "
+        "tokens, 600 s (120 s for openai), 8 attempts (4).",
+    )
     temperature: float = setting(
         1.0,
         "Divides the logits, of samples and log-probs alike; positive. Default 1: the theory compares the policy as "
