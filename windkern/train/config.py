@@ -176,7 +176,8 @@ class WindConfig(TrainingArguments):
     judge: str | None = setting(
         None,
         "Who says which response wins: vader, MODULE:FUNCTION (prompts, responses -> numbers), reward-model:NAME, "
-        "pair-model:NAME or recorded:FILE. None: the judge given to the trainer.",
+        "pair-model:NAME, pairrm:NAME, llm:URL or recorded:FILE, see docs/judges.md. None: the judge given to the "
+        "trainer.",
     )
     judge_strength: float = setting(
         1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
@@ -184,8 +185,9 @@ class WindConfig(TrainingArguments):
     judge_settings: dict | None = setting(
         None,
         "Keyword arguments of a judge that is a model: label (which of its logits), max_length (longer texts are cut "
-        "to so many tokens, and counted), batch_size, and template for pair-model. None: one label, 16 texts at a "
-        "time, and a text longer than the model's positions is an error.",
+        "to so many tokens, and counted), batch_size, dtype, device, quantization, and template for pair-model; for "
+        "llm: model, rubric, template, labels, max_tokens and others, see docs/judges.md. None: one label, 16 texts at "
+        "a time, float32 beside the policy, and a text longer than the model's positions is an error.",
     )
     reference: str = setting(
         "model",

@@ -120,8 +120,8 @@ def test_a_pairwise_model_is_asked_in_both_orders(labels):
 
 
 def test_braces_in_responses_stay_as_they_are():
-    fill = ModelPreference(make_classifier(), make_tokenizer(), template="{first}|{second}|{prompt}")._fill
-    assert fill("{first}", "{second}", "x{prompt}") == "{second}|x{prompt}|{first}"
+    parts = {"{prompt}": "{first}", "{first}": "{second}", "{second}": "x{prompt}"}
+    assert judges_models.filled("{first}|{second}|{prompt}", parts) == "{second}|x{prompt}|{first}"
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,16 @@ def test_a_server_that_goes_on_with_the_previous_policy_is_an_error(serve, tmp_p
         again.update(model)
 
 
+def test_a_server_that_takes_some_of_the_weights_is_an_error(serve, tmp_path):
+    """As vLLM does with --enable-lora: the new policy is the nearer one, and it is not served."""
+    server, model = serve(fault="part"), make_model()
+    sampler = sampler_of(server, tmp_path)
+    sampler.update(model)
+    sampler.sample(PROMPTS, 3, seed=0)
+    with pytest.raises(ServerError, match=r"has not taken all of it: .* nats a token, and by .* after the first"):
+        sampler.update(moved(model, 0.05))
+
+
 def test_a_server_of_another_model_is_an_error(serve, tmp_path):
     other = make_model(seed=5)
     with torch.no_grad():

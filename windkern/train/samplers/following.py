@@ -27,7 +27,7 @@ from windkern.train.samplers.weights import digest_of, is_adapter, state_of, wri
 from windkern.train.world import World
 
 _PROBES, _PROBE_TOKENS = 16, 64  # responses that are kept to ask about, and tokens of each
-_ASKED = 64  # tokens that a server is asked about after an update, half of them where the policies differ most
+_ASKED = 32  # tokens that a server is asked about after an update, half of them where the policies differ most
 _MARKERS = 8  # of them, asked about again to see whether the server was started again
 _NAME = re.compile(r"policy-\d{4}-[0-9a-f]+(\.part)?")
 _log = logging.getLogger(__name__)
@@ -136,23 +136,31 @@ class Follower:
 
         served = self._talk(ask)
         previous = [place.previous for place in places] if scored else None
-        found = compare([place.new for place in places], served, previous)
-        self._tell(found, bool(scored))
+        usual = self._read()["gap"]
+        found = compare([place.new for place in places], served, previous, usual=usual)
+        self._tell(found, bool(scored), usual)
         rows = [[*probe[:2], row] for probe, row in zip(fresh, logps[-len(fresh) :], strict=True)]
-        self._write({**self._read(), "scored": rows, "of": self.policy.digest, "drawn": []})
+        kept = {"scored": rows, "of": self.policy.digest, "drawn": [], "gap": found.gap if usual is None else usual}
+        self._write({**self._read(), **kept})
         _remove_policies(self.folder, os.getpid(), keep=self.policy.folder)
         if found.verdict != "new":
             return [], 0.0
         order = sorted(range(len(places)), key=lambda k: -abs(places[k].new - places[k].previous))[:_MARKERS]
         return [places[k]._replace(new=served[k]) for k in order], found.apart
 
-    def _tell(self, found: Comparison, compared: bool) -> None:
+    def _tell(self, found: Comparison, compared: bool, usual: float | None) -> None:
         url, name = self.engine.server.url, self.policy.name
         if found.verdict == "stale":
             raise ServerError(
                 f"{url} was given {name} and still serves the policy before it: where the two differ most, by "
                 f"{found.apart:.2g} nats a token, its log-probs differ from the new one's by {found.to_new:.2g} and "
                 f"from the previous one's by {found.to_previous:.2g}; start the server again, and resume the run"
+            )
+        if found.verdict == "other" and usual is not None:
+            raise ServerError(
+                f"{url} was given {name} and has not taken all of it: its log-probs differ from the trainer's by "
+                f"{found.gap:.2g} nats a token, and by {usual:.2g} after the first update; start the server again "
+                "(without --enable-lora where whole weights are trained), and resume the run"
             )
         if found.verdict == "other":
             raise ServerError(
@@ -231,9 +239,9 @@ class Follower:
         """Hazard: without the state a stale server cannot be told. Remedy: the next policy is told from this one."""
         try:
             found = json.loads((self.folder / "state.json").read_text("utf-8"))
-            return {name: found[name] for name in ("number", "digest", "scored", "of", "drawn")}
+            return {name: found[name] for name in ("number", "digest", "scored", "of", "drawn", "gap")}
         except (OSError, ValueError, KeyError, TypeError):
-            return {"number": 0, "digest": None, "scored": [], "of": None, "drawn": []}
+            return {"number": 0, "digest": None, "scored": [], "of": None, "drawn": [], "gap": None}
 
     def _write(self, state: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

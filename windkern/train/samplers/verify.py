@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Ours. Two dtypes, or 8-bit weights, differ by some hundredths of a nat a token; two models by several tenths.
 MOST_GAP = 0.25  # nats, mean over tokens
+_GROWN = 5.0  # times what the server differed by after the first update, beyond which some weights are not the new ones
+_LEAST_GAP = 0.01  # nats, which it may differ by in any case
 _CHOSEN = 32  # tokens where the two policies differ most that decide
 _CLEAR = 4.0  # times the noise that two policies must differ there
 _LEAST = 1e-5  # nats; what float32 makes of a log-prob, where a server repeats itself to the last bit
@@ -19,7 +21,7 @@ _LEAST = 1e-5  # nats; what float32 makes of a log-prob, where a server repeats 
 class Comparison:
     """What the log-probs of a server say; all of them nats, means of absolute differences a token."""
 
-    verdict: str  # new, stale, other (another model) or unknown (too little to tell new from previous)
+    verdict: str  # new, stale, other (another model, or a part of the weights), or unknown: new or previous
     gap: float  # between server and new policy, all tokens
     apart: float = 0.0  # between new and previous policy, where they differ most
     to_new: float = 0.0  # between server and new policy, there
@@ -28,7 +30,11 @@ class Comparison:
 
 
 def compare(
-    new: Sequence[float], served: Sequence[float], previous: Sequence[float] | None = None, *, most: float = MOST_GAP
+    new: Sequence[float],
+    served: Sequence[float],
+    previous: Sequence[float] | None = None,
+    *,
+    usual: float | None = None,
 ) -> Comparison:
     """Return whose log-probs of some tokens a server has.
 
@@ -40,7 +46,8 @@ def compare(
         new: T log-probs by the policy as it is now, nats.
         served: as the server gives them.
         previous: by the policy before it; None where there was none.
-        most: mean difference to the new policy beyond which the server serves another model.
+        usual: what the server differed by after the first update; where it differs by much more now, it has taken some
+            of the weights only. None: not known.
 
     Raises:
         ValueError: not T numbers each, at least one.
@@ -54,15 +61,16 @@ def compare(
         counts = [len(new), len(served), None if previous is None else len(previous)]
         raise ValueError(f"new, served and previous must hold one log-prob for each token, got {counts}")
     gap = _mean(mine - theirs)
+    most = MOST_GAP if usual is None else min(MOST_GAP, max(_LEAST_GAP, _GROWN * usual))
     if previous is None:
-        return Comparison("other" if not gap <= most else "unknown", gap)
+        return Comparison("unknown" if gap <= most else "other", gap)
     before = torch.tensor(previous, dtype=torch.float64)
     chosen = (mine - before).abs().topk(max(1, min(_CHOSEN, len(mine) // 4))).indices
     apart, to_new, to_previous = (_mean(each[chosen]) for each in (mine - before, theirs - mine, theirs - before))
     noise = max(_LEAST, min(float((theirs - each).abs().median()) for each in (mine, before)))
     if apart > _CLEAR * noise and to_previous <= to_new:
         verdict = "stale" if _mean(theirs - before) <= most else "other"
-    elif not gap <= most:
+    elif gap > most or gap != gap:
         verdict = "other"
     else:
         verdict = "new" if apart > _CLEAR * noise else "unknown"
