@@ -189,6 +189,11 @@ class WindConfig(TrainingArguments):
         "llm: model, rubric, template, labels, max_tokens and others, see docs/judges.md. None: one label, 16 texts at "
         "a time, float32 beside the policy, and a text longer than the model's positions is an error.",
     )
+    log_completions: bool = setting(
+        False,
+        "Whether each iteration's responses and verdicts are written to completions/completions_NNNNN.parquet in "
+        "output_dir, and shown as a table by wandb and trackio where report_to names them. Default no, as TRL.",
+    )
     reference: str = setting(
         "model",
         "Where log pi_ref comes from: model (a frozen second model), adapter (the policy without its LoRA adapter) or "

@@ -40,6 +40,7 @@ from windkern.train.outer import OuterLoop
 from windkern.train.preconditions import Room, check_model, check_reporting
 from windkern.train.reference import PrecomputedReference, make_reference
 from windkern.train.report.card import write_card
+from windkern.train.report.completions import columns_of, track_completions, write_completions
 from windkern.train.report.history import History
 from windkern.train.report.progress import RECORDED, Observer, Record, Unobserved
 from windkern.train.responder import Responder
@@ -276,6 +277,10 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         self.responder.update(self.model)
         groups = self.outer.begin(self._iteration, inside=inside > 0, together=self._sharded())
         self.responder.look_at(self.outer.rollouts)
+        if self.args.log_completions and self.world.is_main:
+            table = columns_of(self._iteration, step, self.outer.prompts, self.outer.rollouts)
+            write_completions(self.store.folder, table)
+            track_completions(table, self.args.report_to)
         self.train_dataset.fill(self._iteration, groups)
         if not inside:
             self._averages.add(self.outer.measure(groups))
