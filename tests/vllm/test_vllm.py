@@ -179,5 +179,5 @@ def test_whole_weights_that_vllm_takes_in_part_are_noticed(server, tmp_path):
         made = torch.Generator().manual_seed(0)
         for value in model.parameters():
             value += 0.05 * value.std() * torch.randn(value.shape, generator=made)
-    with pytest.raises(ServerError, match="has not taken all of it|still serves the policy before it"):
+    with pytest.raises(ServerError, match=r"has not taken all of it|still serves the policy before it"):
         sampler.update(model)

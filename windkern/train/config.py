@@ -164,6 +164,9 @@ class WindConfig(TrainingArguments):
         choices=LONG_PROMPTS,
     )
     system: str | None = setting(None, "System message for the chat template. None: the template's own.")
+    chat_template_kwargs: dict | None = setting(
+        None, "Further arguments of the chat template by name, such as {enable_thinking: false} for Qwen3. None: none."
+    )
     sampling_batch_size: int = setting(
         64, "Sequences generated, and judged, at a time on a device; what a kill can lose. Default: ours."
     )

@@ -26,6 +26,7 @@ from windkern.train.checkpoints.opening import open_run
 from windkern.train.checkpoints.saving import AtomicCheckpoints, latest_checkpoint
 from windkern.train.config import WindConfig, check_one_gpu
 from windkern.train.data.loading import Demonstration, padding_id
+from windkern.train.data.prompts import with_template_arguments
 from windkern.train.evaluation.evaluate import Evaluation
 from windkern.train.evaluation.heldout import HeldOut, Texts
 from windkern.train.fused_head import FusedHead, Watch, loss_job
@@ -128,6 +129,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         if peft_config is not None:
             model = parts.with_adapter(model, peft_config, args.seed)
         check_model(model)
+        processing_class = with_template_arguments(processing_class, args.chat_template_kwargs)
         self.head = FusedHead(model)
         room = Room(args, model, processing_class)
         prompts, self.demonstrations, self.eval_prompts = parts.fitting(room, prompts, heldout, note)
