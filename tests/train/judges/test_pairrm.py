@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_model import WORDS  # noqa: E402
+from tiny_pairrm import NAMES, make_pairrm, make_tokenizer  # noqa: E402
 
 from windkern.train.data.prompts import ChatPrompt  # noqa: E402
 from windkern.train.judges import pairrm  # noqa: E402
@@ -19,42 +19,8 @@ from windkern.train.judges.models import PairJudge  # noqa: E402
 from windkern.train.judges.named import load_judge  # noqa: E402
 from windkern.train.judges.pairrm import MARKERS, PairRM, PairRMModel, load_pairrm  # noqa: E402
 
-NAMES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "USER:", "Assistant:", *WORDS)
 PROMPTS = ["the bus was", "rain and"]
 RESPONSES = [["very good", "bad", "a day and so"], ["good good", "not bad", "rain"]]
-
-
-def make_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({name: k for k, name in enumerate(NAMES)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    fast.add_tokens(list(MARKERS))
-    return fast
-
-
-def make_pairrm(**changes) -> PairRMModel:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    kind = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}
-    config = transformers.DebertaV2Config(
-        vocab_size=len(NAMES) + len(MARKERS),
-        type_vocab_size=0,
-        initializer_range=0.5,
-        pad_token_id=0,
-        max_position_embeddings=32,
-        **sizes | kind,
-    )
-    config.n_tasks, config.drop_out = 1, 0.05
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return PairRMModel(config).eval()
 
 
 @pytest.fixture

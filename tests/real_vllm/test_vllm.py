@@ -13,8 +13,11 @@ import torch
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import tiny_model  # noqa: E402
+import tiny_pairrm  # noqa: E402
 from real_server import EXECUTABLE, RealServer  # noqa: E402
 
+from windkern.commands.cli import main  # noqa: E402
 from windkern.train.data.loading import demo_prompts  # noqa: E402
 from windkern.train.judges.judge import vader_judge  # noqa: E402
 from windkern.train.judges.llm import LanguageModelJudge  # noqa: E402
@@ -34,14 +37,20 @@ PROMPTS = demo_prompts("train")[:8]
 FIGURES: dict[str, object] = {}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def figures():
+    """What was measured, in the file that WINDKERN_VLLM_FIGURES names."""
+    yield
+    if path := os.environ.get("WINDKERN_VLLM_FIGURES"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(FIGURES, indent=2) + "\n")
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     made = RealServer(packaged_model_dir(), tmp_path_factory.mktemp("vllm") / "log")
     yield made
     made.close()
-    if path := os.environ.get("WINDKERN_VLLM_FIGURES"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(FIGURES, indent=2) + "\n")
 
 
 def policy():
@@ -181,3 +190,46 @@ def test_whole_weights_that_vllm_takes_in_part_are_noticed(server, tmp_path):
             value += 0.05 * value.std() * torch.randn(value.shape, generator=made)
     with pytest.raises(ServerError, match=r"has not taken all of it|still serves the policy before it"):
         sampler.update(model)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`", "ignore:`.*gradient_checkpointing", "ignore:Model has")
+def test_the_papers_recipe_runs_with_a_tiny_llama(tmp_path):
+    """Its policy, judge and prompts are tiny and random, and its vLLM runs on this CPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = tiny_model.make_model().config.to_dict() | {"hidden_size": 64, "head_dim": 32, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**config | {"max_position_embeddings": 256})).save_pretrained(tmp_path / "model")
+    tiny_model.make_tokenizer().save_pretrained(tmp_path / "model")
+    tiny_pairrm.make_pairrm().save_pretrained(tmp_path / "judge")
+    tiny_pairrm.make_tokenizer().save_pretrained(tmp_path / "judge")
+    for name, end in (("train", "was"), ("heldout", "and")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{word} {end}" for word in tiny_model.WORDS[:4]))
+    made = RealServer(tmp_path / "model", tmp_path / "log")
+    given = {
+        "model": tmp_path / "model",
+        "dtype": "float32",
+        "train_prompts": tmp_path / "train.txt",
+        "eval_prompts": tmp_path / "heldout.txt",
+        "judge": f"pairrm:{tmp_path / 'judge'}",
+        "judge_settings": "{dtype: float32}",
+        "sampler": f"vllm:{made.url}",
+        "peft.r": 4,
+        "max_new_tokens": 8,
+        "max_prompt_length": 64,
+        "steps_per_iteration": 1,
+        "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": "false",
+        "learning_rate": 0.02,
+        "use_cpu": "true",
+    }
+    overrides = [f"{key}={value}" for key, value in given.items()]
+    try:
+        command = ["train", "--config", "wind_llama3_8b", "--output-dir", str(tmp_path / "out"), "--override"]
+        assert main([*command, *overrides]) == 0
+    finally:
+        made.close()
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(result["history"]) == 3 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert len(list((tmp_path / "out" / "completions").glob("*.parquet"))) == 3
+    FIGURES["recipe"] = {"iterations of wind_llama3_8b with a tiny Llama": len(result["history"])}
