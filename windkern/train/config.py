@@ -103,11 +103,18 @@ class WindConfig(TrainingArguments):
     )
     sampler: str = setting(
         "transformers",
-        "Who samples: transformers (the policy's own generate), recorded:FILE (JSON lines), or http:URL (a server that "
-        "speaks the OpenAI protocol and serves the current policy; its key is OPENAI_API_KEY of the environment). "
-        "Default: what is always right.",
+        "Who samples: transformers (the policy's own generate), vllm:URL or sglang:URL (a server that is given the "
+        "weights before each iteration, see docs/vllm.md), openai:URL (a server that speaks the OpenAI protocol, for a "
+        "policy that stays as it is), or recorded:FILE (JSON lines). The key of a server is OPENAI_API_KEY of the "
+        "environment. Default: what is always right.",
     )
-    http_model: str | None = setting(None, "Name of the model on the server of sampler=http:URL. None: policy.")
+    sampler_settings: dict | None = setting(
+        None,
+        "Keyword arguments of a sampler that is a server: model (name of the base model there), folder (that trainer "
+        "and server see under the same name, for weights), tokens (under way at once), timeout (seconds), attempts, "
+        "and concurrency for openai. None: the server's only model (policy for openai), output_dir/served, 131072 "
+        "tokens, 600 s (120 s for openai), 8 attempts (4).",
+    )
     temperature: float = setting(
         1.0,
         "Divides the logits, of samples and log-probs alike; positive. Default 1: the theory compares the policy as "
@@ -147,7 +154,8 @@ class WindConfig(TrainingArguments):
     judge: str | None = setting(
         None,
         "Who says which response wins: vader, MODULE:FUNCTION (prompts, responses -> numbers), reward-model:NAME, "
-        "pair-model:NAME or recorded:FILE. None: the judge given to the trainer.",
+        "pair-model:NAME, pairrm:NAME, llm:URL or recorded:FILE, see docs/judges.md. None: the judge given to the "
+        "trainer.",
     )
     judge_strength: float = setting(
         1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
@@ -155,8 +163,14 @@ class WindConfig(TrainingArguments):
     judge_settings: dict | None = setting(
         None,
         "Keyword arguments of a judge that is a model: label (which of its logits), max_length (longer texts are cut "
-        "to so many tokens, and counted), batch_size, and template for pair-model. None: one label, 16 texts at a "
-        "time, and a text longer than the model's positions is an error.",
+        "to so many tokens, and counted), batch_size, dtype, device, quantization, and template for pair-model; for "
+        "llm: model, rubric, template, labels, max_tokens and others, see docs/judges.md. None: one label, 16 texts at "
+        "a time, float32 beside the policy, and a text longer than the model's positions is an error.",
+    )
+    log_completions: bool = setting(
+        False,
+        "Whether each iteration's responses and verdicts are written to completions/completions_NNNNN.parquet in "
+        "output_dir, and shown as a table by wandb and trackio where report_to names them. Default no, as TRL.",
     )
     reference: str = setting(
         "model",

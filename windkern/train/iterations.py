@@ -17,6 +17,7 @@ from windkern.train.metrics import Averages, make_record
 from windkern.train.optim import forget_moments
 from windkern.train.outer import OuterLoop
 from windkern.train.reference import RecordedLogps
+from windkern.train.report.completions import columns_of, track_completions, write_completions
 from windkern.train.report.history import History
 from windkern.train.report.progress import RECORDED, Record
 
@@ -102,6 +103,10 @@ class Iterations(TrainerCallback):
         self.outer.respond.update()
         self.current, self._recorded = self.outer.begin(self.number, inside=inside > 0), False
         self.outer.respond.look_at(self.current.groups)
+        if args.log_completions and self.world.is_main:
+            table = columns_of(self.number, state.global_step, self.outer.prompts, self.current.groups)
+            write_completions(self.outer.store.folder, table)
+            track_completions(table, args.report_to)
         self.data.fill(self.number, self.current.fitted)
         if not inside:
             self.averages.add(self.outer.measure(self.current))

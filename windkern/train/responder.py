@@ -8,7 +8,7 @@ from windkern.train.config import WindConfig
 from windkern.train.data.loading import Demonstration
 from windkern.train.groups import Group, groups_of
 from windkern.train.policy import Policy
-from windkern.train.samplers.http import HttpSampler
+from windkern.train.samplers.openai import OpenAISampler
 from windkern.train.samplers.recorded import RecordedSampler, completions_of_texts
 from windkern.train.samplers.sampler import Sampler
 from windkern.train.seeds import stream
@@ -53,7 +53,7 @@ class Responder:
         """Let a sampler with weights of its own follow the policy."""
         if hasattr(self.sampler, "update"):
             self.sampler.update(self.policy.model)
-        elif isinstance(self.sampler, HttpSampler) and self.config.num_iterations > 1:
+        elif isinstance(self.sampler, OpenAISampler) and self.config.num_iterations > 1:
             self._say(
                 "served weights",
                 f"the server at {self.sampler.server.url} is never given the new weights, for its sampler has no "
@@ -72,7 +72,7 @@ class Responder:
         found = [set(group.completions) for group in groups if len(group.completions) > 1]
         if self.group == "demonstration" or not found or any(len(group) > 1 for group in found):
             return
-        if isinstance(self.sampler, HttpSampler):
+        if isinstance(self.sampler, OpenAISampler):
             cause = (
                 "the server decodes greedily, because it ignores the temperature, or n and seed (as transformers serve "
                 "does where the model's generation_config says do_sample: false)"

@@ -23,7 +23,7 @@ from windkern.train.data.prompts import ChatPrompt, as_messages, prompt_from_jso
 from windkern.train.data.records import Recorded, load_records, save_records  # noqa: E402
 from windkern.train.judges.models import ModelReward  # noqa: E402
 from windkern.train.judges.recorded import RecordedJudge  # noqa: E402
-from windkern.train.samplers.http import HttpSampler  # noqa: E402
+from windkern.train.samplers.openai import OpenAISampler  # noqa: E402
 from windkern.train.samplers.recorded import RecordedSampler, completions_of_texts  # noqa: E402
 from windkern.train.samplers.sampler import TransformersSampler  # noqa: E402
 
@@ -340,7 +340,7 @@ def test_a_reward_model_reads_the_messages(tokenizer):
 def test_a_server_gets_the_messages(tokenizer):
     server = Server()
     try:
-        sampler = HttpSampler(server.url, "tiny", tokenizer, max_new_tokens=4, system="not bad", concurrency=1)
+        sampler = OpenAISampler(server.url, "tiny", tokenizer, max_new_tokens=4, system="not bad", concurrency=1)
         batch = sampler.sample([ChatPrompt(LONG), ChatPrompt(SYSTEM), "rain"], 2, seed=0)
     finally:
         server.close()

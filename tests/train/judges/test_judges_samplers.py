@@ -23,9 +23,9 @@ from windkern.train.judges.judge import RewardJudge  # noqa: E402
 from windkern.train.judges.models import ModelPreference, ModelReward, PairJudge  # noqa: E402
 from windkern.train.judges.named import load_judge  # noqa: E402
 from windkern.train.judges.recorded import RecordedJudge  # noqa: E402
-from windkern.train.samplers import http as samplers_http  # noqa: E402
+from windkern.train.samplers import openai as samplers_openai  # noqa: E402
 from windkern.train.samplers import recorded as samplers_recorded  # noqa: E402
-from windkern.train.samplers.http import HttpSampler, ServerError  # noqa: E402
+from windkern.train.samplers.openai import OpenAISampler, ServerError  # noqa: E402
 from windkern.train.samplers.recorded import RecordedSampler, completions_of_texts  # noqa: E402
 from windkern.train.samplers.sampler import TransformersSampler  # noqa: E402
 
@@ -34,7 +34,7 @@ RESPONSES = [["very good", "bad", "a day and so"], ["good good", "not bad", "rai
 
 
 @pytest.mark.parametrize(
-    "module", [judges_models, judges_named, judges_recorded, records, samplers_http, samplers_recorded]
+    "module", [judges_models, judges_named, judges_recorded, records, samplers_openai, samplers_recorded]
 )
 def test_the_examples_run(module):
     assert not doctest.testmod(module).failed
@@ -120,8 +120,8 @@ def test_a_pairwise_model_is_asked_in_both_orders(labels):
 
 
 def test_braces_in_responses_stay_as_they_are():
-    fill = ModelPreference(make_classifier(), make_tokenizer(), template="{first}|{second}|{prompt}")._fill
-    assert fill("{first}", "{second}", "x{prompt}") == "{second}|x{prompt}|{first}"
+    parts = {"{prompt}": "{first}", "{first}": "{second}", "{second}": "x{prompt}"}
+    assert judges_models.filled("{first}|{second}|{prompt}", parts) == "{second}|x{prompt}|{first}"
 
 
 @pytest.mark.parametrize(
@@ -268,9 +268,9 @@ def server():
     made.close()
 
 
-def sampler_of(server: Server, **options) -> HttpSampler:
+def sampler_of(server: Server, **options) -> OpenAISampler:
     settings = {"max_new_tokens": 4, "temperature": 0.5, "system": "very", "api_key": "secret", "pause": lambda s: None}
-    return HttpSampler(server.url, "tiny", make_tokenizer(), **(settings | options))
+    return OpenAISampler(server.url, "tiny", make_tokenizer(), **(settings | options))
 
 
 def test_a_server_is_asked_for_the_policy_and_nothing_else(server):
@@ -302,7 +302,8 @@ def test_what_may_pass_is_tried_again(server):
     pauses = []
     server.script = [(503, "busy", {}), (429, "slow down", {"Retry-After": "7"}), (500, "oops", {})]
     batch = sampler_of(server, concurrency=1, pause=pauses.append).sample(PROMPTS[:1], 2, seed=0)
-    assert len(batch.texts[0]) == 2 and pauses == [1.0, 7.0, 4.0] and len(server.requests) == 4
+    assert len(batch.texts[0]) == 2 and len(server.requests) == 4
+    assert all(least <= pause <= 1.25 * least for pause, least in zip(pauses, (1.0, 7.0, 4.0), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -341,9 +342,9 @@ def test_arguments_of_the_server_are_checked():
         ({"temperature": 0.0}, "temperature"),
     ):
         with pytest.raises(ValueError, match=message):
-            HttpSampler("http://x/v1", "m", make_tokenizer(), **({"max_new_tokens": 4} | options))
+            OpenAISampler("http://x/v1", "m", make_tokenizer(), **({"max_new_tokens": 4} | options))
     with pytest.raises(ValueError, match="url must start with http"):
-        HttpSampler("x", "m", make_tokenizer(), max_new_tokens=4)
+        OpenAISampler("x", "m", make_tokenizer(), max_new_tokens=4)
 
 
 def test_a_reward_of_the_servers_texts_fits_the_judge(server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ def make_judge(config: WindConfig) -> Judge | None:
         return None
     from windkern.train.judges.named import load_judge
 
+    settings = dict(config.judge_settings or {})
+    if config.judge.startswith("llm:"):  # beside the run, which is resumed with them
+        settings.setdefault("cache", str(Path(config.output_dir) / "judgements"))
     return load_judge(
-        config.judge, strength=config.judge_strength, device=str(config.device), settings=config.judge_settings
+        config.judge, strength=config.judge_strength, device=str(config.device), settings=settings or None
     )

@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
+import torch
+
 from windkern._checks import check_choice
 from windkern.train.judges.classifiers import load_classifier
 from windkern.train.judges.judge import Judge, RewardJudge, load_function, vader_judge
 from windkern.train.judges.models import ModelPreference, ModelReward, PairJudge
 from windkern.train.judges.recorded import RecordedJudge
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_judge(
@@ -21,14 +25,18 @@ def load_judge(
         module:function            reward(prompts, responses) -> numbers
         reward-model:NAME          a sequence classifier with one label, folder or hub id
         pair-model:NAME            a cross-encoder of (prompt, first, second), folder or hub id
+        pairrm:NAME                PairRM, such as llm-blender/PairRM-hf, folder or hub id
+        llm:URL                    a language model behind a server of the OpenAI protocol
         recorded:FILE              scores or preferences in JSON lines
 
     Args:
         specification: one of the above.
         strength: of the Bradley-Terry link for rewards, per unit of reward.
-        device: of models.
-        settings: of models, keyword arguments of `ModelReward` (label, batch_size, max_length) or `ModelPreference`
-            (template, label, batch_size, max_length); None for their defaults.
+        device: of models, unless `settings` name another.
+        settings: keyword arguments of the judge: of `ModelReward` (label, batch_size, max_length), `ModelPreference`
+            (template, label, batch_size, max_length) or `PairRM` (batch_size, source_length), and for all three dtype
+            (float32, bfloat16, float16), device, and quantization (arguments of transformers' BitsAndBytesConfig; not
+            for PairRM); of `LanguageModelJudge` for llm. None for their defaults.
 
     Raises:
         ValueError: it is none of these, or what it names cannot be loaded, or a setting is not one of the judge's; the
@@ -42,20 +50,46 @@ def load_judge(
     kind, _, name = specification.partition(":")
     if specification != "vader" and not name:
         raise ValueError(
-            "judge must be vader, module:function, reward-model:NAME, pair-model:NAME or recorded:FILE, "
-            f"got {specification!r}"
+            "judge must be vader, module:function, reward-model:NAME, pair-model:NAME, pairrm:NAME, llm:URL or "
+            f"recorded:FILE, got {specification!r}"
         )
-    made_of = {"reward-model": ModelReward, "pair-model": ModelPreference}.get(kind)
-    if made_of is None and settings:
-        raise ValueError(f"judge_settings belong to reward-model:NAME and pair-model:NAME, got judge {specification!r}")
-    if made_of is not None:
-        known = [key for key, each in inspect.signature(made_of).parameters.items() if each.kind is each.KEYWORD_ONLY]
-        for key in settings or {}:
-            check_choice("a key of judge_settings", key, known)
-        read = made_of(*load_classifier(name, device=device), **(settings or {}))
-        return RewardJudge(read, strength=strength, name=name) if kind == "reward-model" else PairJudge(read, name=name)
+    given = dict(settings or {})
+    if kind in ("reward-model", "pair-model", "pairrm"):
+        return _model_judge(kind, name, strength, device, given)
+    if kind == "llm":
+        from windkern.train.judges.llm import LanguageModelJudge
+
+        _check_keys(LanguageModelJudge, given, ())
+        return LanguageModelJudge(name, **given)
+    if given:
+        raise ValueError(
+            "judge_settings belong to reward-model:NAME, pair-model:NAME, pairrm:NAME and llm:URL, got judge "
+            f"{specification!r}"
+        )
     if specification == "vader":
         return vader_judge(strength)
     if kind == "recorded":
         return RecordedJudge(name, strength=strength)
     return RewardJudge(load_function(specification), strength=strength, name=specification)
+
+
+def _model_judge(kind: str, name: str, strength: float, device: str, settings: dict) -> Judge:
+    if kind == "pairrm":
+        from windkern.train.judges.pairrm import PairRM, load_pairrm
+
+        made_of, load, loading = PairRM, load_pairrm, ("dtype", "device")
+    else:
+        made_of = {"reward-model": ModelReward, "pair-model": ModelPreference}[kind]
+        load, loading = load_classifier, ("dtype", "device", "quantization")
+    _check_keys(made_of, settings, loading)
+    options = {"device": device} | {key: settings.pop(key) for key in loading if key in settings}
+    if "dtype" in options:
+        options["dtype"] = _DTYPES[check_choice("dtype of judge_settings", options["dtype"], tuple(_DTYPES))]
+    read = made_of(*load(name, **options), **settings)
+    return RewardJudge(read, strength=strength, name=name) if kind == "reward-model" else PairJudge(read, name=name)
+
+
+def _check_keys(made_of: type, settings: Mapping[str, object], more: tuple[str, ...]) -> None:
+    known = [key for key, each in inspect.signature(made_of).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    for key in settings:
+        check_choice("a key of judge_settings", key, (*known, *more))

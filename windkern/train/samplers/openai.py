@@ -1,4 +1,4 @@
-"""Completions from a server that speaks the OpenAI protocol (vLLM, SGLang, llama.cpp, TGI ...), without its client."""
+"""Texts from a server that speaks the OpenAI protocol (vLLM, SGLang, llama.cpp, TGI ...), without its client."""
 
 from __future__ import annotations
 
@@ -58,17 +58,18 @@ class Choice(NamedTuple):
     cut: bool  # it met the length limit
 
 
-class HttpSampler:
+class OpenAISampler:
     """Samples from `POST {url}/chat/completions`.
 
     Nothing cuts the distribution: every sampling field that vLLM, SGLang and llama.cpp know is stated with its neutral
     value. A server that refuses a field gets the request again without it, and one that takes n = 1 only is asked n
-    times; the log says so. Only the server knows which weights it serves: for training it must serve the current
-    policy.
+    times; the log says so. Nothing brings weights to the server: it is for policies that stay as they are, and
+    `windkern.train.samplers.served.ServedSampler` for one that is trained.
 
     An answer must be one text, and all that was drawn. Thoughts beside the content, tool calls, refusals, a list of
     parts and any other form are errors that quote it. A server that returns token ids (vLLM) is taken at its word if it
-    read the same prompt; otherwise responses are encoded anew from their text, see `completions_of_texts`.
+    read the same prompt; otherwise responses are encoded anew from their text, see `completions_of_texts`, and the log
+    says so once.
 
     Args:
         url: up to and including /v1, such as http://127.0.0.1:8000/v1; without user and password.
@@ -119,6 +120,7 @@ class HttpSampler:
         self.concurrency = check_count("concurrency", concurrency, least=1)
         self._left_out: set[str] = set()  # fields that the server refuses
         self._one_by_one = False  # whether it refuses n > 1
+        self._told = False  # whether the log says that texts are encoded anew
 
     def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
         """`num_responses` to each prompt; the seed is passed on, and it is the server's to honour it."""
@@ -143,6 +145,13 @@ class HttpSampler:
         if known == {True}:
             make, responses = completions_of_ids, [[self._ended(choice) for choice in group] for group in groups]
         else:
+            if not self._told:
+                self._told = True
+                _log.warning(
+                    "%s returns texts without token ids, so responses are encoded anew: where a text has several "
+                    "encodings, the one that is fitted need not be the one that was drawn",
+                    self.server.url,
+                )
             make, responses = completions_of_texts, [[choice.text for choice in group] for group in groups]
         return make(
             self.tokenizer, prompts, responses, system=system, max_new_tokens=self.max_new_tokens, truncated=cut

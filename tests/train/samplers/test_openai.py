@@ -16,7 +16,7 @@ from completion_server import Server  # noqa: E402
 from tiny_model import make_tokenizer  # noqa: E402
 
 from windkern.train.samplers import server as server_module  # noqa: E402
-from windkern.train.samplers.http import NEUTRAL, HttpSampler, read_choice  # noqa: E402
+from windkern.train.samplers.openai import NEUTRAL, OpenAISampler, read_choice  # noqa: E402
 from windkern.train.samplers.server import API_KEY, ServerError, check_key, check_url, retry_after  # noqa: E402
 
 PROMPT = "the bus was"
@@ -41,9 +41,9 @@ def no_key(monkeypatch):
     monkeypatch.delenv(API_KEY, raising=False)
 
 
-def sampler_of(server, **options) -> HttpSampler:
+def sampler_of(server, **options) -> OpenAISampler:
     settings = {"max_new_tokens": 8, "attempts": 2, "pause": lambda seconds: None, "concurrency": 1}
-    return HttpSampler(getattr(server, "url", server), "tiny", make_tokenizer(), **(settings | options))
+    return OpenAISampler(getattr(server, "url", server), "tiny", make_tokenizer(), **(settings | options))
 
 
 def choice(content="good day", reason="stop", **more) -> dict:
@@ -55,9 +55,9 @@ def choices(*found, **more) -> tuple:
 
 
 def test_the_examples_run():
-    from windkern.train.samplers import http as samplers_http
+    from windkern.train.samplers import openai as samplers_openai
 
-    assert not doctest.testmod(server_module).failed and not doctest.testmod(samplers_http).failed
+    assert not doctest.testmod(server_module).failed and not doctest.testmod(samplers_openai).failed
 
 
 # Forms of an answer
@@ -185,7 +185,8 @@ def test_a_field_that_is_refused_is_left_out_and_said(serve, caplog, status):
     assert len(batch.texts) == 2 and len(bodies) == len(unknown) + 2  # the second prompt is asked without them at once
     assert set(bodies[0]) - set(bodies[-1]) == set(unknown)
     assert [name in caplog.text for name in (*unknown, "top_p")] == [True, True, True, False]
-    assert len(caplog.records) == len(unknown)
+    assert len(caplog.records) == len(unknown) + 1  # and that texts are encoded anew
+    assert caplog.text.count("encoded anew") == 1
 
 
 def test_a_field_that_is_refused_without_its_name_is_found_too(serve, caplog):
@@ -314,7 +315,16 @@ def test_a_server_that_asks_for_an_age_gets_a_minute(serve):
     server = serve()
     server.script = [(429, "", {"Retry-After": "10000000"}), (503, "", {"Retry-After": "\u00b2"})]
     sampler_of(server, attempts=3, pause=pauses.append).sample([PROMPT], 1, seed=0)
-    assert pauses == [60.0, 2.0]
+    assert pauses[0] == 60.0 and 2.0 <= pauses[1] <= 2.5
+
+
+def test_clients_do_not_come_back_all_at_once(serve):
+    pauses = []
+    for _ in range(5):
+        server = serve()
+        server.script = [(503, "busy", {})]
+        sampler_of(server, pause=pauses.append).sample([PROMPT], 1, seed=0)
+    assert len(set(pauses)) > 1 and all(1.0 <= pause <= 1.25 for pause in pauses)
 
 
 @pytest.mark.parametrize("step", ["drip", "drip headers", "hang"])
