@@ -13,9 +13,11 @@ import tiny_model
 from trainer_cases import HELDOUT, lora, make_config, make_trainer, weights_of
 
 import windkern as wk
+from windkern import hf
+from windkern.hf import LayoutRules
 from windkern.train.batches import collate
-from windkern.train.fused_head import FusedHead, loss_job
 from windkern.train.groups import Group
+from windkern.train.jobs import loss_job
 from windkern.train.samplers.sampler import GumbelNoise, TransformersSampler
 
 pytestmark = [
@@ -162,7 +164,7 @@ def groups_of(count: int, responses: int, tokens: int, vocab: int) -> list[Group
 
 def test_a_step_waits_for_the_gpu_only_to_count_its_rows(tmp_path):
     trainer = make_trainer(tmp_path, **ON_GPU)
-    batch = collate(groups_of(2, 4, 6, 18), fill=0)
+    batch = trainer.policy.batch(groups_of(2, 4, 6, 18))
     trainer.compute_loss(trainer.model, {"batch": batch}).backward()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as seen:
@@ -185,20 +187,20 @@ def test_a_step_takes_less_memory_than_plain_logits():
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64000, tie_word_embeddings=True)
     model = LlamaForCausalLM(config).cuda().bfloat16().train()
-    batch = collate(groups_of(2, 4, 512, 64000), fill=0).to(torch.device("cuda"))
-    targets = batch.targets.view(*batch.shape, -1)
-    head = FusedHead(model)
+    batch = collate(groups_of(2, 4, 512, 64000), 0, LayoutRules(shared=False)).to(torch.device("cuda"))
 
     def loss(logps, **constants):
         return wk.losses.wind(logps, **constants, eta=1.0, beta=0.1, reduction="none")
 
     def fused():
-        job = loss_job(loss, targets, batch.constants, 1.0, OPTIONS | {"memory_budget": 128 << 20})
-        return head(model, batch.input_ids, batch.attention_mask, job)
+        job = loss_job(loss, batch.targets, batch.constants, 1.0, OPTIONS | {"memory_budget": 128 << 20})
+        return hf.run_rows(model, batch.rows, job, padded=True)
 
     def plain():
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
-        scored = targets.view(logits.shape[:2])
+        rows = batch.rows
+        logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask.long()).logits
+        place, scored = rows.padded()
+        logits = logits.flatten(0, 1)[place]
         logps = logits.float().log_softmax(-1).gather(-1, scored.clamp(min=0)[..., None]).squeeze(-1)
         return loss((logps * (scored >= 0)).sum(-1).view(batch.shape), **batch.constants).mean()
 

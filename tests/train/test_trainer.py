@@ -15,7 +15,6 @@ from trainer_cases import HELDOUT, PROMPTS, assert_has_not_moved, lora, make_con
 
 from windkern import hf
 from windkern.losses import LOSSES
-from windkern.train.batches import collate
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.config import WindConfig
 from windkern.train.data.loading import Demonstration
@@ -230,12 +229,12 @@ def test_replayed_groups_come_from_earlier_iterations(tmp_path):
     assert [group.completions for group in again.outer.begin(2, inside=True).fitted] == [
         group.completions for group in second
     ]
-    batch = collate(second, 0)
     with torch.no_grad():
-        logps = hf.sequence_logps(
-            trainer.model, batch.input_ids, batch.attention_mask, batch.completion_mask
+        logps = hf.group_logps(
+            trainer.model, [group.prompt_ids for group in second], [group.completions for group in second]
         )  # the policy has not moved, so it is the reference
-    torch.testing.assert_close(batch.constants["ref_logps"].flatten(), logps, rtol=1e-4, atol=1e-4)
+    ref_logps = torch.stack([group.constants["ref_logps"] for group in second])
+    torch.testing.assert_close(ref_logps, logps, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_is_off_and_modes_of_attention_too(tmp_path):
@@ -256,11 +255,11 @@ def test_every_dropout_module_is_off():
 def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=1, steps_per_iteration=1)
     before = {name: value.clone() for name, value in trainer.reference.model.named_parameters()}
-    inputs = {"batch": collate(begin(trainer).fitted[:2], 0)}
+    inputs = {"batch": trainer.policy.batch(begin(trainer).fitted[:2])}
     trainer.compute_loss(trainer.model, inputs).backward()
     embedding = trainer.model.get_input_embeddings().weight
     batch = inputs["batch"]
-    read = torch.isin(torch.arange(embedding.shape[0]), batch.input_ids[batch.attention_mask])
+    read = torch.isin(torch.arange(embedding.shape[0]), batch.rows.input_ids[batch.rows.attention_mask])
     assert embedding is trainer.model.lm_head.weight
     assert (embedding.grad[~read].abs().sum(-1) > 0).all() and (embedding.grad[read].abs().sum(-1) > 0).all()
     trainer.train()

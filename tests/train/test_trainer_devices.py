@@ -11,6 +11,7 @@ pytest.importorskip("accelerate")
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import make_config, make_trainer
 
+from windkern.hf import LayoutRules
 from windkern.train.batches import collate
 from windkern.train.config import WindConfig
 from windkern.train.groups import Group
@@ -84,7 +85,7 @@ GROUP = Group(0, (5, 6), ((7,), (8, 9)), (False,) * 2, ("", ""), constants={"old
 
 def test_a_batch_is_sent_to_a_gpu_without_waiting_and_back_with():
     """Meta tensors tell nothing of time, so the arguments are looked at."""
-    batch = collate([GROUP], fill=0)
+    batch = collate([GROUP], 0, LayoutRules(shared=False))
     asked = []
 
     class Asked(TorchDispatchMode):
@@ -95,5 +96,5 @@ def test_a_batch_is_sent_to_a_gpu_without_waiting_and_back_with():
 
     with Asked():
         away = batch.to(torch.device("meta"))
-    assert asked == [True] * 4 and away.constants["old_logps"].device.type == "meta"
-    assert batch.to(torch.device("cpu")).input_ids is batch.input_ids
+    assert asked == [True] * 8 and away.constants["old_logps"].device.type == "meta"
+    assert batch.to(torch.device("cpu")).rows.input_ids is batch.rows.input_ids

@@ -17,7 +17,7 @@ from transformers.integrations import deepspeed
 import windkern as wk
 from windkern.settings.run import RunConfig
 from windkern.train import launch
-from windkern.train.fused_head import FusedHead
+from windkern.train.jobs import check_scorable
 from windkern.train.sharded import whole_models
 
 
@@ -58,10 +58,10 @@ def test_a_head_that_hooks_have_gathered_is_left_to_them():
 
 def test_a_model_in_pieces_is_refused():
     model = tiny_model.make_model()
-    FusedHead(model)
+    check_scorable(model)
     as_zero3(model.model.norm.weight, whole=False)
     with pytest.raises(ValueError, match=r"cut its parameter model.norm.weight in pieces; load policy"):
-        FusedHead(model)
+        check_scorable(model)
 
 
 def test_models_are_loaded_whole(zero3, monkeypatch):

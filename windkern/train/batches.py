@@ -9,70 +9,59 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from windkern.hf import completion_targets
+from windkern.hf.layout import GroupRows, LayoutRules, lengths_of, make_layout, make_rows
 from windkern.train.groups import Group
 from windkern.train.seeds import shuffled
 
 
 @dataclass
 class Batch:
-    """B groups of K responses, padded to one length: prompts on the left, completions on the right."""
+    """B groups of K responses in rows of one length, and what the loss takes beside the policy's log-probs."""
 
-    input_ids: Tensor  # (B * K, L) int64
-    attention_mask: Tensor  # (B * K, L) bool
-    completion_mask: Tensor  # (B * K, L) bool
+    rows: GroupRows
     shape: tuple[int, int]  # (B, K)
     constants: dict[str, Tensor]
 
     @property
     def targets(self) -> Tensor:
-        """(B * K, L), aligned with hidden states."""
-        return completion_targets(self.input_ids, self.completion_mask)
+        """(B, K, R) int64 tokens of the responses, -100 behind the end of each."""
+        return self.rows.padded()[1].view(*self.shape, -1)
 
     def pin_memory(self) -> Batch:
         """In memory that a GPU can copy from while the host goes on; asked for by `dataloader_pin_memory`."""
-        return Batch(
-            self.input_ids.pin_memory(),
-            self.attention_mask.pin_memory(),
-            self.completion_mask.pin_memory(),
-            self.shape,
-            {name: value.pin_memory() for name, value in self.constants.items()},
-        )
+        pinned = {name: value.pin_memory() for name, value in self.constants.items()}
+        return Batch(self.rows.pin_memory(), self.shape, pinned)
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
         # Reason: a blocking copy to a GPU waits for all that is queued there, the last backward pass. On the way back
         # the host must wait, or it would read what has not arrived.
         options = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
-        return Batch(
-            self.input_ids.to(**options),
-            self.attention_mask.to(**options),
-            self.completion_mask.to(**options),
-            self.shape,
-            {name: value.to(**options) for name, value in self.constants.items()},
-        )
+        moved = {name: value.to(**options) for name, value in self.constants.items()}
+        return Batch(self.rows.to(device), self.shape, moved)
 
 
-def collate(groups: Sequence[Group], fill: int) -> Batch:
-    """Pad groups of the same size into one batch; `fill` is the id in padding, which no mask lets through.
+def collate(groups: Sequence[Group], fill: int, rules: LayoutRules) -> Batch:
+    """Lay groups of the same size out in rows.
+
+    Args:
+        groups: all with as many responses and the same constants.
+        fill: the id in padding, which no mask lets through.
+        rules: of the model that is to read the rows, see `windkern.hf.layout_rules`.
 
     Example:
-        >>> batch = collate([Group(0, (5, 6), ((7,), (8, 9)), (False, False), ("a", "b"))], fill=0)
-        >>> batch.input_ids.tolist(), batch.completion_mask.int().tolist()
-        ([[5, 6, 7, 0], [5, 6, 8, 9]], [[0, 0, 1, 0], [0, 0, 1, 1]])
+        >>> groups = [Group(0, (5, 6), ((7, 1), (8, 9, 1)), (False, False), ("a", "b"))]
+        >>> collate(groups, 0, LayoutRules(shared=False)).rows.input_ids.tolist()
+        [[5, 6, 7, 0], [5, 6, 8, 9]]
+        >>> collate(groups, 0, LayoutRules(shared=True)).rows.input_ids.tolist()
+        [[5, 6, 7, 8, 9]]
     """
-    head = max(len(group.prompt_ids) for group in groups)
-    tail = max(len(tokens) for group in groups for tokens in group.completions)
-    rows = [(group.prompt_ids, tokens) for group in groups for tokens in group.completions]
-    ids = torch.full((len(rows), head + tail), fill, dtype=torch.int64)
-    attended, own = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    for row, (prompt, tokens) in enumerate(rows):
-        ids[row, head - len(prompt) : head] = torch.tensor(prompt)
-        ids[row, head : head + len(tokens)] = torch.tensor(tokens)
-        attended[row, head - len(prompt) : head + len(tokens)] = True
-        own[row, head : head + len(tokens)] = True
+    prompts, completions = [group.prompt_ids for group in groups], [group.completions for group in groups]
+    layout = make_layout(lengths_of(prompts, completions), rules)
     names = groups[0].constants
     constants = {name: torch.stack([group.constants[name] for group in groups]) for name in names}
-    return Batch(ids, attended, own, (len(groups), len(groups[0].completions)), constants)
+    rows = make_rows(layout, prompts, completions, fill)
+    return Batch(rows, (len(groups), len(groups[0].completions)), constants)
 
 
 class IterationData(Dataset):

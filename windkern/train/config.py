@@ -17,6 +17,7 @@ from windkern.train.focus import MODES
 from windkern.train.inherited import check_inherited
 
 REFERENCES = ("model", "adapter", "precomputed")
+SHARED_PROMPT = ("auto", "always", "never")
 LONG_PROMPTS = ("refuse", "drop", "cut")
 EVALUATED = ("win_rate", "reward", "kl")
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that look at an evaluation
@@ -178,6 +179,13 @@ class WindConfig(TrainingArguments):
         "precomputed (scored once, before the first step; needs sampler=recorded:FILE). Default: works for all.",
         choices=REFERENCES,
     )
+    shared_prompt: str = setting(
+        "auto",
+        "Whether the body runs once on a prompt for all its responses when they are scored and fitted: auto (where the "
+        "model computes the same then, which is looked at once), always (an error where it does not) or never. "
+        "Default: it is exact and saves time.",
+        choices=SHARED_PROMPT,
+    )
     focus: str = setting(
         "uniform",
         "Which prompts are answered and judged: uniform (all in turn) or hardest (those with the largest estimated "
@@ -283,6 +291,7 @@ class WindConfig(TrainingArguments):
                 "long_prompts must be refuse or drop with recorded:FILE, which has the prompts whole, got 'cut'"
             )
         check_choice("reference", self.reference, REFERENCES)
+        check_choice("shared_prompt", self.shared_prompt, SHARED_PROMPT)
         check_choice("focus", self.focus, MODES)
         self._check_loss()
         self._check_responses()

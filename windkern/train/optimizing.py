@@ -46,4 +46,4 @@ class Optimizing:
 
     def floating_point_ops(self, inputs) -> int:
         """6 operations for each parameter and token."""
-        return 6 * inputs["batch"].input_ids.numel() * sum(value.numel() for value in self.model.parameters())
+        return 6 * inputs["batch"].rows.input_ids.numel() * sum(value.numel() for value in self.model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from windkern._files import ANEW, DamagedRecordError, read_json, write_json
+from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.config import WindConfig
 from windkern.train.focus import PromptFocus, exploitability
 from windkern.train.groups import Group
@@ -98,6 +100,7 @@ class OuterLoop:
             DamagedRecordError: what is on the disk is not what was written.
             FloatingPointError: a log-prob is infinite or NaN.
         """
+        self._check_layout()
         self._learn_before(number)
         folder = self.store.iteration(number)
         places, uniform = self.focus.choose(number, self.prompts_per_iteration)
@@ -150,6 +153,27 @@ class OuterLoop:
         if self.config.focus == "hardest":
             found["focus_entropy"] = self.focus.entropy()
         return found
+
+    def _check_layout(self) -> None:
+        """Keep the rules that groups are laid out by with the run, or compare them with those that are kept.
+
+        Raises:
+            ResumeError: the run was begun with other rules, and its log-probs with other rounding.
+        """
+        path, rules = self.store.folder / "layout.json", dataclasses.asdict(self.policy.rules)
+
+        def check() -> None:
+            held = read_json(path)
+            if held is None:
+                write_json(path, rules)
+            elif held != rules:
+                raise ResumeError(
+                    f"{path} says {held}, and groups are laid out by {rules} now: the model, its attention or "
+                    "transformers is another than when the run began; resume with those, or start another run in "
+                    "another output_dir"
+                )
+
+        self.world.first(check)
 
     def _judged(self, block: Block, groups: list[Group]) -> list[Group]:
         return judged(groups, [self.prompts[place] for place in block.places], self.judge)

@@ -15,12 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from windkern import hf
+from windkern.hf.layout import LayoutRules
 from windkern.train.anchor import Anchor
 from windkern.train.batches import Batch, collate
 from windkern.train.config import WindConfig
 from windkern.train.data.loading import padding_id
-from windkern.train.fused_head import FusedHead, Job, score_job
 from windkern.train.groups import Group
+from windkern.train.jobs import Job, check_scorable, score_job
 from windkern.train.report.progress import Observer, Unobserved
 from windkern.train.samplers.sampler import Completions, TransformersSampler
 from windkern.train.world import World
@@ -42,6 +44,7 @@ class PolicySettings:
         top_p: samples come from the smallest set of tokens with this probability.
         system: system message for the chat template; None leaves it to the template.
         sampling_batch_size: sequences generated at a time.
+        shared_prompt: whether the body runs once on a prompt for all its responses, see `windkern.hf.group_logps`.
         options: keyword arguments of the fused ops.
     """
 
@@ -50,6 +53,7 @@ class PolicySettings:
     top_p: float = 1.0
     system: str | None = None
     sampling_batch_size: int = 64
+    shared_prompt: str = "auto"
     options: dict[str, object] = field(default_factory=dict)
 
     @classmethod
@@ -61,6 +65,7 @@ class PolicySettings:
             top_p=config.top_p,
             system=config.system,
             sampling_batch_size=config.sampling_batch_size,
+            shared_prompt=config.shared_prompt,
             options={
                 "memory_budget": config.memory_budget,
                 "batch_invariant": config.batch_invariant,
@@ -134,12 +139,13 @@ class Policy:
         world: World | None = None,
         observer: Observer | None = None,
     ):
-        self.head = FusedHead(model)
+        check_scorable(model)
         self.model = self.wrapped = model
         self.tokenizer, self.settings, self.world = tokenizer, settings, world
         self.observer = observer or Unobserved()
         self.fill = padding_id(tokenizer)
         self.sharded = False
+        self._rules: LayoutRules | None = None
         self.anchor: Anchor | None = None
 
     def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
@@ -158,9 +164,23 @@ class Policy:
         )
         return sampler.sample(prompts, num_responses, seed)
 
+    @property
+    def rules(self) -> LayoutRules:
+        """How groups are laid out in rows, in scoring and fitting alike; all ranks look at the model, once."""
+        if self._rules is None:
+            model = self.wrapped if self.sharded else self.model
+            with self.world.accelerator.autocast():
+                found = hf.layout_rules(model, shared_prompt=self.settings.shared_prompt)
+            self._rules = self.world.agree(found)
+        return self._rules
+
+    def batch(self, groups: Sequence[Group]) -> Batch:
+        """The groups as the model takes them."""
+        return collate(groups, self.fill, self.rules)
+
     def run(self, model: nn.Module, batch: Batch, job: Job) -> Tensor:
-        """Return what `job` makes of the hidden states and the head, from inside a call of `model`."""
-        return self.head(model, batch.input_ids, batch.attention_mask, job)
+        """Return what `job` makes of (S, R, H) hidden states of responses and the head, inside a call of `model`."""
+        return hf.run_rows(model, batch.rows, job, padded=True)
 
     @torch.no_grad()
     def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = _unheard) -> list[Tensor]:
@@ -171,9 +191,9 @@ class Policy:
         model = (self.wrapped if self.sharded else self.model).eval()
 
         def work(part: list[Group]) -> list[list[float]]:
-            batch = collate(part, self.fill).to(self.model.device)
+            batch = self.batch(part).to(self.model.device)
             with accelerator.autocast():
-                job = score_job(batch.targets, self.settings.temperature, self.settings.options)
+                job = score_job(batch.targets.flatten(0, 1), self.settings.temperature, self.settings.options)
                 return self.run(model, batch, job).view(batch.shape).float().tolist()
 
         def done(batches: Sequence[list[Group]]) -> None:

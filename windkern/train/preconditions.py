@@ -65,7 +65,7 @@ def check_model(model: nn.Module) -> None:
         ValueError: says which it is, and for weights names the first.
     """
     if not isinstance(model, nn.Module):
-        return  # `FusedHead` names it
+        return  # `check_scorable` names it
     parameters = dict(model.named_parameters())
     if not any(value.requires_grad for value in parameters.values()):
         hint = ""

@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from windkern.train.adapters import starts_as_base, with_adapter
 from windkern.train.anchor import anchor_file
-from windkern.train.batches import IterationData, collate
+from windkern.train.batches import IterationData
 from windkern.train.checkpoints.identity import fingerprint, identity_of, models_inside
 from windkern.train.checkpoints.lock import owned_by_run
 from windkern.train.checkpoints.opening import open_run
@@ -27,8 +27,8 @@ from windkern.train.data.datasets import prompt_sets
 from windkern.train.data.prompts import with_template_arguments
 from windkern.train.dropout import disable_dropout
 from windkern.train.evaluation.evaluator import Comparison, Evaluator
-from windkern.train.fused_head import Watch, loss_job
 from windkern.train.iterations import Iterations
+from windkern.train.jobs import Watch, loss_job
 from windkern.train.judges import make_judge
 from windkern.train.judges.judge import Judge, as_judge
 from windkern.train.loss_plan import not_finite, plan_loss
@@ -226,8 +226,8 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         return SequentialSampler(self.train_dataset)  # IterationData has the order
 
     def _collate(self, groups) -> dict:
-        batch = collate(groups, self.policy.fill)  # beside it, what transformers counts tokens by
-        return {"batch": batch, "input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        batch = self.policy.batch(groups)  # beside it, what transformers counts tokens by
+        return {"batch": batch, "input_ids": batch.rows.input_ids, "attention_mask": batch.rows.attention_mask}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **given) -> TrainOutput:
         """Do the iterations that are left.
@@ -265,8 +265,8 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         """Mean loss over the groups of a batch, through the wrapped model's `__call__`."""
         batch = inputs["batch"].to(self.args.device)
         watch = Watch(self.loss_plan.function, self.loss_plan.scale)
-        targets, settings = batch.targets.view(*batch.shape, -1), self.policy.settings
-        job = loss_job(watch, targets, batch.constants, settings.temperature, settings.options)
+        settings = self.policy.settings
+        job = loss_job(watch, batch.targets, batch.constants, settings.temperature, settings.options)
         loss = self.policy.run(model, batch, job)
         if not loss.isfinite():  # transformers would log 0 and go on
             raise not_finite(self.loss_plan, self.args.learning_rate, self.state.global_step + 1, loss.item())

@@ -1,4 +1,4 @@
-"""FusedHead: a model's own `__call__` returns what a job makes of hidden states and head, and nothing else changes."""
+"""Jobs: a model's own `__call__` returns what a job makes of hidden states and head, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_hf import FAMILIES, batch, build
 
 from windkern import hf
 from windkern.losses import wind
-from windkern.train.fused_head import FusedHead, Watch, loss_job, score_job
+from windkern.train.jobs import Watch, check_scorable, loss_job, score_job
 
 OPTIONS = {"memory_budget": None, "batch_invariant": False, "backend": "auto"}
 
@@ -28,9 +28,9 @@ def test_any_model_scores_and_generates_as_before(model):
     want = hf.sequence_logps(model, ids, attention, completion, temperature=0.7)
     before = model.generate(input_ids=ids, attention_mask=attention, max_new_tokens=3, do_sample=False)
     logits = model(input_ids=ids, attention_mask=attention).logits
-    head = FusedHead(model)
+    check_scorable(model)
     targets = hf.completion_targets(ids, completion)
-    got = head(model, ids, attention, score_job(targets, 0.7, OPTIONS))
+    got = hf.run(model, ids, attention, score_job(targets, 0.7, OPTIONS))
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     after = model.generate(input_ids=ids, attention_mask=attention, max_new_tokens=3, do_sample=False)
     assert torch.equal(before, after)
@@ -52,7 +52,7 @@ def test_a_loss_has_the_gradients_of_its_log_probs():
         return wind(logps, **given, eta=2.0, beta=0.1, reduction="none")
 
     watch = Watch(loss, 0.5)
-    value = FusedHead(model)(model, ids, attention, loss_job(watch, targets.view(2, 2, -1), constants, 1.0, OPTIONS))
+    value = hf.run(model, ids, attention, loss_job(watch, targets.view(2, 2, -1), constants, 1.0, OPTIONS))
     got = torch.autograd.grad(value, list(model.parameters()))
     logps = hf.sequence_logps(model, ids, attention, completion).view(2, 2)
     plain = 0.5 * loss(logps, **constants).mean()
@@ -65,30 +65,29 @@ def test_a_loss_has_the_gradients_of_its_log_probs():
 
 def test_a_job_that_fails_leaves_the_model_as_it_was():
     model = build("Llama").eval()
-    head = FusedHead(model)
+    check_scorable(model)
     ids, attention, _ = batch()
 
     def job(parts, hidden):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        head(model, ids, attention, job)
+        hf.run(model, ids, attention, job)
     assert "forward" not in model.lm_head.__dict__
     assert model(input_ids=ids, attention_mask=attention).logits.shape[-1] == model.config.vocab_size
 
 
 def test_a_copy_of_the_model_runs_its_own_weights():
     model = build("Llama").eval()
-    head = FusedHead(model)
+    check_scorable(model)
     ids, attention, completion = batch()
     before = model(input_ids=ids, attention_mask=attention).logits
     twin = copy.deepcopy(model)
     torch.nn.init.zeros_(twin.lm_head.weight)
     assert not twin(input_ids=ids, attention_mask=attention).logits.any()
     assert torch.equal(model(input_ids=ids, attention_mask=attention).logits, before)
-    again = FusedHead(twin)
     job = score_job(hf.completion_targets(ids, completion), 1.0, OPTIONS)
-    assert not torch.equal(head(model, ids, attention, job), again(twin, ids, attention, job))
+    assert not torch.equal(hf.run(model, ids, attention, job), hf.run(twin, ids, attention, job))
 
 
 def test_hooks_of_the_model_and_of_its_head_fire():
@@ -97,8 +96,8 @@ def test_hooks_of_the_model_and_of_its_head_fire():
     fired = []
     for name, module in (("model", model), ("decoder", model.model), ("head", model.lm_head)):
         module.register_forward_pre_hook(lambda *_, name=name: fired.append(name))
-    head = FusedHead(model)
+    check_scorable(model)
     fired.clear()
     ids, attention, completion = batch()
-    head(model, ids, attention, score_job(hf.completion_targets(ids, completion), 1.0, OPTIONS))
+    hf.run(model, ids, attention, score_job(hf.completion_targets(ids, completion), 1.0, OPTIONS))
     assert fired == ["model", "decoder", "head"]

@@ -1,4 +1,4 @@
-"""A causal LM whose `__call__` returns what a job makes of its hidden states and head, instead of logits."""
+"""Jobs that take the place of the logits in a causal LM's call: log-probs of groups, and the loss over them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from windkern.train.sharded import check_whole
 Job = Callable[[hf.CausalLM, Tensor], Tensor]
 
 
-class FusedHead:
-    """Runs fused ops inside the `__call__` of a model, however it is wrapped: `windkern.hf.run` for trainers.
+def check_scorable(model: nn.Module) -> None:
+    """Raise unless jobs can run in the calls of a model: it is whole, and its logits are a product that windkern knows.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one; not wrapped yet.
@@ -29,15 +29,9 @@ class FusedHead:
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
         ValueError: ZeRO-3 has cut the model in pieces.
     """
-
-    def __init__(self, model: nn.Module):
-        if isinstance(model, nn.Module):
-            check_whole(model)
-        hf.hidden_and_head(model)  # an unsupported model is refused now, not after the first sampling
-
-    def __call__(self, wrapped: nn.Module, input_ids: Tensor, attention_mask: Tensor, job: Job) -> Tensor:
-        """Return job(parts, hidden) from inside `wrapped(input_ids, attention_mask)`."""
-        return hf.run(wrapped, input_ids, attention_mask, job)
+    if isinstance(model, nn.Module):
+        check_whole(model)
+    hf.hidden_and_head(model)
 
 
 def _whole_blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple[Blocks, Head]:
