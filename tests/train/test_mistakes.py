@@ -115,7 +115,10 @@ def test_a_damaged_model_is_named(place, tmp_path, capsys, name):
             {"learning_rate": 1e30, "max_grad_norm": 0, "steps_per_iteration": 4},
             r"the loss of step \d is (nan|inf); lower learning_rate=1e\+30, or the numbers of the loss \(eta=4.0, beta",
         ),
-        ({"eta": 1e30, "beta": 0.0}, r"the loss of step 1 is nan, before any weight has moved: .*eta=1e\+30, beta=0"),
+        (
+            {"loss_kwargs": {"eta": 1e30, "beta": 0.0}},
+            r"the loss of step 1 is nan, before any weight has moved: .*eta=1e\+30, beta=0",
+        ),
         ({"train_prompts": "none.jsonl"}, "prompts file none.jsonl does not exist"),
         ({"loss": "kto"}, "loss must be one of those that are sums over groups .*, got 'kto', .* in TRL"),
         (
@@ -123,7 +126,7 @@ def test_a_damaged_model_is_named(place, tmp_path, capsys, name):
             r"output_dir names the environment variable \$UNSET_HERE, which is not set",
         ),
         ({"include_for_metrics": ["loss"]}, r"include_for_metrics must be \[\], got \['loss'\]: "),
-        ({"eval_strategy": "epoch"}, "eval_prompts must be given for eval_strategy='epoch'"),
+        ({"eval_strategy": "epoch"}, "eval_dataset must be given for eval_strategy='epoch'"),
     ],
 )
 def test_a_setting_is_named(place, tmp_path, capsys, changes, message):

@@ -16,6 +16,7 @@ from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.loading import Demonstration
 from windkern.train.dropout import disable_dropout
 from windkern.train.judges.judge import RewardJudge
+from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import step_metrics
 from windkern.train.trainer import WindTrainer
 
@@ -24,7 +25,7 @@ def test_one_object_trains_once(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="no")
     trainer.train()
     for resume in (None, True):
-        with pytest.raises(ValueError, match="train has taken 4 steps"):
+        with pytest.raises(ValueError, match="has already trained for 4 steps"):
             trainer.train(resume_from_checkpoint=resume)
 
 
@@ -135,7 +136,7 @@ def test_data_parallel_is_refused(tmp_path):
     config._n_gpu = 2
     with pytest.raises(ValueError, match="nproc_per_node=2"):
         WindTrainer(
-            tiny_model.make_model(), config, train_prompts=PROMPTS, processing_class=tiny_model.make_tokenizer()
+            tiny_model.make_model(), config, train_dataset=PROMPTS, processing_class=tiny_model.make_tokenizer()
         )
 
 
@@ -167,8 +168,8 @@ def test_responses_that_are_not_fitted_are_not_in_the_metrics(tmp_path):
     config = make_config(tmp_path)
     old, rates = torch.zeros(1, 3), torch.tensor([[0.75, 0.25, 0.0]])
     constants = {"old_logps": old, "ref_logps": old, "win_rates": rates, "where": torch.tensor([[True, True, False]])}
-    found = step_metrics(torch.tensor([[0.0, 0.0, -80.0]]), constants, config)
+    found = step_metrics(torch.tensor([[0.0, 0.0, -80.0]]), constants, plan_loss(config))
     assert found["kl_old"] == found["kl_ref"] == found["outside"] == 0
     assert found["residual"] == pytest.approx(0.25) and found["implied_win_rate_max"] == pytest.approx(0.5)
-    everything = step_metrics(old, {**constants, "where": torch.zeros(1, 3, dtype=torch.bool)}, config)
+    everything = step_metrics(old, {**constants, "where": torch.zeros(1, 3, dtype=torch.bool)}, plan_loss(config))
     assert everything.keys() == found.keys()

@@ -164,10 +164,22 @@ def swap(folder: Path) -> None:
 def without_a_text(folder: Path) -> None:
     path = folder / "iteration-0002/block-0000.json"
     content = json.loads(path.read_text())
-    content["rollouts"][0]["texts"].pop()
+    content["groups"][0]["texts"].pop()
     path.write_text(json.dumps(content))
 
 
+def without_a_row(folder: Path) -> None:
+    path = folder / "iteration-0002/verdict-0000.json"
+    content = json.loads(path.read_text())
+    content["verdicts"][0]["prefs"].pop()
+    path.write_text(json.dumps(content))
+
+
+def of_format_1(folder: Path) -> None:
+    changed(folder / BLOCK, format=1)
+
+
+VERDICT = "iteration-0002/verdict-0001.json"
 BLOCK, SCORED, RECORD = "iteration-0002/block-0001.json", "iteration-0002/scored.json", "iteration-0001/record.json"
 BEGUN = "inside its iteration and resume from one at the end"
 DAMAGES = [
@@ -177,6 +189,9 @@ DAMAGES = [
     ("a block is something else", lambda c: (c / BLOCK).write_text("[1]"), r"block-0001\.json is damaged \(TypeError"),
     ("blocks are exchanged", swap, r"block-000\d\.json is damaged \(it holds the prompts \[\d, \d\], its block has"),
     ("a text is lost", without_a_text, r"block-0000\.json is damaged \(ValueError: texts must hold 4 str values"),
+    ("a verdict is cut", lambda c: cut(c / VERDICT), r"verdict-0001\.json is damaged \(.*" + BEGUN),
+    ("a verdict lacks a row", without_a_row, r"verdict-0000\.json is damaged \(ValueError: prefs must hold 4 rows"),
+    ("a block is of another release", of_format_1, r"block-0001\.json is damaged \(ValueError: it has format 1, this"),
     ("log-probs are cut", lambda c: cut(c / SCORED), r"scored\.json is damaged .*" + BEGUN),
     ("log-probs are others'", lambda c: changed(c / SCORED, old_logps=[[0.0]]), r"scored\.json is damaged \(old_logps"),
     ("log-probs lack a name", lambda c: (c / SCORED).write_text("{}"), r"scored\.json is damaged \(it must hold old_l"),
@@ -190,6 +205,23 @@ DAMAGES = [
     ("the run is cut", lambda c: cut(c / "run.json"), r"run\.json is damaged .*; restore it from a copy, or start"),
     ("the run is something else", lambda c: (c / "run.json").write_text("{}"), r"run\.json is damaged \(KeyError"),
 ]
+
+
+def test_a_run_of_an_older_release_is_refused(whole, tmp_path):
+    def older(folder: Path) -> None:
+        content = json.loads((folder / "run.json").read_text())
+        del content["format"]
+        (folder / "run.json").write_text(json.dumps(content))
+
+    with pytest.raises(
+        ResumeError, match=r"another release of windkern \(.*run\.json has format 1, this release reads"
+    ):
+        goes_on(whole, tmp_path, 3, older)
+
+
+def test_rows_that_were_laid_out_otherwise_are_refused(whole, tmp_path):
+    with pytest.raises(ResumeError, match=r"layout\.json says .*'shared': True.*, and groups are laid out by"):
+        goes_on(whole, tmp_path, 3, lambda folder: changed(folder / "layout.json", mask_budget=7))
 
 
 @pytest.mark.parametrize(("damage", "message"), [case[1:] for case in DAMAGES], ids=[case[0] for case in DAMAGES])

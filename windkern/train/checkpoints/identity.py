@@ -229,7 +229,7 @@ def check_same(theirs: object, ours: dict, where: str, file: Path) -> None:
         ResumeError: names what differs, with both values.
         DamagedRecordError: `theirs` is no identity.
     """
-    if isinstance(theirs, dict) and theirs.get("format") != FORMAT:
+    if isinstance(theirs, dict) and "settings" in theirs and theirs.get("format") != FORMAT:
         raise ResumeError(
             f"{where} was written by another release of windkern ({file} has format {theirs.get('format', 1)}, this "
             f"release reads {FORMAT}); finish it with that release, or start another run in another output_dir"
