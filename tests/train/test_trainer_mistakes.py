@@ -48,7 +48,7 @@ def test_a_dataset_of_trl_serves(tmp_path):
     trainer = make_trainer(tmp_path, prompts=datasets.Dataset.from_list(rows))
     assert trainer.outer.prompts == list(PROMPTS)
     pairs = [{"prompt": text, "completion": [{"role": "assistant", "content": "good day"}]} for text in PROMPTS]
-    trainer = make_trainer(tmp_path, loss="spin", prompts=datasets.Dataset.from_list(pairs))
+    trainer = make_trainer(tmp_path, loss="spin", num_responses=1, prompts=datasets.Dataset.from_list(pairs))
     assert {each.answer for each in trainer.demonstrations} == {"good day"}
 
 

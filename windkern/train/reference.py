@@ -42,12 +42,17 @@ class RecordedLogps:
             step.
     """
 
-    sharded = scores = False
+    scores = False
 
     def __init__(self, path: Path, policy: Policy):
         self.path, self.policy = path, policy
         self.gone = False  # whether a step has been taken, so that the policy is no longer the reference
         self._table: dict[tuple[int, tuple[int, ...]], float] = {}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether sampling talks to other processes: the policy samples."""
+        return self.policy.sharded
 
     def load(self) -> bool:
         """Read the file; False where there is none.
