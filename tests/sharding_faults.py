@@ -86,6 +86,17 @@ def dead_group(rank: int) -> None:
     assert_raises(wk.sharding.RanksError, "does not exist (any more)", call)
 
 
+def other_rows(rank: int) -> None:
+    """With WINDKERN_DEBUG=1 ranks that call with other numbers of rows hear of it; gloo would end them."""
+    head = vocab_parallel(torch.zeros(5, 3))
+    os.environ["WINDKERN_DEBUG"] = "1"
+    try:
+        call = lambda: wk.token_logps(torch.zeros(2 + rank, 3), head, torch.zeros(2 + rank, dtype=torch.long))  # noqa: E731
+        assert_raises(ValueError, "rows (2 and 3)", call)
+    finally:
+        del os.environ["WINDKERN_DEBUG"]
+
+
 def absent(rank: int) -> None:
     """Rank 1 does not come: rank 0 waits as long as the group's timeout says."""
     group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=1))
@@ -129,7 +140,7 @@ def faults(folder: Path) -> dict:
     parts(checks, rank)
     one_rank_only(checks, rank)
     arguments(checks, rank)
-    for check in (dead_group, overlaps, absent):
+    for check in (dead_group, overlaps, other_rows, absent):
         checks.run(check.__name__, check, rank)
     return checks.report()
 

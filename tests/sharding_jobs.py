@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import runpy
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -402,3 +403,10 @@ def vocab_parallel(folder: Path, kind: str) -> dict:
     ):
         checks.run(check.__name__, check, world)
     return checks.report()
+
+
+def example(folder: Path) -> dict:
+    """What examples/vocab_parallel.py trains."""
+    path = Path(__file__).parents[1] / "examples" / "vocab_parallel.py"
+    losses, logps = runpy.run_path(str(path))["train"](steps=4)
+    return {"losses": losses, "bits": digest({"logps": logps})}

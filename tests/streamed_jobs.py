@@ -276,6 +276,7 @@ def refusals(checks: Checks, mesh: DeviceMesh) -> None:
         "entropy (0 and 1)": (ValueError, lambda: call(entropy=rank == 0)),
         "memory_budget (1000 and 1001)": (ValueError, lambda: call(memory_budget=1000 + (rank == 0))),
         "fused_loss (0 and 1)": (ValueError, another_op),
+        "targets": (ValueError, lambda: wk.token_logps(hidden, head, targets + (rank == 0))),
         "bias must have shape (9,)": (ValueError, lambda: call(bias=torch.zeros(5))),
     }
     for words, (kind, function) in wrong.items():

@@ -40,6 +40,8 @@ PUBLIC = {
     "LogitTransform": LogitTransform,
     "FusedLogProbs": wk.nn.FusedLogProbs,
     "gathered": wk.sharding.gathered,
+    "vocab_parallel": wk.sharding.vocab_parallel,
+    "streamed": wk.sharding.streamed,
     "Game": wk.tabular.Game,
     "solve": wk.tabular.solve,
     "fit": wk.tabular.fit,

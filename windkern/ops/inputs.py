@@ -328,12 +328,24 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
 def settled(
     inputs: Inputs, grads: dict[str, object], sizes: tuple[int, int], options: dict[str, int | None]
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """The largest of each size over the ranks of a streamed head, and by block whether any of them wants dhidden."""
+    """The largest of each size over the ranks of a streamed head, and by block whether any of them wants dhidden.
+
+    A target that is none is refused here, so that the other ranks hear of it before they wait for a slab.
+    """
+    fault: ValueError | None = None
+    try:
+        check_targets(inputs.targets, inputs.vocab_size)
+    except ValueError as error:
+        fault = error
     equal = {f"a gradient of weight[{k}]": int(flag) for k, flag in enumerate(grads["weight_grad"])}
     equal |= {"a gradient of bias": int(grads["bias_grad"]), "dtype": FLOATS.index(inputs.operand)}
     equal |= {name: -1 if value is None else int(value) for name, value in options.items()}
-    largest = [*sizes, *(int(flag) for flag in grads["hidden_grad"])]
-    found = agreed(Ranks(inputs.cut.group), inputs.device, largest, equal)
+    largest = [int(fault is not None), *sizes, *(int(flag) for flag in grads["hidden_grad"])]
+    refused, *found = agreed(Ranks(inputs.cut.group), inputs.device, largest, equal)
+    if fault is not None:
+        raise fault
+    if refused:
+        raise ValueError("targets were refused on another rank of the streamed head, which says why")
     return tuple(found[: len(sizes)]), tuple(bool(flag) for flag in found[len(sizes) :])
 
 

@@ -216,7 +216,8 @@ def token_logps(
         hidden: (..., T, H), or a tuple of blocks (..., T, H_k) whose logits add up (LoRA on the head, a value head).
             float64, float32, bfloat16 or float16.
         weight: (V, H) as in nn.Linear, a tuple of (V, H_k), or a `windkern.Head`, which brings what follows of bias,
-            scale, softcap and temperature. Outside autocast hidden is cast to the dtype of weight,
+            scale, softcap and temperature; or what `windkern.sharding` made of one that is cut over processes. Outside
+            autocast hidden is cast to the dtype of weight,
             as in lm_head(hidden.to(lm_head.weight.dtype)), to the widest where blocks differ; gradients have the
             dtype of their tensors.
         targets: (..., T) int64 or int32, already aligned with hidden (nothing is shifted).

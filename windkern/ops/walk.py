@@ -12,6 +12,7 @@ from windkern import backends
 from windkern.kernels import buffers
 from windkern.kernels.contract import SETTLED_ROOM, Exps, Kept, RowKernels, RowState, RowStats, Slab, Unit, kept_gain
 from windkern.kernels.gemm import Products, accumulator, products_of
+from windkern.sharding.agreement import agreed
 from windkern.sharding.merge import merged
 from windkern.sharding.ranks import Ranks
 from windkern.spec import WalkSpec, row_stride
@@ -127,7 +128,10 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
             for unit, block_unit in zip(units, block_units, strict=True):
                 unit[rows].copy_(block_unit)
     if spec.merges:
-        own, state = state, merged(state, Ranks(spec.group))
+        ranks = Ranks(spec.group)
+        if backends.debug_mode():
+            agreed(ranks, device, [], {"rows": M, "a gradient of hidden": int(any(spec.hidden_grad))})
+        own, state = state, merged(state, ranks)
         if units and not spec.factored:
             _move_units(units, own, state, spec.entropy)
     log_sum = state.run_sum.log()

@@ -1,4 +1,4 @@
-"""What ranks that walk over one streamed head must settle before its first slab."""
+"""What ranks that work on one head must settle, and what they must agree on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def agreed(ranks: Ranks, device: torch.device, largest: list[int], equal: Mappin
 
     Args:
         largest: what ranks plan with: rows, groups.
-        equal: what must be one number on all ranks, by the name that an error gives it.
+        equal: what must be one number on all ranks, by the name that the error gives it.
 
     Raises:
         ValueError: on all ranks alike: a number that must be equal is not.
@@ -27,7 +27,7 @@ def agreed(ranks: Ranks, device: torch.device, largest: list[int], equal: Mappin
     differ = [f"{name} ({-negative} and {high})" for name, high, negative in pairs if high != -negative]
     if differ:
         raise ValueError(
-            "all ranks of a streamed head must call with the same arguments, and want the same gradients of the head; "
-            f"they differ in {', '.join(differ)}"
+            "all ranks that a head is cut over must make the same call, with the same options and the same gradients "
+            f"wanted of the head; they differ in {', '.join(differ)}"
         )
     return found[: len(largest)]
