@@ -123,6 +123,16 @@ def test_the_lora_recipe_trains_an_adapter(inputs):
     assert "library_name: peft" in (inputs / "out" / "README.md").read_text()
 
 
+def test_four_bits_cannot_be_trained_themselves(inputs, capsys):
+    for change, message in (
+        ("peft=null", "quantization needs peft"),
+        ("reference=model", "quantization needs reference: adapter"),
+        ("seed=1", "quantization needs a GPU"),
+    ):
+        assert train(inputs, "qlora_1gpu", "gradient_checkpointing=false", change) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_spin_recipe_trains_on_demonstrations(inputs):
     assert train(inputs, "spin", "fsdp=null", "fsdp_config=null") == 0
     assert json.loads((inputs / "out" / "result.json").read_text())["settings"]["loss"] == "spin"

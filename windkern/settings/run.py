@@ -98,6 +98,13 @@ class RunConfig:
     peft: dict | None = field(
         default=None, metadata=_help("Arguments of peft.LoraConfig, such as {r: 16}. null: every weight is trained.")
     )
+    quantization: dict | None = field(
+        default=None,
+        metadata=_help(
+            "Arguments of transformers.BitsAndBytesConfig, such as {load_in_4bit: true, bnb_4bit_quant_type: nf4}, for "
+            "the base under a new adapter (QLoRA); needs peft, and reference: adapter. null: the weights as they are."
+        ),
+    )
     adapter: str = field(
         default="continue",
         metadata=_help(
@@ -121,6 +128,8 @@ class RunConfig:
         check_choice("method", self.method, METHODS)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("adapter", self.adapter, ADAPTERS)
+        if self.quantization is not None and self.peft is None:
+            raise ValueError("quantization needs peft: weights of 4 or 8 bits cannot be trained themselves")
         for name in ("max_train_prompts", "max_eval_prompts"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_count(name, getattr(self, name), least=1))

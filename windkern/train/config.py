@@ -104,7 +104,8 @@ class WindConfig(TrainingArguments):
     )
     sampler: str = setting(
         "transformers",
-        "Who samples: transformers (the policy's own generate), vllm:URL or sglang:URL (a server that is given the "
+        "Who samples: transformers (the policy's own generate), batched (transformers' continuous batching: fast, but "
+        "the same seed need not give the same responses), vllm:URL or sglang:URL (a server that is given the "
         "weights before each iteration, see docs/vllm.md), openai:URL (a server that speaks the OpenAI protocol, for a "
         "policy that stays as it is), or recorded:FILE (JSON lines). The key of a server is OPENAI_API_KEY of the "
         "environment. Default: what is always right.",

@@ -91,7 +91,9 @@ def make_trainer(
             judge = make_judge(config)
         once = " (converted the first time, which takes 30 s more)" if run.model == PACKAGED else ""
         observer.phase(0, f"loading the model {run.model}{once}")
-        model, tokenizer = load_policy(run.model, adapter=run.adapter, **options)
+        if run.quantization is not None:
+            _check_quantized(config)
+        model, tokenizer = load_policy(run.model, adapter=run.adapter, quantization=run.quantization, **options)
         if config.reference == "model" and (heldout or needs_reference(config)):
             observer.phase(0, f"loading the reference {run.reference_model or run.model}")
             if run.reference_model is None:
@@ -123,6 +125,16 @@ def make_trainer(
     for callback in (PrinterCallback, ProgressCallback):  # the observer shows what they would
         trainer.remove_callback(callback)
     return trainer
+
+
+def _check_quantized(config: WindConfig) -> None:
+    if config.reference == "model":
+        raise ValueError("quantization needs reference: adapter, so that both policies have the same base")
+    if config.device.type == "cpu":
+        raise ValueError(
+            "quantization needs a GPU: on a CPU bitsandbytes repacks weights when the policy samples, and gradients do "
+            "not pass through them any more"
+        )
 
 
 def _lora(settings: dict):

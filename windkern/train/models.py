@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -126,9 +127,9 @@ def _why(path: str, error: Exception) -> str:
     return one_line(error)
 
 
-def _load(name: str, dtype: torch.dtype, attention: str | None):
+def _load(name: str, dtype: torch.dtype, attention: str | None, quantization: Mapping[str, object] | None = None):
     """Model and tokenizer of what is no adapter; as `load_model`."""
-    require("transformers")
+    require("transformers", *(() if quantization is None else ("bitsandbytes",)))
     import transformers
 
     packaged = name == PACKAGED
@@ -139,7 +140,12 @@ def _load(name: str, dtype: torch.dtype, attention: str | None):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=local, attn_implementation=attention, output_loading_info=True
+            path,
+            dtype=dtype,
+            local_files_only=local,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **({} if quantization is None else quantized(quantization)),
         )
     except (ImportError, MemoryError):
         raise
@@ -153,6 +159,28 @@ def _load(name: str, dtype: torch.dtype, attention: str | None):
             f"{type(model).__name__} has, e.g. {missing[0]}, which would be random numbers"
         )
     return model, tokenizer
+
+
+def quantized(arguments: Mapping[str, object], device: str | None = None) -> dict[str, object]:
+    """Return what `from_pretrained` takes to load weights in 8 or 4 bits by bitsandbytes.
+
+    Args:
+        arguments: of `transformers.BitsAndBytesConfig`, such as {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"};
+            dtypes by name.
+        device: for the weights; None takes this process's GPU, else the CPU.
+
+    Raises:
+        ValueError: they are not its arguments.
+    """
+    import transformers
+
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        config = transformers.BitsAndBytesConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"quantization must hold arguments of transformers.BitsAndBytesConfig: {error}") from None
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", attention: str | None = None):
@@ -180,12 +208,18 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = 
 
 
 def load_policy(
-    name: str, *, adapter: str = "continue", dtype: torch.dtype = torch.bfloat16, attention: str | None = None
+    name: str,
+    *,
+    adapter: str = "continue",
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str | None = None,
+    quantization: Mapping[str, object] | None = None,
 ):
     """Return (model in eval mode, tokenizer) of a policy that is going to be trained.
 
     Args:
         name, dtype, attention: as `load_model`.
+        quantization: see `quantized`; for a base under a new adapter, whose head stays as it is.
         adapter: what becomes of one that `name` is: "continue" leaves it on its base and trains it, "merge" adds it to
             the weights of the base. Without an adapter it has no effect.
 
@@ -194,7 +228,9 @@ def load_policy(
     """
     check_choice("adapter", adapter, ADAPTERS)
     if (held := adapter_of(name)) is None:
-        model, tokenizer = _load(name, dtype, attention)
+        model, tokenizer = _load(name, dtype, attention, quantization)
+    elif quantization is not None:
+        raise ValueError(f"quantization is for a base under a new adapter, but {name!r} is an adapter already")
     else:
         model, tokenizer = _load_adapted(name, held, dtype, attention, trained=adapter == "continue")
         if adapter == "merge":

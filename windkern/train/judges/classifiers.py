@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from windkern._checks import check_count
-from windkern.train.models import require
+from windkern.train.models import quantized, require
 from windkern.train.positions import position_tables, positions_of
 
 # Logits in a padded batch against the same text alone, relative; several times what sums in another order differ by.
@@ -54,10 +54,7 @@ def load_classifier(
     options = {}
     if quantization is not None:
         require("bitsandbytes")
-        options = {
-            "quantization_config": transformers.BitsAndBytesConfig(**quantization),
-            "device_map": {"": device},
-        }
+        options = quantized(quantization, device)
     model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
         base, dtype=dtype, output_loading_info=True, **options
     )

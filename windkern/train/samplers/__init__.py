@@ -42,6 +42,12 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
         check_choice("a key of sampler_settings", key, _SETTINGS[kind])
     if config.sampler == "transformers":
         return None
+    if config.sampler == "batched":
+        from windkern.train.samplers.batched import BatchedSampler
+
+        return BatchedSampler(
+            tokenizer, temperature=config.temperature, batch_size=config.sampling_batch_size, **common
+        )
     if kind == "recorded" and name:
         return RecordedSampler(name, tokenizer, **common)
     if kind == "openai" and name:
@@ -65,6 +71,6 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
         folder = Path(settings.pop("folder", None) or Path(config.output_dir) / "served")
         return ServedSampler(engine, tokenizer, folder=folder, temperature=config.temperature, **common, **settings)
     raise ValueError(
-        "sampler must be transformers, vllm:URL, sglang:URL, openai:URL or recorded:FILE, got "
+        "sampler must be transformers, batched, vllm:URL, sglang:URL, openai:URL or recorded:FILE, got "
         f"{without_user(config.sampler)!r}"
     )
