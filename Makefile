@@ -46,7 +46,7 @@ test-all: $(STAMP)
 
 ## test-models  windkern.hf against the logits of every causal LM of transformers, tiny and random (minutes)
 test-models: $(STAMP)
-	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/hf/test_model_sweep.py $(ARGS)
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/hf/test_model_sweep.py tests/hf/test_shared_sweep.py $(ARGS)
 
 ## check   lint, then test, where a missing C++ extension is a failure
 check: export WINDKERN_REQUIRE_CPP := 1

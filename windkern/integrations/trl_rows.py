@@ -32,6 +32,7 @@ def shared_batch(
         input_ids, attention_mask, labels: (S, L), padded on either side; -100 in labels for what is not scored.
         rules: of the model.
     """
+    # Hazard: on a GPU the host waits for these ids, once a batch. They were on the host a moment ago.
     ids, seen, marked = input_ids.tolist(), attention_mask.bool().tolist(), (labels != hf.IGNORE_INDEX).tolist()
     groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
     for row, (tokens, attended, scored) in enumerate(zip(ids, seen, marked, strict=True)):
