@@ -157,7 +157,7 @@ class _Backward:
             values = self.saved.kept[:, start : min(start + spec.product_columns, kept)]
             if self.dbias is not None:
                 self._bias_from(values, start, g)
-            if any(spec.hidden_grad) or any(spec.weight_grad):
+            if any(spec.hidden_grad) or any(spec.weight_grad) or spec.streams:
                 values = products.widened(values)
                 self._to_hidden(values, start, None, totals, first=start == 0)
                 if not later:
