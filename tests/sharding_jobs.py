@@ -364,6 +364,22 @@ def fuzz(checks: Checks, group: dist.ProcessGroup, trials: range) -> None:
         checks.run(f"fuzz {trial}: {problem.shape}", parity, problem, dtype, gear, cut, **options)
 
 
+def compiled(group: dist.ProcessGroup) -> None:
+    """Whole graphs of torch.compile hold the collectives."""
+    start, stop = next(layouts(30, group.size()))[group.rank()]
+    weight = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    head = wk.sharding.vocab_parallel(weight[start:stop].clone().requires_grad_(), group)
+    hidden = torch.randn(7, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return wk.token_logps(hidden, head, torch.arange(7) * 4).logps.sum()
+
+    calls = loss, torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = [torch.autograd.grad(call(hidden), (hidden, head.weight)) for call in calls]
+    for eager, graph in zip(*found, strict=True):
+        torch.testing.assert_close(eager, graph)
+
+
 def memory(group: dist.ProcessGroup) -> None:
     """A rank takes what the plan of its own rows says, and three numbers a row from each rank."""
     rows, size, vocab = 96, 16, 4000
@@ -388,6 +404,8 @@ def vocab_parallel(folder: Path, kind: str) -> dict:
         gears(checks, world, DTYPES if kind == "all" else (torch.bfloat16,))
         one_rank(checks, alone)
     pivots(checks, world)
+    if kind == "all":
+        checks.run("compiled", compiled, world)
     fuzz(checks, world, range(100 if kind == "all" else 8))
     for check in (
         masked,

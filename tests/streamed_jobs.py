@@ -399,6 +399,9 @@ def streamed(folder: Path, kind: str) -> dict:
         checks.run(f"fused_loss, {groups}", fused, mesh, groups)
     for gear in ("frozen_head", "trained"):
         checks.run(f"memory, {gear}", memory, mesh, gear)
+    half_kept = Problem(SHAPES["odd"], "bias", seen=("logps",))
+    call = Streamed(mesh, (25, *[0] * (world - 2), 8))
+    checks.run("bias, half kept", parity, half_kept, torch.float32, "bias_only", call, memory_budget=140_000)
     checks.run("batch_invariant", batch_invariant, mesh)
     checks.run("unsharded", unsharded_unit)
     checks.run("orders", orders, mesh, 50 if kind == "all" else 3)
