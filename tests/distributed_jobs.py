@@ -76,7 +76,7 @@ FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wr
 TRAINER = {
     "num_iterations": 2,
     "steps_per_iteration": 3,
-    "num_responses": 3,
+    "num_generations": 3,
     "sampling_batch_size": 6,  # three blocks of two prompts: two processes cannot share them evenly
     "per_device_eval_batch_size": 1,  # nor three held-out prompts
     "learning_rate": 0.02,

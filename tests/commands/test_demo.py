@@ -43,9 +43,9 @@ def command(inputs: Path, output: Path, *more: str, judge: str = "goodness") -> 
     return [
         "demo",
         *("--model", str(inputs / "model"), "--judge", f"tiny_model:{judge}", "--output-dir", str(output)),
-        *("--train-prompts", str(inputs / "train.jsonl"), "--eval-prompts", str(inputs / "heldout.txt")),
-        *("--num-iterations", str(ITERATIONS), "--prompts-per-iteration", "8", "--num-responses", "4"),
-        *("--max-new-tokens", "6", "--learning-rate", "0.02"),
+        *("--train-dataset", str(inputs / "train.jsonl"), "--eval-dataset", str(inputs / "heldout.txt")),
+        *("--num-iterations", str(ITERATIONS), "--prompts-per-iteration", "8", "--num-generations", "4"),
+        *("--max-completion-length", "6", "--learning-rate", "0.02"),
         *more,
     ]
 
@@ -171,7 +171,7 @@ def test_missing_packages_are_one_line_with_the_command(monkeypatch, tmp_path, c
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--train-prompts", "/no/such/file"], "/no/such/file does not exist"),
+        (["--train-dataset", "/no/such/file"], "/no/such/file does not exist"),
         (["--judge", "tiny_model:nothing"], "no function 'nothing'"),
         (["--num-iterations", "0"], "num_iterations must be at least 1"),
     ],

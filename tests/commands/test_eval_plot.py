@@ -40,18 +40,18 @@ def inputs(tmp_path_factory):
 def command(inputs, output, model: str, base: str, *more: str) -> list[str]:
     return [
         *("eval", "--model", model, "--base", base, "--prompts", str(inputs / "prompts.txt")),
-        *("--judge", "tiny_model:goodness", "--output-dir", str(output), "--max-new-tokens", "6", *more),
+        *("--judge", "tiny_model:goodness", "--output-dir", str(output), "--max-completion-length", "6", *more),
     ]
 
 
 def test_two_models_are_sampled_judged_and_shown(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     output = tmp_path / "eval"
-    options = ("--num-responses", "4", "--judge-strength", "6", "--dtype", "float32", "--batch-size", "8")
+    options = ("--num-generations", "4", "--judge-strength", "6", "--dtype", "float32", "--batch-size", "8")
     assert main(command(inputs, output, str(inputs / "other"), str(inputs / "base"), *options)) == 0
     shown = capsys.readouterr().out
     content = json.loads((output / "eval.json").read_text())
-    assert content["kind"] == "eval" and content["settings"]["num_responses"] == 4
+    assert content["kind"] == "eval" and content["settings"]["num_generations"] == 4
     assert [entry["prompt"] for entry in content["prompts"]] == list(PROMPTS)
 
     rates = []
@@ -76,7 +76,7 @@ def test_two_models_are_sampled_judged_and_shown(inputs, tmp_path, capsys, monke
 
 def test_a_model_is_as_good_as_itself(inputs, tmp_path):
     base = str(inputs / "base")
-    assert main(command(inputs, tmp_path, base, base, "--dtype", "float32", "--num-responses", "8")) == 0
+    assert main(command(inputs, tmp_path, base, base, "--dtype", "float32", "--num-generations", "8")) == 0
     content = json.loads((tmp_path / "eval.json").read_text())
     low, high = content["win_rate"]["95"]
     assert low - 0.05 < 0.5 < high + 0.05
@@ -97,8 +97,8 @@ def test_recorded_responses_are_compared_without_a_model(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--num-responses", "0"], "num_responses must be at least 1"),
-        (["--num-responses", "3"], "has fewer than 3 responses to 'rain was'"),
+        (["--num-generations", "0"], "num_generations must be at least 1"),
+        (["--num-generations", "3"], "has fewer than 3 responses to 'rain was'"),
         (["--dtype", "float23"], "did you mean 'float32'"),
         (["--judge", "vadr"], "judge must be vader"),
         (["--prompts", "/no/such/file"], "does not exist"),

@@ -53,9 +53,14 @@ def run(inputs, capfd, monkeypatch):
 
 
 def test_train(run, inputs):
-    settings = {"model": NAME, "train_prompts": "train.txt", "eval_prompts": "heldout.jsonl", "dtype": "float32"}
+    settings = {"model": NAME, "train_dataset": "train.txt", "eval_dataset": "heldout.jsonl", "dtype": "float32"}
     settings |= {"judge": "tiny_model:goodness", "output_dir": f"out {NAME}", "num_iterations": 1, "report_to": "none"}
-    settings |= {"per_device_train_batch_size": 2, "steps_per_iteration": 2, "max_new_tokens": 4, "use_cpu": True}
+    settings |= {
+        "per_device_train_batch_size": 2,
+        "steps_per_iteration": 2,
+        "max_completion_length": 4,
+        "use_cpu": True,
+    }
     (inputs / "c.yaml").write_text(yaml.safe_dump(settings))
     code, shown = run("train", "--config", "c.yaml")
     assert code == 0

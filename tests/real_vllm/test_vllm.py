@@ -62,7 +62,7 @@ def policy():
 
 def sampler_of(server, tokenizer, folder, engine=Vllm, **options) -> ServedSampler:
     reached = Server(server.url, timeout=600.0, attempts=8)
-    return ServedSampler(engine(reached), tokenizer, folder=folder, **({"max_new_tokens": 16} | options))
+    return ServedSampler(engine(reached), tokenizer, folder=folder, **({"max_completion_length": 16} | options))
 
 
 def moved(model, step: float = 0.01) -> None:
@@ -83,8 +83,8 @@ def run(folder, model, tokenizer, sampler):
         num_iterations=3,
         steps_per_iteration=4,
         per_device_train_batch_size=2,
-        num_responses=4,
-        max_new_tokens=24,
+        num_generations=4,
+        max_completion_length=24,
         sampling_batch_size=32,
         learning_rate=1e-3,
         reference="adapter",
@@ -97,7 +97,7 @@ def run(folder, model, tokenizer, sampler):
     trainer = WindTrainer(
         model,
         config,
-        train_prompts=PROMPTS,
+        train_dataset=PROMPTS,
         judge=vader_judge(4.0),
         sampler=sampler,
         processing_class=tokenizer,
@@ -109,7 +109,7 @@ def run(folder, model, tokenizer, sampler):
 def test_wind_with_an_adapter_is_sampled_by_vllm(server, tmp_path):
     model, tokenizer = policy()
     gaps: list[list[float]] = []
-    sampler = sampler_of(server, tokenizer, tmp_path / "served", max_new_tokens=24)
+    sampler = sampler_of(server, tokenizer, tmp_path / "served", max_completion_length=24)
 
     def compare(prompt, drawn) -> None:
         rows = token_logps(model, [Probe(list(prompt), list(each.ids), None) for each in drawn])
@@ -209,13 +209,13 @@ def test_the_papers_recipe_runs_with_a_tiny_llama(tmp_path):
     given = {
         "model": tmp_path / "model",
         "dtype": "float32",
-        "train_prompts": tmp_path / "train.txt",
-        "eval_prompts": tmp_path / "heldout.txt",
+        "train_dataset": tmp_path / "train.txt",
+        "eval_dataset": tmp_path / "heldout.txt",
         "judge": f"pairrm:{tmp_path / 'judge'}",
         "judge_settings": "{dtype: float32}",
         "sampler": f"vllm:{made.url}",
         "peft.r": 4,
-        "max_new_tokens": 8,
+        "max_completion_length": 8,
         "max_prompt_length": 64,
         "steps_per_iteration": 1,
         "gradient_accumulation_steps": 4,

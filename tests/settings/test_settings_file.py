@@ -356,7 +356,7 @@ def test_the_command_lists_fields(stand_in, capsys, monkeypatch):
     assert main(["train", "--fields", "--all"]) == 0
     everything = capsys.readouterr().out
     words = set(own.split())
-    assert {"model", "train_prompts", "peft", "loss", "eta"} <= words and "learning_rate" not in words
+    assert {"model", "train_dataset", "peft", "loss", "eta"} <= words and "learning_rate" not in words
     names = {field.name for field in dataclasses.fields(StandIn)}
     assert len(names) > 100 and names <= set(everything.split())
 

@@ -40,7 +40,7 @@ def _any_kernel():
 
 def sampler():
     """Answers of the model as it was in the beginning, drawn on the CPU: the same wherever the trainer is."""
-    return TransformersSampler(tiny_model.make_model(), tiny_model.make_tokenizer(), max_new_tokens=6)
+    return TransformersSampler(tiny_model.make_model(), tiny_model.make_tokenizer(), max_completion_length=6)
 
 
 def losses_of(trainer) -> list[float]:
@@ -79,7 +79,7 @@ def test_losses_and_weights_are_those_of_a_cpu(tmp_path, changes):
 
 
 def test_the_anchor_is_beside_the_policy(tmp_path):
-    trainer = run(tmp_path, ON_GPU, loss="bond", num_responses=3, save_strategy="no")
+    trainer = run(tmp_path, ON_GPU, loss="bond", num_generations=3, save_strategy="no")
     assert {value.device.type for value in trainer.outer.anchor.state_dict().values()} == {"cuda"}
     assert len(losses_of(trainer)) == 4 and all(value == value for value in losses_of(trainer))
 

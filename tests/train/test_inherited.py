@@ -114,7 +114,7 @@ def test_optimizer_arguments_nobody_looks_at_are_refused_before_sampling(tmp_pat
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_is_taken_runs(tmp_path, changes):
-    trainer = make_trainer(tmp_path, heldout=HELDOUT, max_new_tokens=3, **changes)
+    trainer = make_trainer(tmp_path, heldout=HELDOUT, max_completion_length=3, **changes)
     trainer.train()
     assert [record.iteration for record in trainer.history] == [1, 2]
     if changes.get("eval_delay"):
@@ -143,7 +143,7 @@ def test_without_tqdm_no_progress_is_shown(tmp_path, capsys):
     path.write_text(
         f"model: {model}\ndtype: float32\ntrain_prompts: {tmp_path / 'p.txt'}\njudge: tiny_model:goodness\n"
         f"output_dir: {tmp_path / 'out'}\nnum_iterations: 1\nsteps_per_iteration: 1\nnum_responses: 2\n"
-        "max_new_tokens: 2\nuse_cpu: true\nsave_strategy: 'no'\n"
+        "max_completion_length: 2\nuse_cpu: true\nsave_strategy: 'no'\n"
     )
     for more, lines in (("false", True), ("true", False)):
         assert main(["train", "--config", str(path), "--override", f"disable_tqdm={more}"]) == 0

@@ -73,14 +73,18 @@ def test_a_bias_may_mask():
 @pytest.mark.parametrize("kind", ["rope", "learned"])
 def test_prompts_and_responses_must_fit_the_positions(tmp_path, kind):
     model = tiny_model.make_model() if kind == "rope" else gpt2(64)
-    changes = {"max_new_tokens": 44, "given": {"ref_model": copy.deepcopy(model)}}
+    changes = {"max_completion_length": 44, "given": {"ref_model": copy.deepcopy(model)}}
     message = (
         rf"train_dataset\[1\] has 23 tokens, and 20 fit \(the 64 positions .* 44\): '{LONG[:50]}.*set long_prompts"
     )
     refused(tmp_path, message, model=model, prompts=[PROMPTS[0], LONG], **changes)
     refused(tmp_path, r"eval_dataset\[0\] has 23 tokens, and 20 fit", model=model, heldout=[LONG, "rain"], **changes)
-    refused(tmp_path, "max_new_tokens must leave room for a prompt in the 64 positions .* got 64", max_new_tokens=64)
-    make_trainer(tmp_path, model=model, prompts=[PROMPTS[0], LONG], **changes | {"max_new_tokens": 41})
+    refused(
+        tmp_path,
+        "max_completion_length must leave room for a prompt in the 64 positions .* got 64",
+        max_completion_length=64,
+    )
+    make_trainer(tmp_path, model=model, prompts=[PROMPTS[0], LONG], **changes | {"max_completion_length": 41})
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,7 @@ def test_conversations_lose_their_oldest_messages_first():
 @pytest.mark.filterwarnings("ignore:1 of 2 train_dataset")
 def test_demonstrations_keep_their_answers(tmp_path):
     shown = [Demonstration(LONG, "good"), Demonstration("rain", "bad")]
-    given = {"loss": "spin", "num_responses": 1, "max_prompt_length": 10, "given": {"judge": None}, "prompts": shown}
+    given = {"loss": "spin", "num_generations": 1, "max_prompt_length": 10, "given": {"judge": None}, "prompts": shown}
     trainer = make_trainer(tmp_path, long_prompts="drop", **given)
     assert trainer.demonstrations == [("rain", "bad")] and prompts_of(trainer) == ["rain"]
     trainer = make_trainer(tmp_path, long_prompts="cut", **given)
@@ -202,7 +206,7 @@ def test_an_evaluation_needs_prompts_and_says_what_one_lacks(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:eval_dataset holds one prompt")
 def test_of_one_prompt_no_standard_error_is_logged_or_written(tmp_path):
-    changes = {"eval_strategy": "epoch", "num_iterations": 1, "max_new_tokens": 3}
+    changes = {"eval_strategy": "epoch", "num_iterations": 1, "max_completion_length": 3}
     trainer = make_trainer(tmp_path, heldout=HELDOUT[:1], **changes)
     trainer.train()
     (logged,) = (entry for entry in trainer.state.log_history if "eval_win_rate" in entry)

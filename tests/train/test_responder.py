@@ -26,7 +26,7 @@ SAME = "are identical"
 def responder(sampler=None, group="samples", **config) -> tuple[Responder, list[str]]:
     said: list[str] = []
     settings = SimpleNamespace(
-        **{"reference": "model", "num_iterations": 3, "loss": "wind", "num_responses": 2} | config
+        **{"reference": "model", "num_iterations": 3, "loss": "wind", "num_generations": 2} | config
     )
     settings.entry = LOSSES[settings.loss]
     return Responder(settings, group, ["p"], [], SimpleNamespace(model="weights"), sampler, said.append), said
@@ -37,7 +37,7 @@ def rollout(*completions) -> Group:
 
 
 def openai_sampler(cls=OpenAISampler) -> OpenAISampler:
-    return cls("http://127.0.0.1:1/v1", "m", make_tokenizer(), max_new_tokens=4)
+    return cls("http://127.0.0.1:1/v1", "m", make_tokenizer(), max_completion_length=4)
 
 
 def test_a_server_that_keeps_its_weights_is_said_once():

@@ -54,14 +54,14 @@ def train(stage: Path, out: Path, *arguments: str, **changes) -> int:
     content = {
         "model": str(stage / "first"),
         "dtype": "float32",
-        "train_prompts": str(stage / "p.jsonl"),
+        "train_dataset": str(stage / "p.jsonl"),
         "judge": "tiny_model:goodness",
         "output_dir": str(out),
         "num_iterations": 1,
         "steps_per_iteration": 1,
         "per_device_train_batch_size": 2,
-        "num_responses": 2,
-        "max_new_tokens": 3,
+        "num_generations": 2,
+        "max_completion_length": 3,
         "learning_rate": 1e-6,  # so that the policy stays where it began
         "save_strategy": "no",
         "report_to": "none",
@@ -102,7 +102,7 @@ def test_the_reference_of_a_second_stage_is_the_first_ones_policy(stage, tmp_pat
         (state,) = folder.glob("checkpoint-*/trainer_state.json")
         first = json.loads(state.read_text())["log_history"][0]
         assert first["kl_ref"] == 0 and first["kl_old"] == 0, name
-    away = {"reference_model": str(stage / "base"), "logging_steps": 1, "save_strategy": "epoch"}
+    away = {"ref_model": str(stage / "base"), "logging_steps": 1, "save_strategy": "epoch"}
     assert train(stage, tmp_path / "base", **away) == 0
     (state,) = (tmp_path / "base").glob("checkpoint-*/trainer_state.json")
     assert abs(json.loads(state.read_text())["log_history"][0]["kl_ref"]) > 1e-2

@@ -98,7 +98,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
 
 
 def test_the_extremes_are_fitted_to_their_win_rates_against_all(tmp_path):
-    trainer = make_trainer(tmp_path, num_responses=8, fit_responses=3)
+    trainer = make_trainer(tmp_path, num_generations=8, fit_responses=3)
     found = begin(trainer)
     for group, rollout in zip(found.fitted, found.groups, strict=True):
         rates = torch.tensor(rollout.prefs).mean(-1)
@@ -109,7 +109,7 @@ def test_the_extremes_are_fitted_to_their_win_rates_against_all(tmp_path):
 
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_every_separable_loss_trains(tmp_path, name):
-    changes = {"spin": {"num_responses": 1}, "bond": {"num_responses": 3}}.get(name, {})
+    changes = {"spin": {"num_generations": 1}, "bond": {"num_generations": 3}}.get(name, {})
     prompts = [Demonstration(prompt, "good good day") for prompt in PROMPTS] if name == "spin" else PROMPTS
     trainer = make_trainer(tmp_path, loss=name, prompts=prompts, num_iterations=1, **changes)
     before = weights_of(trainer)
@@ -122,7 +122,7 @@ def test_every_separable_loss_trains(tmp_path, name):
 @pytest.mark.parametrize("name", ["wind", "sppo", "bon_sft", "trajectory_balance", "dpo", "spin"])
 def test_losses_raise_the_reward(tmp_path, name):
     prompts = [Demonstration(prompt, "good good good") for prompt in PROMPTS] if name == "spin" else PROMPTS
-    changes = {"num_responses": 1} if name == "spin" else {"num_responses": 8}
+    changes = {"num_generations": 1} if name == "spin" else {"num_generations": 8}
     trainer = make_trainer(
         tmp_path,
         loss=name,
@@ -151,7 +151,7 @@ def test_pairs_are_the_best_and_the_worst(tmp_path):
 
 def test_a_demonstration_is_chosen_over_a_sample(tmp_path):
     prompts = [Demonstration(prompt, "good day") for prompt in PROMPTS]
-    trainer = make_trainer(tmp_path, loss="spin", num_responses=1, prompts=prompts, given={"judge": None})
+    trainer = make_trainer(tmp_path, loss="spin", num_generations=1, prompts=prompts, given={"judge": None})
     tokenizer = trainer.processing_class
     for group in begin(trainer).fitted:
         assert tokenizer.decode(group.completions[0]) == "good day <eos>"
@@ -160,7 +160,7 @@ def test_a_demonstration_is_chosen_over_a_sample(tmp_path):
 
 def test_the_anchor_follows_the_policy_slowly(tmp_path):
     trainer = make_trainer(
-        tmp_path, loss="bond", num_responses=3, anchor_rate=0.25, steps_per_iteration=1, num_iterations=1
+        tmp_path, loss="bond", num_generations=3, anchor_rate=0.25, steps_per_iteration=1, num_iterations=1
     )
     start = weights_of(trainer)
     trainer.train()
@@ -172,7 +172,7 @@ def test_the_anchor_follows_the_policy_slowly(tmp_path):
 
 
 def test_the_anchor_scores_its_own_samples(tmp_path):
-    trainer = make_trainer(tmp_path, loss="bond", num_responses=3, anchor_rate=0.25, num_iterations=1)
+    trainer = make_trainer(tmp_path, loss="bond", num_generations=3, anchor_rate=0.25, num_iterations=1)
     trainer.train()
     groups = trainer.outer.begin(2, inside=False).fitted
     with trainer.policy.anchor.in_place():
@@ -183,8 +183,8 @@ def test_the_anchor_scores_its_own_samples(tmp_path):
 
 
 def test_truncated_responses_are_kept_or_dropped(tmp_path):
-    kept = make_trainer(tmp_path / "kept", max_new_tokens=4)
-    dropped = make_trainer(tmp_path / "dropped", max_new_tokens=4, mask_truncated_completions=True)
+    kept = make_trainer(tmp_path / "kept", max_completion_length=4)
+    dropped = make_trainer(tmp_path / "dropped", max_completion_length=4, mask_truncated_completions=True)
     assert "where" not in begin(kept).fitted[0].constants
     found = begin(dropped)
     for group, rollout in zip(found.fitted, found.groups, strict=True):
@@ -216,7 +216,7 @@ def test_the_hardest_prompts_are_answered_more_often(tmp_path):
 
 
 def test_replayed_groups_come_from_earlier_iterations(tmp_path):
-    changes = {"loss": "trajectory_balance", "replay": True, "replay_on_policy_prob": 0.0, "num_responses": 3}
+    changes = {"loss": "trajectory_balance", "replay": True, "replay_on_policy_prob": 0.0, "num_generations": 3}
     trainer = make_trainer(tmp_path, **changes)
     first = begin(trainer)
     fresh = {tokens for group in first.groups for tokens in group.completions}
@@ -302,7 +302,7 @@ def recorded(tmp_path) -> str:
 
 
 def test_a_precomputed_reference_is_the_policy_at_the_start(tmp_path):
-    changes = {"sampler": recorded(tmp_path), "num_iterations": 3, "num_responses": 3}
+    changes = {"sampler": recorded(tmp_path), "num_iterations": 3, "num_generations": 3}
     plain = make_trainer(tmp_path / "model", **changes)
     plain.train()
     table = make_trainer(tmp_path / "table", reference="precomputed", **changes)
@@ -314,7 +314,7 @@ def test_a_precomputed_reference_is_the_policy_at_the_start(tmp_path):
 
 def test_no_logits_exist_outside_generation(tmp_path, monkeypatch):
     """With recorded responses nothing is generated, and the head is never multiplied out as a whole."""
-    trainer = make_trainer(tmp_path, sampler=recorded(tmp_path), num_responses=3)
+    trainer = make_trainer(tmp_path, sampler=recorded(tmp_path), num_generations=3)
     vocab, plain = trainer.model.config.vocab_size, torch.nn.Linear.forward
 
     def refuse(self, states):
@@ -364,8 +364,8 @@ def test_a_run_does_not_mix_with_another(tmp_path):
         ({"objective": "kl", "loss": "sppo"}, "loss='sppo' has no argument objective; it has eta"),
         ({"num_iterations": 0}, "num_iterations must be"),
         ({"steps_per_iteration": 4, "passes_per_iteration": 3}, "passes_per_iteration must divide"),
-        ({"num_responses": 1}, "num_responses must be"),
-        ({"loss": "spin", "num_responses": 2}, "num_responses must be 1"),
+        ({"num_generations": 1}, "num_generations must be"),
+        ({"loss": "spin", "num_generations": 2}, "num_generations must be 1"),
         ({"fit_responses": 5}, "fit_responses must be at most"),
         ({"fit_responses": 2, "objective": "square_pair"}, "fit_responses must be None"),
         ({"top_p": 1.5}, "top_p must be at most 1"),
@@ -405,7 +405,7 @@ def test_settings_that_make_no_sense_are_named(tmp_path, changes, message):
         ({}, {"judge": None}, "judge must be given"),
         ({}, {"ref_model": None}, "ref_model must be given"),
         ({"reference": "adapter"}, {}, "needs a PEFT model"),
-        ({"loss": "spin", "num_responses": 1}, {}, "must hold a prompt and a completion in each row"),
+        ({"loss": "spin", "num_generations": 1}, {}, "must hold a prompt and a completion in each row"),
         ({"sampler": "telepathy"}, {}, "sampler must be transformers"),
     ],
 )

@@ -32,7 +32,7 @@ def test_one_object_trains_once(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss": "bond", "num_responses": 3, "anchor_rate": 0.25},
+        {"loss": "bond", "num_generations": 3, "anchor_rate": 0.25},
         {"loss": "trajectory_balance", "replay": True},
         {"focus": "hardest"},
     ],
@@ -150,7 +150,7 @@ def test_data_parallel_is_refused(tmp_path):
         ),
         ({}, {"optim_args": "amsgrad=True"}, "optim_args None there"),
         (
-            {"loss": "spin", "num_responses": 1, "prompts": [Demonstration("rain", "good")]},
+            {"loss": "spin", "num_generations": 1, "prompts": [Demonstration("rain", "good")]},
             {"prompts": [Demonstration("rain", "bad")]},
             "prompts .* there",
         ),

@@ -48,7 +48,7 @@ def test_a_dataset_of_trl_serves(tmp_path):
     trainer = make_trainer(tmp_path, prompts=datasets.Dataset.from_list(rows))
     assert trainer.outer.prompts == list(PROMPTS)
     pairs = [{"prompt": text, "completion": [{"role": "assistant", "content": "good day"}]} for text in PROMPTS]
-    trainer = make_trainer(tmp_path, loss="spin", num_responses=1, prompts=datasets.Dataset.from_list(pairs))
+    trainer = make_trainer(tmp_path, loss="spin", num_generations=1, prompts=datasets.Dataset.from_list(pairs))
     assert {each.answer for each in trainer.demonstrations} == {"good day"}
 
 
@@ -60,7 +60,7 @@ def test_a_callable_is_a_judge(tmp_path):
 
 
 def test_a_run_goes_on_with_its_model_only(tmp_path):
-    given = {"max_new_tokens": 4, "num_iterations": 1, "save_strategy": "no"}
+    given = {"max_completion_length": 4, "num_iterations": 1, "save_strategy": "no"}
     make_trainer(tmp_path, **given).train()
     other = tiny_model.make_model()
     other.config._name_or_path = "somewhere/other/"

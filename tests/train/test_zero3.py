@@ -86,5 +86,5 @@ def test_models_are_loaded_whole(zero3, monkeypatch):
     monkeypatch.setattr(launch, "WindTrainer", stop)
     zero3.judge = "judge"
     with pytest.raises(KeyError):
-        launch.make_trainer(RunConfig(model="policy", reference_model="reference", train_prompts="any"), zero3, None)
+        launch.make_trainer(RunConfig(model="policy", ref_model="reference", train_dataset="any"), zero3, None)
     assert seen == [("judge", False), ("policy", False), ("reference", False)]

@@ -28,18 +28,18 @@ class Changes:
     model: str | None = option(
         None, "folder or hub id of a causal LM (default: the packaged SmolLM2-135M-Instruct)", metavar="NAME"
     )
-    train_prompts: Path | None = option(
+    train_dataset: Path | None = option(
         None, "training prompts, .jsonl, .csv, .txt (default: the packaged ones)", metavar="FILE"
     )
-    eval_prompts: Path | None = option(
+    eval_dataset: Path | None = option(
         None, "held-out prompts for the evaluation (default: the packaged ones)", metavar="FILE"
     )
     judge: str | None = option(
         None, "reward(prompts, responses) -> numbers (default: VADER sentiment)", metavar="MODULE:FUNCTION"
     )
     num_iterations: int | None = shared("num_iterations")
-    num_responses: int | None = shared("num_responses")
-    max_new_tokens: int | None = shared("max_new_tokens")
+    num_generations: int | None = shared("num_generations")
+    max_completion_length: int | None = shared("max_completion_length")
     learning_rate: float | None = option(None, "learning rate of AdamW; it falls to half of it", metavar="X")
     seed: int | None = shared("seed")
 
@@ -73,8 +73,8 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, object]:
         changes["lr_scheduler_kwargs"] = {"lr_end": changes["learning_rate"] / 2, "power": 1.0}
     if options.prompts_per_iteration is not None:
         changes |= batches(options.prompts_per_iteration)
-    if "num_responses" in changes:
-        changes["fit_responses"] = min(4, changes["num_responses"])  # fewer than are fitted: fit them all
+    if "num_generations" in changes:
+        changes["fit_responses"] = min(4, changes["num_generations"])  # fewer than are fitted: fit them all
     return changes
 
 

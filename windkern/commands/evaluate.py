@@ -54,8 +54,8 @@ class EvalSettings:
         "settings of a judge that is a model: label, max_length, batch_size, template",
         metavar="KEY=VALUE",
     )
-    num_responses: int = shared("num_responses", 2)
-    max_new_tokens: int = shared("max_new_tokens", 128)
+    num_generations: int = shared("num_generations", 2)
+    max_completion_length: int = shared("max_completion_length", 128)
     temperature: float = shared("temperature", 1.0)
     system: str | None = shared("system")
     batch_size: int = option(64, "sequences generated or scored at a time", metavar="N")
@@ -73,7 +73,7 @@ class EvalSettings:
             import torch
 
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
-        for name in ("num_responses", "max_new_tokens", "batch_size"):
+        for name in ("num_generations", "max_completion_length", "batch_size"):
             object.__setattr__(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("judge_strength", "temperature"):
             check_number(name, getattr(self, name), above=0)
@@ -107,7 +107,7 @@ def load_side(name: str, settings: EvalSettings, world: World, observer: Observe
     dtype = dtype_named(settings.dtype, torch.device(settings.device).type)
     model, tokenizer = load_model(name, dtype=dtype, device=settings.device)
     sampling = PolicySettings(
-        max_new_tokens=settings.max_new_tokens,
+        max_completion_length=settings.max_completion_length,
         temperature=settings.temperature,
         system=settings.system,
         sampling_batch_size=settings.batch_size,
@@ -244,11 +244,11 @@ def _run(settings: EvalSettings, output: Path, display: Display) -> int:
             (settings.model, "bold"),
             " against ",
             (settings.base, "bold"),
-            f"; judge: {judge.name}; {len(prompts)} prompts x {settings.num_responses} responses of each, temperature "
-            f"{settings.temperature:g}, seed {settings.seed}",
+            f"; judge: {judge.name}; {len(prompts)} prompts x {settings.num_generations} responses of each, "
+            f"temperature {settings.temperature:g}, seed {settings.seed}",
         )
-        display.plan(before=plan(ours, theirs, len(prompts) * settings.num_responses))
-        prompts_at_a_time = max(1, settings.batch_size // settings.num_responses)
+        display.plan(before=plan(ours, theirs, len(prompts) * settings.num_generations))
+        prompts_at_a_time = max(1, settings.batch_size // settings.num_generations)
         evaluator = Evaluator(
             prompts,
             judge,
@@ -258,13 +258,13 @@ def _run(settings: EvalSettings, output: Path, display: Display) -> int:
             None,
             display,
             seed=settings.seed,
-            reference_responses=settings.num_responses,
+            reference_responses=settings.num_generations,
             sampling_batch_size=settings.batch_size,
             scoring_batch_size=prompts_at_a_time,
             kl=share_tokens(ours, theirs),
             units=(OURS, THEIRS),
         )
-        found = evaluator.compare(settings.num_responses, 0)
+        found = evaluator.compare(settings.num_generations, 0)
         about = {"model": _about(found.policy, ours), "base": _about(found.reference, theirs)}
     output.mkdir(parents=True, exist_ok=True)
     numbers, picture = output / "eval.json", output / "eval.png"

@@ -22,7 +22,7 @@ def _draw_run(path: Path, content: dict) -> None:
 
     final, settings = content["final"], content["settings"]
     if final is None:
-        raise ValueError("this run had no held-out prompts (eval_prompts), so there is no win rate to draw")
+        raise ValueError("this run had no held-out prompts (eval_dataset), so there is no win rate to draw")
     error = math.nan if final["win_rate_se"] is None else final["win_rate_se"]  # of a single prompt there is none
     result = Evaluation(win_rate=Estimate(final["win_rate"], error), reward=None, kl=None)
     history = [

@@ -162,11 +162,7 @@ class _Backward:
             values = self.saved.kept[:, start : min(start + spec.product_columns, kept)]
             if self.dbias is not None:
                 self._bias_from(values, start, g)
-<<<<<<< HEAD
-            if self.multiplies:
-=======
-            if any(spec.hidden_grad) or any(spec.weight_grad) or spec.streams:
->>>>>>> sharding
+            if self.multiplies or spec.streams:
                 values = products.widened(values)
                 self._to_hidden(values, start, None, totals, first=start == 0)
                 if not later:

@@ -24,8 +24,8 @@ WIDEST = 100  # columns of prose
 _STARTERS: dict[str, dict[str, object]] = {
     "wind": {
         "model": PACKAGED,
-        "train_prompts": "demo",
-        "eval_prompts": "demo",
+        "train_dataset": "demo",
+        "eval_dataset": "demo",
         "output_dir": "runs/mine",
         "judge": "vader",
     },

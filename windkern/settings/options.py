@@ -18,9 +18,9 @@ Filled = TypeVar("Filled")
 # Options of several commands that mean the same, by the name that the trainer's configuration gives them: their help,
 # and what stands for the value.
 SHARED = {
-    "num_responses": ("responses to each prompt", "N"),
+    "num_generations": ("responses to each prompt", "N"),
     "num_iterations": ("outer iterations: sample, judge, fit", "N"),
-    "max_new_tokens": ("length limit of a response, in tokens", "N"),
+    "max_completion_length": ("length limit of a response, in tokens", "N"),
     "temperature": ("sampling temperature", "X"),
     "judge_strength": ("strength of the Bradley-Terry link per unit of reward", "X"),
     "eta": ("step size of WIND", "X"),
@@ -31,7 +31,7 @@ SHARED = {
 
 
 def option(default: Any, help: str, *, metavar: str | None = None, **metadata: object) -> Any:
-    """A field that becomes a command-line option: `max_new_tokens` becomes --max-new-tokens.
+    """A field that becomes a command-line option: `max_completion_length` becomes --max-completion-length.
 
     Args:
         default: `dataclasses.MISSING` makes the option required. A default that is neither None nor False is added to

@@ -24,7 +24,7 @@ _RENAMED = {  # by transformers 5.24; each is understood with any release
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-_PATHS = ("output_dir", "model", "reference_model", "train_prompts", "eval_prompts")
+_PATHS = ("output_dir", "model", "ref_model", "train_dataset", "eval_dataset")
 _PATHS += ("base_model", "value_model", "transfer_base", "train_demonstrations", "eval_demonstrations")
 _ALWAYS = ("transformers", "accelerate", "safetensors", "rich", "matplotlib")
 
@@ -55,7 +55,7 @@ class RunConfig:
         ValueError, TypeError: a field is out of range; the message names it.
 
     Example:
-        >>> RunConfig(model="gpt2", train_prompts="demo", dtype="int8")
+        >>> RunConfig(model="gpt2", train_dataset="demo", dtype="int8")
         Traceback (most recent call last):
         ValueError: dtype must be one of 'auto', 'float32', 'bfloat16', 'float16', got 'int8'
     """
@@ -63,13 +63,13 @@ class RunConfig:
     model: str = field(
         metadata=_help("Initial policy: folder or hub id of a causal LM, or smollm2-135m-instruct (packaged).")
     )
-    train_prompts: str = field(
+    train_dataset: str = field(
         metadata=_help(
             "Prompts to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz too; .txt, a prompt "
             "a line), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged)."
         )
     )
-    eval_prompts: str | None = field(
+    eval_dataset: str | None = field(
         default=None,
         metadata=_help(
             "Held-out prompts, in the same forms. The policy is compared with the reference on them at the end, and "
@@ -77,10 +77,10 @@ class RunConfig:
         ),
     )
     max_train_prompts: int | None = field(
-        default=None, metadata=_help("Only the first so many of train_prompts are used; at least 1. null: all.")
+        default=None, metadata=_help("Only the first so many of train_dataset are used; at least 1. null: all.")
     )
     max_eval_prompts: int | None = field(
-        default=None, metadata=_help("Only the first so many of eval_prompts are used; at least 1. null: all.")
+        default=None, metadata=_help("Only the first so many of eval_dataset are used; at least 1. null: all.")
     )
     method: str = field(
         default="wind", metadata=_help("What is trained: wind (a policy) or value (a value model that guides one).")
@@ -113,7 +113,7 @@ class RunConfig:
             "trains every weight. Either way, with reference: adapter the reference is the initial policy."
         ),
     )
-    reference_model: str | None = field(
+    ref_model: str | None = field(
         default=None,
         metadata=_help("Folder or hub id of the frozen reference, for reference: model. null: the same as model."),
     )
@@ -133,7 +133,7 @@ class RunConfig:
         for name in ("max_train_prompts", "max_eval_prompts"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_count(name, getattr(self, name), least=1))
-        for name in ("model", "train_prompts"):
+        for name in ("model", "train_dataset"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} must not be empty")
 
@@ -141,7 +141,7 @@ class RunConfig:
         """What the run imports; see `Run`."""
         names = [*_ALWAYS, *(["peft"] if self.peft is not None else [])]
         names += ["vaderSentiment"] if config.judge == "vader" else []
-        return names + _of_data((self.train_prompts, self.eval_prompts), (self.model, self.reference_model))
+        return names + _of_data((self.train_dataset, self.eval_dataset), (self.model, self.ref_model))
 
 
 @dataclass

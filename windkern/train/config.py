@@ -89,7 +89,7 @@ class WindConfig(TrainingArguments):
     passes_per_iteration: int = setting(
         1, "How often an iteration's responses are gone through; divides steps_per_iteration. Default: one, as SPPO."
     )
-    num_responses: int | None = setting(
+    num_generations: int | None = setting(
         None, "Responses sampled to each prompt, at least 2. None: 5 as SPPO; spin needs 1 and bond 3."
     )
     fit_responses: int | None = setting(
@@ -127,11 +127,13 @@ class WindConfig(TrainingArguments):
         "Samples come from the smallest set of tokens with this probability; in (0, 1]. Below 1 they are not samples "
         "of the policy whose log-probs are fitted. Default 1: the theory needs it.",
     )
-    max_new_tokens: int = setting(512, "Longest response, in tokens, end token included; at least 1. Default: ours.")
+    max_completion_length: int = setting(
+        512, "Longest response, in tokens, end token included; at least 1. Default: ours."
+    )
     max_prompt_length: int | None = setting(
         None,
-        "Longest prompt, in tokens, chat template included; at least 1. None: what max_new_tokens leave of the model's "
-        "positions (max_position_embeddings), which is the limit anyhow.",
+        "Longest prompt, in tokens, chat template included; at least 1. None: what max_completion_length leaves of the "
+        "model's positions (max_position_embeddings), which is the limit anyhow.",
     )
     long_prompts: str = setting(
         "refuse",
@@ -149,9 +151,9 @@ class WindConfig(TrainingArguments):
     )
     mask_truncated_completions: bool = setting(
         False,
-        "Whether responses that reach max_new_tokens without an end token are left out of the fit; they are judged, "
-        "and others beat them, all the same. Default no: they are scored as the prefixes they are, which is unbiased "
-        "for a judge that reads what was written.",
+        "Whether responses that reach max_completion_length without an end token are left out of the fit; they are "
+        "judged, and others beat them, all the same. Default no: they are scored as the prefixes they are, which is "
+        "unbiased for a judge that reads what was written.",
     )
     judge: str | None = setting(
         None,
@@ -199,7 +201,9 @@ class WindConfig(TrainingArguments):
     replay: bool = setting(
         False, "Whether groups are also drawn from responses of earlier iterations (TBA); loss=trajectory_balance only."
     )
-    replay_capacity: int = setting(100, "Newest responses kept for each prompt, at least num_responses. As TBA's code.")
+    replay_capacity: int = setting(
+        100, "Newest responses kept for each prompt, at least num_generations. As TBA's code."
+    )
     replay_on_policy_prob: float = setting(
         0.5, "Share of groups made of this iteration's responses; in [0, 1]. Default: TBA's for TL;DR."
     )
@@ -268,7 +272,7 @@ class WindConfig(TrainingArguments):
                 f"num_iterations; leave them out, got max_steps={self.max_steps}, "
                 f"num_train_epochs={self.num_train_epochs}"
             )
-        for name in ("num_iterations", "steps_per_iteration", "passes_per_iteration", "max_new_tokens"):
+        for name in ("num_iterations", "steps_per_iteration", "passes_per_iteration", "max_completion_length"):
             setattr(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("sampling_batch_size", "eval_responses", "reference_responses"):
             setattr(self, name, check_count(name, getattr(self, name), least=1))
@@ -339,16 +343,16 @@ class WindConfig(TrainingArguments):
 
     def _check_responses(self) -> None:
         fixed = self.entry.group.sampled
-        if self.num_responses is None:
-            self.num_responses = fixed or 5
-        self.num_responses = check_count("num_responses", self.num_responses, least=fixed or 2)
-        if fixed and self.num_responses != fixed:
-            raise ValueError(f"num_responses must be {fixed} for loss={self.loss!r}, got {self.num_responses}")
+        if self.num_generations is None:
+            self.num_generations = fixed or 5
+        self.num_generations = check_count("num_generations", self.num_generations, least=fixed or 2)
+        if fixed and self.num_generations != fixed:
+            raise ValueError(f"num_generations must be {fixed} for loss={self.loss!r}, got {self.num_generations}")
         if self.fit_responses is not None:
             self.fit_responses = check_count("fit_responses", self.fit_responses, least=2)
-            if self.fit_responses > self.num_responses:
+            if self.fit_responses > self.num_generations:
                 raise ValueError(
-                    f"fit_responses must be at most num_responses = {self.num_responses}, got {self.fit_responses}"
+                    f"fit_responses must be at most num_generations = {self.num_generations}, got {self.fit_responses}"
                 )
             if not self.entry.against_all(self.loss_arguments):
                 raise ValueError(
@@ -356,7 +360,7 @@ class WindConfig(TrainingArguments):
                     "not a win rate against all responses"
                 )
         if self.replay:
-            self.replay_capacity = check_count("replay_capacity", self.replay_capacity, least=self.num_responses)
+            self.replay_capacity = check_count("replay_capacity", self.replay_capacity, least=self.num_generations)
 
     @property
     def total_steps(self) -> int:

@@ -62,7 +62,7 @@ class Group:
 
 def groups_of(batch: Completions, places: Sequence[int]) -> list[Group]:
     """One group for each prompt of a batch; `places` are the prompts' in the list of prompts."""
-    count, found = batch.num_responses, []
+    count, found = batch.num_generations, []
     prompt_mask = batch.attention_mask & ~batch.completion_mask
     for k, place in enumerate(places):
         rows = range(k * count, (k + 1) * count)

@@ -78,10 +78,10 @@ def make_trainer(
     observer = observer or Unobserved()
     observer.phase(0, "reading the prompts")
     if config.entry.group.kind == "demonstration":
-        train = load_demonstrations(run.train_prompts)[: run.max_train_prompts]
+        train = load_demonstrations(run.train_dataset)[: run.max_train_prompts]
     else:
-        train = prompts_of(run.train_prompts, "train", run.max_train_prompts)
-    heldout = prompts_of(run.eval_prompts, "heldout", run.max_eval_prompts)
+        train = prompts_of(run.train_dataset, "train", run.max_train_prompts)
+    heldout = prompts_of(run.eval_dataset, "heldout", run.max_eval_prompts)
     options = {"dtype": dtype_named(run.dtype, config.device.type), "attention": run.attention}
     check_prompts([one.prompt if isinstance(one, Demonstration) else one for one in train], heldout)
     judge, reference = None, None
@@ -95,11 +95,11 @@ def make_trainer(
             _check_quantized(config)
         model, tokenizer = load_policy(run.model, adapter=run.adapter, quantization=run.quantization, **options)
         if config.reference == "model" and (heldout or needs_reference(config)):
-            observer.phase(0, f"loading the reference {run.reference_model or run.model}")
-            if run.reference_model is None:
+            observer.phase(0, f"loading the reference {run.ref_model or run.model}")
+            if run.ref_model is None:
                 reference, _ = load_policy(run.model, adapter=run.adapter, **options)
             else:
-                reference, _ = load_model(run.reference_model, **options)
+                reference, _ = load_model(run.ref_model, **options)
     observer.phase(0, "preparing the run")
     new_adapter = None if run.peft is None else _lora(run.peft)
     if run.adapter == "merge" and adapter_of(run.model) is None:
@@ -217,12 +217,12 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
     lines.append(", ".join([f"loss {config.loss}", *arguments, f"seed {config.seed}"]))
     fitted = (
         ""
-        if config.fit_responses in (None, config.num_responses)
+        if config.fit_responses in (None, config.num_generations)
         else (f"; the {config.fit_responses} with the highest and lowest win rates are fitted")
     )
     each = trainer.outer.prompts_per_iteration
     lines.append(drawn_prompts(len(trainer.outer.prompts), config.num_iterations, each))
-    lines.append(f"{config.num_responses} responses to each{fitted}")
+    lines.append(f"{config.num_generations} responses to each{fitted}")
     if trainer.eval_prompts:
         when = "after each iteration" if trainer.iterations.evaluated else "at the end (eval_strategy is not epoch)"
         lines.append(
@@ -236,7 +236,7 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
 def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str, str], float]]:
     """The phases of a run and their estimated costs in sampled responses, as `Display.plan` takes them."""
     config, prompts, heldout = trainer.args, trainer.outer.prompts_per_iteration, len(trainer.eval_prompts)
-    fitted = prompts * (2 if trainer.loss_plan.group == "pair" else config.fit_responses or config.num_responses)
+    fitted = prompts * (2 if trainer.loss_plan.group == "pair" else config.fit_responses or config.num_generations)
     batches = config.passes_per_iteration * fitted
 
     def evaluation(responses: int) -> dict[tuple[str, str], float]:
@@ -247,11 +247,11 @@ def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str
 
     before = {("sampling", OF_REFERENCE): heldout * config.reference_responses} if heldout else {}
     if config.reference == "precomputed":
-        before = {("scoring", RECORDED): _SCORING * len(trainer.outer.prompts) * config.num_responses, **before}
+        before = {("scoring", RECORDED): _SCORING * len(trainer.outer.prompts) * config.num_generations, **before}
     return {
         "before": before,
         "each": {
-            ("sampling", "responses"): prompts * config.num_responses,
+            ("sampling", "responses"): prompts * config.num_generations,
             ("scoring", "log-probs"): _SCORING * fitted * len(trainer.loss_plan.logps),
             ("fitting", "batches"): _FITTING * batches,
             **(evaluation(config.eval_responses) if trainer.iterations.evaluated else {}),

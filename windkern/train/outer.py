@@ -60,7 +60,7 @@ class OuterLoop:
         self.respond, self.judge, self.store, self.observer = respond, judge, store, observer
         self.prompts, self.world = list(respond.prompts), policy.world
         self.prompts_per_iteration = prompts_per_iteration
-        self.block_size = max(1, config.sampling_batch_size // config.num_responses)  # prompts
+        self.block_size = max(1, config.sampling_batch_size // config.num_generations)  # prompts
         self.forget()
 
     @property
@@ -104,7 +104,7 @@ class OuterLoop:
         self._learn_before(number)
         folder = self.store.iteration(number)
         places, uniform = self.focus.choose(number, self.prompts_per_iteration)
-        count = self.config.num_responses
+        count = self.config.num_generations
         groups = collect(
             self.world,
             self.store,
@@ -181,7 +181,7 @@ class OuterLoop:
     def _fitted(self, number: int, chosen: list[Group], scored: dict[str, list[list[float]]]) -> list[Group]:
         if self.replay is None:
             return self.plan.with_logps(chosen, scored)
-        drawn = self.replay.draw(number, self.prompts_per_iteration, self.config.num_responses)
+        drawn = self.replay.draw(number, self.prompts_per_iteration, self.config.num_generations)
         return replayed_groups(drawn, self._prompt_ids, mask_truncated=self.plan.mask_truncated)
 
     def _score(self, number: int, groups: list[Group]) -> dict[str, list[list[float]]]:

@@ -2,7 +2,7 @@
 
 The policy that is trained, its moving average, and the reference share two methods:
 
-    sample(prompts, num_responses, seed) -> Completions        logps(groups, batch_size) -> [(K,) log-probs of a group]
+    sample(prompts, num_generations, seed) -> Completions      logps(groups, batch_size) -> [(K,) log-probs of a group]
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PolicySettings:
     """How policies sample and score.
 
     Args:
-        max_new_tokens: longest response, end token included.
+        max_completion_length: longest response, end token included.
         temperature: divides the logits, of samples and log-probs alike.
         top_p: samples come from the smallest set of tokens with this probability.
         system: system message for the chat template; None leaves it to the template.
@@ -48,7 +48,7 @@ class PolicySettings:
         options: keyword arguments of the fused ops.
     """
 
-    max_new_tokens: int
+    max_completion_length: int
     temperature: float = 1.0
     top_p: float = 1.0
     system: str | None = None
@@ -60,7 +60,7 @@ class PolicySettings:
     def of(cls, config: WindConfig) -> PolicySettings:
         """The settings of a run."""
         return cls(
-            max_new_tokens=config.max_new_tokens,
+            max_completion_length=config.max_completion_length,
             temperature=config.temperature,
             top_p=config.top_p,
             system=config.system,
@@ -92,8 +92,8 @@ class AnyPolicy(Protocol):
         """Whether its weights are no longer there, so that it cannot sample."""
         ...
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        """`num_responses` independent responses to each prompt; the same seed and weights give the same responses."""
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        """`num_generations` independent responses to each prompt; the same seed and weights give the same responses."""
         ...
 
     def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = _unheard) -> list[Tensor]:
@@ -148,13 +148,13 @@ class Policy:
         self._rules: LayoutRules | None = None
         self.anchor: Anchor | None = None
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """See `AnyPolicy.sample`."""
         settings = self.settings
         sampler = TransformersSampler(
             self.world.accelerator.unwrap_model(self.wrapped),
             self.tokenizer,
-            max_new_tokens=settings.max_new_tokens,
+            max_completion_length=settings.max_completion_length,
             temperature=settings.temperature,
             top_p=settings.top_p,
             system=settings.system if self.tokenizer.chat_template is not None else None,
@@ -162,7 +162,7 @@ class Policy:
             synced=self.sharded,
             under_way=lambda done: self.observer.under_way(done * self.world.size),
         )
-        return sampler.sample(prompts, num_responses, seed)
+        return sampler.sample(prompts, num_generations, seed)
 
     @property
     def rules(self) -> LayoutRules:
@@ -236,10 +236,10 @@ class PolicyView:
         """See `AnyPolicy`."""
         return self.policy.sharded
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """See `AnyPolicy.sample`."""
         with self.weights():
-            return self.policy.sample(prompts, num_responses, seed)
+            return self.policy.sample(prompts, num_generations, seed)
 
     def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = _unheard) -> list[Tensor]:
         """See `AnyPolicy.logps`."""

@@ -100,8 +100,8 @@ class Room:
         tokenizer: of the model.
 
     Raises:
-        ValueError: max_new_tokens alone fill the positions of the model, or the tokenizer fills with a token that the
-            model does not have.
+        ValueError: max_completion_length alone fills the positions of the model, or the tokenizer fills with a token
+            that the model does not have.
     """
 
     config: WindConfig
@@ -112,15 +112,16 @@ class Room:
         config, positions = self.config, positions_of(self.model)
         self.limit, self.why = config.max_prompt_length, "max_prompt_length"
         if positions is not None:
-            room = positions - config.max_new_tokens
+            room = positions - config.max_completion_length
             if room < 1:
                 raise ValueError(
-                    f"max_new_tokens must leave room for a prompt in the {positions} positions of the model "
-                    f"(max_position_embeddings), got {config.max_new_tokens}"
+                    f"max_completion_length must leave room for a prompt in the {positions} positions of the model "
+                    f"(max_position_embeddings), got {config.max_completion_length}"
                 )
             if self.limit is None or room < self.limit:
                 self.limit = room
-                self.why = f"the {positions} positions of the model less max_new_tokens = {config.max_new_tokens}"
+                left = f"max_completion_length = {config.max_completion_length}"
+                self.why = f"the {positions} positions of the model less {left}"
         self.system = config.system if self.tokenizer.chat_template is not None else None
         self.rows = _rows(self.model)
         for name, value in (("padding", padding_id(self.tokenizer)), ("end", self.tokenizer.eos_token_id)):
@@ -162,7 +163,7 @@ class Room:
                 if self.config.long_prompts == "refuse":
                     raise ValueError(
                         f"{name}[{k}] has {length} tokens, and {self.limit} fit ({self.why}): {_short(prompt)}; "
-                        "set long_prompts to drop or cut, or lower max_new_tokens"
+                        "set long_prompts to drop or cut, or lower max_completion_length"
                     )
                 if self.config.long_prompts == "cut":
                     kept.append((k, self._cut(prompt, f"{name}[{k}]")))

@@ -98,9 +98,9 @@ class RecordedLogps:
             )
         return self._table[place, tokens]
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """Responses of the policy as it is now: those of the reference, as long as no step has been taken."""
-        return self.policy.sample(prompts, num_responses, seed)
+        return self.policy.sample(prompts, num_generations, seed)
 
     def in_place(self) -> AbstractContextManager[nn.Module]:
         """See `AnyPolicy.in_place`."""

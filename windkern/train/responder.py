@@ -95,7 +95,7 @@ class Responder:
     def __call__(self, places: Sequence[int], iteration: int, block: int) -> list[Group]:
         """Responses to the prompts at some places; the block's draws depend on its number only."""
         prompts, seed = [self.prompts[place] for place in places], self.config.seed
-        count = 1 if self.group == "anchor" else self.config.num_responses
+        count = 1 if self.group == "anchor" else self.config.num_generations
         sampler = self.sampler or self.policy
         own = groups_of(sampler.sample(prompts, count, stream(seed, "sample", iteration, block)), places)
         if self.group == "anchor":
@@ -108,7 +108,7 @@ class Responder:
                 prompts,
                 [[self.demonstrations[place].answer] for place in places],
                 system=self.config.system if tokenizer.chat_template is not None else None,
-                max_new_tokens=self.config.max_new_tokens,
+                max_completion_length=self.config.max_completion_length,
             )
             return [given.followed_by(mine) for given, mine in zip(groups_of(batch, places), own, strict=True)]
         return own

@@ -34,9 +34,9 @@ class ValueConfig(TrainingArguments):
         ValueError, TypeError: a field is out of range, or asks for what the trainer does not do; the message names it.
 
     Example:
-        >>> ValueConfig(output_dir="run", report_to="none", max_new_tokens=0)
+        >>> ValueConfig(output_dir="run", report_to="none", max_completion_length=0)
         Traceback (most recent call last):
-        ValueError: max_new_tokens must be at least 1, got 0
+        ValueError: max_completion_length must be at least 1, got 0
     """
 
     base_model: str | None = setting(
@@ -58,7 +58,7 @@ class ValueConfig(TrainingArguments):
         "Folder or hub id of a second base with the same tokenizer. At the end it is measured with and without the "
         "value model, which was not trained on it. None: there is no such comparison.",
     )
-    max_new_tokens: int = setting(
+    max_completion_length: int = setting(
         512,
         "Length limit of an answer in tokens, end token included, at least 1; longer answers are cut. Default: ours.",
     )
@@ -74,7 +74,7 @@ class ValueConfig(TrainingArguments):
     remove_unused_columns: bool = setting(False, "Must be False: demonstrations have no columns.")
 
     def __post_init__(self) -> None:
-        self.max_new_tokens = check_count("max_new_tokens", self.max_new_tokens, least=1)
+        self.max_completion_length = check_count("max_completion_length", self.max_completion_length, least=1)
         if self.memory_budget is not None:
             self.memory_budget = check_count("memory_budget", self.memory_budget, least=1)
         check_choice("backend", self.backend, ["auto", *backends.BACKENDS])
@@ -97,11 +97,11 @@ class DemonstrationCollator:
 
     Args:
         tokenizer: the one that base and value model share.
-        max_new_tokens: length limit of an answer, end token included.
+        max_completion_length: length limit of an answer, end token included.
     """
 
-    def __init__(self, tokenizer, max_new_tokens: int):
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+    def __init__(self, tokenizer, max_completion_length: int):
+        self.tokenizer, self.max_completion_length = tokenizer, max_completion_length
 
     def __call__(self, demonstrations: Sequence) -> dict[str, Tensor]:
         """Args: pairs (prompt, answer). Returns: what `ValueModel.forward` takes, and labels (-100: not scored)."""
@@ -109,7 +109,7 @@ class DemonstrationCollator:
             self.tokenizer,
             [prompt for prompt, _ in demonstrations],
             [[answer] for _, answer in demonstrations],
-            max_new_tokens=self.max_new_tokens,
+            max_completion_length=self.max_completion_length,
         )
         return {
             "input_ids": batch.input_ids,
@@ -173,7 +173,7 @@ class ValueTrainer(AtomicCheckpoints, Trainer):
             model=model,
             args=args,
             processing_class=processing_class,
-            data_collator=DemonstrationCollator(processing_class, args.max_new_tokens),
+            data_collator=DemonstrationCollator(processing_class, args.max_completion_length),
             compute_loss_func=token_mean_nll,
             **options,
         )

@@ -19,7 +19,7 @@ from windkern._files import DamagedRecordError
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.checkpoints.manifest import CorruptCheckpointError
 
-SETTINGS = {"num_iterations": 1, "max_new_tokens": 3, "save_strategy": "no"}
+SETTINGS = {"num_iterations": 1, "max_completion_length": 3, "save_strategy": "no"}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,13 @@ def test_the_contents_of_recorded_responses_count(tmp_path):
 
 # What is damaged, and what is gone
 
-LONGER = {"num_iterations": 3, "max_new_tokens": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+LONGER = {
+    "num_iterations": 3,
+    "max_completion_length": 3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": None,
+}
 
 
 @pytest.fixture(scope="module")

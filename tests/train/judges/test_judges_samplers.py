@@ -212,7 +212,7 @@ def test_a_command_line_names_any_judge(tmp_path):
 def test_texts_become_what_the_sampler_would_have_returned():
     """Texts of a real sampler, encoded anew: the same tokens, masks and log-probs."""
     model, tokenizer = make_model(), make_tokenizer()
-    drawn = TransformersSampler(model, tokenizer, max_new_tokens=8).sample(PROMPTS, 3, seed=1)
+    drawn = TransformersSampler(model, tokenizer, max_completion_length=8).sample(PROMPTS, 3, seed=1)
     keep = [len(tokenizer(text)["input_ids"]) for group in drawn.texts for text in group]
     cuts = drawn.truncated.view(2, 3).tolist()
     ours = completions_of_texts(tokenizer, PROMPTS, drawn.texts, truncated=cuts)
@@ -237,7 +237,7 @@ def test_texts_that_cannot_be_completions_are_refused():
         completions_of_texts(tokenizer, PROMPTS, [["a"], ["a", "b"]])
     with pytest.raises(ValueError, match="encodes to no tokens: ''"):
         completions_of_texts(tokenizer, PROMPTS[:1], [[""]], truncated=[[True]])
-    cut = completions_of_texts(tokenizer, PROMPTS[:1], [["a day", "a very good day", ""]], max_new_tokens=3)
+    cut = completions_of_texts(tokenizer, PROMPTS[:1], [["a day", "a very good day", ""]], max_completion_length=3)
     assert cut.truncated.tolist() == [False, True, False] and cut.num_tokens == 3 + 3 + 1
     endless = make_tokenizer(chat=False)
     endless.eos_token = None
@@ -269,7 +269,13 @@ def server():
 
 
 def sampler_of(server: Server, **options) -> OpenAISampler:
-    settings = {"max_new_tokens": 4, "temperature": 0.5, "system": "very", "api_key": "secret", "pause": lambda s: None}
+    settings = {
+        "max_completion_length": 4,
+        "temperature": 0.5,
+        "system": "very",
+        "api_key": "secret",
+        "pause": lambda s: None,
+    }
     return OpenAISampler(server.url, "tiny", make_tokenizer(), **(settings | options))
 
 
@@ -336,15 +342,15 @@ def test_a_server_that_hangs_or_is_not_there_is_given_up(server):
 
 def test_arguments_of_the_server_are_checked():
     for options, message in (
-        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_completion_length": 0}, "max_completion_length"),
         ({"timeout": 0}, "timeout"),
         ({"attempts": 0}, "attempts"),
         ({"temperature": 0.0}, "temperature"),
     ):
         with pytest.raises(ValueError, match=message):
-            OpenAISampler("http://x/v1", "m", make_tokenizer(), **({"max_new_tokens": 4} | options))
+            OpenAISampler("http://x/v1", "m", make_tokenizer(), **({"max_completion_length": 4} | options))
     with pytest.raises(ValueError, match="url must start with http"):
-        OpenAISampler("x", "m", make_tokenizer(), max_new_tokens=4)
+        OpenAISampler("x", "m", make_tokenizer(), max_completion_length=4)
 
 
 def test_a_reward_of_the_servers_texts_fits_the_judge(server):

@@ -16,7 +16,7 @@ PROMPTS = ["the bus was", "rain", "rain"]
 
 
 def sampler_of(model, **options) -> BatchedSampler:
-    made = BatchedSampler(make_tokenizer(), **({"max_new_tokens": 6, "batch_size": 16} | options))
+    made = BatchedSampler(make_tokenizer(), **({"max_completion_length": 6, "batch_size": 16} | options))
     made.update(model)
     return made
 
@@ -40,7 +40,7 @@ def test_first_tokens_are_drawn_from_the_policy_at_its_temperature(adapted):
         peft = pytest.importorskip("peft")
         torch.manual_seed(0)
         model = peft.get_peft_model(model, lora()).eval()
-    sampler = sampler_of(model, max_new_tokens=1, temperature=0.7, batch_size=64)
+    sampler = sampler_of(model, max_completion_length=1, temperature=0.7, batch_size=64)
     batch = sampler.sample(PROMPTS[:1], 1200, seed=3)
     tokens = batch.input_ids[batch.completion_mask]
     ids = make_tokenizer()("user the bus was <eos> assistant", return_tensors="pt")["input_ids"]
@@ -53,13 +53,13 @@ def test_first_tokens_are_drawn_from_the_policy_at_its_temperature(adapted):
 
 def test_it_needs_a_policy_with_an_end():
     with pytest.raises(ValueError, match="update\\(model\\) must be called"):
-        BatchedSampler(make_tokenizer(), max_new_tokens=4).sample(PROMPTS, 1, seed=0)
+        BatchedSampler(make_tokenizer(), max_completion_length=4).sample(PROMPTS, 1, seed=0)
     endless = make_tokenizer(chat=False)
     endless.eos_token = None
     model = make_model()
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="names an end token"):
-        BatchedSampler(endless, max_new_tokens=4).update(model)
+        BatchedSampler(endless, max_completion_length=4).update(model)
 
 
 def test_a_run_samples_with_it(tmp_path):

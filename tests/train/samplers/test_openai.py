@@ -42,7 +42,7 @@ def no_key(monkeypatch):
 
 
 def sampler_of(server, **options) -> OpenAISampler:
-    settings = {"max_new_tokens": 8, "attempts": 2, "pause": lambda seconds: None, "concurrency": 1}
+    settings = {"max_completion_length": 8, "attempts": 2, "pause": lambda seconds: None, "concurrency": 1}
     return OpenAISampler(getattr(server, "url", server), "tiny", make_tokenizer(), **(settings | options))
 
 
@@ -193,7 +193,7 @@ def test_a_field_that_is_refused_without_its_name_is_found_too(serve, caplog):
     server = serve(lambda body: (422, "extra fields", {}) if "top_k" in body else choices(*[choice()] * body["n"]))
     with caplog.at_level(logging.WARNING):
         batch = sampler_of(server).sample([PROMPT], 2, seed=0)
-    assert batch.num_responses == 2 and "without dry_multiplier" in caplog.text
+    assert batch.num_generations == 2 and "without dry_multiplier" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_server_of_one_choice_is_asked_n_times(serve, caplog, status, text):
         batch = sampler.sample([PROMPT, "rain"], 3, seed=0)
     bodies = [body for _, body, _ in server.requests]
     assert [body["n"] for body in bodies] == [3, 1, 1, 1, 1, 1, 1] and len({body["seed"] for body in bodies}) == 6
-    assert batch.num_responses == 3 and caplog.text.count("one response at a time") == 1
+    assert batch.num_generations == 3 and caplog.text.count("one response at a time") == 1
     assert bodies[1].keys() == bodies[0].keys()  # no field was to blame
 
 
@@ -355,4 +355,4 @@ def test_a_loop_that_runs_already_does_not_matter(serve):
     async def cell():
         return sampler_of(serve()).sample([PROMPT], 2, seed=0)
 
-    assert asyncio.run(cell()).num_responses == 2
+    assert asyncio.run(cell()).num_generations == 2

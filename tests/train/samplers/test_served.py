@@ -54,7 +54,7 @@ def sampler_of(server, folder, kind="vllm", **options) -> ServedSampler:
     reached = {"attempts": 3, "pause": lambda seconds: None, "timeout": 60}
     root = server.url.removesuffix("/v1")
     engine = Vllm(Server(f"{root}/v1", **reached)) if kind == "vllm" else Sglang(Server(root, **reached))
-    return ServedSampler(engine, make_tokenizer(), folder=folder, **({"max_new_tokens": 6} | options))
+    return ServedSampler(engine, make_tokenizer(), folder=folder, **({"max_completion_length": 6} | options))
 
 
 def adapted(seed: int = 0):
@@ -345,7 +345,7 @@ def test_responses_given_up_are_drawn_again_whole(serve, tmp_path):
     times = iter([True, True])
     give_up = changed(finish_reason="abort")
     server = serve(change=lambda body, content: give_up(body, content) if next(times, False) else content)
-    assert sampler_of(server, tmp_path).sample([PROMPTS[0]], 2, seed=0).num_responses == 2 and server.drawn() == 6
+    assert sampler_of(server, tmp_path).sample([PROMPTS[0]], 2, seed=0).num_generations == 2 and server.drawn() == 6
     always = serve(change=give_up)
     with pytest.raises(ServerError, match="gave up responses half-way"):
         sampler_of(always, tmp_path / "2").sample([PROMPTS[0]], 2, seed=0)

@@ -36,7 +36,7 @@ def make(family: str):
 
 
 def sampler_of(model, shared: bool, **options) -> TransformersSampler:
-    options = {"max_new_tokens": 6, "shared_prompt": shared, **options}
+    options = {"max_completion_length": 6, "shared_prompt": shared, **options}
     return TransformersSampler(model, tiny_model.make_tokenizer(chat=False), **options)
 
 
@@ -78,7 +78,7 @@ def test_a_prompt_runs_once():
 def test_frequencies_are_the_policy():
     """20000 draws of one token against the model's own probabilities: within 5 standard deviations each."""
     model, count = make("Llama"), 20000
-    sampler = sampler_of(model, True, max_new_tokens=1, batch_size=count, temperature=1.3)
+    sampler = sampler_of(model, True, max_completion_length=1, batch_size=count, temperature=1.3)
     drawn = sampler.sample(["the day was"], count, seed=3)
     tokens = drawn.input_ids[:, -1]
     with torch.no_grad():
@@ -90,8 +90,8 @@ def test_frequencies_are_the_policy():
 def test_single_tokens_and_single_responses_run_as_they_are():
     model = make("Llama")
     seen = widths(model)
-    sampler_of(model, True, max_new_tokens=1).sample(["rain"], 3, seed=0)
-    sampler_of(model, True, max_new_tokens=1).sample(["the day"], 1, seed=0)
+    sampler_of(model, True, max_completion_length=1).sample(["rain"], 3, seed=0)
+    sampler_of(model, True, max_completion_length=1).sample(["the day"], 1, seed=0)
     assert seen == [(3, 1), (1, 2)]
 
 

@@ -146,7 +146,7 @@ def identity_of(
     settings["prompts_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     settings |= outline_of(model)
     settings["judge"] = judge
-    settings["reference_model"] = None if reference is None else name_of(reference)
+    settings["ref_model"] = None if reference is None else name_of(reference)
     files = {}
     for name in ("sampler", "judge"):
         source = getattr(config, name) or ""

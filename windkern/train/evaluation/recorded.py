@@ -30,24 +30,24 @@ class RecordedTexts:
         self.path = path
         self._texts = {record.prompt.strip(): record.responses for record in load_records(path)}
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        """The first `num_responses` responses to each prompt, whatever the seed.
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        """The first `num_generations` responses to each prompt, whatever the seed.
 
         Raises:
             ValueError: a prompt has fewer.
         """
         found = [self._texts.get(prompt.strip(), ()) for prompt in prompts]
         for prompt, texts in zip(prompts, found, strict=True):
-            if len(texts) < num_responses:
-                raise ValueError(f"{self.path} has fewer than {num_responses} responses to {prompt!r}")
-        count = len(prompts) * num_responses
+            if len(texts) < num_generations:
+                raise ValueError(f"{self.path} has fewer than {num_generations} responses to {prompt!r}")
+        count = len(prompts) * num_generations
         none = torch.zeros(count, 0, dtype=torch.bool)
         return Completions(
             input_ids=none.long(),
             attention_mask=none,
             completion_mask=none,
             truncated=torch.zeros(count, dtype=torch.bool),
-            texts=tuple(tuple(texts[:num_responses]) for texts in found),
+            texts=tuple(tuple(texts[:num_generations]) for texts in found),
         )
 
     def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance) -> list[Tensor]:

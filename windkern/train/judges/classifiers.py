@@ -145,7 +145,7 @@ class Classifier:
             raise ValueError(
                 f"a text of {length} tokens is longer than the {self.positions} positions of the judge's "
                 f"{type(self.model).__name__}: let max_length cut it (in a settings file judge_settings: "
-                f"{{max_length: {self.positions}}}), or make max_new_tokens smaller"
+                f"{{max_length: {self.positions}}}), or make max_completion_length smaller"
             )
         return found
 

@@ -72,5 +72,5 @@ class RecordedJudge:
         what = "was not judged" if len(texts) == 1 else "were not compared"
         known = {text for of, *others in self._loosely if of == loose[0] for text in others}
         cut = any(text != other and other.startswith(text) for text in loose[1:] for other in known)
-        hint = "; a longer one was: was this one cut by max_new_tokens?" if cut else ""
+        hint = "; a longer one was: was this one cut by max_completion_length?" if cut else ""
         raise ValueError(f"{self.name}: {' and '.join(map(repr, texts))} to {prompt!r} {what}{hint}")

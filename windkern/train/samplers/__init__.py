@@ -30,7 +30,7 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
     kind, _, name = config.sampler.partition(":")
     settings = dict(config.sampler_settings or {})
     common = {
-        "max_new_tokens": config.max_new_tokens,
+        "max_completion_length": config.max_completion_length,
         "system": config.system if tokenizer.chat_template is not None else None,
     }
     if settings and kind not in _SETTINGS:

@@ -25,7 +25,7 @@ class BatchedSampler:
 
     Args:
         tokenizer: of the policy.
-        max_new_tokens: longest response, end token included.
+        max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
         system: system message for the chat template, None for the template's own.
         batch_size: sequences under way at once; the cache is made for so many.
@@ -39,13 +39,13 @@ class BatchedSampler:
         self,
         tokenizer,
         *,
-        max_new_tokens: int,
+        max_completion_length: int,
         temperature: float = 1.0,
         system: str | None = None,
         batch_size: int = 64,
     ):
         self.tokenizer, self.system = tokenizer, system
-        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
+        self.max_completion_length = check_count("max_completion_length", max_completion_length, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
         self.batch_size = check_count("batch_size", batch_size, least=1)
         self.model: nn.Module | None = None
@@ -62,12 +62,12 @@ class BatchedSampler:
         self.model = model
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        """`num_responses` to each prompt."""
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        """`num_generations` to each prompt."""
         from transformers import GenerationConfig
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-        check_count("num_responses", num_responses, least=1)
+        check_count("num_generations", num_generations, least=1)
         if self.model is None:
             raise ValueError("update(model) must be called before sample, so that there is a policy to sample from")
         opened = encode_opened(self.tokenizer, opened_prompts(self.tokenizer, prompts, system=self.system))
@@ -76,12 +76,12 @@ class BatchedSampler:
             temperature=self.temperature,
             top_k=0,
             top_p=1.0,
-            max_new_tokens=self.max_new_tokens,
-            num_return_sequences=num_responses,
+            max_new_tokens=self.max_completion_length,
+            num_return_sequences=num_generations,
             eos_token_id=sorted(self.ends),
             pad_token_id=padding_id(self.tokenizer),
         )
-        longest = max(map(len, opened)) + self.max_new_tokens
+        longest = max(map(len, opened)) + self.max_completion_length
         # Reason: left to itself the cache takes most of the memory, on a CPU that of the whole machine.
         batching = ContinuousBatchingConfig(
             page_size=_PAGE,
@@ -98,13 +98,13 @@ class BatchedSampler:
             )
         finally:
             self.model.train(was_training)
-        groups = self._groups(opened, list(found.values()), num_responses)
+        groups = self._groups(opened, list(found.values()), num_generations)
         return completions_of_ids(
             self.tokenizer,
             prompts,
             groups,
             system=self.system,
-            max_new_tokens=self.max_new_tokens,
+            max_completion_length=self.max_completion_length,
             truncated=[[row[-1] not in self.ends for row in group] for group in groups],
         )
 

@@ -33,7 +33,7 @@ class Draw(NamedTuple):
     count: int
     seed: int
     temperature: float
-    max_new_tokens: int
+    max_completion_length: int
     ends: Sequence[int]  # ids that end a response, all of them
 
 
@@ -114,12 +114,12 @@ def check_ids(ids: object, draw: Draw, *, cut: bool) -> tuple[int, ...]:
     """
     if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
         raise ValueError("token ids that are not those of a response")
-    if len(ids) > draw.max_new_tokens:
-        raise ValueError(f"a response of {len(ids)} tokens, where {draw.max_new_tokens} were the limit")
-    if cut and len(ids) < draw.max_new_tokens:
+    if len(ids) > draw.max_completion_length:
+        raise ValueError(f"a response of {len(ids)} tokens, where {draw.max_completion_length} were the limit")
+    if cut and len(ids) < draw.max_completion_length:
         raise ValueError(
-            f"a response that was cut after {len(ids)} tokens, not {draw.max_new_tokens} (the server has a limit of "
-            "its own)"
+            f"a response that was cut after {len(ids)} tokens, not {draw.max_completion_length} (the server has a limit "
+            "of its own)"
         )
     if not cut and ids[-1] not in draw.ends:
         raise ValueError(f"a response that ended with token {ids[-1]}, which is not one of {list(draw.ends)}")

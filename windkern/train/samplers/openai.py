@@ -75,7 +75,7 @@ class OpenAISampler:
         url: up to and including /v1, such as http://127.0.0.1:8000/v1; without user and password.
         model: name under which the server knows the model.
         tokenizer: of that model.
-        max_new_tokens: longest response, end token included.
+        max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
         system: system message, for prompts that bring none of their own; None for none.
         api_key: sent as a bearer token to the server and to no other (redirects are not followed). None takes
@@ -98,7 +98,7 @@ class OpenAISampler:
         model: str,
         tokenizer,
         *,
-        max_new_tokens: int,
+        max_completion_length: int,
         temperature: float = 1.0,
         system: str | None = None,
         api_key: str | None = None,
@@ -115,23 +115,23 @@ class OpenAISampler:
             pause=pause,
         )
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
+        self.max_completion_length = check_count("max_completion_length", max_completion_length, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
         self.concurrency = check_count("concurrency", concurrency, least=1)
         self._left_out: set[str] = set()  # fields that the server refuses
         self._one_by_one = False  # whether it refuses n > 1
         self._told = False  # whether the log says that texts are encoded anew
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        """`num_responses` to each prompt; the seed is passed on, and it is the server's to honour it."""
-        check_count("num_responses", num_responses, least=1)
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        """`num_generations` to each prompt; the seed is passed on, and it is the server's to honour it."""
+        check_count("num_generations", num_generations, least=1)
         system = self.system if self.tokenizer.chat_template is not None else None
         opened = encode_opened(self.tokenizer, opened_prompts(self.tokenizer, prompts, system=system))
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(self.server.client()) as client:
             gate = portal.call(anyio.Semaphore, self.concurrency)
             futures = [
                 portal.start_task_soon(
-                    self._choices, client, gate, prompt, ids, num_responses, stream(seed, place, prompt) % 2**31
+                    self._choices, client, gate, prompt, ids, num_generations, stream(seed, place, prompt) % 2**31
                 )
                 for place, (prompt, ids) in enumerate(zip(prompts, opened, strict=True))
             ]
@@ -154,7 +154,12 @@ class OpenAISampler:
                 )
             make, responses = completions_of_texts, [[choice.text for choice in group] for group in groups]
         return make(
-            self.tokenizer, prompts, responses, system=system, max_new_tokens=self.max_new_tokens, truncated=cut
+            self.tokenizer,
+            prompts,
+            responses,
+            system=system,
+            max_completion_length=self.max_completion_length,
+            truncated=cut,
         )
 
     def _ended(self, choice: Choice) -> list[int]:
@@ -180,7 +185,7 @@ class OpenAISampler:
                 "model": self.model,
                 "messages": as_messages(prompt, self.system),
                 "n": 1 if self._one_by_one else wanted,
-                "max_tokens": self.max_new_tokens,
+                "max_tokens": self.max_completion_length,
                 "temperature": self.temperature,
                 **{name: value for name, value in known.items() if name not in self._left_out},
             }

@@ -39,7 +39,7 @@ class Completions:
     texts: tuple[tuple[str, ...], ...]  # B times N, what the tokens say, without special tokens
 
     @property
-    def num_responses(self) -> int:
+    def num_generations(self) -> int:
         return len(self.texts[0])
 
     @property
@@ -48,11 +48,11 @@ class Completions:
 
     def groups(self, chosen: Sequence[int]) -> Completions:
         """The responses to some of the prompts, without columns that are padding in all of them."""
-        return self.responses(chosen, torch.arange(self.num_responses).expand(len(chosen), -1))
+        return self.responses(chosen, torch.arange(self.num_generations).expand(len(chosen), -1))
 
     def responses(self, prompts: Sequence[int], chosen: Tensor) -> Completions:
         """Some responses to some prompts: `chosen` (B, K) are their places among the N. Cut as `groups`."""
-        rows = (torch.tensor(prompts)[:, None] * self.num_responses + chosen).flatten()
+        rows = (torch.tensor(prompts)[:, None] * self.num_generations + chosen).flatten()
         used = self.attention_mask[rows].any(0).nonzero().flatten()
         columns = slice(int(used[0]), int(used[-1]) + 1)
         return Completions(
@@ -74,8 +74,8 @@ class Sampler(Protocol):
     ids and of texts. A method `update(model)`, where there is one, is called with the policy before each iteration.
     """
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        """`num_responses` independent responses to each prompt; the same seed and weights give the same responses."""
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        """`num_generations` independent responses to each prompt; the same seed and weights give the same responses."""
         ...
 
 
@@ -160,7 +160,7 @@ class TransformersSampler:
     Args:
         model: causal LM; its weights are used as they are at each call.
         tokenizer: its tokenizer.
-        max_new_tokens: longest response, end token included.
+        max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
         top_p: samples come from the smallest set of tokens with this probability. Below 1 they are not samples of the
             policy any more.
@@ -174,7 +174,7 @@ class TransformersSampler:
 
     Raises:
         ValueError: a number is out of range, or neither the model nor the tokenizer names an end token; when sampling,
-            a prompt and a response of `max_new_tokens` are more than the model has positions for.
+            a prompt and a response of `max_completion_length` are more than the model has positions for.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class TransformersSampler:
         model,
         tokenizer,
         *,
-        max_new_tokens: int,
+        max_completion_length: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
         system: str | None = None,
@@ -192,7 +192,7 @@ class TransformersSampler:
         under_way: Callable[[float], None] = lambda responses: None,
     ):
         self.model, self.tokenizer, self.system, self.under_way = model, tokenizer, system, under_way
-        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
+        self.max_completion_length = check_count("max_completion_length", max_completion_length, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
         self.top_p = check_number("top_p", top_p, above=0)
         if top_p > 1:
@@ -209,14 +209,14 @@ class TransformersSampler:
         if not self.end_ids:
             raise ValueError("neither model.generation_config nor the tokenizer names an end token (eos_token_id)")
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        check_count("num_responses", num_responses, least=1)
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        check_count("num_generations", num_generations, least=1)
         encoded = encode_prompts(self.tokenizer, prompts, system=self.system)
         self._check_positions(prompts, encoded.attention_mask.sum(1))
         device = self.model.device
-        ids = encoded.input_ids.repeat_interleave(num_responses, 0)  # (S, P)
-        mask = encoded.attention_mask.repeat_interleave(num_responses, 0)
-        owner = torch.arange(len(prompts)).repeat_interleave(num_responses)
+        ids = encoded.input_ids.repeat_interleave(num_generations, 0)  # (S, P)
+        mask = encoded.attention_mask.repeat_interleave(num_generations, 0)
+        owner = torch.arange(len(prompts)).repeat_interleave(num_generations)
         generator = torch.Generator(device).manual_seed(seed)
         batches = zip(*(each.split(self.batch_size) for each in (ids, mask, owner)), strict=True)
         parts = [self._generate(*batch, generator, number * self.batch_size) for number, batch in enumerate(batches)]
@@ -226,7 +226,7 @@ class TransformersSampler:
         own, truncated = completion_mask(tokens, self.end_ids)
         rows = [row[keep].tolist() for row, keep in zip(tokens, own, strict=True)]
         asked = [row[seen.bool()].tolist() for row, seen in zip(*encoded, strict=True)]
-        groups = [rows[first : first + num_responses] for first in range(0, len(rows), num_responses)]
+        groups = [rows[first : first + num_generations] for first in range(0, len(rows), num_generations)]
         return Completions(
             input_ids=torch.cat([ids, tokens], 1),
             attention_mask=torch.cat([mask.bool(), own], 1),
@@ -238,23 +238,23 @@ class TransformersSampler:
     def _check_positions(self, prompts: Sequence[str], lengths: Tensor) -> None:
         """Reason: beyond its positions a model ends in an index out of range, or writes what it never learnt to."""
         most, longest = positions_of(self.model), int(lengths.argmax())
-        if most is not None and int(lengths.max()) + self.max_new_tokens > most:
+        if most is not None and int(lengths.max()) + self.max_completion_length > most:
             raise ValueError(
                 f"the prompt {shown(prompts[longest])} has {int(lengths.max())} tokens and the response up to "
-                f"max_new_tokens = {self.max_new_tokens}, but {type(self.model).__name__} has {most} positions: make "
-                "max_new_tokens smaller, or leave the prompt out"
+                f"max_completion_length = {self.max_completion_length}, but {type(self.model).__name__} has {most} "
+                "positions: make max_completion_length smaller, or leave the prompt out"
             )
 
     @torch.no_grad()
     def _generate(self, ids: Tensor, mask: Tensor, owner: Tensor, generator: torch.Generator, done: int) -> Tensor:
-        """(S, P) prompts to (S, T) tokens on the CPU, T at most max_new_tokens; after the end token anything.
+        """(S, P) prompts to (S, T) tokens on the CPU, T at most max_completion_length; after the end token anything.
 
         `owner` (S,) says whose prompt a row is.
         """
         settings = GenerationConfig(
             do_sample=False,  # GumbelNoise draws
             num_beams=1,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_completion_length,
             min_new_tokens=0,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
@@ -295,7 +295,7 @@ class TransformersSampler:
         rows, opened = ids.shape
 
         def tell(input_ids: Tensor, scores: Tensor) -> Tensor:
-            self.under_way(done + rows * min(1.0, (input_ids.shape[1] - opened + 1) / self.max_new_tokens))
+            self.under_way(done + rows * min(1.0, (input_ids.shape[1] - opened + 1) / self.max_completion_length))
             return scores
 
         return tell

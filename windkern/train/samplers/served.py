@@ -40,7 +40,7 @@ class ServedSampler:
         engine: of the server, such as `windkern.train.samplers.vllm.Vllm`.
         tokenizer: of the policy.
         folder: for policies and answers; the server must see it under the same name.
-        max_new_tokens: longest response, end token included.
+        max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
         system: system message for the chat template, None for the template's own.
         tokens: under way at once, prompts and longest responses together.
@@ -58,14 +58,14 @@ class ServedSampler:
         tokenizer,
         *,
         folder: Path,
-        max_new_tokens: int,
+        max_completion_length: int,
         temperature: float = 1.0,
         system: str | None = None,
         tokens: int = TOKENS,
         listener: Listener = lambda prompt, drawn: None,
     ):
         self.engine, self.tokenizer, self.system, self.listener = engine, tokenizer, system, listener
-        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
+        self.max_completion_length = check_count("max_completion_length", max_completion_length, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
         self.tokens = check_count("tokens", tokens, least=1)
         self.ends = set(turn_of(tokenizer).ends)
@@ -90,19 +90,19 @@ class ServedSampler:
             raise ValueError("neither model.generation_config nor the tokenizer names an end token (eos_token_id)")
         self.follower.update(model, sorted(self.ends))
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        """`num_responses` to each prompt; the seed is passed on, and it is the server's to honour it."""
-        check_count("num_responses", num_responses, least=1)
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        """`num_generations` to each prompt; the seed is passed on, and it is the server's to honour it."""
+        check_count("num_generations", num_generations, least=1)
         opened = encode_opened(self.tokenizer, opened_prompts(self.tokenizer, prompts, system=self.system))
         seeds = [stream(seed, place, prompt) % 2**31 for place, prompt in enumerate(prompts)]
-        share = num_responses if self.engine.several else 1
+        share = num_generations if self.engine.several else 1
         draws = [
-            Draw(ids, share, own + first, self.temperature, self.max_new_tokens, sorted(self.ends))
+            Draw(ids, share, own + first, self.temperature, self.max_completion_length, sorted(self.ends))
             for ids, own in zip(opened, seeds, strict=True)
-            for first in range(0, num_responses, share)
+            for first in range(0, num_generations, share)
         ]
         parts = self._all(draws)
-        per = num_responses // share
+        per = num_generations // share
         groups = [[each for part in parts[k : k + per] for each in part] for k in range(0, len(parts), per)]
         for ids, group in zip(opened, groups, strict=True):
             self.listener(ids, group)
@@ -112,7 +112,7 @@ class ServedSampler:
             prompts,
             [[list(each.ids) for each in group] for group in groups],
             system=self.system,
-            max_new_tokens=self.max_new_tokens,
+            max_completion_length=self.max_completion_length,
             truncated=[[each.cut for each in group] for group in groups],
         )
 
@@ -158,7 +158,7 @@ class ServedSampler:
                 return self.engine.drawn(policy, draw, Answer(kept, ""))
             except ServerError:  # a damaged file, or one of another release
                 self.received.drop([key])
-        async with gate.hold(len(draw.prompt) + draw.count * draw.max_new_tokens):
+        async with gate.hold(len(draw.prompt) + draw.count * draw.max_completion_length):
             answer, found = await self._whole(client, lock, path, body, draw)
         self.received.put(key, answer.content)
         return found

@@ -68,7 +68,7 @@ class Sglang:
             "n": draw.count,
             "sampling_seed": draw.seed,
             "temperature": draw.temperature,
-            "max_new_tokens": draw.max_new_tokens,
+            "max_new_tokens": draw.max_completion_length,
             "stop_token_ids": sorted(draw.ends),
         }
         return "/generate", {"input_ids": list(draw.prompt), "sampling_params": sampling, "return_logprob": True}

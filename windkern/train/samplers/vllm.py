@@ -115,7 +115,7 @@ class Vllm:
             "n": draw.count,
             "seed": draw.seed,
             "temperature": draw.temperature,
-            "max_tokens": draw.max_new_tokens,
+            "max_tokens": draw.max_completion_length,
             "stop_token_ids": sorted(draw.ends),
             "logprobs": 0,
             "return_token_ids": True,
