@@ -118,8 +118,8 @@ def check_ids(ids: object, draw: Draw, *, cut: bool) -> tuple[int, ...]:
         raise ValueError(f"a response of {len(ids)} tokens, where {draw.max_completion_length} were the limit")
     if cut and len(ids) < draw.max_completion_length:
         raise ValueError(
-            f"a response that was cut after {len(ids)} tokens, not {draw.max_completion_length} (the server has a limit "
-            "of its own)"
+            f"a response that was cut after {len(ids)} tokens, not {draw.max_completion_length} (the server has a "
+            "limit of its own)"
         )
     if not cut and ids[-1] not in draw.ends:
         raise ValueError(f"a response that ended with token {ids[-1]}, which is not one of {list(draw.ends)}")
