@@ -364,6 +364,24 @@ def fuzz(checks: Checks, group: dist.ProcessGroup, trials: range) -> None:
         checks.run(f"fuzz {trial}: {problem.shape}", parity, problem, dtype, gear, cut, **options)
 
 
+def back_ends(checks: Checks, group: dist.ProcessGroup) -> None:
+    """Row kernels of every back end see targets that lie on another rank."""
+    layout = [(0, 70), (70, 200)] + [(200, 200)] * (group.size() - 2)
+    for name in wk.backends.available("cpu"):
+        for variant, gear in (
+            ("plain", "frozen_head"),
+            ("plain", "trained"),
+            ("all", "trained"),
+            ("all", "frozen_head"),
+        ):
+            for seen in (("logps",), Problem.seen):
+                for options in ({}, {"batch_invariant": True}):
+                    problem = Problem(Shape((2, 5), (12,), 200), variant, seen=seen)
+                    what = f"{name} {variant} {gear} {seen} {options}"
+                    given = {"memory_budget": 20_000, "backend": name, **options}
+                    checks.run(what, parity, problem, torch.float32, gear, Cut(layout, group), **given)
+
+
 def compiled(group: dist.ProcessGroup) -> None:
     """Whole graphs of torch.compile hold the collectives."""
     start, stop = next(layouts(30, group.size()))[group.rank()]
@@ -406,6 +424,7 @@ def vocab_parallel(folder: Path, kind: str) -> dict:
     pivots(checks, world)
     if kind == "all":
         checks.run("compiled", compiled, world)
+        back_ends(checks, world)
     fuzz(checks, world, range(100 if kind == "all" else 8))
     for check in (
         masked,

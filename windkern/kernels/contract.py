@@ -42,7 +42,7 @@ class Slab(NamedTuple):
 
     logits: Tensor | None  # (M, W) float32 (float64 for float64), overwritten; None where a kernel reads what was kept
     bias: Tensor | None  # (W,) of the same dtype
-    targets: Tensor  # (M,) int64, negative where the row is ignored
+    targets: Tensor  # (M,) int64, negative where the row is ignored; beyond the vocabulary where another rank has it
     start: int  # vocabulary entry of column 0
     transform: LogitTransform
 

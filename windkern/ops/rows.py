@@ -16,6 +16,8 @@ from windkern.sharding.passing import CollectedRows, PassedRows
 from windkern.sharding.ranks import Ranks
 from windkern.spec import WalkSpec
 
+_ELSEWHERE = 1 << 24  # columns: wider than any tile, whose last columns may lie beyond the vocabulary
+
 
 @dataclass
 class RowBlock:
@@ -26,7 +28,7 @@ class RowBlock:
     weight: list[Tensor] | list[PassedRows]  # (V, H_k)
     bias: Tensor | None
     labels: Tensor  # (total,)
-    targets: Tensor  # (total,) the same as the rows of `weight` are numbered, V where the target's lies on another rank
+    targets: Tensor  # (total,) the same as the rows of `weight` are numbered, beyond them where another rank has it
     scored: Tensor  # (count,)
     count: int
 
@@ -126,9 +128,9 @@ def _gather(
 
 
 def _of_shard(targets: Tensor, start: int, count: int) -> Tensor:
-    """Targets among `count` rows of the head from `start` on; `count` itself, which no slab holds, where elsewhere."""
+    """Targets among `count` rows of the head from `start` on; beyond them, and beyond all tiles, where elsewhere."""
     inside = (targets >= start) & (targets < start + count)
-    return torch.where(targets < 0, targets, torch.where(inside, targets - start, count))
+    return torch.where(targets < 0, targets, torch.where(inside, targets - start, count + _ELSEWHERE))
 
 
 def _pad(values: Tensor, total: int, fill: float) -> Tensor:
