@@ -169,7 +169,7 @@ def test_a_language_model_on_vllm_judges(server, tmp_path):
     judge = LanguageModelJudge(server.url, model="base", cache=tmp_path, timeout=300.0)
     prefs = judge.judge(["What is the capital of France?"], [["Paris.", "I like trains.", "Paris."]]).prefs
     kept = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    assert [each["how"] for each in kept] == ["logprobs"] * 4
+    assert [each["how"] for each in kept] == ["logprobs"] * 2
     assert torch.equal(prefs + prefs.mT, torch.ones(1, 3, 3)) and prefs[0, 0, 2] == 0.5
     FIGURES["judge"] = {"chances of SmolLM2-135M as judge": sorted(each["chance"] for each in kept)}
 
