@@ -76,7 +76,7 @@ class BatchedSampler:
             temperature=self.temperature,
             top_k=0,
             top_p=1.0,
-            max_completion_length=self.max_completion_length,
+            max_new_tokens=self.max_completion_length,
             num_return_sequences=num_generations,
             eos_token_id=sorted(self.ends),
             pad_token_id=padding_id(self.tokenizer),

@@ -254,7 +254,7 @@ class TransformersSampler:
         settings = GenerationConfig(
             do_sample=False,  # GumbelNoise draws
             num_beams=1,
-            max_completion_length=self.max_completion_length,
+            max_new_tokens=self.max_completion_length,
             min_new_tokens=0,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
