@@ -208,7 +208,7 @@ def test_samples_have_the_distribution_of_the_sum():
         ids.repeat_interleave(draws, 0),
         attention.repeat_interleave(draws, 0),
         do_sample=True,
-        max_completion_length=2,
+        max_new_tokens=2,
         eos_token_id=None,
         pad_token_id=0,
         top_k=0,
