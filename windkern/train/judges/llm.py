@@ -13,7 +13,6 @@ from pathlib import Path
 from time import sleep
 from typing import NamedTuple
 
-import anyio
 import torch
 from anyio.from_thread import start_blocking_portal
 
@@ -21,6 +20,7 @@ from windkern._checks import check_count, check_number
 from windkern.train.judges.judge import Verdict
 from windkern.train.judges.models import filled
 from windkern.train.models import cache_dir
+from windkern.train.samplers.gate import TokenGate
 from windkern.train.samplers.received import Received, key_of
 from windkern.train.samplers.server import API_KEY, Answer, RefusedError, Server, ServerError
 
@@ -145,7 +145,7 @@ class LanguageModelJudge:
         self.costs.kept += len(questions) - len(asked)
         if asked:
             with start_blocking_portal() as portal, portal.wrap_async_context_manager(self.server.client()) as client:
-                gate = portal.call(anyio.Semaphore, self.concurrency)
+                gate = portal.call(self._gate)
                 futures = {
                     question: portal.start_task_soon(self._ask, client, gate, question, keys[question])
                     for question in asked
@@ -171,8 +171,11 @@ class LanguageModelJudge:
     def _key(self, question: tuple[str, str, str]) -> str:
         return key_of(self.model, self.rubric, self.template, self.labels, self.max_tokens, question)
 
-    async def _ask(self, client, gate: anyio.Semaphore, question: tuple[str, str, str], key: str) -> Opinion:
-        async with gate:
+    async def _gate(self) -> TokenGate:
+        return TokenGate(self.concurrency)
+
+    async def _ask(self, client, gate: TokenGate, question: tuple[str, str, str], key: str) -> Opinion:
+        async with gate.hold(1):
             answer = await self._post(client, question)
         self.costs.asked += 1
         for name in ("prompt_tokens", "completion_tokens"):

@@ -14,7 +14,8 @@ class TokenGate:
     """Lets requests through while the tokens they may need together stay within a bound.
 
     A server's memory goes by tokens, not by prompts: many short requests may be under way at once, and few long ones.
-    A request that is larger than the bound goes alone.
+    A request that is larger than the bound goes alone. Behind one that fails nobody is let through any more: an answer
+    would be lost when the others are cancelled.
 
     Args:
         most: tokens under way at once.
@@ -25,6 +26,7 @@ class TokenGate:
 
     def __init__(self, most: int):
         self.most = self.free = check_count("tokens", most, least=1)
+        self.failed = False
         self._changed = anyio.Condition()
 
     @asynccontextmanager
@@ -32,11 +34,14 @@ class TokenGate:
         """Inside, so many tokens are under way."""
         tokens = min(tokens, self.most)
         async with self._changed:
-            while self.free < tokens:
+            while self.free < tokens or self.failed:
                 await self._changed.wait()
             self.free -= tokens
         try:
             yield
+        except BaseException:
+            self.failed = True
+            raise
         finally:
             with anyio.CancelScope(shield=True):
                 async with self._changed:
