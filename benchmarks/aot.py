@@ -29,9 +29,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from windkern.kernels import tuned
+from windkern.kernels.contract import WIDEST_SLAB
 from windkern.kernels.triton import backward as triton_backward
 from windkern.kernels.triton import exps as triton_exps
-from windkern.kernels.triton import launch as triton_launch
 from windkern.kernels.triton import pairs as triton_pairs
 from windkern.kernels.triton import rows as triton_rows
 from windkern.kernels.triton import tile as triton_tile
@@ -95,7 +95,7 @@ def cases(target: str) -> Iterator[Case]:
     low["values_ptr"] = "bf16"
     aligned = _flags(ALIGNED=True)
     wide_loads = ("LDG.E.128",)
-    for block in (2048, triton_launch.WIDEST):
+    for block in (2048, WIDEST_SLAB):
         warps = tuned.row_warps(block, target)
         for label, flags in (("plain", plain), ("full", full)):
             for kept in (False, True):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import windkern as wk
 from benchmarks.cases import BETA, Case, Problem, Shape, make_problem
+from windkern.testing import allowed_error, relative_error
 
 SAMPLES = 48  # rows of dhidden and rows of dweight that are compared
 VOCAB_STEP = 8192
@@ -137,12 +138,6 @@ def _with_gradients(problem: Problem, output: Tensor, upstream: Tensor) -> Exact
     return Exact(output, rows, dhidden, columns, dz.T @ hidden)
 
 
-def relative_error(result: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius norm of the difference."""
-    size = exact.double().norm()
-    return float((result.double() - exact.double()).norm() / size.clamp(min=torch.finfo(torch.float64).tiny))
-
-
 def errors(output: Tensor, dhidden: Tensor | None, dweight: Tensor | None, exact: Exact) -> dict[str, float]:
     """Errors by name ("logps" or "loss", "dhidden", "dweight") of what a provider returned."""
     found = {"loss" if output.dim() == 0 else "logps": relative_error(output, exact.output)}
@@ -151,12 +146,6 @@ def errors(output: Tensor, dhidden: Tensor | None, dweight: Tensor | None, exact
     if dweight is not None:
         found["dweight"] = relative_error(dweight[exact.columns], exact.dweight)
     return found
-
-
-def allowed_error(plain: float, dtype: torch.dtype) -> float:
-    """The promise of the README, as tests/tolerances.py: fp32 4 x (plain + eps), low precision max(plain / 2, eps)."""
-    eps = torch.finfo(dtype).eps
-    return 4 * (plain + eps) if dtype == torch.float32 else max(plain / 2, eps)
 
 
 def beyond_budget(

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import windkern as wk
-from benchmarks.exact import allowed_error
 from windkern.kernels.gemm import products_of
+from windkern.testing import allowed_error
 
 # rows, hidden, vocabulary: one slab, a vocabulary that 8 does not divide, several slabs.
 SHAPES = ((64, 64, 512), (300, 128, 5003), (1024, 512, 40000))

@@ -14,10 +14,15 @@ class Server:
     """A real one on 127.0.0.1 that answers as OpenAI's do; `script` holds what to do instead, one entry a request.
 
     An entry is (status, text, headers), "hang", "drip" (a byte of the answer at a time, without end) or "drip headers";
-    `reply` makes one of a request, None for the usual answer.
+    `reply` makes one of a request, None for the usual answer; `route` makes one of a path and a request, before it.
     """
 
-    def __init__(self, most: int = 100, reply: Callable[[dict], object] = lambda body: None):
+    def __init__(
+        self,
+        most: int = 100,
+        reply: Callable[[dict], object] = lambda body: None,
+        route: Callable[[str, dict], object] = lambda path, body: None,
+    ):
         self.requests: list[tuple[str, dict, str | None]] = []
         self.script: list = []
         self.lock = threading.Lock()
@@ -28,7 +33,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
                     outer.requests.append((self.path, body, self.headers.get("Authorization")))
-                    step = outer.script.pop(0) if outer.script else reply(body)
+                    step = outer.script.pop(0) if outer.script else route(self.path, body) or reply(body)
                 if step == "hang":
                     outer.release.wait()
                     return
@@ -37,7 +42,9 @@ class Server:
                     while not outer.release.wait(0.02):
                         self.wfile.write(b" " if step == "drip" else b"X: y\r\n")
                     return
-                status, content, headers = step or (200, json.dumps(outer.answer(body, most)), {})
+                self.send(*(step or (200, json.dumps(outer.answer(body, most)), {})))
+
+            def send(self, status, content, headers):
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(content.encode())), **headers}.items():
                     self.send_header(name, value)
@@ -47,7 +54,8 @@ class Server:
             def do_GET(self):
                 with outer.lock:
                     outer.requests.append((self.path, {}, self.headers.get("Authorization")))
-                self.send_error(404)
+                    step = route(self.path, {})
+                self.send(*(step or (404, "", {})))
 
             def log_message(self, *args):
                 """Quiet."""

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, which torch may insist on
 
 import windkern as wk
-from windkern.commands import doctor
+from windkern.commands import diagnosis
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core for each worker
@@ -29,7 +29,20 @@ else:
 
 def pytest_report_header() -> str:
     """Shown without -q; tests/kernels/test_other_cpus.py reads it."""
-    return f"CPU: {torch.backends.cpu.get_cpu_capability()} for torch, {doctor.cpp_extension()['in_use']} for C++"
+    return f"CPU: {torch.backends.cpu.get_cpu_capability()} for torch, {diagnosis.cpp_extension()['in_use']} for C++"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `--dist loadgroup` tests that share a fixture of their module go to one worker, which makes it once."""
+    for item in items:
+        made = getattr(item, "_fixtureinfo", None)  # doctests have none
+        found = {} if made is None else made.name2fixturedefs
+        shared = sorted(name for name, definitions in found.items() if definitions[-1].scope == "module")
+        if shared:
+            indices = item.callspec.indices if hasattr(item, "callspec") else {}
+            places = [f"-{indices[name]}" for name in shared if name in indices]
+            item.add_marker(pytest.mark.xdist_group(item.path.stem + "".join(places)))
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wr
 TRAINER = {
     "num_iterations": 2,
     "steps_per_iteration": 3,
-    "num_responses": 3,
+    "num_generations": 3,
     "sampling_batch_size": 6,  # three blocks of two prompts: two processes cannot share them evenly
     "per_device_eval_batch_size": 1,  # nor three held-out prompts
     "learning_rate": 0.02,
@@ -113,7 +113,7 @@ def report_of(run) -> dict:
         name: [entry[name] for entry in run.state.log_history if name in entry]
         for name in ("loss", "kl_old", "kl_ref", "eval_win_rate", "eval_kl")
     }
-    return {**logged, "texts": [list(rollout.texts) for rollout in run.outer.rollouts]}
+    return {**logged, "texts": [list(group.texts) for group in run.iterations.current.groups]}
 
 
 def trainer(folder: Path, runs: str) -> dict:
@@ -247,3 +247,35 @@ def _wrapped_steps(kind: str) -> dict:
     except hf.UnsupportedModelError as error:
         apart = str(error)
     return {"logps": seen, "weights": _trained(model), "apart": apart}
+
+
+GROUPED = {name: WRAPPED[name] for name in ("ddp", "fsdp1", "fsdp2, adapters", "fsdp2, own unit of the head")}
+
+
+def _groups(step: int, rank: int) -> tuple[list, list]:
+    """A prompt and three responses for each process, as long on neither as on the other."""
+    random = torch.Generator().manual_seed(10 * step + rank)
+    ids = torch.randint(2, 18, (40,), generator=random).tolist()
+    size = 6 + 2 * rank
+    return [ids[:size]], [[ids[10:14], ids[20 : 23 + rank], ids[30:32]]]
+
+
+def grouped(folder: Path) -> dict:
+    """Steps of a loop over `hf.group_logps`, each process with its own group, by kind of wrapper."""
+    return {kind: grouped_steps(kind, _wrap(kind, _model_of(kind)), [dist.get_rank()], "always") for kind in GROUPED}
+
+
+def grouped_steps(kind: str, model: nn.Module | None, ranks: list[int], shared_prompt: str) -> dict:
+    """The groups of some ranks, or with `model` left out of all of them in one process."""
+    from windkern import hf
+
+    model = _model_of(kind) if model is None else model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for step in range(WRAPPED_STEPS):
+        parts = [_groups(step, rank) for rank in ranks]
+        given = [[part[which][0] for part in parts] for which in (0, 1)]
+        logps = hf.group_logps(model, *given, shared_prompt=shared_prompt)
+        (-logps.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"logps": logps.tolist(), "weights": _trained(model)}

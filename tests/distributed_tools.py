@@ -1,7 +1,8 @@
-"""Run a job of tests/distributed_jobs.py in several CPU processes and read back what each reports."""
+"""Run a job of tests/distributed_jobs.py, or of a module like it, in CPU processes and read what each reports."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import windkern
 SECONDS = 1200  # a rank that waits for another would wait for ever; two that only have few turns may take long
 
 
-def launch(job: str, folder: Path, *options: str, processes: int = 2) -> list[dict]:
+def launch(job: str, folder: Path, *options: str, processes: int = 2, module: str = "distributed_jobs") -> list[dict]:
     """What each rank of `job` reported, in the order of ranks; an AssertionError with the output if one failed.
 
     The processes are new ones, forked from a server that has imported everything and run nothing: importing takes
@@ -27,7 +28,7 @@ def launch(job: str, folder: Path, *options: str, processes: int = 2) -> list[di
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed_jobs", "trainer_cases", "windkern.train.trainer", "peft"])
     store = tempfile.mktemp(prefix="store-", dir=folder)
-    given = (job, folder, options, processes, store, windkern.__file__)
+    given = (module, job, folder, options, processes, store, windkern.__file__)
     ranks = [context.Process(target=_run, args=(rank, *given)) for rank in range(processes)]
     with _same_imports():
         for rank in ranks:
@@ -71,12 +72,13 @@ def _report(folder: Path, job: str, rank: int) -> Path:
     return folder / f"{job}-{rank}.json"
 
 
-def _run(rank: int, job: str, folder: Path, options: tuple[str, ...], processes: int, store: str, ours: str) -> None:
+def _run(
+    rank: int, module: str, job: str, folder: Path, options: tuple[str, ...], processes: int, store: str, ours: str
+) -> None:
     sys.stdout = sys.stderr = _log(folder, job, rank).open("w", buffering=1)
     number, count = str(rank), str(processes)
     os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    import distributed_jobs
     import torch
     import torch.distributed as dist
 
@@ -84,7 +86,7 @@ def _run(rank: int, job: str, folder: Path, options: tuple[str, ...], processes:
     torch.set_num_threads(1)
     os.chdir(folder)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    report = getattr(distributed_jobs, job)(folder, *options)
+    report = getattr(importlib.import_module(module), job)(folder, *options)
     _report(folder, job, rank).write_text(json.dumps(report))
     dist.barrier()  # a rank that leaves first takes its connections with it
     dist.destroy_process_group()

@@ -22,6 +22,8 @@ NEEDS_EXTRAS = (
     "windkern.commands.cli",
     "windkern.__main__",
     "windkern.commands.bandit",
+    "windkern.commands.diagnosis",
+    "windkern.settings",
 )
 MODULES = [
     module.name
@@ -38,6 +40,8 @@ PUBLIC = {
     "LogitTransform": LogitTransform,
     "FusedLogProbs": wk.nn.FusedLogProbs,
     "gathered": wk.sharding.gathered,
+    "vocab_parallel": wk.sharding.vocab_parallel,
+    "streamed": wk.sharding.streamed,
     "Game": wk.tabular.Game,
     "solve": wk.tabular.solve,
     "fit": wk.tabular.fit,

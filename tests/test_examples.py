@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,6 +63,20 @@ def test_command_prints_quality_time_and_memory(ranking, capsys):
     shown = capsys.readouterr().out
     for words in ("39,800 ordered pairs", "before    Kendall", "after     Kendall", "pair_loss", "N x N expression"):
         assert words in shown
+
+
+def test_a_cut_head_trains_as_the_whole_one(tmp_path):
+    from distributed_tools import launch
+
+    (two, other), (one,) = (launch("example", tmp_path / str(n), processes=n, module="sharding_jobs") for n in (2, 1))
+    assert two == other and two["losses"][-1] < 0.9 * two["losses"][0]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_cut_head_trains_from_the_command_line():
+    done = subprocess.run([sys.executable, EXAMPLES / "vocab_parallel.py"], capture_output=True, text=True, check=True)
+    assert "2 processes: loss" in done.stdout and "have the same bits" in done.stdout
 
 
 def test_the_plain_loop_learns_its_pairs(plain_loop):

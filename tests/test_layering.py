@@ -1,4 +1,4 @@
-"""Imports point one way: kernels <- ops <- losses <- train; the specification imports only torch."""
+"""Imports point one way and never in a circle; the specification imports only torch."""
 
 import ast
 import subprocess
@@ -9,21 +9,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "windkern"
 # Below `train`, what each part may import of the package beside what lies in its own folder.
-BASE = {"_checks", "_extras", "transform", "terminal", "head"}
+BASE = {"_checks", "_extras", "_figures", "_files", "transform", "terminal", "head", "shard"}
 ALLOWED = {
     "kernels": BASE | {"_cpp", "_cuda"},
-    "ops": BASE | {"kernels", "plan", "spec", "backends"},
+    "ops": BASE | {"kernels", "plan", "spec", "backends", "sharding"},
     "losses": BASE | {"kernels", "ops", "backends"},
     "tabular": BASE | {"losses"},
     "hf": BASE | {"ops"},
-    "sharding": BASE,
+    "sharding": BASE | {"kernels"},
+    "shard": set(),
     "integrations": BASE | {"kernels", "ops", "plan", "backends", "losses", "hf", "sharding"},
     "recipes": BASE,
     "naive": set(),
-    "head": {"transform"},
+    "head": {"transform", "shard"},
     "spec": BASE,
     "costs": BASE | {"kernels", "spec", "backends"},
     "plan": BASE | {"kernels", "backends", "costs", "spec"},
+    "testing": {"naive", "plan"},
     "backends": BASE | {"kernels"},
     "transform": {"_checks"},
     "_checks": set(),
@@ -57,6 +59,122 @@ def test_the_check_sees_a_wrong_arrow(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text("from windkern.ops.logprobs import token_logps\nimport windkern.train\nfrom windkern import nn\n")
     assert imported_parts(wrong) == {"ops", "train", "nn"}
+
+
+LOADED, LATER, TYPES = range(3)  # when an import happens: with its module, in a function, for a type checker only
+
+
+def module_of(path: Path, root: Path) -> str:
+    parts = [root.name, *path.relative_to(root).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(root: Path, upto: int) -> dict[str, set[str]]:
+    """Which modules of a package each of its modules imports, by imports of the kinds LOADED to `upto`.
+
+    `from package import name` counts as an import of the module package.name where there is one, else of the package.
+    """
+    modules = {module_of(path, root): path for path in root.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        found = {
+            target
+            for node, kind in imports_of(ast.parse(path.read_text()))
+            if kind <= upto
+            for target in targets_of(node, package, modules)
+        }
+        graph[name] = found - {name}
+    return graph
+
+
+def imports_of(tree: ast.AST, kind: int = LOADED):
+    """Import statements, each with its kind."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node, kind
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for part, inside in ((node.body, TYPES), (node.orelse, kind)):
+                for other in part:
+                    yield from imports_of(ast.Module([other], []), inside)
+        else:
+            deeper = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from imports_of(node, max(kind, LATER) if deeper else kind)
+
+
+def targets_of(node: ast.Import | ast.ImportFrom, package: str, modules: dict[str, Path]) -> list[str]:
+    """Modules of the package that a statement imports by name; packages above them only where named themselves."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names if alias.name in modules]
+    above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+    base = ".".join([*above, *([node.module] if node.module else [])])
+    named = [f"{base}.{alias.name}" for alias in node.names]
+    return [name if name in modules else base for name in named if name in modules or base in modules]
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Strongly connected modules, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: set[frozenset[str]] = set()
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in graph[name]:
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            place = stack.index(name)
+            ring, stack[place:] = stack[place:], []
+            if len(ring) > 1:
+                found.add(frozenset(ring))
+
+    for name in graph:
+        if name not in index:
+            visit(name)
+    return found
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Neither when it is loaded nor by imports inside functions: these hide a circle, they do not end it."""
+    graph = import_graph(PACKAGE, LATER)
+    assert {"windkern.train.trainer", "windkern.ops.walk", "windkern.settings.run"} <= set(graph)
+    assert not circles(import_graph(PACKAGE, LOADED))
+    assert not circles(graph)
+
+
+def test_annotations_make_no_circles():
+    graph = import_graph(PACKAGE, TYPES)
+    graph["windkern"] = set()  # names for type checkers; everything below imports it
+    assert not circles(graph)
+
+
+def test_circles_are_found(tmp_path):
+    root = tmp_path / "package"
+    (root / "room").mkdir(parents=True)
+    files = {
+        "__init__.py": "",
+        "a.py": "from package import b",
+        "b.py": "import package.room.c",
+        "room/__init__.py": "",
+        "room/c.py": "from ..a import name",
+        "d.py": "def f():\n    from package.e import name",
+        "e.py": "from package.d import f",
+        "f.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from package.g import name",
+        "g.py": "from package.f import name\nfrom package.room.c import name",
+    }
+    for name, text in files.items():
+        (root / name).write_text(text)
+    loaded = {frozenset({"package.a", "package.b", "package.room.c"})}
+    later = {frozenset({"package.d", "package.e"})}
+    types = {frozenset({"package.f", "package.g"})}
+    assert circles(import_graph(root, LOADED)) == loaded
+    assert circles(import_graph(root, LATER)) == loaded | later
+    assert circles(import_graph(root, TYPES)) == loaded | later | types
 
 
 HEAVY = ("torch._dynamo", "transformers", "triton", "matplotlib")

@@ -25,8 +25,8 @@ def make_config(folder, **changes):
         "num_iterations": 2,
         "steps_per_iteration": 2,
         "per_device_train_batch_size": 2,
-        "num_responses": 4,
-        "max_new_tokens": 6,
+        "num_generations": 4,
+        "max_completion_length": 6,
         "sampling_batch_size": 8,
         "learning_rate": 0.02,
         "optim": "adamw_torch",
@@ -35,7 +35,11 @@ def make_config(folder, **changes):
         "disable_tqdm": True,
         "eval_strategy": "no",
     }
-    return WindConfig(**settings | changes)
+    settings |= changes
+    arguments = {name: settings.pop(name) for name in ("eta", "beta", "objective", "tau") if name in settings}
+    if arguments:
+        settings["loss_kwargs"] = arguments
+    return WindConfig(**settings)
 
 
 def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), prompts=PROMPTS, given=None, **changes):
@@ -45,14 +49,14 @@ def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), 
     config = make_config(folder, **changes)
     parts = {
         "judge": RewardJudge(reward, strength=4.0),
-        "reference": tiny_model.make_model() if config.reference == "model" else None,
+        "ref_model": tiny_model.make_model() if config.reference == "model" else None,
         "processing_class": tiny_model.make_tokenizer(),
     } | (given or {})
     return WindTrainer(
         tiny_model.make_model() if model is None else model,
         config,
-        train_prompts=list(prompts),
-        eval_prompts=list(heldout),
+        train_dataset=list(prompts),
+        eval_dataset=list(heldout),
         **parts,
     )
 
@@ -91,14 +95,15 @@ def run_or_hang(folder: str, resume: bool, hang_at: str | None, changes: dict) -
 
 def _hang_at(place: str, sign: Path) -> None:
     """Let the n-th arrival at a place of the trainer never return: a place to be killed at."""
-    from windkern.train import outer, responder, rollouts, trainer
+    from windkern import _files
+    from windkern.train import outer, responder, trainer
     from windkern.train.checkpoints import saving
 
     name, number = place.split(":")
     owner, attribute = {
         "sampling": (responder.Responder, "__call__"),
         "judging": (outer, "judged"),
-        "writing a block": (rollouts, "sync_dir"),
+        "writing a block": (_files, "sync_dir"),
         "scoring": (outer.OuterLoop, "_score"),
         "a step": (trainer.WindTrainer, "compute_loss"),
         "saving": (trainer.WindTrainer, "_save_optimizer_and_scheduler"),

@@ -28,7 +28,8 @@ def check_tensor(name: str, value: object) -> Tensor:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor (sharded by FSDP2 or tensor parallelism); gather it first, e.g. "
-            f"with windkern.sharding.gathered({name}) or {name}.full_tensor()"
+            f"with windkern.sharding.gathered({name}) or {name}.full_tensor(), or let a head stay in pieces with "
+            "windkern.sharding.vocab_parallel or streamed"
         )
     return value
 

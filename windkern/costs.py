@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from windkern import backends
+from windkern.kernels.contract import WIDEST_SLAB
 from windkern.kernels.gemm import Products
 from windkern.spec import WalkSpec, row_stride
 
@@ -15,8 +16,7 @@ MIB = 1 << 20
 # Rows and columns of the fixed tiles of a batch-invariant walk, by device type.
 FIXED_TILE = {"cpu": (128, 2048)}
 FIXED_TILE_GPU = (1024, 8192)
-# Narrowest and widest slab; a Triton program holds a row of one in registers.
-SLAB_COLUMNS = (256, 16384)
+SLAB_COLUMNS = (256, WIDEST_SLAB)  # narrowest and widest slab
 COLUMN_STEP = 64
 # Bytes of one float32 slab on a CPU: inside the heap and near the last-level cache.
 SLAB_BYTES_CPU = 16 * MIB

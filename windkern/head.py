@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from windkern.shard import Shard
 from windkern.transform import LogitTransform
 
 
@@ -18,8 +19,9 @@ class Head:
         without a softcap: log softmax(scale * z / temperature)
 
     Args:
-        weight: (V, H) as in nn.Linear, or a tuple of blocks (V, H_k) whose logits add up.
-        bias: (V,) or None; an entry of -inf masks that vocabulary entry after any transform.
+        weight: (V, H) as in nn.Linear, or a tuple of blocks (V, H_k) whose logits add up; or, where it is cut over
+            processes, what `windkern.sharding.vocab_parallel` or `streamed` made of it.
+        bias: (V,) or None; an entry of -inf masks that vocabulary entry after any transform. Cut as the weight is.
         scale: multiplies the logits first (Cohere's `logit_scale`, `1 / logits_scaling` of Granite). Positive.
         softcap: bound of the logits before the temperature (Gemma's `final_logit_softcapping`), or None. Positive.
         temperature: divides last. Positive.
@@ -35,7 +37,7 @@ class Head:
         torch.Size([4])
     """
 
-    weight: Tensor | tuple[Tensor, ...]
+    weight: Tensor | Shard | tuple[Tensor, ...] | tuple[Shard, ...]
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None

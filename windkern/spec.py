@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from windkern.shard import Cut
 from windkern.transform import LogitTransform
 
 _TYPES = {  # annotations of the fields, and what they are in the schema of an op
@@ -43,15 +44,34 @@ class WalkSpec:
     factored: bool  # backward multiplies exponentials; dz is written only for an upstream on lse
     wide_dz: bool  # dz is written in the dtype that is multiplied; else in that of the operands
     backend: str  # of the row kernels
+    # Of a head that is cut over processes, see `windkern.shard.Cut`:
+    group: str = ""  # "": the head is whole
+    streams: bool = False
+    vocab_start: int = 0
+    vocab_size: int = 0  # of the whole head
+    reduce_dtype: torch.dtype = torch.float32
+    least_rows: int = 0  # to walk with, padded: streamed, all ranks walk over as many row blocks
 
     @functools.cached_property
     def transform(self) -> LogitTransform:
         return LogitTransform(self.scale, self.softcap, self.temperature)
 
-    def of(self, transform: LogitTransform) -> WalkSpec:
-        """The same decisions for logits with this transform."""
-        scale, softcap, temperature = transform.scale, transform.softcap, transform.temperature
-        return dataclasses.replace(self, scale=scale, softcap=softcap, temperature=temperature)
+    def of(self, transform: LogitTransform, cut: Cut | None = None, rows: int = 0) -> WalkSpec:
+        """The same decisions for logits with this transform; for a head that is cut, and the most rows of a rank."""
+        given = {"scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
+        if cut is not None:
+            given |= {"group": cut.group, "streams": cut.streams, "vocab_start": cut.start}
+            given |= {"vocab_size": cut.vocab_size}
+            given |= {"reduce_dtype": cut.reduce_dtype or torch.promote_types(self.operand, torch.float32)}
+        if cut is not None and cut.streams:  # all ranks read slab after slab, whatever each keeps
+            given |= {"slabs_at_once": 1, "product_columns": self.slab_width}
+            given |= {"least_rows": max(1, self.padded_rows(rows) if self.row_block else 1)}
+        return dataclasses.replace(self, **given)
+
+    @property
+    def merges(self) -> bool:
+        """Whether ranks hold parts of the vocabulary and the same rows."""
+        return bool(self.group) and not self.streams
 
     @property
     def offset_tiles(self) -> int:
@@ -76,7 +96,12 @@ class WalkSpec:
 
     def padded_rows(self, rows: int) -> int:
         """Rows of the walk: whole row blocks where products have fixed tiles."""
-        return -(-rows // self.row_block) * self.row_block if self.row_block else rows
+        padded = -(-rows // self.row_block) * self.row_block if self.row_block else rows
+        return max(padded, self.least_rows)
+
+    def head_rows(self, rows: int) -> int:
+        """Rows of the head to walk over, of which `rows` lie here."""
+        return self.vocab_size if self.streams else rows
 
     def values(self) -> tuple:
         """The fields in their order, as arguments of an op."""

@@ -13,13 +13,14 @@ import pytest
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package)
 
-from windkern.commands.bandit import METRICS, RIVALS, TARGET, BanditSettings, responses_to_target, summary  # noqa: E402
+from windkern.commands.bandit_experiment import METRICS, RIVALS, TARGET, responses_to_target, summary  # noqa: E402
 from windkern.commands.bandit_picture import COLOURS, LABELS  # noqa: E402
+from windkern.commands.bandit_settings import BanditSettings  # noqa: E402
 from windkern.commands.cli import main  # noqa: E402
 from windkern.losses import OBJECTIVES  # noqa: E402
 from windkern.tabular import METHODS, solve  # noqa: E402
 
-SIZES = ("--seeds", "2", "--contexts", "3", "--responses", "12", "--iterations", "25", "--exact-iterations", "200")
+SIZES = ("--seeds", "2", "--contexts", "3", "--responses", "12", "--num-iterations", "25", "--exact-iterations", "200")
 OUTPUTS = ("bandit.json", "bandit.png")
 
 
@@ -67,7 +68,7 @@ def test_curves_are_complete(finished):
 def test_samplers_draw_the_same_number_of_responses(finished):
     settings = BanditSettings(**finished[1]["settings"])
     ends = {name: curve["samples"][-1] for name, curve in finished[1]["sampled"].items()}
-    wanted = settings.samples * settings.iterations
+    wanted = settings.samples * settings.num_iterations
     assert ends.pop("jbond") == pytest.approx(wanted, abs=3 * settings.jbond_groups)
     assert set(ends.values()) == {wanted}
 
@@ -123,7 +124,7 @@ def test_every_method_has_its_own_colour_and_name():
         (("--link", "steps"), "link must be one of 'step', 'bradley_terry', got 'steps'; did you mean 'step'?"),
         (("--beta", "0"), "beta must be greater than 0, got 0.0"),
         (("--eta", "-1"), "eta must be greater than 0, got -1.0"),
-        (("--iterations", "0"), "iterations must be at least 1, got 0"),
+        (("--num-iterations", "0"), "iterations must be at least 1, got 0"),
         (("--group-size", "1"), "group_size must be at least 2, got 1"),
     ],
 )

@@ -43,9 +43,9 @@ def command(inputs: Path, output: Path, *more: str, judge: str = "goodness") -> 
     return [
         "demo",
         *("--model", str(inputs / "model"), "--judge", f"tiny_model:{judge}", "--output-dir", str(output)),
-        *("--prompts", str(inputs / "train.jsonl"), "--heldout-prompts", str(inputs / "heldout.txt")),
-        *("--iterations", str(ITERATIONS), "--prompts-per-iteration", "8", "--responses", "4"),
-        *("--max-new-tokens", "6", "--learning-rate", "0.02"),
+        *("--train-dataset", str(inputs / "train.jsonl"), "--eval-dataset", str(inputs / "heldout.txt")),
+        *("--num-iterations", str(ITERATIONS), "--prompts-per-iteration", "8", "--num-generations", "4"),
+        *("--max-completion-length", "6", "--learning-rate", "0.02"),
         *more,
     ]
 
@@ -154,8 +154,8 @@ def test_resume_refuses_another_run(inputs, finished, capsys):
 
 
 def test_a_judge_without_preferences_fails_the_demo(inputs, tmp_path, capsys):
-    assert main(command(inputs, tmp_path / "demo", "--iterations", "1", judge="indifference")) == 1
-    assert "did not rise" in capsys.readouterr().out
+    assert main(command(inputs, tmp_path / "demo", "--num-iterations", "1", judge="indifference")) == 1
+    assert "includes 0.5" in capsys.readouterr().out
 
 
 def test_missing_packages_are_one_line_with_the_command(monkeypatch, tmp_path, capsys):
@@ -171,9 +171,9 @@ def test_missing_packages_are_one_line_with_the_command(monkeypatch, tmp_path, c
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--prompts", "/no/such/file"], "/no/such/file does not exist"),
+        (["--train-dataset", "/no/such/file"], "/no/such/file does not exist"),
         (["--judge", "tiny_model:nothing"], "no function 'nothing'"),
-        (["--iterations", "0"], "num_iterations must be at least 1"),
+        (["--num-iterations", "0"], "num_iterations must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line(inputs, tmp_path, capsys, more, message):
@@ -197,7 +197,7 @@ def test_a_cpu_that_is_slow_in_bfloat16_gets_fewer_iterations_unless_told_otherw
     asked = build_parser().parse_args(["demo", "--seed", "3"])
     schedule = {"lr_scheduler_kwargs": {"lr_end": demo.FLOAT32["learning_rate"] / 2, "power": 1.0}}
     assert demo.overrides_of(asked) == {"seed": 3} | ({} if fast else demo.FLOAT32 | schedule)
-    told = build_parser().parse_args(["demo", "--iterations", "6", "--learning-rate", "0.5"])
+    told = build_parser().parse_args(["demo", "--num-iterations", "6", "--learning-rate", "0.5"])
     changes = demo.overrides_of(told)
     assert (changes["num_iterations"], changes["learning_rate"]) == (6, 0.5)
     assert changes["lr_scheduler_kwargs"]["lr_end"] == 0.25

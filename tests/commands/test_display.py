@@ -283,7 +283,7 @@ def windkern(*arguments: str, **options) -> subprocess.Popen:
 def test_libraries_draw_no_bars_of_their_own():
     pytest.importorskip("tqdm")
     code = (
-        "from windkern import cli\nwith cli._loading(lines=False):\n from tqdm.auto import tqdm\n"
+        "from windkern.commands.loading import loading\nwith loading(lines=False):\n from tqdm.auto import tqdm\n"
         "for _ in tqdm(range(3), mininterval=0): pass"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}

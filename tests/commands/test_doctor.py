@@ -8,7 +8,7 @@ import torch
 
 import windkern as wk
 from windkern import backends
-from windkern.commands import doctor
+from windkern.commands import diagnosis
 from windkern.commands.cli import main
 from windkern.kernels import cpu_products, gemm
 from windkern.kernels.native import cpp as cpp_rows
@@ -33,7 +33,7 @@ def test_the_tables_name_versions_devices_back_ends_and_errors(capsys, monkeypat
     assert {(row[1], row[2]) for row in rows} == {
         (name, dtype)
         for name in wk.backends.available("cpu")
-        for dtype in [doctor.SHORT[str(dtype)[6:]] for dtype in doctor.ALLOWED]
+        for dtype in [diagnosis.SHORT[str(dtype)[6:]] for dtype in diagnosis.DTYPES]
     }
     assert "wrong" not in shown
 
@@ -48,23 +48,23 @@ def test_json_is_what_programs_read(capsys):
     assert reasons["torch", "cpu"] is None and "GPUs" in reasons["triton", "cpu"]
     for entry in found["self_test"]:  # float64 may round as the reference does, on some CPUs to the last bit
         assert (entry["error"] > 0 or entry["dtype"] == "float64") and entry["error"] <= entry["allowed"], entry
-    assert {entry["quantity"] for entry in found["self_test"]} == set(doctor.QUANTITIES)
+    assert {entry["quantity"] for entry in found["self_test"]} == set(diagnosis.QUANTITIES)
 
 
 def test_the_instruction_set_is_the_one_in_use():
-    found = doctor.cpp_extension()
+    found = diagnosis.cpp_extension()
     assert (found["reason"] is None) == (found["in_use"] in found["instruction_sets"])
 
 
 def test_products_are_told_with_what_is_particular_about_them(monkeypatch):
-    found = doctor.products("cpu")
+    found = diagnosis.products("cpu")
     assert list(found) == ["fp32", "bf16", "fp16"] and "widened to float32" in found["fp16"]
     monkeypatch.setattr(gemm, "_cuda_has", lambda product: product == "mm")  # as torch 2.8 and 2.9 do
-    monkeypatch.setattr(doctor, "_multiplies_in_tf32", lambda: True)
-    found = doctor.products("cuda")
+    monkeypatch.setattr(diagnosis, "_multiplies_in_tf32", lambda: True)
+    found = diagnosis.products("cuda")
     assert "a temporary for each sum" in found["bf16"] and "in TF32" in found["fp32"] and "TF32" not in found["fp16"]
     monkeypatch.setattr(gemm, "_cuda_has", lambda product: False)
-    assert "widened to float32" in doctor.products("cuda")["bf16"]
+    assert "widened to float32" in diagnosis.products("cuda")["bf16"]
 
 
 def test_a_missing_extension_is_told_with_the_reason(monkeypatch, capsys):
@@ -77,7 +77,7 @@ def test_a_missing_extension_is_told_with_the_reason(monkeypatch, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     reason = "windkern was installed without its extension _cpp; reinstall windkern with a C++17 compiler"
     assert f"C++ extension: not in use: {reason}" in shown and f"cpu cpp no {reason}" in shown
-    found = doctor.cpp_extension()
+    found = diagnosis.cpp_extension()
     assert not found["built"] and found["in_use"] is None and reason in found["reason"]
 
 
@@ -102,7 +102,7 @@ def test_a_wrong_back_end_is_seen(part, monkeypatch, capsys):
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     bad = {entry["quantity"] for entry in found["self_test"] if not entry["ok"] and entry["dtype"] == "float32"}
-    assert not found["ok"] and bad == (set(doctor.QUANTITIES) if part == "forward" else {"dhidden", "dweight"})
+    assert not found["ok"] and bad == (set(diagnosis.QUANTITIES) if part == "forward" else {"dhidden", "dweight"})
     assert main(["doctor"]) == 1
     assert "wrong" in capsys.readouterr().out
 
@@ -114,5 +114,5 @@ def test_a_back_end_that_raises_is_a_finding(monkeypatch, capsys):
     messages = {entry["message"] for entry in json.loads(capsys.readouterr().out)["self_test"]}
     assert messages == {"ModuleNotFoundError: No module named 'no_such_module'"}
     assert main(["doctor"]) == 1
-    (check, *_) = doctor.check_backend("torch", "cpu", torch.float32)
+    (check, *_) = diagnosis.check_backend("torch", "cpu", torch.float32)
     assert not check.ok and check.error is None

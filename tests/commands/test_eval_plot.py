@@ -40,18 +40,18 @@ def inputs(tmp_path_factory):
 def command(inputs, output, model: str, base: str, *more: str) -> list[str]:
     return [
         *("eval", "--model", model, "--base", base, "--prompts", str(inputs / "prompts.txt")),
-        *("--judge", "tiny_model:goodness", "--output-dir", str(output), "--max-new-tokens", "6", *more),
+        *("--judge", "tiny_model:goodness", "--output-dir", str(output), "--max-completion-length", "6", *more),
     ]
 
 
 def test_two_models_are_sampled_judged_and_shown(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     output = tmp_path / "eval"
-    options = ("--responses", "4", "--strength", "6", "--dtype", "float32", "--batch-size", "8")
+    options = ("--num-generations", "4", "--judge-strength", "6", "--dtype", "float32", "--batch-size", "8")
     assert main(command(inputs, output, str(inputs / "other"), str(inputs / "base"), *options)) == 0
     shown = capsys.readouterr().out
     content = json.loads((output / "eval.json").read_text())
-    assert content["kind"] == "eval" and content["settings"]["responses"] == 4
+    assert content["kind"] == "eval" and content["settings"]["num_generations"] == 4
     assert [entry["prompt"] for entry in content["prompts"]] == list(PROMPTS)
 
     rates = []
@@ -76,7 +76,7 @@ def test_two_models_are_sampled_judged_and_shown(inputs, tmp_path, capsys, monke
 
 def test_a_model_is_as_good_as_itself(inputs, tmp_path):
     base = str(inputs / "base")
-    assert main(command(inputs, tmp_path, base, base, "--dtype", "float32", "--responses", "8")) == 0
+    assert main(command(inputs, tmp_path, base, base, "--dtype", "float32", "--num-generations", "8")) == 0
     content = json.loads((tmp_path / "eval.json").read_text())
     low, high = content["win_rate"]["95"]
     assert low - 0.05 < 0.5 < high + 0.05
@@ -86,7 +86,7 @@ def test_a_model_is_as_good_as_itself(inputs, tmp_path):
 
 def test_recorded_responses_are_compared_without_a_model(inputs, tmp_path):
     good, mixed = (f"recorded:{inputs / name}.jsonl" for name in ("good", "mixed"))
-    assert main(command(inputs, tmp_path, good, mixed, "--strength", "2")) == 0
+    assert main(command(inputs, tmp_path, good, mixed, "--judge-strength", "2")) == 0
     content = json.loads((tmp_path / "eval.json").read_text())
     sigma = 1 / (1 + math.exp(-4))
     assert content["win_rate"]["mean"] == pytest.approx((sigma + 0.5) / 2, abs=1e-6)
@@ -97,8 +97,8 @@ def test_recorded_responses_are_compared_without_a_model(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--responses", "0"], "responses must be at least 1"),
-        (["--responses", "3"], "has fewer than 3 responses to 'rain was'"),
+        (["--num-generations", "0"], "num_generations must be at least 1"),
+        (["--num-generations", "3"], "has fewer than 3 responses to 'rain was'"),
         (["--dtype", "float23"], "did you mean 'float32'"),
         (["--judge", "vadr"], "judge must be vader"),
         (["--prompts", "/no/such/file"], "does not exist"),
@@ -147,7 +147,7 @@ def test_a_run_is_drawn_again(tmp_path):
 
 
 def test_bandits_are_drawn_again(tmp_path):
-    sizes = ("--seeds", "2", "--contexts", "1", "--responses", "2", "--exact-iterations", "2", "--iterations", "1")
+    sizes = ("--seeds", "2", "--contexts", "1", "--responses", "2", "--exact-iterations", "2", "--num-iterations", "1")
     assert main(["bandit", *sizes, "--groups", "2", "--output-dir", str(tmp_path)]) == 0
     assert_redrawn(tmp_path / "bandit.json", tmp_path / "bandit.png", tmp_path)
 
@@ -158,7 +158,7 @@ def test_bandits_are_drawn_again(tmp_path):
         ("{", "is not JSON"),
         ("[]", "results file with"),
         ('{"kind": "doctor"}', "got 'doctor'"),
-        ('{"kind": "eval"}', "no whole result of kind 'eval'"),
+        ('{"kind": "eval"}', "not a complete result of kind 'eval'"),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path, capsys, content, message):
@@ -172,4 +172,4 @@ def test_what_is_no_result_is_refused(tmp_path, capsys, content, message):
 
 def test_settings_name_what_is_out_of_range():
     with pytest.raises(ValueError, match="temperature"):
-        evaluation.EvalSettings("a", "b", "vader", temperature=0.0)
+        evaluation.EvalSettings(model="a", base="b", prompts="p.txt", judge="vader", temperature=0.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from windkern.commands.cli import build_parser, main
-from windkern.commands.losses import POINTS, curves
+from windkern.commands.losses_report import POINTS, curves
 from windkern.losses import LOSSES
 
 

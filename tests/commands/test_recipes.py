@@ -18,8 +18,8 @@ for package in ("rich", "matplotlib"):
 import tiny_model  # noqa: E402
 
 from windkern import recipes  # noqa: E402
-from windkern.commands import train as run  # noqa: E402
 from windkern.commands.cli import main  # noqa: E402
+from windkern.settings import run  # noqa: E402
 
 HERE = ("use_cpu=true", "bf16=false")  # what a machine without a GPU cannot take from a recipe for one
 WORDS = ("rain", "bus", "day", "the bus", "a day", "so very", "was a", "not the")
@@ -82,10 +82,10 @@ def inputs(tmp_path) -> Path:
 def train(inputs: Path, name: str, *changes: str, more: tuple[str, ...] = ()) -> int:
     given = {
         "model": inputs / "model",
-        "train_prompts": inputs / ("answers.jsonl" if name == "spin" else "train.jsonl"),
-        "eval_prompts": inputs / "heldout.txt",
+        "train_dataset": inputs / ("answers.jsonl" if name == "spin" else "train.jsonl"),
+        "eval_dataset": inputs / "heldout.txt",
         "judge": "tiny_model:goodness",
-        "max_new_tokens": 6,
+        "max_completion_length": 6,
         "num_iterations": 2,
         "steps_per_iteration": 2,
         "per_device_train_batch_size": 2,
@@ -99,7 +99,7 @@ def train(inputs: Path, name: str, *changes: str, more: tuple[str, ...] = ()) ->
 
 
 def test_the_demo_recipe_runs_and_resumes(inputs, capsys):
-    assert train(inputs, "demo", "num_responses=4", "fit_responses=2") == 0
+    assert train(inputs, "demo", "num_generations=4", "fit_responses=2") == 0
     printed = capsys.readouterr().out
     for part in ("2/2  win rate", "95 % interval", "result.json", "win_rate.png"):
         assert part in printed
@@ -107,9 +107,9 @@ def test_the_demo_recipe_runs_and_resumes(inputs, capsys):
     assert result["kind"] == "train" and len(result["history"]) == 2
     assert main(["plot", str(inputs / "out" / "result.json"), "--output", str(inputs / "again.png")]) == 0
     assert (inputs / "again.png").read_bytes() == (inputs / "out" / "win_rate.png").read_bytes()
-    assert train(inputs, "demo", "num_responses=4", "fit_responses=2") == 2
+    assert train(inputs, "demo", "num_generations=4", "fit_responses=2") == 2
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
-    assert train(inputs, "demo", "num_responses=4", "fit_responses=2", "num_iterations=3", more=("--resume",)) == 0
+    assert train(inputs, "demo", "num_generations=4", "fit_responses=2", "num_iterations=3", more=("--resume",)) == 0
     assert len(json.loads((inputs / "out" / "result.json").read_text())["history"]) == 3
 
 
@@ -121,6 +121,16 @@ def test_the_lora_recipe_trains_an_adapter(inputs):
     assert train(inputs, "lora_1gpu", "dtype=float32", "gradient_checkpointing=false", "peft.r=2") == 0
     assert (inputs / "out" / "adapter_model.safetensors").is_file()
     assert "library_name: peft" in (inputs / "out" / "README.md").read_text()
+
+
+def test_four_bits_cannot_be_trained_themselves(inputs, capsys):
+    for change, message in (
+        ("peft=null", "quantization needs peft"),
+        ("reference=model", "quantization needs reference: adapter"),
+        ("seed=1", "quantization needs a GPU"),
+    ):
+        assert train(inputs, "qlora_1gpu", "gradient_checkpointing=false", change) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_spin_recipe_trains_on_demonstrations(inputs):
@@ -160,7 +170,7 @@ def test_what_is_logged_goes_where_report_to_says(inputs, monkeypatch):
 
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     monkeypatch.setattr(trainer, "get_reporting_integration_callbacks", callbacks)
-    assert train(inputs, "demo", "num_responses=4", "fit_responses=2", more=("--report-to", "tensorboard")) == 0
+    assert train(inputs, "demo", "num_generations=4", "fit_responses=2", more=("--report-to", "tensorboard")) == 0
     assert any({"loss", "kl_old", "kl_ref", "residual", "exploitability"} <= names for names in seen)
     assert any({"eval_win_rate", "eval_win_rate_se", "eval_kl"} <= names for names in seen)
 
@@ -168,9 +178,9 @@ def test_what_is_logged_goes_where_report_to_says(inputs, monkeypatch):
 def test_mistakes_are_one_line(inputs, capsys):
     for change, message in (
         ("lerning_rate=1", "did you mean 'learning_rate'"),
-        ("train_prompts=/no/such", "/no/such"),
+        ("train_dataset=/no/such", "/no/such"),
         ("judge=tiny_model:nothing", "no function 'nothing'"),
-        ("eta=fast", "eta must be a number"),
+        ("loss_kwargs.eta=fast", "eta must be a finite number, got 'fast'"),
         ("model=/no/such/model", "/no/such/model"),
     ):
         assert train(inputs, "demo", change) == 2

@@ -14,7 +14,7 @@ for package in ("rich", "matplotlib", "safetensors", "yaml"):
 import tiny_model  # noqa: E402
 import yaml  # noqa: E402
 
-from windkern.commands import doctor  # noqa: E402
+from windkern.commands import diagnosis  # noqa: E402
 from windkern.commands.cli import main  # noqa: E402
 from windkern.train.data.records import Recorded, save_records  # noqa: E402
 
@@ -53,9 +53,14 @@ def run(inputs, capfd, monkeypatch):
 
 
 def test_train(run, inputs):
-    settings = {"model": NAME, "train_prompts": "train.txt", "eval_prompts": "heldout.jsonl", "dtype": "float32"}
+    settings = {"model": NAME, "train_dataset": "train.txt", "eval_dataset": "heldout.jsonl", "dtype": "float32"}
     settings |= {"judge": "tiny_model:goodness", "output_dir": f"out {NAME}", "num_iterations": 1, "report_to": "none"}
-    settings |= {"per_device_train_batch_size": 2, "steps_per_iteration": 2, "max_new_tokens": 4, "use_cpu": True}
+    settings |= {
+        "per_device_train_batch_size": 2,
+        "steps_per_iteration": 2,
+        "max_completion_length": 4,
+        "use_cpu": True,
+    }
     (inputs / "c.yaml").write_text(yaml.safe_dump(settings))
     code, shown = run("train", "--config", "c.yaml")
     assert code == 0
@@ -95,10 +100,10 @@ def test_the_table_of_a_value_run():
 
 
 def test_doctor(run, monkeypatch):
-    monkeypatch.setattr(doctor, "_cpu_model", lambda: NAME)
-    monkeypatch.setattr(doctor, "states", lambda on: [doctor.BackendState("cpp", "cpu", f"because {NAME}")])
-    check = doctor.Check("torch", "cpu", "float32", "logps", None, 1e-5, f"Error: {NAME}")
-    monkeypatch.setattr(doctor, "self_test", lambda found: [check])
+    monkeypatch.setattr(diagnosis, "_cpu_model", lambda: NAME)
+    monkeypatch.setattr(diagnosis, "states", lambda on: [diagnosis.BackendState("cpp", "cpu", f"because {NAME}")])
+    check = diagnosis.Check("torch", "cpu", "float32", "logps", None, 1e-5, f"Error: {NAME}")
+    monkeypatch.setattr(diagnosis, "self_test", lambda found: [check])
     code, shown = run("doctor")
     assert code == 1
     for part in (f"cpu: {SHOWN}; ", f"because {SHOWN}", f"wrong Error: {SHOWN}"):

@@ -11,6 +11,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 from windkern import hf  # noqa: E402
+from windkern.hf import causal_lm as hf_causal_lm  # noqa: E402
 from windkern.hf import check as hf_check  # noqa: E402
 from windkern.transform import LogitTransform  # noqa: E402
 
@@ -234,5 +235,5 @@ def test_targets_are_shifted_once():
 
 
 def test_the_examples_run():
-    failed, tried = doctest.testmod(hf)
+    failed, tried = doctest.testmod(hf_causal_lm)
     assert tried and not failed

@@ -198,8 +198,7 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
     common = [
         "g++",
         "-std=c++17",
-        "-O1",
-        "-g",
+        "-O0",
         "-fopenmp",
         "-Wall",
         "-Wextra",

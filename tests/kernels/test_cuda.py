@@ -127,6 +127,10 @@ def test_what_is_kept_is_as_good_as_what_is_recomputed(backend, dtype):
     test_kept_accuracy.check_saturated(backend, dtype, 1.0, 6.0)
 
 
+def test_slopes_near_saturation(backend):
+    test_kept_accuracy.check_near_saturation(backend, 5, 33.0, 2.0)
+
+
 def test_a_value_that_is_no_number_stays_one(backend):
     z = torch.randn(4, 600)
     z[1, 77], z[2, 599] = torch.nan, torch.inf

@@ -1,5 +1,5 @@
 """windkern._cuda as setup.py builds it: three GPUs' machine code without spills, 128-bit accesses, no library of CUDA
-or torch, and an import without a driver."""
+or torch, and an import without a driver. The one that is installed is looked at where no source is newer."""
 
 import importlib.util
 import os
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import cuda_tools
@@ -52,10 +53,41 @@ def build_as_users_do(folder: Path) -> None:
     assert "building windkern._cuda" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
+def installed(package: Path) -> Path | None:
+    """The extension of a package if it was made from the sources beside it as they are."""
+    sources = [package.parent / "setup.py", *package.parent.glob("csrc/**/*.*")]
+    newest = max(path.stat().st_mtime for path in sources)
+    fresh = [path for path in package.glob(f"_cuda*{EXTENSION_SUFFIXES[0]}") if path.stat().st_mtime > newest]
+    return fresh[0] if fresh else None
+
+
+def built(tmp_path_factory) -> Path:
     folder = cuda_tools.once(cuda_tools.shared_folder(tmp_path_factory), "nvcc", build_as_users_do)
     return next(folder.glob("windkern/_cuda*.so"))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    return installed(ROOT / "windkern") or built(tmp_path_factory)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_it_builds_without_a_warning(tmp_path_factory):
+    assert built(tmp_path_factory).stat().st_size > 0
+
+
+def test_an_extension_older_than_a_source_is_built_again(tmp_path):
+    package, source = tmp_path / "windkern", tmp_path / "csrc" / "cuda" / "pairs.cu"
+    for path in (package / f"_cuda{EXTENSION_SUFFIXES[0]}", source, tmp_path / "setup.py"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (2000, 2000))
+    assert installed(package) is None
+    os.utime(package / f"_cuda{EXTENSION_SUFFIXES[0]}", (3000, 3000))
+    assert installed(package) == package / f"_cuda{EXTENSION_SUFFIXES[0]}"
+    os.utime(source, (4000, 4000))
+    assert installed(package) is None
 
 
 def resources(library: Path) -> list[dict[str, str | int]]:

@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy"),
 ]
+FEW = 5  # rows: the interpreter takes its time for each
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRANSFORMS = {"identity": LogitTransform(), "softcap": LogitTransform(1.3, 5.0, 1.7)}
 
@@ -177,7 +178,11 @@ def test_ignored_rows(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_small_softcap(dtype):
-    test_kept_accuracy.check_softcap("triton", dtype, "a hundredth")
+    test_kept_accuracy.check_softcap("triton", dtype, "a hundredth", FEW)
+
+
+def test_slopes_near_saturation():
+    test_kept_accuracy.check_near_saturation("triton", 3, 33.0, 2.0, FEW)
 
 
 def test_gradcheck():
@@ -284,8 +289,12 @@ def test_a_walk_over_tiles_obeys_its_plan(small_tiles):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_tiles_keep_what_a_small_softcap_needs(small_tiles, dtype):
-    test_kept_accuracy.check_softcap("triton", dtype, "one over fifty")
-    test_kept_accuracy.check_entropy("triton", dtype)
+    test_kept_accuracy.check_softcap("triton", dtype, "one over fifty", FEW)
+    test_kept_accuracy.check_entropy("triton", dtype, FEW)
+
+
+def test_tiles_near_saturation(small_tiles):
+    test_kept_accuracy.check_near_saturation("triton", 5, 1.0, rows=FEW)
 
 
 def test_rows_of_tiles_do_not_depend_on_their_neighbours(small_tiles):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
-import io
+import json
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +16,14 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 pytest.importorskip("rich")
 
-from rich.console import Console  # noqa: E402
-
 from windkern import recipes  # noqa: E402
-from windkern.commands import train as run  # noqa: E402
 from windkern.commands.cli import main  # noqa: E402
+from windkern.settings import describe, run  # noqa: E402
 from windkern.settings import fields as settings_fields  # noqa: E402
 from windkern.settings import file as settings_file  # noqa: E402
-from windkern.settings.fields import build, describe_fields, own_fields  # noqa: E402
+from windkern.settings.fields import build, own_fields  # noqa: E402
 from windkern.settings.file import read_settings  # noqa: E402
+from windkern.train import launch  # noqa: E402
 
 
 class Colour(Enum):
@@ -76,7 +76,9 @@ def written(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("module", [run, settings_fields, settings_file], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [describe, launch, run, settings_fields, settings_file], ids=lambda module: module.__name__
+)
 def test_docstring_examples_run(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed
@@ -280,28 +282,36 @@ def test_training_arguments_take_what_people_write(tmp_path):
 
 def test_every_field_of_training_arguments_takes_its_own_default():
     """No annotation of the inherited fields is one that `build` cannot read."""
-    for name, known in settings_fields._known(transformers.TrainingArguments).items():
+    for name, known in settings_fields.known_fields(transformers.TrainingArguments).items():
         value = known.default.value if isinstance(known.default, Enum) else known.default
         assert settings_fields._value(name, value, known) == known.default, name
-    assert settings_fields._value("fsdp", True, settings_fields._known(transformers.TrainingArguments)["fsdp"]) is True
+    assert (
+        settings_fields._value("fsdp", True, settings_fields.known_fields(transformers.TrainingArguments)["fsdp"])
+        is True
+    )
 
 
-def rendered(table, width: int = 100) -> str:
-    console = Console(width=width, file=io.StringIO())
-    console.print(table)
-    return console.file.getvalue()
+def listed(cls: type, names: list[str], width: int = 100) -> str:
+    return describe.listing([describe.Section(cls.__name__, describe.describe(cls, names))], width).plain
 
 
 def test_fields_are_described():
     assert own_fields(StandIn) == ["loss", "eta"]
-    shown = rendered(describe_fields(StandIn, ["loss", "eta", "lr_scheduler_type", "output_dir"]))
-    lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
-    assert "'wind'" in lines["loss"] and "Loss that is fitted [see below]." in lines["loss"]
-    assert "float | None" in lines["eta"] and "null" in lines["eta"]
-    assert "SchedulerType |" in lines["lr_scheduler_type"]
-    assert "required" in rendered(describe_fields(Model, ["model"]))
+    shown = listed(StandIn, ["loss", "eta", "lr_scheduler_type", "output_dir"])
+    assert "loss  str, default 'wind'\n    Loss that is fitted [see below].\n" in shown
+    assert "eta  float | None, default null\n    Step size.\n" in shown and "SchedulerType |" in shown
+    assert "model  str, required" in listed(Model, ["model"])
     with pytest.raises(ValueError, match=r"name must be one of .* got 'et'; did you mean 'eta'"):
-        describe_fields(StandIn, ["et"])
+        describe.describe(StandIn, ["et"])
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_descriptions_fit_a_terminal(width):
+    shown = listed(
+        transformers.TrainingArguments, list(settings_fields.known_fields(transformers.TrainingArguments)), width
+    )
+    longest = max(len(line) for line in shown.splitlines())
+    assert longest <= min(width, describe.WIDEST + 20) and longest > 50
 
 
 @pytest.fixture
@@ -339,15 +349,48 @@ def test_the_command_names_mistakes(written, stand_in, capsys, monkeypatch, tmp_
 
 
 def test_the_command_lists_fields(stand_in, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["train", "--fields"]) == 0
     own = capsys.readouterr().out
+    assert max(map(len, own.splitlines())) <= 80
     assert main(["train", "--fields", "--all"]) == 0
     everything = capsys.readouterr().out
     words = set(own.split())
-    assert {"model", "train_prompts", "peft", "loss", "eta"} <= words and "learning_rate" not in words
-    short = {field.name for field in dataclasses.fields(StandIn) if len(field.name) <= 32}  # longer ones are folded
-    assert len(short) > 100 and short <= set(everything.split())
+    assert {"model", "train_dataset", "peft", "loss", "eta"} <= words and "learning_rate" not in words
+    names = {field.name for field in dataclasses.fields(StandIn)}
+    assert len(names) > 100 and names <= set(everything.split())
+
+
+def test_the_command_lists_fields_as_json(stand_in, capsys):
+    assert main(["train", "--fields", "--json"]) == 0
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert found["model"]["required"] and found["model"]["section"] == "RunConfig"
+    assert found["eta"] == {
+        "section": "StandIn",
+        "name": "eta",
+        "type": "float | None",
+        "required": False,
+        "default": None,
+        "help": "Step size.",
+    }
+    assert found["eval_strategy"]["default"] == "no" and "learning_rate" not in found
+    assert main(["train", "--fields", "--all", "--json"]) == 0
+    everything = {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+    assert {field.name for field in dataclasses.fields(StandIn)} <= everything
+
+
+@pytest.mark.parametrize("method", run.METHODS)
+def test_a_new_settings_file_is_read_as_it_is_and_with_every_default(method, written, capsys, tmp_path):
+    assert main(["train", "--init", "--method", method]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    plain = run.load_settings(str(written(text + "use_cpu: true\n")), output_dir=tmp_path)
+    every = re.sub(r"^#(\w+:)", r"\1", text, flags=re.MULTILINE)
+    assert len(read(written, every)) > len(read(written, text)) + 4
+    whole = run.load_settings(str(written(every + "use_cpu: true\n")), output_dir=tmp_path)
+    for ours, theirs in zip(plain, whole, strict=True):
+        for each in dataclasses.fields(ours):
+            assert getattr(ours, each.name) == getattr(theirs, each.name), each.name
 
 
 def test_recipes_are_found_by_name_and_files_win(tmp_path, monkeypatch):

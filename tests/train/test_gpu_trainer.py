@@ -13,8 +13,11 @@ import tiny_model
 from trainer_cases import HELDOUT, lora, make_config, make_trainer, weights_of
 
 import windkern as wk
-from windkern.train.fused_head import FusedHead, loss_job
-from windkern.train.groups import FitGroup, collate
+from windkern import hf
+from windkern.hf import LayoutRules
+from windkern.train.batches import collate
+from windkern.train.groups import Group
+from windkern.train.jobs import loss_job
 from windkern.train.samplers.sampler import GumbelNoise, TransformersSampler
 
 pytestmark = [
@@ -37,7 +40,7 @@ def _any_kernel():
 
 def sampler():
     """Answers of the model as it was in the beginning, drawn on the CPU: the same wherever the trainer is."""
-    return TransformersSampler(tiny_model.make_model(), tiny_model.make_tokenizer(), max_new_tokens=6)
+    return TransformersSampler(tiny_model.make_model(), tiny_model.make_tokenizer(), max_completion_length=6)
 
 
 def losses_of(trainer) -> list[float]:
@@ -56,7 +59,7 @@ def run(folder, device: dict, *, resume: bool = False, **changes):
         {},
         {"objective": "kl", "gradient_accumulation_steps": 2},
         {"loss": "dpo"},
-        {"loss": "sppo", "truncated": "drop"},
+        {"loss": "sppo", "mask_truncated_completions": True},
         {"fit_responses": 2},
     ],
     ids=str,
@@ -76,7 +79,7 @@ def test_losses_and_weights_are_those_of_a_cpu(tmp_path, changes):
 
 
 def test_the_anchor_is_beside_the_policy(tmp_path):
-    trainer = run(tmp_path, ON_GPU, loss="bond", num_responses=3, save_strategy="no")
+    trainer = run(tmp_path, ON_GPU, loss="bond", num_generations=3, save_strategy="no")
     assert {value.device.type for value in trainer.outer.anchor.state_dict().values()} == {"cuda"}
     assert len(losses_of(trainer)) == 4 and all(value == value for value in losses_of(trainer))
 
@@ -121,7 +124,7 @@ def test_bfloat16(tmp_path, kind):
         changes["bf16"] = True
     else:
         model = model.bfloat16()
-    given = {"reference": tiny_model.make_model().to(model.dtype)}
+    given = {"ref_model": tiny_model.make_model().to(model.dtype)}
     trainer = make_trainer(tmp_path, model=model, given=given, **ON_GPU, **changes)
     trainer.train()
     assert all(value == value and value >= 0 for value in losses_of(trainer)) and len(losses_of(trainer)) == 12
@@ -146,7 +149,7 @@ def test_samples_of_a_gpu_are_samples_of_the_policy():
         torch.testing.assert_close(share, (logits / temperature).softmax(-1).double().cpu(), rtol=0, atol=0.005)
 
 
-def groups_of(count: int, responses: int, tokens: int, vocab: int) -> list[FitGroup]:
+def groups_of(count: int, responses: int, tokens: int, vocab: int) -> list[Group]:
     made = torch.Generator().manual_seed(0)
     found = []
     for place in range(count):
@@ -154,13 +157,14 @@ def groups_of(count: int, responses: int, tokens: int, vocab: int) -> list[FitGr
         prefs = torch.rand(responses, responses, generator=made)
         old = -5.0 * tokens + torch.randn(responses, generator=made)
         constants = {"prefs": (prefs + 1 - prefs.mT) / 2, "old_logps": old, "ref_logps": old - 0.1}
-        found.append(FitGroup(place, (5, 6, 7), tuple(map(tuple, rows)), constants))
+        kept = {"truncated": (False,) * responses, "texts": ("",) * responses, "constants": constants}
+        found.append(Group(place, (5, 6, 7), tuple(map(tuple, rows)), **kept))
     return found
 
 
 def test_a_step_waits_for_the_gpu_only_to_count_its_rows(tmp_path):
     trainer = make_trainer(tmp_path, **ON_GPU)
-    batch = collate(groups_of(2, 4, 6, 18), fill=0)
+    batch = trainer.policy.batch(groups_of(2, 4, 6, 18))
     trainer.compute_loss(trainer.model, {"batch": batch}).backward()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as seen:
@@ -183,20 +187,20 @@ def test_a_step_takes_less_memory_than_plain_logits():
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64000, tie_word_embeddings=True)
     model = LlamaForCausalLM(config).cuda().bfloat16().train()
-    batch = collate(groups_of(2, 4, 512, 64000), fill=0).to(torch.device("cuda"))
-    targets = batch.targets.view(*batch.shape, -1)
-    head = FusedHead(model)
+    batch = collate(groups_of(2, 4, 512, 64000), 0, LayoutRules(shared=False)).to(torch.device("cuda"))
 
     def loss(logps, **constants):
         return wk.losses.wind(logps, **constants, eta=1.0, beta=0.1, reduction="none")
 
     def fused():
-        job = loss_job(loss, targets, batch.constants, 1.0, OPTIONS | {"memory_budget": 128 << 20})
-        return head(model, batch.input_ids, batch.attention_mask, job)
+        job = loss_job(loss, batch.targets, batch.constants, 1.0, OPTIONS | {"memory_budget": 128 << 20})
+        return hf.run_rows(model, batch.rows, job, padded=True)
 
     def plain():
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
-        scored = targets.view(logits.shape[:2])
+        rows = batch.rows
+        logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask.long()).logits
+        place, scored = rows.padded()
+        logits = logits.flatten(0, 1)[place]
         logps = logits.float().log_softmax(-1).gather(-1, scored.clamp(min=0)[..., None]).squeeze(-1)
         return loss((logps * (scored >= 0)).sum(-1).view(batch.shape), **batch.constants).mean()
 

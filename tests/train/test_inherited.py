@@ -114,7 +114,7 @@ def test_optimizer_arguments_nobody_looks_at_are_refused_before_sampling(tmp_pat
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_is_taken_runs(tmp_path, changes):
-    trainer = make_trainer(tmp_path, heldout=HELDOUT, max_new_tokens=3, **changes)
+    trainer = make_trainer(tmp_path, heldout=HELDOUT, max_completion_length=3, **changes)
     trainer.train()
     assert [record.iteration for record in trainer.history] == [1, 2]
     if changes.get("eval_delay"):
@@ -124,7 +124,7 @@ def test_what_is_taken_runs(tmp_path, changes):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 def test_both_names_of_checkpointing_are_taken_from_a_file(tmp_path, name):
-    from windkern.commands.train import load_settings
+    from windkern.settings.run import load_settings
 
     path = tmp_path / "x.yaml"
     path.write_text(f"model: m\ntrain_prompts: p.txt\noutput_dir: out\nuse_cpu: true\n{name}: true\n")
@@ -143,7 +143,7 @@ def test_without_tqdm_no_progress_is_shown(tmp_path, capsys):
     path.write_text(
         f"model: {model}\ndtype: float32\ntrain_prompts: {tmp_path / 'p.txt'}\njudge: tiny_model:goodness\n"
         f"output_dir: {tmp_path / 'out'}\nnum_iterations: 1\nsteps_per_iteration: 1\nnum_responses: 2\n"
-        "max_new_tokens: 2\nuse_cpu: true\nsave_strategy: 'no'\n"
+        "max_completion_length: 2\nuse_cpu: true\nsave_strategy: 'no'\n"
     )
     for more, lines in (("false", True), ("true", False)):
         assert main(["train", "--config", str(path), "--override", f"disable_tqdm={more}"]) == 0

@@ -11,11 +11,12 @@ pytest.importorskip("accelerate")
 from tiny_model import goodness
 from trainer_cases import HELDOUT, make_config, make_trainer
 
+from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import step_metrics
 
 
 def numbers(logps, constants, config) -> dict[str, float]:
-    return {name: float(value) for name, value in step_metrics(logps, constants, config).items()}
+    return {name: float(value) for name, value in step_metrics(logps, constants, plan_loss(config)).items()}
 
 
 def test_a_step_says_how_far_it_is_from_the_target(tmp_path):
@@ -67,7 +68,7 @@ def test_measurements_are_of_uniformly_drawn_prompts(tmp_path):
 
     trainer = make_trainer(tmp_path, reward=reward, focus="hardest", focus_uniform_share=0.5, num_iterations=6)
     for iteration in range(1, 7):
-        trainer.outer.begin(iteration, inside=False, together=False)
-        assert len(trainer.outer.measured) == 2 and len(trainer.outer.rollouts) == 4
+        found = trainer.outer.begin(iteration, inside=False)
+        assert len(found.measured) == 2 and len(found.groups) == 4
         chosen = trainer.outer.focus.choose(iteration + 1, 4)
         assert sum(chosen.uniform) == 2

@@ -45,14 +45,14 @@ def settings_of(place: Path, out: Path, **changes) -> Path:
     content = {
         "model": str(place / "tiny"),
         "dtype": "float32",
-        "train_prompts": str(place / "p.jsonl"),
+        "train_dataset": str(place / "p.jsonl"),
         "judge": "tiny_model:goodness",
         "output_dir": str(out),
         "num_iterations": 1,
         "steps_per_iteration": 2,
         "per_device_train_batch_size": 2,
-        "num_responses": 2,
-        "max_new_tokens": 3,
+        "num_generations": 2,
+        "max_completion_length": 3,
         "learning_rate": 1e-3,
         "save_strategy": "no",
         "report_to": "none",
@@ -115,15 +115,18 @@ def test_a_damaged_model_is_named(place, tmp_path, capsys, name):
             {"learning_rate": 1e30, "max_grad_norm": 0, "steps_per_iteration": 4},
             r"the loss of step \d is (nan|inf); lower learning_rate=1e\+30, or the numbers of the loss \(eta=4.0, beta",
         ),
-        ({"eta": 1e30, "beta": 0.0}, r"the loss of step 1 is nan, before any weight has moved: .*eta=1e\+30, beta=0"),
-        ({"train_prompts": "none.jsonl"}, "prompts file none.jsonl does not exist"),
+        (
+            {"loss_kwargs": {"eta": 1e30, "beta": 0.0}},
+            r"the loss of step 1 is nan, before any weight has moved: .*eta=1e\+30, beta=0",
+        ),
+        ({"train_dataset": "none.jsonl"}, "prompts file none.jsonl does not exist"),
         ({"loss": "kto"}, "loss must be one of those that are sums over groups .*, got 'kto', .* in TRL"),
         (
             {"output_dir": "$UNSET_HERE/out"},
             r"output_dir names the environment variable \$UNSET_HERE, which is not set",
         ),
         ({"include_for_metrics": ["loss"]}, r"include_for_metrics must be \[\], got \['loss'\]: "),
-        ({"eval_strategy": "epoch"}, "eval_prompts must be given for eval_strategy='epoch'"),
+        ({"eval_strategy": "epoch"}, "eval_dataset must be given for eval_strategy='epoch'"),
     ],
 )
 def test_a_setting_is_named(place, tmp_path, capsys, changes, message):
@@ -146,14 +149,14 @@ def test_a_settings_file_is_named(tmp_path, capsys, content, message):
 
 
 def test_variables_stand_in_paths(place, tmp_path, monkeypatch):
-    from windkern.commands.train import load_settings
+    from windkern.settings.run import load_settings
 
     monkeypatch.setenv("PLACE", str(place))
     path = settings_of(
-        place, tmp_path / "out", model="${PLACE}/tiny", output_dir="~/mine", train_prompts="$PLACE/p.jsonl"
+        place, tmp_path / "out", model="${PLACE}/tiny", output_dir="~/mine", train_dataset="$PLACE/p.jsonl"
     )
     run, config = load_settings(str(path))
-    assert run.model == f"{place}/tiny" and run.train_prompts == f"{place}/p.jsonl"
+    assert run.model == f"{place}/tiny" and run.train_dataset == f"{place}/p.jsonl"
     assert config.output_dir == os.path.expanduser("~/mine")
 
 

@@ -73,14 +73,18 @@ def test_a_bias_may_mask():
 @pytest.mark.parametrize("kind", ["rope", "learned"])
 def test_prompts_and_responses_must_fit_the_positions(tmp_path, kind):
     model = tiny_model.make_model() if kind == "rope" else gpt2(64)
-    changes = {"max_new_tokens": 44, "given": {"reference": copy.deepcopy(model)}}
+    changes = {"max_completion_length": 44, "given": {"ref_model": copy.deepcopy(model)}}
     message = (
-        rf"train_prompts\[1\] has 23 tokens, and 20 fit \(the 64 positions .* 44\): '{LONG[:50]}.*set long_prompts"
+        rf"train_dataset\[1\] has 23 tokens, and 20 fit \(the 64 positions .* 44\): '{LONG[:50]}.*set long_prompts"
     )
     refused(tmp_path, message, model=model, prompts=[PROMPTS[0], LONG], **changes)
-    refused(tmp_path, r"eval_prompts\[0\] has 23 tokens, and 20 fit", model=model, heldout=[LONG, "rain"], **changes)
-    refused(tmp_path, "max_new_tokens must leave room for a prompt in the 64 positions .* got 64", max_new_tokens=64)
-    make_trainer(tmp_path, model=model, prompts=[PROMPTS[0], LONG], **changes | {"max_new_tokens": 41})
+    refused(tmp_path, r"eval_dataset\[0\] has 23 tokens, and 20 fit", model=model, heldout=[LONG, "rain"], **changes)
+    refused(
+        tmp_path,
+        "max_completion_length must leave room for a prompt in the 64 positions .* got 64",
+        max_completion_length=64,
+    )
+    make_trainer(tmp_path, model=model, prompts=[PROMPTS[0], LONG], **changes | {"max_completion_length": 41})
 
 
 @pytest.mark.parametrize(
@@ -129,10 +133,10 @@ def test_long_prompts_are_left_out_and_counted(tmp_path):
     with pytest.warns(UserWarning) as caught:
         trainer = make_trainer(tmp_path, prompts=[LONG, "rain was", LONG + " day"], **given)
     said = sorted(str(each.message) for each in caught)
-    assert said[0].startswith("1 of 3 eval_prompts have more than 20 tokens (max_prompt_length): they are left out")
-    assert said[1].startswith("2 of 3 train_prompts have more than 20 tokens (max_prompt_length): they are left out")
-    assert prompts_of(trainer) == ["rain was"] and trainer.eval_prompts == list(HELDOUT)
-    with pytest.raises(ValueError, match="all 1 train_prompts have more than 20 tokens"), pytest.warns(UserWarning):
+    assert said[0].startswith("1 of 3 eval_dataset have more than 20 tokens (max_prompt_length): they are left out")
+    assert said[1].startswith("2 of 3 train_dataset have more than 20 tokens (max_prompt_length): they are left out")
+    assert prompts_of(trainer) == ["rain was"] and trainer.eval_dataset == list(HELDOUT)
+    with pytest.raises(ValueError, match="all 1 train_dataset have more than 20 tokens"), pytest.warns(UserWarning):
         make_trainer(tmp_path, prompts=[LONG], **given)
 
 
@@ -144,12 +148,12 @@ def room(**changes) -> Room:
 def test_long_prompts_are_cut_at_their_beginning_and_keep_the_template(tmp_path):
     notes = []
     limited = room(max_prompt_length=8, system="so very")
-    (place, cut), (_, whole) = limited.fit("train_prompts", [LONG, "rain"], notes.append)
+    (place, cut), (_, whole) = limited.fit("train_dataset", [LONG, "rain"], notes.append)
     assert (place, cut, whole) == (0, "bad", "rain")  # system so very <eos> user bad <eos> assistant
     ids = encode_prompts(limited.tokenizer, [cut], system="so very").input_ids[0]
     assert limited.tokenizer.decode(ids) == "system so very <eos> user bad <eos> assistant"
     assert notes == [
-        "1 of 2 train_prompts have more than 8 tokens (max_prompt_length): their beginnings are cut off",
+        "1 of 2 train_dataset have more than 8 tokens (max_prompt_length): their beginnings are cut off",
     ]
     assert room(max_prompt_length=10).fit("p", [LONG], notes.append) == [(0, " ".join(LONG.split()[-7:]))]
     with pytest.raises(ValueError, match=r"p\[0\] cannot be cut to 3 tokens"):
@@ -165,10 +169,10 @@ def test_conversations_lose_their_oldest_messages_first():
     assert cut.messages == (talk[0], {"role": "user", "content": "a day"})
 
 
-@pytest.mark.filterwarnings("ignore:1 of 2 train_prompts")
+@pytest.mark.filterwarnings("ignore:1 of 2 train_dataset")
 def test_demonstrations_keep_their_answers(tmp_path):
     shown = [Demonstration(LONG, "good"), Demonstration("rain", "bad")]
-    given = {"loss": "spin", "num_responses": 1, "max_prompt_length": 10, "given": {"judge": None}, "prompts": shown}
+    given = {"loss": "spin", "num_generations": 1, "max_prompt_length": 10, "given": {"judge": None}, "prompts": shown}
     trainer = make_trainer(tmp_path, long_prompts="drop", **given)
     assert trainer.demonstrations == [("rain", "bad")] and prompts_of(trainer) == ["rain"]
     trainer = make_trainer(tmp_path, long_prompts="cut", **given)
@@ -186,7 +190,7 @@ def test_the_tokens_of_prompts_and_padding_must_be_the_models(tmp_path):
     given = {"given": {"processing_class": more}}
     make_trainer(tmp_path, **given)  # a token that no prompt has
     refused(
-        tmp_path, r"train_prompts\[1\] \('the snow'\) has the id 18 \('snow'\)", prompts=["the", "the snow"], **given
+        tmp_path, r"train_dataset\[1\] \('the snow'\) has the id 18 \('snow'\)", prompts=["the", "the snow"], **given
     )
     padded = tiny_model.make_tokenizer()
     padded.add_special_tokens({"pad_token": "<more>"})
@@ -195,14 +199,14 @@ def test_the_tokens_of_prompts_and_padding_must_be_the_models(tmp_path):
 
 
 def test_an_evaluation_needs_prompts_and_says_what_one_lacks(tmp_path):
-    refused(tmp_path, "eval_prompts must be given for eval_strategy='epoch'", eval_strategy="epoch")
-    with pytest.warns(UserWarning, match="eval_prompts holds one prompt: means over prompts get no standard error"):
+    refused(tmp_path, "eval_dataset must be given for eval_strategy='epoch'", eval_strategy="epoch")
+    with pytest.warns(UserWarning, match="eval_dataset holds one prompt: means over prompts get no standard error"):
         make_trainer(tmp_path, heldout=HELDOUT[:1])
 
 
-@pytest.mark.filterwarnings("ignore:eval_prompts holds one prompt")
+@pytest.mark.filterwarnings("ignore:eval_dataset holds one prompt")
 def test_of_one_prompt_no_standard_error_is_logged_or_written(tmp_path):
-    changes = {"eval_strategy": "epoch", "num_iterations": 1, "max_new_tokens": 3}
+    changes = {"eval_strategy": "epoch", "num_iterations": 1, "max_completion_length": 3}
     trainer = make_trainer(tmp_path, heldout=HELDOUT[:1], **changes)
     trainer.train()
     (logged,) = (entry for entry in trainer.state.log_history if "eval_win_rate" in entry)

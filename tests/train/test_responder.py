@@ -14,9 +14,10 @@ from completion_server import Server
 from tiny_model import make_tokenizer
 from trainer_cases import make_trainer
 
+from windkern.losses import LOSSES
+from windkern.train.groups import Group
 from windkern.train.responder import Responder
-from windkern.train.rollouts import Rollout
-from windkern.train.samplers.http import HttpSampler
+from windkern.train.samplers.openai import OpenAISampler
 
 STALE = "never given the new weights"
 SAME = "are identical"
@@ -25,49 +26,50 @@ SAME = "are identical"
 def responder(sampler=None, group="samples", **config) -> tuple[Responder, list[str]]:
     said: list[str] = []
     settings = SimpleNamespace(
-        **{"reference": "model", "num_iterations": 3, "loss": "wind", "num_responses": 2} | config
+        **{"reference": "model", "num_iterations": 3, "loss": "wind", "num_generations": 2} | config
     )
-    return Responder(settings, group, ["p"], [], make_tokenizer(), sampler, lambda: None, said.append), said
+    settings.entry = LOSSES[settings.loss]
+    return Responder(settings, group, ["p"], [], SimpleNamespace(model="weights"), sampler, said.append), said
 
 
-def rollout(*completions) -> Rollout:
-    return Rollout(0, (1,), completions, (False,) * len(completions), ("",) * len(completions))
+def rollout(*completions) -> Group:
+    return Group(0, (1,), completions, (False,) * len(completions), ("",) * len(completions))
 
 
-def http_sampler(cls=HttpSampler) -> HttpSampler:
-    return cls("http://127.0.0.1:1/v1", "m", make_tokenizer(), max_new_tokens=4)
+def openai_sampler(cls=OpenAISampler) -> OpenAISampler:
+    return cls("http://127.0.0.1:1/v1", "m", make_tokenizer(), max_completion_length=4)
 
 
 def test_a_server_that_keeps_its_weights_is_said_once():
-    found, said = responder(http_sampler())
-    found.update(None)
-    found.update(None)
+    found, said = responder(openai_sampler())
+    found.update()
+    found.update()
     assert len(said) == 1 and STALE in said[0] and "http://127.0.0.1:1/v1" in said[0]
     assert "from iteration 2 on" in said[0] and "no importance weight" in said[0]
-    other, said = responder(http_sampler(), loss="trajectory_balance")
-    other.update(None)
+    other, said = responder(openai_sampler(), loss="trajectory_balance")
+    other.update()
     assert "responses of any policy" in said[0] and "no importance weight" not in said[0]
 
 
 def test_a_server_that_follows_or_need_not_is_not_said():
-    class Following(HttpSampler):
+    class Following(OpenAISampler):
         seen = ()
 
         def update(self, model):
             self.seen = (*self.seen, model)
 
-    follows, said = responder(http_sampler(Following))
-    follows.update("weights")
+    follows, said = responder(openai_sampler(Following))
+    follows.update()
     assert follows.sampler.seen == ("weights",) and not said
-    for sampler, iterations in ((http_sampler(), 1), (None, 3)):
+    for sampler, iterations in ((openai_sampler(), 1), (None, 3)):
         once, said = responder(sampler, num_iterations=iterations)
-        once.update(None)
+        once.update()
         assert not said
 
 
 def test_identical_responses_of_a_whole_iteration_are_said_once():
     same, different = rollout((5, 1), (5, 1)), rollout((5, 1), (6, 1))
-    for sampler, cause in ((http_sampler(), "server decodes greedily"), (None, "temperature or top_p is too low")):
+    for sampler, cause in ((openai_sampler(), "server decodes greedily"), (None, "temperature or top_p is too low")):
         found, said = responder(sampler)
         found.look_at([same, different])
         found.look_at([rollout((5, 1))])  # nothing to compare
@@ -88,7 +90,7 @@ def test_a_run_with_a_greedy_server_says_both(tmp_path, content):
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            make_trainer(tmp_path, sampler=f"http:{server.url}", save_strategy="no").train()
+            make_trainer(tmp_path, sampler=f"openai:{server.url}", save_strategy="no").train()
     finally:
         server.close()
     texts = [str(each.message) for each in caught]

@@ -54,14 +54,14 @@ def train(stage: Path, out: Path, *arguments: str, **changes) -> int:
     content = {
         "model": str(stage / "first"),
         "dtype": "float32",
-        "train_prompts": str(stage / "p.jsonl"),
+        "train_dataset": str(stage / "p.jsonl"),
         "judge": "tiny_model:goodness",
         "output_dir": str(out),
         "num_iterations": 1,
         "steps_per_iteration": 1,
         "per_device_train_batch_size": 2,
-        "num_responses": 2,
-        "max_new_tokens": 3,
+        "num_generations": 2,
+        "max_completion_length": 3,
         "learning_rate": 1e-6,  # so that the policy stays where it began
         "save_strategy": "no",
         "report_to": "none",
@@ -102,7 +102,7 @@ def test_the_reference_of_a_second_stage_is_the_first_ones_policy(stage, tmp_pat
         (state,) = folder.glob("checkpoint-*/trainer_state.json")
         first = json.loads(state.read_text())["log_history"][0]
         assert first["kl_ref"] == 0 and first["kl_old"] == 0, name
-    away = {"reference_model": str(stage / "base"), "logging_steps": 1, "save_strategy": "epoch"}
+    away = {"ref_model": str(stage / "base"), "logging_steps": 1, "save_strategy": "epoch"}
     assert train(stage, tmp_path / "base", **away) == 0
     (state,) = (tmp_path / "base").glob("checkpoint-*/trainer_state.json")
     assert abs(json.loads(state.read_text())["log_history"][0]["kl_ref"]) > 1e-2
@@ -134,7 +134,7 @@ def test_what_contradicts_the_adapter_is_refused(stage, tmp_path, capsys):
 @pytest.mark.parametrize("loaded", ["by peft", "by transformers"])
 def test_a_new_adapter_never_takes_the_place_of_one(stage, tmp_path, loaded):
     model = first_stage(stage) if loaded == "by peft" else AutoModelForCausalLM.from_pretrained(stage / "first")
-    given = {"peft_config": lora(), "reference": None}
+    given = {"peft_config": lora(), "ref_model": None}
     with pytest.raises(ValueError, match=r"model has one \(default\), .* is_trainable=True\); .*merge_and_unload"):
         make_trainer(tmp_path, model=model, reference="adapter", given=given)
 
@@ -143,11 +143,11 @@ def test_an_adapter_of_ones_own_is_trained_further_from_python(stage, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(stage / "base")
     model = peft.PeftModel.from_pretrained(base, stage / "first", is_trainable=True)
     start = logits(model)
-    given = {"reference": None}
+    given = {"ref_model": None}
     trainer = make_trainer(tmp_path, model=model, reference="adapter", num_iterations=1, given=given)
     trainer.train()
     assert trainer.state.log_history[0]["kl_ref"] == 0 and not torch.equal(logits(model), start)
-    with trainer.reference.sampling() as reference:
+    with trainer.reference.in_place() as reference:
         torch.testing.assert_close(logits(reference), start)
     assert not torch.equal(logits(model), start)
 
@@ -157,10 +157,10 @@ def test_an_adapter_that_takes_from_its_base_is_kept_as_it_began(tmp_path):
     model, config = tiny_model.make_model(), lora(init_lora_weights="pissa")
     start = logits(model)
     trainer = make_trainer(
-        tmp_path, model=model, reference="adapter", given={"peft_config": config, "reference": None}, num_iterations=1
+        tmp_path, model=model, reference="adapter", given={"peft_config": config, "ref_model": None}, num_iterations=1
     )
     trainer.train()
-    with trainer.reference.sampling() as reference:
+    with trainer.reference.in_place() as reference:
         torch.testing.assert_close(logits(reference), start, atol=1e-4, rtol=0)
     assert trainer.state.log_history[0]["kl_ref"] == pytest.approx(0, abs=1e-5)
 

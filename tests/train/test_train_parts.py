@@ -98,7 +98,7 @@ def test_a_tokenizer_without_a_template_takes_plain_prompts():
 
 
 def test_responses_carry_the_right_masks(model, tokenizer):
-    draw = sampler.TransformersSampler(model, tokenizer, max_new_tokens=6, batch_size=5)
+    draw = sampler.TransformersSampler(model, tokenizer, max_completion_length=6, batch_size=5)
     batch = draw.sample(PROMPTS, 4, seed=0)
     width = data.encode_prompts(tokenizer, PROMPTS).input_ids.shape[1]
     assert not batch.completion_mask[:, :width].any()
@@ -118,7 +118,7 @@ def test_responses_carry_the_right_masks(model, tokenizer):
 
 
 def test_the_same_seed_draws_the_same_whatever_else_is_drawn(model, tokenizer):
-    draw = sampler.TransformersSampler(model, tokenizer, max_new_tokens=6)
+    draw = sampler.TransformersSampler(model, tokenizer, max_completion_length=6)
     first = draw.sample(PROMPTS, 2, seed=3)
     torch.manual_seed(99)
     before = torch.get_rng_state()
@@ -141,11 +141,11 @@ def test_the_same_seed_draws_the_same_whatever_else_is_drawn(model, tokenizer):
 )
 def test_what_the_generation_config_says_does_not_bend_the_policy(tokenizer, settings):
     odd = make_model()
-    plain = sampler.TransformersSampler(odd, tokenizer, max_new_tokens=6).sample(PROMPTS, 4, seed=0)
+    plain = sampler.TransformersSampler(odd, tokenizer, max_completion_length=6).sample(PROMPTS, 4, seed=0)
     kept = odd.generation_config
     for name, value in settings.items():
         setattr(kept, name, value)
-    bent = sampler.TransformersSampler(odd, tokenizer, max_new_tokens=6).sample(PROMPTS, 4, seed=0)
+    bent = sampler.TransformersSampler(odd, tokenizer, max_completion_length=6).sample(PROMPTS, 4, seed=0)
     assert bent.texts == plain.texts
     assert odd.generation_config is kept and all(getattr(kept, name) == settings[name] for name in settings)
 
@@ -156,7 +156,7 @@ def test_policy_and_reference_end_with_the_same_tokens(tokenizer):
     other.generation_config.eos_token_id = 10
     aligned = make_model()
     aligned.generation_config.eos_token_id = [1, 10]  # what transformers makes of the policy's when it trains
-    ours, theirs = (sampler.TransformersSampler(each, tokenizer, max_new_tokens=8) for each in (aligned, other))
+    ours, theirs = (sampler.TransformersSampler(each, tokenizer, max_completion_length=8) for each in (aligned, other))
     assert ours.end_ids == theirs.end_ids == [1, 10]
     assert ours.sample(PROMPTS, 4, seed=0).texts == theirs.sample(PROMPTS, 4, seed=0).texts
 
@@ -171,7 +171,7 @@ def test_gumbel_noise_draws_from_the_tempered_softmax(temperature):
 
 
 def test_a_group_of_responses_is_cut_out_without_spare_columns(model, tokenizer):
-    batch = sampler.TransformersSampler(model, tokenizer, max_new_tokens=6).sample(PROMPTS, 2, seed=0)
+    batch = sampler.TransformersSampler(model, tokenizer, max_completion_length=6).sample(PROMPTS, 2, seed=0)
     part = batch.groups([2, 0])
     assert part.texts == (batch.texts[2], batch.texts[0])
     assert part.attention_mask.any(0)[[0, -1]].all() and part.input_ids.shape[1] <= batch.input_ids.shape[1]
@@ -181,7 +181,7 @@ def test_a_group_of_responses_is_cut_out_without_spare_columns(model, tokenizer)
 
 
 def test_responses_are_cut_out_by_their_places(model, tokenizer):
-    batch = sampler.TransformersSampler(model, tokenizer, max_new_tokens=6).sample(PROMPTS, 3, seed=0)
+    batch = sampler.TransformersSampler(model, tokenizer, max_completion_length=6).sample(PROMPTS, 3, seed=0)
     part = batch.responses([2, 0], torch.tensor([[2, 0], [1, 1]]))
     assert part.texts == ((batch.texts[2][2], batch.texts[2][0]), (batch.texts[0][1],) * 2)
     rows = [8, 6, 1, 1]
@@ -189,16 +189,16 @@ def test_responses_are_cut_out_by_their_places(model, tokenizer):
 
 
 def test_sampler_arguments_are_checked(model, tokenizer):
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        sampler.TransformersSampler(model, tokenizer, max_new_tokens=0)
+    with pytest.raises(ValueError, match="max_completion_length"):
+        sampler.TransformersSampler(model, tokenizer, max_completion_length=0)
     with pytest.raises(ValueError, match="temperature"):
-        sampler.TransformersSampler(model, tokenizer, max_new_tokens=4, temperature=0.0)
+        sampler.TransformersSampler(model, tokenizer, max_completion_length=4, temperature=0.0)
     endless = make_model()
     endless.generation_config.eos_token_id = None
     silent = make_tokenizer(chat=False)
     silent.eos_token = None
     with pytest.raises(ValueError, match="end token"):
-        sampler.TransformersSampler(endless, silent, max_new_tokens=4)
+        sampler.TransformersSampler(endless, silent, max_completion_length=4)
 
 
 # Judges
@@ -440,11 +440,11 @@ def test_importing_the_package_does_not_import_transformers():
 
 def test_top_p_cuts_the_distribution_and_nothing_else(model, tokenizer):
     """Of four known tokens the two likeliest have 0.8: with top_p 0.75 only they are drawn, 5 to 3."""
-    drawn = sampler.TransformersSampler(model, tokenizer, max_new_tokens=1, top_p=0.75)
+    drawn = sampler.TransformersSampler(model, tokenizer, max_completion_length=1, top_p=0.75)
     scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4).clone()
     for processor in drawn._processors(torch.Generator().manual_seed(0)):
         scores = processor(torch.zeros(20_000, 1, dtype=torch.int64), scores)
     shares = torch.bincount(scores.argmax(-1), minlength=4) / 20_000
     torch.testing.assert_close(shares, torch.tensor([5 / 8, 3 / 8, 0.0, 0.0]), atol=0.015, rtol=0)
     with pytest.raises(ValueError, match="top_p must be at most 1"):
-        sampler.TransformersSampler(model, tokenizer, max_new_tokens=1, top_p=1.5)
+        sampler.TransformersSampler(model, tokenizer, max_completion_length=1, top_p=1.5)

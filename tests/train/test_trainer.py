@@ -18,9 +18,8 @@ from windkern.losses import LOSSES
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.config import WindConfig
 from windkern.train.data.loading import Demonstration
-from windkern.train.groups import collate
-from windkern.train.parts import disable_dropout
-from windkern.train.rollouts import verdict_of
+from windkern.train.dropout import disable_dropout
+from windkern.train.groups import verdict_of
 
 SEPARABLE = [name for name, loss in LOSSES.items() if loss.separable]
 
@@ -30,15 +29,15 @@ def losses_of(trainer) -> list[float]:
 
 
 def begin(trainer):
-    """The groups of the first iteration, before any step."""
-    return trainer.outer.begin(1, inside=False, together=False)
+    """The first iteration, before any step."""
+    return trainer.outer.begin(1, inside=False)
 
 
 def test_the_first_loss_is_the_variance_of_the_win_rates(tmp_path):
     """With pi_theta = pi_t = pi_ref every log-ratio is 0, so the centred square loss is c^2 Var w."""
     trainer = make_trainer(tmp_path, num_iterations=1, steps_per_iteration=1, per_device_train_batch_size=8)
     trainer.train()
-    win_rates = verdict_of(trainer.outer.rollouts).prefs.mean(-1)
+    win_rates = verdict_of(trainer.iterations.current.groups).prefs.mean(-1)
     assert losses_of(trainer) == [pytest.approx(float(win_rates.var(-1, unbiased=False).mean()), rel=1e-4)]
     first = trainer.state.log_history[0]
     assert_has_not_moved(first["kl_old"], first["kl_ref"])
@@ -68,7 +67,7 @@ def test_the_loss_falls_and_the_win_rate_rises(tmp_path):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_plain_torch_and_completions_only(tmp_path, temperature):
     trainer = make_trainer(tmp_path, num_iterations=1, temperature=temperature)
-    group = begin(trainer)[0]
+    group = begin(trainer).fitted[0]
     for tokens, got in zip(group.completions, group.constants["old_logps"].tolist(), strict=True):
         ids = torch.tensor([[*group.prompt_ids, *tokens]])
         logps = trainer.model(ids).logits.detach().double().div(temperature).log_softmax(-1)
@@ -99,9 +98,9 @@ def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
 
 
 def test_the_extremes_are_fitted_to_their_win_rates_against_all(tmp_path):
-    trainer = make_trainer(tmp_path, num_responses=8, fit_responses=3)
-    groups = begin(trainer)
-    for group, rollout in zip(groups, trainer.outer.rollouts, strict=True):
+    trainer = make_trainer(tmp_path, num_generations=8, fit_responses=3)
+    found = begin(trainer)
+    for group, rollout in zip(found.fitted, found.groups, strict=True):
         rates = torch.tensor(rollout.prefs).mean(-1)
         torch.testing.assert_close(group.constants["win_rates"], rates.sort().values[[0, -2, -1]])
         for tokens, rate in zip(group.completions, group.constants["win_rates"], strict=True):
@@ -110,7 +109,7 @@ def test_the_extremes_are_fitted_to_their_win_rates_against_all(tmp_path):
 
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_every_separable_loss_trains(tmp_path, name):
-    changes = {"spin": {"num_responses": 1}, "bond": {"num_responses": 3}}.get(name, {})
+    changes = {"spin": {"num_generations": 1}, "bond": {"num_generations": 3}}.get(name, {})
     prompts = [Demonstration(prompt, "good good day") for prompt in PROMPTS] if name == "spin" else PROMPTS
     trainer = make_trainer(tmp_path, loss=name, prompts=prompts, num_iterations=1, **changes)
     before = weights_of(trainer)
@@ -123,7 +122,7 @@ def test_every_separable_loss_trains(tmp_path, name):
 @pytest.mark.parametrize("name", ["wind", "sppo", "bon_sft", "trajectory_balance", "dpo", "spin"])
 def test_losses_raise_the_reward(tmp_path, name):
     prompts = [Demonstration(prompt, "good good good") for prompt in PROMPTS] if name == "spin" else PROMPTS
-    changes = {"num_responses": 1} if name == "spin" else {"num_responses": 8}
+    changes = {"num_generations": 1} if name == "spin" else {"num_generations": 8}
     trainer = make_trainer(
         tmp_path,
         loss=name,
@@ -142,7 +141,8 @@ def test_losses_raise_the_reward(tmp_path, name):
 
 def test_pairs_are_the_best_and_the_worst(tmp_path):
     trainer = make_trainer(tmp_path, loss="dpo")
-    for group, rollout in zip(begin(trainer), trainer.outer.rollouts, strict=True):
+    found = begin(trainer)
+    for group, rollout in zip(found.fitted, found.groups, strict=True):
         rates = torch.tensor(rollout.prefs).mean(-1)
         assert rollout.completions.index(group.completions[0]) in (rates == rates.max()).nonzero()
         assert rollout.completions.index(group.completions[1]) in (rates == rates.min()).nonzero()
@@ -151,47 +151,48 @@ def test_pairs_are_the_best_and_the_worst(tmp_path):
 
 def test_a_demonstration_is_chosen_over_a_sample(tmp_path):
     prompts = [Demonstration(prompt, "good day") for prompt in PROMPTS]
-    trainer = make_trainer(tmp_path, loss="spin", num_responses=1, prompts=prompts, given={"judge": None})
+    trainer = make_trainer(tmp_path, loss="spin", num_generations=1, prompts=prompts, given={"judge": None})
     tokenizer = trainer.processing_class
-    for group in begin(trainer):
+    for group in begin(trainer).fitted:
         assert tokenizer.decode(group.completions[0]) == "good day <eos>"
         assert len(group.completions) == 2 and set(group.constants) == {"old_logps"}
 
 
 def test_the_anchor_follows_the_policy_slowly(tmp_path):
     trainer = make_trainer(
-        tmp_path, loss="bond", num_responses=3, anchor_rate=0.25, steps_per_iteration=1, num_iterations=1
+        tmp_path, loss="bond", num_generations=3, anchor_rate=0.25, steps_per_iteration=1, num_iterations=1
     )
     start = weights_of(trainer)
     trainer.train()
     end = weights_of(trainer)
-    with trainer.outer.anchor.in_place():
+    with trainer.policy.anchor.in_place():
         for name, value in trainer.model.named_parameters():
             torch.testing.assert_close(value, start[name] + 0.25 * (end[name] - start[name]))
     assert all(torch.equal(end[name], value) for name, value in trainer.model.named_parameters())
 
 
 def test_the_anchor_scores_its_own_samples(tmp_path):
-    trainer = make_trainer(tmp_path, loss="bond", num_responses=3, anchor_rate=0.25, num_iterations=1)
+    trainer = make_trainer(tmp_path, loss="bond", num_generations=3, anchor_rate=0.25, num_iterations=1)
     trainer.train()
-    groups = trainer.outer.begin(2, inside=False, together=False)
-    with trainer.outer.anchor.in_place():
-        anchor = trainer.scorer.policy(groups, 2)
-    for group, mine, other in zip(groups, trainer.scorer.policy(groups, 2), anchor, strict=True):
+    groups = trainer.outer.begin(2, inside=False).fitted
+    with trainer.policy.anchor.in_place():
+        anchor = trainer.policy.logps(groups, 2)
+    for group, mine, other in zip(groups, trainer.policy.logps(groups, 2), anchor, strict=True):
         assert torch.equal(group.constants["anchor_logps"], other) and not torch.allclose(mine, other)
     assert len({float(group.constants["baseline"]) for group in groups}) == 1
 
 
 def test_truncated_responses_are_kept_or_dropped(tmp_path):
-    kept = make_trainer(tmp_path / "kept", max_new_tokens=4)
-    dropped = make_trainer(tmp_path / "dropped", max_new_tokens=4, truncated="drop")
-    assert "where" not in begin(kept)[0].constants
-    for group, rollout in zip(begin(dropped), dropped.outer.rollouts, strict=True):
+    kept = make_trainer(tmp_path / "kept", max_completion_length=4)
+    dropped = make_trainer(tmp_path / "dropped", max_completion_length=4, mask_truncated_completions=True)
+    assert "where" not in begin(kept).fitted[0].constants
+    found = begin(dropped)
+    for group, rollout in zip(found.fitted, found.groups, strict=True):
         assert group.constants["where"].tolist() == [not each for each in rollout.truncated]
         torch.testing.assert_close(group.constants["win_rates"], torch.tensor(rollout.prefs).mean(-1))
         for tokens, cut in zip(rollout.completions, rollout.truncated, strict=True):
             assert (tokens[-1] != 1) == cut and (len(tokens) == 4 or not cut)
-    assert any(any(rollout.truncated) for rollout in dropped.outer.rollouts)
+    assert any(any(rollout.truncated) for rollout in found.groups)
 
 
 def test_the_hardest_prompts_are_answered_more_often(tmp_path):
@@ -205,36 +206,35 @@ def test_the_hardest_prompts_are_answered_more_often(tmp_path):
     )
     asked = []
     for iteration in range(1, 7):
-        trainer.outer.begin(iteration, inside=False, together=False)
-        asked.append([PROMPTS[rollout.place] for rollout in trainer.outer.rollouts])
+        asked.append([PROMPTS[group.place] for group in trainer.outer.begin(iteration, inside=False).groups])
     late = [prompt for prompts in asked[3:] for prompt in prompts]
     assert sum("bus" in prompt for prompt in late) >= 6  # of 12; uniform would be 3
     again = make_trainer(
         tmp_path, reward=reward, focus="hardest", focus_uniform_share=0.5, num_iterations=6, learning_rate=1e-6
     )
-    again.outer.begin(6, inside=True, together=False)
-    assert [PROMPTS[rollout.place] for rollout in again.outer.rollouts] == asked[5]
+    assert [PROMPTS[group.place] for group in again.outer.begin(6, inside=True).groups] == asked[5]
 
 
 def test_replayed_groups_come_from_earlier_iterations(tmp_path):
-    changes = {"loss": "trajectory_balance", "replay": True, "replay_on_policy_prob": 0.0, "num_responses": 3}
+    changes = {"loss": "trajectory_balance", "replay": True, "replay_on_policy_prob": 0.0, "num_generations": 3}
     trainer = make_trainer(tmp_path, **changes)
     first = begin(trainer)
-    fresh = {tokens for rollout in trainer.outer.rollouts for tokens in rollout.completions}
-    second = trainer.outer.begin(2, inside=False, together=False)
-    fresh_again = {tokens for rollout in trainer.outer.rollouts for tokens in rollout.completions}
+    fresh = {tokens for group in first.groups for tokens in group.completions}
+    iteration = trainer.outer.begin(2, inside=False)
+    second = iteration.fitted
+    fresh_again = {tokens for group in iteration.groups for tokens in group.completions}
     drawn = {tokens for group in second for tokens in group.completions}
-    assert drawn - fresh_again and drawn <= fresh | fresh_again and len(first) == len(second)
+    assert drawn - fresh_again and drawn <= fresh | fresh_again and len(first.fitted) == len(second)
     again = make_trainer(tmp_path, **changes)
-    assert [group.completions for group in again.outer.begin(2, inside=True, together=False)] == [
+    assert [group.completions for group in again.outer.begin(2, inside=True).fitted] == [
         group.completions for group in second
     ]
-    batch = collate(second, 0)
     with torch.no_grad():
-        logps = hf.sequence_logps(
-            trainer.model, batch.input_ids, batch.attention_mask, batch.completion_mask
+        logps = hf.group_logps(
+            trainer.model, [group.prompt_ids for group in second], [group.completions for group in second]
         )  # the policy has not moved, so it is the reference
-    torch.testing.assert_close(batch.constants["ref_logps"].flatten(), logps, rtol=1e-4, atol=1e-4)
+    ref_logps = torch.stack([group.constants["ref_logps"] for group in second])
+    torch.testing.assert_close(ref_logps, logps, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_is_off_and_modes_of_attention_too(tmp_path):
@@ -255,11 +255,11 @@ def test_every_dropout_module_is_off():
 def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=1, steps_per_iteration=1)
     before = {name: value.clone() for name, value in trainer.reference.model.named_parameters()}
-    inputs = {"batch": collate(begin(trainer)[:2], 0)}
+    inputs = {"batch": trainer.policy.batch(begin(trainer).fitted[:2])}
     trainer.compute_loss(trainer.model, inputs).backward()
     embedding = trainer.model.get_input_embeddings().weight
     batch = inputs["batch"]
-    read = torch.isin(torch.arange(embedding.shape[0]), batch.input_ids[batch.attention_mask])
+    read = torch.isin(torch.arange(embedding.shape[0]), batch.rows.input_ids[batch.rows.attention_mask])
     assert embedding is trainer.model.lm_head.weight
     assert (embedding.grad[~read].abs().sum(-1) > 0).all() and (embedding.grad[read].abs().sum(-1) > 0).all()
     trainer.train()
@@ -279,9 +279,9 @@ def test_an_adapter_has_its_base_as_reference(tmp_path, modules):
     trainer = make_trainer(
         tmp_path, reference="adapter", given={"peft_config": lora(target_modules=modules)}, num_iterations=1
     )
-    groups = begin(trainer)
+    groups = begin(trainer).fitted
     base = make_trainer(tmp_path / "base")
-    want = base.scorer.policy(groups, 2)
+    want = base.policy.logps(groups, 2)
     for group, logps in zip(groups, want, strict=True):
         torch.testing.assert_close(group.constants["ref_logps"], logps, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(group.constants["ref_logps"], group.constants["old_logps"], atol=1e-3)
@@ -302,7 +302,7 @@ def recorded(tmp_path) -> str:
 
 
 def test_a_precomputed_reference_is_the_policy_at_the_start(tmp_path):
-    changes = {"sampler": recorded(tmp_path), "num_iterations": 3, "num_responses": 3}
+    changes = {"sampler": recorded(tmp_path), "num_iterations": 3, "num_generations": 3}
     plain = make_trainer(tmp_path / "model", **changes)
     plain.train()
     table = make_trainer(tmp_path / "table", reference="precomputed", **changes)
@@ -314,7 +314,7 @@ def test_a_precomputed_reference_is_the_policy_at_the_start(tmp_path):
 
 def test_no_logits_exist_outside_generation(tmp_path, monkeypatch):
     """With recorded responses nothing is generated, and the head is never multiplied out as a whole."""
-    trainer = make_trainer(tmp_path, sampler=recorded(tmp_path), num_responses=3)
+    trainer = make_trainer(tmp_path, sampler=recorded(tmp_path), num_generations=3)
     vocab, plain = trainer.model.config.vocab_size, torch.nn.Linear.forward
 
     def refuse(self, states):
@@ -361,11 +361,11 @@ def test_a_run_does_not_mix_with_another(tmp_path):
         ({"loss": "windy"}, "loss must be one of"),
         ({"top_p": 0.9, "sampler": "http://localhost"}, "top_p must be 1 with sampler='http://localhost'"),
         ({"loss": "kto"}, "loss must be one of"),
-        ({"objective": "kl", "loss": "sppo"}, "belongs to loss='wind'"),
+        ({"objective": "kl", "loss": "sppo"}, "loss='sppo' has no argument objective; it has eta"),
         ({"num_iterations": 0}, "num_iterations must be"),
         ({"steps_per_iteration": 4, "passes_per_iteration": 3}, "passes_per_iteration must divide"),
-        ({"num_responses": 1}, "num_responses must be"),
-        ({"loss": "spin", "num_responses": 2}, "num_responses must be 1"),
+        ({"num_generations": 1}, "num_generations must be"),
+        ({"loss": "spin", "num_generations": 2}, "num_generations must be 1"),
         ({"fit_responses": 5}, "fit_responses must be at most"),
         ({"fit_responses": 2, "objective": "square_pair"}, "fit_responses must be None"),
         ({"top_p": 1.5}, "top_p must be at most 1"),
@@ -374,7 +374,8 @@ def test_a_run_does_not_mix_with_another(tmp_path):
         ({"reference": "precomputed"}, "known beforehand"),
         ({"replay": True}, "replay=True needs"),
         ({"loss": "sppo", "focus": "hardest"}, "focus='hardest' needs"),
-        ({"truncated": "cut"}, "truncated must be one of"),
+        ({"loss": "dpo", "loss_kwargs": {"delta": 1}}, "has no argument delta"),
+        ({"loss": "sppo", "beta": 0.1}, "has no argument beta"),
         ({"dataloader_num_workers": 2}, "dataloader_num_workers must be 0"),
         ({"max_steps": 5}, "max_steps follows from"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size must be False"),
@@ -400,13 +401,11 @@ def test_settings_that_make_no_sense_are_named(tmp_path, changes, message):
     ("changes", "given", "message"),
     [
         ({"heldout": PROMPTS[:1]}, {}, "1 held-out prompts are also training prompts"),
-        ({"prompts": ()}, {}, "train_prompts must hold at least one"),
+        ({"prompts": ()}, {}, "train_dataset must hold at least one"),
         ({}, {"judge": None}, "judge must be given"),
-        ({}, {"reference": None}, "reference must be given"),
+        ({}, {"ref_model": None}, "ref_model must be given"),
         ({"reference": "adapter"}, {}, "needs a PEFT model"),
-        ({"loss": "spin", "num_responses": 1}, {}, "must all be Demonstrations"),
-        ({"loss": "dpo", "loss_settings": {"delta": 1}}, {}, "has no argument delta"),
-        ({"loss": "sppo", "beta": 0.1}, {}, "has no argument beta"),
+        ({"loss": "spin", "num_generations": 1}, {}, "must hold a prompt and a completion in each row"),
         ({"sampler": "telepathy"}, {}, "sampler must be transformers"),
     ],
 )
@@ -418,7 +417,7 @@ def test_trainers_that_make_no_sense_are_refused(tmp_path, changes, given, messa
 def test_the_model_is_not_its_own_reference(tmp_path):
     model = tiny_model.make_model()
     with pytest.raises(ValueError, match="another object than model"):
-        make_trainer(tmp_path, model=model, given={"reference": model})
+        make_trainer(tmp_path, model=model, given={"ref_model": model})
 
 
 def test_every_field_explains_itself():

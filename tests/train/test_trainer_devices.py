@@ -11,8 +11,11 @@ pytest.importorskip("accelerate")
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_cases import make_config, make_trainer
 
+from windkern.hf import LayoutRules
+from windkern.train.batches import collate
 from windkern.train.config import WindConfig
-from windkern.train.groups import FitGroup, collate
+from windkern.train.groups import Group
+from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import Averages, step_metrics
 
 
@@ -22,17 +25,25 @@ def test_two_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         make_config(tmp_path)
 
 
-def test_a_transformers_without_distributed_loading_will_do(tmp_path):
+def test_a_transformers_without_distributed_loading_will_do(tmp_path, monkeypatch):
+    import transformers
+
+    begin = transformers.Trainer.__init__
+
+    def without(trainer, *args, **given):
+        begin(trainer, *args, **given)
+        vars(trainer).pop("is_distributed_loading_by_transformers", None)
+
+    monkeypatch.setattr(transformers.Trainer, "__init__", without)
     trainer = make_trainer(tmp_path)
-    vars(trainer).pop("is_distributed_loading_by_transformers", None)
-    assert not trainer._sharded()
+    assert not trainer.policy.sharded
 
 
 def test_a_named_judge_is_loaded_where_the_model_is(tmp_path, monkeypatch):
-    from windkern.train import parts
+    from windkern.train.judges import named
 
     given = {}
-    monkeypatch.setattr(parts, "load_judge", lambda name, **options: given.update(options, name=name))
+    monkeypatch.setattr(named, "load_judge", lambda name, **options: given.update(options, name=name))
     with pytest.raises(ValueError, match="judge must be given"):
         make_trainer(tmp_path, given={"judge": None}, judge="reward-model:any", judge_strength=2.0)
     assert given == {"name": "reward-model:any", "strength": 2.0, "device": "cpu", "settings": None}
@@ -54,8 +65,9 @@ def test_the_metrics_of_a_step_do_not_wait_for_the_device(tmp_path):
     made = torch.Generator().manual_seed(0)
     logps, old, ref = (torch.randn(2, 4, generator=made) for _ in range(3))
     constants = {"old_logps": old, "ref_logps": ref, "win_rates": torch.rand(2, 4, generator=made)}
+    plan = plan_loss(make_config(tmp_path))
     with Transfers() as seen:
-        found = step_metrics(logps, constants, make_config(tmp_path))
+        found = step_metrics(logps, constants, plan)
     assert seen.count == 0 and len(found) == 5
     averages = Averages()
     averages.add({"length": 3.0})
@@ -68,9 +80,12 @@ def test_the_metrics_of_a_step_do_not_wait_for_the_device(tmp_path):
     assert averages.take() == {}
 
 
+GROUP = Group(0, (5, 6), ((7,), (8, 9)), (False,) * 2, ("", ""), constants={"old_logps": torch.zeros(2)})
+
+
 def test_a_batch_is_sent_to_a_gpu_without_waiting_and_back_with():
     """Meta tensors tell nothing of time, so the arguments are looked at."""
-    batch = collate([FitGroup(0, (5, 6), ((7,), (8, 9)), {"old_logps": torch.zeros(2)})], fill=0)
+    batch = collate([GROUP], 0, LayoutRules(shared=False))
     asked = []
 
     class Asked(TorchDispatchMode):
@@ -81,5 +96,5 @@ def test_a_batch_is_sent_to_a_gpu_without_waiting_and_back_with():
 
     with Asked():
         away = batch.to(torch.device("meta"))
-    assert asked == [True] * 4 and away.constants["old_logps"].device.type == "meta"
-    assert batch.to(torch.device("cpu")).input_ids is batch.input_ids
+    assert asked == [True] * 8 and away.constants["old_logps"].device.type == "meta"
+    assert batch.to(torch.device("cpu")).rows.input_ids is batch.rows.input_ids

@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.loading import Demonstration
+from windkern.train.dropout import disable_dropout
 from windkern.train.judges.judge import RewardJudge
+from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import step_metrics
-from windkern.train.parts import disable_dropout
 from windkern.train.trainer import WindTrainer
 
 
@@ -24,14 +25,14 @@ def test_one_object_trains_once(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="no")
     trainer.train()
     for resume in (None, True):
-        with pytest.raises(ValueError, match="train has taken 4 steps"):
+        with pytest.raises(ValueError, match="has already trained for 4 steps"):
             trainer.train(resume_from_checkpoint=resume)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss": "bond", "num_responses": 3, "anchor_rate": 0.25},
+        {"loss": "bond", "num_generations": 3, "anchor_rate": 0.25},
         {"loss": "trajectory_balance", "replay": True},
         {"focus": "hardest"},
     ],
@@ -78,7 +79,7 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed(tmp_path):
 
 def test_optimizers_without_master_weights_are_named(tmp_path):
     model, reference = (tiny_model.make_model().bfloat16() for _ in range(2))
-    trainer = make_trainer(tmp_path, model=model, optim="sgd", given={"reference": reference})
+    trainer = make_trainer(tmp_path, model=model, optim="sgd", given={"ref_model": reference})
     with pytest.warns(UserWarning, match="optim=sgd has no float32 master weights"):
         trainer.create_optimizer()
 
@@ -88,7 +89,7 @@ def test_the_base_under_an_adapter_is_not_its_reference(tmp_path):
     pytest.importorskip("peft")
     model = tiny_model.make_model()
     with pytest.raises(ValueError, match="parameters of its own"):
-        make_trainer(tmp_path, model=model, given={"reference": model, "peft_config": lora()})
+        make_trainer(tmp_path, model=model, given={"ref_model": model, "peft_config": lora()})
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
@@ -135,7 +136,7 @@ def test_data_parallel_is_refused(tmp_path):
     config._n_gpu = 2
     with pytest.raises(ValueError, match="nproc_per_node=2"):
         WindTrainer(
-            tiny_model.make_model(), config, train_prompts=PROMPTS, processing_class=tiny_model.make_tokenizer()
+            tiny_model.make_model(), config, train_dataset=PROMPTS, processing_class=tiny_model.make_tokenizer()
         )
 
 
@@ -149,7 +150,7 @@ def test_data_parallel_is_refused(tmp_path):
         ),
         ({}, {"optim_args": "amsgrad=True"}, "optim_args None there"),
         (
-            {"loss": "spin", "num_responses": 1, "prompts": [Demonstration("rain", "good")]},
+            {"loss": "spin", "num_generations": 1, "prompts": [Demonstration("rain", "good")]},
             {"prompts": [Demonstration("rain", "bad")]},
             "prompts .* there",
         ),
@@ -167,8 +168,8 @@ def test_responses_that_are_not_fitted_are_not_in_the_metrics(tmp_path):
     config = make_config(tmp_path)
     old, rates = torch.zeros(1, 3), torch.tensor([[0.75, 0.25, 0.0]])
     constants = {"old_logps": old, "ref_logps": old, "win_rates": rates, "where": torch.tensor([[True, True, False]])}
-    found = step_metrics(torch.tensor([[0.0, 0.0, -80.0]]), constants, config)
+    found = step_metrics(torch.tensor([[0.0, 0.0, -80.0]]), constants, plan_loss(config))
     assert found["kl_old"] == found["kl_ref"] == found["outside"] == 0
     assert found["residual"] == pytest.approx(0.25) and found["implied_win_rate_max"] == pytest.approx(0.5)
-    everything = step_metrics(old, {**constants, "where": torch.zeros(1, 3, dtype=torch.bool)}, config)
+    everything = step_metrics(old, {**constants, "where": torch.zeros(1, 3, dtype=torch.bool)}, plan_loss(config))
     assert everything.keys() == found.keys()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import tiny_model
-from trainer_cases import lora, make_trainer, weights_of
+from trainer_cases import PROMPTS, lora, make_trainer, weights_of
 
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.judges.judge import Verdict
@@ -24,25 +22,45 @@ def test_an_adapter_starts_as_the_seed_says(tmp_path):
     found = []
     for other in (1, 2):
         model = tiny_model.make_model()
-        given = {"peft_config": lora(), "reference": None, "processing_class": tiny_model.make_tokenizer()}
+        given = {"peft_config": lora(), "ref_model": None, "processing_class": tiny_model.make_tokenizer()}
         torch.manual_seed(other)
         found.append(weights_of(make_trainer(tmp_path, model=model, reference="adapter", given=given)))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_messages_must_be_chat_prompts(tmp_path):
+def test_rows_are_prompts_in_a_known_form(tmp_path):
     messages = [{"role": "user", "content": "the"}]
-    with pytest.raises(TypeError, match=r"train_prompts\[1\] must be a string, got list; .*\.ChatPrompt"):
-        make_trainer(tmp_path, prompts=["the", messages])
+    assert (
+        make_trainer(tmp_path, prompts=["rain was", messages], per_device_train_batch_size=1).outer.prompts[1] == "the"
+    )
+    for row, kind, message in (
+        (3, TypeError, r"train_dataset\[1\] must be a string, a list of chat messages or a row with a prompt, got int"),
+        ({"text": "the"}, ValueError, r"train_dataset\[1\] must have a \"prompt\", got 'text'"),
+        ([{"role": "user"}], ValueError, r"train_dataset\[1\]: messages\[0\] must be an object"),
+    ):
+        with pytest.raises(kind, match=message):
+            make_trainer(tmp_path, prompts=["rain was", row])
 
 
-def test_a_bare_function_is_no_judge(tmp_path):
-    with pytest.raises(TypeError, match=r"judge must have a method judge .* RewardJudge\(function"):
-        make_trainer(tmp_path, given={"judge": tiny_model.goodness})
+def test_a_dataset_of_trl_serves(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+    trainer = make_trainer(tmp_path, prompts=datasets.Dataset.from_list(rows))
+    assert trainer.outer.prompts == list(PROMPTS)
+    pairs = [{"prompt": text, "completion": [{"role": "assistant", "content": "good day"}]} for text in PROMPTS]
+    trainer = make_trainer(tmp_path, loss="spin", num_generations=1, prompts=datasets.Dataset.from_list(pairs))
+    assert {each.answer for each in trainer.demonstrations} == {"good day"}
+
+
+def test_a_callable_is_a_judge(tmp_path):
+    trainer = make_trainer(tmp_path, given={"judge": tiny_model.goodness}, judge_strength=3.0)
+    assert trainer.judge.strength == 3.0 and trainer.judge.judge(["the"], [["good", "bad"]]).rewards[0, 0] > 0
+    with pytest.raises(TypeError, match=r"judge must be a judge .* or a callable that returns rewards, got int"):
+        make_trainer(tmp_path, given={"judge": 3})
 
 
 def test_a_run_goes_on_with_its_model_only(tmp_path):
-    given = {"max_new_tokens": 4, "num_iterations": 1, "save_strategy": "no"}
+    given = {"max_completion_length": 4, "num_iterations": 1, "save_strategy": "no"}
     make_trainer(tmp_path, **given).train()
     other = tiny_model.make_model()
     other.config._name_or_path = "somewhere/other/"
@@ -65,7 +83,7 @@ def test_a_wrong_verdict_is_not_kept(tmp_path):
     with pytest.raises(ValueError, match="judge 'lopsided': prefs"):
         trainer.train()
     folder = tmp_path / "completions" / "iteration-0001"
-    assert not json.loads((folder / "block-0000.json").read_text())["judged"]
+    assert (folder / "block-0000.json").is_file() and not (folder / "verdict-0000.json").exists()
 
 
 def test_a_judge_that_fails_is_named(tmp_path):

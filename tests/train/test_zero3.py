@@ -15,9 +15,9 @@ from trainer_cases import PROMPTS, make_config
 from transformers.integrations import deepspeed
 
 import windkern as wk
-from windkern.commands.train import RunConfig
+from windkern.settings.run import RunConfig
 from windkern.train import launch
-from windkern.train.fused_head import FusedHead
+from windkern.train.jobs import check_scorable
 from windkern.train.sharded import whole_models
 
 
@@ -58,10 +58,10 @@ def test_a_head_that_hooks_have_gathered_is_left_to_them():
 
 def test_a_model_in_pieces_is_refused():
     model = tiny_model.make_model()
-    FusedHead(model)
+    check_scorable(model)
     as_zero3(model.model.norm.weight, whole=False)
     with pytest.raises(ValueError, match=r"cut its parameter model.norm.weight in pieces; load policy"):
-        FusedHead(model)
+        check_scorable(model)
 
 
 def test_models_are_loaded_whole(zero3, monkeypatch):
@@ -86,5 +86,5 @@ def test_models_are_loaded_whole(zero3, monkeypatch):
     monkeypatch.setattr(launch, "WindTrainer", stop)
     zero3.judge = "judge"
     with pytest.raises(KeyError):
-        launch.make_trainer(RunConfig(model="policy", reference_model="reference", train_prompts="any"), zero3, None)
+        launch.make_trainer(RunConfig(model="policy", ref_model="reference", train_dataset="any"), zero3, None)
     assert seen == [("judge", False), ("policy", False), ("reference", False)]

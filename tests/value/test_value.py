@@ -184,7 +184,7 @@ def test_scores_while_generating_are_those_of_summed_logits(family):
         attention,
         do_sample=True,
         num_return_sequences=2,
-        max_new_tokens=4,
+        max_completion_length=4,
         eos_token_id=None,
         pad_token_id=0,
         output_scores=True,
@@ -233,9 +233,9 @@ def test_samples_have_the_distribution_of_the_sum():
 
 def test_the_sampler_takes_a_value_model():
     tokenizer, model = tiny_model.make_tokenizer(), pair()
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=5, temperature=0.7)
+    sampler = TransformersSampler(model, tokenizer, max_completion_length=5, temperature=0.7)
     completions = sampler.sample(["the bus was", "rain"], 3, seed=1)
-    assert completions.num_responses == 3 and completions.num_tokens > 0
+    assert completions.num_generations == 3 and completions.num_tokens > 0
     again = sampler.sample(["the bus was", "rain"], 3, seed=1)
     assert torch.equal(completions.input_ids, again.input_ids)
     model.value.lm_head.weight.data.zero_()[7] = 1e3 * model.value.lm_head.weight.data[7]

@@ -37,7 +37,7 @@ def settings(folder, **options) -> ValueConfig:
         "logging_steps": 10,
         "save_strategy": "no",
         "lr_scheduler_type": "constant",
-        "max_new_tokens": 8,
+        "max_completion_length": 8,
     }
     return ValueConfig(**(common | options))
 

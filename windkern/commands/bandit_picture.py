@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from windkern._figures import picture
+
 # One colour for each method, in every panel; `square` is the WIND of the method panels.
 COLOURS = {
     "wind": "#0b3d91",
@@ -45,13 +47,10 @@ LOGARITHMIC = tuple(FLOOR)
 
 def draw(path: Path, content: dict) -> None:
     """Three rows: exact methods, sampled methods on equal draws, and WIND's objectives beside costs and trade-off."""
-    import matplotlib
+    from matplotlib import rc_context
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5}):
-        figure, axes = pyplot.subplots(3, 4, figsize=(14, 9.4), layout="constrained")
+    sizes = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5}
+    with rc_context(sizes), picture(path, dpi=130, nrows=3, ncols=4, figsize=(14, 9.4)) as (figure, axes):
         for axis, metric in zip(axes[0], TITLES, strict=True):
             _curves(axis, content, "exact", METHODS, metric, "iterations")
             axis.set_xscale("log")
@@ -70,15 +69,11 @@ def draw(path: Path, content: dict) -> None:
         axes[2][1].set_title("sampled: KL(equilibrium || policy)")
         _trade_off(axes[2][2], content)
         _seconds(axes[2][3], content)
-        for axis in axes.flat:
-            axis.spines[["top", "right"]].set_visible(False)
         for row, text in zip(axes[:2], ("exact expectations", "from samples, equal draws"), strict=True):
             row[0].set_ylabel(text, fontsize=11, fontweight="bold")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=10.5)
         figure.supxlabel(_caption(content["settings"]), fontsize=8, color="0.35")
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
 
 
 def _caption(settings: dict) -> str:

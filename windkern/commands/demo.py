@@ -3,55 +3,83 @@
 from __future__ import annotations
 
 import argparse
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from windkern.commands.train import load_settings, needed_packages
-from windkern.kernels import cpu_libraries
-from windkern.train.models import require
+from windkern.commands.loading import loading
+from windkern.settings.options import add_options, filled, given, option, shared
 
 if TYPE_CHECKING:
     from windkern.display import Display
 
+SUMMARY = "align a small real model on this machine, in minutes, and show what happens"
 RECIPE = "demo"
-# Options of the command line and the keys of the recipe they stand for.
-_KEYS = {
-    "seed": "seed",
-    "iterations": "num_iterations",
-    "prompts": "train_prompts",
-    "heldout_prompts": "eval_prompts",
-    "model": "model",
-    "judge": "judge",
-    "responses": "num_responses",
-    "max_new_tokens": "max_new_tokens",
-    "learning_rate": "learning_rate",
-    "eta": "eta",
-    "beta": "beta",
-}
-
 # Changes to the recipe where the CPU trains in float32: fewer and longer steps fit the same minutes. Chosen on the
 # held-out curves of seeds 1 and 2.
 FLOAT32 = {"num_iterations": 3, "attention": "sdpa", "learning_rate": 1.3e-4}
 
 
+@dataclass(frozen=True)
+class Changes:
+    """Keys of the recipe that the command line can change; what is not given stays as the recipe has it."""
+
+    model: str | None = option(
+        None, "folder or hub id of a causal LM (default: the packaged SmolLM2-135M-Instruct)", metavar="NAME"
+    )
+    train_dataset: Path | None = option(
+        None, "training prompts, .jsonl, .csv, .txt (default: the packaged ones)", metavar="FILE"
+    )
+    eval_dataset: Path | None = option(
+        None, "held-out prompts for the evaluation (default: the packaged ones)", metavar="FILE"
+    )
+    judge: str | None = option(
+        None, "reward(prompts, responses) -> numbers (default: VADER sentiment)", metavar="MODULE:FUNCTION"
+    )
+    num_iterations: int | None = shared("num_iterations")
+    num_generations: int | None = shared("num_generations")
+    max_completion_length: int | None = shared("max_completion_length")
+    learning_rate: float | None = option(None, "learning rate of AdamW; it falls to half of it", metavar="X")
+    seed: int | None = shared("seed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command that are not keys of the recipe."""
+
+    output_dir: Path = option(Path("demo"), "folder for picture, JSON and checkpoints", metavar="DIR")
+    resume: bool = option(False, "continue from the last finished iteration in --output-dir")
+    prompts_per_iteration: int | None = option(None, "training prompts answered in an iteration", metavar="N")
+    eta: float | None = shared("eta")
+    beta: float | None = shared("beta")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command to its parser."""
+    parser.epilog = "Options without a default are as in the recipe demo, see `python -m windkern.recipes demo`."
+    add_options(parser, Options)
+    add_options(parser, Changes)
+
+
 def overrides_of(arguments: argparse.Namespace) -> dict[str, object]:
-    """What the command line changes in the recipe, by its keys."""
-    given = {key: getattr(arguments, name) for name, key in _KEYS.items()}
+    """Return what the command line changes in the recipe, by its keys."""
+    from windkern.kernels import cpu_libraries
+
+    options = filled(Options, arguments)
     changes = {} if cpu_libraries.has_bfloat16_products() else dict(FLOAT32)
-    changes |= {
-        key: str(value) if isinstance(value, Path) else value for key, value in given.items() if value is not None
-    }
+    changes |= given(Changes, arguments)
     if "learning_rate" in changes:
         changes["lr_scheduler_kwargs"] = {"lr_end": changes["learning_rate"] / 2, "power": 1.0}
-    if arguments.prompts_per_iteration is not None:
-        changes |= batches(arguments.prompts_per_iteration)
-    if arguments.responses is not None:
-        changes["fit_responses"] = min(4, arguments.responses)  # fewer than are fitted: fit them all
+    if options.prompts_per_iteration is not None:
+        changes |= batches(options.prompts_per_iteration)
+    if "num_generations" in changes:
+        changes["fit_responses"] = min(4, changes["num_generations"])  # fewer than are fitted: fit them all
     return changes
 
 
 def batches(prompts: int) -> dict[str, object]:
-    """Steps and batch size for so many prompts in an iteration, four of them at a time where that goes.
+    """Return steps and batch size for so many prompts in an iteration: the largest batch up to 4 that divides them.
 
     Example:
         >>> batches(6)
@@ -62,24 +90,37 @@ def batches(prompts: int) -> dict[str, object]:
     return {"per_device_train_batch_size": size, "steps_per_iteration": steps, "save_steps": 2 * steps}
 
 
-def run(arguments: argparse.Namespace, display: Display | None = None) -> int:
-    """Run the demo; returns 0 if the held-out win rate rose for certain (95 %), else 1."""
-    require("transformers", "accelerate", "yaml", "rich")
-    from windkern.display import Display
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; return 0 if the 95 % interval of the held-out win rate lies above 0.5, else 1."""
+    model = getattr(arguments, "model", None)
+    # Reason: everything is on this machine; transformers must not wait for a network that may not be there.
+    if model is None or os.path.isdir(model):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with loading() as display:
+        from windkern.train.models import require
 
-    display = display or Display()
+        require("transformers", "accelerate", "yaml", "rich")
+        return _run(arguments, filled(Options, arguments), display)
+
+
+def _run(arguments: argparse.Namespace, options: Options, display: Display) -> int:
+    from windkern.settings.run import load_settings
+    from windkern.train.models import require
+
+    numbers = {name: getattr(options, name) for name in ("eta", "beta")}
     settings, config = load_settings(
         RECIPE,
-        changes=overrides_of(arguments) | {"overwrite": not arguments.resume},
-        output_dir=arguments.output_dir,
+        [f"loss_kwargs.{name}={value!r}" for name, value in numbers.items() if value is not None],
+        changes=overrides_of(arguments) | {"overwrite": not options.resume},
+        output_dir=options.output_dir,
     )
-    require(*needed_packages(settings, config))
+    require(*settings.packages(config))
     from windkern.train import launch
 
-    outcome = launch.start(settings, config, resume=arguments.resume, display=display, kind="demo")
+    outcome = launch.start(settings, config, resume=options.resume, display=display, kind="demo")
     low, _ = outcome.final.win_rate.interval
     if low > 0.5:
         return 0
-    text = "the win rate did not rise above 0.5 for certain; more iterations (--iterations) or another seed may do it"
+    text = "the 95 % interval of the win rate includes 0.5; try more iterations (--num-iterations) or another seed"
     display.print((text, "red"))
     return 1

@@ -9,8 +9,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from windkern.commands.loading import loading
 from windkern.terminal import printable
-from windkern.train.models import require
+
+SUMMARY = "draw the picture of a results file again"
 
 
 def _draw_run(path: Path, content: dict) -> None:
@@ -20,7 +22,7 @@ def _draw_run(path: Path, content: dict) -> None:
 
     final, settings = content["final"], content["settings"]
     if final is None:
-        raise ValueError("this run had no held-out prompts (eval_prompts), so there is no win rate to draw")
+        raise ValueError("this run had no held-out prompts (eval_dataset), so there is no win rate to draw")
     error = math.nan if final["win_rate_se"] is None else final["win_rate_se"]  # of a single prompt there is none
     result = Evaluation(win_rate=Estimate(final["win_rate"], error), reward=None, kl=None)
     history = [
@@ -63,7 +65,7 @@ def read(path: Path) -> dict:
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: it is no JSON object with a "kind" that is known.
+        ValueError: it is not a JSON object with a known "kind".
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a results file, such as {path / 'result.json'}")
@@ -79,8 +81,16 @@ def read(path: Path) -> dict:
     return content
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command to its parser."""
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what train, demo, eval or bandit wrote")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file for the picture (default: beside RESULTS)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Draw the picture of a results file; returns 0."""
+    with loading(lines=False):
+        from windkern.train.models import require
     require("matplotlib")
     content = read(arguments.results)
     path = arguments.output or arguments.results.with_suffix(".png")
@@ -89,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         KINDS[content["kind"]](path, content)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{arguments.results} is no whole result of kind {content['kind']!r}: {type(error).__name__} {error}"
+            f"{arguments.results} is not a complete result of kind {content['kind']!r}: {type(error).__name__} {error}"
         ) from error
     print(f"picture {printable(os.path.relpath(path))}")
     return 0

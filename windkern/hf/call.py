@@ -258,18 +258,26 @@ def call(target: Target, given: Mapping[str, object], inside: Callable[..., obje
     return seen[-1] if target.inside or (target.is_sharded and not target.reducers) else out
 
 
-def run(target: Target, given: Mapping[str, object], job: Callable[[Tensor], Tensor], *, check: bool = False) -> Tensor:
+def run(
+    target: Target,
+    given: Mapping[str, object],
+    job: Callable[[Tensor], Tensor],
+    *,
+    check: bool = False,
+    amend: Callable[[dict[str, object]], dict[str, object]] = dict,
+) -> Tensor:
     """Return job(hidden) from inside the model's call, whose gradients are then those of any forward of the model.
 
     Args:
         given, check: as `call`.
+        amend: gets the arguments as the wrappers hand them on, and returns those that the model itself is given.
 
     Raises:
         UnsupportedModelError: the model or a wrapper does not reach the head.
     """
 
     def inside(theirs: Callable, *args: object, **received: object) -> object:
-        return at_head(functools.partial(theirs, *args), target.head, received, job)
+        return at_head(functools.partial(theirs, *args), target.head, amend(received), job)
 
     out = call(target, given, inside, check=check)
     if not isinstance(out, Tensor):

@@ -106,7 +106,7 @@ class CausalLM:
         return dataclasses.replace(self, transform=dataclasses.replace(self.transform, temperature=temperature))
 
 
-def _parts(target: hf_call.Target, verdict: Verdict) -> CausalLM:
+def parts_of(target: hf_call.Target, verdict: Verdict) -> CausalLM:
     def hidden(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return hf_call.hidden_states(target, input_ids, attention_mask, positions=verdict.positions)
 
@@ -161,7 +161,7 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
     target = hf_call.find(model)
     hf_call.check_apart(target)
     hf_call.check_gradients(target)
-    return _parts(target, verdict_of(target))
+    return parts_of(target, verdict_of(target))
 
 
 def run(
@@ -203,7 +203,7 @@ def run(
             "own logits do; pad on the right",
             stacklevel=3,
         )
-    parts = _parts(target, verdict)
+    parts = parts_of(target, verdict)
     given = hf_call.inputs(target.base, input_ids, attention_mask, positions=verdict.positions)
     return hf_call.run(target, given, lambda hidden: job(parts, hidden))
 
@@ -220,7 +220,7 @@ def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[Cau
         TypeError, UnsupportedModelError: as `hidden_and_head`.
     """
     target = hf_call.find_inside(model)
-    parts = _parts(target, verdict_of(target))
+    parts = parts_of(target, verdict_of(target))
     given = {**given, **({"use_cache": False} if hf_call.takes(model, "use_cache") else {})}
     found = hf_call.at_head(model.forward, target.head, given, lambda hidden: job(parts, hidden))
     return cast(Result, found)
@@ -265,6 +265,19 @@ def _as_bool(name: str, mask: object, input_ids: Tensor) -> Tensor:
     check_shape(name, tensor, shape_of(input_ids))
     check_same_device(name, tensor, "input_ids", input_ids)
     return tensor.bool()
+
+
+def check_head_stays(parts: CausalLM) -> None:
+    """Raise if the head that a job uses is gone by the time of its backward.
+
+    Raises:
+        UnsupportedModelError: DeepSpeed ZeRO-3 has gathered it, and gradients are enabled.
+    """
+    if torch.is_grad_enabled() and any(hasattr(each, "ds_id") for each in (parts.weight, parts.bias)):
+        raise UnsupportedModelError(
+            "DeepSpeed ZeRO-3 frees the gathered head before its backward; score under torch.no_grad(), compute "
+            "the loss inside the call by windkern.hf.run and windkern.fused_loss, or use ZeRO-2 or FSDP2"
+        )
 
 
 def sequence_logps(
@@ -329,11 +342,7 @@ def sequence_logps(
     def job(parts: CausalLM, hidden: Tensor) -> Tensor:
         parts = parts.at_temperature(temperature)
         states, head = parts.blocks(hidden)
-        if torch.is_grad_enabled() and any(hasattr(each, "ds_id") for each in (parts.weight, parts.bias)):
-            raise UnsupportedModelError(
-                "DeepSpeed ZeRO-3 frees the gathered head before its backward; score under torch.no_grad(), compute "
-                "the loss inside the call by windkern.hf.run and windkern.fused_loss, or use ZeRO-2 or FSDP2"
-            )
+        check_head_stays(parts)
         return _sequence_logps(
             states,
             head,

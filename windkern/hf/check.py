@@ -50,7 +50,7 @@ def verdict_of(target: Target) -> Verdict:
         UnsupportedModelError: its logits are not known to be a transform of one product.
     """
     seen = _verdicts.setdefault(target.base, {})
-    now = _circumstances(target)
+    now = circumstances(target)
     if now not in seen:
         verdict = _look(target)
         while len(seen) >= _KEPT:
@@ -59,7 +59,7 @@ def verdict_of(target: Target) -> Verdict:
     return seen[now]
 
 
-def _circumstances(target: Target) -> tuple:
+def circumstances(target: Target) -> tuple:
     head = target.head
     linear = linear_of(head)
     device = target.device.type
@@ -71,7 +71,7 @@ def _circumstances(target: Target) -> tuple:
 
 
 @contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
     """Dropout would make two passes differ."""
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
@@ -85,7 +85,7 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def _look(target: Target) -> Verdict:
     ids = _token_ids(target)
-    with _in_eval_mode(target.chain[0]):
+    with in_eval_mode(target.chain[0]):
         seen = _Forward(target, ids)
         alone, columns = seen.hidden[0], seen.logits.shape[-1]  # (T, H), V'
         probe, exact = seen.probe[:, :columns], seen.exact[:, :columns]
@@ -118,7 +118,13 @@ def _is_used_before(target: Target, ids: Tensor, alone: Tensor, name: str, value
 
 
 def _token_ids(target: Target) -> Tensor:
-    """(2, T) ids spread over the vocabulary, without special ones; the second row ends differently."""
+    """(2, T) ids; the second row ends differently."""
+    ids = plain_ids(target, _TOKENS + 1)
+    return torch.tensor([ids[:-1], [*ids[:-2], ids[-1]]], device=target.device)
+
+
+def plain_ids(target: Target, count: int) -> list[int]:
+    """Ids spread over the vocabulary, without special ones."""
     config = target.base.config
     # Reason: where FSDP has weights in pieces, these numbers are still those of the whole.
     vocab = min(
@@ -132,9 +138,8 @@ def _token_ids(target: Target) -> Tensor:
                     each for each in (value if isinstance(value, (list, tuple)) else [value]) if each is not None
                 }
     plain = [each for each in range(1, vocab) if each not in special] or list(range(vocab))
-    step = max(1, len(plain) // (_TOKENS + 1))
-    ids = [plain[k * step % len(plain)] for k in range(_TOKENS + 1)]
-    return torch.tensor([ids[:-1], [*ids[:-2], ids[-1]]], device=target.device)
+    step = max(1, len(plain) // count)
+    return [plain[k * step % len(plain)] for k in range(count)]
 
 
 class _Forward:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from windkern import hf
 from windkern._checks import check_choice, check_number
 from windkern.head import Head
+from windkern.integrations.trl_rows import SharedBatch, shared_batch
 from windkern.kernels import buffers
 from windkern.ops.inputs import Blocks, Inputs, prepare
 from windkern.ops.logprobs import row_logps
@@ -73,7 +74,12 @@ class Handle(AbstractContextManager):
 
 
 def use(
-    trainer: Any, *, memory_budget: int | None = None, batch_invariant: bool = False, backend: str = "auto"
+    trainer: Any,
+    *,
+    shared_prompt: str = "auto",
+    memory_budget: int | None = None,
+    batch_invariant: bool = False,
+    backend: str = "auto",
 ) -> Handle:
     """Let a TRL trainer compute its log-probs by windkern, until the handle is removed or its block is left.
 
@@ -87,6 +93,9 @@ def use(
     Args:
         trainer: a `trl.DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` or `KTOTrainer`, or an instance of a subclass of one;
             already constructed. `precompute_ref_log_probs=True` has then been done by TRL.
+        shared_prompt: whether rows of a batch with the same prompt (chosen and rejected, generations of one prompt) run
+            the body once on it: "auto" where it is exact, "never", or "always", which raises where it is not; see
+            `windkern.hf.group_logps`.
         memory_budget, batch_invariant, backend: see `windkern.token_logps`.
 
     Returns:
@@ -125,10 +134,11 @@ def use(
     if reference is not None:
         wanted.append((unwrap(reference, keep_fp32_wrapper=True), ()))
     handle = Handle()
+    check_choice("shared_prompt", shared_prompt, hf.SHARED_PROMPT)
     options = {"memory_budget": memory_budget, "batch_invariant": batch_invariant, "backend": backend}
     try:
         for model, names in wanted:
-            _replace(handle, model, names, temperature, output, trainer.accelerator.autocast, options)
+            _replace(handle, model, names, temperature, output, trainer.accelerator.autocast, options, shared_prompt)
     except BaseException:
         handle.remove()
         raise
@@ -185,6 +195,7 @@ def _replace(
     output: type,
     autocast,
     options: Mapping[str, Any],
+    shared_prompt: str,
 ) -> None:
     """Put our forward in front of the one TRL gave the model (for a PEFT model, its base model)."""
     base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
@@ -192,7 +203,7 @@ def _replace(
         raise UnsupportedTrainerError(f"this {type(base).__name__} is in use already; remove the first handle first")
     theirs = base.forward
     hf.hidden_and_head(model)  # refuses what it cannot serve, before anything has been replaced
-    head = FusedHead(fields, temperature, output, options)
+    head = FusedHead(fields, temperature, output, options, shared_prompt)
 
     @functools.wraps(type(base).forward)  # `generate` checks its arguments against this signature
     def forward(self, *args, fused_lm_head: bool = False, **given):
@@ -217,6 +228,7 @@ class FusedHead:
         temperature: divides the logits.
         output: TRL's `FusedCausalLMOutput`.
         options: memory_budget, batch_invariant, backend of `windkern.token_logps`.
+        shared_prompt: as of `use`.
 
     Raises:
         ValueError: a field has no such name; UnsupportedTrainerError: an input the decoder is not given by us.
@@ -226,6 +238,7 @@ class FusedHead:
     temperature: float
     output: type
     options: Mapping[str, Any]
+    shared_prompt: str = "never"
 
     def __post_init__(self) -> None:
         for name in self.fields:
@@ -239,17 +252,38 @@ class FusedHead:
             raise UnsupportedTrainerError(f"{what} not supported; windkern passes on {', '.join(_PASSED)} and labels")
 
         def job(parts: hf.CausalLM, hidden: Tensor):
-            states, head = parts.at_temperature(self.temperature).blocks(hidden[:, :-1])  # (S, L - 1, H)
+            cut = hidden[:, :-1] if shared is None else hidden  # (S, L - 1, H), or (M, H) of scored tokens
+            states, head = parts.at_temperature(self.temperature).blocks(cut)
             with gathered(head) as whole:
-                return self._score(states, whole, labels[:, 1:], num_items_in_batch)
+                return self._score(states, whole, labels[:, 1:], num_items_in_batch, shared and shared.place)
 
-        return hf.run_inside(model, {name: given[name] for name in _PASSED if name in given}, job)
+        given = {name: given[name] for name in _PASSED if name in given}
+        shared = self._shared(model, given, labels)
+        return hf.run_inside(model, given, job) if shared is None else hf.run_rows_inside(model, shared.rows, job)
 
-    def _score(self, hidden: Blocks, head: Head, labels: Tensor, items):
+    def _shared(self, model: nn.Module, given: Mapping[str, Tensor], labels: Tensor) -> SharedBatch | None:
+        """The batch with a row for each prompt, where prompts come twice and rows may share them."""
+        if self.shared_prompt == "never" or set(given) != {"input_ids", "attention_mask"}:
+            return None
+        # Hazard: processes of a sharded model must look at it together. Remedy: all look in their first call.
+        rules = hf.layout_rules(model, shared_prompt=self.shared_prompt, inside=True)
+        return shared_batch(given["input_ids"], given["attention_mask"], labels, rules) if rules.shared else None
+
+    def _score(self, hidden: Blocks, head: Head, labels: Tensor, items, place: Tensor | None):
+        """Fields for labels (S, L - 1), of hidden states as they lie, or of those of scored tokens: `place` (M,)."""
+        device = head.weight.device if isinstance(head.weight, Tensor) else head.weight[0].device
+        targets = labels if place is None else labels.flatten()[place.to(labels.device)]
+
+        def spread(values: Tensor) -> Tensor:
+            values = inputs.scatter(values)
+            if place is None:
+                return values
+            return values.new_zeros(labels.numel()).scatter(0, place.to(values.device), values).view(labels.shape)
+
         inputs = prepare(
             hidden,
             head,
-            labels.to(head.weight.device if isinstance(head.weight, Tensor) else head.weight[0].device),
+            targets.to(device),
             bias=None,
             scale=1.0,
             softcap=None,
@@ -266,13 +300,13 @@ class FusedHead:
         )
         found: dict[str, Tensor] = {}
         if "entropy" in self.fields:
-            found["entropy"] = inputs.scatter(entropy)
+            found["entropy"] = spread(entropy)
         if "is_top1" in self.fields:
             top = stats[2, : inputs.num_rows] >= stats[0, : inputs.num_rows]
-            found["is_top1"] = inputs.scatter((top & (inputs.targets >= 0)).long()).bool()
+            found["is_top1"] = spread((top & (inputs.targets >= 0)).long()).bool()
         for name, values in _without_gradient(inputs, lse, self.fields).items():
-            found[name] = inputs.scatter(torch.where(inputs.targets >= 0, values, 0.0))
-        log_probs, mask = inputs.scatter(logps), labels != hf.IGNORE_INDEX
+            found[name] = spread(torch.where(inputs.targets >= 0, values, 0.0))
+        log_probs, mask = spread(logps), labels != hf.IGNORE_INDEX
         count = mask.sum().clamp(min=1) if items is None else items
         return self.output(loss=-log_probs.sum() / count, log_probs=log_probs, label_mask=mask, **found)
 

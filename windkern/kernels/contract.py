@@ -13,6 +13,8 @@ from torch import Tensor
 
 from windkern.transform import LogitTransform
 
+# Columns of the widest slab: a Triton program holds a row of one in registers.
+WIDEST_SLAB = 16384
 # Reason: float16 has 15 binades above 1 and 24 below; kept exp(z - max) starts at the top of them, so that what is
 # flushed to zero is 2e-12 of the largest entry instead of 6e-8.
 KEPT_BINADES = {torch.float16: 15}
@@ -154,10 +156,13 @@ CONTRACT = tuple(name for name in vars(RowKernels) if not name.startswith("_"))
 
 def relative_slope(y: Tensor, transform: LogitTransform, out: Tensor) -> Tensor:
     """1 - tanh^2 of the transformed logits `y`: the transform's slope over its slope at zero."""
-    # Reason: a saturated logit, tanh = 1, has slope exactly 0; so the rounded inverse must not be too small.
-    torch.mul(y, transform.temperature / transform.softcap * (1 + 2 * torch.finfo(y.dtype).eps), out=out)
+    bound = transform.softcap / transform.temperature
+    # Reason: near saturation 1 - (y / bound)^2 is all rounding. With d = 1 - |y| / bound, whose difference is exact
+    # there, it is d (2 - d), and exactly 0 at the bound: as accurate as 1 - tanh^2 with nothing else to keep.
+    torch.abs(y, out=out).sub_(bound).mul_(-1 / bound)
     # Hazard: a masked entry has y = -inf. Remedy: its slope is exactly 0, what tanh gives at -inf.
-    return out.square_().neg_().add_(1.0).clamp_(min=0.0)
+    out.clamp_(min=0.0)
+    return out.addcmul_(out, out, value=-0.5).mul_(2.0)
 
 
 def target_slope(stats: RowStats, upstream: Upstream, transform: LogitTransform) -> Tensor:

@@ -5,18 +5,14 @@ To add one: write `losses/<name>.py`, add an entry here, add a row to `tests/los
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-from torch import Tensor
-
 from windkern.losses._groups import check_prefs
 from windkern.losses.aot import aot
 from windkern.losses.apo import VARIANTS, apo
 from windkern.losses.bon_sft import bon_sft
-from windkern.losses.bond import bond
+from windkern.losses.bond import baseline, bond
 from windkern.losses.cpo import cpo
 from windkern.losses.dpo import LINKS, dpo
+from windkern.losses.entry import PAIR, Group, Loss
 from windkern.losses.exo import exo
 from windkern.losses.grpo import grpo
 from windkern.losses.infonca import infonca
@@ -31,7 +27,7 @@ from windkern.losses.simpo import simpo
 from windkern.losses.spin import spin
 from windkern.losses.sppo import sppo
 from windkern.losses.trajectory_balance import trajectory_balance
-from windkern.losses.wind import OBJECTIVES, wind
+from windkern.losses.wind import OBJECTIVES, against_all, fit_metrics, inverse_square_step, wind
 
 __all__ = [
     "LINKS",
@@ -64,25 +60,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What there is to know about a loss before reading its file."""
-
-    name: str
-    function: Callable[..., Tensor]
-    formula: str  # ASCII, of one group
-    inputs: tuple[str, ...]  # tensors, in the order of the signature; "a | b" where either serves, "a?" where optional
-    source: str
-    separable: bool  # treats groups apart, so it works inside fused_loss
-    when: str
-    shape: tuple[str | int, ...] = ("B", "N")  # of logps
-    settings: dict[str, object] = field(default_factory=dict)  # arguments for its picture; numbers without default
-    span: float = 6.0  # nats to both sides that its picture shows
-    variants: tuple[str, tuple[str, ...]] | None = None  # an argument and the names it takes
-
-
-PAIR = ("B", 2)
-
 LOSSES = {
     loss.name: loss
     for loss in (
@@ -96,6 +73,10 @@ LOSSES = {
             when="several sampled responses per prompt, judged in pairs or by win rate, with a pull to the reference",
             settings={"eta": 4.0, "beta": 0.05},
             variants=("objective", tuple(OBJECTIVES)),
+            against_all=against_all,
+            scale=inverse_square_step,
+            pull=lambda arguments: arguments["beta"],
+            metrics=fit_metrics,
         ),
         Loss(
             name="sppo",
@@ -106,6 +87,8 @@ LOSSES = {
             separable=True,
             when="as wind without a reference, or to compare with published SPPO runs",
             settings={"eta": 4.0},
+            against_all=lambda arguments: True,
+            scale=lambda arguments: 1 / arguments["eta"] ** 2,
         ),
         Loss(
             name="inpo",
@@ -136,6 +119,7 @@ LOSSES = {
             separable=True,
             when="rewards, and responses from anywhere: replay, old policies, other models",
             settings={"beta": 1.0},
+            any_policy=True,
         ),
         Loss(
             name="bond",
@@ -146,6 +130,10 @@ LOSSES = {
             separable=True,
             when="distil best-of-2 of a moving anchor; one sample of the policy and two of the anchor at every step",
             shape=("B", 3),
+            fitted=Group("anchor", sampled=3),
+            order_only=True,
+            across=baseline,
+            across_name="baseline",
         ),
         Loss(
             name="bon_sft",
@@ -155,6 +143,7 @@ LOSSES = {
             source="best-of-N fine-tuning (arXiv 2307.09288, 2407.14622)",
             separable=True,
             when="the simplest use of N scored responses; only the best is learned from",
+            order_only=True,
         ),
         Loss(
             name="dpo",
@@ -178,6 +167,7 @@ LOSSES = {
             when="demonstrations only: they are chosen over the model's own samples",
             shape=PAIR,
             settings={"beta": 1.0},
+            fitted=Group("demonstration", sampled=1),
         ),
         Loss(
             name="exo",
@@ -218,6 +208,7 @@ LOSSES = {
             separable=True,
             when="fixed responses in order, without trust in the size of the rewards",
             settings={"beta": 1.0},
+            order_only=True,
         ),
         Loss(
             name="simpo",

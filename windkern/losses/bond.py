@@ -101,3 +101,22 @@ def bond(
     gap = logps[:, 0] - fill(anchor_logps, where)[:, 0]
     value = -(1 - beta) * forward - beta * (reward - base) * logps[:, 0] + (beta + gamma) / 2 * gap.square()
     return reduce_groups(fill(value, whole), reduction)
+
+
+def baseline(rewards: Tensor, old_logps: Tensor, anchor_logps: Tensor) -> Tensor:
+    """(G,) mean of r_J - (l - a) over the policy's own samples of G groups, the same for each of them.
+
+    Args:
+        rewards: (G, 3), any finite scores.
+        old_logps: (G, 3) under the policy that sampled column 0.
+        anchor_logps: (G, 3) under the anchor.
+
+    Example:
+        >>> import torch
+        >>> zero = torch.zeros(2, 3)
+        >>> baseline(torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]), zero, zero)  # one of two is worse than both
+        tensor([-1.3863, -1.3863])
+    """
+    mine, first, second = rewards.unbind(-1)
+    gap = old_logps[:, 0] - anchor_logps[:, 0]
+    return (PENALTY * ((mine < first) & (mine < second)) - gap).mean().expand(len(rewards))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -238,3 +238,47 @@ def wind(
         where=where,
     )
     return reduce_groups(chosen.value(fit), reduction)
+
+
+def against_all(arguments: Mapping[str, object]) -> bool:
+    """Whether the target of an objective is the win rate against all that was sampled, the own comparison included."""
+    return OBJECTIVES[arguments["objective"]].statistic == "V"
+
+
+def inverse_square_step(arguments: Mapping[str, object]) -> float:
+    """1 / c^2 for the squared objectives, which makes their value an error of win rates; 1 for the others."""
+    *_, c = step_coefficients(arguments["eta"], arguments["beta"])
+    return 1 / c**2 if arguments["objective"].startswith("square") else 1.0
+
+
+def fit_metrics(
+    logps: Tensor,
+    win_rates: Tensor,
+    where: Tensor,
+    *,
+    arguments: Mapping[str, object],
+    old_logps: Tensor,
+    ref_logps: Tensor,
+) -> dict[str, Tensor]:
+    """How well groups meet the target of the update, as scalars in units of win rate.
+
+    Args:
+        logps, old_logps, ref_logps: (B, N) nats.
+        win_rates: (B, N) of each response, means of its preferences.
+        where: (B, N) bool, responses that count; at least one does.
+        arguments: eta and beta.
+
+    Returns:
+        residual: root mean square of (s_i - mean s) / c - (w_i - mean w).
+        implied_win_rate_max, outside: largest p_i = mean w + (s_i - mean s) / c, and the share outside [0, 1].
+    """
+    _, b, c = step_coefficients(arguments["eta"], arguments["beta"])
+    count = where.sum(-1, keepdim=True).clamp(min=1)
+    error = fill(residual(logps, old_logps, ref_logps, b) / c - win_rates, where)
+    implied = win_rates + error - error.sum(-1, keepdim=True) / count
+    counted = where.sum()
+    return {
+        "residual": (fill((implied - win_rates).square(), where).sum() / counted).sqrt(),
+        "implied_win_rate_max": implied.masked_fill(~where, -torch.inf).max(),
+        "outside": (where & ((implied < 0) | (implied > 1))).sum() / counted,
+    }

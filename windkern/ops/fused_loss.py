@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from windkern.ops.inputs import (
     first_scored,
     must_keep_rows,
     prepare,
+    settled,
 )
 from windkern.ops.once import differentiable_once, graph_links
 from windkern.ops.rows import RowBlock
@@ -55,6 +57,7 @@ class _Job:
     batch_invariant: bool
     grads: dict[str, Any]
     grad_enabled: bool  # where the caller is
+    chunk_rows: int | None = None  # what chunks are planned for where they share one plan; else their scored rows
 
     @property
     def group_tokens(self) -> int:
@@ -64,7 +67,7 @@ class _Job:
         return plan(
             rows,
             self.inputs.hidden_sizes,
-            self.inputs.weight[0].shape[0],
+            self.inputs.vocab_size,
             group_rows=group_rows,
             memory_budget=self.memory_budget,
             batch_invariant=self.batch_invariant,
@@ -83,9 +86,21 @@ class _Job:
             counts = scored.view(self.groups, self.group_tokens).sum(1).tolist()
             per_group, any_scored = max(counts, default=0), any(counts)
             positions = scored.nonzero().squeeze(1)
-        per_group = max(1, per_group)
-        made = self.make_plan(per_group * self.groups, group_rows=per_group, total_rows=total_rows + (not any_scored))
-        return made, self._cut(made.chunk_groups, targets, positions, counts)
+        per_group, groups = max(1, per_group), self.groups
+        if self.inputs.streams:
+            given = {"batch_invariant": self.batch_invariant, "memory_budget": self.memory_budget}
+            given |= {"entropy": False, "fused_loss": True}
+            (per_group, groups), flags = settled(self.inputs, self.grads, (per_group, groups), given)
+            self.grads["hidden_grad"], total_rows = flags, per_group * groups + 1
+        made = self.make_plan(per_group * groups, group_rows=per_group, total_rows=total_rows + (not any_scored))
+        chunks = self._cut(made.chunk_groups, targets, positions, counts)
+        if not self.inputs.streams:
+            return made, chunks
+        self.chunk_rows = per_group * made.chunk_groups
+        # Other ranks of a streamed head may have more.
+        empty = _Chunk(slice(self.groups, self.groups), None, targets[:0], None)
+        missing = made.num_chunks - -(-self.groups // made.chunk_groups)
+        return made, itertools.chain(chunks, itertools.repeat(empty, missing))
 
     def _cut(self, step: int, targets: Tensor, positions: Tensor | None, counts: list[int] | None) -> Iterator[_Chunk]:
         """Chunks of `step` groups; `positions` of all scored rows and `counts` by group where the host knows them."""
@@ -171,7 +186,8 @@ def _run_chunk(job: _Job, made: Plan, chunk: _Chunk, scale: float, held: HeldGra
     inputs, groups, rows, targets = job.inputs, chunk.groups, chunk.rows, chunk.targets
     places = slice(groups.start * job.group_tokens, groups.stop * job.group_tokens)
     hidden = [block[places] for block in inputs.hidden]
-    spec = made.chunk(targets.shape[0]).of(inputs.transform)
+    planned = targets.shape[0] if job.chunk_rows is None else job.chunk_rows
+    spec = made.chunk(planned).of(inputs.transform, inputs.cut, planned)
     block = RowBlock.of(spec, hidden, inputs.weight, inputs.bias, targets, rows)
     saved = block.forward()
     token_logps = block.selected(saved.stats.logps)
@@ -180,18 +196,21 @@ def _run_chunk(job: _Job, made: Plan, chunk: _Chunk, scale: float, held: HeldGra
     if chunk.overflow is not None:
         token_logps = torch.where(chunk.overflow, torch.nan, token_logps)
     logps = token_logps.view(groups.stop - groups.start, job.responses, job.tokens).sum(-1)
-    loss, coefficients = _chunk_loss(job, logps, groups, held is not None)
+    if groups.start == groups.stop:
+        loss, coefficients = logps.new_zeros(()), torch.zeros_like(logps)
+    else:
+        loss, coefficients = _chunk_loss(job, logps, groups, held is not None)
     if held is None:
         return loss
     # Reason: the scale goes in here, in float32, and not into gradients that are already rounded.
     c_logp = (coefficients.to(logps.dtype) * scale).unsqueeze(-1).expand(-1, -1, job.tokens).reshape(-1)
     c_logp = c_logp if rows is None else c_logp.index_select(0, rows)
     upstream = Upstream(c_logp, None, None)
-    grads = block.backward(upstream, saved, held.weight, held.bias, accumulate=held.accumulates)
+    totals = block.backward(upstream, saved, held.weight, held.bias, accumulate=held.accumulates)
     for k in range(len(hidden)):
-        if grads.hidden[k] is not None:
-            held.write_hidden(k, places, grads.hidden[k], rows, block.scored)
-            grads.hidden[k] = None
+        if totals[k] is not None:
+            held.write_hidden(k, places, totals[k], rows, block.scored)
+            totals[k] = None
     return loss
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,32 +12,28 @@ from torch import Tensor
 from windkern.kernels import buffers
 from windkern.kernels.contract import DZ_BINADES, Kept, Upstream, other_slope, target_slope
 from windkern.ops.walk import Saved, Walk, target_entry
+from windkern.sharding.passing import CollectedRows, PassedRows
+from windkern.sharding.ranks import Ranks
 from windkern.spec import row_stride
-
-
-@dataclass
-class Grads:
-    """Gradients by block; None where none was wanted. dhidden_k is float32 (M, H_k) over compacted rows."""
-
-    hidden: list[Tensor | None]
-    weight: list[Tensor | None]
-    bias: Tensor | None
 
 
 def backward(
     walk: Walk,
     upstream: Upstream,
     hidden: list[Tensor],
-    weight: list[Tensor],
+    weight: list[Tensor] | list[PassedRows],
     bias: Tensor | None,
     targets: Tensor,
     saved: Saved,
-    dweight: list[Tensor | None],
+    dweight: list[Tensor | None] | list[CollectedRows | None],
     dbias: Tensor | None,
     *,
     accumulate: bool,
-) -> Grads:
-    """Gradients of sum(upstream * outputs). dweight_k (V, H_k) and dbias (V,) are filled, or added to."""
+) -> list[Tensor | None]:
+    """dhidden_k of sum(upstream * outputs), float32 (M, H_k) over compacted rows, None where it is not wanted.
+
+    dweight_k (V, H_k) and dbias (V,) are filled, or added to.
+    """
     run = _Backward(walk, upstream, hidden, weight, bias, targets, saved, dweight, dbias, accumulate)
     if walk.spec.gear == "frozen_head":
         totals = run.from_units()
@@ -43,11 +41,16 @@ def backward(
         totals = run.from_exps()
     else:
         totals = run.from_dz()
+    for sink in dweight:
+        if isinstance(sink, CollectedRows):
+            run.waits.append(sink.finish)
+    for wait in run.waits:
+        wait()
     for total in totals:
         if total is not None:
             # Hazard: an ignored row may hold NaN. Remedy: its gradient is selected to be 0, whatever was summed.
             total.masked_fill_((targets < 0).unsqueeze(1), 0.0)
-    return Grads(totals, dweight, dbias)
+    return totals
 
 
 @dataclass
@@ -55,17 +58,23 @@ class _Backward:
     walk: Walk
     upstream: Upstream
     hidden: list[Tensor]
-    weight: list[Tensor]
+    weight: list[Tensor] | list[PassedRows]
     bias: Tensor | None
     targets: Tensor
     saved: Saved
-    dweight: list[Tensor | None]
+    dweight: list[Tensor | None] | list[CollectedRows | None]
     dbias: Tensor | None
     accumulate: bool
+    waits: list[Callable[[], None]] = field(default_factory=list)  # for sums of dhidden over the ranks of a cut head
 
     @property
     def device(self) -> torch.device:
         return self.targets.device
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether a gradient is wanted that takes a product over the vocabulary."""
+        return any(self.walk.spec.hidden_grad) or any(self.walk.spec.weight_grad)
 
     def _totals(self, make) -> list[Tensor | None]:
         acc = self.walk.products.acc
@@ -78,16 +87,57 @@ class _Backward:
         """Hidden states for logits that forward did not keep."""
         return [self.walk.products.prepared(block) for block in self.hidden]
 
-    def _multiply(self, dz: Tensor, start: int, heads, totals, operands, gain: Tensor | None, *, first: bool) -> None:
-        """Both products of vocabulary columns `start` and following, for every block."""
+    def _multiply(
+        self,
+        dz: Tensor,
+        start: int,
+        heads: list[Tensor] | None,
+        totals: list[Tensor | None],
+        operands: list[Tensor | None],
+        gain: Tensor | None,
+        *,
+        first: bool,
+        then: Callable[[], None] | None,
+    ) -> None:
+        """Both products of vocabulary columns `start` and following, for every block, with `then` between them."""
+        self._to_hidden(dz, start, heads, totals, first=first)
+        if then is not None:
+            then()
+        self._to_weight(dz, start, operands, gain)
+
+    def _to_hidden(self, dz: Tensor, start: int, heads, totals, *, first: bool) -> None:
         products, stop = self.walk.products, start + dz.shape[1]
         for k in range(len(self.weight)):
             if totals[k] is not None:
                 head = products.prepared(self.weight[k][start:stop]) if heads is None else heads[k]
                 totals[k] = products.hidden_grad(dz, head, totals[k], first=first)
-            if self.dweight[k] is not None:
-                place = self.dweight[k][start:stop]
-                products.weight_grad(dz, operands[k], place, accumulate=self.accumulate, gain=gain)
+            elif self.walk.spec.streams and heads is None:
+                self.weight[k][start:stop]  # read in turn, as all ranks do
+
+    def _to_weight(self, dz: Tensor, start: int, operands, gain: Tensor | None) -> None:
+        products, stop = self.walk.products, start + dz.shape[1]
+        for k in range(len(self.weight)):
+            sink = self.dweight[k]
+            if isinstance(sink, CollectedRows):
+                with sink.rows(start, stop) as place:
+                    products.weight_grad(dz, operands[k], place, accumulate=False, gain=gain)
+            elif sink is not None:
+                products.weight_grad(dz, operands[k], sink[start:stop], accumulate=self.accumulate, gain=gain)
+
+    def _finish_hidden(self, totals: list[Tensor | None], factor: Tensor | None) -> None:
+        """dhidden times `factor` (M,), once all of its products are there; a cut head's is summed over the ranks.
+
+        The sum only begins: it runs beside the products of dweight that are still to come.
+        """
+        merges, dtype = self.walk.spec.merges, self.walk.spec.reduce_dtype
+        ranks = Ranks(self.walk.spec.group) if merges else None
+        for total in totals:
+            if total is None:
+                continue
+            if factor is not None:
+                total.mul_(factor.unsqueeze(1))
+            if ranks is not None:
+                self.waits.append(_begin_sum(total, ranks, dtype))
 
     def _put_bias(self, start: int, sums: Tensor) -> None:
         place = self.dbias[start : start + sums.shape[0]]
@@ -98,25 +148,33 @@ class _Backward:
         spec, products = self.walk.spec, self.walk.products
         pivot, total = self.saved.offsets[0, :, 0], self.saved.offsets[1, :, 0]
         g = torch.where(self.targets >= 0, self.upstream.logp / -total, 0.0) * spec.transform.slope_at_zero
-        totals = self._totals(buffers.empty)
+        vocab = self.weight[0].shape[0]
+        totals = self._totals(buffers.empty if vocab else buffers.zeros)
         scaled: list[Tensor | None] = [None] * len(self.hidden)
         for k, block in enumerate(self.hidden):
             if self.dweight[k] is not None:
                 scaled[k] = buffers.empty("scaled", tuple(block.shape), products.multiplied, self.device)
                 torch.mul(block, g.unsqueeze(1), out=scaled[k])
-        vocab = self.weight[0].shape[0]
         kept = spec.kept_columns(vocab)
+        # Reason: a cut head's dhidden is summed over the ranks while the products of dweight run, which come last then.
+        later = spec.merges and any(spec.hidden_grad) and any(spec.weight_grad)
         for start in range(0, kept, spec.product_columns):
             values = self.saved.kept[:, start : min(start + spec.product_columns, kept)]
             if self.dbias is not None:
                 self._bias_from(values, start, g)
-            if any(spec.hidden_grad) or any(spec.weight_grad):
-                self._multiply(products.widened(values), start, None, totals, scaled, None, first=start == 0)
+            if self.multiplies or spec.streams:
+                values = products.widened(values)
+                self._to_hidden(values, start, None, totals, first=start == 0)
+                if not later:
+                    self._to_weight(values, start, scaled, None)
+        finish = partial(self._finish_hidden, totals, g)
         if kept < vocab:
-            self._recomputed(kept, vocab, g, pivot, target_entry(self.saved.stats, total), totals, scaled)
-        for total_k in totals:
-            if total_k is not None:
-                total_k.mul_(g.unsqueeze(1))
+            self._recomputed(kept, vocab, g, pivot, target_entry(self.saved.stats, total), totals, scaled, finish)
+        else:
+            finish()
+        for start in range(0, kept, spec.product_columns) if later else ():
+            values = self.saved.kept[:, start : min(start + spec.product_columns, kept)]
+            self._to_weight(products.widened(values), start, scaled, None)
         return totals
 
     def _bias_from(self, values: Tensor, start: int, g: Tensor) -> None:
@@ -128,7 +186,7 @@ class _Backward:
             self.walk.kernels.column_sums(part, g, sums)
             self._put_bias(start + first, sums)
 
-    def _recomputed(self, kept: int, vocab: int, g, pivot, entry, totals, scaled) -> None:
+    def _recomputed(self, kept: int, vocab: int, g, pivot, entry, totals, scaled, finish) -> None:
         """The slabs that forward did not keep: their exponentials once more, several slabs in one product."""
         walk, spec, products = self.walk, self.walk.spec, self.walk.products
         rows, acc = self.targets.shape[0], products.acc
@@ -155,7 +213,8 @@ class _Backward:
             if self.dbias is not None:
                 self._bias_from(values, begin, g)
             heads = heads if end - begin <= spec.slab_width else None
-            self._multiply(values, begin, heads, totals, scaled, None, first=begin == 0)
+            then = finish if end == vocab else None
+            self._multiply(values, begin, heads, totals, scaled, None, first=begin == 0, then=then)
             heads = None
 
     def from_dz(self) -> list[Tensor | None]:
@@ -167,6 +226,7 @@ class _Backward:
         if scale is not None:
             upstream = Upstream(*(None if part is None else part / scale for part in upstream))
         totals = self._totals(buffers.zeros)
+        finish = partial(self._finish_hidden, totals, scale)
         weight_operands, gain = self._weight_operands(scale)
         all_kept = spec.kept_columns(vocab) >= vocab
         operands = [] if all_kept else self._operands()
@@ -196,14 +256,13 @@ class _Backward:
             del slab, z
             if sums is not None:
                 self._put_bias(start, sums)
-            if any(spec.hidden_grad) or any(spec.weight_grad):
+            if self.multiplies:
                 dz = products.widened(dz)
-            self._multiply(dz, start, heads, totals, weight_operands, gain, first=False)
+            then = finish if stop == vocab else None
+            self._multiply(dz, start, heads, totals, weight_operands, gain, first=False, then=then)
             del dz
-        if scale is not None:
-            for total in totals:
-                if total is not None:
-                    total.mul_(scale.unsqueeze(1))
+        if vocab == 0:
+            finish()
         return totals
 
     def _weight_operands(self, scale: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
@@ -228,6 +287,9 @@ class _Backward:
         if upstream.entropy is not None:
             factor = factor + upstream.entropy * stats.log_sum  # log P = (y - max) - log_sum; units hold the first part
         safe_targets = self.targets.clamp(min=0)
+        if spec.merges:  # the target's row may lie on another rank
+            here = self.targets < self.weight[0].shape[0]
+            safe_targets, at_target = torch.where(here, safe_targets, 0), torch.where(here, at_target, 0.0)
         wanted = [k for k, flag in enumerate(spec.hidden_grad) if flag]
         totals = self._totals(buffers.empty)
         for place, k in enumerate(wanted):
@@ -235,15 +297,35 @@ class _Backward:
             step = max(1, (1 << 20) // max(1, total.shape[1] * acc.itemsize))
             for first in range(0, self.targets.shape[0], step):
                 rows = slice(first, first + step)
-                head_rows = buffers.track("scratch", self.weight[k].index_select(0, safe_targets[rows]))
-                if head_rows.dtype != spec.operand:
-                    head_rows = head_rows.to(spec.operand)
                 torch.mul(self.saved.units[place][rows], (factor[rows] * slope).unsqueeze(1), out=total[rows])
-                total[rows].addcmul_(head_rows.to(acc), at_target[rows].unsqueeze(1))
+                if self.weight[k].shape[0]:
+                    if spec.streams:
+                        head_rows = self.saved.units[place - len(wanted)][rows]
+                    else:
+                        head_rows = buffers.track("scratch", self.weight[k].index_select(0, safe_targets[rows]))
+                    if head_rows.dtype != spec.operand:
+                        head_rows = head_rows.to(spec.operand)
+                    total[rows].addcmul_(head_rows.to(acc), at_target[rows].unsqueeze(1))
                 if upstream.entropy is not None:
                     logged = self.saved.units[len(wanted) + place]
                     total[rows].addcmul_(logged[rows], (upstream.entropy[rows] * -slope).unsqueeze(1))
+        self._finish_hidden(totals, None)
         return totals
+
+
+def _begin_sum(total: Tensor, ranks: Ranks, dtype: torch.dtype) -> Callable[[], None]:
+    """Begin to sum `total` over the ranks in `dtype`; what is returned waits until it holds the sum."""
+    what = "sum the gradient of the hidden states"
+    if dtype == total.dtype:
+        return ranks.begin_sum(total, what)
+    narrow = buffers.track("cast", total.to(dtype))
+    wait = ranks.begin_sum(narrow, what)
+
+    def finish() -> None:
+        wait()
+        total.copy_(narrow)
+
+    return finish
 
 
 def row_scale(upstream: Upstream, dtype: torch.dtype, slope: float) -> Tensor | None:

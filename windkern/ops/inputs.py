@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from windkern import backends
 from windkern._checks import (
+    FLOATS,
     check_choice,
     check_count,
     check_floating,
@@ -24,10 +25,14 @@ from windkern._checks import (
 )
 from windkern.head import Head
 from windkern.kernels.gemm import accumulator
+from windkern.shard import Cut, Shard
+from windkern.sharding.agreement import agreed
+from windkern.sharding.ranks import Ranks
+from windkern.sharding.whole import gathered_mean
 from windkern.transform import LogitTransform
 
 Blocks = Tensor | Sequence[Tensor]
-Weight = Blocks | Head
+Weight = Blocks | Shard | Sequence[Shard] | Head
 IGNORED = -1  # targets of rows that are not scored, once the caller's ignore_index has been read
 
 
@@ -36,7 +41,7 @@ class Inputs:
     """Checked arguments: R rows before, M after ignored ones are dropped."""
 
     hidden: list[Tensor]  # (R, H_k), in the caller's dtype
-    weight: list[Tensor]  # (V, H_k)
+    weight: list[Tensor]  # (V, H_k), where the head is cut the rows that lie here
     bias: Tensor | None  # (V,)
     targets: Tensor  # (M,) int64, IGNORED where not scored
     rows: Tensor | None  # (M,) int64 positions among the R rows, None where all rows are scored
@@ -46,6 +51,16 @@ class Inputs:
     operand: torch.dtype  # of the GEMMs
     transform: LogitTransform
     backend: str
+    cut: Cut | None  # None where the head is whole
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head to plan for, the same number on all ranks of one that is cut."""
+        return self.weight[0].shape[0] if self.cut is None else self.cut.largest
+
+    @property
+    def streams(self) -> bool:
+        return self.cut is not None and self.cut.streams
 
     @property
     def num_rows(self) -> int:
@@ -99,13 +114,36 @@ def _as_blocks(name: str, value: Blocks) -> list[Tensor]:
     return [check_floating(label, block) for label, block in named]
 
 
-def _check_blocks(hidden: list[Tensor], weight: list[Tensor], targets: Tensor) -> None:
+def _local_blocks(weight: object) -> tuple[object, Cut | None]:
+    """The rows of a cut head that lie here, and how it is cut; a whole head as it is."""
+    shards = list(weight) if isinstance(weight, (tuple, list)) else [weight]
+    if not any(isinstance(each, Shard) for each in shards):
+        return weight, None
+    for k, each in enumerate(shards):
+        if not isinstance(each, Shard):
+            raise TypeError(
+                f"weight[{k}] must be cut as the other blocks are, with windkern.sharding.vocab_parallel or streamed, "
+                f"got {type(each).__name__}"
+            )
+        if each.cut != shards[0].cut:
+            raise ValueError(f"weight[{k}] must be cut as weight[0] is, {shards[0].cut}, got {each.cut}")
+    return [each.local for each in shards], shards[0].cut
+
+
+def _local_bias(bias: Tensor | None, cut: Cut | None) -> Tensor | None:
+    """The entries of the bias that belong to the rows here."""
+    if cut is None or not hasattr(bias, "to_local"):
+        return bias
+    return gathered_mean(bias) if cut.streams else bias.to_local()
+
+
+def _check_blocks(hidden: list[Tensor], weight: list[Tensor], targets: Tensor, cut: Cut | None) -> None:
     if len(hidden) != len(weight):
         raise ValueError(f"hidden and weight must have the same number of blocks, got {len(hidden)} and {len(weight)}")
     lead = shape_of(targets)
     for k, (block, head) in enumerate(zip(hidden, weight, strict=True)):
         mark = f"[{k}]" if len(hidden) > 1 else ""
-        if head.numel() == 0:
+        if head.numel() == 0 and cut is None:
             raise ValueError(
                 f"weight{mark} has no elements (shape {shape_of(head)}); a head partitioned by ZeRO-3 must be gathered "
                 "first, e.g. with windkern.sharding.gathered(weight)"
@@ -200,14 +238,16 @@ def prepare(
     """Check everything a caller can get wrong, flatten to rows, and drop the ignored ones."""
     check_integer("targets", targets)
     head = _as_head(weight, bias, scale, softcap, temperature)
-    bias = head.bias
-    blocks, heads = _as_blocks("hidden", hidden), _as_blocks("weight", head.weight)
-    _check_blocks(blocks, heads, targets)
+    local, cut = _local_blocks(head.weight)
+    bias = _local_bias(head.bias, cut)
+    blocks, heads = _as_blocks("hidden", hidden), _as_blocks("weight", local)
+    _check_blocks(blocks, heads, targets, cut)
     _refuse_forward_mode([*blocks, *heads, *([] if bias is None else [bias])])
     if bias is not None:
-        check_shape("bias", check_floating("bias", bias), (heads[0].shape[0],))
+        entries = heads[0].shape[0] if cut is None or not cut.streams else cut.vocab_size
+        check_shape("bias", check_floating("bias", bias), (entries,))
         check_same_device("bias", bias, "targets", targets)
-    operand = _operand_dtype(blocks, heads, bias)
+    operand = _operand_dtype(blocks, heads, bias) if cut is None or cut.operand is None else cut.operand
     transform = _check_transform(head.transform, accumulator(operand))
     check_choice("backend", backend, ["auto", *backends.BACKENDS])
     flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
@@ -237,6 +277,7 @@ def prepare(
         operand=operand,
         transform=transform,
         backend=backends.resolve(backend, targets.device, operand),
+        cut=cut,
     )
 
 
@@ -282,6 +323,30 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
             f"targets must be in [0, {vocab_size}) or equal ignore_index, got {wrong}; "
             f"weight has {vocab_size} rows (one for each vocabulary entry)"
         )
+
+
+def settled(
+    inputs: Inputs, grads: dict[str, object], sizes: tuple[int, int], options: dict[str, int | None]
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """The largest of each size over the ranks of a streamed head, and by block whether any of them wants dhidden.
+
+    A target that is none is refused here, so that the other ranks hear of it before they wait for a slab.
+    """
+    fault: ValueError | None = None
+    try:
+        check_targets(inputs.targets, inputs.vocab_size)
+    except ValueError as error:
+        fault = error
+    equal = {f"a gradient of weight[{k}]": int(flag) for k, flag in enumerate(grads["weight_grad"])}
+    equal |= {"a gradient of bias": int(grads["bias_grad"]), "dtype": FLOATS.index(inputs.operand)}
+    equal |= {name: -1 if value is None else int(value) for name, value in options.items()}
+    largest = [int(fault is not None), *sizes, *(int(flag) for flag in grads["hidden_grad"])]
+    refused, *found = agreed(Ranks(inputs.cut.group), inputs.device, largest, equal)
+    if fault is not None:
+        raise fault
+    if refused:
+        raise ValueError("targets were refused on another rank of the streamed head, which says why")
+    return tuple(found[: len(sizes)]), tuple(bool(flag) for flag in found[len(sizes) :])
 
 
 def acc_dtype(inputs: Inputs) -> torch.dtype:

@@ -11,7 +11,7 @@ from windkern._checks import check_flag
 from windkern.kernels import buffers
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.kernels.gemm import accumulator
-from windkern.ops.inputs import Blocks, Inputs, Weight, prepare
+from windkern.ops.inputs import Blocks, Inputs, Weight, prepare, settled
 from windkern.ops.once import differentiable_once
 from windkern.ops.rows import RowBlock
 from windkern.ops.sizes import bounded_rows, fixed_size
@@ -69,7 +69,7 @@ def _fwd(hidden, weight, bias, targets, rows, *spec):
 
 def _fwd_fake(hidden, weight, bias, targets, rows, *spec):
     spec = WalkSpec(*spec)
-    num_rows, vocab_size = targets.shape[0], weight[0].shape[0]
+    num_rows, vocab_size = targets.shape[0], spec.head_rows(weight[0].shape[0])
     total = spec.padded_rows(num_rows)
     vector = targets.new_empty(num_rows, dtype=accumulator(spec.operand))
     layout = kept_layout(spec, total, vocab_size)
@@ -78,6 +78,8 @@ def _fwd_fake(hidden, weight, bias, targets, rows, *spec):
         wanted = [block for block, flag in zip(hidden, spec.hidden_grad, strict=True) if flag]
         for _ in range(1 + spec.entropy):
             units += [block.new_empty((total, block.shape[1]), dtype=vector.dtype) for block in wanted]
+        if spec.streams:
+            units += [block.new_empty((total, block.shape[1]), dtype=spec.operand) for block in wanted]
     return (
         vector,
         torch.empty_like(vector),
@@ -100,16 +102,16 @@ def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entro
     ]
     dbias = torch.empty_like(bias) if spec.bias_grad else None
     saved = Saved(stats, kept, offsets, list(units))
-    grads = block.backward(Upstream(c_logp, c_lse, c_ent), saved, dweight, dbias, accumulate=False)
+    totals = block.backward(Upstream(c_logp, c_lse, c_ent), saved, dweight, dbias, accumulate=False)
     dhidden = []
     for k, like in enumerate(hidden):
-        if grads.hidden[k] is not None:
-            dhidden.append(finish_hidden(grads.hidden[k], like, rows, block.count))
-            grads.hidden[k] = None
+        if totals[k] is not None:
+            dhidden.append(finish_hidden(totals[k], like, rows, block.count))
+            totals[k] = None
     return (
         dhidden,
-        [grad for grad in grads.weight if grad is not None],
-        stats.run_max.new_empty(0) if grads.bias is None else grads.bias,
+        [grad for grad in dweight if grad is not None],
+        stats.run_max.new_empty(0) if dbias is None else dbias,
     )
 
 
@@ -161,18 +163,21 @@ def row_logps(
 
     Last a constant (3, M or more): largest transformed logit, log of the sum relative to it, target's logit.
     """
-    rows = bounded_rows(inputs.num_rows)
+    rows, planned = bounded_rows(inputs.num_rows), inputs.planned()
+    if inputs.streams:
+        given = {"entropy": entropy, "batch_invariant": batch_invariant, "memory_budget": memory_budget}
+        (rows, _), planned["hidden_grad"] = settled(inputs, planned, (rows, 0), {**given, "fused_loss": False})
     spec = planned_spec(
         rows,
         tuple(fixed_size(size) for size in inputs.hidden_sizes),
-        fixed_size(inputs.weight[0].shape[0]),
+        fixed_size(inputs.vocab_size),
         entropy=entropy,
         memory_budget=memory_budget,
         batch_invariant=batch_invariant,
-        total_rows=rows + (inputs.rows is not None),
-        **inputs.planned(),
+        total_rows=rows + (inputs.rows is not None or inputs.streams),
+        **planned,
     )
-    walk = WalkSpec(*spec).of(inputs.transform)
+    walk = WalkSpec(*spec).of(inputs.transform, inputs.cut, rows)
     spec = walk.values()
     if walk.gear == "scoring":
         return torch.ops.windkern.logprobs_fwd(
@@ -211,7 +216,8 @@ def token_logps(
         hidden: (..., T, H), or a tuple of blocks (..., T, H_k) whose logits add up (LoRA on the head, a value head).
             float64, float32, bfloat16 or float16.
         weight: (V, H) as in nn.Linear, a tuple of (V, H_k), or a `windkern.Head`, which brings what follows of bias,
-            scale, softcap and temperature. Outside autocast hidden is cast to the dtype of weight,
+            scale, softcap and temperature; or what `windkern.sharding` made of one that is cut over processes. Outside
+            autocast hidden is cast to the dtype of weight,
             as in lm_head(hidden.to(lm_head.weight.dtype)), to the widest where blocks differ; gradients have the
             dtype of their tensors.
         targets: (..., T) int64 or int32, already aligned with hidden (nothing is shifted).

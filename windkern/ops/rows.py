@@ -12,6 +12,8 @@ from windkern.kernels import buffers
 from windkern.kernels.contract import Upstream
 from windkern.ops import gradients, walk
 from windkern.ops.inputs import IGNORED, check_targets
+from windkern.sharding.passing import CollectedRows, PassedRows
+from windkern.sharding.ranks import Ranks
 from windkern.spec import WalkSpec
 
 
@@ -21,9 +23,10 @@ class RowBlock:
 
     walk: walk.Walk
     hidden: list[Tensor]  # (total, H_k) in the operands' dtype
-    weight: list[Tensor]  # (V, H_k)
+    weight: list[Tensor] | list[PassedRows]  # (V, H_k)
     bias: Tensor | None
-    targets: Tensor  # (total,)
+    labels: Tensor  # (total,)
+    targets: Tensor  # (total,) the same as the rows of `weight` are numbered, V where the target's lies on another rank
     scored: Tensor  # (count,)
     count: int
 
@@ -39,18 +42,23 @@ class RowBlock:
     ) -> RowBlock:
         """Rows `rows` (count,) of the blocks, all of them where that is None; `targets` (count,) are theirs."""
         total = spec.padded_rows(targets.shape[0])
+        labels = _pad(targets, total, IGNORED)
+        if spec.streams:
+            ranks, slabs = Ranks(spec.group), spec.slabs(spec.vocab_size)
+            weight = [PassedRows(head, ranks, spec.vocab_size, slabs, spec.operand) for head in weight]
         return cls(
             walk.Walk.of(spec, targets.device.type),
             _gather(hidden, rows, targets, total, spec.operand),
             weight,
             bias,
-            _pad(targets, total, IGNORED),
+            labels,
+            _of_shard(labels, spec.vocab_start, weight[0].shape[0]) if spec.merges else labels,
             targets >= 0,
             targets.shape[0],
         )
 
     def forward(self) -> walk.Saved:  # type: ignore[name-defined]  # the field hides the module
-        check_targets(self.targets, self.weight[0].shape[0])
+        check_targets(self.labels, self.walk.spec.vocab_size or self.weight[0].shape[0])
         with backends.on_device_of(self.targets):
             saved = walk.forward(self.walk, self.hidden, self.weight, self.bias, self.targets)
         _check_some_entry_is_open(saved, self.bias, self.targets)
@@ -71,14 +79,21 @@ class RowBlock:
         dbias: Tensor | None,
         *,
         accumulate: bool,
-    ) -> gradients.Grads:
-        """Gradients for `upstream` (count,) of each output; dhidden_k is (total, H_k) in the dtype of sums."""
+    ) -> list[Tensor | None]:
+        """dhidden_k for `upstream` (count,) of each output, (total, H_k) in the dtype of sums; fills the others."""
         upstream = Upstream(
             *(None if part is None else self.padded(torch.where(self.scored, part, 0.0)) for part in upstream)
         )
         rows = self.hidden, self.weight, self.bias, self.targets
+        if self.walk.spec.streams:
+            dweight = [None if grad is None else self._collected(grad, accumulate) for grad in dweight]
         with backends.on_device_of(self.targets):
             return gradients.backward(self.walk, upstream, *rows, saved, dweight, dbias, accumulate=accumulate)
+
+    def _collected(self, grad: Tensor, accumulate: bool) -> CollectedRows:
+        spec = self.walk.spec
+        ranks, width = Ranks(spec.group), spec.slab_width
+        return CollectedRows(grad, ranks, spec.vocab_size, width, spec.reduce_dtype, accumulate=accumulate)
 
 
 def _gather(
@@ -108,6 +123,12 @@ def _gather(
         copy[count:].zero_()
         gathered.append(copy)
     return gathered
+
+
+def _of_shard(targets: Tensor, start: int, count: int) -> Tensor:
+    """Targets among `count` rows of the head from `start` on; `count` itself, which no slab holds, where elsewhere."""
+    inside = (targets >= start) & (targets < start + count)
+    return torch.where(targets < 0, targets, torch.where(inside, targets - start, count))
 
 
 def _pad(values: Tensor, total: int, fill: float) -> Tensor:

@@ -12,6 +12,9 @@ from windkern import backends
 from windkern.kernels import buffers
 from windkern.kernels.contract import SETTLED_ROOM, Exps, Kept, RowKernels, RowState, RowStats, Slab, Unit, kept_gain
 from windkern.kernels.gemm import Products, accumulator, products_of
+from windkern.sharding.agreement import agreed
+from windkern.sharding.merge import merged
+from windkern.sharding.ranks import Ranks
 from windkern.spec import WalkSpec, row_stride
 
 
@@ -60,7 +63,8 @@ class Saved:
     stats: RowStats
     kept: Tensor
     offsets: Tensor
-    units: list[Tensor]  # frozen head: (M, H_k) sums of P * slope * W without the target, then those of P * log P
+    # Frozen head: (M, H_k) sums of P * slope * W without the target, those of P * log P, streamed the targets' rows.
+    units: list[Tensor]
 
 
 class KeptLayout(NamedTuple):
@@ -101,6 +105,11 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
             for block, wanted in zip(hidden, spec.hidden_grad, strict=True):
                 if wanted:
                     units.append(buffers.zeros("dhidden", tuple(block.shape), acc, device))
+    target_rows: list[Tensor] = []
+    if spec.streams and spec.gear == "frozen_head":
+        blocks = zip(hidden, spec.hidden_grad, strict=True)
+        shapes = [tuple(block.shape) for block, wanted in blocks if wanted]
+        target_rows = [buffers.zeros("dhidden", shape, spec.operand, device) for shape in shapes]
     operands = [walk.products.prepared(block) for block in hidden]
     step = spec.row_block or max(1, M)
     writer = _Writer(walk, min(step, max(1, M)), kept, offsets, device)
@@ -111,12 +120,20 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
         block_units = units if step >= M else [unit[rows] for unit in units]
         read = [operand[rows] for operand in operands]
         if spec.gear == "frozen_head":
-            writer.frozen(rows, read, weight, bias, targets[rows], block_state, block_units)
+            found = [part[rows] for part in target_rows]
+            writer.frozen(rows, read, weight, bias, targets[rows], block_state, block_units, found)
         else:
             writer.slabs(rows, read, weight, bias, targets[rows], block_state)
         if block_units is not units:
             for unit, block_unit in zip(units, block_units, strict=True):
                 unit[rows].copy_(block_unit)
+    if spec.merges:
+        ranks = Ranks(spec.group)
+        if backends.debug_mode():
+            agreed(ranks, device, [], {"rows": M, "a gradient of hidden": int(any(spec.hidden_grad))})
+        own, state = state, merged(state, ranks)
+        if units and not spec.factored:
+            _move_units(units, own, state, spec.entropy)
     log_sum = state.run_sum.log()
     entropy = log_sum - state.entropy_sum / state.run_sum if spec.entropy else None
     stats = RowStats(state.run_max, log_sum, state.target_logit, entropy)
@@ -125,7 +142,17 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
         scale = _finish_exps(walk, stats, state.run_sum, offsets, kept, targets, V)
     for unit in units:
         unit.div_(scale.unsqueeze(1))
-    return Saved(stats, kept, offsets, units)
+    return Saved(stats, kept, offsets, units + target_rows)
+
+
+def _move_units(units: list[Tensor], own: RowState, whole: RowState, entropy: bool) -> None:
+    """Sums relative to the maximum of a rank's part of the vocabulary become those relative to the whole's."""
+    step = torch.where(own.run_max == -torch.inf, 0.0, own.run_max - whole.run_max).unsqueeze(1)
+    wanted = len(units) // (1 + entropy)
+    for k, unit in enumerate(units[:wanted]):
+        if entropy:
+            units[wanted + k].addcmul_(unit, step).mul_(step.exp())
+        unit.mul_(step.exp())
 
 
 def _finish_exps(
@@ -207,15 +234,30 @@ class _Writer:
                 walk.kernels.exps_forward(slab, state, Exps(place, pivot, earlier=start, moved=None))
             else:
                 walk.kernels.slab_forward(slab, state, Kept(place, self.offsets[index][rows]))
+            del slab, z  # before the next slab's are made
 
-    def frozen(self, rows: slice, hidden, weight, bias, targets: Tensor, state: RowState, units: list[Tensor]) -> None:
-        """Add exp(y - pivot) @ weight of every slab to the unit gradients, several slabs in one product."""
+    def frozen(
+        self,
+        rows: slice,
+        hidden: list[Tensor],
+        weight: list[Tensor],
+        bias: Tensor | None,
+        targets: Tensor,
+        state: RowState,
+        units: list[Tensor],
+        target_rows: list[Tensor],
+    ) -> None:
+        """Add exp(y - pivot) @ weight of every slab to the unit gradients, several slabs in one product.
+
+        `target_rows` (M, H_k), where asked for, become the targets' rows of the head.
+        """
         walk, spec = self.walk, self.walk.spec
         if not spec.factored:
             for start, stop in spec.slabs(weight[0].shape[0]):
                 heads = walk.heads(weight, start, stop)
                 z = walk.logits(hidden, heads, self._buffer(targets.shape[0], stop - start))
                 self._unit_slab(walk.slab(z, bias, targets, start, stop - start), heads, state, units)
+                self._find_targets(heads, targets, start, target_rows)
                 del heads, z  # before the next slab's are made
             return
         count, moved = targets.shape[0], buffers.empty("rows", targets.shape, walk.products.acc, self.device)
@@ -242,9 +284,21 @@ class _Writer:
             if len(group) > 1:
                 heads = walk.heads(weight, begin, end)
             values = (self.slab if self.in_place else self.unit)[:count, : end - begin]
+            self._find_targets(heads, targets, begin, target_rows)
             for k, head in enumerate(self._wanted(heads)):
                 units[k] = walk.products.hidden_grad(values, head, units[k], first=begin == 0)
             del heads, head
+
+    def _find_targets(self, heads: list[Tensor], targets: Tensor, start: int, target_rows: list[Tensor]) -> None:
+        """Rows of the targets in a slab of the head, which will be gone when backward needs them."""
+        for head, found in zip(self._wanted(heads) if target_rows else (), target_rows, strict=True):
+            step = max(1, (1 << 20) // max(1, found.shape[1] * head.element_size()))
+            for first in range(0, targets.shape[0], step):
+                column = targets[first : first + step] - start
+                inside = ((column >= 0) & (column < head.shape[0])).unsqueeze(1)
+                rows = buffers.track("scratch", head.index_select(0, column.clamp(0, head.shape[0] - 1)))
+                place = found[first : first + step]
+                place.copy_(torch.where(inside, rows, place))
 
     def _wanted(self, heads: list[Tensor]) -> list[Tensor]:
         return [head for head, wanted in zip(heads, self.walk.spec.hidden_grad, strict=True) if wanted]

@@ -1,4 +1,9 @@
-"""Dataclasses made of names and values of a settings file, each checked by its field's annotation; and their table."""
+"""Build dataclasses from the names and values of a settings file, checking each value against its annotation.
+
+Reason: neither pydantic nor HfArgumentParser keeps what this file promises. pydantic takes true for the number 1 and 1
+for true; in `SchedulerType | str` it prefers the string, so that a misspelt schedule gets through; and its messages do
+not say what is wanted in the words of a settings file. HfArgumentParser refuses unions and converts no values.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +20,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
 from windkern._checks import check_choice
 
 WORDS = {"yes": True, "on": True, "no": False, "off": False}  # booleans of YAML 1.1, strings of YAML 1.2
 
 
 @dataclasses.dataclass(frozen=True)
-class _Known:
-    """A field that can be set."""
+class Known:
+    """A field of a dataclass that can be set."""
 
     field: dataclasses.Field
     kind: Any  # its annotation, evaluated
@@ -37,21 +38,21 @@ class _Known:
 
     @property
     def default(self) -> object:
-        """Of an optional field."""
+        """The default of a field that has one."""
         return self.field.default_factory() if self.field.default is dataclasses.MISSING else self.field.default
 
 
-def _known(cls: type) -> dict[str, _Known]:
+def known_fields(cls: type) -> dict[str, Known]:
+    """Return the fields of a dataclass that can be set, by name."""
     kinds = typing.get_type_hints(cls)
-    return {each.name: _Known(each, kinds[each.name]) for each in dataclasses.fields(cls) if each.init}
+    return {each.name: Known(each, kinds[each.name]) for each in dataclasses.fields(cls) if each.init}
 
 
 def build(classes: Sequence[type], content: Mapping[str, Any], source: str) -> tuple:
     """Return an instance of each dataclass, made of the entries that are its fields.
 
-    A field that several of the classes have goes to all of them. Values are made what the annotation says: a whole
-    number for a float field is one, a quoted number is a number, `yes` is a boolean where one is wanted; a value of an
-    enumeration becomes its member.
+    An entry that several of the classes have goes to all of them. Values are converted to what the annotation says: a
+    whole number to float, a quoted number to a number, `yes` to a boolean, a value of an enumeration to its member.
 
     Args:
         classes: dataclasses.
@@ -59,7 +60,7 @@ def build(classes: Sequence[type], content: Mapping[str, Any], source: str) -> t
         source: where they come from, for messages.
 
     Raises:
-        ValueError: a key is no field of any class, a field without default is missing, a value does not fit, or the
+        ValueError: no class has a field of that name, a field without default is missing, a value does not fit, or the
             class refuses it; the message begins with the source.
 
     Example:
@@ -72,7 +73,7 @@ def build(classes: Sequence[type], content: Mapping[str, Any], source: str) -> t
         Traceback (most recent call last):
         ValueError: x.yaml: unknown key 'lerning_rate'; did you mean 'learning_rate'?
     """
-    tables = [_known(cls) for cls in classes]
+    tables = [known_fields(cls) for cls in classes]
     names = dict.fromkeys(name for table in tables for name in table)
     for key in content:
         if key not in names:
@@ -97,7 +98,7 @@ def _nearest(key: str, names: Iterable[str]) -> str:
     return f"the nearest are {', '.join(map(repr, difflib.get_close_matches(key, names, n=3, cutoff=0.0)))}"
 
 
-def _value(name: str, value: object, known: _Known) -> object:
+def _value(name: str, value: object, known: Known) -> object:
     constant = known.field.metadata.get("const")  # of argparse: a value beside the annotation, `fsdp: true`
     if constant is not None and value is constant:
         return value
@@ -105,7 +106,7 @@ def _value(name: str, value: object, known: _Known) -> object:
 
 
 def _fit(name: str, value: object, kind: Any) -> object:
-    """The value as its annotation wants it.
+    """Return the value, converted to the type its annotation names.
 
     Raises:
         ValueError: it does not fit; the message has the name, what would be right and what came.
@@ -151,7 +152,7 @@ def _fit_any(name: str, value: object, kind: Any) -> object:
     enums = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
     if enums:
         members.remove(str)  # here a string is a value of the enumeration
-    # Reason: where both are allowed, a true is no 1 and a "no" no false.
+    # Reason: where both are allowed, true must not become 1, nor "no" false.
     exact = [member for member in members if (typing.get_origin(member) or member) is type(value)]
     telling = exact or (enums if isinstance(value, str) else [])
     if telling:
@@ -218,7 +219,7 @@ _WANTED = {
 
 
 def _wanted(kind: Any) -> str:
-    """In words, what an annotation takes."""
+    """What an annotation accepts, in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         parts = [_wanted(member) for member in arguments]
@@ -232,7 +233,7 @@ def _wanted(kind: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """What came, for a message."""
+    """Return a value as a message shows it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -242,7 +243,7 @@ def shown(value: object) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """An annotation as it is written, without the modules.
+    """Return an annotation as it is written, without the modules.
 
     Example:
         >>> type_name(dict[str, Any] | None)
@@ -253,7 +254,7 @@ def type_name(kind: Any) -> str:
 
 
 def own_fields(cls: type) -> list[str]:
-    """Names of the fields that a dataclass declares itself, not those it only inherits.
+    """Return the names of the fields that a dataclass declares itself, without those it only inherits.
 
     Example:
         >>> @dataclasses.dataclass
@@ -265,33 +266,4 @@ def own_fields(cls: type) -> list[str]:
         >>> own_fields(More)
         ['b']
     """
-    return [name for name in _known(cls) if name in inspect.get_annotations(cls)]
-
-
-def describe_fields(cls: type, names: Iterable[str]) -> Table:
-    """Return a table of fields: name, type, default and the help of the field's metadata.
-
-    Args:
-        cls: a dataclass.
-        names: of its fields, in the order of the rows.
-
-    Raises:
-        ValueError: a name is no field that can be set.
-    """
-    known = _known(cls)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=cls.__name__, title_justify="left")
-    table.add_column("key", style="bold", no_wrap=True)
-    table.add_column("type", overflow="fold", max_width=18)
-    table.add_column("default", overflow="fold", max_width=14)
-    table.add_column("what it is", overflow="fold", ratio=1)
-    for name in names:
-        check_choice("name", name, known)
-        entry = known[name]
-        default = "required" if entry.required else _default(entry.default)
-        help = " ".join(entry.field.metadata.get("help", "").split())
-        table.add_row(name, escape(type_name(entry.kind)), escape(default), escape(help))
-    return table
-
-
-def _default(value: object) -> str:
-    return shown(value.value if isinstance(value, enum.Enum) else value)
+    return [name for name in known_fields(cls) if name in inspect.get_annotations(cls)]

@@ -1,4 +1,9 @@
-"""Settings from a YAML file, with `key=value` of a command line on top."""
+"""Read settings from a YAML file, with `key=value` of a command line on top.
+
+Reason: the scalars of YAML 1.2 are five patterns on top of PyYAML, which transformers brings. ruamel.yaml is one more
+dependency and keeps less: it reads 1_000 as a number and 2024-01-02 as a date, which YAML 1.2 does not, and takes
+`use_rslora: no` for a string without a word.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,8 @@ from windkern.train.errors import one_line
 class _Loader(yaml.SafeLoader):
     """Reads plain scalars by YAML 1.2, in which 1e-5 is a number and `no` a string; refuses a key given twice.
 
-    Reason: a field's annotation says whether `no` is a string or a boolean, but values inside nested mappings have
-    none, and there the words are refused.
+    Reason: a field's annotation says whether `no` is a string or a boolean. Values inside nested mappings have no
+    annotation, so there these words are refused.
     """
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
@@ -61,7 +66,7 @@ def _refuse_word(node: yaml.Node, place: str) -> None:
 
 
 def _parse(text: str, source: str, nested: bool = False) -> object:
-    """What a YAML document says; `nested` where it is to be a value inside a mapping."""
+    """Return the content of a YAML document; `nested` says that it becomes a value inside a mapping."""
     loader = None
     try:
         loader = _Loader(text)
@@ -102,8 +107,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not UTF-8, not YAML or not a mapping, a key is given twice or is no string, an override has no
-            `=` or leads into something that is not a mapping; the message names file and line, or the override.
+        ValueError: it is not UTF-8, not YAML or not a mapping, a key is given twice or is not a string, an override has
+            no `=` or leads into something that is not a mapping; the message names file and line, or the override.
 
     Example:
         >>> import tempfile

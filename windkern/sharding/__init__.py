@@ -1,5 +1,8 @@
 """Heads that a distributed engine has cut into pieces."""
 
+from windkern.sharding.ranks import RanksError
+from windkern.sharding.streamed import streamed
+from windkern.sharding.vocab_parallel import vocab_parallel
 from windkern.sharding.whole import gathered
 
-__all__ = ["gathered"]
+__all__ = ["RanksError", "gathered", "streamed", "vocab_parallel"]

@@ -15,6 +15,14 @@ from windkern.head import Head
 Whole = TypeVar("Whole", Tensor, Head)
 
 
+def gathered_mean(dtensor: Tensor) -> Tensor:
+    """The whole of a DTensor, whose gradient comes back in pieces, each the mean over the ranks."""
+    from torch.distributed.tensor import Partial
+
+    # Hazard: by default the gradient counts as equal on all ranks, and each would keep its piece of its own only.
+    return dtensor.full_tensor(grad_placements=[Partial("avg")] * dtensor.device_mesh.ndim)
+
+
 @contextmanager
 def gathered(weight: Whole) -> Iterator[Whole]:
     """Yield the whole head of a sharded parameter: FSDP2 and tensor-parallel DTensors, ZeRO-3, or a plain tensor.
@@ -54,10 +62,7 @@ def gathered(weight: Whole) -> Iterator[Whole]:
             bias = None if weight.bias is None else stack.enter_context(gathered(weight.bias))
             yield dataclasses.replace(weight, weight=whole[0] if single else whole, bias=bias)
     elif hasattr(weight, "full_tensor"):
-        from torch.distributed.tensor import Partial
-
-        # Hazard: by default the gradient counts as equal on all ranks, and each would keep its piece of its own only.
-        yield weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+        yield gathered_mean(weight)
     elif hasattr(weight, "ds_id") and weight.shape != weight.ds_shape:
         try:
             from deepspeed.zero import GatheredParameters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass, field
 
 from windkern.train import tried  # noqa: F401
@@ -12,13 +11,13 @@ from windkern.train import tried  # noqa: F401
 from transformers import TrainingArguments
 
 from windkern._checks import check_choice, check_count, check_number
-from windkern.losses import LOSSES, OBJECTIVES
+from windkern.losses import LOSSES, Loss
 from windkern.train.data.prompts import without_user
 from windkern.train.focus import MODES
 from windkern.train.inherited import check_inherited
 
 REFERENCES = ("model", "adapter", "precomputed")
-TRUNCATED = ("keep", "drop")
+SHARED_PROMPT = ("auto", "always", "never")
 LONG_PROMPTS = ("refuse", "drop", "cut")
 EVALUATED = ("win_rate", "reward", "kl")
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that look at an evaluation
@@ -42,18 +41,6 @@ def check_one_gpu(count: int) -> None:
         )
 
 
-def required_settings(loss: str) -> dict[str, float]:
-    """The arguments of a loss that have no default of their own, with the values of the table of losses.
-
-    Example:
-        >>> required_settings("inpo"), required_settings("dpo")
-        ({'eta': 0.25, 'tau': 0.05}, {})
-    """
-    found = LOSSES[loss]
-    known = inspect.signature(found.function).parameters
-    return {name: value for name, value in found.settings.items() if known[name].default is inspect.Parameter.empty}
-
-
 @dataclass
 class WindConfig(TrainingArguments):
     """Settings of a `WindTrainer` run, in addition to those of `transformers.TrainingArguments`.
@@ -75,34 +62,23 @@ class WindConfig(TrainingArguments):
 
     Example:
         >>> config = WindConfig(output_dir="run", num_iterations=2, steps_per_iteration=4, report_to="none")
-        >>> config.total_steps, round(config.step_scale, 3)
-        (8, 3.333)
+        >>> config.total_steps, config.loss_arguments
+        (8, {'eta': 4.0, 'beta': 0.05, 'objective': 'square'})
     """
 
     loss: str = setting(
         "wind",
-        "Loss that is fitted: a separable one of windkern.losses.LOSSES (`windkern losses`). Losses over pairs get the "
-        "best and the worst response of a group; spin a demonstration and a sample; bond one sample of the policy and "
-        "two of its moving average. Default: the paper this package implements.",
+        "Loss that is fitted: a separable one of windkern.losses.LOSSES. `windkern losses` lists them, and `windkern "
+        "losses NAME` says which responses one takes. Default: the paper this package implements.",
     )
-    objective: str = setting(
-        "square",
-        "Objective of loss=wind: " + ", ".join(OBJECTIVES) + ". Default: the one with the paper's guarantee, centred "
-        "in the group, so that no partition function is needed.",
-    )
-    eta: float | None = setting(
+    loss_kwargs: dict | None = setting(
         None,
-        "Step size of the update, positive, per unit of win rate (of reward for rebel). After a perfect fit "
-        "c = eta / (1 + eta * beta) nats separate a certain winner from a certain loser. None: of the table of losses, "
-        "where the loss has no default (wind 4, sppo 4, rebel 1, inpo 0.25); ours.",
-    )
-    beta: float | None = setting(
-        None,
-        "Weight of the KL to the reference (for losses with another beta, theirs), not negative. None: the loss's own "
-        "default, else that of the table of losses (wind 0.05, trajectory_balance 1); ours.",
-    )
-    loss_settings: dict | None = setting(
-        None, "Further keyword arguments of the loss by name, such as {tau: 0.1} for inpo. None: its defaults."
+        "Arguments of the loss by name, such as {eta: 4, beta: 0.05, objective: square}; `windkern losses NAME` "
+        "explains them. eta is a step size: after a perfect fit of wind, eta / (1 + eta * beta) nats separate a "
+        "certain winner from a certain loser; beta weighs the KL to the reference. What is left out has the loss's own "
+        "default, or where it has none that of the table of losses (ours). The exact update converges whatever the "
+        "preferences up to eta = 4 * beta; the default eta is larger, since an iteration's few steps stay far from a "
+        "perfect fit.",
     )
     num_iterations: int = setting(
         3, "Outer iterations: freeze the policy, sample, judge, fit. At least 1. Default: as SPPO's runs."
@@ -113,7 +89,7 @@ class WindConfig(TrainingArguments):
     passes_per_iteration: int = setting(
         1, "How often an iteration's responses are gone through; divides steps_per_iteration. Default: one, as SPPO."
     )
-    num_responses: int | None = setting(
+    num_generations: int | None = setting(
         None, "Responses sampled to each prompt, at least 2. None: 5 as SPPO; spin needs 1 and bond 3."
     )
     fit_responses: int | None = setting(
@@ -128,11 +104,19 @@ class WindConfig(TrainingArguments):
     )
     sampler: str = setting(
         "transformers",
-        "Who samples: transformers (the policy's own generate), recorded:FILE (JSON lines), or http:URL (a server that "
-        "speaks the OpenAI protocol and serves the current policy; its key is OPENAI_API_KEY of the environment). "
-        "Default: what is always right.",
+        "Who samples: transformers (the policy's own generate), batched (transformers' continuous batching: fast, but "
+        "the same seed need not give the same responses), vllm:URL or sglang:URL (a server that is given the "
+        "weights before each iteration, see docs/vllm.md), openai:URL (a server that speaks the OpenAI protocol, for a "
+        "policy that stays as it is), or recorded:FILE (JSON lines). The key of a server is OPENAI_API_KEY of the "
+        "environment. Default: what is always right.",
     )
-    http_model: str | None = setting(None, "Name of the model on the server of sampler=http:URL. None: policy.")
+    sampler_settings: dict | None = setting(
+        None,
+        "Keyword arguments of a sampler that is a server: model (name of the base model there), folder (that trainer "
+        "and server see under the same name, for weights), tokens (under way at once), timeout (seconds), attempts, "
+        "and concurrency for openai. None: the server's only model (policy for openai), output_dir/served, 131072 "
+        "tokens, 600 s (120 s for openai), 8 attempts (4).",
+    )
     temperature: float = setting(
         1.0,
         "Divides the logits, of samples and log-probs alike; positive. Default 1: the theory compares the policy as "
@@ -143,11 +127,13 @@ class WindConfig(TrainingArguments):
         "Samples come from the smallest set of tokens with this probability; in (0, 1]. Below 1 they are not samples "
         "of the policy whose log-probs are fitted. Default 1: the theory needs it.",
     )
-    max_new_tokens: int = setting(512, "Longest response, in tokens, end token included; at least 1. Default: ours.")
+    max_completion_length: int = setting(
+        512, "Longest response, in tokens, end token included; at least 1. Default: ours."
+    )
     max_prompt_length: int | None = setting(
         None,
-        "Longest prompt, in tokens, chat template included; at least 1. None: what max_new_tokens leave of the model's "
-        "positions (max_position_embeddings), which is the limit anyhow.",
+        "Longest prompt, in tokens, chat template included; at least 1. None: what max_completion_length leaves of the "
+        "model's positions (max_position_embeddings), which is the limit anyhow.",
     )
     long_prompts: str = setting(
         "refuse",
@@ -157,19 +143,23 @@ class WindConfig(TrainingArguments):
         choices=LONG_PROMPTS,
     )
     system: str | None = setting(None, "System message for the chat template. None: the template's own.")
+    chat_template_kwargs: dict | None = setting(
+        None, "Further arguments of the chat template by name, such as {enable_thinking: false} for Qwen3. None: none."
+    )
     sampling_batch_size: int = setting(
         64, "Sequences generated, and judged, at a time on a device; what a kill can lose. Default: ours."
     )
-    truncated: str = setting(
-        "keep",
-        "What happens to responses that met max_new_tokens: keep (scored as the prefixes they are) or drop (judged and "
-        "beaten by others, but not fitted). Default: keep, which is unbiased for a judge that reads what was written.",
-        choices=TRUNCATED,
+    mask_truncated_completions: bool = setting(
+        False,
+        "Whether responses that reach max_completion_length without an end token are left out of the fit; they are "
+        "judged, and others beat them, all the same. Default no: they are scored as the prefixes they are, which is "
+        "unbiased for a judge that reads what was written.",
     )
     judge: str | None = setting(
         None,
         "Who says which response wins: vader, MODULE:FUNCTION (prompts, responses -> numbers), reward-model:NAME, "
-        "pair-model:NAME or recorded:FILE. None: the judge given to the trainer.",
+        "pair-model:NAME, pairrm:NAME, llm:URL or recorded:FILE, see docs/judges.md. None: the judge given to the "
+        "trainer.",
     )
     judge_strength: float = setting(
         1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
@@ -177,14 +167,27 @@ class WindConfig(TrainingArguments):
     judge_settings: dict | None = setting(
         None,
         "Keyword arguments of a judge that is a model: label (which of its logits), max_length (longer texts are cut "
-        "to so many tokens, and counted), batch_size, and template for pair-model. None: one label, 16 texts at a "
-        "time, and a text longer than the model's positions is an error.",
+        "to so many tokens, and counted), batch_size, dtype, device, quantization, and template for pair-model; for "
+        "llm: model, rubric, template, labels, max_tokens and others, see docs/judges.md. None: one label, 16 texts at "
+        "a time, float32 beside the policy, and a text longer than the model's positions is an error.",
+    )
+    log_completions: bool = setting(
+        False,
+        "Whether each iteration's responses and verdicts are written to completions/completions_NNNNN.parquet in "
+        "output_dir, and shown as a table by wandb and trackio where report_to names them. Default no, as TRL.",
     )
     reference: str = setting(
         "model",
         "Where log pi_ref comes from: model (a frozen second model), adapter (the policy without its LoRA adapter) or "
         "precomputed (scored once, before the first step; needs sampler=recorded:FILE). Default: works for all.",
         choices=REFERENCES,
+    )
+    shared_prompt: str = setting(
+        "auto",
+        "Whether the body runs once on a prompt for all its responses when they are scored and fitted: auto (where the "
+        "model computes the same then, which is looked at once), always (an error where it does not) or never. "
+        "Default: it is exact and saves time.",
+        choices=SHARED_PROMPT,
     )
     focus: str = setting(
         "uniform",
@@ -198,7 +201,9 @@ class WindConfig(TrainingArguments):
     replay: bool = setting(
         False, "Whether groups are also drawn from responses of earlier iterations (TBA); loss=trajectory_balance only."
     )
-    replay_capacity: int = setting(100, "Newest responses kept for each prompt, at least num_responses. As TBA's code.")
+    replay_capacity: int = setting(
+        100, "Newest responses kept for each prompt, at least num_generations. As TBA's code."
+    )
     replay_on_policy_prob: float = setting(
         0.5, "Share of groups made of this iteration's responses; in [0, 1]. Default: TBA's for TL;DR."
     )
@@ -267,7 +272,7 @@ class WindConfig(TrainingArguments):
                 f"num_iterations; leave them out, got max_steps={self.max_steps}, "
                 f"num_train_epochs={self.num_train_epochs}"
             )
-        for name in ("num_iterations", "steps_per_iteration", "passes_per_iteration", "max_new_tokens"):
+        for name in ("num_iterations", "steps_per_iteration", "passes_per_iteration", "max_completion_length"):
             setattr(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("sampling_batch_size", "eval_responses", "reference_responses"):
             setattr(self, name, check_count(name, getattr(self, name), least=1))
@@ -283,7 +288,6 @@ class WindConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
         for name in ("replay_on_policy_prob", "replay_inverse_temperature"):
             check_number(name, getattr(self, name), least=0)
-        check_choice("truncated", self.truncated, TRUNCATED)
         check_choice("long_prompts", self.long_prompts, LONG_PROMPTS)
         if self.max_prompt_length is not None:
             check_count("max_prompt_length", self.max_prompt_length, least=1)
@@ -292,6 +296,7 @@ class WindConfig(TrainingArguments):
                 "long_prompts must be refuse or drop with recorded:FILE, which has the prompts whole, got 'cut'"
             )
         check_choice("reference", self.reference, REFERENCES)
+        check_choice("shared_prompt", self.shared_prompt, SHARED_PROMPT)
         check_choice("focus", self.focus, MODES)
         self._check_loss()
         self._check_responses()
@@ -324,43 +329,38 @@ class WindConfig(TrainingArguments):
             )
         names = [name for name, loss in LOSSES.items() if loss.separable]
         check_choice("loss", self.loss, names)
-        check_choice("objective", self.objective, OBJECTIVES)
-        if self.objective != "square" and self.loss != "wind":
-            raise ValueError(f"objective={self.objective!r} belongs to loss='wind', got loss={self.loss!r}")
-        needed = required_settings(self.loss)
-        self.eta = needed.get("eta") if self.eta is None else check_number("eta", self.eta, above=0)
-        self.beta = needed.get("beta") if self.beta is None else check_number("beta", self.beta, least=0)
-        if self.focus == "hardest" and (self.loss != "wind" or not self.beta):
+        arguments = self.loss_arguments
+        if self.focus == "hardest" and not self.entry.pull(arguments):
             raise ValueError(
-                "focus='hardest' needs loss='wind' with beta above 0, whose exploitability it estimates, "
-                f"got loss={self.loss!r}, beta={self.beta!r}"
+                "focus='hardest' needs a loss with a pull to the reference, whose exploitability it estimates, such as "
+                f"loss='wind' with beta above 0, got loss={self.loss!r} with {arguments}"
             )
-        if self.replay and self.loss != "trajectory_balance":
+        if self.replay and not self.entry.any_policy:
+            right = ", ".join(name for name, loss in LOSSES.items() if loss.any_policy)
             raise ValueError(
-                "replay=True needs loss='trajectory_balance', the one that is right for responses of any policy, "
-                f"got loss={self.loss!r}"
+                f"replay=True needs a loss that is right for responses of any policy ({right}), got loss={self.loss!r}"
             )
 
     def _check_responses(self) -> None:
-        least = {"spin": 1, "bond": 3}.get(self.loss, 2)
-        if self.num_responses is None:
-            self.num_responses = least if self.loss in ("spin", "bond") else 5
-        self.num_responses = check_count("num_responses", self.num_responses, least=least)
-        if self.loss in ("spin", "bond") and self.num_responses != least:
-            raise ValueError(f"num_responses must be {least} for loss={self.loss!r}, got {self.num_responses}")
+        fixed = self.entry.group.sampled
+        if self.num_generations is None:
+            self.num_generations = fixed or 5
+        self.num_generations = check_count("num_generations", self.num_generations, least=fixed or 2)
+        if fixed and self.num_generations != fixed:
+            raise ValueError(f"num_generations must be {fixed} for loss={self.loss!r}, got {self.num_generations}")
         if self.fit_responses is not None:
             self.fit_responses = check_count("fit_responses", self.fit_responses, least=2)
-            if self.fit_responses > self.num_responses:
+            if self.fit_responses > self.num_generations:
                 raise ValueError(
-                    f"fit_responses must be at most num_responses = {self.num_responses}, got {self.fit_responses}"
+                    f"fit_responses must be at most num_generations = {self.num_generations}, got {self.fit_responses}"
                 )
-            if self.loss not in ("wind", "sppo") or OBJECTIVES[self.objective].statistic != "V":
+            if not self.entry.against_all(self.loss_arguments):
                 raise ValueError(
-                    f"fit_responses must be None for loss={self.loss!r}, objective={self.objective!r}, whose target is "
+                    f"fit_responses must be None for loss={self.loss!r} with {self.loss_arguments}, whose target is "
                     "not a win rate against all responses"
                 )
         if self.replay:
-            self.replay_capacity = check_count("replay_capacity", self.replay_capacity, least=self.num_responses)
+            self.replay_capacity = check_count("replay_capacity", self.replay_capacity, least=self.num_generations)
 
     @property
     def total_steps(self) -> int:
@@ -368,11 +368,17 @@ class WindConfig(TrainingArguments):
         return self.num_iterations * self.steps_per_iteration
 
     @property
-    def step_scale(self) -> float:
-        """c = eta / (1 + eta * beta), what a win rate is multiplied by in the log-prob target of wind."""
-        return self.eta / (1 + self.eta * self.beta)
+    def entry(self) -> Loss:
+        """The loss in the table of losses."""
+        return LOSSES[self.loss]
+
+    @property
+    def loss_arguments(self) -> dict[str, object]:
+        """All arguments of the loss beside its tensors: those of `loss_kwargs`, and defaults."""
+        return self.entry.arguments(self.loss_kwargs)
 
     def own_settings(self) -> dict:
-        """The fields declared here and their values, for reports."""
+        """The fields declared here and their values, for reports; arguments of the loss that are defaults included."""
         own = WindConfig.__annotations__
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name in own}
+        found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name in own}
+        return found | {"loss_kwargs": self.loss_arguments}

@@ -62,7 +62,7 @@ def message_of(error: Exception) -> str | None:
     if _out_of_memory(error):
         return one_line(
             f"out of memory: {str(error) or 'this machine has no more'}; lower per_device_train_batch_size, "
-            "per_device_eval_batch_size, sampling_batch_size or max_new_tokens"
+            "per_device_eval_batch_size, sampling_batch_size or max_completion_length"
         )
     ours = type(error).__module__.split(".")[0] == "windkern"  # meant to be read
     if isinstance(error, _BUGS) and not isinstance(error, _NO_BUGS) and not ours:

@@ -1,151 +1,88 @@
-"""Groups of responses on their way to the loss: padded batches, scored constants, the data set of an iteration."""
+"""A prompt with its responses, from sampling to fitting."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from windkern.hf import completion_targets
-from windkern.train.objectives import Objective
-from windkern.train.rollouts import Rollout, verdict_of
-from windkern.train.seeds import shuffled
+from windkern.train.judges.judge import Verdict
+from windkern.train.samplers.sampler import Completions
 
 
 @dataclass(frozen=True)
-class FitGroup:
-    """K responses to a prompt that are fitted, with all that is constant about them."""
+class Group:
+    """N responses to a prompt; what is known about them grows from stage to stage.
+
+    Sampling gives tokens and texts, the judge preferences and rewards. The group that is fitted has K of the N
+    responses, and `constants` with what the loss takes beside the policy's log-probs.
+    """
 
     place: int  # of the prompt in the list of prompts
     prompt_ids: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]  # K
-    constants: dict[str, Tensor]  # (K,) or (K, K): prefs, win_rates, rewards, where, old_logps ...
-
-    def with_constants(self, **more: Tensor) -> FitGroup:
-        return replace(self, constants={**self.constants, **more})
-
-
-@dataclass
-class Batch:
-    """B groups of K responses, padded to one length: prompts on the left, completions on the right."""
-
-    input_ids: Tensor  # (B * K, L) int64
-    attention_mask: Tensor  # (B * K, L) bool
-    completion_mask: Tensor  # (B * K, L) bool
-    shape: tuple[int, int]  # (B, K)
-    constants: dict[str, Tensor]
+    completions: tuple[tuple[int, ...], ...]  # N, tokens up to and including the end token
+    truncated: tuple[bool, ...]  # N, no end token within the limit
+    texts: tuple[str, ...]  # N
+    prefs: tuple[tuple[float, ...], ...] | None = None  # N x N, once judged
+    rewards: tuple[float, ...] | None = None  # N, where the judge has them
+    constants: Mapping[str, Tensor] = field(default_factory=dict)  # (K,), (K, K) or (): win_rates, where, old_logps ...
 
     @property
-    def targets(self) -> Tensor:
-        """(B * K, L), aligned with hidden states."""
-        return completion_targets(self.input_ids, self.completion_mask)
+    def tokens(self) -> int:
+        """Tokens of all responses."""
+        return sum(map(len, self.completions))
 
-    def pin_memory(self) -> Batch:
-        """In memory that a GPU can copy from while the host goes on; asked for by `dataloader_pin_memory`."""
-        return Batch(
-            self.input_ids.pin_memory(),
-            self.attention_mask.pin_memory(),
-            self.completion_mask.pin_memory(),
-            self.shape,
-            {name: value.pin_memory() for name, value in self.constants.items()},
+    def of(self, places: Sequence[int], constants: Mapping[str, Tensor]) -> Group:
+        """The responses at some places, without their verdict: `constants` say what counts from here on."""
+        return Group(
+            place=self.place,
+            prompt_ids=self.prompt_ids,
+            completions=tuple(self.completions[place] for place in places),
+            truncated=tuple(self.truncated[place] for place in places),
+            texts=tuple(self.texts[place] for place in places),
+            constants=constants,
         )
 
-    def to(self, device: torch.device) -> Batch:
-        # Reason: a blocking copy to a GPU waits for all that is queued there, the last backward pass. On the way back
-        # the host must wait, or it would read what has not arrived.
-        options = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
-        return Batch(
-            self.input_ids.to(**options),
-            self.attention_mask.to(**options),
-            self.completion_mask.to(**options),
-            self.shape,
-            {name: value.to(**options) for name, value in self.constants.items()},
+    def having(self, **more: Tensor) -> Group:
+        """The group with more constants."""
+        return replace(self, constants={**self.constants, **more})
+
+    def followed_by(self, other: Group) -> Group:
+        """The group with another's responses to the same prompt behind its own, not judged."""
+        return Group(
+            place=self.place,
+            prompt_ids=self.prompt_ids,
+            completions=self.completions + other.completions,
+            truncated=self.truncated + other.truncated,
+            texts=self.texts + other.texts,
         )
 
 
-def collate(groups: Sequence[FitGroup], fill: int) -> Batch:
-    """Pad groups of the same size into one batch; `fill` is the id in padding, which no mask lets through.
-
-    Example:
-        >>> batch = collate([FitGroup(0, (5, 6), ((7,), (8, 9)), {})], fill=0)
-        >>> batch.input_ids.tolist(), batch.completion_mask.int().tolist()
-        ([[5, 6, 7, 0], [5, 6, 8, 9]], [[0, 0, 1, 0], [0, 0, 1, 1]])
-    """
-    head = max(len(group.prompt_ids) for group in groups)
-    tail = max(len(tokens) for group in groups for tokens in group.completions)
-    rows = [(group.prompt_ids, tokens) for group in groups for tokens in group.completions]
-    ids = torch.full((len(rows), head + tail), fill, dtype=torch.int64)
-    attended, own = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    for row, (prompt, tokens) in enumerate(rows):
-        ids[row, head - len(prompt) : head] = torch.tensor(prompt)
-        ids[row, head : head + len(tokens)] = torch.tensor(tokens)
-        attended[row, head - len(prompt) : head + len(tokens)] = True
-        own[row, head : head + len(tokens)] = True
-    names = groups[0].constants
-    constants = {name: torch.stack([group.constants[name] for group in groups]) for name in names}
-    return Batch(ids, attended, own, (len(groups), len(groups[0].completions)), constants)
-
-
-def fit_groups(rollouts: Sequence[Rollout], objective: Objective) -> list[FitGroup]:
-    """The groups of an iteration, with the constants the judge gives; log-probs come later."""
-    truncated = torch.tensor([rollout.truncated for rollout in rollouts])
-    lengths = torch.tensor([[len(tokens) for tokens in rollout.completions] for rollout in rollouts])
-    chosen = objective.choose(verdict_of(rollouts), truncated, lengths)
-    return [
-        FitGroup(
-            place=rollout.place,
-            prompt_ids=rollout.prompt_ids,
-            completions=tuple(rollout.completions[place] for place in chosen.places[k].tolist()),
-            constants={name: value[k] for name, value in chosen.constants.items()},
-        )
-        for k, rollout in enumerate(rollouts)
-    ]
-
-
-class IterationData(Dataset):
-    """The groups of the current outer iteration, as many items as its steps take, pass after pass.
-
-    Groups of one optimizer step (`step_size` neighbours) stay together in every pass, in the order of the list; the
-    steps change places between passes. So a step is the same however it is cut into batches and processes. And the
-    rounding of a 16-bit forward depends on its batch: with the old policy scored in the same batches,
-    log pi_theta - log pi_t is exactly 0 before the first step.
-
-    Args:
-        length: items of an iteration.
-        step_size: groups of an optimizer step, on all processes together.
-        seed: of the order.
-    """
-
-    def __init__(self, length: int, step_size: int, seed: int):
-        self.length, self.step_size, self.seed = length, step_size, seed
-        self.groups: list[FitGroup] = []
-        self.iteration = 0
-        self._orders: dict[int, list[int]] = {}
-
-    def fill(self, iteration: int, groups: Sequence[FitGroup]) -> None:
-        """Take the groups of an iteration.
-
-        Raises:
-            ValueError: the items of an iteration are not a whole number of passes over whole steps.
-        """
-        if len(groups) % self.step_size or self.length % len(groups):
-            raise ValueError(
-                f"groups must come in whole steps of {self.step_size} and fill {self.length} items in whole "
-                f"passes, got {len(groups)}"
+def groups_of(batch: Completions, places: Sequence[int]) -> list[Group]:
+    """One group for each prompt of a batch; `places` are the prompts' in the list of prompts."""
+    count, found = batch.num_generations, []
+    prompt_mask = batch.attention_mask & ~batch.completion_mask
+    for k, place in enumerate(places):
+        rows = range(k * count, (k + 1) * count)
+        found.append(
+            Group(
+                place=place,
+                prompt_ids=tuple(batch.input_ids[rows[0]][prompt_mask[rows[0]]].tolist()),
+                completions=tuple(tuple(batch.input_ids[row][batch.completion_mask[row]].tolist()) for row in rows),
+                truncated=tuple(batch.truncated[rows[0] : rows[-1] + 1].tolist()),
+                texts=batch.texts[k],
             )
-        self.iteration, self.groups = iteration, list(groups)
-        self._orders = {}
+        )
+    return found
 
-    def __len__(self) -> int:
-        return self.length
 
-    def __getitem__(self, item: int) -> FitGroup:
-        turn, place = divmod(item, len(self.groups))
-        if turn not in self._orders:
-            steps = len(self.groups) // self.step_size
-            self._orders[turn] = shuffled(steps, self.seed, "fit", self.iteration, turn).tolist()
-        step, within = divmod(place, self.step_size)
-        return self.groups[self._orders[turn][step] * self.step_size + within]
+def verdict_of(groups: Sequence[Group]) -> Verdict | None:
+    """The judgement of some groups as tensors, None where they were not judged."""
+    if groups[0].prefs is None:
+        return None
+    prefs = torch.tensor([group.prefs for group in groups], dtype=torch.float32)
+    if groups[0].rewards is None:
+        return Verdict(prefs, None)
+    return Verdict(prefs, torch.tensor([group.rewards for group in groups], dtype=torch.float32))

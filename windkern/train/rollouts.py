@@ -1,91 +1,28 @@
-"""Sampled and judged responses, kept on the disk block by block, so that a kill loses at most one block."""
+"""Sampling and judging the groups of an iteration, block by block, so that a kill loses at most one block."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from windkern._checks import check_shape
 from windkern.losses import check_prefs
-from windkern.train.judges.judge import Judge, Verdict, ask
-from windkern.train.models import sync_dir
-from windkern.train.samplers.sampler import Completions
-from windkern.train.valid_json import to_json
+from windkern.train.groups import Group
+from windkern.train.judges.judge import Judge, ask
+from windkern.train.store import AGAIN, BEGUN, Block, GroupStore, blocks_of
 from windkern.train.world import World
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """A prompt with N responses to it, and who wins."""
-
-    place: int  # of the prompt in the list of prompts
-    prompt_ids: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]  # N, tokens up to and including the end token
-    truncated: tuple[bool, ...]  # N, no end token within the limit
-    texts: tuple[str, ...]  # N
-    prefs: tuple[tuple[float, ...], ...] | None = None  # N x N, once judged
-    rewards: tuple[float, ...] | None = None  # N, where the judge has them
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.completions))
-
-
-def rollouts_of(batch: Completions, places: Sequence[int]) -> list[Rollout]:
-    """One rollout for each prompt of a batch."""
-    count, found = batch.num_responses, []
-    prompt_mask = batch.attention_mask & ~batch.completion_mask
-    for k, place in enumerate(places):
-        rows = range(k * count, (k + 1) * count)
-        found.append(
-            Rollout(
-                place=place,
-                prompt_ids=tuple(batch.input_ids[rows[0]][prompt_mask[rows[0]]].tolist()),
-                completions=tuple(tuple(batch.input_ids[row][batch.completion_mask[row]].tolist()) for row in rows),
-                truncated=tuple(batch.truncated[rows[0] : rows[-1] + 1].tolist()),
-                texts=batch.texts[k],
-            )
-        )
-    return found
-
-
-def joined(first: Sequence[Rollout], second: Sequence[Rollout]) -> list[Rollout]:
-    """Rollouts with the responses of two lists to the same prompts, the first's in front."""
-    return [
-        replace(
-            one,
-            completions=one.completions + two.completions,
-            truncated=one.truncated + two.truncated,
-            texts=one.texts + two.texts,
-        )
-        for one, two in zip(first, second, strict=True)
-    ]
-
-
-def verdict_of(rollouts: Sequence[Rollout]) -> Verdict | None:
-    """The judgement of some rollouts as tensors, None where they were not judged."""
-    if rollouts[0].prefs is None:
-        return None
-    prefs = torch.tensor([rollout.prefs for rollout in rollouts], dtype=torch.float32)
-    if rollouts[0].rewards is None:
-        return Verdict(prefs, None)
-    return Verdict(prefs, torch.tensor([rollout.rewards for rollout in rollouts], dtype=torch.float32))
-
-
-def judged(rollouts: Sequence[Rollout], prompts: Sequence[str], judge: Judge) -> list[Rollout]:
-    """The rollouts with the judge's verdict.
+def judged(groups: Sequence[Group], prompts: Sequence[str], judge: Judge) -> list[Group]:
+    """The groups with the judge's verdict.
 
     Raises:
-        TypeError, ValueError: the verdict has another shape, or preferences that are none; then nothing is kept of it.
+        TypeError, ValueError: the verdict has another shape, or holds values that are not preferences; then nothing of
+            it is kept.
     """
-    verdict = ask(judge, prompts, [rollout.texts for rollout in rollouts])
-    shape = (len(rollouts), len(rollouts[0].texts))
+    verdict = ask(judge, prompts, [group.texts for group in groups])
+    shape = (len(groups), len(groups[0].texts))
     try:
         check_prefs(verdict.prefs)
         check_shape("prefs", verdict.prefs, (*shape, shape[1]))
@@ -99,179 +36,42 @@ def judged(rollouts: Sequence[Rollout], prompts: Sequence[str], judge: Judge) ->
         raise type(error)(f"judge {judge.name!r}: {error}") from error
     return [
         replace(
-            rollout,
+            group,
             prefs=tuple(map(tuple, verdict.prefs[k].tolist())),
             rewards=None if verdict.rewards is None else tuple(verdict.rewards[k].tolist()),
         )
-        for k, rollout in enumerate(rollouts)
+        for k, group in enumerate(groups)
     ]
-
-
-class DamagedRecordError(ValueError):
-    """A file that a run wrote is not what was written; the message names it, and the way out."""
-
-    def __init__(self, path: Path, why: object, way_out: str):
-        super().__init__(f"{path} is damaged ({why}); {way_out}")
-
-
-ANEW = "restore it from a copy, or start another run in another output_dir"
-AGAIN = "delete it, and its responses are sampled and judged again, the same ones"
-BEGUN = (
-    "the policy that made it has moved, so it cannot be made again: restore it from a copy, or delete the checkpoints "
-    "inside its iteration and resume from one at the end of an iteration"
-)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(to_json(content))
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}; what was saved before is whole") from error
-    sync_dir(path.parent)
-
-
-def read_json(path: Path, way_out: str = ANEW) -> object | None:
-    """The content of a JSON file, None if there is none.
-
-    Raises:
-        DamagedRecordError: it holds something else; the message says `way_out`.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise DamagedRecordError(path, error, way_out) from error
-
-
-@dataclass(frozen=True)
-class Block:
-    """Prompts that are sampled and judged at once."""
-
-    index: int
-    places: tuple[int, ...]
-
-
-def blocks_of(places: Sequence[int], size: int) -> list[Block]:
-    """The places cut into blocks of `size`.
-
-    Example:
-        >>> blocks_of([4, 0, 2], 2)
-        [Block(index=0, places=(4, 0)), Block(index=1, places=(2,))]
-    """
-    cuts = [tuple(places[first : first + size]) for first in range(0, len(places), size)]
-    return [Block(index, cut) for index, cut in enumerate(cuts)]
-
-
-class RolloutStore:
-    """The blocks of rollouts under a folder, `iteration-NNNN/block-NNNN.json`.
-
-    Args:
-        folder: created where needed; all processes must see it.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def iteration(self, iteration: int) -> Path:
-        return self.folder / f"iteration-{iteration:04d}"
-
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def has(self, folder: Path, block: int) -> bool:
-        """Whether a block has been sampled; it is there as a whole or not at all."""
-        return self.path(folder, block).is_file()
-
-    def read(self, folder: Path, block: Block, way_out: str = AGAIN) -> tuple[list[Rollout], bool]:
-        """The rollouts of a block and whether they have been judged; nothing where there is no such block.
-
-        Raises:
-            DamagedRecordError: its file does not hold rollouts of the block's prompts.
-        """
-        path = self.path(folder, block.index)
-        content = read_json(path, way_out)
-        if content is None:
-            return [], False
-        try:
-            found, judged = [_rollout(entry) for entry in content["rollouts"]], content["judged"]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DamagedRecordError(path, f"{type(error).__name__}: {error}", way_out) from error
-        places = [rollout.place for rollout in found]
-        if places != list(block.places) or not isinstance(judged, bool):
-            why = f"it holds the prompts {places}, its block has {list(block.places)}"
-            raise DamagedRecordError(path, why, way_out)
-        return found, judged
-
-    def write(self, folder: Path, block: int, rollouts: Sequence[Rollout], judged: bool) -> None:
-        content = {"judged": judged, "rollouts": [asdict(rollout) for rollout in rollouts]}
-        write_json(self.path(folder, block), content)
-
-    def path(self, folder: Path, block: int) -> Path:
-        return folder / f"block-{block:04d}.json"
-
-
-def _row(values: object, kind: type, name: str, count: int | None = None) -> tuple:
-    """A list of numbers or texts of one kind, as many as wanted."""
-    if not isinstance(values, list) or set(map(type, values)) - {kind} or len(values) != (count or len(values)):
-        raise ValueError(f"{name} must hold {'' if count is None else f'{count} '}{kind.__name__} values")
-    return tuple(values)
-
-
-def _rollout(entry: dict) -> Rollout:
-    completions = tuple(_row(tokens, int, "completions") for tokens in entry["completions"])
-    count = len(completions)
-    if not count or not all(completions):
-        raise ValueError("completions must hold tokens")
-    prefs, rewards = entry["prefs"], entry["rewards"]
-    if prefs is not None and len(prefs) != count:
-        raise ValueError(f"prefs must hold {count} rows")
-    return Rollout(
-        place=entry["place"],
-        prompt_ids=_row(entry["prompt_ids"], int, "prompt_ids"),
-        completions=completions,
-        truncated=_row(entry["truncated"], bool, "truncated", count),
-        texts=_row(entry["texts"], str, "texts", count),
-        prefs=None if prefs is None else tuple(_row(row, float, "prefs", count) for row in prefs),
-        rewards=None if rewards is None else _row(rewards, float, "rewards", count),
-    )
 
 
 def collect(
     world: World,
-    store: RolloutStore,
+    store: GroupStore,
     folder: Path,
     places: Sequence[int],
     block_size: int,
-    sample: Callable[[Block], list[Rollout]],
-    judge: Callable[[Block, list[Rollout]], list[Rollout]] | None,
+    sample: Callable[[Block], list[Group]],
+    judge: Callable[[Block, list[Group]], list[Group]] | None = None,
     *,
     together: bool,
     begun: bool = False,
     begin: Callable[[str, int], None] = lambda name, done: None,
     advance: Callable[[int], None] = lambda prompts: None,
-) -> list[Rollout]:
-    """Return the rollouts of an iteration, in the order of `places`, on every process.
+) -> list[Group]:
+    """Return the groups of an iteration, in the order of `places`, on every process.
 
     Blocks do not depend on the number of processes, and what is sampled in a block depends on its index only, so one
-    process and several sample the same. Blocks already on the disk are not sampled or judged again.
+    process and several sample the same. Blocks on the disk are not sampled or judged again.
 
     Args:
         folder: of the iteration.
         places: prompts to answer.
         block_size: of them that make a block.
-        sample: makes the rollouts of a block.
+        sample: makes the groups of a block.
         judge: adds their verdict; None where the loss needs none.
-        together: see `World.share`; then sampling and judging are two rounds, each with its own calls.
-        begun: whether responses have been fitted already, so that all must be there.
+        together: whether a forward of the model that samples talks to other processes (see `World.share`); sampling
+            and judging are then two rounds, each with its own calls.
+        begun: whether responses have been fitted already, so that all must be on the disk.
         begin: told before "sampling" or "judging" how many prompts are done already; not if all are.
         advance: told how many more are.
 
@@ -283,29 +83,32 @@ def collect(
     missing = world.agree([block for block in blocks if not store.has(folder, block.index)])
     if missing and begun:
         raise FileNotFoundError(f"{store.path(folder, missing[0].index)} is missing; {BEGUN}")
+    known: dict[int, list[Group]] = {}  # of blocks that this process has made
 
-    def sample_and_save(block: Block) -> None:
-        rollouts = sample(block)
-        if not store.has(folder, block.index):
-            store.write(folder, block.index, rollouts, judged=False)
+    def sample_and_keep(block: Block) -> None:
+        groups = sample(block)
+        if not store.has(folder, block.index):  # two processes may sample the last block together
+            store.write(folder, block.index, groups)
         if not together:
-            judge_and_save(block)
+            known[block.index] = groups
+            judged_groups(block)
 
-    def judge_and_save(block: Block) -> None:
-        rollouts, is_judged = store.read(folder, block, way_out)
-        if judge is not None and not is_judged:
-            store.write(folder, block.index, judge(block, rollouts), judged=True)
+    def judged_groups(block: Block) -> list[Group]:
+        groups = known.get(block.index) or store.read(folder, block, way_out)
+        if judge is not None and groups[0].prefs is None:
+            groups = known[block.index] = judge(block, groups)
+            store.write_verdict(folder, block.index, groups)
+        return groups
 
     def done(finished: Sequence[Block]) -> None:
         advance(sum(len(block.places) for block in finished))
 
     if missing:
         begin("sampling", len(places) - sum(len(block.places) for block in missing))
-    world.share(missing, sample_and_save, together=together, done=done)
+    world.share(missing, sample_and_keep, together=together, done=done)
     if missing and together and judge is not None:
         begin("judging", 0)
-        world.share(blocks, judge_and_save, done=done)
+        found = world.share(blocks, judged_groups, done=done)
     else:  # all have been judged, unless an earlier process was killed while its judge was at work
-        world.share(blocks, judge_and_save)
-    found = world.share(blocks, lambda block: store.read(folder, block, way_out)[0])
-    return [rollout for part in found for rollout in part]
+        found = world.share(blocks, judged_groups)
+    return [group for part in found for group in part]

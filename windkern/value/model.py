@@ -46,12 +46,12 @@ class ValueModel(nn.Module):
 
         log p(y_t | ...) = log softmax(z_base + z_value)[y_t],   z = the model's own logits, its scale included
 
-    Neither logits nor the two heads side by side are ever made: the heads are two blocks of one walk over the
+    Neither the logits nor one matrix of both heads is ever made: the heads are two blocks of one walk over the
     vocabulary, which adds both products in one float32 slab. Nothing penalises the size of z_value; a penalty on
     mean(z_value^2) would need the two products apart.
 
-    What was learnt on one base can be added to another of the same tokenizer (`from_pretrained`). That the tokenizers
-    agree is for the caller to know: two heads of one size can mean different tokens.
+    A value model trained on one base can be put on another base with the same tokenizer (`from_pretrained`). The caller
+    must know that the tokenizers agree: two heads of one size can mean different tokens.
 
     Args:
         base: transformers causal LM. It is frozen (requires_grad of its parameters becomes False) and stays in eval
@@ -61,9 +61,9 @@ class ValueModel(nn.Module):
         memory_budget, backend: see `windkern.token_logps`.
 
     Raises:
-        TypeError: `value` is no PreTrainedModel.
+        TypeError: `value` is not a PreTrainedModel.
         ValueError: vocabulary sizes or devices differ, or the two share parameters, which would freeze the value model.
-        UnsupportedModelError: as `windkern.hf.hidden_and_head`, or a model caps its logits.
+        UnsupportedModelError: see `windkern.hf.hidden_and_head`; or a model caps its logits.
 
     Memory:
         A forward holds the activations of the value model and what `windkern.plan` gives for the scored tokens; the
@@ -102,7 +102,7 @@ class ValueModel(nn.Module):
         self.train(value.training)
 
     def train(self, mode: bool = True) -> ValueModel:
-        """Set the value model's mode; the base is always in eval mode, for it is not what is trained."""
+        """Set the value model's mode; the base stays in eval mode, since it is not trained."""
         super().train(mode)
         self.base.eval()
         return self
@@ -120,7 +120,7 @@ class ValueModel(nn.Module):
         self.value.activation_checkpointing_enable(**options)
 
     def gradient_checkpointing_enable(self, **options: object) -> None:
-        """The same under the name it has in older transformers, 5.17 among them."""
+        """Same as `activation_checkpointing_enable`, by its name in transformers before 5.24."""
         self.value.gradient_checkpointing_enable(**options)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class ValueModel(nn.Module):
     def base_logps(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
         """Return the log-prob of each completion under the base alone: the reference of WIND, DPO and the like.
 
-        Args, returns and raises as `forward`; never differentiable.
+        Arguments, result and errors are those of `forward`; the result is not differentiable.
         """
         return hf.sequence_logps(
             self.base,
@@ -232,7 +232,7 @@ class ValueModel(nn.Module):
             self.train(was_training)
 
     def save_pretrained(self, folder: str | Path, *, base_name: str | None = None) -> None:
-        """Write the value model alone, as transformers reads it, and a file that names its base.
+        """Write the value model alone, in the form transformers reads, and a file that names its base.
 
         Args:
             folder: made if it does not exist.
@@ -250,7 +250,7 @@ class ValueModel(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, base: nn.Module | str | None = None, *, dtype: torch.dtype | None = None, **options
     ) -> ValueModel:
-        """Return the value model of a folder on any base, in eval mode.
+        """Load a value model and put it on a base, in eval mode.
 
         Args:
             folder: what `save_pretrained` wrote.

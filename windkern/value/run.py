@@ -1,4 +1,4 @@
-"""`windkern train --method value`: loads base, value model and demonstrations, trains, and says what it brought."""
+"""`windkern train --method value`: load base, value model and demonstrations, train, and measure the gain."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from windkern._figures import picture
+from windkern._files import to_json
 from windkern.display import Display, clock
 from windkern.terminal import printable
 from windkern.train.models import describe, load_model
 from windkern.train.report import show as report
-from windkern.train.valid_json import to_json
 from windkern.value.model import ValueModel
 from windkern.value.trainer import DemonstrationCollator, ValueConfig, ValueTrainer
 
@@ -64,7 +65,7 @@ def nll_per_token(
 
 
 def check_same_tokens(base, value, names: tuple[str, str]) -> None:
-    """Refuse two tokenizers that give one token different ids, or whose tokens are not the same but for a few.
+    """Raise if two tokenizers give one token different ids, or share less than half of their tokens.
 
     Args:
         base, value: tokenizers of transformers.
@@ -90,13 +91,13 @@ def check_same_tokens(base, value, names: tuple[str, str]) -> None:
 
 
 def _dtypes(config: ValueConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Of base and value model: the trained weights stay float32, autocast computes in 16 bits."""
+    """Dtypes of base and value model: the trained weights stay float32, autocast computes in 16 bits."""
     low = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
     return low, torch.float32
 
 
 class _Meter:
-    """Measures models on the same demonstrations."""
+    """Measures models, all on the same demonstrations."""
 
     def __init__(self, config: ValueConfig, demonstrations: Sequence, collate: DemonstrationCollator, display: Display):
         self.config, self.demonstrations, self.collate, self.display = config, demonstrations, collate, display
@@ -166,12 +167,7 @@ def _table(rows: Sequence[tuple[str, float]], tokens: int, measured_on: str) -> 
 
 
 def draw(path: Path, content: dict) -> None:
-    """The negative log-likelihoods of a result as bars, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draw the negative log-likelihoods of a result as bars, into a PNG."""
     nll, transfer = content["nll_per_token"], content["transfer_nll_per_token"]
     bars = [
         ("base alone", nll["base"], "0.7"),
@@ -180,20 +176,17 @@ def draw(path: Path, content: dict) -> None:
     ]
     if transfer is not None:
         bars += [("second base alone", transfer["base"], "0.7"), ("with the value model", transfer["with_value"], "C1")]
-    figure, axes = plt.subplots(figsize=(7.2, 0.9 + 0.5 * len(bars)), layout="constrained")
-    places = range(len(bars), 0, -1)
-    shown = axes.barh(places, [value for _, value, _ in bars], color=[color for _, _, color in bars])
-    axes.bar_label(shown, fmt="%.3f", padding=3)
-    axes.set_yticks(list(places), [name for name, _, _ in bars])
-    axes.set_xlabel(f"negative log-likelihood per token, nats ({content['tokens']} tokens)")
-    axes.margins(x=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path, figsize=(7.2, 0.9 + 0.5 * len(bars))) as (_, axes):
+        places = range(len(bars), 0, -1)
+        shown = axes.barh(places, [value for _, value, _ in bars], color=[color for _, _, color in bars])
+        axes.bar_label(shown, fmt="%.3f", padding=3)
+        axes.set_yticks(list(places), [name for name, _, _ in bars])
+        axes.set_xlabel(f"negative log-likelihood per token, nats ({content['tokens']} tokens)")
+        axes.margins(x=0.12)
 
 
 def _plan(config: ValueConfig, measured: int, trained: int) -> dict[tuple[str, str], float]:
-    """What a run is going to do, with costs in demonstrations scored, guessed, as `Forecast` takes them."""
+    """The phases of a run and their estimated costs in scored demonstrations, as `Forecast` takes them."""
     epochs = config.num_train_epochs
     if config.max_steps > 0:
         each = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -214,15 +207,15 @@ def run_value(config: ValueConfig, *, resume: bool, display: Display | None = No
     Args:
         config: base_model, value_model and train_demonstrations must be set. With bf16 or fp16 the base is loaded in
             16 bits; the value model is float32 always.
-        resume: go on from the newest checkpoint in the output directory.
-        display: where to show how far it is, begun; None: stdout.
+        resume: continue from the newest checkpoint in the output directory.
+        display: where to show progress, already entered; None: stdout.
 
     Returns:
         0.
 
     Raises:
         ValueError: a field is missing, tokenizers or vocabularies differ, or there is no checkpoint to resume from.
-        OSError, MissingPackageError: as `windkern.train.models.load_model`.
+        OSError, MissingPackageError: see `windkern.train.models.load_model`.
     """
     for name in ("base_model", "value_model", "train_demonstrations"):
         if not getattr(config, name):

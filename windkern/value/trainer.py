@@ -34,48 +34,47 @@ class ValueConfig(TrainingArguments):
         ValueError, TypeError: a field is out of range, or asks for what the trainer does not do; the message names it.
 
     Example:
-        >>> ValueConfig(output_dir="run", report_to="none", max_new_tokens=0)
+        >>> ValueConfig(output_dir="run", report_to="none", max_completion_length=0)
         Traceback (most recent call last):
-        ValueError: max_new_tokens must be at least 1, got 0
+        ValueError: max_completion_length must be at least 1, got 0
     """
 
     base_model: str | None = setting(
-        None, "Folder or hub id of the frozen base, or smollm2-135m-instruct (packaged). No default: it must be named."
+        None, "Folder or hub id of the frozen base, or smollm2-135m-instruct (packaged). It must be set."
     )
     value_model: str | None = setting(
         None,
-        "Folder or hub id of the causal LM the value model starts as: small, with the base's tokenizer and vocabulary "
-        "size. No default: it must be named.",
+        "Folder or hub id of the causal LM that becomes the value model: a small one with the base's tokenizer and "
+        "vocabulary size. It must be set.",
     )
     train_demonstrations: str | None = setting(
-        None, "Prompts with answers to imitate: a .jsonl or .json file, or hub:NAME[:SPLIT]. No default."
+        None, "Prompts with answers to imitate: a .jsonl or .json file, or hub:NAME[:SPLIT]. It must be set."
     )
     eval_demonstrations: str | None = setting(
-        None, "The same to measure on, before and after. None: measured on those that were trained on."
+        None, "Prompts with answers to measure on, before and after. None: the training demonstrations."
     )
     transfer_base: str | None = setting(
         None,
-        "Folder or hub id of a second base of the same tokenizer, which is not trained on; measured with and without "
-        "the value model at the end. None: no such comparison.",
+        "Folder or hub id of a second base with the same tokenizer. At the end it is measured with and without the "
+        "value model, which was not trained on it. None: there is no such comparison.",
     )
-    max_new_tokens: int = setting(
-        512, "Longest answer in tokens, end token included, at least 1; longer ones are cut. Default: ours."
+    max_completion_length: int = setting(
+        512,
+        "Length limit of an answer in tokens, end token included, at least 1; longer answers are cut. Default: ours.",
     )
     memory_budget: int | None = setting(
         None,
-        "Bytes that log-probs may take beside outputs and gradients, at least 1. None: 2 GiB on a GPU, 256 MiB on a "
-        "CPU, as windkern.token_logps.",
+        "Bytes that log-probs may allocate beside outputs and gradients, at least 1. None: 2 GiB on a GPU and 256 MiB "
+        "on a CPU, as in windkern.token_logps.",
     )
     backend: str = setting(
         "auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run on the device."
     )
     # Inherited, with a default that this trainer needs.
-    remove_unused_columns: bool = setting(
-        False, "Must be False, for the trainer makes its batches from demonstrations, which have no columns."
-    )
+    remove_unused_columns: bool = setting(False, "Must be False: demonstrations have no columns.")
 
     def __post_init__(self) -> None:
-        self.max_new_tokens = check_count("max_new_tokens", self.max_new_tokens, least=1)
+        self.max_completion_length = check_count("max_completion_length", self.max_completion_length, least=1)
         if self.memory_budget is not None:
             self.memory_budget = check_count("memory_budget", self.memory_budget, least=1)
         check_choice("backend", self.backend, ["auto", *backends.BACKENDS])
@@ -89,20 +88,20 @@ class ValueConfig(TrainingArguments):
             raise ValueError(
                 "fsdp and deepspeed must not be set: a value model is small and is trained on one device or by DDP"
             )
-        self.label_names = ["labels"]  # what an evaluation needs to know that a batch has a loss
+        self.label_names = ["labels"]  # tells an evaluation that a batch has a loss
         super().__post_init__()
 
 
 class DemonstrationCollator:
-    """Makes a batch of demonstrations: prompts padded on the left, answers with their end token on the right.
+    """Make a batch of demonstrations: prompts are padded on the left, answers with their end token on the right.
 
     Args:
-        tokenizer: of base and value model.
-        max_new_tokens: longest answer, end token included.
+        tokenizer: the one that base and value model share.
+        max_completion_length: length limit of an answer, end token included.
     """
 
-    def __init__(self, tokenizer, max_new_tokens: int):
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+    def __init__(self, tokenizer, max_completion_length: int):
+        self.tokenizer, self.max_completion_length = tokenizer, max_completion_length
 
     def __call__(self, demonstrations: Sequence) -> dict[str, Tensor]:
         """Args: pairs (prompt, answer). Returns: what `ValueModel.forward` takes, and labels (-100: not scored)."""
@@ -110,7 +109,7 @@ class DemonstrationCollator:
             self.tokenizer,
             [prompt for prompt, _ in demonstrations],
             [[answer] for _, answer in demonstrations],
-            max_new_tokens=self.max_new_tokens,
+            max_completion_length=self.max_completion_length,
         )
         return {
             "input_ids": batch.input_ids,
@@ -152,14 +151,14 @@ class ValueTrainer(AtomicCheckpoints, Trainer):
 
     Args:
         model: the value model on its base; `args.memory_budget` and `args.backend` become its own.
-        args: settings; the fields that name models and data are not looked at.
+        args: settings; the fields that name models and data are ignored.
         train_dataset: sequence of pairs (prompt, answer), such as those of
             `windkern.train.data.loading.load_demonstrations`.
         processing_class: the tokenizer of base and value model.
         eval_dataset, callbacks, optimizers and so on: see `transformers.Trainer`.
 
     Raises:
-        TypeError: `model` is no ValueModel or `args` no ValueConfig.
+        TypeError: `model` is not a ValueModel, or `args` is not a ValueConfig.
         ValueError: more than one GPU in one process.
     """
 
@@ -174,7 +173,7 @@ class ValueTrainer(AtomicCheckpoints, Trainer):
             model=model,
             args=args,
             processing_class=processing_class,
-            data_collator=DemonstrationCollator(processing_class, args.max_new_tokens),
+            data_collator=DemonstrationCollator(processing_class, args.max_completion_length),
             compute_loss_func=token_mean_nll,
             **options,
         )

@@ -110,15 +110,18 @@ WK_FN L lane_tanh(const L& x) {
   return tanh(x);
 #else
   using S = ScalarOf<L>;
-  const L e = lane_exp(S(2) * x);
-  const L far = select(x > splat<L>(20), splat<L>(1), (e - S(1)) / (e + S(1)));
+  // Far from 0 the difference to 1 is what the slope is made of; it is subtracted last.
+  const L size = lane_abs(x), e = lane_exp(S(2) * size), one = splat<L>(1);
+  const L quotient = select(size > splat<L>(0.55), splat<L>(2), L(e - one)) / (e + one);
+  const L positive = select(size > splat<L>(0.55), L(one - quotient), quotient);
+  const L far = select(x < splat<L>(0), L(-positive), positive);
   // Near 0 the quotient above loses relative digits; the odd series has them.
   const L x2 = x * x;
   const L near = x + x * x2 *
                          (S(-1.0 / 3) +
                           x2 * (S(2.0 / 15) + x2 * (S(-17.0 / 315) + x2 * (S(62.0 / 2835) + x2 * S(-1382.0 / 155925)))));
   const L limit = splat<L>(S(sizeof(S) == 4 ? 0.15 : 0.02));
-  return select(lane_abs(x) < limit, near, far);
+  return select(size < limit, near, far);
 #endif
 }
 

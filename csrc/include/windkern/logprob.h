@@ -7,10 +7,6 @@
 namespace windkern {
 inline namespace WK_ISA {
 
-// The next number above a positive one.
-inline float next_above(float x) { return bit_cast<float>(bit_cast<int32_t>(x) + 1); }
-inline double next_above(double x) { return bit_cast<double>(bit_cast<int64_t>(x) + 1); }
-
 // y = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature without a softcap (softcap = 0).
 // What is divided is divided here, once and in double.
 template <class S>
@@ -25,10 +21,7 @@ struct Transform {
         to_tanh(slab.softcap > 0 ? S(slab.temperature / slab.softcap) : S(0)),
         slope(S(slab.scale / slab.temperature)),
         is_capped(slab.softcap > 0),
-        is_identity(slab.softcap <= 0 && slab.scale == slab.temperature) {
-    // Reason: a saturated logit, tanh = 1, has slope exactly 0 and not a rounding of it.
-    for (int step = 0; step < 3 && is_capped && from_tanh * to_tanh < S(1); ++step) to_tanh = next_above(to_tanh);
-  }
+        is_identity(slab.softcap <= 0 && slab.scale == slab.temperature) {}
 
   WK_FN bool capped() const { return is_capped; }
   WK_FN bool identity() const { return is_identity; }
@@ -44,9 +37,10 @@ WK_FN L transform_logit(const L& z, const Transform<ScalarOf<L>>& t) {
 // Slope of the transform over its slope at zero, from the transformed logit: 1 - tanh^2. Masked entries (-inf) get 0.
 template <class L>
 WK_FN L relative_slope(const L& y, const Transform<ScalarOf<L>>& t) {
-  const L tanh = y * t.to_tanh;
-  const L slope = ScalarOf<L>(1) - tanh * tanh;
-  return select(slope > splat<L>(0), slope, splat<L>(0));
+  // Reason: near saturation 1 - (y * to_tanh)^2 is all rounding. With d = 1 - |tanh|, whose difference is exact there,
+  // it is d (2 - d), and exactly 0 at the bound.
+  const L d = (t.from_tanh - lane_abs(y)) * t.to_tanh;
+  return select(d > splat<L>(0), L(d * (ScalarOf<L>(2) - d)), splat<L>(0));
 }
 
 // Running maximum, sum of exp(y - max), and sum of exp(y - max) * (y - max) of the entries seen so far.

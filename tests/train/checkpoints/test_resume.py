@@ -15,11 +15,11 @@ pytest.importorskip("accelerate")
 import tiny_model
 from trainer_cases import HELDOUT, PROMPTS, lora, make_trainer, weights_of
 
+from windkern._files import DamagedRecordError
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.checkpoints.manifest import CorruptCheckpointError
-from windkern.train.rollouts import DamagedRecordError
 
-SETTINGS = {"num_iterations": 1, "max_new_tokens": 3, "save_strategy": "no"}
+SETTINGS = {"num_iterations": 1, "max_completion_length": 3, "save_strategy": "no"}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ CASES = {
         r"weights of the model are others than when the run began, first in model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "the reference": (
-        {"given": lambda: {"reference": other(1.01)}},
+        {"given": lambda: {"ref_model": other(1.01)}},
         r"weights of the reference are others than .* model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "the dtype": ({"model": lambda: other().bfloat16()}, "dtype 'float32' there, 'bfloat16' here"),
@@ -101,10 +101,10 @@ def test_what_differs_is_said_in_words(begun, tmp_path, name):
 )
 def test_every_setting_of_an_adapter_counts(tmp_path, changes, message):
     pytest.importorskip("peft")
-    given = {"reference": None, "peft_config": lora()}
+    given = {"ref_model": None, "peft_config": lora()}
     make_trainer(tmp_path / "first", reference="adapter", given=given, **SETTINGS).train()
     with pytest.raises(ResumeError, match=message):
-        given = {"reference": None, "peft_config": lora(**changes)}
+        given = {"ref_model": None, "peft_config": lora(**changes)}
         resume(tmp_path / "first", tmp_path, reference="adapter", given=given)
 
 
@@ -121,7 +121,13 @@ def test_the_contents_of_recorded_responses_count(tmp_path):
 
 # What is damaged, and what is gone
 
-LONGER = {"num_iterations": 3, "max_new_tokens": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+LONGER = {
+    "num_iterations": 3,
+    "max_completion_length": 3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +170,22 @@ def swap(folder: Path) -> None:
 def without_a_text(folder: Path) -> None:
     path = folder / "iteration-0002/block-0000.json"
     content = json.loads(path.read_text())
-    content["rollouts"][0]["texts"].pop()
+    content["groups"][0]["texts"].pop()
     path.write_text(json.dumps(content))
 
 
+def without_a_row(folder: Path) -> None:
+    path = folder / "iteration-0002/verdict-0000.json"
+    content = json.loads(path.read_text())
+    content["verdicts"][0]["prefs"].pop()
+    path.write_text(json.dumps(content))
+
+
+def of_format_1(folder: Path) -> None:
+    changed(folder / BLOCK, format=1)
+
+
+VERDICT = "iteration-0002/verdict-0001.json"
 BLOCK, SCORED, RECORD = "iteration-0002/block-0001.json", "iteration-0002/scored.json", "iteration-0001/record.json"
 BEGUN = "inside its iteration and resume from one at the end"
 DAMAGES = [
@@ -177,6 +195,9 @@ DAMAGES = [
     ("a block is something else", lambda c: (c / BLOCK).write_text("[1]"), r"block-0001\.json is damaged \(TypeError"),
     ("blocks are exchanged", swap, r"block-000\d\.json is damaged \(it holds the prompts \[\d, \d\], its block has"),
     ("a text is lost", without_a_text, r"block-0000\.json is damaged \(ValueError: texts must hold 4 str values"),
+    ("a verdict is cut", lambda c: cut(c / VERDICT), r"verdict-0001\.json is damaged \(.*" + BEGUN),
+    ("a verdict lacks a row", without_a_row, r"verdict-0000\.json is damaged \(ValueError: prefs must hold 4 rows"),
+    ("a block is of another release", of_format_1, r"block-0001\.json is damaged \(ValueError: it has format 1, this"),
     ("log-probs are cut", lambda c: cut(c / SCORED), r"scored\.json is damaged .*" + BEGUN),
     ("log-probs are others'", lambda c: changed(c / SCORED, old_logps=[[0.0]]), r"scored\.json is damaged \(old_logps"),
     ("log-probs lack a name", lambda c: (c / SCORED).write_text("{}"), r"scored\.json is damaged \(it must hold old_l"),
@@ -190,6 +211,23 @@ DAMAGES = [
     ("the run is cut", lambda c: cut(c / "run.json"), r"run\.json is damaged .*; restore it from a copy, or start"),
     ("the run is something else", lambda c: (c / "run.json").write_text("{}"), r"run\.json is damaged \(KeyError"),
 ]
+
+
+def test_a_run_of_an_older_release_is_refused(whole, tmp_path):
+    def older(folder: Path) -> None:
+        content = json.loads((folder / "run.json").read_text())
+        del content["format"]
+        (folder / "run.json").write_text(json.dumps(content))
+
+    with pytest.raises(
+        ResumeError, match=r"another release of windkern \(.*run\.json has format 1, this release reads"
+    ):
+        goes_on(whole, tmp_path, 3, older)
+
+
+def test_rows_that_were_laid_out_otherwise_are_refused(whole, tmp_path):
+    with pytest.raises(ResumeError, match=r"layout\.json says .*'shared': True.*, and groups are laid out by"):
+        goes_on(whole, tmp_path, 3, lambda folder: changed(folder / "layout.json", mask_budget=7))
 
 
 @pytest.mark.parametrize(("damage", "message"), [case[1:] for case in DAMAGES], ids=[case[0] for case in DAMAGES])
@@ -243,7 +281,7 @@ def test_an_evaluation_that_was_cut_off_knows_all_earlier_iterations(tmp_path):
     (tmp_path / "b/completions/iteration-0002/record.json").unlink()
     again = make_trainer(tmp_path / "b", heldout=HELDOUT, **changes)
     again.train(resume_from_checkpoint=True)
-    places = [[rollout.place for rollout in each.outer.rollouts] for each in (trainer, again)]
+    places = [[group.place for group in each.iterations.current.groups] for each in (trainer, again)]
     assert places[0] == places[1]
     want = weights_of(trainer)
     assert all(torch.equal(value, want[name]) for name, value in weights_of(again).items())

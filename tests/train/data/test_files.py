@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from windkern.train import valid_json
+from windkern import _files
+from windkern._files import to_json
 from windkern.train.data import files
 from windkern.train.data.loading import load_demonstrations, load_prompts
 from windkern.train.data.records import Recorded, load_records, save_records
-from windkern.train.valid_json import to_json
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Why, and\n"how"?'}]
 ROWS = [{"prompt": 'Why, and\n"how"?', "messages": None}, {"prompt": None, "messages": TALK}]
@@ -27,7 +27,7 @@ RECORDS = [
 ]
 
 
-@pytest.mark.parametrize("module", [files, valid_json], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [files, _files], ids=lambda module: module.__name__)
 def test_docstring_examples_run(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed

@@ -23,7 +23,7 @@ from windkern.train.data.prompts import ChatPrompt, as_messages, prompt_from_jso
 from windkern.train.data.records import Recorded, load_records, save_records  # noqa: E402
 from windkern.train.judges.models import ModelReward  # noqa: E402
 from windkern.train.judges.recorded import RecordedJudge  # noqa: E402
-from windkern.train.samplers.http import HttpSampler  # noqa: E402
+from windkern.train.samplers.openai import OpenAISampler  # noqa: E402
 from windkern.train.samplers.recorded import RecordedSampler, completions_of_texts  # noqa: E402
 from windkern.train.samplers.sampler import TransformersSampler  # noqa: E402
 
@@ -163,7 +163,7 @@ def test_demonstrations_become_completions(tokenizer):
     batch = completions_of_texts(tokenizer, [each.prompt for each in shown], [[each.answer] for each in shown])
     texts = [tokenizer.decode(row[mask]) for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
     opened = "system so very <eos> user rain <eos> assistant not bad <eos>"
-    assert texts == ["user rain <eos> assistant good <eos>", opened] and batch.num_responses == 1
+    assert texts == ["user rain <eos> assistant good <eos>", opened] and batch.num_generations == 1
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_messages_that_a_template_refuses_are_named():
 
 
 def test_a_conversation_is_sampled_from_what_the_template_made(tokenizer):
-    draw = TransformersSampler(make_model(), tokenizer, max_new_tokens=4, system="not bad")
+    draw = TransformersSampler(make_model(), tokenizer, max_completion_length=4, system="not bad")
     batch = draw.sample([ChatPrompt(LONG), ChatPrompt(SYSTEM)], 3, seed=0)
     encoded = encode_prompts(tokenizer, [ChatPrompt(LONG), ChatPrompt(SYSTEM)], system="not bad")
     width = encoded.input_ids.shape[1]
@@ -340,7 +340,7 @@ def test_a_reward_model_reads_the_messages(tokenizer):
 def test_a_server_gets_the_messages(tokenizer):
     server = Server()
     try:
-        sampler = HttpSampler(server.url, "tiny", tokenizer, max_new_tokens=4, system="not bad", concurrency=1)
+        sampler = OpenAISampler(server.url, "tiny", tokenizer, max_completion_length=4, system="not bad", concurrency=1)
         batch = sampler.sample([ChatPrompt(LONG), ChatPrompt(SYSTEM), "rain"], 2, seed=0)
     finally:
         server.close()
@@ -379,7 +379,7 @@ def test_conversations_are_evaluated_and_drawn_again(tmp_path):
     given = lines(tmp_path / "p.jsonl", [{"prompt": LONG}, {"messages": [*SYSTEM, ANSWER]}, {"prompt": " rain "}])
     save_records(tmp_path / "r.jsonl", [Recorded(prompt, ("good", "bad")) for prompt in load_prompts(given)])
     sides = ("--model", str(model), "--base", f"recorded:{tmp_path / 'r.jsonl'}", "--prompts", str(given))
-    options = ("--judge", "tiny_model:goodness", "--output-dir", str(output), "--max-new-tokens", "4")
+    options = ("--judge", "tiny_model:goodness", "--output-dir", str(output), "--max-completion-length", "4")
     assert main(["eval", *sides, *options, "--dtype", "float32"]) == 0
     content = json.loads((output / "eval.json").read_text())
     assert [entry["prompt"] for entry in content["prompts"]] == [LONG, SYSTEM, " rain "]

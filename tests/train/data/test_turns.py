@@ -119,7 +119,7 @@ def test_the_end_of_the_template_ends_a_sample_too():
     tokenizer, model = make_tokenizer(), make_model()
     tokenizer.add_special_tokens({"additional_special_tokens": ["so"]})  # a word of the vocabulary
     tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "so")
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=8)
+    sampler = TransformersSampler(model, tokenizer, max_completion_length=8)
     end = tokenizer.convert_tokens_to_ids("so")
     assert turn_of(tokenizer).end == end and set(sampler.end_ids) == {1, end}
     batch = sampler.sample(["rain", "day"], 8, seed=0)
@@ -167,7 +167,7 @@ def test_texts_of_ids_and_ids_of_texts_are_inverse(make, template):
 def test_the_text_of_a_sample_is_what_was_sampled():
     """With the space in front, which a base model draws where a word begins."""
     tokenizer = make_tokenizer(chat=False)
-    batch = TransformersSampler(make_model(), tokenizer, max_new_tokens=4).sample(["the bus", "rain"], 4, seed=0)
+    batch = TransformersSampler(make_model(), tokenizer, max_completion_length=4).sample(["the bus", "rain"], 4, seed=0)
     for k, (prompt, group) in enumerate(zip(["the bus", "rain"], batch.texts, strict=True)):
         for j, text in enumerate(group):
             row = 4 * k + j
@@ -197,10 +197,10 @@ def test_merges_over_the_seam_leave_the_prompt_as_it_was():
 
 def test_a_cut_response_is_cut_for_its_reader_too():
     tokenizer = byte_level()
-    batch = completions_of_texts(tokenizer, ["Hi"], [[" a long answer", " short"]], max_new_tokens=7)
+    batch = completions_of_texts(tokenizer, ["Hi"], [[" a long answer", " short"]], max_completion_length=7)
     assert batch.texts == ((" a long", " short"),) and batch.truncated.tolist() == [True, False]
     ids = [[*batch.input_ids[0][batch.completion_mask[0]].tolist(), 40, 41]]
-    assert completions_of_ids(tokenizer, ["Hi"], [ids], max_new_tokens=7).texts == ((" a long",),)
+    assert completions_of_ids(tokenizer, ["Hi"], [ids], max_completion_length=7).texts == ((" a long",),)
 
 
 def test_known_ids_are_not_encoded_again():
@@ -243,7 +243,7 @@ def test_letters_that_a_tokenizer_composes_are_found(tmp_path):
 def test_a_cut_response_was_not_judged(tmp_path):
     path = tmp_path / "r.jsonl"
     save_records(path, [Recorded("Hi", ("a long answer", "short"), rewards=(1.0, 0.0))])
-    batch = RecordedSampler(path, byte_level(), max_new_tokens=6).sample(["Hi"], 2, seed=0)
+    batch = RecordedSampler(path, byte_level(), max_completion_length=6).sample(["Hi"], 2, seed=0)
     assert sorted(batch.texts[0]) == ["a long", "short"]
-    with pytest.raises(ValueError, match=r"'a long' to 'Hi' was not judged; a longer one was: .* max_new_tokens"):
+    with pytest.raises(ValueError, match=r"'a long' to 'Hi' was not judged; a longer one was: .* max_completion"):
         RecordedJudge(path).judge(["Hi"], batch.texts)

@@ -17,13 +17,15 @@ from windkern import hf  # noqa: E402
 from windkern.train.data import records  # noqa: E402
 from windkern.train.data.records import Recorded, load_records, save_records  # noqa: E402
 from windkern.train.judges import models as judges_models  # noqa: E402
+from windkern.train.judges import named as judges_named  # noqa: E402
 from windkern.train.judges import recorded as judges_recorded  # noqa: E402
 from windkern.train.judges.judge import RewardJudge  # noqa: E402
 from windkern.train.judges.models import ModelPreference, ModelReward, PairJudge  # noqa: E402
-from windkern.train.judges.recorded import RecordedJudge, load_judge  # noqa: E402
-from windkern.train.samplers import http as samplers_http  # noqa: E402
+from windkern.train.judges.named import load_judge  # noqa: E402
+from windkern.train.judges.recorded import RecordedJudge  # noqa: E402
+from windkern.train.samplers import openai as samplers_openai  # noqa: E402
 from windkern.train.samplers import recorded as samplers_recorded  # noqa: E402
-from windkern.train.samplers.http import HttpSampler, ServerError  # noqa: E402
+from windkern.train.samplers.openai import OpenAISampler, ServerError  # noqa: E402
 from windkern.train.samplers.recorded import RecordedSampler, completions_of_texts  # noqa: E402
 from windkern.train.samplers.sampler import TransformersSampler  # noqa: E402
 
@@ -31,7 +33,9 @@ PROMPTS = ["the bus was", "rain and"]
 RESPONSES = [["very good", "bad", "a day and so"], ["good good", "not bad", "rain"]]
 
 
-@pytest.mark.parametrize("module", [judges_models, judges_recorded, records, samplers_http, samplers_recorded])
+@pytest.mark.parametrize(
+    "module", [judges_models, judges_named, judges_recorded, records, samplers_openai, samplers_recorded]
+)
 def test_the_examples_run(module):
     assert not doctest.testmod(module).failed
 
@@ -116,8 +120,8 @@ def test_a_pairwise_model_is_asked_in_both_orders(labels):
 
 
 def test_braces_in_responses_stay_as_they_are():
-    fill = ModelPreference(make_classifier(), make_tokenizer(), template="{first}|{second}|{prompt}")._fill
-    assert fill("{first}", "{second}", "x{prompt}") == "{second}|x{prompt}|{first}"
+    parts = {"{prompt}": "{first}", "{first}": "{second}", "{second}": "x{prompt}"}
+    assert judges_models.filled("{first}|{second}|{prompt}", parts) == "{second}|x{prompt}|{first}"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def test_a_command_line_names_any_judge(tmp_path):
 def test_texts_become_what_the_sampler_would_have_returned():
     """Texts of a real sampler, encoded anew: the same tokens, masks and log-probs."""
     model, tokenizer = make_model(), make_tokenizer()
-    drawn = TransformersSampler(model, tokenizer, max_new_tokens=8).sample(PROMPTS, 3, seed=1)
+    drawn = TransformersSampler(model, tokenizer, max_completion_length=8).sample(PROMPTS, 3, seed=1)
     keep = [len(tokenizer(text)["input_ids"]) for group in drawn.texts for text in group]
     cuts = drawn.truncated.view(2, 3).tolist()
     ours = completions_of_texts(tokenizer, PROMPTS, drawn.texts, truncated=cuts)
@@ -233,7 +237,7 @@ def test_texts_that_cannot_be_completions_are_refused():
         completions_of_texts(tokenizer, PROMPTS, [["a"], ["a", "b"]])
     with pytest.raises(ValueError, match="encodes to no tokens: ''"):
         completions_of_texts(tokenizer, PROMPTS[:1], [[""]], truncated=[[True]])
-    cut = completions_of_texts(tokenizer, PROMPTS[:1], [["a day", "a very good day", ""]], max_new_tokens=3)
+    cut = completions_of_texts(tokenizer, PROMPTS[:1], [["a day", "a very good day", ""]], max_completion_length=3)
     assert cut.truncated.tolist() == [False, True, False] and cut.num_tokens == 3 + 3 + 1
     endless = make_tokenizer(chat=False)
     endless.eos_token = None
@@ -264,9 +268,15 @@ def server():
     made.close()
 
 
-def sampler_of(server: Server, **options) -> HttpSampler:
-    settings = {"max_new_tokens": 4, "temperature": 0.5, "system": "very", "api_key": "secret", "pause": lambda s: None}
-    return HttpSampler(server.url, "tiny", make_tokenizer(), **(settings | options))
+def sampler_of(server: Server, **options) -> OpenAISampler:
+    settings = {
+        "max_completion_length": 4,
+        "temperature": 0.5,
+        "system": "very",
+        "api_key": "secret",
+        "pause": lambda s: None,
+    }
+    return OpenAISampler(server.url, "tiny", make_tokenizer(), **(settings | options))
 
 
 def test_a_server_is_asked_for_the_policy_and_nothing_else(server):
@@ -298,7 +308,8 @@ def test_what_may_pass_is_tried_again(server):
     pauses = []
     server.script = [(503, "busy", {}), (429, "slow down", {"Retry-After": "7"}), (500, "oops", {})]
     batch = sampler_of(server, concurrency=1, pause=pauses.append).sample(PROMPTS[:1], 2, seed=0)
-    assert len(batch.texts[0]) == 2 and pauses == [1.0, 7.0, 4.0] and len(server.requests) == 4
+    assert len(batch.texts[0]) == 2 and len(server.requests) == 4
+    assert all(least <= pause <= 1.25 * least for pause, least in zip(pauses, (1.0, 7.0, 4.0), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -331,15 +342,15 @@ def test_a_server_that_hangs_or_is_not_there_is_given_up(server):
 
 def test_arguments_of_the_server_are_checked():
     for options, message in (
-        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_completion_length": 0}, "max_completion_length"),
         ({"timeout": 0}, "timeout"),
         ({"attempts": 0}, "attempts"),
         ({"temperature": 0.0}, "temperature"),
     ):
         with pytest.raises(ValueError, match=message):
-            HttpSampler("http://x/v1", "m", make_tokenizer(), **({"max_new_tokens": 4} | options))
+            OpenAISampler("http://x/v1", "m", make_tokenizer(), **({"max_completion_length": 4} | options))
     with pytest.raises(ValueError, match="url must start with http"):
-        HttpSampler("x", "m", make_tokenizer(), max_new_tokens=4)
+        OpenAISampler("x", "m", make_tokenizer(), max_completion_length=4)
 
 
 def test_a_reward_of_the_servers_texts_fits_the_judge(server):

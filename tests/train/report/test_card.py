@@ -156,7 +156,16 @@ def test_nothing_private_is_told(tmp_path):
     assert "http:https://host:8000/v1" in text and "~/judged.jsonl" in text and "`linear`" in text
     assert "`base` (a local folder)" in text and "`prompts.jsonl`" in text
     assert "base_model" not in hub.ModelCard(text).data.to_dict()
-    kept = ("eta", "learning_rate", "max_new_tokens", "system", "judge", "temperature", "num_train_epochs", "bf16")
+    kept = (
+        "eta",
+        "learning_rate",
+        "max_completion_length",
+        "system",
+        "judge",
+        "temperature",
+        "num_train_epochs",
+        "bf16",
+    )
     assert not any(PRIVATE.search(name) for name in kept)
 
 

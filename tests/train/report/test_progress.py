@@ -143,9 +143,9 @@ def test_train_prints_lines_where_stdout_is_not_a_terminal(tmp_path, capfd, monk
     tiny_model.save(tmp_path / "model")
     (tmp_path / "train.txt").write_text("\n".join(trainer_cases.PROMPTS))
     (tmp_path / "heldout.txt").write_text("\n".join(trainer_cases.HELDOUT))
-    settings = {"model": "model", "train_prompts": "train.txt", "eval_prompts": "heldout.txt", "dtype": "float32"}
+    settings = {"model": "model", "train_dataset": "train.txt", "eval_dataset": "heldout.txt", "dtype": "float32"}
     settings |= {"judge": "tiny_model:goodness", "output_dir": "out", "num_iterations": 2, "steps_per_iteration": 2}
-    settings |= {"per_device_train_batch_size": 2, "num_responses": 4, "max_new_tokens": 4, "use_cpu": True}
+    settings |= {"per_device_train_batch_size": 2, "num_generations": 4, "max_completion_length": 4, "use_cpu": True}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings | {"report_to": "none", **CHANGES}))
     capfd.readouterr()
     assert main(["train", "--config", "c.yaml"]) == 0

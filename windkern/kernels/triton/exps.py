@@ -62,7 +62,7 @@ def exps_rows(
     run_max, run_sum, pivot = tl.load(max_ptr + row), tl.load(sum_ptr + row), tl.load(pivot_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    e, _gap, part_max, part_sum, none, _none, target, column, has_target = look_at_row(
+    e, _y, part_max, part_sum, none, _none, target, column, has_target = look_at_row(
         z_ptr,
         bias_ptr,
         targets_ptr,

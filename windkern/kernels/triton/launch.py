@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from windkern.kernels.contract import Kept, Slab
+from windkern.kernels.contract import WIDEST_SLAB, Kept, Slab
 from windkern.kernels.tuned import row_warps
 from windkern.transform import LogitTransform
 
-WIDEST = 16384
 # Reason: a batch of another length moves these to other addresses; one compiled kernel must serve all of them.
 ROW_POINTERS = ["max_ptr", "sum_ptr", "target_ptr", "targets_ptr", "entropy_ptr", "offset_ptr", "pivot_ptr"]
 
@@ -57,7 +56,7 @@ def kept_pointers(kept: Kept | None, stand_in: Tensor) -> tuple[Tensor, Tensor, 
 
 def row_block(width: int) -> dict[str, object]:
     """Constants of a kernel that holds a row of a slab in registers."""
-    if width > WIDEST:
-        raise RuntimeError(f"a slab of a Triton row kernel is at most {WIDEST} columns wide, got {width}")
+    if width > WIDEST_SLAB:
+        raise RuntimeError(f"a slab of a Triton row kernel is at most {WIDEST_SLAB} columns wide, got {width}")
     block = triton.next_power_of_2(width)
     return {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": row_warps(block)}

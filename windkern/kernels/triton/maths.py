@@ -14,11 +14,13 @@ def finite(maximum):
 
 @triton.jit
 def tanh(x):
-    # Near 0 the quotient of exponentials loses relative digits; the odd series has them.
+    # Near 0 the quotient of exponentials loses relative digits; the odd series has them. Far from 0 the difference to
+    # 1 is what the slope is made of; it is subtracted last.
     limit: tl.constexpr = 0.02 if x.dtype == tl.float64 else 0.15
     size = tl.abs(x)
     e = tl.exp(-2.0 * size)
-    far = (1.0 - e) / (1.0 + e)
+    far = tl.where(size > 0.55, 2.0 * e, 1.0 - e) / (1.0 + e)
+    far = tl.where(size > 0.55, 1.0 - far, far)
     x2 = x * x
     series = -1382.0 / 155925.0
     series = 62.0 / 2835.0 + x2 * series
@@ -58,8 +60,9 @@ def transform_logit(z, bias, slope, cap_in, cap_out, HAS_BIAS: tl.constexpr, CAP
 @triton.jit
 def relative_slope(y, cap_out):
     """1 - tanh^2 of a transformed logit: the transform's slope over its slope at zero; 0 for a masked entry."""
-    t = y / cap_out
-    return tl.maximum(1.0 - t * t, 0.0)
+    # Reason: near saturation 1 - (y / cap_out)^2 is all rounding; this difference is exact there.
+    above = tl.minimum((tl.abs(y) - cap_out) / cap_out, 0.0)
+    return -above * (2.0 + above)
 
 
 @triton.jit
@@ -93,7 +96,7 @@ def look_at_row(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One read of a row of the slab: exp(y - maximum), the gaps in it, its statistics, and its target.
+    """One read of a row of the slab: exp(y - maximum), y, its statistics, and its target.
 
     Hazard: what is written later may be the slab. Remedy: the target is read before the reductions, whose barriers
     come before any store.
@@ -121,4 +124,4 @@ def look_at_row(
     if ENTROPY:
         part_entropy = tl.sum(tl.where(e > 0.0, e * gap, 0.0), 0)
         run_entropy = tl.load(entropy_ptr + row)
-    return e, gap, part_max, part_sum, part_entropy, run_entropy, target, column, has_target
+    return e, y, part_max, part_sum, part_entropy, run_entropy, target, column, has_target

@@ -1,7 +1,7 @@
 """The Triton back end: its forward row kernels, and in `__all__` the whole contract. 64-bit offsets everywhere.
 
 A program of a forward kernel holds one whole row of a slab in registers, so the maximum, the sums and what is kept
-come from one read. A slab is at most 16384 columns wide (`windkern.costs.SLAB_COLUMNS`).
+come from one read. A slab is at most `WIDEST_SLAB` columns wide.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def forward_rows(
     run_max, run_sum = tl.load(max_ptr + row), tl.load(sum_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    e, gap, part_max, part_sum, part_entropy, run_entropy, target, _column, has_target = look_at_row(
+    e, y, part_max, part_sum, part_entropy, run_entropy, target, _column, has_target = look_at_row(
         z_ptr,
         bias_ptr,
         targets_ptr,
@@ -100,7 +100,7 @@ def forward_rows(
     if KEPT:
         kept = e * gain
         if CAPPED:
-            kept = kept * relative_slope(gap + finite(part_max), cap_out)
+            kept = kept * relative_slope(y, cap_out)
         tl.store(kept_ptr + row * kept_stride + columns, kept.to(kept_ptr.dtype.element_ty), mask=inside)
         tl.store(offset_ptr + row, part_max - log_gain)
 
@@ -141,7 +141,7 @@ def unit_rows(
     run_max, run_sum = tl.load(max_ptr + row), tl.load(sum_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    e, gap, part_max, part_sum, part_entropy, run_entropy, target, column, has_target = look_at_row(
+    e, y, part_max, part_sum, part_entropy, run_entropy, target, column, has_target = look_at_row(
         z_ptr,
         bias_ptr,
         targets_ptr,
@@ -163,15 +163,14 @@ def unit_rows(
     )
     weighted = e * (part_factor * gain)
     if CAPPED:
-        # Reason: y from the gap keeps one array less in registers; the gap is exact where the slope matters.
-        weighted = weighted * relative_slope(gap + finite(part_max), cap_out)
+        weighted = weighted * relative_slope(y, cap_out)
     # Reason: W_y - sum P W cancels where the model is sure of the target; the target entry is added apart.
     weighted = tl.where(columns == column, 0.0, weighted)
     tl.store(unit_ptr + row * unit_stride + columns, weighted.to(unit_ptr.dtype.element_ty), mask=inside)
     if ENTROPY:
         shift = finite(new_max)
         part_step = tl.where(part_max == float("-inf"), 0.0, part_max - shift)
-        logged = tl.where(e > 0.0, weighted * (gap + part_step), 0.0)
+        logged = tl.where(e > 0.0, weighted * ((y - finite(part_max)) + part_step), 0.0)
         tl.store(logged_ptr + row * logged_stride + columns, logged.to(logged_ptr.dtype.element_ty), mask=inside)
         tl.store(step_ptr + row, tl.where(run_max == float("-inf"), 0.0, run_max - shift))
         tl.store(entropy_ptr + row, new_entropy)

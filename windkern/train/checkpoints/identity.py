@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from windkern._files import ANEW, DamagedRecordError
 from windkern.train.config import WindConfig
 from windkern.train.data.loading import Demonstration
 from windkern.train.data.prompts import prompt_to_json
 from windkern.train.inherited import FREE, TRAINED
 from windkern.train.models import public_name
-from windkern.train.rollouts import ANEW, DamagedRecordError
+from windkern.train.store import FORMAT
 
 # Settings that may differ. More iterations than before are welcome; a schedule that depends on their number then goes
 # on at another rate.
@@ -140,17 +141,19 @@ def identity_of(
         weights: `fingerprint`s by the names of the models.
     """
     settings = {name: value for name, value in config.own_settings().items() if name not in _FREE}
+    settings |= settings.pop("loss_kwargs")
     settings |= {name: getattr(config, name, None) for name in TRAINED}
     settings["prompts_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     settings |= outline_of(model)
     settings["judge"] = judge
-    settings["reference_model"] = None if reference is None else name_of(reference)
+    settings["ref_model"] = None if reference is None else name_of(reference)
     files = {}
     for name in ("sampler", "judge"):
         source = getattr(config, name) or ""
         if source.startswith(_RECORDED):
             files[source] = _digest(Path(source.removeprefix(_RECORDED)).read_bytes())
     found = {
+        "format": FORMAT,
         "settings": settings,
         "tokenizer": _tokenizer(tokenizer),
         "files": files,
@@ -226,6 +229,11 @@ def check_same(theirs: object, ours: dict, where: str, file: Path) -> None:
         ResumeError: names what differs, with both values.
         DamagedRecordError: `theirs` is no identity.
     """
+    if isinstance(theirs, dict) and "settings" in theirs and theirs.get("format") != FORMAT:
+        raise ResumeError(
+            f"{where} was written by another release of windkern ({file} has format {theirs.get('format', 1)}, this "
+            f"release reads {FORMAT}); finish it with that release, or start another run in another output_dir"
+        )
     try:
         said = _differences(theirs, ours)
     except (AttributeError, IndexError, KeyError, TypeError) as error:

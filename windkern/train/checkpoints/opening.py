@@ -3,53 +3,55 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from windkern.train.checkpoints.identity import ResumeError, check_same, identity_of
+from windkern._files import read_json, write_json
+from windkern.train.checkpoints.identity import ResumeError, check_same
 from windkern.train.checkpoints.manifest import by_step
-from windkern.train.parts import check_unused
-from windkern.train.rollouts import read_json, write_json
-
-if TYPE_CHECKING:
-    from windkern.train.trainer import WindTrainer
+from windkern.train.config import WindConfig
+from windkern.train.store import GroupStore
 
 RUN = "run.json"  # says which run a folder is of
 
 
-def _identity(trainer: WindTrainer) -> dict:
-    judge = trainer.judge
-    return identity_of(
-        trainer.args,
-        trainer.model,
-        trainer.processing_class,
-        reference=trainer.reference.model if trainer.args.reference == "model" and trainer.reference else None,
-        prompts=trainer.demonstrations or trainer.outer.prompts,
-        heldout=trainer.eval_prompts,
-        judge="" if judge is None else f"{judge.name}, strength {getattr(judge, 'strength', None)}",
-        processes=trainer.world.size,
-        weights=trainer.weights_at_start,
-    )
+def check_unused(output_dir: Path, *, overwrite: bool) -> list[Path]:
+    """The checkpoints of an earlier run, which may be deleted.
+
+    Raises:
+        ValueError: there are some, and `overwrite` is False.
+    """
+    found = sorted(output_dir.glob("checkpoint-*"))
+    if found and not overwrite:
+        raise ValueError(
+            f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it (--resume), or take "
+            "another output_dir, or set overwrite to true to delete them"
+        )
+    return found
 
 
-def open_run(trainer: WindTrainer, resume: str | bool | None) -> None:
+def open_run(
+    config: WindConfig, store: GroupStore, identity: dict, resume: str | bool | None, warn: Callable[[str], None]
+) -> None:
     """Make `output_dir` the folder of a run: of the one that is resumed, else of a new one.
 
     A new one deletes what an earlier one has left, checkpoints only if `overwrite` says so.
 
     Args:
-        trainer: of the run, at its start; called on the first process.
-        resume: whether, or from which checkpoint, a run goes on.
+        config: of the run; called on the first process.
+        store: its groups.
+        identity: see `identity_of`.
+        resume: whether, or from which checkpoint, a run is resumed.
+        warn: told what a person should know.
 
     Raises:
         ResumeError: what is there is of another run, or nothing says of which.
         DamagedRecordError: what says so is damaged.
         ValueError: as `check_unused`.
     """
-    output, store, identity = Path(trainer.args.output_dir), trainer.store, _identity(trainer)
-    path = store.folder / RUN
+    output, path = Path(config.output_dir), store.folder / RUN
     if not resume:
-        for folder in check_unused(output, overwrite=trainer.args.overwrite):
+        for folder in check_unused(output, overwrite=config.overwrite):
             shutil.rmtree(folder)
         (output / "ref_logps.json").unlink(missing_ok=True)
         store.clear()
@@ -63,7 +65,7 @@ def open_run(trainer: WindTrainer, resume: str | bool | None) -> None:
             check_same(found, identity, str(place), file)
             known = True
     if not known and checkpoint is not None:
-        trainer._warn(f"nothing says of which run {checkpoint} is; it is taken for one of this run")
+        warn(f"nothing says of which run {checkpoint} is; it is taken for one of this run")
     elif not known and by_step(output):
         raise ResumeError(
             f"{path} is missing, which says of what run the checkpoints in {output} are; restore it, or start another "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from windkern._files import sync_dir, sync_files, to_json
 from windkern.train.checkpoints.lock import owned_by_run
 from windkern.train.checkpoints.manifest import (
     CorruptCheckpointError,
@@ -23,8 +24,6 @@ from windkern.train.checkpoints.manifest import (
     verify,
     write_manifest,
 )
-from windkern.train.models import sync_dir, sync_files
-from windkern.train.valid_json import to_json
 
 __all__ = ["AtomicCheckpoints", "CheckpointError", "CorruptCheckpointError", "latest_checkpoint"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant")
@@ -186,3 +188,22 @@ def render(tokenizer, messages: Sequence[dict[str, str]], *, open_turn: bool) ->
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template refuses messages of {roles}: {error}") from error
+
+
+def with_template_arguments(tokenizer, arguments: Mapping[str, object] | None):
+    """Return the tokenizer, or a copy of it whose chat template gets further arguments in every call.
+
+    Args:
+        tokenizer: of transformers.
+        arguments: by name, such as {"enable_thinking": False} for Qwen3; None or empty for none.
+
+    Raises:
+        ValueError: there are arguments, and the tokenizer has no chat template to give them to.
+    """
+    if not arguments:
+        return tokenizer
+    if tokenizer.chat_template is None:
+        raise ValueError(f"chat_template_kwargs must be None for a tokenizer without a chat template, got {arguments}")
+    found = copy.copy(tokenizer)
+    found.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **arguments)
+    return found

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from windkern._files import to_json
 from windkern.train.data.files import load
 from windkern.train.data.prompts import prompt_from_json, prompt_to_json
-from windkern.train.valid_json import to_json
 
 _SUM_TOLERANCE = 1e-3  # of prefs[i][j] + prefs[j][i] = 1, for files with rounded numbers
 

@@ -55,6 +55,17 @@ class Evaluation:
     kl: Estimate | None  # KL(policy || reference) of a whole response, nats
     win_rates: tuple[float, ...] = ()  # of each prompt, means over its pairs of responses
 
+    def metrics(self) -> dict[str, float]:
+        """Win rate, reward and KL as far as they are known, and under NAME_se their standard errors."""
+        found = {}
+        for name in ("win_rate", "reward", "kl"):
+            estimate = getattr(self, name)
+            if estimate is not None:
+                found[name] = estimate.mean
+                if math.isfinite(estimate.standard_error):  # a single prompt has none
+                    found[f"{name}_se"] = estimate.standard_error
+        return found
+
 
 def compare(
     judge: Judge,

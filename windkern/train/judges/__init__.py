@@ -1,1 +1,28 @@
-"""Judges: callables, reward models, pair models, recorded verdicts."""
+"""Judges: callables, reward models, pair models, recorded verdicts; and the one that the settings of a run name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from windkern.train.config import WindConfig
+    from windkern.train.judges.judge import Judge
+
+
+def make_judge(config: WindConfig) -> Judge | None:
+    """The judge that `config.judge` names, None where it names none.
+
+    Raises:
+        ValueError, OSError: as `windkern.train.judges.named.load_judge`.
+    """
+    if config.judge is None:
+        return None
+    from windkern.train.judges.named import load_judge
+
+    settings = dict(config.judge_settings or {})
+    if config.judge.startswith("llm:"):  # beside the run, which is resumed with them
+        settings.setdefault("cache", str(Path(config.output_dir) / "judgements"))
+    return load_judge(
+        config.judge, strength=config.judge_strength, device=str(config.device), settings=settings or None
+    )

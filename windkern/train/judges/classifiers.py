@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from windkern._checks import check_count
-from windkern.train.models import require
+from windkern.train.models import quantized, require
 from windkern.train.positions import position_tables, positions_of
 
 # Logits in a padded batch against the same text alone, relative; several times what sums in another order differ by.
@@ -20,13 +20,26 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torc
 _log = logging.getLogger(__name__)
 
 
-def load_classifier(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+def load_classifier(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    quantization: Mapping[str, object] | None = None,
+):
     """Return (model in eval mode, tokenizer) of a sequence classifier, from a folder or the hub.
 
     The folder may hold a PEFT adapter of one; its base may be any model, if the adapter has the head.
 
+    Args:
+        name: folder or hub id.
+        dtype: of the weights; of what is not quantised.
+        device: of the model.
+        quantization: arguments of `transformers.BitsAndBytesConfig`, such as {"load_in_8bit": True}. None loads the
+            weights as they are, which may be quantised already.
+
     Raises:
-        MissingPackageError: transformers is not installed.
+        MissingPackageError: transformers is not installed, or bitsandbytes is not and `quantization` wants it.
         ValueError: weights of the model are not in the checkpoint, such as the head of a causal LM, or weights of the
             checkpoint are not in the model; the message names them.
         OSError: the folder or the hub id cannot be read (transformers says why).
@@ -38,19 +51,33 @@ def load_classifier(name: str, *, dtype: torch.dtype = torch.float32, device: st
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     adapter = find_adapter_config_file(name)
     base = name if adapter is None else json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
+    options = {}
+    if quantization is not None:
+        require("bitsandbytes")
+        options = quantized(quantization, device)
     model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
-        base, dtype=dtype, output_loading_info=True
+        base, dtype=dtype, output_loading_info=True, **options
     )
     missing, unused = set(found["missing_keys"]), set(found["unexpected_keys"])
     if adapter is not None:
         loaded, unused = model.load_adapter(name), set()  # of the base: its own head, which the adapter's replaces
         replaced = {key for key in missing if hasattr(model.get_submodule(key.rpartition(".")[0]), "modules_to_save")}
         missing = (missing - replaced) | set(getattr(loaded, "missing_keys", ()))
-    _check_whole(name, type(model).__name__, missing, unused)
-    return model.to(device).eval(), tokenizer
+    check_whole(name, type(model).__name__, missing, unused)
+    return (model.to(device) if quantization is None else model).eval(), tokenizer
 
 
-def _check_whole(name: str, kind: str, missing: set[str], unused: set[str]) -> None:
+def check_whole(name: str, kind: str, missing: set[str], unused: set[str]) -> None:
+    """Raise unless a checkpoint has all weights of a judge, and no others.
+
+    Args:
+        name: of the checkpoint.
+        kind: of the model.
+        missing, unused: names of weights that the checkpoint lacks, and of those that the model does not have.
+
+    Raises:
+        ValueError: names some of them.
+    """
     faults = []
     if missing:
         faults.append(f"{_some(missing)} would be random, for the checkpoint lacks them")
@@ -118,7 +145,7 @@ class Classifier:
             raise ValueError(
                 f"a text of {length} tokens is longer than the {self.positions} positions of the judge's "
                 f"{type(self.model).__name__}: let max_length cut it (in a settings file judge_settings: "
-                f"{{max_length: {self.positions}}}), or make max_new_tokens smaller"
+                f"{{max_length: {self.positions}}}), or make max_completion_length smaller"
             )
         return found
 

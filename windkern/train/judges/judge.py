@@ -41,21 +41,27 @@ class Judge(Protocol):
         ...
 
 
-def check_judge(judge: object) -> object:
-    """Return a judge.
+def as_judge(judge: object, strength: float) -> Judge:
+    """Return a judge; a callable (prompts, responses) -> rewards becomes `RewardJudge(judge, strength=strength)`.
 
     Raises:
-        TypeError: it has no method `judge` or no `name`.
+        TypeError: it is neither.
 
     Example:
-        >>> check_judge(3)
+        >>> as_judge(lambda prompts, responses: [len(text) for text in responses], 2.0).strength
+        2.0
+        >>> as_judge(3, 1.0)
         Traceback (most recent call last):
-        TypeError: judge must have a method judge and a name, got int
+        TypeError: judge must be a judge (a method judge and a name) or a callable that returns rewards, got int
     """
     if callable(getattr(judge, "judge", None)) and isinstance(getattr(judge, "name", None), str):
         return judge
-    hint = "; make a function of rewards one by RewardJudge(function, strength=1.0)" if callable(judge) else ""
-    raise TypeError(f"judge must have a method judge and a name, got {type(judge).__name__}{hint}")
+    if callable(judge):
+        return RewardJudge(judge, strength=strength)
+    raise TypeError(
+        "judge must be a judge (a method judge and a name) or a callable that returns rewards, "
+        f"got {type(judge).__name__}"
+    )
 
 
 class JudgeError(ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -102,15 +102,23 @@ class ModelPreference:
             raise ValueError(f"label must be below the model's {self.classifier.num_labels} labels, got {label}")
 
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
-        texts = [self._fill(*entry) for entry in zip(prompts, firsts, seconds, strict=True)]
+        texts = [
+            filled(self.template, {"{prompt}": prompt, "{first}": first, "{second}": second})
+            for prompt, first, second in zip(prompts, firsts, seconds, strict=True)
+        ]
         logits = self.classifier([self.classifier.encode(text) for text in texts])
         one = self.classifier.num_labels == 1
         return (logits[:, 0].sigmoid() if one else logits.softmax(-1)[:, self.label]).tolist()
 
-    def _fill(self, prompt: str, first: str, second: str) -> str:
-        """Reason: str.format would read braces in the texts' own places again."""
-        parts = {"{prompt}": prompt, "{first}": first, "{second}": second}
-        return "".join(parts.get(piece, piece) for piece in _pieces(self.template, parts))
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """Return a template with texts in the places of its fields; braces in the texts stay as they are.
+
+    Example:
+        >>> filled("{first}|{second}", {"{first}": "{second}", "{second}": "x"})
+        '{second}|x'
+    """
+    return "".join(parts.get(piece, piece) for piece in _pieces(template, tuple(parts)))
 
 
 def _pieces(template: str, fields: Sequence[str]) -> Iterator[str]:

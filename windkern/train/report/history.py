@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from windkern._files import DamagedRecordError, read_json, write_json
 from windkern.train.report.progress import Record
-from windkern.train.rollouts import DamagedRecordError, RolloutStore, read_json, write_json
+from windkern.train.store import GroupStore
 
 _WITHOUT = "delete it, and the history goes on without its iteration"
 
@@ -20,7 +21,7 @@ class History:
         store: where the iterations' folders are.
     """
 
-    def __init__(self, store: RolloutStore):
+    def __init__(self, store: GroupStore):
         self.store = store
 
     def path(self, iteration: int) -> Path:

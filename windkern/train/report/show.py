@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from windkern._figures import picture, plain_table
+from windkern._files import to_json
 from windkern.display import Display
 from windkern.terminal import printable
 from windkern.train.evaluation.evaluate import NORMAL_95, Estimate, Evaluation
 from windkern.train.report.progress import Record
-from windkern.train.valid_json import to_json
 
 
 def quiet_libraries() -> None:
@@ -95,7 +95,7 @@ def history_table(history: Sequence[Record]) -> Table:
         )
         for record in history
     ]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = plain_table()
     known = [k for k in range(len(names)) if any(row[k] for row in rows) or not rows]
     for k in known:
         table.add_column(names[k], justify="right")
@@ -168,52 +168,44 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
     The win rate starts at 1/2 and the KL at 0, because the policy starts as the reference. Iterations that were not
     evaluated are left out.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     last = max((record.iteration for record in history), default=0)
     history = [record for record in history if record.win_rate is not None]
     steps = [0, *(record.iteration for record in history)]
     rates = [0.5, *(record.win_rate for record in history)]
     reach = [0.0, *(NORMAL_95 * record.win_rate_se for record in history)]
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(7.2, 5.4), sharex=True, height_ratios=(2.2, 1), layout="constrained"
-    )
-    top.axhline(0.5, color="0.6", linewidth=1, linestyle="--")
-    top.text(last, 0.507, "the reference itself", color="0.45", ha="right", va="bottom", fontsize=9)
-    top.errorbar(steps, rates, reach, color="C0", marker="o", capsize=3, label="after each iteration, 95 % interval")
-    low, high = final.win_rate.interval
-    top.errorbar(
-        [last + 0.18],
-        [final.win_rate.mean],
-        [[final.win_rate.mean - low], [high - final.win_rate.mean]],
-        color="C1",
-        marker="D",
-        capsize=4,
-        label=f"end, more responses: {final.win_rate.mean:.2f} [{low:.2f}, {high:.2f}]",
-    )
-    top.set_ylabel("held-out win rate\nagainst the reference")
-    top.set_ylim(min(0.45, min(rate - half for rate, half in zip(rates, reach, strict=True)) - 0.02), 1.0)
-    top.legend(loc="upper left", frameon=False)
-    top.set_title(printable(title), fontsize=11, parse_math=False)  # names hold what they like, dollars too
-    with_kl = [record for record in history if record.kl is not None]
-    kls = [0.0, *(record.kl for record in with_kl)]
-    bottom.errorbar(
-        [0, *(record.iteration for record in with_kl)],
-        kls,
-        [0.0, *(NORMAL_95 * record.kl_se for record in with_kl)],
-        color="C3",
-        marker="o",
-        capsize=3,
-    )
-    bottom.set_ylabel("KL to the\nreference, nats")
-    bottom.set_ylim(bottom=min(0.0, *kls))
-    bottom.set_xlabel("iteration")
-    bottom.set_xticks(range(last + 1))
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.9")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with picture(path, nrows=2, figsize=(7.2, 5.4), sharex=True, height_ratios=(2.2, 1)) as (_, (top, bottom)):
+        top.axhline(0.5, color="0.6", linewidth=1, linestyle="--")
+        top.text(last, 0.507, "the reference itself", color="0.45", ha="right", va="bottom", fontsize=9)
+        top.errorbar(
+            steps, rates, reach, color="C0", marker="o", capsize=3, label="after each iteration, 95 % interval"
+        )
+        low, high = final.win_rate.interval
+        top.errorbar(
+            [last + 0.18],
+            [final.win_rate.mean],
+            [[final.win_rate.mean - low], [high - final.win_rate.mean]],
+            color="C1",
+            marker="D",
+            capsize=4,
+            label=f"end, more responses: {final.win_rate.mean:.2f} [{low:.2f}, {high:.2f}]",
+        )
+        top.set_ylabel("held-out win rate\nagainst the reference")
+        top.set_ylim(min(0.45, min(rate - half for rate, half in zip(rates, reach, strict=True)) - 0.02), 1.0)
+        top.legend(loc="upper left", frameon=False)
+        top.set_title(printable(title), fontsize=11, parse_math=False)  # names hold what they like, dollars too
+        with_kl = [record for record in history if record.kl is not None]
+        kls = [0.0, *(record.kl for record in with_kl)]
+        bottom.errorbar(
+            [0, *(record.iteration for record in with_kl)],
+            kls,
+            [0.0, *(NORMAL_95 * record.kl_se for record in with_kl)],
+            color="C3",
+            marker="o",
+            capsize=3,
+        )
+        bottom.set_ylabel("KL to the\nreference, nats")
+        bottom.set_ylim(bottom=min(0.0, *kls))
+        bottom.set_xlabel("iteration")
+        bottom.set_xticks(range(last + 1))
+        for axes in (top, bottom):
+            axes.grid(axis="y", color="0.9")

@@ -1,1 +1,76 @@
-"""Samplers: the policy's own generate, servers, recorded responses."""
+"""Samplers: the policy's own generate, servers, recorded responses; and the one that the settings of a run name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from windkern.train.config import WindConfig
+    from windkern.train.samplers.sampler import Sampler
+
+_SETTINGS = {  # keyword arguments that sampler_settings may hold, by kind
+    "openai": ("model", "timeout", "attempts", "concurrency"),
+    "vllm": ("model", "folder", "tokens", "timeout", "attempts"),
+    "sglang": ("folder", "tokens", "timeout", "attempts"),
+}
+
+
+def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
+    """The sampler that `config.sampler` names, None for the policy's own `generate`.
+
+    Raises:
+        ValueError: it names none, or a setting is not one of the sampler's; FileNotFoundError: there is no file of
+            recorded responses.
+    """
+    from windkern._checks import check_choice
+    from windkern.train.data.prompts import without_user
+    from windkern.train.samplers.recorded import RecordedSampler
+
+    kind, _, name = config.sampler.partition(":")
+    settings = dict(config.sampler_settings or {})
+    common = {
+        "max_completion_length": config.max_completion_length,
+        "system": config.system if tokenizer.chat_template is not None else None,
+    }
+    if settings and kind not in _SETTINGS:
+        raise ValueError(
+            f"sampler_settings belong to {', '.join(f'{each}:URL' for each in _SETTINGS)}, got sampler "
+            f"{without_user(config.sampler)!r}"
+        )
+    for key in settings:
+        check_choice("a key of sampler_settings", key, _SETTINGS[kind])
+    if config.sampler == "transformers":
+        return None
+    if config.sampler == "batched":
+        from windkern.train.samplers.batched import BatchedSampler
+
+        return BatchedSampler(
+            tokenizer, temperature=config.temperature, batch_size=config.sampling_batch_size, **common
+        )
+    if kind == "recorded" and name:
+        return RecordedSampler(name, tokenizer, **common)
+    if kind == "openai" and name:
+        from windkern.train.samplers.openai import OpenAISampler
+
+        model = settings.pop("model", "policy")
+        return OpenAISampler(name, model, tokenizer, temperature=config.temperature, **common, **settings)
+    if kind in ("vllm", "sglang") and name:
+        from windkern.train.samplers.served import ServedSampler
+        from windkern.train.samplers.server import Server
+        from windkern.train.samplers.sglang import Sglang
+        from windkern.train.samplers.vllm import Vllm
+
+        root = name.rstrip("/").removesuffix("/v1")
+        reached = {"timeout": settings.pop("timeout", 600.0), "attempts": settings.pop("attempts", 8)}
+        engine = (
+            Vllm(Server(f"{root}/v1", **reached), settings.pop("model", None))
+            if kind == "vllm"
+            else Sglang(Server(root, **reached))
+        )
+        folder = Path(settings.pop("folder", None) or Path(config.output_dir) / "served")
+        return ServedSampler(engine, tokenizer, folder=folder, temperature=config.temperature, **common, **settings)
+    raise ValueError(
+        "sampler must be transformers, batched, vllm:URL, sglang:URL, openai:URL or recorded:FILE, got "
+        f"{without_user(config.sampler)!r}"
+    )

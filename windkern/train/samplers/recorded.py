@@ -22,7 +22,7 @@ def completions_of_texts(
     texts: Sequence[Sequence[str]],
     *,
     system: str | None = None,
-    max_new_tokens: int | None = None,
+    max_completion_length: int | None = None,
     truncated: Sequence[Sequence[bool]] | None = None,
 ) -> Completions:
     """Return prompts and responses as token ids with masks, as `TransformersSampler` returns its own.
@@ -37,7 +37,7 @@ def completions_of_texts(
         prompts: B.
         texts: B times N responses.
         system: system message for the chat template, None for the template's own.
-        max_new_tokens: longest response, end token included; longer ones are cut and count as truncated.
+        max_completion_length: longest response, end token included; longer ones are cut and count as truncated.
         truncated: B times N, responses that were cut off where they were made; None says none was.
 
     Raises:
@@ -68,7 +68,7 @@ def completions_of_texts(
         prompts,
         groups,
         system=system,
-        max_new_tokens=max_new_tokens,
+        max_completion_length=max_completion_length,
         truncated=[cut[first : first + count] for first in range(0, len(cut), count)],
     )
 
@@ -79,7 +79,7 @@ def completions_of_ids(
     responses: Sequence[Sequence[Sequence[int]]],
     *,
     system: str | None = None,
-    max_new_tokens: int | None = None,
+    max_completion_length: int | None = None,
     truncated: Sequence[Sequence[bool]] | None = None,
 ) -> Completions:
     """Return what `completions_of_texts` returns, of responses whose tokens are known.
@@ -88,7 +88,7 @@ def completions_of_ids(
     tokens that are kept.
 
     Args:
-        tokenizer, prompts, system, max_new_tokens: as `completions_of_texts`.
+        tokenizer, prompts, system, max_completion_length: as `completions_of_texts`.
         responses: B times N lists of token ids, as they were drawn, the end token included.
         truncated: B times N, responses that were cut off where they were made; None: those without an end token.
 
@@ -113,8 +113,8 @@ def completions_of_ids(
         stop = next((place for place, token in enumerate(row) if token in turn.ends), None)
         if stop is not None:
             row, cut[k] = row[: stop + 1], False
-        if max_new_tokens is not None and len(row) > max_new_tokens:
-            row, cut[k] = row[:max_new_tokens], True
+        if max_completion_length is not None and len(row) > max_completion_length:
+            row, cut[k] = row[:max_completion_length], True
         rows[k] = row
     width = max(map(len, rows))
     tokens = torch.tensor([row + [padding_id(tokenizer)] * (width - len(row)) for row in rows])
@@ -151,7 +151,7 @@ class RecordedSampler:
     Args:
         path: JSON lines, see `windkern.train.data.records.load_records`; a prompt may have several lines.
         tokenizer: of the policy whose log-probs are fitted.
-        max_new_tokens: longest response, end token included; None takes them whole.
+        max_completion_length: longest response, end token included; None takes them whole.
         system: system message for the chat template, None for the template's own.
 
     Raises:
@@ -159,24 +159,30 @@ class RecordedSampler:
             the file or has fewer responses than are wanted.
     """
 
-    def __init__(self, path: str | Path, tokenizer, *, max_new_tokens: int | None = None, system: str | None = None):
+    def __init__(
+        self, path: str | Path, tokenizer, *, max_completion_length: int | None = None, system: str | None = None
+    ):
         self.path, self.tokenizer, self.system = Path(path), tokenizer, system
-        self.max_new_tokens = None if max_new_tokens is None else check_count("max_new_tokens", max_new_tokens, least=1)
+        self.max_completion_length = (
+            None
+            if max_completion_length is None
+            else check_count("max_completion_length", max_completion_length, least=1)
+        )
         self._responses: dict[str, list[str]] = {}
         self._loosely: dict[str, list[str]] = {}  # the same, by what is left of a prompt without the space around it
         for record in load_records(path):
             self._responses.setdefault(str(record.prompt), []).extend(record.responses)
             self._loosely.setdefault(loosely(record.prompt), []).extend(record.responses)
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        """`num_responses` of the responses recorded for each prompt, without putting any back."""
-        check_count("num_responses", num_responses, least=1)
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        """`num_generations` of the responses recorded for each prompt, without putting any back."""
+        check_count("num_generations", num_generations, least=1)
         return completions_of_texts(
             self.tokenizer,
             prompts,
-            [self._choose(prompt, num_responses, seed) for prompt in prompts],
+            [self._choose(prompt, num_generations, seed) for prompt in prompts],
             system=self.system,
-            max_new_tokens=self.max_new_tokens,
+            max_completion_length=self.max_completion_length,
         )
 
     def everything(self, prompt: str) -> Completions:
@@ -187,7 +193,7 @@ class RecordedSampler:
         """
         texts = [self._choose(prompt, max(1, len(self._found(prompt))), 0)]
         return completions_of_texts(
-            self.tokenizer, [prompt], texts, system=self.system, max_new_tokens=self.max_new_tokens
+            self.tokenizer, [prompt], texts, system=self.system, max_completion_length=self.max_completion_length
         )
 
     def _found(self, prompt: str) -> list[str]:

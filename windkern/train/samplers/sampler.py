@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,11 +17,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from windkern._checks import check_count, check_number
+from windkern._checks import check_count, check_flag, check_number
 from windkern.train.data.loading import encode_prompts, padding_id
 from windkern.train.data.prompts import shown
 from windkern.train.data.turns import response_texts, turn_of
 from windkern.train.positions import positions_of
+from windkern.train.samplers.shared_cache import UnsharedCacheError, prompt_cache
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Completions:
     texts: tuple[tuple[str, ...], ...]  # B times N, what the tokens say, without special tokens
 
     @property
-    def num_responses(self) -> int:
+    def num_generations(self) -> int:
         return len(self.texts[0])
 
     @property
@@ -47,11 +48,11 @@ class Completions:
 
     def groups(self, chosen: Sequence[int]) -> Completions:
         """The responses to some of the prompts, without columns that are padding in all of them."""
-        return self.responses(chosen, torch.arange(self.num_responses).expand(len(chosen), -1))
+        return self.responses(chosen, torch.arange(self.num_generations).expand(len(chosen), -1))
 
     def responses(self, prompts: Sequence[int], chosen: Tensor) -> Completions:
         """Some responses to some prompts: `chosen` (B, K) are their places among the N. Cut as `groups`."""
-        rows = (torch.tensor(prompts)[:, None] * self.num_responses + chosen).flatten()
+        rows = (torch.tensor(prompts)[:, None] * self.num_generations + chosen).flatten()
         used = self.attention_mask[rows].any(0).nonzero().flatten()
         columns = slice(int(used[0]), int(used[-1]) + 1)
         return Completions(
@@ -73,8 +74,8 @@ class Sampler(Protocol):
     ids and of texts. A method `update(model)`, where there is one, is called with the policy before each iteration.
     """
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        """`num_responses` independent responses to each prompt; the same seed and weights give the same responses."""
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        """`num_generations` independent responses to each prompt; the same seed and weights give the same responses."""
         ...
 
 
@@ -145,17 +146,21 @@ def _own_settings(model) -> Iterator[None]:
 
 
 class TransformersSampler:
-    """Samples from a transformers model with `generate`.
+    """Samples from a transformers model with `generate`, running a prompt once for all of its responses.
 
     Nothing cuts the distribution (no top-k, top-p, repetition penalty or forbidden tokens, whatever the model's
     generation_config says): the samples must come from the policy whose log-probs are fitted. A response ends with any
     end token of the model's generation_config, the tokenizer's own, or the one the chat template ends a turn with. A
     temperature other than 1 is part of that policy, so score with the same one.
 
+    The keys and values of a prompt are computed once and copied to its responses, which changes logits by rounding
+    alone. A model whose cache is more than keys and values (recurrent layers, a compressed cache) runs the prompt for
+    each response.
+
     Args:
         model: causal LM; its weights are used as they are at each call.
         tokenizer: its tokenizer.
-        max_new_tokens: longest response, end token included.
+        max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
         top_p: samples come from the smallest set of tokens with this probability. Below 1 they are not samples of the
             policy any more.
@@ -163,11 +168,13 @@ class TransformersSampler:
         batch_size: sequences generated at a time.
         synced: whether a forward of the model talks to other processes (a sharded model), so that all must take equally
             many.
+        shared_prompt: whether a prompt runs once; False runs it for each response. Either way the same seed gives the
+            same tokens; between the two ways rounding may decide otherwise.
         under_way: told, after each token, how many responses the tokens of this call of `sample` amount to.
 
     Raises:
         ValueError: a number is out of range, or neither the model nor the tokenizer names an end token; when sampling,
-            a prompt and a response of `max_new_tokens` are more than the model has positions for.
+            a prompt and a response of `max_completion_length` are more than the model has positions for.
     """
 
     def __init__(
@@ -175,22 +182,25 @@ class TransformersSampler:
         model,
         tokenizer,
         *,
-        max_new_tokens: int,
+        max_completion_length: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
         system: str | None = None,
         batch_size: int = 64,
         synced: bool = False,
+        shared_prompt: bool = True,
         under_way: Callable[[float], None] = lambda responses: None,
     ):
         self.model, self.tokenizer, self.system, self.under_way = model, tokenizer, system, under_way
-        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens, least=1)
+        self.max_completion_length = check_count("max_completion_length", max_completion_length, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
         self.top_p = check_number("top_p", top_p, above=0)
         if top_p > 1:
             raise ValueError(f"top_p must be at most 1, got {top_p!r}")
         self.batch_size = check_count("batch_size", batch_size, least=1)
         self.synced = synced
+        self.shared_prompt = check_flag("shared_prompt", shared_prompt)
+        self._expands = True  # until a cache is seen that cannot be copied row by row
         self.turn = turn_of(tokenizer)
         ends = model.generation_config.eos_token_id
         ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
@@ -199,27 +209,24 @@ class TransformersSampler:
         if not self.end_ids:
             raise ValueError("neither model.generation_config nor the tokenizer names an end token (eos_token_id)")
 
-    def sample(self, prompts: Sequence[str], num_responses: int, seed: int) -> Completions:
-        check_count("num_responses", num_responses, least=1)
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        check_count("num_generations", num_generations, least=1)
         encoded = encode_prompts(self.tokenizer, prompts, system=self.system)
         self._check_positions(prompts, encoded.attention_mask.sum(1))
         device = self.model.device
-        ids = encoded.input_ids.repeat_interleave(num_responses, 0)  # (S, P)
-        mask = encoded.attention_mask.repeat_interleave(num_responses, 0)
+        ids = encoded.input_ids.repeat_interleave(num_generations, 0)  # (S, P)
+        mask = encoded.attention_mask.repeat_interleave(num_generations, 0)
+        owner = torch.arange(len(prompts)).repeat_interleave(num_generations)
         generator = torch.Generator(device).manual_seed(seed)
-        parts = [
-            self._generate(batch_ids, batch_mask, generator, number * self.batch_size)
-            for number, (batch_ids, batch_mask) in enumerate(
-                zip(ids.split(self.batch_size), mask.split(self.batch_size), strict=True)
-            )
-        ]
+        batches = zip(*(each.split(self.batch_size) for each in (ids, mask, owner)), strict=True)
+        parts = [self._generate(*batch, generator, number * self.batch_size) for number, batch in enumerate(batches)]
         width = max(part.shape[1] for part in parts)
         fill = self.end_ids[0]
         tokens = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
         own, truncated = completion_mask(tokens, self.end_ids)
         rows = [row[keep].tolist() for row, keep in zip(tokens, own, strict=True)]
         asked = [row[seen.bool()].tolist() for row, seen in zip(*encoded, strict=True)]
-        groups = [rows[first : first + num_responses] for first in range(0, len(rows), num_responses)]
+        groups = [rows[first : first + num_generations] for first in range(0, len(rows), num_generations)]
         return Completions(
             input_ids=torch.cat([ids, tokens], 1),
             attention_mask=torch.cat([mask.bool(), own], 1),
@@ -231,20 +238,23 @@ class TransformersSampler:
     def _check_positions(self, prompts: Sequence[str], lengths: Tensor) -> None:
         """Reason: beyond its positions a model ends in an index out of range, or writes what it never learnt to."""
         most, longest = positions_of(self.model), int(lengths.argmax())
-        if most is not None and int(lengths.max()) + self.max_new_tokens > most:
+        if most is not None and int(lengths.max()) + self.max_completion_length > most:
             raise ValueError(
                 f"the prompt {shown(prompts[longest])} has {int(lengths.max())} tokens and the response up to "
-                f"max_new_tokens = {self.max_new_tokens}, but {type(self.model).__name__} has {most} positions: make "
-                "max_new_tokens smaller, or leave the prompt out"
+                f"max_completion_length = {self.max_completion_length}, but {type(self.model).__name__} has {most} "
+                "positions: make max_completion_length smaller, or leave the prompt out"
             )
 
     @torch.no_grad()
-    def _generate(self, ids: Tensor, mask: Tensor, generator: torch.Generator, done: int) -> Tensor:
-        """(S, P) prompts to (S, T) tokens on the CPU, T at most max_new_tokens; after the end token anything."""
+    def _generate(self, ids: Tensor, mask: Tensor, owner: Tensor, generator: torch.Generator, done: int) -> Tensor:
+        """(S, P) prompts to (S, T) tokens on the CPU, T at most max_completion_length; after the end token anything.
+
+        `owner` (S,) says whose prompt a row is.
+        """
         settings = GenerationConfig(
             do_sample=False,  # GumbelNoise draws
             num_beams=1,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_completion_length,
             min_new_tokens=0,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
@@ -252,27 +262,40 @@ class TransformersSampler:
             pad_token_id=padding_id(self.tokenizer),
             use_cache=True,
         )
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         was_training = self.model.training
         self.model.eval()
         try:
             with _own_settings(self.model):
+                seen = self._seen(ids, mask, owner, settings)
                 out = self.model.generate(
-                    input_ids=ids.to(self.model.device),
-                    attention_mask=mask.to(self.model.device),
+                    input_ids=ids,
+                    attention_mask=mask,
                     generation_config=settings,
                     logits_processor=LogitsProcessorList([*self._processors(generator), self._teller(ids, done)]),
                     synced_gpus=self.synced,
+                    **seen,
                 )
         finally:
             self.model.train(was_training)
         return out[:, ids.shape[1] :].cpu()
+
+    def _seen(self, ids: Tensor, mask: Tensor, owner: Tensor, settings: GenerationConfig) -> Mapping[str, object]:
+        """The prompts' cache, as an argument of `generate`."""
+        if not (self.shared_prompt and self._expands):
+            return {}
+        try:
+            return prompt_cache(self.model, ids, mask, owner, settings, synced=self.synced)
+        except UnsharedCacheError:
+            self._expands = False
+            return {}
 
     def _teller(self, ids: Tensor, done: int) -> Callable[[Tensor, Tensor], Tensor]:
         """A logits processor that changes nothing and tells how far the rows are, behind `done` earlier ones."""
         rows, opened = ids.shape
 
         def tell(input_ids: Tensor, scores: Tensor) -> Tensor:
-            self.under_way(done + rows * min(1.0, (input_ids.shape[1] - opened + 1) / self.max_new_tokens))
+            self.under_way(done + rows * min(1.0, (input_ids.shape[1] - opened + 1) / self.max_completion_length))
             return scores
 
         return tell

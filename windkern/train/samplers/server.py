@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import json
 import os
+import random
 import re
 import socket
 import ssl
@@ -28,6 +29,7 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may be gone 
 LONGEST_PAUSE = 60.0  # seconds between two attempts, whatever the server asks for
 LARGEST_ANSWER = 64 * 2**20  # bytes
 _QUOTED = 400  # characters of a server's answer in an error message
+_JITTER = 0.25  # largest share of a pause that is added to it at random, so that clients do not come back all at once
 
 
 class ServerError(OSError):
@@ -51,7 +53,7 @@ class RefusedError(ServerError):
 class Answer(NamedTuple):
     """What a server answered."""
 
-    content: object  # parsed
+    content: object  # parsed, or the text where it is none of JSON and need not be
     quoted: str  # the beginning of its text, for error messages
 
 
@@ -122,7 +124,7 @@ def retry_after(headers: Mapping[str, str], otherwise: float) -> float:
 
 
 class Server:
-    """Posts JSON to a server and returns its JSON.
+    """Sends JSON to a server and returns its JSON.
 
     Redirects are not followed: the key would go with them.
 
@@ -130,8 +132,8 @@ class Server:
         url: that paths are added to.
         api_key: sent as a bearer token; None takes OPENAI_API_KEY of the environment where it is set, "" sends none.
         timeout: seconds a request may take, from connecting to the last byte of the answer.
-        attempts: how often a request is tried, with pauses of 1, 2, 4 ... seconds, or what Retry-After says, at most
-            60 seconds.
+        attempts: how often a request is tried, with pauses of 1, 2, 4 ... seconds, or what Retry-After says, and up to
+            a quarter more at random; at most 60 seconds.
         pause: called with the seconds of each pause.
 
     Raises:
@@ -159,21 +161,29 @@ class Server:
         return httpx.AsyncClient(headers=headers, follow_redirects=False, timeout=None)
 
     async def post(
-        self, client: httpx.AsyncClient, path: str, body: object, *, final: Callable[[str], object] = lambda text: False
+        self,
+        client: httpx.AsyncClient,
+        path: str,
+        body: object,
+        *,
+        final: Callable[[str], object] = lambda text: False,
+        plain: bool = False,
     ) -> Answer:
         """Return the answer to a request.
 
         Args:
             client: of `client()`.
-            path: behind the URL.
-            body: what JSON can hold.
+            path: behind the URL; where it is a whole URL, that one is asked.
+            body: what JSON can hold; None asks by GET.
             final: whether the text of an answer says that trying again will not help, whatever its status.
+            plain: whether the answer may be a text, or nothing.
 
         Raises:
             RefusedError: a status that says that the request is wrong, or a redirect.
             ServerError: no answer after all attempts, or one that is not JSON or too large.
         """
-        where, content = f"{self.url}{path}", json.dumps(body).encode()
+        where = path if "://" in path else f"{self.url}{path}"
+        content = None if body is None else json.dumps(body).encode()
         for attempt in range(1, self.attempts + 1):
             wait = min(2.0 ** (attempt - 1), LONGEST_PAUSE)
             try:
@@ -187,7 +197,7 @@ class Server:
             else:
                 text = data.decode(errors="replace")
                 if 200 <= status < 300:
-                    return self._parsed(where, data, text)
+                    return self._parsed(where, data, text, plain)
                 reason = f"status {status}: {self.quote(text)}"
                 if 300 <= status < 400:
                     place = without_user(headers.get("Location", "")).partition("?")[0]
@@ -201,25 +211,28 @@ class Server:
                     raise RefusedError(f"{where} refused: {reason}", status, text)
                 wait = retry_after(headers, wait)
             if attempt < self.attempts:
+                wait = min(wait * (1 + _JITTER * random.random()), LONGEST_PAUSE)
                 await anyio.to_thread.run_sync(self.pause, wait, abandon_on_cancel=True)
         raise ServerError(f"{where} gave no answer in {self.attempts} attempts of {self.timeout:g} s; last: {reason}")
 
     async def _send(
-        self, client: httpx.AsyncClient, where: str, content: bytes
+        self, client: httpx.AsyncClient, where: str, content: bytes | None
     ) -> tuple[int, Mapping[str, str], bytes]:
         found = bytearray()
         with anyio.fail_after(self.timeout):
-            async with client.stream("POST", where, content=content) as answer:
+            async with client.stream("GET" if content is None else "POST", where, content=content) as answer:
                 async for chunk in answer.aiter_bytes():
                     found += chunk
                     if len(found) > LARGEST_ANSWER:
                         raise ServerError(f"{where} answered more than {LARGEST_ANSWER >> 20} MiB")
                 return answer.status_code, answer.headers, bytes(found)
 
-    def _parsed(self, where: str, data: bytes, text: str) -> Answer:
+    def _parsed(self, where: str, data: bytes, text: str, plain: bool) -> Answer:
         try:
             return Answer(json.loads(data), self.quote(text))
         except (ValueError, RecursionError):
+            if plain:
+                return Answer(text, self.quote(text))
             raise ServerError(f"{where} answered no JSON: {self.quote(text)}") from None
 
     def quote(self, text: str) -> str:

@@ -1,0 +1,45 @@
+"""What the pictures and tables of all commands have in common."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+
+@contextlib.contextmanager
+def picture(path: Path, *, dpi: int = 150, **options: Any) -> Iterator[tuple[Figure, Any]]:
+    """A new figure and its axes; what is drawn on them is written to a PNG, without a display.
+
+    Args:
+        path: the file; its folder is made if it does not exist.
+        dpi: dots an inch.
+        options: of `matplotlib.pyplot.subplots`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(layout="constrained", **options)
+    try:
+        yield figure, axes
+        for each in figure.axes:
+            each.spines[["top", "right"]].set_visible(False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=dpi)
+    finally:
+        pyplot.close(figure)
+
+
+def plain_table(**options: Any) -> Table:
+    """A `rich.table.Table` with a line under its header and no other."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), **options)

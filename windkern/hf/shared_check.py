@@ -1,0 +1,255 @@
+"""Whether a model gives responses that share a row the hidden states they have alone: seen once, by calling it.
+
+A prompt and three responses of a few tokens run as one row and as three, in the model's own dtype, with windows and
+chunks of its attention narrowed to a few tokens, so that a mask or positions that it does not follow show. Hidden
+states, and their gradient with respect to the embedded tokens, must be the same within rounding. How far rounding
+carries is measured on the model itself: the three rows run again with their embeddings moved by one rounding. In a
+16-bit model that is coarse, so a row whose responses see each other must be seen to be wrong, or nothing has been
+learnt.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from windkern.hf import call as hf_call
+from windkern.hf import masks as hf_masks
+from windkern.hf.call import Target
+from windkern.hf.check import circumstances, in_eval_mode, plain_ids, verdict_of
+from windkern.hf.layout import GroupRows, LayoutRules, make_layout, make_rows
+from windkern.hf.masks import MaskForm
+
+_PROMPT, _RESPONSES = 5, (8, 4, 6)
+_NARROW = 3  # tokens that a window sees in the check
+# What sums in another order may move hidden states by, as a multiple of what one rounding of the embeddings does; they
+# were seen to take 0.9 of it at most. In a wide dtype there is room for more, in a narrow one a fault would hide.
+_ROUNDINGS = {"wide": 16, "narrow": 4}
+_KEPT = 8
+_log = logging.getLogger(__name__)
+_seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # base model -> {circumstances: Sharing}
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What was seen of a model: the form of its masks, or why its responses cannot share a row."""
+
+    form: MaskForm | None
+    reason: str | None
+    relative: bool = False  # whether positions matter by their differences alone
+
+    @property
+    def holds(self) -> bool:
+        return self.form is not None
+
+
+def sharing_of(target: Target) -> Sharing:
+    """Look at a model, once for each dtype, autocast, head, adapters, numbers of its configuration and attention.
+
+    Where responses cannot share a row the log says so, and why, when it is found out.
+
+    Raises:
+        UnsupportedModelError: see `windkern.hf.hidden_and_head`.
+    """
+    seen = _seen.setdefault(target.base, {})
+    now = (*circumstances(target), hf_masks.implementation(target.base))
+    if now not in seen:
+        sharing = _look(target)
+        if not sharing.holds:
+            _log.warning("%s: responses do not share their prompt, since %s", target.name, sharing.reason)
+        while len(seen) >= _KEPT:
+            del seen[next(iter(seen))]
+        seen[now] = sharing
+    return seen[now]
+
+
+def inputs_of(target: Target, rows: GroupRows, form: MaskForm | None, positions: bool) -> tuple[dict, Callable]:
+    """Arguments for a model as it is wrapped, and what turns them into those of the model itself.
+
+    Wrappers see the ordinary mask of padding. Hazard: some cast what they are given, or know a mask of two dimensions
+    alone. Remedy: masks of rows are made inside.
+    """
+    given = hf_call.inputs(target.base, rows.input_ids, rows.attention_mask, positions=False)
+    if positions:
+        given["position_ids"] = rows.position_ids
+    if form is None or not rows.is_shared:
+        return given, dict
+
+    def amend(received: dict[str, object]) -> dict[str, object]:
+        own = rows.to(received["input_ids"].device)
+        return {**received, "attention_mask": hf_masks.make_masks(target.base, form, own)}
+
+    return given, amend
+
+
+def _look(target: Target) -> Sharing:
+    positions = verdict_of(target).positions
+    known = _known_reason(target, positions)
+    if known is not None:
+        return Sharing(None, known)
+    target = replace(target, compiled=())  # Reason: what is seen once is not worth compiling
+    apart, together = _example(target)
+    with in_eval_mode(target.chain[0]), hf_masks.narrowed(target.base, _NARROW):
+        try:
+            trial = _Trial(target, apart, together)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any kind: the model's own
+            return Sharing(None, f"a row of its own failed: {type(error).__name__}: {error}")
+        reasons = []
+        for form in hf_masks.forms(target.base):
+            reason = trial.refusal(form)
+            if reason is None:
+                return Sharing(form, None, trial.is_relative(apart))
+            reasons.append(reason)
+    return Sharing(None, _explained(target, reasons[0]))
+
+
+def _known_reason(target: Target, positions: bool) -> str | None:
+    attention = hf_masks.implementation(target.base)
+    if attention not in hf_masks.DENSE:
+        return f"its attention {attention!r} takes no mask of rows (load it with attn_implementation='sdpa' or 'eager')"
+    if not positions and hf_call.takes(target.base, "position_ids"):
+        return "it does not take positions as they are counted from the first token"
+    return None
+
+
+def _explained(target: Target, reason: str) -> str:
+    others = [kind for kind in hf_masks.kinds_of(target.base) if "attention" not in kind or "linear" in kind]
+    if others:
+        return f"it has layers of the kind {', '.join(others)}, which carry a state from token to token ({reason})"
+    if not hf_call.takes(target.base, "position_ids"):
+        return f"it takes no position ids ({reason})"
+    return reason
+
+
+def _example(target: Target) -> tuple[GroupRows, GroupRows]:
+    """The same ids as three rows and as one. No id comes twice, so that gradients can be told apart by it."""
+    ids = plain_ids(target, _PROMPT + sum(_RESPONSES))
+    prompt, rest, responses = ids[:_PROMPT], ids[_PROMPT:], []
+    for size in _RESPONSES:
+        responses.append(rest[:size])
+        rest = rest[size:]
+    lengths = [(_PROMPT, _RESPONSES)]
+    made = []
+    for rules in (LayoutRules(shared=False), LayoutRules(balance=1 << 40)):
+        made.append(make_rows(make_layout(lengths, rules), [prompt], [responses], fill=prompt[0]).to(target.device))
+    return made[0], made[1]
+
+
+class _Trial:
+    """Hidden states and a gradient of the plain rows, and how far rounding moves them; then of rows in a form of masks.
+
+    Raises:
+        Exception: of any kind the model raises on plain rows.
+    """
+
+    def __init__(self, target: Target, apart: GroupRows, together: GroupRows):
+        self.target, self.together = target, together
+        # Reason: a backward through a part of a wrapped model would upset what counts its calls, and weights that are
+        # not there have no gradient to pass on.
+        self.gradients = not (
+            target.reducers or target.is_sharded or target.is_offloaded or torch.is_inference_mode_enabled()
+        )
+        self.positions = hf_call.takes(target.base, "position_ids")
+        self.plain = self._run(apart, None)
+        moved = self._run(apart, None, moved=True)
+        roundings = _ROUNDINGS["wide" if _eps_of(target.base) < 1e-4 else "narrow"]
+        self.allowed = [roundings * gap for gap in self._gaps(moved)]
+
+    def refusal(self, form: MaskForm) -> str | None:
+        """Why responses cannot share a row with masks of this form, or None."""
+        rows = self.together
+        try:
+            gaps = self._gaps(self._run(rows, form))
+            for name, gap, allowed in zip(("hidden states", "a gradient"), gaps, self.allowed, strict=False):
+                if not gap <= allowed:
+                    return f"{name} change by {gap:.2g} of their size in one row, where rounding takes {allowed:.2g}"
+            end = torch.full_like(rows.last_reader, rows.input_ids.shape[1] - 1)
+            fault = self._gaps(self._run(replace(rows, last_reader=end), form))[0]
+            if not fault > self.allowed[0]:
+                return f"rounding takes {self.allowed[0]:.2g}, and would hide a row without its mask, {fault:.2g}"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # models raise anything on a mask or positions that they do not know
+            return f"it failed with {form}: {type(error).__name__}: {error}"
+        return None
+
+    def is_relative(self, apart: GroupRows) -> bool:
+        """Whether hidden states stay as they are when all positions grow by the same number."""
+        later = replace(apart, position_ids=apart.position_ids + 3)
+        return self._gaps(self._run(later, None))[0] <= self.allowed[0]
+
+    def _run(self, rows: GroupRows, form: MaskForm | None, moved: bool = False) -> tuple[Tensor, ...]:
+        """(M, H) hidden states, and (ids, E) the gradient of their sum with respect to embedded tokens."""
+        given, amend = inputs_of(self.target, rows, form, self.positions)
+
+        def job(hidden: Tensor) -> Tensor:
+            return hidden.flatten(0, 1)[rows.index.to(hidden.device)]
+
+        with torch.set_grad_enabled(self.gradients), _embedded(self.target.base, moved, self.gradients) as embedded:
+            hidden = hf_call.run(self.target, given, job, check=True, amend=amend)
+            if not self.gradients:
+                return (hidden,)
+            upstream = torch.linspace(-1, 1, hidden.numel(), dtype=torch.float32).reshape(hidden.shape).to(hidden)
+            (gradient,) = torch.autograd.grad((hidden.float() * upstream.float()).sum(), embedded[:1])
+        ids = rows.input_ids.flatten().to(gradient.device)
+        names, place = ids[rows.attention_mask.flatten().to(ids.device)].unique(return_inverse=True)
+        kept = gradient.flatten(0, -2)[rows.attention_mask.flatten().to(ids.device)].float()
+        summed = kept.new_zeros(len(names), kept.shape[-1]).index_add_(0, place, kept)
+        return hidden.detach(), summed
+
+    def _gaps(self, other: tuple[Tensor, ...]) -> list[float]:
+        """Of hidden states the largest of the three responses, of a gradient that of the tokens.
+
+        Each is that of three tokens in four, since experts flip.
+        """
+        first = _distance(other[0], self.plain[0]).split(list(_RESPONSES))
+        rest = zip(other[1:], self.plain[1:], strict=True)
+        return [max(map(_of_most, first)), *(_of_most(_distance(*pair)) for pair in rest)]
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    ours, theirs = ours.float(), theirs.float()
+    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30)).cpu()
+
+
+def _of_most(gaps: Tensor) -> float:
+    return float(gaps.sort().values[-(-3 * len(gaps) // 4) - 1])
+
+
+def _eps_of(base: nn.Module) -> float:
+    """Of the narrowest dtype that a forward computes in."""
+    dtypes = {each.dtype for each in base.parameters() if each.is_floating_point()}
+    device = next(base.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1)
+
+
+@contextmanager
+def _embedded(base: nn.Module, moved: bool, leaf: bool) -> Iterator[list[Tensor]]:
+    """Inside, what the model embeds becomes a leaf that is listed here, moved by one rounding where asked for."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        output = output.detach()
+        if moved:
+            eps = max(torch.finfo(output.dtype).eps, _eps_of(base))
+            signs = torch.arange(output.numel(), device=output.device).mul(2654435761).bitwise_right_shift(7) & 1
+            output = output * (1 + eps * (2 * signs - 1).reshape(output.shape)).to(output.dtype)
+        output = output.requires_grad_(leaf)
+        found.append(output)
+        return output
+
+    handle = base.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -1,0 +1,19 @@
+"""The switch for a model's dropout."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_DROPOUT = ("dropout", "pdrop", "layerdrop")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to 0, those of attention and of the configuration included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Reason: Starcoder2 and Bloom draw with a number of the module, Falcon with one of the configuration.
+        for owner in (module, getattr(module, "config", module)):
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, float) and any(word in name for word in _DROPOUT):
+                    setattr(owner, name, 0.0)

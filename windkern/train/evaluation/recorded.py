@@ -1,0 +1,59 @@
+"""Recorded responses in the place of a policy, for evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from windkern.train.data.records import load_records
+from windkern.train.groups import Group
+from windkern.train.policy import Advance
+from windkern.train.samplers.sampler import Completions
+
+
+class RecordedTexts:
+    """Texts that somebody recorded, by their prompts; they have no token ids and no log-probs.
+
+    Args:
+        path: see `windkern.train.data.records.load_records`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_records`.
+    """
+
+    sharded = scores = gone = False
+
+    def __init__(self, path: str):
+        self.path = path
+        self._texts = {record.prompt.strip(): record.responses for record in load_records(path)}
+
+    def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
+        """The first `num_generations` responses to each prompt, whatever the seed.
+
+        Raises:
+            ValueError: a prompt has fewer.
+        """
+        found = [self._texts.get(prompt.strip(), ()) for prompt in prompts]
+        for prompt, texts in zip(prompts, found, strict=True):
+            if len(texts) < num_generations:
+                raise ValueError(f"{self.path} has fewer than {num_generations} responses to {prompt!r}")
+        count = len(prompts) * num_generations
+        none = torch.zeros(count, 0, dtype=torch.bool)
+        return Completions(
+            input_ids=none.long(),
+            attention_mask=none,
+            completion_mask=none,
+            truncated=torch.zeros(count, dtype=torch.bool),
+            texts=tuple(tuple(texts[:num_generations]) for texts in found),
+        )
+
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance) -> list[Tensor]:
+        """Raise: texts have no log-probs (`scores` is False)."""
+        raise TypeError(f"{self.path} holds texts, which have no log-probs")
+
+    def in_place(self) -> AbstractContextManager[nn.Module]:
+        """Raise: there is no model."""
+        raise TypeError(f"{self.path} holds texts, there is no model")

@@ -1,0 +1,194 @@
+"""Where the epochs of transformers.Trainer become outer iterations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy
+
+from windkern.train.batches import IterationData
+from windkern.train.config import WindConfig
+from windkern.train.evaluation.evaluator import Evaluator
+from windkern.train.iteration import Iteration
+from windkern.train.metrics import Averages, make_record
+from windkern.train.optim import forget_moments
+from windkern.train.outer import OuterLoop
+from windkern.train.reference import RecordedLogps
+from windkern.train.report.completions import columns_of, track_completions, write_completions
+from windkern.train.report.history import History
+from windkern.train.report.progress import RECORDED, Record
+
+
+class Evaluates(Protocol):
+    """What evaluates the policy and calls `on_evaluate` with what it found."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the policy as it is now."""
+        ...
+
+
+class Iterations(TrainerCallback):
+    """Begins an outer iteration with each epoch, ends it with the epoch or the evaluation after it, and records it.
+
+    Args:
+        outer: makes the iterations.
+        evaluator: on held-out prompts; None where there are none.
+        data: is filled with the groups to fit.
+        trainer: evaluates an iteration whose own evaluation was cut off by a kill.
+        warn: told what a person should know.
+
+    Attributes:
+        number: of the iteration, counted from 1; 0 before the first.
+        current: the iteration, once it has begun.
+        history: records of the iterations that are over.
+        averages: of what steps count, since the last log line.
+    """
+
+    def __init__(
+        self,
+        outer: OuterLoop,
+        evaluator: Evaluator | None,
+        data: IterationData,
+        trainer: Evaluates,
+        warn: Callable[[str], None],
+    ):
+        self.outer, self.evaluator, self.data, self.trainer, self.warn = outer, evaluator, data, trainer, warn
+        self.config, self.world, self.observer = outer.config, outer.world, outer.observer
+        self.records = History(outer.store)
+        self.history: list[Record] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Reset to the state before the first iteration. Files on disk are kept."""
+        self.outer.forget()
+        self.outer.policy.anchor = None
+        self.averages, self.number = Averages(), 0
+        self.current: Iteration | None = None
+        self._recorded = True
+        self._start = time.perf_counter()
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether each iteration ends with an evaluation."""
+        return self.evaluator is not None and self.config.eval_strategy == IntervalStrategy.EPOCH
+
+    # Events of transformers.Trainer.
+
+    def on_train_begin(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
+        done, inside = divmod(state.global_step, args.steps_per_iteration)
+        if done >= args.num_iterations:
+            self.observer.note(f"resumed: all {done} iterations are done")
+        elif state.global_step:
+            steps = f", {inside} of its {args.steps_per_iteration} steps are done" if inside else ""
+            self.observer.note(f"resumed with iteration {done + 1} of {args.num_iterations}{steps}")
+
+    def on_epoch_begin(
+        self, args: WindConfig, state: TrainerState, control: TrainerControl, optimizer=None, **given
+    ) -> None:
+        done, inside = divmod(state.global_step, args.steps_per_iteration)
+        resumed = not self.number and done
+        self.catch_up(state)
+        if resumed and self.world.is_main:
+            self.records.tell_missing(done, self.outer.blocks, self.warn)
+        self._start, self.number = time.perf_counter(), done + 1
+        self.history = self.world.first(lambda: self.records.read(done))
+        self._prepare_reference(state.global_step)
+        if self.outer.plan.group == "anchor" and self.outer.policy.anchor is None:
+            self.outer.policy.follow(args.anchor_rate)
+        if args.reset_optimizer and not inside:
+            forget_moments(getattr(optimizer, "optimizer", optimizer))
+        self.outer.respond.update()
+        self.current, self._recorded = self.outer.begin(self.number, inside=inside > 0), False
+        self.outer.respond.look_at(self.current.groups)
+        if args.log_completions and self.world.is_main:
+            table = columns_of(self.number, state.global_step, self.outer.prompts, self.current.groups)
+            write_completions(self.outer.store.folder, table)
+            track_completions(table, args.report_to)
+        self.data.fill(self.number, self.current.fitted)
+        if not inside:
+            self.averages.add(self.outer.measure(self.current))
+        self._tell_fitting(state)
+
+    def on_step_end(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
+        self._mark_reference(state.global_step)
+        if self.outer.policy.anchor is not None:
+            self.outer.policy.anchor.update()
+
+    def on_evaluate(
+        self,
+        args: WindConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **given,
+    ) -> None:
+        # An evaluation before the first step, or in between, ends nothing.
+        if self.evaluated and 0 < state.global_step == self.number * args.steps_per_iteration:
+            self._finish(state, {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()})
+        self._tell_fitting(state)
+
+    def on_save(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
+        self._tell_fitting(state)
+
+    def on_epoch_end(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
+        if not self.evaluated and state.global_step == self.number * args.steps_per_iteration:
+            self._finish(state, None)
+
+    # What they do.
+
+    def catch_up(self, state: TrainerState) -> None:
+        """Record an iteration whose checkpoint was written, but whose evaluation or record was cut off by a kill."""
+        done = state.global_step // self.config.steps_per_iteration
+        missing = self.records.missing(done, self.outer.blocks) if done else []
+        if self.world.agree(missing) == [f"iteration-{done:04d}/record.json"]:
+            self.number, self.current, self._recorded = done, self.outer.recall(done), False
+            self._mark_reference(state.global_step)
+            if self.evaluated:
+                self.trainer.evaluate()
+            else:
+                self._finish(state, None)
+
+    def read_history(self, state: TrainerState) -> None:
+        """Take the records of all finished iterations from the disk."""
+        done = state.global_step // self.config.steps_per_iteration
+        self.history = self.world.first(lambda: self.records.read(done))
+
+    def _prepare_reference(self, step: int) -> None:
+        """Do everything that needs the untrained policy: precomputed log-probs and the reference's answers."""
+        self._mark_reference(step)
+        reference = self.outer.reference
+        if isinstance(reference, RecordedLogps) and not reference.load():
+            if step:
+                raise FileNotFoundError(f"{reference.path} is missing, and the policy has moved since it was made")
+            groups = self.outer.respond.recorded()
+            self.observer.phase(0, "scoring", sum(len(group.completions) for group in groups), RECORDED)
+            reference.record(groups, self.observer.advance)
+        if self.evaluator is not None and not step:
+            self.evaluator.answer_once(0)
+
+    def _mark_reference(self, step: int) -> None:
+        if isinstance(self.outer.reference, RecordedLogps):
+            self.outer.reference.gone = step > 0
+
+    def _finish(self, state: TrainerState, evaluated: Mapping[str, float] | None) -> None:
+        if self._recorded or self.current is None:
+            return
+        first, last = (k * self.config.steps_per_iteration for k in (self.number - 1, self.number))
+        lines = [line for line in state.log_history if "loss" in line and first < line["step"] <= last]
+        record = make_record(self.current, evaluated, lines, time.perf_counter() - self._start)
+        self._recorded = True
+        self.history.append(record)
+        if self.world.is_main:
+            self.records.write(record)
+        self.observer.finished(record)
+
+    def _tell_fitting(self, state: TrainerState) -> None:
+        """Tell the observer that steps are taken from here on, unless all of the iteration have been."""
+        batches = self.config.gradient_accumulation_steps
+        inside = state.global_step - (self.number - 1) * self.config.steps_per_iteration
+        if self.number and inside < self.config.steps_per_iteration:
+            steps = self.config.steps_per_iteration * batches
+            self.observer.phase(self.number, "fitting", steps, "batches", inside * batches)

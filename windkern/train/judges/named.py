@@ -1,0 +1,95 @@
+"""The judge that a command line or a settings file names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+
+from windkern._checks import check_choice
+from windkern.train.judges.classifiers import load_classifier
+from windkern.train.judges.judge import Judge, RewardJudge, load_function, vader_judge
+from windkern.train.judges.models import ModelPreference, ModelReward, PairJudge
+from windkern.train.judges.recorded import RecordedJudge
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_judge(
+    specification: str, *, strength: float = 1.0, device: str = "cpu", settings: Mapping[str, object] | None = None
+) -> Judge:
+    """Return the judge a command line names.
+
+        vader                      positive sentiment without repetition
+        module:function            reward(prompts, responses) -> numbers
+        reward-model:NAME          a sequence classifier with one label, folder or hub id
+        pair-model:NAME            a cross-encoder of (prompt, first, second), folder or hub id
+        pairrm:NAME                PairRM, such as llm-blender/PairRM-hf, folder or hub id
+        llm:URL                    a language model behind a server of the OpenAI protocol
+        recorded:FILE              scores or preferences in JSON lines
+
+    Args:
+        specification: one of the above.
+        strength: of the Bradley-Terry link for rewards, per unit of reward.
+        device: of models, unless `settings` name another.
+        settings: keyword arguments of the judge: of `ModelReward` (label, batch_size, max_length), `ModelPreference`
+            (template, label, batch_size, max_length) or `PairRM` (batch_size, source_length), and for all three dtype
+            (float32, bfloat16, float16), device, and quantization (arguments of transformers' BitsAndBytesConfig; not
+            for PairRM); of `LanguageModelJudge` for llm. None for their defaults.
+
+    Raises:
+        ValueError: it is none of these, or what it names cannot be loaded, or a setting is not one of the judge's; the
+            message says which.
+        OSError: a model cannot be read.
+
+    Example:
+        >>> load_judge("math:sqrt").name
+        'math:sqrt'
+    """
+    kind, _, name = specification.partition(":")
+    if specification != "vader" and not name:
+        raise ValueError(
+            "judge must be vader, module:function, reward-model:NAME, pair-model:NAME, pairrm:NAME, llm:URL or "
+            f"recorded:FILE, got {specification!r}"
+        )
+    given = dict(settings or {})
+    if kind in ("reward-model", "pair-model", "pairrm"):
+        return _model_judge(kind, name, strength, device, given)
+    if kind == "llm":
+        from windkern.train.judges.llm import LanguageModelJudge
+
+        _check_keys(LanguageModelJudge, given, ())
+        return LanguageModelJudge(name, **given)
+    if given:
+        raise ValueError(
+            "judge_settings belong to reward-model:NAME, pair-model:NAME, pairrm:NAME and llm:URL, got judge "
+            f"{specification!r}"
+        )
+    if specification == "vader":
+        return vader_judge(strength)
+    if kind == "recorded":
+        return RecordedJudge(name, strength=strength)
+    return RewardJudge(load_function(specification), strength=strength, name=specification)
+
+
+def _model_judge(kind: str, name: str, strength: float, device: str, settings: dict) -> Judge:
+    if kind == "pairrm":
+        from windkern.train.judges.pairrm import PairRM, load_pairrm
+
+        made_of, load, loading = PairRM, load_pairrm, ("dtype", "device")
+    else:
+        made_of = {"reward-model": ModelReward, "pair-model": ModelPreference}[kind]
+        load, loading = load_classifier, ("dtype", "device", "quantization")
+    _check_keys(made_of, settings, loading)
+    options = {"device": device} | {key: settings.pop(key) for key in loading if key in settings}
+    if "dtype" in options:
+        options["dtype"] = _DTYPES[check_choice("dtype of judge_settings", options["dtype"], tuple(_DTYPES))]
+    read = made_of(*load(name, **options), **settings)
+    return RewardJudge(read, strength=strength, name=name) if kind == "reward-model" else PairJudge(read, name=name)
+
+
+def _check_keys(made_of: type, settings: Mapping[str, object], more: tuple[str, ...]) -> None:
+    known = [key for key, each in inspect.signature(made_of).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    for key in settings:
+        check_choice("a key of judge_settings", key, (*known, *more))

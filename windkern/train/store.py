@@ -1,0 +1,152 @@
+"""The groups of an iteration on the disk: what was sampled and what was judged, each written once.
+
+    iteration-0001/block-0000.json     {"format": 2, "groups": [{place, prompt_ids, completions, truncated, texts}, ..]}
+    iteration-0001/verdict-0000.json   {"format": 2, "verdicts": [{place, prefs, rewards}, ..]}, where a judge is asked
+    iteration-0001/scored.json         {old_logps: [[..], ..], ref_logps: [[..], ..]}, of the responses that are fitted
+    iteration-0001/record.json         numbers of the iteration, once it is over
+
+`place` counts the training prompts from 0; `prefs[i][j]` is the chance that response i beats response j.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from windkern._files import DamagedRecordError, read_json, write_json
+from windkern.train.groups import Group
+
+FORMAT = 2  # of a run's files; older ones are refused
+AGAIN = "delete it, and its responses are sampled and judged again, the same ones"
+BEGUN = (
+    "the policy that made it has moved, so it cannot be made again: restore it from a copy, or delete the checkpoints "
+    "inside its iteration and resume from one at the end of an iteration"
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Prompts that are sampled and judged at once."""
+
+    index: int
+    places: tuple[int, ...]
+
+
+def blocks_of(places: Sequence[int], size: int) -> list[Block]:
+    """The places cut into blocks of `size`.
+
+    Example:
+        >>> blocks_of([4, 0, 2], 2)
+        [Block(index=0, places=(4, 0)), Block(index=1, places=(2,))]
+    """
+    cuts = [tuple(places[first : first + size]) for first in range(0, len(places), size)]
+    return [Block(index, cut) for index, cut in enumerate(cuts)]
+
+
+class GroupStore:
+    """The blocks of groups under a folder.
+
+    Args:
+        folder: created where needed; all processes must see it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def iteration(self, iteration: int) -> Path:
+        """The folder of an iteration, counted from 1."""
+        return self.folder / f"iteration-{iteration:04d}"
+
+    def clear(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def path(self, folder: Path, block: int) -> Path:
+        """The file of a block's responses."""
+        return folder / f"block-{block:04d}.json"
+
+    def verdict_path(self, folder: Path, block: int) -> Path:
+        """The file of what the judge said about a block."""
+        return folder / f"verdict-{block:04d}.json"
+
+    def has(self, folder: Path, block: int) -> bool:
+        """Whether a block has been sampled; its file is whole or absent."""
+        return self.path(folder, block).is_file()
+
+    def write(self, folder: Path, block: int, groups: Sequence[Group]) -> None:
+        """Keep the responses of a block."""
+        names = ("place", "prompt_ids", "completions", "truncated", "texts")
+        entries = [{name: getattr(group, name) for name in names} for group in groups]
+        write_json(self.path(folder, block), {"format": FORMAT, "groups": entries})
+
+    def write_verdict(self, folder: Path, block: int, groups: Sequence[Group]) -> None:
+        """Keep what the judge said about the responses of a block."""
+        entries = [{"place": group.place, "prefs": group.prefs, "rewards": group.rewards} for group in groups]
+        write_json(self.verdict_path(folder, block), {"format": FORMAT, "verdicts": entries})
+
+    def read(self, folder: Path, block: Block, way_out: str = AGAIN) -> list[Group]:
+        """The groups of a block, with their verdict where it was judged; nothing where there is no such block.
+
+        Raises:
+            DamagedRecordError: a file does not hold groups of the block's prompts.
+        """
+        groups = self._entries(self.path(folder, block.index), "groups", block, _group, way_out)
+        if not groups:
+            return []
+        sizes = {group.place: len(group.completions) for group in groups}
+        path = self.verdict_path(folder, block.index)
+        verdicts = self._entries(path, "verdicts", block, lambda entry: _verdict(entry, sizes), way_out)
+        if not verdicts:
+            return groups
+        return [replace(group, **verdict) for group, verdict in zip(groups, verdicts, strict=True)]
+
+    def _entries(self, path: Path, name: str, block: Block, parse, way_out: str) -> list:
+        content = read_json(path, way_out)
+        if content is None:
+            return []
+        try:
+            if content["format"] != FORMAT:
+                raise ValueError(f"it has format {content['format']!r}, this release reads {FORMAT}")
+            entries = content[name]
+            places = [entry["place"] for entry in entries]
+            found = [parse(entry) for entry in entries]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedRecordError(path, f"{type(error).__name__}: {error}", way_out) from error
+        if places != list(block.places):
+            why = f"it holds the prompts {places}, its block has {list(block.places)}"
+            raise DamagedRecordError(path, why, way_out)
+        return found
+
+
+def _row(values: object, kind: type, name: str, count: int | None = None) -> tuple:
+    """A list of numbers or texts of one kind, as many as wanted."""
+    if not isinstance(values, list) or set(map(type, values)) - {kind} or len(values) != (count or len(values)):
+        raise ValueError(f"{name} must hold {'' if count is None else f'{count} '}{kind.__name__} values")
+    return tuple(values)
+
+
+def _group(entry: dict) -> Group:
+    completions = tuple(_row(tokens, int, "completions") for tokens in entry["completions"])
+    count = len(completions)
+    if not count or not all(completions):
+        raise ValueError("completions must hold tokens")
+    return Group(
+        place=entry["place"],
+        prompt_ids=_row(entry["prompt_ids"], int, "prompt_ids"),
+        completions=completions,
+        truncated=_row(entry["truncated"], bool, "truncated", count),
+        texts=_row(entry["texts"], str, "texts", count),
+    )
+
+
+def _verdict(entry: dict, sizes: dict[int, int]) -> dict[str, object]:
+    count = sizes[entry["place"]]
+    prefs, rewards = entry["prefs"], entry["rewards"]
+    if not isinstance(prefs, list) or len(prefs) != count:
+        raise ValueError(f"prefs must hold {count} rows")
+    return {
+        "prefs": tuple(_row(row, float, "prefs", count) for row in prefs),
+        "rewards": None if rewards is None else _row(rewards, float, "rewards", count),
+    }
