@@ -9,6 +9,8 @@ A model of 135M parameters learns to answer more positively, as a lexicon of sen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -30,7 +32,7 @@ PROMPTS = (
 )
 
 
-def sample(model: nn.Module, tokenizer, prompts: tuple[str, ...], responses: int, tokens: int) -> dict[str, Tensor]:
+def sample(model: Any, tokenizer: Any, prompts: tuple[str, ...], responses: int, tokens: int) -> dict[str, Tensor]:
     """Token ids, attention mask and completion mask, each (B * N, L), of responses at temperature 1."""
     chats = [[{"role": "system", "content": ""}, {"role": "user", "content": each}] for each in prompts]
     texts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in chats]
@@ -45,7 +47,7 @@ def sample(model: nn.Module, tokenizer, prompts: tuple[str, ...], responses: int
     return {"ids": ids, "attention": torch.cat([prompt, written.long()], -1), "completion": completion}
 
 
-def judge(tokenizer, batch: dict[str, Tensor], groups: int) -> tuple[Tensor, Tensor]:
+def judge(tokenizer: Any, batch: dict[str, Tensor], groups: int) -> tuple[Tensor, Tensor]:
     """Preferences (B, N, N), the chance that response i beats response j, and the rewards (B, N) they come from."""
     words = batch["ids"].masked_fill(batch["completion"] == 0, tokenizer.pad_token_id)
     analyzer = SentimentIntensityAnalyzer()
