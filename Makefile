@@ -62,7 +62,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	@echo "vermin $(CODE)"; found=$$($(BIN)/vermin $(CODE)) && test -z "$$found" || { echo "$$found"; exit 1; }
 
-## bench   time, memory and error beside every peer on this CPU; results, README tables and pictures (40 minutes)
+## bench   time, memory and error beside every peer on this CPU; results, tables of the pages and pictures (40 minutes)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 	$(BIN)/python -m benchmarks.pairs

@@ -208,12 +208,22 @@ class BuildWithNinja(build_ext):
             raise CompileError(f"{ext.name} was not built: {error}\n{ADVICE[ext.name]}") from error
 
 
+def description() -> str:
+    """README.md with links that an index of packages can follow, which has no other file of the repository."""
+    home = "https://github.com/windkern/windkern"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:)", rf"\1{home}/raw/main/", text)
+    return re.sub(r"(?<!!)(\[[^\]]*\]\()(?!https?:|#)", rf"\1{home}/blob/main/", text)
+
+
 def extension(name: str, sources: list[str]) -> Extension:
     headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.h"))
     return Extension(name, [f"csrc/{source}" for source in sources], depends=headers)
 
 
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=[
         *([extension("windkern._cpp", CPP_SOURCES)] if wants_cpp() else []),
         *([extension("windkern._cuda", [*CUDA_SOURCES, CUDA_BINDING])] if wants_cuda() else []),

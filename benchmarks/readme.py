@@ -1,9 +1,9 @@
-"""Rewrite the result tables of README.md from the newest results files.
+"""Rewrite the result tables of the documentation, and the short one of README.md, from the newest results files.
 
-    python -m benchmarks.readme [--readme FILE] [--results FOLDER] [--check]
+    python -m benchmarks.readme [--page FILE ...] [--results FOLDER] [--check]
 
-Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names cpu, masked, gpu and errors.
---check writes nothing and exits with 1 if the tables are out of date.
+Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, cpu, masked, gpu
+and errors. --check writes nothing and exits with 1 if the tables are out of date.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 
 from benchmarks import record, tables
 
+PAGES = ("README.md", "docs/benchmarks.md", "docs/concepts/numerics.md")
 SECTIONS = {
+    "summary": ("speed", tables.markdown_summary),
     "cpu": ("speed", tables.markdown_speed),
     "masked": ("speed-masked", tables.markdown_speed),
     "gpu": ("speed-gpu", tables.markdown_speed),
@@ -36,7 +38,7 @@ def replace_between(text: str, section: str, body: str) -> str:
 
 
 def rewritten(text: str, results: Path) -> str:
-    """README text with every section that is marked in it brought up to date."""
+    """The text of a page with every section that is marked in it brought up to date."""
     for section, (kind, table) in SECTIONS.items():
         if f"<!-- bench:{section} -->" in text:
             text = replace_between(text, section, table(record.newest(kind, results)))
@@ -45,21 +47,26 @@ def rewritten(text: str, results: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, default=record.ROOT / "README.md")
+    parser.add_argument("--page", type=Path, nargs="+", default=[record.ROOT / page for page in PAGES])
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     parser.add_argument("--check", action="store_true")
     chosen = parser.parse_args(arguments)
-    try:
-        before = chosen.readme.read_text()
-        after = rewritten(before, chosen.results)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    stale = []
+    for page in chosen.page:
+        try:
+            before = page.read_text()
+            after = rewritten(before, chosen.results)
+        except (OSError, ValueError) as error:
+            parser.error(f"{page.name}: {error}")
+        if "<!-- bench:" not in before:
+            parser.error(f"{page.name} has no markers <!-- bench:NAME --> ... <!-- /bench:NAME -->")
+        if after != before:
+            stale.append(page.name)
+            if not chosen.check:
+                page.write_text(after)
     if chosen.check:
-        print("up to date" if after == before else f"{chosen.readme.name} is out of date: run benchmarks.readme")
-        return int(after != before)
-    if "<!-- bench:" not in before:
-        parser.error(f"{chosen.readme.name} has no markers <!-- bench:NAME --> ... <!-- /bench:NAME -->")
-    chosen.readme.write_text(after)
+        print(f"{', '.join(stale)}: out of date, run benchmarks.readme" if stale else "up to date")
+        return int(bool(stale))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Tables of results: on the terminal after a run, in Markdown for the README."""
+"""Tables of results: on the terminal after a run, in Markdown for the documentation and the README."""
 
 from __future__ import annotations
 
@@ -112,13 +112,31 @@ def _line(row: Row, group: list[Row]) -> tuple[str, ...]:
 
 
 def markdown_speed(data: dict[str, Any]) -> str:
-    """Tables for the README, a mode each; then the rows we lose, with what the winner pays; then who cannot."""
+    """Tables of every case, a mode each; then the rows we lose, with what the winner pays; then who cannot."""
     rows = [row for row in data["rows"] if row["complete"] and row["shape"] != TINY.name]
     parts = [_caption(data, rows)]
     for mode in PRODUCTS:
         parts += _mode_table([row for row in rows if row["mode"] == mode], mode)
     parts += [_losses(rows), _absent(rows)]
     return "\n".join(part for part in parts if part is not None)
+
+
+def markdown_summary(data: dict[str, Any]) -> str:
+    """A few lines for the README: the widest shape, log-probs with any upstream gradient, ours beside the others."""
+    rows = [row for row in data["rows"] if row["complete"] and row["shape"] != TINY.name]
+    shape = max((row["shape"] for row in rows), key=lambda name: [int(size) for size in name.split("x")][1:])
+    machine = data["runs"][max(row["run"] for row in rows)]["machine"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    lines = [f"| {shape} on {where} | windkern | plain logits | fastest peer |", "|---|---:|---:|---:|"]
+    for mode in PRODUCTS:
+        for dtype in DTYPES:
+            case = [row for row in rows if (row["shape"], row["mode"], row["dtype"]) == (shape, mode, dtype)]
+            plain = next((row for row in case if row["label"] == "plain logits" and measured(row)), None)
+            ours, peer = (best(case, "tokens", ours=mine) for mine in (True, False))
+            if ours is not None and peer is not None:
+                name = f"{peer['label']}: {_cell(peer, None)}"
+                lines.append(f"| {mode}, {dtype} | {_cell(ours, None)} | {_cell(plain, None)} | {name} |")
+    return "\n".join(lines)
 
 
 def _caption(data: dict[str, Any], rows: list[Row]) -> str:

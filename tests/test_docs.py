@@ -85,6 +85,18 @@ def test_the_readme_has_code_that_runs():
     assert len(snippets(ROOT / "README.md")) >= 2
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(path):
+    """mkdocs looks at the pages of docs/; these are seen on the repository's own pages."""
+    for link in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", path.read_text()):
+        target, _, anchor = link.partition("#")
+        assert (ROOT / target).exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", (ROOT / target).read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, link
+
+
 def public_names() -> dict[str, set[str]]:
     """Names that users may use, by the module that has them."""
     modules = [wk, *(value for name in wk.__all__ if inspect.ismodule(value := getattr(wk, name, None)))]

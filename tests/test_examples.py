@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_model
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -97,3 +98,52 @@ def test_the_plain_loop_has_the_gradient_of_the_logits(plain_loop):
         *(torch.autograd.grad(x.square().sum(), model.parameters()) for x in (ours, plain)), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def wind_loop():
+    for package in ("transformers", "vaderSentiment"):
+        pytest.importorskip(package)
+    yield from imported("wind_loop")
+
+
+def test_the_wind_loop_falls_on_a_tiny_model(wind_loop, monkeypatch, capsys):
+    """The whole loop, with a model of two layers in the place of the packaged one."""
+    tokenizer = tiny_model.make_tokenizer()
+    monkeypatch.setattr(wind_loop, "load_model", lambda name, dtype: (tiny_model.make_model().eval(), tokenizer))
+    monkeypatch.setattr(wind_loop, "PROMPTS", ("the bus", "rain"))
+    monkeypatch.setattr(wind_loop, "judge", lambda tokenizer, batch, groups: by_length(batch, groups))
+    curve = wind_loop.main(iterations=2, responses=3, tokens=4, steps=3)
+    assert [len(losses) for losses in curve] == [3, 3] and all(losses[-1] < losses[0] for losses in curve)
+    assert capsys.readouterr().out.count("loss") == 2
+
+
+def by_length(batch, groups):
+    rewards = batch["ids"].float().sum(-1).view(groups, -1).sin()
+    return torch.sigmoid(rewards[:, :, None] - rewards[:, None, :]), rewards
+
+
+def test_the_wind_loop_judges_by_sentiment(wind_loop):
+    """Win rates follow the lexicon, and what is not part of a response is not read."""
+
+    class Words:
+        pad_token_id = 0
+
+        def batch_decode(self, ids, skip_special_tokens):
+            return [" ".join(("", "wonderful", "awful")[token] for token in row) for row in ids.tolist()]
+
+    batch = {"ids": torch.tensor([[2, 1], [1, 2]]), "completion": torch.tensor([[0, 1], [0, 1]])}
+    prefs, rewards = wind_loop.judge(Words(), batch, groups=1)
+    assert rewards[0, 0] > 0.5 and rewards[0, 1] < -0.3 and prefs[0, 0, 1] > 0.99
+    torch.testing.assert_close(prefs + prefs.mT, torch.ones(1, 2, 2))
+
+
+def test_the_quickstart_notebook_runs(tmp_path):
+    """Every cell, in a kernel of its own, as it stands."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs before you commit"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    assert "same numbers: True" in printed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,7 +59,8 @@ class WalkSpec:
 
     def of(self, transform: LogitTransform, cut: Cut | None = None, rows: int = 0) -> WalkSpec:
         """The same decisions for logits with this transform; for a head that is cut, and the most rows of a rank."""
-        given = {"scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
+        given: dict[str, Any] = {"scale": transform.scale, "softcap": transform.softcap}
+        given |= {"temperature": transform.temperature}
         if cut is not None:
             given |= {"group": cut.group, "streams": cut.streams, "vocab_start": cut.start}
             given |= {"vocab_size": cut.vocab_size}

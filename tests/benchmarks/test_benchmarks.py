@@ -269,13 +269,15 @@ def test_readme_tables_stand_between_their_markers(results, tmp_path):
     (tmp_path / "speed.json").write_text(json.dumps(data))
     (tmp_path / "other.json").write_text("[]")  # other results may lie in the same folder
     page = tmp_path / "README.md"
-    page.write_text("# top\n<!-- bench:cpu -->\nold table\n<!-- /bench:cpu -->\nrest\n")
-    arguments = ["--readme", str(page), "--results", str(tmp_path)]
+    short = "<!-- bench:summary --><!-- /bench:summary -->\n"
+    page.write_text(f"{short}# top\n<!-- bench:cpu -->\nold table\n<!-- /bench:cpu -->\nrest\n")
+    arguments = ["--page", str(page), "--results", str(tmp_path)]
     assert readme.main([*arguments, "--check"]) == 1
     assert readme.main(arguments) == 0
     assert readme.main([*arguments, "--check"]) == 0
     text = page.read_text()
-    assert text.startswith("# top\n<!-- bench:cpu -->\n")
+    assert re.search(r"\| frozen, bf16 \| .*x, .* \| plain logits: .*x, .* \|\n", text.split("# top")[0])
+    assert "# top\n<!-- bench:cpu -->\n" in text
     assert text.endswith("<!-- /bench:cpu -->\nrest\n")
     assert "old table" not in text
     assert re.search(r"Cases we lose:\n(- .*\n)*- .*/frozen/bf16: plain logits is .* times as fast as windkern", text)

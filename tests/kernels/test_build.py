@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,11 @@ def tree(tmp_path) -> Path:
     for path in ROOT.iterdir():
         if path.is_dir() and path.name in ("csrc", "windkern", "tests", "docs", "examples", "benchmarks"):
             shutil.copytree(path, root / path.name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
-        elif path.is_file() and path.suffix in (".py", ".toml", ".md", ".in", "") and not path.name.startswith("."):
+        elif (
+            path.is_file()
+            and path.suffix in (".py", ".toml", ".md", ".in", ".cff", ".yml", "")
+            and not path.name.startswith(".")
+        ):
             shutil.copy(path, root)
     return root
 
@@ -120,7 +125,12 @@ def test_an_sdist_holds_every_source_whoever_makes_it(tree):
     (archive,) = (tree / "dist").iterdir()
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+        (told,) = (name for name in opened.getnames() if name.count("/") == 1 and name.endswith("/PKG-INFO"))
+        about = opened.extractfile(told).read().decode()
+    links = re.findall(r"\]\(([^)]+)\)", about)
+    assert len(links) > 10 and all(link.startswith("https://") for link in links)  # an index has no file beside it
     for folder in ("csrc", "windkern", "tests", "docs", "examples", "benchmarks"):
         wanted = {str(path.relative_to(tree)) for path in (tree / folder).rglob("*") if path.is_file()}
         assert wanted - names == ({"windkern/_cpp.so"} if folder == "windkern" else set())
+    assert {"AGENTS.md", "CITATION.cff", "mkdocs.yml"} <= names
     assert {"CHANGELOG.md", "Makefile", "README.md", "LICENSE", "pyproject.toml", "setup.py"} <= names

@@ -1,4 +1,4 @@
-"""Each promise of the README's section on numerics, one test a line."""
+"""Each promise of docs/concepts/numerics.md, one test a line."""
 
 import math
 

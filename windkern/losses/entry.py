@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PAIR = ("B", 2)
-Arguments = Mapping[str, object]  # keyword arguments of a loss by name, beside its tensors
+Arguments = Mapping[str, Any]  # keyword arguments of a loss by name, beside its tensors
 
 
 def _never(arguments: Arguments) -> bool:

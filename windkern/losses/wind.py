@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -240,12 +240,12 @@ def wind(
     return reduce_groups(chosen.value(fit), reduction)
 
 
-def against_all(arguments: Mapping[str, object]) -> bool:
+def against_all(arguments: Mapping[str, Any]) -> bool:
     """Whether the target of an objective is the win rate against all that was sampled, the own comparison included."""
     return OBJECTIVES[arguments["objective"]].statistic == "V"
 
 
-def inverse_square_step(arguments: Mapping[str, object]) -> float:
+def inverse_square_step(arguments: Mapping[str, Any]) -> float:
     """1 / c^2 for the squared objectives, which makes their value an error of win rates; 1 for the others."""
     *_, c = step_coefficients(arguments["eta"], arguments["beta"])
     return 1 / c**2 if arguments["objective"].startswith("square") else 1.0
@@ -256,7 +256,7 @@ def fit_metrics(
     win_rates: Tensor,
     where: Tensor,
     *,
-    arguments: Mapping[str, object],
+    arguments: Mapping[str, Any],
     old_logps: Tensor,
     ref_logps: Tensor,
 ) -> dict[str, Tensor]:

@@ -349,7 +349,7 @@ def fused_loss(
         Under torch.compile this function is a graph break: loss_fn is Python.
 
     Source:
-        README, section "How it works".
+        docs/concepts/walk.md.
 
     Example:
         >>> hidden, weight = torch.randn(2, 3, 4, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)

@@ -248,8 +248,8 @@ def token_logps(
         What `windkern.plan` returns as `peak_bytes`; never rows x V unless the budget allows to keep it.
 
     Source:
-        Online softmax over vocabulary slabs (Milakov and Gimelshein 2018, arXiv 1805.02867); README, section
-        "How it works".
+        Online softmax over vocabulary slabs (Milakov and Gimelshein 2018, arXiv 1805.02867);
+        docs/concepts/walk.md.
 
     Example:
         >>> hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)

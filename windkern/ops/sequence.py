@@ -91,7 +91,7 @@ def sequence_logps(
         As `token_logps`, plus one float32 per token.
 
     Source:
-        README, section "How it works".
+        docs/concepts/walk.md.
 
     Example:
         >>> hidden, weight = torch.randn(6, 8), torch.randn(11, 8)
