@@ -213,6 +213,15 @@ DAMAGES = [
 ]
 
 
+def test_a_server_may_move_to_another_address(tmp_path):
+    made = [
+        make_trainer(tmp_path, sampler=f"openai:http://127.0.0.1:{port}/v1", sampler_settings={"timeout": port})
+        for port in (8011, 8012)
+    ]
+    first, second = (trainer._identity()["settings"] for trainer in made)
+    assert first == second and first["sampler"] == "openai"
+
+
 def test_a_run_of_an_older_release_is_refused(whole, tmp_path):
     def older(folder: Path) -> None:
         content = json.loads((folder / "run.json").read_text())
