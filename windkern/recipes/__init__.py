@@ -31,7 +31,7 @@ def find(name: str | Path) -> Path:
         ('lora_1gpu.yaml', 'accelerate')
         >>> find("lora")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        FileNotFoundError: no file 'lora' and no recipe of this name; recipes: demo, fsdp2_8gpu, lora_1gpu, spin, ...
+        FileNotFoundError: no file 'lora' and no recipe of this name; recipes: demo, fsdp2_8gpu, lora_1gpu, ...
     """
     if Path(name).is_file():
         return Path(name)
