@@ -213,7 +213,7 @@ def _check_transform(transform: LogitTransform, acc: torch.dtype) -> LogitTransf
 
 def _as_head(weight: Weight, bias: Tensor | None, scale: float, softcap: float | None, temperature: float) -> Head:
     if not isinstance(weight, Head):
-        return Head(weight if isinstance(weight, Tensor) else tuple(weight), bias, scale, softcap, temperature)
+        return Head(tuple(weight) if isinstance(weight, list) else weight, bias, scale, softcap, temperature)
     others = {"bias": bias is not None, "scale": scale != 1.0, "softcap": softcap is not None}
     given = [name for name, other in {**others, "temperature": temperature != 1.0}.items() if other]
     if given:
