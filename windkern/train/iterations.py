@@ -57,7 +57,7 @@ class Iterations(TrainerCallback):
     ):
         self.outer, self.evaluator, self.data, self.trainer, self.warn = outer, evaluator, data, trainer, warn
         self.config, self.world, self.observer = outer.config, outer.world, outer.observer
-        self.records = History(outer.store)
+        self.records = History(outer.store, judged=outer.plan.judged)
         self.history: list[Record] = []
         self.forget()
 
