@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.loading import Demonstration
 from windkern.train.dropout import disable_dropout
-from windkern.train.judges.judge import RewardJudge
+from windkern.train.judges.judge import JudgeError, RewardJudge
 from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import step_metrics
 from windkern.train.trainer import WindTrainer
@@ -211,7 +211,7 @@ def test_a_judge_that_fails_fails_on_all_processes(tmp_path):
 
     trainer = make_trainer(tmp_path, heldout=HELDOUT, reward=broken)
     world = trainer.policy.world = trainer.reference.world = trainer.evaluator.world = OneOfTwo(trainer.accelerator)
-    with pytest.raises(ConnectionError, match="the judge is away"):
+    with pytest.raises(JudgeError, match="the judge is away"):
         trainer.compare(2)
     assert world.told[-1] == (True, None)  # that it failed, and no result
 
@@ -235,3 +235,39 @@ def test_an_iteration_without_its_record_and_a_verdict_is_left_alone(tmp_path):
     with pytest.warns(UserWarning, match=r"verdict-0000\.json, iteration-0001/record\.json; the run goes on without"):
         trainer.train(resume_from_checkpoint=True)
     assert [record.iteration for record in trainer.history] == [2]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}}]
+)
+def test_an_evaluation_that_was_cut_off_counts_as_one_in_time(tmp_path, changes):
+    """For the best metric, and for a schedule that looks at it."""
+    settings = {"num_iterations": 4, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 1, **changes}
+    settings |= {"heldout": HELDOUT, "metric_for_best_model": "kl", "save_total_limit": None}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    trainer = make_trainer(tmp_path / "cut", **settings)
+    compare, calls = trainer.compare, []
+
+    def cut(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise ConnectionError
+        return compare(*given)
+
+    trainer.compare = cut
+    with pytest.raises(ConnectionError):
+        trainer.train()
+    again = make_trainer(tmp_path / "cut", **settings)
+    again.train(resume_from_checkpoint=True)
+    for name in ("best_metric", "best_global_step"):
+        assert getattr(again.state, name) == getattr(whole.state, name) is not None
+    rates = [[line["learning_rate"] for line in each.state.log_history if "loss" in line] for each in (whole, again)]
+    assert rates[0] == rates[1] and (len(set(rates[0])) > 1) == bool(changes)
+
+
+def test_an_evaluation_before_training_reads_nothing_of_an_earlier_run(tmp_path):
+    make_trainer(tmp_path, heldout=HELDOUT, eval_strategy="epoch", num_iterations=1).train()
+    trainer = make_trainer(tmp_path, heldout=("bus and", "very a day"))
+    found = trainer.compare(1)
+    assert [group.prompt_ids for group in found.reference] == [group.prompt_ids for group in found.policy]
