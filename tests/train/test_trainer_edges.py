@@ -15,10 +15,11 @@ from transformers import TrainerCallback
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.loading import Demonstration
 from windkern.train.dropout import disable_dropout
-from windkern.train.judges.judge import RewardJudge
+from windkern.train.judges.judge import JudgeError, RewardJudge
 from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import step_metrics
 from windkern.train.trainer import WindTrainer
+from windkern.train.world import World
 
 
 def test_one_object_trains_once(tmp_path):
@@ -173,3 +174,100 @@ def test_responses_that_are_not_fitted_are_not_in_the_metrics(tmp_path):
     assert found["residual"] == pytest.approx(0.25) and found["implied_win_rate_max"] == pytest.approx(0.5)
     everything = step_metrics(old, {**constants, "where": torch.zeros(1, 3, dtype=torch.bool)}, plan_loss(config))
     assert everything.keys() == found.keys()
+
+
+class OneOfTwo(World):
+    """The first of two processes, for which there is no work to share; what is told the other one is in `told`."""
+
+    def __init__(self, accelerator):
+        super().__init__(accelerator)
+        self.size, self.told, self.sharing = 2, [], False
+
+    def agree(self, value):
+        assert not self.sharing, "the other process has no work here, so it would never answer"
+        self.told.append(value)
+        return value
+
+    def share(self, items, work, *, together=False, done=lambda items: None):
+        self.sharing = True
+        try:
+            return [work(item) for item in items]
+        finally:
+            self.sharing = False
+
+
+def test_processes_agree_on_rows_before_they_share_out_the_scoring(tmp_path):
+    """Two held-out prompts are one batch: the second process has none, and would wait for the first in another call."""
+    trainer = make_trainer(tmp_path, heldout=HELDOUT, eval_strategy="epoch")
+    world = OneOfTwo(trainer.accelerator)
+    trainer.policy.world = trainer.reference.world = trainer.evaluator.world = world
+    assert trainer.compare(2).result.kl.mean == pytest.approx(0, abs=1e-4)
+    assert world.told.count(trainer.policy.rules) == 2  # of the policy, and of the reference
+
+
+def test_a_judge_that_fails_fails_on_all_processes(tmp_path):
+    def broken(prompts, responses):
+        raise ConnectionError("the judge is away")
+
+    trainer = make_trainer(tmp_path, heldout=HELDOUT, reward=broken)
+    world = trainer.policy.world = trainer.reference.world = trainer.evaluator.world = OneOfTwo(trainer.accelerator)
+    with pytest.raises(JudgeError, match="the judge is away"):
+        trainer.compare(2)
+    assert world.told[-1] == (True, None)  # that it failed, and no result
+
+
+@pytest.mark.parametrize("changes", [{"focus": "hardest"}, {"loss": "trajectory_balance", "replay": True}])
+def test_a_verdict_of_the_past_that_is_gone_is_named(tmp_path, changes):
+    make_trainer(tmp_path, num_iterations=1, **changes).train()
+    (tmp_path / "completions/iteration-0001/verdict-0001.json").unlink()
+    with (
+        pytest.warns(UserWarning, match=r"missing in .*: iteration-0001/verdict-0001\.json; the run goes on without"),
+        pytest.raises(FileNotFoundError, match=r"verdict-0001\.json is missing, and the run needs it"),
+    ):
+        make_trainer(tmp_path, **changes).train(resume_from_checkpoint=True)
+
+
+def test_an_iteration_without_its_record_and_a_verdict_is_left_alone(tmp_path):
+    make_trainer(tmp_path, num_iterations=1).train()
+    for name in ("record", "verdict-0000"):
+        (tmp_path / f"completions/iteration-0001/{name}.json").unlink()
+    trainer = make_trainer(tmp_path)
+    with pytest.warns(UserWarning, match=r"verdict-0000\.json, iteration-0001/record\.json; the run goes on without"):
+        trainer.train(resume_from_checkpoint=True)
+    assert [record.iteration for record in trainer.history] == [2]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}}]
+)
+def test_an_evaluation_that_was_cut_off_counts_as_one_in_time(tmp_path, changes):
+    """For the best metric, and for a schedule that looks at it."""
+    settings = {"num_iterations": 4, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 1, **changes}
+    settings |= {"heldout": HELDOUT, "metric_for_best_model": "kl", "save_total_limit": None}
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    trainer = make_trainer(tmp_path / "cut", **settings)
+    compare, calls = trainer.compare, []
+
+    def cut(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise ConnectionError
+        return compare(*given)
+
+    trainer.compare = cut
+    with pytest.raises(ConnectionError):
+        trainer.train()
+    again = make_trainer(tmp_path / "cut", **settings)
+    again.train(resume_from_checkpoint=True)
+    for name in ("best_metric", "best_global_step"):
+        assert getattr(again.state, name) == getattr(whole.state, name) is not None
+    rates = [[line["learning_rate"] for line in each.state.log_history if "loss" in line] for each in (whole, again)]
+    assert rates[0] == rates[1] and (len(set(rates[0])) > 1) == bool(changes)
+
+
+def test_an_evaluation_before_training_reads_nothing_of_an_earlier_run(tmp_path):
+    make_trainer(tmp_path, heldout=HELDOUT, eval_strategy="epoch", num_iterations=1).train()
+    trainer = make_trainer(tmp_path, heldout=("bus and", "very a day"))
+    found = trainer.compare(1)
+    assert [group.prompt_ids for group in found.reference] == [group.prompt_ids for group in found.policy]

@@ -12,6 +12,8 @@ import tiny_model
 from trainer_cases import PROMPTS, lora, make_trainer, weights_of
 
 from windkern.train.checkpoints.identity import ResumeError
+from windkern.train.data.datasets import PromptSets, prompt_sets
+from windkern.train.data.loading import Demonstration
 from windkern.train.judges.judge import Verdict
 
 
@@ -105,3 +107,25 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
 
     with pytest.raises(FileNotFoundError, match=r"model folder \./mine does not exist"):
         load_model("./mine")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("rain", 'train_dataset must hold rows, got str "rain"; put a single prompt in a list'),
+        ({"train": ["rain"], "test": ["bus"]}, "got a dict with 'train', 'test'; take one of its splits"),
+    ],
+)
+def test_a_data_set_that_is_no_list_of_rows_is_named(rows, message):
+    """A string would be a prompt for each letter, and splits a prompt for each name."""
+    with pytest.raises(TypeError, match=message):
+        prompt_sets(rows, None, demonstrations=False)
+    with pytest.raises(TypeError, match=message.replace("train_", "eval_")):
+        prompt_sets(["the"], rows, demonstrations=False)
+
+
+def test_rows_may_come_from_an_iterator():
+    pairs = [Demonstration("rain", "good"), Demonstration("bus", "bad")]
+    for wanted in (False, True):
+        found = prompt_sets(iter(pairs), iter(["day"]), demonstrations=wanted)
+        assert found == PromptSets(["rain", "bus"], pairs, ["day"])

@@ -25,8 +25,8 @@ from windkern.train.report.progress import RECORDED, Record
 class Evaluates(Protocol):
     """What evaluates the policy and calls `on_evaluate` with what it found."""
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the policy as it is now."""
+    def evaluate_late(self) -> None:
+        """Evaluate the policy as it is now, as the end of an epoch does."""
         ...
 
 
@@ -57,7 +57,7 @@ class Iterations(TrainerCallback):
     ):
         self.outer, self.evaluator, self.data, self.trainer, self.warn = outer, evaluator, data, trainer, warn
         self.config, self.world, self.observer = outer.config, outer.world, outer.observer
-        self.records = History(outer.store)
+        self.records = History(outer.store, judged=outer.plan.judged)
         self.history: list[Record] = []
         self.forget()
 
@@ -147,7 +147,7 @@ class Iterations(TrainerCallback):
             self.number, self.current, self._recorded = done, self.outer.recall(done), False
             self._mark_reference(state.global_step)
             if self.evaluated:
-                self.trainer.evaluate()
+                self.trainer.evaluate_late()
             else:
                 self._finish(state, None)
 

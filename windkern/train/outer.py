@@ -123,9 +123,7 @@ class OuterLoop:
             scored = self.world.first(lambda: self._read_scores(folder, chosen, BEGUN))
         else:
             scored = self._score(number, chosen)
-            if self.world.is_main:
-                write_json(folder / "scored.json", scored)
-            self.world.wait()
+            self.world.first(lambda: write_json(folder / "scored.json", scored))
         self._learn(number, groups, chosen, scored)
         return Iteration(
             number=number,
@@ -232,6 +230,9 @@ class OuterLoop:
             part = self.store.read(folder, block, ANEW)
             if not part:
                 path = self.store.path(folder, block.index)
+                raise FileNotFoundError(f"{path} is missing, and the run needs it; {ANEW}")
+            if self.plan.judged and part[0].prefs is None:
+                path = self.store.verdict_path(folder, block.index)
                 raise FileNotFoundError(f"{path} is missing, and the run needs it; {ANEW}")
             found += part
         return found

@@ -189,9 +189,10 @@ class Policy:
         accelerator = self.world.accelerator
         # Hazard: DDP broadcasts buffers in every forward, and processes do not score equally often. Remedy: without it.
         model = (self.wrapped if self.sharded else self.model).eval()
+        rules = self.rules  # Reason: processes agree on them, and not each of them has work to do below
 
         def work(part: list[Group]) -> list[list[float]]:
-            batch = self.batch(part).to(self.model.device)
+            batch = collate(part, self.fill, rules).to(self.model.device)
             with accelerator.autocast():
                 job = score_job(batch.targets.flatten(0, 1), self.settings.temperature, self.settings.options)
                 return self.run(model, batch, job).view(batch.shape).float().tolist()

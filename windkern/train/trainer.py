@@ -200,7 +200,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             self.policy,
             self.reference,
             self.world,
-            self.store.folder / "held-out",
+            None,  # Reason: until `train` has opened it, the output folder may be of another run
             self.observer,
             seed=self.args.seed,
             reference_responses=self.args.reference_responses,
@@ -256,6 +256,8 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         self.iterations.forget()
         with owned_by_run(self.args, self._warn):
             self.world.first(lambda: open_run(self.args, self.store, self._identity(), resume, self._warn))
+            if self.evaluator is not None:
+                self.evaluator.folder = self.store.folder / "held-out"
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
             self.iterations.catch_up(self.state)
             self.iterations.read_history(self.state)
@@ -311,6 +313,10 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluate_late(self) -> None:
+        """The evaluation at the end of an iteration that a kill cut off; schedules and the best model know of it."""
+        self._determine_best_metric(self._evaluate(None, None), None)
 
     def _warn(self, line: str) -> None:
         if isinstance(self.observer, Unobserved):

@@ -102,6 +102,3 @@ class World:
                 raise AnotherProcessError("another process has failed")
             found = [entry for _, part in parts for entry in part]
         return [result for _, result in sorted(found, key=lambda entry: entry[0])]
-
-    def wait(self) -> None:
-        self.accelerator.wait_for_everyone()

@@ -37,7 +37,7 @@ def prompt_sets(train_dataset: Iterable, eval_dataset: Iterable | None, *, demon
         demonstrations: whether the loss learns from answers that are given.
 
     Raises:
-        TypeError: a row is something else.
+        TypeError: a row is something else, or a data set is a mapping (of splits, say) or a string.
         ValueError: there are no training prompts, some are in both sets, messages are malformed, or answers are given
             for some prompts only or missing where they are wanted.
 
@@ -46,10 +46,12 @@ def prompt_sets(train_dataset: Iterable, eval_dataset: Iterable | None, *, demon
         >>> prompt_sets(rows, None, demonstrations=False).train
         ['Why?', 'How?']
     """
-    rows = [_row("train_dataset", place, row) for place, row in enumerate(train_dataset)]
-    heldout = [_row("eval_dataset", place, row)[0] for place, row in enumerate(eval_dataset or ())]
+    content = _rows("train_dataset", train_dataset)
+    rows = [_row("train_dataset", place, row) for place, row in enumerate(content)]
+    held_out = [] if eval_dataset is None else _rows("eval_dataset", eval_dataset)
+    heldout = [_row("eval_dataset", place, row)[0] for place, row in enumerate(held_out)]
     train = [prompt for prompt, _ in rows]
-    given = isinstance(next(iter(train_dataset), None), Demonstration)
+    given = any(isinstance(row, Demonstration) for row in content)
     answered = sum(answer is not None for _, answer in rows)
     if (demonstrations or given) and answered != len(rows):
         raise ValueError(
@@ -74,6 +76,18 @@ def check_prompts(train: Sequence[str], heldout: Sequence[str]) -> None:
             f"{len(both)} held-out prompts are also training prompts, e.g. {min(both)!r}; "
             "leave them out of one of the data sets"
         )
+
+
+def _rows(name: str, rows: Iterable) -> list:
+    """All rows, which may come from an iterator: they are read once."""
+    if isinstance(rows, Mapping):  # as `datasets.load_dataset` returns without split=
+        keys = ", ".join(map(repr, rows)) or "nothing"
+        raise TypeError(f"{name} must hold rows, got a {type(rows).__name__} with {keys}; take one of its splits")
+    if isinstance(rows, (str, bytes)):
+        raise TypeError(
+            f"{name} must hold rows, got {type(rows).__name__} {shown(rows)}; put a single prompt in a list"
+        )
+    return list(rows)
 
 
 def _row(name: str, place: int, row: object) -> tuple[str, str | None]:

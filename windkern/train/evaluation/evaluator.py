@@ -122,10 +122,8 @@ class Evaluator:
         ratios = self._log_ratios(ours, iteration) if self.kl else None
         texts = [[group.texts for group in groups] for groups in (ours, theirs)]
         self.observer.phase(iteration, "judging held-out responses")
-        if self.world.size == 1:
-            return Comparison(compare(self.judge, self.prompts, *texts, ratios), ours, theirs)
-        judged = compare(self.judge, self.prompts, *texts, ratios) if self.world.is_main else None
-        return Comparison(self.world.agree(judged), ours, theirs)
+        result = self.world.first(lambda: compare(self.judge, self.prompts, *texts, ratios))
+        return Comparison(result, ours, theirs)
 
     def _block_size(self, responses: int) -> int:
         return max(1, self.sampling_batch_size // responses)

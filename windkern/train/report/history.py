@@ -19,10 +19,11 @@ class History:
 
     Args:
         store: where the iterations' folders are.
+        judged: whether the responses of an iteration are judged.
     """
 
-    def __init__(self, store: GroupStore):
-        self.store = store
+    def __init__(self, store: GroupStore, *, judged: bool):
+        self.store, self.judged = store, judged
 
     def path(self, iteration: int) -> Path:
         return self.store.iteration(iteration) / "record.json"
@@ -62,8 +63,9 @@ class History:
             blocks: of an iteration.
         """
         folder = self.store.iteration(iteration)
-        wanted = [*(self.store.path(folder, block) for block in range(blocks)), folder / "scored.json"]
-        wanted.append(self.path(iteration))
+        kinds = [self.store.path, self.store.verdict_path] if self.judged else [self.store.path]
+        wanted = [path_of(folder, block) for path_of in kinds for block in range(blocks)]
+        wanted += [folder / "scored.json", self.path(iteration)]
         return [f"{path.parent.name}/{path.name}" for path in wanted if not path.is_file()]
 
     def tell_missing(self, iterations: int, blocks: int, note: Callable[[str], None]) -> None:
