@@ -109,9 +109,10 @@ def test_the_extremes_are_fitted_to_their_win_rates_against_all(tmp_path):
 
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_every_separable_loss_trains(tmp_path, name):
-    changes = {"spin": {"num_generations": 1}, "bond": {"num_generations": 3}}.get(name, {})
-    prompts = [Demonstration(prompt, "good good day") for prompt in PROMPTS] if name == "spin" else PROMPTS
-    trainer = make_trainer(tmp_path, loss=name, prompts=prompts, num_iterations=1, **changes)
+    fitted = LOSSES[name].group
+    demonstrated = fitted.kind == "demonstration"
+    prompts = [Demonstration(prompt, "good good day") for prompt in PROMPTS] if demonstrated else PROMPTS
+    trainer = make_trainer(tmp_path, loss=name, prompts=prompts, num_iterations=1, num_generations=fitted.sampled or 4)
     before = weights_of(trainer)
     trainer.train()
     losses = torch.tensor(losses_of(trainer))

@@ -12,6 +12,7 @@ import tiny_model
 from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer, weights_of
 from transformers import TrainerCallback
 
+from windkern.losses import LOSSES, Loss
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.loading import Demonstration
 from windkern.train.dropout import disable_dropout
@@ -271,3 +272,19 @@ def test_an_evaluation_before_training_reads_nothing_of_an_earlier_run(tmp_path)
     trainer = make_trainer(tmp_path, heldout=("bus and", "very a day"))
     found = trainer.compare(1)
     assert [group.prompt_ids for group in found.reference] == [group.prompt_ids for group in found.policy]
+
+
+def test_optional_tensors_of_a_loss_are_given(tmp_path, monkeypatch):
+    given = set()
+
+    def kept(logps, ref_logps=None, lengths=None, *, where=None, reduction="mean"):
+        if logps.requires_grad:  # in training, not when the arguments are tried
+            given.update(name for name, value in (("ref", ref_logps), ("lengths", lengths)) if value is not None)
+        return logps.square().mean(-1)
+
+    inputs = ("logps", "ref_logps?", "lengths?")
+    monkeypatch.setitem(LOSSES, "kept", Loss("kept", kept, "mean_i l_i^2", inputs, "", separable=True, when=""))
+    with pytest.raises(ValueError, match="ref_model must be given for loss='kept'"):
+        make_trainer(tmp_path, loss="kept", given={"ref_model": None})
+    make_trainer(tmp_path, loss="kept", num_iterations=1).train()
+    assert given == {"ref", "lengths"}

@@ -184,7 +184,7 @@ def test_scores_while_generating_are_those_of_summed_logits(family):
         attention,
         do_sample=True,
         num_return_sequences=2,
-        max_completion_length=4,
+        max_new_tokens=4,
         eos_token_id=None,
         pad_token_id=0,
         output_scores=True,

@@ -75,7 +75,9 @@ def _labels(loss: Loss, constants: dict[str, Tensor]) -> list[str]:
         return ["desirable", "", "", "undesirable"]  # the others are the same again
     if "prefs" in constants:
         return [f"win rate {rate:.2f}" for rate in constants["prefs"][0].mean(-1).tolist()]
-    return [f"reward {reward:+.1f}" for reward in constants["rewards"][0].tolist()]
+    if "rewards" in constants:
+        return [f"reward {reward:+.1f}" for reward in constants["rewards"][0].tolist()]
+    return [f"response {place + 1}" for place in range(N)]
 
 
 def curves(loss: Loss) -> list[Curve]:

@@ -20,6 +20,7 @@ REFERENCES = ("model", "adapter", "precomputed")
 SHARED_PROMPT = ("auto", "always", "never")
 LONG_PROMPTS = ("refuse", "drop", "cut")
 EVALUATED = ("win_rate", "reward", "kl")
+_FIXED = ", ".join(f"{name} {loss.group.sampled}" for name, loss in LOSSES.items() if loss.group.sampled)
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that look at an evaluation
 
 
@@ -90,7 +91,8 @@ class WindConfig(TrainingArguments):
         1, "How often an iteration's responses are gone through; divides steps_per_iteration. Default: one, as SPPO."
     )
     num_generations: int | None = setting(
-        None, "Responses sampled to each prompt, at least 2. None: 5 as SPPO; spin needs 1 and bond 3."
+        None,
+        f"Responses sampled to each prompt, at least 2. None: 5 as SPPO, or as many as the loss needs ({_FIXED}).",
     )
     fit_responses: int | None = setting(
         None,

@@ -56,7 +56,7 @@ class LossPlan:
 
     @property
     def takes_lengths(self) -> bool:
-        return "lengths" in self.loss.inputs
+        return "lengths" in self.loss.names
 
     def fitted(self, groups: Sequence[Group]) -> list[Group]:
         """The responses that are fitted, with the constants that the judge's verdict gives; log-probs come later.

@@ -109,7 +109,7 @@ class RecordedLogps:
 
 def needs_reference(config: WindConfig) -> bool:
     """Whether the loss, or the choice of prompts, asks for log pi_ref."""
-    return "ref_logps" in config.entry.inputs or config.focus == "hardest"
+    return "ref_logps" in config.entry.names or config.focus == "hardest"
 
 
 def make_reference(

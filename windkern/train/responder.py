@@ -99,7 +99,9 @@ class Responder:
         sampler = self.sampler or self.policy
         own = groups_of(sampler.sample(prompts, count, stream(seed, "sample", iteration, block)), places)
         if self.group == "anchor":
-            batch = self.policy.average.sample(prompts, 2, stream(seed, "anchor", iteration, block))
+            batch = self.policy.average.sample(
+                prompts, self.config.num_generations - 1, stream(seed, "anchor", iteration, block)
+            )
             return [mine.followed_by(its) for mine, its in zip(own, groups_of(batch, places), strict=True)]
         if self.group == "demonstration":
             tokenizer = self.policy.tokenizer

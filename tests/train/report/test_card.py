@@ -35,7 +35,12 @@ def no_network(monkeypatch):
 
 def card(**changes) -> str:
     content = {
-        "config": {"loss": "wind", "objective": "square", "eta": 5.0, "beta": 0.05, "num_iterations": 3},
+        "config": {
+            "loss": "wind",
+            "loss_kwargs": {"objective": "square", "eta": 5.0},
+            "temperature": 0.7,
+            "num_iterations": 3,
+        },
         "base_model": "Qwen/Qwen3-1.7B",
         "judge": "vader",
         "history": HISTORY,
@@ -73,7 +78,7 @@ def test_the_packaged_model_is_named_by_its_origin():
 
 
 def test_everything_is_said():
-    text = card(defaults={"num_iterations": 3, "eta": 1.0}, versions={"torch": "2.13.0"}, prompts=PROMPTS)
+    text = card(defaults={"num_iterations": 3, "temperature": 1.0}, versions={"torch": "2.13.0"}, prompts=PROMPTS)
     parts = sections(text)
     assert list(parts) == ["What was done", "Loss", "Settings", "Results", "Loading", "Versions", "Citation"]
     done = parts["What was done"]
@@ -81,9 +86,8 @@ def test_everything_is_said():
     assert LOSSES["wind"].formula in parts["Loss"] and "arXiv 2410.20727" in parts["Loss"]
     assert rows(parts["Settings"])[2:] == [
         ["`loss`", "`wind`", ""],
-        ["`objective`", "`square`", ""],
-        ["`eta`", "`5.0`", "`1.0`"],
-        ["`beta`", "`0.05`", ""],
+        ["`loss_kwargs`", "`{'objective': 'square', 'eta': 5.0}`", ""],
+        ["`temperature`", "`0.7`", "`1.0`"],
     ]
     assert rows(parts["Results"]) == [
         ["iteration", r"win\_rate", "kl", "reward"],
@@ -98,6 +102,13 @@ def test_everything_is_said():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_has_its_formula(loss):
     assert LOSSES[loss].formula in sections(card(config={"loss": loss}))["Loss"]
+
+
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.variants])
+def test_every_variant_is_named(loss):
+    argument, names = LOSSES[loss].variants
+    done = sections(card(config={"loss": loss, "loss_kwargs": {argument: names[-1]}}))["What was done"]
+    assert f"`{loss}`, {argument} `{names[-1]}`" in done
 
 
 @pytest.mark.parametrize("library", ["transformers", "peft"])

@@ -13,6 +13,7 @@ from windkern.train.judges.judge import Judge, RewardJudge, load_function, vader
 from windkern.train.judges.models import ModelPreference, ModelReward, PairJudge
 from windkern.train.judges.recorded import RecordedJudge
 
+_ALONE = {"vader": vader_judge}  # judges that a word names, by that word: strength -> judge
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,10 +49,10 @@ def load_judge(
         'math:sqrt'
     """
     kind, _, name = specification.partition(":")
-    if specification != "vader" and not name:
+    if specification not in _ALONE and not name:
         raise ValueError(
-            "judge must be vader, module:function, reward-model:NAME, pair-model:NAME, pairrm:NAME, llm:URL or "
-            f"recorded:FILE, got {specification!r}"
+            f"judge must be {', '.join(_ALONE)}, module:function, reward-model:NAME, pair-model:NAME, pairrm:NAME, "
+            f"llm:URL or recorded:FILE, got {specification!r}"
         )
     given = dict(settings or {})
     if kind in ("reward-model", "pair-model", "pairrm"):
@@ -66,8 +67,8 @@ def load_judge(
             "judge_settings belong to reward-model:NAME, pair-model:NAME, pairrm:NAME and llm:URL, got judge "
             f"{specification!r}"
         )
-    if specification == "vader":
-        return vader_judge(strength)
+    if specification in _ALONE:
+        return _ALONE[specification](strength)
     if kind == "recorded":
         return RecordedJudge(name, strength=strength)
     return RewardJudge(load_function(specification), strength=strength, name=specification)

@@ -152,7 +152,7 @@ def card_text(
     not go into the head, where the hub takes it for an id.
 
     Args:
-        config: settings of the run by name; "loss" and "objective" are explained.
+        config: settings of the run by name; "loss" is explained, and which variant "loss_kwargs" takes of it.
         base_model: folder or hub id that training started from.
         judge: who said which response wins, None where nobody did.
         history: a row of numbers for each iteration.
@@ -167,7 +167,7 @@ def card_text(
 
     Example:
         >>> text = card_text(
-        ...     config={"loss": "wind", "eta": 5.0}, base_model="gpt2", judge="vader", history=[], name="mine"
+        ...     config={"loss": "wind"}, base_model="gpt2", judge="vader", history=[], name="mine"
         ... )
         >>> text.splitlines()[:3]
         ['---', 'base_model: gpt2', 'library_name: transformers']
@@ -188,8 +188,9 @@ def card_text(
         datasets=[data_set] if data_set and _is_hub_id(data_set) else None,
         tags=list(dict.fromkeys(["windkern", "wind", loss_name])),
     )
-    objective = settings.get("objective")
-    variant = f", objective {_code(objective)}" if loss_name == "wind" and objective else ""
+    arguments = settings.get("loss_kwargs") or {}
+    varied = loss.variants[0] if loss.variants else ""
+    variant = f", {varied} {_code(arguments[varied])}" if varied in arguments else ""
     done = [f"{_code(base)}{'' if on_hub else ' (a local folder)'}, trained with the loss {_code(loss_name)}{variant}"]
     if judge is not None:
         done.append(f"judged by {_code(judge)}")
