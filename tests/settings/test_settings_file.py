@@ -320,7 +320,7 @@ def stand_in(monkeypatch):
 
 
 def test_a_run_is_made_of_file_overrides_and_command_line(written, stand_in, tmp_path):
-    path = written("model: a\ntrain_prompts: demo\neta: 1\noutput_dir: out\nuse_cpu: true\npeft: {r: 4}\n")
+    path = written("model: a\ntrain_dataset: demo\neta: 1\noutput_dir: out\nuse_cpu: true\npeft: {r: 4}\n")
     mine, trainer = run.load_settings(str(path), ["eta=3", "peft.r=8"], output_dir=tmp_path / "o", method="value")
     assert (mine.model, mine.peft, mine.method, mine.dtype) == ("a", {"r": 8}, "value", "auto")
     assert (trainer.eta, trainer.output_dir) == (3.0, str(tmp_path / "o"))
@@ -338,7 +338,7 @@ def test_the_command_names_mistakes(written, stand_in, capsys, monkeypatch, tmp_
     assert "--config must name a file or a recipe (demo, " in capsys.readouterr().err
     assert main(["train", "--config", "lora"]) == 2
     assert "no file 'lora' and no recipe of this name; recipes: demo, " in capsys.readouterr().err
-    path = written("model: a\ntrain_prompts: demo\nlerning_rate: 1\n")
+    path = written("model: a\ntrain_dataset: demo\nlerning_rate: 1\n")
     assert main(["train", "--config", str(path)]) == 2
     assert "x.yaml: unknown key 'lerning_rate'; did you mean 'learning_rate'?" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else name)

@@ -127,7 +127,7 @@ def test_both_names_of_checkpointing_are_taken_from_a_file(tmp_path, name):
     from windkern.settings.run import load_settings
 
     path = tmp_path / "x.yaml"
-    path.write_text(f"model: m\ntrain_prompts: p.txt\noutput_dir: out\nuse_cpu: true\n{name}: true\n")
+    path.write_text(f"model: m\ntrain_dataset: p.txt\noutput_dir: out\nuse_cpu: true\n{name}: true\n")
     _, config = load_settings(str(path))
     assert config.gradient_checkpointing is True
 
@@ -141,8 +141,8 @@ def test_without_tqdm_no_progress_is_shown(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("rain was\nthe bus\n")
     path = tmp_path / "x.yaml"
     path.write_text(
-        f"model: {model}\ndtype: float32\ntrain_prompts: {tmp_path / 'p.txt'}\njudge: tiny_model:goodness\n"
-        f"output_dir: {tmp_path / 'out'}\nnum_iterations: 1\nsteps_per_iteration: 1\nnum_responses: 2\n"
+        f"model: {model}\ndtype: float32\ntrain_dataset: {tmp_path / 'p.txt'}\njudge: tiny_model:goodness\n"
+        f"output_dir: {tmp_path / 'out'}\nnum_iterations: 1\nsteps_per_iteration: 1\nnum_generations: 2\n"
         "max_completion_length: 2\nuse_cpu: true\nsave_strategy: 'no'\n"
     )
     for more, lines in (("false", True), ("true", False)):
