@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -15,9 +17,12 @@ from transformers import TrainerCallback
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.loading import Demonstration
 from windkern.train.dropout import disable_dropout
+from windkern.train.evaluation.recorded import RecordedTexts
 from windkern.train.judges.judge import JudgeError, RewardJudge
 from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import step_metrics
+from windkern.train.policy import AnyPolicy, Policy, PolicyView
+from windkern.train.reference import RecordedLogps
 from windkern.train.trainer import WindTrainer
 from windkern.train.world import World
 
@@ -271,3 +276,10 @@ def test_an_evaluation_before_training_reads_nothing_of_an_earlier_run(tmp_path)
     trainer = make_trainer(tmp_path, heldout=("bus and", "very a day"))
     found = trainer.compare(1)
     assert [group.prompt_ids for group in found.reference] == [group.prompt_ids for group in found.policy]
+
+
+@pytest.mark.parametrize("kind", [Policy, PolicyView, RecordedLogps, RecordedTexts])
+def test_whatever_samples_and_scores_takes_what_a_policy_takes(kind):
+    for name in ("sample", "logps"):
+        wanted = inspect.signature(getattr(AnyPolicy, name)).parameters
+        assert inspect.signature(getattr(kind, name)).parameters == wanted, name

@@ -30,8 +30,8 @@ from windkern.train.world import World
 Advance = Callable[[int], None]  # told how many more responses are done
 
 
-def _unheard(count: int) -> None:
-    pass
+def unheard(count: int) -> None:
+    """An `Advance` that keeps what it is told to itself."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class AnyPolicy(Protocol):
         """`num_generations` independent responses to each prompt; the same seed and weights give the same responses."""
         ...
 
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = _unheard) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """(K,) log-probs of the responses of each group, nats, in batches of `batch_size` neighbours, on every process.
 
         `advance` is told how many responses have been scored.
@@ -183,7 +183,7 @@ class Policy:
         return hf.run_rows(model, batch.rows, job, padded=True)
 
     @torch.no_grad()
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = _unheard) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """See `AnyPolicy.logps`."""
         parts = [list(groups[first : first + batch_size]) for first in range(0, len(groups), batch_size)]
         accelerator = self.world.accelerator
@@ -242,7 +242,7 @@ class PolicyView:
         with self.weights():
             return self.policy.sample(prompts, num_generations, seed)
 
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = _unheard) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """See `AnyPolicy.logps`."""
         with self.weights():
             return self.policy.logps(groups, batch_size, advance)

@@ -14,7 +14,7 @@ from windkern._files import ANEW, DamagedRecordError, read_json, write_json
 from windkern.train.anchor import Anchor
 from windkern.train.config import WindConfig
 from windkern.train.groups import Group
-from windkern.train.policy import Advance, AnyPolicy, Policy, PolicyView
+from windkern.train.policy import Advance, AnyPolicy, Policy, PolicyView, unheard
 from windkern.train.samplers.sampler import Completions
 from windkern.train.sharded import shard_frozen
 
@@ -80,7 +80,7 @@ class RecordedLogps:
         if self.policy.world.is_main:
             write_json(self.path, [[place, list(tokens), logp] for (place, tokens), logp in self._table.items()])
 
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """See `AnyPolicy.logps`.
 
         Raises:

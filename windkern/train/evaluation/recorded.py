@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from windkern.train.data.records import load_records
 from windkern.train.groups import Group
-from windkern.train.policy import Advance
+from windkern.train.policy import Advance, unheard
 from windkern.train.samplers.sampler import Completions
 
 
@@ -50,7 +50,7 @@ class RecordedTexts:
             texts=tuple(tuple(texts[:num_generations]) for texts in found),
         )
 
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """Raise: texts have no log-probs (`scores` is False)."""
         raise TypeError(f"{self.path} holds texts, which have no log-probs")
 
