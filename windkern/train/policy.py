@@ -7,8 +7,8 @@ The policy that is trained, its moving average, and the reference share two meth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -101,10 +101,6 @@ class AnyPolicy(Protocol):
 
         `advance` is told how many responses have been scored.
         """
-        ...
-
-    def in_place(self) -> AbstractContextManager[nn.Module]:
-        """A context manager that yields a model with the weights of this policy, to generate with."""
         ...
 
 
@@ -203,11 +199,6 @@ class Policy:
         rows = [row for part in self.world.share(parts, work, together=self.sharded, done=done) for row in part]
         return [torch.tensor(row) for row in rows]
 
-    @contextmanager
-    def in_place(self) -> Iterator[nn.Module]:
-        """See `AnyPolicy.in_place`."""
-        yield self.model
-
     def follow(self, rate: float) -> Anchor:
         """Begin a moving average of the trained weights as they are now; `rate` as for `Anchor`."""
         self.anchor = Anchor(self.world.accelerator.unwrap_model(self.wrapped), rate)
@@ -246,9 +237,3 @@ class PolicyView:
         """See `AnyPolicy.logps`."""
         with self.weights():
             return self.policy.logps(groups, batch_size, advance)
-
-    @contextmanager
-    def in_place(self) -> Iterator[nn.Module]:
-        """See `AnyPolicy.in_place`."""
-        with self.weights():
-            yield self.policy.model

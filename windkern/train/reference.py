@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,10 +101,6 @@ class RecordedLogps:
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """Responses of the policy as it is now: those of the reference, as long as no step has been taken."""
         return self.policy.sample(prompts, num_generations, seed)
-
-    def in_place(self) -> AbstractContextManager[nn.Module]:
-        """See `AnyPolicy.in_place`."""
-        return self.policy.in_place()
 
 
 def needs_reference(config: WindConfig) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from windkern.train.data.records import load_records
 from windkern.train.groups import Group
@@ -53,7 +52,3 @@ class RecordedTexts:
     def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """Raise: texts have no log-probs (`scores` is False)."""
         raise TypeError(f"{self.path} holds texts, which have no log-probs")
-
-    def in_place(self) -> AbstractContextManager[nn.Module]:
-        """Raise: there is no model."""
-        raise TypeError(f"{self.path} holds texts, there is no model")
