@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import windkern as wk
 from benchmarks import record, timing
 from benchmarks.exact import RESPONSES, WIND
-from windkern.train.fused_head import FusedHead, loss_job
+from windkern import hf
+from windkern.train.jobs import loss_job
 
 TOKENS = 512  # of a response
 SIZES = {
@@ -81,12 +82,12 @@ def _batch(model: nn.Module, groups: int, tokens: int, device: str) -> tuple[Ten
 
 def fused_step(model: nn.Module) -> Step:
     """What `WindTrainer` does with a batch."""
-    head, loss_fn = FusedHead(model), functools.partial(wk.losses.wind, reduction="none", **WIND)
+    loss_fn = functools.partial(wk.losses.wind, reduction="none", **WIND)
 
     def step(ids: Tensor, constants: dict[str, Tensor]) -> None:
         targets = ids[:, 1:].reshape(-1, RESPONSES, ids.shape[1] - 1)
         job = loss_job(loss_fn, targets, constants, 1.0, {})
-        head(model, ids[:, :-1], torch.ones_like(ids[:, :-1]), job).backward()
+        hf.run(model, ids[:, :-1], torch.ones_like(ids[:, :-1]), job).backward()
 
     return step
 

@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from windkern._files import to_json
 from windkern.train.models import MissingPackageError, adapter_of, require
-from windkern.train.valid_json import to_json
 
 TASKS = ("gsm8k", "hellaswag", "mmlu")  # those that the WIND paper reports
 SHOTS = {"gsm8k": 5, "hellaswag": 10, "mmlu": 5}  # of the Open LLM Leaderboard, on which SPPO reports them
