@@ -57,6 +57,7 @@ def test_padded_index_and_targets_are_the_packed_ones():
     lengths = [(3, (4, 1, 0)), (2, (2, 2, 3))]
     rows = make_rows(make_layout(lengths, WIDE), *ids_of(lengths))
     index, targets = rows.padded()
+    assert rows.padded()[0] is index  # a step asks for both, one after the other
     assert index.shape == targets.shape == (6, 4)
     scored = targets != hf_layout.IGNORE_INDEX
     assert torch.equal(index[scored], rows.index) and torch.equal(targets[scored], rows.targets)

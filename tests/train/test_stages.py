@@ -147,8 +147,8 @@ def test_an_adapter_of_ones_own_is_trained_further_from_python(stage, tmp_path):
     trainer = make_trainer(tmp_path, model=model, reference="adapter", num_iterations=1, given=given)
     trainer.train()
     assert trainer.state.log_history[0]["kl_ref"] == 0 and not torch.equal(logits(model), start)
-    with trainer.reference.in_place() as reference:
-        torch.testing.assert_close(logits(reference), start)
+    with trainer.reference.weights():
+        torch.testing.assert_close(logits(trainer.model), start)
     assert not torch.equal(logits(model), start)
 
 
@@ -160,8 +160,8 @@ def test_an_adapter_that_takes_from_its_base_is_kept_as_it_began(tmp_path):
         tmp_path, model=model, reference="adapter", given={"peft_config": config, "ref_model": None}, num_iterations=1
     )
     trainer.train()
-    with trainer.reference.in_place() as reference:
-        torch.testing.assert_close(logits(reference), start, atol=1e-4, rtol=0)
+    with trainer.reference.weights():
+        torch.testing.assert_close(logits(trainer.model), start, atol=1e-4, rtol=0)
     assert trainer.state.log_history[0]["kl_ref"] == pytest.approx(0, abs=1e-5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -16,9 +18,12 @@ from windkern.losses import LOSSES, Loss
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.loading import Demonstration
 from windkern.train.dropout import disable_dropout
+from windkern.train.evaluation.recorded import RecordedTexts
 from windkern.train.judges.judge import JudgeError, RewardJudge
 from windkern.train.loss_plan import plan_loss
 from windkern.train.metrics import step_metrics
+from windkern.train.policy import AnyPolicy, Policy, PolicyView
+from windkern.train.reference import RecordedLogps
 from windkern.train.trainer import WindTrainer
 from windkern.train.world import World
 
@@ -288,3 +293,10 @@ def test_optional_tensors_of_a_loss_are_given(tmp_path, monkeypatch):
         make_trainer(tmp_path, loss="kept", given={"ref_model": None})
     make_trainer(tmp_path, loss="kept", num_iterations=1).train()
     assert given == {"ref", "lengths"}
+
+
+@pytest.mark.parametrize("kind", [Policy, PolicyView, RecordedLogps, RecordedTexts])
+def test_whatever_samples_and_scores_takes_what_a_policy_takes(kind):
+    for name in ("sample", "logps"):
+        wanted = inspect.signature(getattr(AnyPolicy, name)).parameters
+        assert inspect.signature(getattr(kind, name)).parameters == wanted, name

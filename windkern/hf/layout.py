@@ -10,6 +10,7 @@ bits. Nothing here knows a model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -233,7 +234,14 @@ class GroupRows:
         return GroupRows(**{name: change(each) if isinstance(each, Tensor) else each for name, each in fields.items()})
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """(S, R) index and targets, for ops over padded responses: -100 behind the end of a response, index 0 there."""
+        """(S, R) index and targets, for ops over padded responses: -100 behind the end of a response, index 0 there.
+
+        They are made at the first call: on a GPU the host waits for the longest response there.
+        """
+        return self._padded
+
+    @functools.cached_property
+    def _padded(self) -> tuple[Tensor, Tensor]:
         sizes = self.cu_seqlens.diff()
         longest = max(1, int(sizes.max()))
         column = torch.arange(longest, device=sizes.device)

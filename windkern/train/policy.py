@@ -7,8 +7,8 @@ The policy that is trained, its moving average, and the reference share two meth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,8 +30,8 @@ from windkern.train.world import World
 Advance = Callable[[int], None]  # told how many more responses are done
 
 
-def _unheard(count: int) -> None:
-    pass
+def unheard(count: int) -> None:
+    """An `Advance` that keeps what it is told to itself."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,11 @@ class AnyPolicy(Protocol):
         """`num_generations` independent responses to each prompt; the same seed and weights give the same responses."""
         ...
 
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = _unheard) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """(K,) log-probs of the responses of each group, nats, in batches of `batch_size` neighbours, on every process.
 
         `advance` is told how many responses have been scored.
         """
-        ...
-
-    def in_place(self) -> AbstractContextManager[nn.Module]:
-        """A context manager that yields a model with the weights of this policy, to generate with."""
         ...
 
 
@@ -183,7 +179,7 @@ class Policy:
         return hf.run_rows(model, batch.rows, job, padded=True)
 
     @torch.no_grad()
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = _unheard) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """See `AnyPolicy.logps`."""
         parts = [list(groups[first : first + batch_size]) for first in range(0, len(groups), batch_size)]
         accelerator = self.world.accelerator
@@ -202,11 +198,6 @@ class Policy:
 
         rows = [row for part in self.world.share(parts, work, together=self.sharded, done=done) for row in part]
         return [torch.tensor(row) for row in rows]
-
-    @contextmanager
-    def in_place(self) -> Iterator[nn.Module]:
-        """See `AnyPolicy.in_place`."""
-        yield self.model
 
     def follow(self, rate: float) -> Anchor:
         """Begin a moving average of the trained weights as they are now; `rate` as for `Anchor`."""
@@ -242,13 +233,7 @@ class PolicyView:
         with self.weights():
             return self.policy.sample(prompts, num_generations, seed)
 
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = _unheard) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """See `AnyPolicy.logps`."""
         with self.weights():
             return self.policy.logps(groups, batch_size, advance)
-
-    @contextmanager
-    def in_place(self) -> Iterator[nn.Module]:
-        """See `AnyPolicy.in_place`."""
-        with self.weights():
-            yield self.policy.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from windkern._files import ANEW, DamagedRecordError, read_json, write_json
 from windkern.train.anchor import Anchor
 from windkern.train.config import WindConfig
 from windkern.train.groups import Group
-from windkern.train.policy import Advance, AnyPolicy, Policy, PolicyView
+from windkern.train.policy import Advance, AnyPolicy, Policy, PolicyView, unheard
 from windkern.train.samplers.sampler import Completions
 from windkern.train.sharded import shard_frozen
 
@@ -80,7 +80,7 @@ class RecordedLogps:
         if self.policy.world.is_main:
             write_json(self.path, [[place, list(tokens), logp] for (place, tokens), logp in self._table.items()])
 
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """See `AnyPolicy.logps`.
 
         Raises:
@@ -101,10 +101,6 @@ class RecordedLogps:
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """Responses of the policy as it is now: those of the reference, as long as no step has been taken."""
         return self.policy.sample(prompts, num_generations, seed)
-
-    def in_place(self) -> AbstractContextManager[nn.Module]:
-        """See `AnyPolicy.in_place`."""
-        return self.policy.in_place()
 
 
 def needs_reference(config: WindConfig) -> bool:

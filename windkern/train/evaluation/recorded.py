@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from windkern.train.data.records import load_records
 from windkern.train.groups import Group
-from windkern.train.policy import Advance
+from windkern.train.policy import Advance, unheard
 from windkern.train.samplers.sampler import Completions
 
 
@@ -50,10 +49,6 @@ class RecordedTexts:
             texts=tuple(tuple(texts[:num_generations]) for texts in found),
         )
 
-    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance) -> list[Tensor]:
+    def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
         """Raise: texts have no log-probs (`scores` is False)."""
         raise TypeError(f"{self.path} holds texts, which have no log-probs")
-
-    def in_place(self) -> AbstractContextManager[nn.Module]:
-        """Raise: there is no model."""
-        raise TypeError(f"{self.path} holds texts, there is no model")
