@@ -46,7 +46,9 @@ class EvalSettings:
     base: str = option(MISSING, "model that it is compared with, likewise", metavar="NAME")
     prompts: str = option(MISSING, ".jsonl, .csv, .txt ... or hub:NAME[:SPLIT[:COLUMN]]", metavar="SOURCE")
     judge: str = option(
-        MISSING, "vader, MODULE:FUNCTION, reward-model:NAME, pair-model:NAME or recorded:FILE", metavar="JUDGE"
+        MISSING,
+        "vader, MODULE:FUNCTION, reward-model:NAME, pair-model:NAME, pairrm:NAME, llm:URL or recorded:FILE",
+        metavar="JUDGE",
     )
     judge_strength: float = shared("judge_strength", 1.0)
     judge_settings: dict[str, object] | None = option(

@@ -78,6 +78,7 @@ class Iterations(TrainerCallback):
     # Events of transformers.Trainer.
 
     def on_train_begin(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
+        self._mark_reference(state.global_step)
         done, inside = divmod(state.global_step, args.steps_per_iteration)
         if done >= args.num_iterations:
             self.observer.note(f"resumed: all {done} iterations are done")

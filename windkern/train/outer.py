@@ -250,7 +250,8 @@ class OuterLoop:
         if self.config.focus == "hardest":
             win_rates = torch.stack([win_rates_of(group.constants) for group in chosen])
             old, ref = (torch.tensor(scored[name]) for name in ("old_logps", "ref_logps"))
-            values = exploitability(old, ref, win_rates, self.plan.pull)
+            where = torch.stack([group.constants["where"] for group in chosen]) if self.plan.mask_truncated else None
+            values = exploitability(old, ref, win_rates, self.plan.pull, where=where)
             self.focus.update([group.place for group in chosen], values.tolist())
         if self.replay is not None:
             self._prompt_ids |= {group.place: group.prompt_ids for group in groups}

@@ -96,6 +96,8 @@ def collect(
     def judged_groups(block: Block) -> list[Group]:
         groups = known.get(block.index) or store.read(folder, block, way_out)
         if judge is not None and groups[0].prefs is None:
+            if begun:  # Reason: a judge need not say the same again, and steps have been taken on what it said
+                raise FileNotFoundError(f"{store.verdict_path(folder, block.index)} is missing; {BEGUN}")
             groups = known[block.index] = judge(block, groups)
             store.write_verdict(folder, block.index, groups)
         return groups

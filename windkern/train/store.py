@@ -19,7 +19,7 @@ from windkern._files import DamagedRecordError, read_json, write_json
 from windkern.train.groups import Group
 
 FORMAT = 2  # of a run's files; older ones are refused
-AGAIN = "delete it, and its responses are sampled and judged again, the same ones"
+AGAIN = "delete it, and what it held is sampled or judged again"
 BEGUN = (
     "the policy that made it has moved, so it cannot be made again: restore it from a copy, or delete the checkpoints "
     "inside its iteration and resume from one at the end of an iteration"

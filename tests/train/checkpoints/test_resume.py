@@ -213,6 +213,11 @@ DAMAGES = [
 ]
 
 
+def test_a_verdict_that_steps_were_taken_on_is_not_asked_for_again(whole, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"verdict-0001\.json is missing; .*" + BEGUN):
+        goes_on(whole, tmp_path, 3, lambda folder: (folder / VERDICT).unlink())
+
+
 def test_a_server_may_move_to_another_address(tmp_path):
     made = [
         make_trainer(tmp_path, sampler=f"openai:http://127.0.0.1:{port}/v1", sampler_settings={"timeout": port})
@@ -272,7 +277,7 @@ def test_what_is_gone_of_finished_iterations_is_said(whole, tmp_path):
 
 def test_a_damaged_block_that_can_be_made_again_says_so(whole, tmp_path):
     """Resumed at the end of iteration 1: the policy is the one that sampled."""
-    with pytest.raises(DamagedRecordError, match="delete it, and its responses are sampled and judged again"):
+    with pytest.raises(DamagedRecordError, match="delete it, and what it held is sampled or judged again"):
         goes_on(whole, tmp_path, 2, lambda folder: cut(folder / BLOCK))
     shutil.rmtree(tmp_path / "out")
     trainer = goes_on(whole, tmp_path, 2, lambda folder: (folder / BLOCK).unlink())
