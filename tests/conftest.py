@@ -32,19 +32,6 @@ def pytest_report_header() -> str:
     return f"CPU: {torch.backends.cpu.get_cpu_capability()} for torch, {diagnosis.cpp_extension()['in_use']} for C++"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `--dist loadgroup` tests that share a fixture of their module go to one worker, which makes it once."""
-    for item in items:
-        made = getattr(item, "_fixtureinfo", None)  # doctests have none
-        found = {} if made is None else made.name2fixturedefs
-        shared = sorted(name for name, definitions in found.items() if definitions[-1].scope == "module")
-        if shared:
-            indices = item.callspec.indices if hasattr(item, "callspec") else {}
-            places = [f"-{indices[name]}" for name in shared if name in indices]
-            item.add_marker(pytest.mark.xdist_group(item.path.stem + "".join(places)))
-
-
 @pytest.fixture(autouse=True)
 def _poisoned_memory_and_fixed_seed():
     torch.manual_seed(0)
