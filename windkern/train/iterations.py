@@ -95,7 +95,7 @@ class Iterations(TrainerCallback):
         if resumed and self.world.is_main:
             self.records.tell_missing(done, self.outer.blocks, self.warn)
         self._start, self.number = time.perf_counter(), done + 1
-        self.history = self.world.first(lambda: self.records.read(done))
+        self.read_history(state)
         self._prepare_reference(state.global_step)
         if self.outer.plan.group == "anchor" and self.outer.policy.anchor is None:
             self.outer.policy.follow(args.anchor_rate)
@@ -146,7 +146,6 @@ class Iterations(TrainerCallback):
         missing = self.records.missing(done, self.outer.blocks) if done else []
         if self.world.agree(missing) == [f"iteration-{done:04d}/record.json"]:
             self.number, self.current, self._recorded = done, self.outer.recall(done), False
-            self._mark_reference(state.global_step)
             if self.evaluated:
                 self.trainer.evaluate_late()
             else:
@@ -159,7 +158,6 @@ class Iterations(TrainerCallback):
 
     def _prepare_reference(self, step: int) -> None:
         """Do everything that needs the untrained policy: precomputed log-probs and the reference's answers."""
-        self._mark_reference(step)
         reference = self.outer.reference
         if isinstance(reference, RecordedLogps) and not reference.load():
             if step:
