@@ -2,14 +2,15 @@
 
     python -m benchmarks.host [--rows 64] [--repeats 30]
 
-Needs Triton and no GPU. Launchers, Triton's binder and its cache are the real ones; tensors are on the CPU and so small
-that a product takes about as long as it takes to hand one to a GPU. A call waits for its host where a GPU is done with
+Needs Triton and no GPU. Launchers, Triton's binder and its cache are the real ones; tensors are on the CPU, and a product
+is one of float32 so small that it takes about as long as it takes to hand one to a GPU. A call waits for its host where a GPU is done with
 a slab sooner than that: with 512 rows or small heads. What the C code of a launch takes is not in the figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -26,10 +28,29 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import windkern as wk
+from windkern.kernels import gemm
+from windkern.ops import walk
 
 HIDDEN = 16
 VOCABS = (4096, 16384)  # one that is few slabs, one that is many
 GEARS = {"trained": (True, True), "frozen head": (True, False), "scoring": (False, False)}
+
+
+class HandedOver(gemm.Products):
+    """Takes the steps of a GPU's bfloat16 products, and multiplies small float32 matrices of the same shapes."""
+
+    @staticmethod
+    @functools.cache
+    def _filled(rows: int, columns: int) -> torch.Tensor:
+        return torch.zeros(rows, columns)
+
+    def _mm(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        into = out if out.dtype == torch.float32 else self._filled(*out.shape)
+        torch.mm(self._filled(*left.shape), self._filled(*right.shape), out=into)
+        return out
+
+    def _addmm(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return total.addmm_(self._filled(*left.shape), self._filled(*right.shape))
 
 
 class Host(NamedTuple):
@@ -73,7 +94,8 @@ def measure(rows: int, vocab: int, wanted: tuple[bool, bool], repeats: int, *, c
         finally:
             inside[0] += time.perf_counter() - started
 
-    with mock_driver.installed(compiles=compiles) as driver:
+    handed = mock.patch.object(walk, "products_of", HandedOver)
+    with mock_driver.installed(compiles=compiles) as driver, handed:
         for _ in range(3):
             call()
         driver.launches.clear()

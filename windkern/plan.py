@@ -145,6 +145,49 @@ def plan(
         >>> p.gear, 6 <= p.units <= 8, p.peak_bytes <= 2 << 30
         ('trained', True, True)
     """
+    problem, budget = _asked(
+        rows,
+        hidden_size,
+        vocab_size,
+        dtype,
+        hidden_grad=hidden_grad,
+        weight_grad=weight_grad,
+        bias_grad=bias_grad,
+        entropy=entropy,
+        memory_budget=memory_budget,
+        device=device,
+        batch_invariant=batch_invariant,
+        total_rows=total_rows,
+        hidden_dtype=hidden_dtype,
+        weight_dtype=weight_dtype,
+        capped=capped,
+        backend=backend,
+    )
+    if group_rows is None:
+        return _solve(problem, budget)
+    return _solve_chunks(problem, int(rows), check_count("group_rows", group_rows, least=1), budget)
+
+
+def _asked(
+    rows: int,
+    hidden_size: int | Sequence[int],
+    vocab_size: int,
+    dtype: torch.dtype,
+    *,
+    hidden_grad: bool | Sequence[bool] = True,
+    weight_grad: bool | Sequence[bool] = True,
+    bias_grad: bool = False,
+    entropy: bool = False,
+    memory_budget: int | None = None,
+    device: str | torch.device = "cuda",
+    batch_invariant: bool = False,
+    total_rows: int | None = None,
+    hidden_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    weight_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    capped: bool = False,
+    backend: str = "auto",
+) -> tuple[Problem, int]:
+    """The problem that the arguments of `plan` describe, checked, and its budget."""
     rows = check_count("rows", rows)
     sizes = check_each("hidden_size", hidden_size, lambda name, size: check_count(name, size, least=1))
     vocab_size = check_count("vocab_size", vocab_size, least=1)
@@ -201,13 +244,11 @@ def plan(
         batch_invariant=batch_invariant,
         walk=walk,
     )
-    if group_rows is None:
-        return _solve(problem, budget)
-    return _solve_chunks(problem, rows, check_count("group_rows", group_rows, least=1), budget)
+    return problem, budget
 
 
 def _solve(problem: Problem, budget: int) -> Plan:
-    walk = _walk_of(replace(problem, rows=_planned_rows(problem)), budget)
+    walk = _planned_walk(problem, budget)
     flops = problem.flops(walk)
     return Plan(
         rows=problem.rows,
@@ -229,6 +270,10 @@ def _walk_of(problem: Problem, budget: int) -> WalkSpec:
     return problem.solve(budget)
 
 
+def _planned_walk(problem: Problem, budget: int) -> WalkSpec:
+    return _walk_of(replace(problem, rows=_planned_rows(problem)), budget)
+
+
 def _planned_rows(problem: Problem) -> int:
     """The row count whose walk is taken: on a GPU one for all within 6 %, so that ragged batches find it made."""
     if problem.products.device_type == "cpu":
@@ -238,7 +283,8 @@ def _planned_rows(problem: Problem) -> int:
 
 def planned_spec(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: Any) -> tuple:
     """The values of the plan's `WalkSpec`: all that a walk over slabs must know."""
-    return plan(rows, hidden_sizes, vocab_size, **options).walk.values()
+    problem, budget = _asked(rows, hidden_sizes, vocab_size, **options)
+    return _planned_walk(problem, budget).values()
 
 
 # Run while torch.compile traces, not traced: the search would take minutes there.

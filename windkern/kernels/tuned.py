@@ -36,7 +36,8 @@ def table(architecture: str) -> dict:
 
 def architecture(index: int | None = None) -> str:
     """sm_90 or gfx942 of a GPU, the current one unless told which; "default" where there is none."""
-    if not torch.cuda.is_available():
+    # Reason: every launch asks; torch.cuda.is_available asks the driver.
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
         return "default"
     return _architecture_of(torch.cuda.current_device() if index is None else index)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from windkern.kernels.contract import WIDEST_SLAB, Kept, Slab
-from windkern.kernels.tuned import row_warps
+from windkern.kernels.tuned import architecture, row_warps
 from windkern.transform import LogitTransform
 
 # Reason: a batch of another length moves these to other addresses; one compiled kernel must serve all of them.
@@ -22,6 +23,7 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.lru_cache(maxsize=256)
 def transform_numbers(transform: LogitTransform, dtype: torch.dtype) -> dict[str, object]:
     """The transform as kernels take it for slabs of `dtype`."""
     capped = transform.softcap is not None
@@ -56,7 +58,12 @@ def kept_pointers(kept: Kept | None, stand_in: Tensor) -> tuple[Tensor, Tensor, 
 
 def row_block(width: int) -> dict[str, object]:
     """Constants of a kernel that holds a row of a slab in registers."""
+    return _row_block(width, architecture())
+
+
+@functools.cache  # a launch waits for its host: what depends on two numbers is not found again for each slab
+def _row_block(width: int, arch: str) -> dict[str, object]:
     if width > WIDEST_SLAB:
         raise RuntimeError(f"a slab of a Triton row kernel is at most {WIDEST_SLAB} columns wide, got {width}")
     block = triton.next_power_of_2(width)
-    return {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": row_warps(block)}
+    return {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": row_warps(block, arch)}
