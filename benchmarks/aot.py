@@ -215,12 +215,11 @@ def _read_cubin(cubin: bytes, row: Row, wanted: tuple[str, ...]) -> None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = {"capture_output": True, "text": True, "check": True}
-        usage = subprocess.run([_cuobjdump(), "--dump-resource-usage", file.name], **run).stdout
-        row.registers, row.stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-        if wanted:
-            sass = subprocess.run([_cuobjdump(), "-sass", file.name], **run).stdout
-            row.instructions = {name: len(re.findall(rf"\b{re.escape(name)}\b", sass)) for name in wanted}
+        listing = ["-sass"] if wanted else []
+        command = [_cuobjdump(), "--dump-resource-usage", *listing, file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    row.registers, row.stack = (int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK"))
+    row.instructions = {name: len(re.findall(rf"\b{re.escape(name)}\b", said)) for name in wanted}
 
 
 def _read_amdgcn(text: str, row: Row, wanted: tuple[str, ...]) -> None:

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. Uninitialised memory is NaN here, so a value nobody wrote cannot pass."""
 
+import importlib.util
 import os
 
 import pytest
@@ -12,6 +13,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic pro
 
 import windkern as wk
 from windkern.commands import diagnosis
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core for each worker
