@@ -2,9 +2,10 @@
 
     python -m benchmarks.host [--rows 64] [--repeats 30]
 
-Needs Triton and no GPU. Launchers, Triton's binder and its cache are the real ones; tensors are on the CPU, and a product
-is one of float32 so small that it takes about as long as it takes to hand one to a GPU. A call waits for its host where a GPU is done with
-a slab sooner than that: with 512 rows or small heads. What the C code of a launch takes is not in the figures.
+Needs Triton and no GPU. Launchers, Triton's binder and its cache are the real ones; tensors are on the CPU, and a
+product is one of float32 so small that it takes about as long as it takes to hand one to a GPU. A call waits for its
+host where a GPU is done with a slab sooner than that: with 512 rows or small heads. What the C code of a launch takes
+is not in the figures.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. Uninitialised memory is NaN here, so a value nobody wrote cannot pass."""
 
+import gc
 import importlib.util
 import os
 
@@ -36,6 +37,18 @@ else:
 def pytest_report_header() -> str:
     """Shown without -q; tests/kernels/test_other_cpus.py reads it."""
     return f"CPU: {torch.backends.cpu.get_cpu_capability()} for torch, {diagnosis.cpp_extension()['in_use']} for C++"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no collection of garbage looks at it, and every run of the trainer asks for some."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_wait_for_a_disk(monkeypatch):
+    """A killed process loses nothing that it has written; a power cut would, and no test has one."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(autouse=True)

@@ -86,6 +86,7 @@ def run_or_hang(folder: str, resume: bool, hang_at: str | None, changes: dict) -
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
+    os.fsync = lambda handle: None  # as in conftest.py
     if hang_at is not None:
         _hang_at(hang_at, Path(folder) / "hanging")
     run = make_trainer(folder, heldout=HELDOUT, eval_strategy="epoch", **changes)

@@ -1,7 +1,7 @@
 """Triton kernels compiled ahead of time for every chip: no spills, within shared memory, tensor cores used.
 
-All of them for an H100, and the product kernel, whose tiles and instructions differ from chip to chip, for every chip. The
-others have the rest of the kernels in `make test-all` and `make aot-all`.
+All of them for an H100, and the product kernel, whose tiles and instructions differ from chip to chip, for every chip.
+The others have the rest of the kernels in `make test-all` and `make aot-all`.
 """
 
 import json
