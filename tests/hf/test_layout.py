@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 
 import pytest
@@ -79,6 +80,37 @@ def test_rows_are_cut_where_attention_would_cost_more_than_it_saves():
     assert chunks(200, 61, LayoutRules(balance=1152)) == [8]
     assert chunks(10, 2000, LayoutRules(balance=1152)) == [1] * 8
     assert chunks(1000, 500, LayoutRules(balance=4096)) == [4] * 2
+
+
+@pytest.mark.parametrize(
+    ("hidden", "prompt", "response", "count", "shared"),
+    [
+        (576, 4, 60, 2, False),  # 122 tokens instead of 126
+        (576, 8, 256, 2, False),
+        (2048, 4, 60, 2, False),
+        (576, 200, 60, 8, True),
+        (576, 60, 60, 2, True),
+        (2048, 240, 60, 2, True),
+    ],
+)
+def test_rows_are_shared_only_where_arithmetic_promises_a_gain(hidden, prompt, response, count, shared):
+    """With the balance of SmolLM2 and of Llama-3.2-1B."""
+    rules = LayoutRules(balance=3 * hidden)
+    layout = make_layout([(prompt, [response] * count)], rules)
+    assert layout.is_shared == shared
+    together, alone = prompt + count * (response - 1), prompt + response - 1
+    ratio = together * (1 + together / (3 * hidden)) / (count * alone * (1 + alone / (6 * hidden)))
+    assert (ratio <= 15 / 16) == shared
+    assert make_layout([(prompt, [response] * count)], dataclasses.replace(rules, by_cost=False)).is_shared
+
+
+def test_always_counts_no_cost_but_keeps_masks_small():
+    lengths = [(10, [2000] * 8)]
+    rules = LayoutRules(balance=1152, by_cost=False)
+    sizes = [row[0].stop - row[0].start for row in make_layout(lengths, rules).rows]
+    assert sizes == [3, 3, 2]
+    assert 5 * 6007**2 <= rules.mask_budget < 5 * 8006**2  # 3 responses fit, 4 do not
+    assert len(make_layout(lengths, LayoutRules(balance=1152)).rows) == 8
 
 
 def test_rows_are_cut_where_masks_would_be_too_large():

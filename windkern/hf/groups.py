@@ -47,7 +47,8 @@ from windkern.ops.logprobs import token_logps
 from windkern.ops.sequence import sequence_logps
 
 SHARED_PROMPT = ("auto", "always", "never")
-# Times the hidden size. By counting operations it is 6, and attention with a mask reaches half of the rate of products.
+# A layer has about 12 H^2 weights, so a token takes 24 H^2 operations there, and 4 A with each other token of its row,
+# A = heads x size of a head: 6 H^2 / A tokens. Attention with a mask reaches half of the rate of products.
 _BALANCE = 3
 Job = Callable[[CausalLM, Tensor], Tensor]
 Result = TypeVar("Result")
@@ -68,7 +69,8 @@ def layout_rules(
 
     Args:
         model: as `windkern.hf.run`.
-        shared_prompt: "auto" shares where it is exact, "never" does not, "always" raises where it is not exact.
+        shared_prompt: "auto" shares where it is exact and costs less by arithmetic, "never" does not, "always" shares
+            at any cost and raises where it is not exact.
         mask_budget: bytes that masks (and the scores that eager attention keeps) of one row may take; longer rows are
             cut into fewer responses each.
         row_tokens: pack neighbouring groups into rows of up to so many tokens.
@@ -101,8 +103,22 @@ def layout_rules(
         pair_bytes = target.base.dtype.itemsize * (
             len(sharing.form.kinds) + 2 * config.num_attention_heads * config.num_hidden_layers
         )
-    balance = _BALANCE * config.hidden_size
-    return LayoutRules(True, balance, pair_bytes, mask_budget, row_tokens, sharing.relative)
+    return LayoutRules(
+        balance=_balance_of(config),
+        pair_bytes=pair_bytes,
+        mask_budget=mask_budget,
+        row_tokens=row_tokens,
+        relative=sharing.relative,
+        by_cost=shared_prompt == "auto",
+    )
+
+
+def _balance_of(config: object) -> int:
+    """Tokens of a row at which attention takes as long as the rest of a layer."""
+    hidden = config.hidden_size
+    head = getattr(config, "head_dim", None)
+    attended = hidden if head is None else head * config.num_attention_heads
+    return max(1, _BALANCE * hidden * hidden // attended)
 
 
 def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = False) -> Tensor:
@@ -184,8 +200,8 @@ def group_logps(
 
     A group is one row [prompt, response 1, .., response N] with positions that restart after the prompt and a mask that
     keeps the responses apart (inside it, sliding windows and chunks): P + N (R - 1) tokens instead of N (P + R). It is
-    exact but for rounding. Rows that would cost more than they save, or whose masks are too large, are cut; arithmetic
-    decides, see `make_layout`.
+    exact but for rounding. Rows that would cost more than they save, or whose masks are too large, are cut into fewer
+    responses each; arithmetic decides, see `make_layout`.
 
     Whether a model follows such masks and positions is seen once, by calling it on a few tokens in its own dtype:
     hidden states, and a gradient where nothing is sharded, must be those of rows of their own, as far as rounding goes.
@@ -197,7 +213,7 @@ def group_logps(
         prompt_ids: B lists of token ids, none empty.
         completion_ids: B lists of N lists of token ids, the end token included. An empty one has log-prob 0.
         temperature: divides the logits last, so that completions drawn at that temperature are scored as drawn.
-        shared_prompt: "auto", "never", or "always", which raises where it is not exact.
+        shared_prompt: "auto", "never", or "always", which raises where it is not exact and does not count the cost.
         per_token: return (B, N, R), R the longest response, 0 behind the end of a shorter one.
         mask_budget, row_tokens: see `layout_rules`.
         memory_budget, batch_invariant, backend: see `windkern.token_logps`. With `batch_invariant` the head's part of a

@@ -23,6 +23,8 @@ from windkern._checks import check_count
 
 IGNORE_INDEX = -100
 MASK_BUDGET = 256 << 20
+# Rows are shared only where arithmetic promises at least this part of the cost, since it is that far from the clock.
+LEAST_GAIN = 1 / 16
 Lengths = tuple[tuple[int, tuple[int, ...]], ...]  # of each group: its prompt, and its N responses
 
 
@@ -38,6 +40,7 @@ class LayoutRules:
         mask_budget: bytes that the pairs of one row may take, unless the rows it stands for take more.
         row_tokens: neighbouring groups are packed into rows of up to so many tokens; 0 gives each group its own rows.
         relative: whether positions matter to the model by their differences alone. No row depends on it.
+        by_cost: whether responses share a row only where that costs less; else wherever masks are not too large.
     """
 
     shared: bool = True
@@ -46,6 +49,7 @@ class LayoutRules:
     mask_budget: int = MASK_BUDGET
     row_tokens: int = 0
     relative: bool = False
+    by_cost: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("balance", 1), ("pair_bytes", 1), ("mask_budget", 0), ("row_tokens", 0)):
@@ -115,8 +119,9 @@ def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules
         cost of a row of L tokens = L (1 + L / balance), half of the second term where plain causal attention does
         allowed: L^2 pair_bytes <= max(mask_budget, the same of the rows of one response it stands for)
 
-    A group is cut into equal numbers of responses, in their order. Rows are padded to the longest: where that costs
-    more than rows of one response each, these are taken.
+    A group is cut into equal numbers of responses, in their order. Rows are padded to the longest. Where all of them
+    save less than `LEAST_GAIN` of what rows of one response each cost, these are taken: short prompts save few tokens,
+    and long responses in one row look at many pairs. Without `by_cost` rows are as few as masks allow.
 
     Args:
         lengths: for each group the length of its prompt, at least 1, and of its responses.
@@ -148,7 +153,9 @@ def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules
     if rules.row_tokens:
         rows = _packed(fixed, rows, rules)
     shared = GroupLayout(fixed, tuple(rows))
-    return shared if _padded_cost(shared, rules) < _padded_cost(apart, rules) else apart
+    if not rules.by_cost:
+        return shared
+    return shared if _padded_cost(shared, rules) <= (1 - LEAST_GAIN) * _padded_cost(apart, rules) else apart
 
 
 def _padded_cost(layout: GroupLayout, rules: LayoutRules) -> float:
@@ -162,7 +169,7 @@ def _cut(lengths: Lengths, group: int, rules: LayoutRules) -> tuple[Piece, ...]:
     best, least = _in_chunks(group, count, 1), math.inf
     for size in range(count, 0, -1):  # Reason: of equal costs the fewer rows
         pieces = _in_chunks(group, count, size)
-        cost = sum(_cost(lengths, piece, rules) for piece in pieces)
+        cost = sum(_cost(lengths, piece, rules) for piece in pieces) if rules.by_cost else len(pieces)
         if cost < least and all(_is_allowed(lengths, piece, rules) for piece in pieces):
             best, least = pieces, cost
     return best

@@ -94,8 +94,8 @@ def use(
         trainer: a `trl.DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` or `KTOTrainer`, or an instance of a subclass of one;
             already constructed. `precompute_ref_log_probs=True` has then been done by TRL.
         shared_prompt: whether rows of a batch with the same prompt (chosen and rejected, generations of one prompt) run
-            the body once on it: "auto" where it is exact, "never", or "always", which raises where it is not; see
-            `windkern.hf.group_logps`.
+            the body once on it: "auto" where it is exact and costs less, "never", or "always", which raises where it is
+            not exact; see `windkern.hf.group_logps`.
         memory_budget, batch_invariant, backend: see `windkern.token_logps`.
 
     Returns:

@@ -187,8 +187,8 @@ class WindConfig(TrainingArguments):
     shared_prompt: str = setting(
         "auto",
         "Whether the body runs once on a prompt for all its responses when they are scored and fitted: auto (where the "
-        "model computes the same then, which is looked at once), always (an error where it does not) or never. "
-        "Default: it is exact and saves time.",
+        "model computes the same then, which is checked once, and it costs less), always (an error if the model "
+        "does not) or never. Default: it is exact and saves time.",
         choices=SHARED_PROMPT,
     )
     focus: str = setting(
