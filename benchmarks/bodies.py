@@ -1,15 +1,19 @@
 """The prompt once for N responses: scoring and a fit step, shared, unshared and through TRL, in the same process.
 
-    python -m benchmarks.bodies [--device cuda] [--models smollm2 stack] [--samples 3] [--out FILE]
+    python -m benchmarks.bodies [--device cuda] [--models smollm2 stack] [--minutes 8] [--append] [--out FILE]
 
-Writes JSON into benchmarks/results/ and the picture docs/img/bodies.png. A step is forward and backward of all weights
-for a given upstream on the log-probs, as every loss has one. "trl" is the path of TRL's DPO (two responses) and GRPO
-(eight): rows of prompt and response, padded, through the model with TRL's fused head.
+Writes JSON into benchmarks/results/ after each cell, and the picture docs/img/bodies.png; run again, it goes on where
+it was stopped. A step is forward and backward of all weights for a given upstream on the log-probs, as every loss has
+one. "shared" shares at any cost (`shared_prompt="always"`); `chosen` in a row says whether "auto" would. "trl" is the
+path of TRL's DPO (two responses) and GRPO (eight): rows of prompt and response, padded, through the model with TRL's
+fused head.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,22 +22,21 @@ import torch
 from torch import Tensor, nn
 
 import windkern as wk
-from benchmarks import record, timing
+from benchmarks import bodies_report, record, timing
 from benchmarks.step import SIZES
 from windkern import hf
 
 RESPONSE = 60
-CASES = (*((prompt, count) for count in (2, 8) for prompt in (15, 60, 240)), (200, 8))
-ROWS = 8  # sequences in a batch
-WORK = ("score", "step")
-PROVIDERS = ("shared", "unshared", "trl")
+# Lengths of a prompt and numbers of responses, in the order they are measured in; a batch is one group.
+CASES = ((200, 8), *((prompt, count) for count in (8, 2) for prompt in (15, 60, 240)))
+WORK = {"score": 1, "step": 3}  # and how much of the forward's operations each takes
+MODELS = ("smollm2", "stack", "1b", "tiny")
 PICTURE = record.ROOT / "docs" / "img" / "bodies.png"
-COLOURS = {"smollm2": "#1f5f8b", "stack": "#b0533b", "tiny": "#7f9fb8"}
 Ids = tuple[list[list[int]], list[list[list[int]]]]
 
 
 def make_model(name: str, device: str) -> nn.Module:
-    """SmolLM2-135M, two layers of Llama-3.2-1B at random with a vocabulary of 32000, or a tiny one."""
+    """SmolLM2-135M; Llama-3.2-1B at random, whole or two layers of it with a vocabulary of 32000; or a tiny one."""
     if name == "smollm2":
         from windkern.train.models import PACKAGED, load_model
 
@@ -42,8 +45,9 @@ def make_model(name: str, device: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = SIZES["tiny"] if name == "tiny" else {**SIZES["1b"], "num_hidden_layers": 2, "vocab_size": 32000}
-    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).to(device)
+    shape = {**SIZES["1b"], "num_hidden_layers": 2, "vocab_size": 32000} if name == "stack" else SIZES[name]
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     return (model if device == "cpu" else model.bfloat16()).eval()
 
 
@@ -53,8 +57,7 @@ def make_ids(vocab: int, prompt: int, count: int) -> Ids:
     def ids(size: int) -> list[int]:
         return torch.randint(3, vocab, (size,), generator=random).tolist()
 
-    groups = ROWS // count
-    return [ids(prompt) for _ in range(groups)], [[ids(RESPONSE) for _ in range(count)] for _ in range(groups)]
+    return [ids(prompt)], [[ids(RESPONSE) for _ in range(count)]]
 
 
 def ours(model: nn.Module, ids: Ids, way: str) -> Callable[[], Tensor]:
@@ -83,7 +86,7 @@ def trl(model: nn.Module, ids: Ids) -> Callable[[], Tensor]:
 
 def calls_of(model: nn.Module, ids: Ids, work: str) -> dict[str, Callable[[], Tensor]]:
     """What is timed, by provider; each returns the log-probs."""
-    upstream = torch.linspace(-1, 1, ROWS, device=model.device).view(len(ids[0]), -1)
+    upstream = torch.linspace(-1, 1, len(ids[1][0]), device=model.device)
 
     def measured(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def score() -> Tensor:
@@ -98,6 +101,9 @@ def calls_of(model: nn.Module, ids: Ids, work: str) -> dict[str, Callable[[], Te
 
         return score if work == "score" else step
 
+    if work == "step":
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # Reason: each step begins and ends with gradients
     found = {"shared": measured(ours(model, ids, "always")), "unshared": measured(ours(model, ids, "never"))}
     try:
         found["trl"] = measured(trl(model, ids))
@@ -106,99 +112,120 @@ def calls_of(model: nn.Module, ids: Ids, work: str) -> dict[str, Callable[[], Te
     return found
 
 
-def tokens_of(model: nn.Module, ids: Ids) -> dict[str, int]:
-    """What the body sees, by provider."""
+def layouts_of(model: nn.Module, ids: Ids) -> tuple[dict[str, int], bool]:
+    """Tokens that the body sees, by provider; and whether "auto" shares."""
     lengths = hf.lengths_of(*ids)
-    shared = hf.make_layout(lengths, hf.layout_rules(model)).tokens
-    apart = hf.make_layout(lengths, hf.LayoutRules(shared=False)).tokens
-    return {"shared": shared, "unshared": apart, "trl": apart + ROWS}
+    shared = hf.make_layout(lengths, hf.layout_rules(model, shared_prompt="always"))
+    apart = hf.make_layout(lengths, hf.LayoutRules(shared=False))
+    chosen = hf.make_layout(lengths, hf.layout_rules(model)).is_shared
+    rows = len(apart.rows)
+    return {"shared": shared.tokens, "unshared": apart.tokens, "trl": apart.tokens + rows}, chosen
 
 
-def run_case(
-    name: str, model: nn.Module, prompt: int, count: int, samples: int, results: record.Results, device: str
+def measure_cell(
+    calls: dict[str, Callable[[], Tensor]], seconds: float, device: str
+) -> tuple[dict[str, list[float]], dict[str, int | None]]:
+    """Samples in seconds and peak bytes by provider, in rounds over the providers, in about so many seconds.
+
+    Raises:
+        RuntimeError: their log-probs differ by more than rounding.
+    """
+    samples: dict[str, list[float]] = {}
+    peaks: dict[str, int | None] = {}
+    values: dict[str, Tensor] = {}
+    firsts: dict[str, float] = {}
+    for provider, call in calls.items():
+        if device != "cpu":
+            call()  # which compiles kernels
+        firsts[provider], peaks[provider], values[provider] = timing.measure(call, device)
+        samples[provider] = [firsts[provider]] if firsts[provider] > timing.LONG_CALL else []
+    size = float(values["unshared"].abs().max())
+    for provider, value in values.items():
+        gap = float((value - values["unshared"]).abs().max()) / size
+        if not gap <= (1e-4 if device == "cpu" else 0.02):
+            raise RuntimeError(f"{provider} differs from unshared by {gap:.3g} of the size of a log-prob")
+    values.clear()
+    share = (seconds - sum(firsts.values())) / len(calls)
+    counts = {
+        name: timing.further_samples(first, share, min(firsts.values())) if first <= max(share, timing.LONG_CALL) else 0
+        for name, first in firsts.items()
+    }
+    for name, taken in timing.interleave(calls, counts, device=device).items():
+        samples[name] += taken
+    for name in timing.disputed(samples):
+        samples[name].append(timing.timed(calls[name], device)[0])
+    return samples, peaks
+
+
+def run_cell(
+    name: str, model: nn.Module, prompt: int, count: int, work: str, seconds: float, results: record.Results
 ) -> None:
+    """Measure one case and kind of work, and write it."""
+    device = model.device.type
     ids = make_ids(model.config.vocab_size, prompt, count)
-    tokens = tokens_of(model, ids)
-    for work in WORK:
-        calls, peaks, values = calls_of(model, ids, work), {}, {}
-        for provider, call in calls.items():
-            call()
-            measured = timing.measure(call, device)
-            peaks[provider], values[provider] = measured.peak_bytes, measured.result
-        size = float(values["unshared"].abs().max())
-        for provider, value in values.items():
-            gap = float((value - values["unshared"]).abs().max()) / size
-            if not gap <= (1e-4 if device == "cpu" else 0.02):
-                raise RuntimeError(f"{provider} differs from unshared by {gap:.3g} of the size of a log-prob")
-        timings = timing.interleave(calls, dict.fromkeys(calls, samples), device=device)
-        for provider in calls:
-            row: dict[str, Any] = {
-                "case": f"bodies-{name}-p{prompt}-r{RESPONSE}-n{count}-{work}",
-                "provider": provider,
-                "status": "ok",
-                "complete": True,
-                "model": name,
-                "prompt": prompt,
-                "response": RESPONSE,
-                "n": count,
-                "work": work,
-                "tokens": tokens[provider],
-                "peak_bytes": peaks[provider],
-                **timing.summary(timings[provider]),
-                "reproduce": f"python -m benchmarks.bodies --device {device} --models {name}",
-            }
-            results.put(row)
-            print(
-                f"{name:8s} P={prompt:4d} R={RESPONSE} N={count} {work:6s} {provider:9s} {tokens[provider]:6d} tokens "
-                f"{row['median_s']:8.3f} s {(peaks[provider] or 0) / 2**20:8.0f} MiB "
-                f"{timing.summary(timings['unshared'])['median_s'] / row['median_s']:5.2f} x",
-                flush=True,
-            )
+    tokens, chosen = layouts_of(model, ids)
+    samples, peaks = measure_cell(calls_of(model, ids, work), seconds, device)
     model.zero_grad(set_to_none=True)
+    gc.collect()
+    unshared = timing.summary(samples["unshared"])["median_s"]
+    for provider, taken in samples.items():
+        row: dict[str, Any] = {
+            "case": case_of(name, prompt, count, work),
+            "provider": provider,
+            "status": "ok",
+            "complete": True,
+            "model": name,
+            "prompt": prompt,
+            "response": RESPONSE,
+            "n": count,
+            "work": work,
+            "tokens": tokens[provider],
+            "chosen": chosen,
+            "peak_bytes": peaks[provider],
+            **timing.summary(taken),
+            "reproduce": f"python -m benchmarks.bodies --device {device} --models {name} --cases {prompt}x{count}",
+        }
+        results.put(row)
+        print(
+            f"{name:8s} P={prompt:4d} R={RESPONSE} N={count} {work:6s} {provider:9s} {tokens[provider]:6d} tokens "
+            f"{row['median_s']:8.3f} s {(peaks[provider] or 0) / 2**20:8.0f} MiB {unshared / row['median_s']:5.2f} x",
+            flush=True,
+        )
     results.save()
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """How much faster sharing is, over P / R."""
-    import matplotlib
+def case_of(name: str, prompt: int, count: int, work: str) -> str:
+    return f"bodies-{name}-p{prompt}-r{RESPONSE}-n{count}-{work}"
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    times = {(row["case"], row["provider"]): row["median_s"] for row in rows}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-    for axis, work in zip(axes, WORK, strict=True):
-        for (name, count), style in {
-            (row["model"], row["n"]): "o-" if row["n"] == 8 else "o--" for row in rows
-        }.items():
-            mine = [row for row in rows if (row["model"], row["n"], row["work"]) == (name, count, work)]
-            mine = sorted((row for row in mine if row["provider"] == "shared"), key=lambda row: row["prompt"])
-            axis.plot(
-                [row["prompt"] / row["response"] for row in mine],
-                [times[row["case"], "unshared"] / row["median_s"] for row in mine],
-                style,
-                color=COLOURS[name],
-                label=f"{name}, N = {count}",
-                ms=4,
-            )
-        axis.axhline(1, color="#999999", lw=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_title({"score": "scoring", "step": "forward and backward"}[work], loc="left", fontsize=10)
-        axis.set_xlabel("length of prompt / length of response")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("times faster than unshared")
-    axes[0].legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def run(models: list[str], cases: list[tuple[int, int]], minutes: float, results: record.Results, device: str) -> None:
+    """All cells that are not there yet, in the time; each gets the part of the time left that its operations are."""
+    deadline = time.monotonic() + 60 * minutes
+    cells = [(name, *case, work) for case in cases for name in models for work in WORK]
+    cells = [cell for cell in cells if not results.is_complete(case_of(*cell), "unshared")]
+    made = {name: make_model(name, device) for name in models if any(cell[0] == name for cell in cells)}
+    costs = [count * (prompt + RESPONSE) * WORK[work] for _, prompt, count, work in cells]
+    for place, (name, prompt, count, work) in enumerate(cells):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            print(f"no time left for {', '.join(case_of(*cell) for cell in cells[place:])}", flush=True)
+            return
+        seconds = left * costs[place] / sum(costs[place:])
+        run_cell(name, made[name], prompt, count, work, seconds, results)
+
+
+def _case(text: str) -> tuple[int, int]:
+    prompt, count = map(int, text.split("x"))
+    return prompt, count
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--models", nargs="+", choices=tuple(COLOURS), default=("smollm2", "stack"))
-    parser.add_argument("--cases", nargs="+", default=[f"{prompt}x{count}" for prompt, count in CASES], metavar="PxN")
-    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2", "stack"])
+    parser.add_argument("--cases", nargs="+", type=_case, default=list(CASES), metavar="PxN")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all cells together (default: 8)")
+    parser.add_argument("--append", action="store_true", help="add to a file that other code has made")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args(arguments)
@@ -206,13 +233,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda needs a GPU that torch can use, and there is none")
     path = options.out or record.default_path("bodies", options.device)
     kind = "bodies" if options.device == "cpu" else "bodies-gpu"
-    results = record.Results(path, kind, {"samples": options.samples}, append=True, device=options.device)
-    for name in options.models:
-        model = make_model(name, options.device)
-        for case in options.cases:
-            prompt, count = map(int, case.split("x"))
-            run_case(name, model, prompt, count, options.samples, results, options.device)
-    plot(results.data["rows"], options.picture)
+    settings = {"minutes": options.minutes, "response": RESPONSE}
+    try:
+        results = record.Results(path, kind, settings, append=options.append, device=options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    run(options.models, options.cases, options.minutes, results, options.device)
+    bodies_report.draw(results.data, options.picture)
     return 0
 
 

@@ -114,6 +114,14 @@ FIRST = (
         lambda results, seconds: _module("step", "--out", results / "step.json", "--minutes", _minutes(seconds)),
     ),
     Step(
+        "bodies",
+        45,
+        lambda results, seconds: _module(
+            *("bodies", "--device", "cuda", "--models", "1b", "--cases", "200x8", "--minutes", _minutes(seconds)),
+            *("--append", "--out", results / "bodies.json", "--picture", results / "bodies.png"),
+        ),
+    ),
+    Step(
         "pairs",
         40,
         lambda results, seconds: _module(

@@ -2,8 +2,8 @@
 
     python -m benchmarks.readme [--page FILE ...] [--results FOLDER] [--check]
 
-Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, cpu, masked, gpu
-and errors. --check writes nothing and exits with 1 if the tables are out of date.
+Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, cpu, masked, gpu,
+errors and bodies. --check writes nothing and exits with 1 if the tables are out of date.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import record, tables
+from benchmarks import bodies_report, record, tables
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/concepts/numerics.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/concepts/numerics.md", "docs/shared_prompts.md")
 SECTIONS = {
     "summary": ("speed", tables.markdown_summary),
     "cpu": ("speed", tables.markdown_speed),
     "masked": ("speed-masked", tables.markdown_speed),
     "gpu": ("speed-gpu", tables.markdown_speed),
     "errors": ("errors", tables.markdown_errors),
+    "bodies": ("bodies", bodies_report.markdown),
 }
 
 
