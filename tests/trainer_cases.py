@@ -61,6 +61,21 @@ def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), 
     )
 
 
+def sharing_seen(monkeypatch) -> list[bool]:
+    """Of each batch that a policy scores or fits from now on: whether responses share rows."""
+    from windkern.train import policy
+
+    collate, seen = policy.collate, []
+
+    def spy(groups, fill, rules):
+        batch = collate(groups, fill, rules)
+        seen.append(batch.rows.is_shared)
+        return batch
+
+    monkeypatch.setattr(policy, "collate", spy)
+    return seen
+
+
 def assert_has_not_moved(*divergences: float) -> None:
     """Mean log-ratios, nats, of a policy to itself: of its responses, scored once with gradients and once without.
 

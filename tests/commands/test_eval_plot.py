@@ -13,6 +13,7 @@ for package in ("rich", "matplotlib", "safetensors"):
     pytest.importorskip(package)
 
 import tiny_model  # noqa: E402
+from trainer_cases import sharing_seen  # noqa: E402
 
 from windkern.commands import evaluate as evaluation  # noqa: E402
 from windkern.commands.cli import main  # noqa: E402
@@ -48,7 +49,9 @@ def test_two_models_are_sampled_judged_and_shown(inputs, tmp_path, capsys, monke
     monkeypatch.setenv("COLUMNS", "120")
     output = tmp_path / "eval"
     options = ("--num-generations", "4", "--judge-strength", "6", "--dtype", "float32", "--batch-size", "8")
+    shared = sharing_seen(monkeypatch)
     assert main(command(inputs, output, str(inputs / "other"), str(inputs / "base"), *options)) == 0
+    assert any(shared) and len(shared) == 6  # three batches of two prompts, under both models
     shown = capsys.readouterr().out
     content = json.loads((output / "eval.json").read_text())
     assert content["kind"] == "eval" and content["settings"]["num_generations"] == 4

@@ -11,7 +11,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import tiny_model
-from trainer_cases import HELDOUT, PROMPTS, assert_has_not_moved, lora, make_config, make_trainer, weights_of
+from trainer_cases import (
+    HELDOUT,
+    PROMPTS,
+    assert_has_not_moved,
+    lora,
+    make_config,
+    make_trainer,
+    sharing_seen,
+    weights_of,
+)
 
 from windkern import hf
 from windkern.losses import LOSSES
@@ -75,9 +84,11 @@ def test_log_probs_are_those_of_plain_torch_and_completions_only(tmp_path, tempe
         assert got == pytest.approx(want, abs=1e-4)
 
 
-def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
-    gradients = []
-    for name, size in (("big", 8), ("small", 1), ("middle", 2)):
+def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path, monkeypatch):
+    """And those of rows of one response each."""
+    gradients, seen = [], sharing_seen(monkeypatch)
+    for name, size, way in (("big", 8, "auto"), ("small", 1, "auto"), ("middle", 2, "auto"), ("apart", 8, "never")):
+        seen.clear()
         trainer = make_trainer(
             tmp_path / name,
             num_iterations=1,
@@ -87,9 +98,11 @@ def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
             optim="sgd",
             learning_rate=1e-2,
             max_grad_norm=1e9,
+            shared_prompt=way,
         )
         before = weights_of(trainer)
         trainer.train()
+        assert any(seen) == (way == "auto")
         gradients.append({name: value - before[name] for name, value in weights_of(trainer).items()})
     for other in gradients[1:]:
         for name, value in gradients[0].items():
