@@ -16,6 +16,8 @@ from test_hf import FAMILIES, SMALL, VOCAB, build  # noqa: E402
 from windkern import fused_loss, hf, losses  # noqa: E402
 from windkern.hf import call as hf_call  # noqa: E402
 from windkern.hf import groups as hf_groups  # noqa: E402
+from windkern.hf import masks as hf_masks  # noqa: E402
+from windkern.hf import shared_check  # noqa: E402
 from windkern.hf.shared_check import sharing_of  # noqa: E402
 
 # What attention is here for; windows and chunks are shorter than the rows.
@@ -94,12 +96,33 @@ def test_values_and_gradients_are_those_of_responses_alone(kind, attention):
     assert_same(model, hf.group_logps(model, *given, shared_prompt="always"), by_logits(model, *given))
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers about their own masks, and of the eager form
+@pytest.mark.parametrize("kind", ["Qwen2", "Mistral", "Gemma3, windows"])
+def test_block_masks_of_flex_attention_are_the_dense_ones(kind, monkeypatch):
+    """Its eager form, on a CPU: no compiler, and no backward."""
+    monkeypatch.setattr(hf_masks, "FLEX_DEVICES", ("cpu",))
+    flex, dense, given = make(kind, "flex_attention"), make(kind, "sdpa"), groups()
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        got = hf.group_logps(flex, *given, shared_prompt="always", row_tokens=64)
+        torch.testing.assert_close(got, by_logits(dense, *given), rtol=1e-4, atol=1e-4)
+        shared_check._seen.pop(flex)
+        monkeypatch.setattr(hf_masks, "seen", lambda rows, row, query, key: query >= key)
+        assert "in one row, where rounding takes" in sharing_of(hf_call.find(flex)).reason
+
+
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_n_packing_and_cuts_change_nothing(count):
     model, given = make("Qwen2", "sdpa"), groups(count)
     for options in ({}, {"row_tokens": 64}, {"mask_budget": 600}, {"shared_prompt": "never"}):
         want = by_logits(model, *given, temperature=0.7)
         assert_same(model, hf.group_logps(model, *given, temperature=0.7, **options), want)
+
+
+def test_wide_attention_makes_long_rows_dearer():
+    """4 heads: of 8 in Llama, as wide as the hidden size of 32; of 16 here, twice as wide."""
+    config = transformers.Qwen3Config(**{**SMALL, "head_dim": 16})
+    narrow, wide = hf.layout_rules(make("Llama")), hf.layout_rules(transformers.Qwen3ForCausalLM(config).eval())
+    assert (narrow.balance, wide.balance) == (96, 48)
 
 
 def test_per_token_adds_up_and_ends_in_zeros():
@@ -201,12 +224,13 @@ def test_scoring_and_fitting_the_same_rows_give_the_same_bits():
     assert torch.equal(torch.cat(seen), old)
 
 
-def test_where_it_does_not_hold_the_plain_rows_run_and_the_log_says_so_once(caplog):
+def test_where_it_does_not_hold_the_plain_rows_run_and_the_log_says_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(shared_check, "_said", set())
     torch.manual_seed(0)
     config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4)
-    model, given = transformers.BloomForCausalLM(config).eval(), groups()
+    (policy, reference), given = (transformers.BloomForCausalLM(config).eval() for _ in range(2)), groups()
     with caplog.at_level(logging.WARNING, logger="windkern"):
-        for _ in range(2):
+        for model in (policy, policy, reference):
             torch.testing.assert_close(hf.group_logps(model, *given), by_logits(model, *given), rtol=1e-4, atol=1e-4)
     (line,) = (record.getMessage() for record in caplog.records)
     assert "BloomForCausalLM: responses do not share their prompt, since it takes no position ids" in line

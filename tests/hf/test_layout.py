@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import functools
 
 import pytest
 import torch
 
 from windkern.hf import layout as hf_layout
 from windkern.hf.layout import GroupLayout, LayoutRules, Piece, make_layout, make_rows
-from windkern.hf.masks import seen
+from windkern.hf.masks import at_all_pairs, seen
 
 WIDE = LayoutRules(balance=1 << 40)
 
@@ -36,7 +37,7 @@ def test_each_scored_token_sees_its_prompt_and_response_and_nothing_else(rules):
     prompts, responses = ids_of(lengths)
     layout = make_layout(lengths, rules)
     rows = make_rows(layout, prompts, responses, fill=7)
-    visible, flat = seen(rows), rows.input_ids.flatten()
+    visible, flat = at_all_pairs(rows, functools.partial(seen, rows)), rows.input_ids.flatten()
     width, place = rows.input_ids.shape[1], 0
     for prompt, group in zip(prompts, responses, strict=True):
         for response in group:

@@ -24,15 +24,14 @@ def reason(model: nn.Module) -> str | None:
     return shared_check.sharing_of(hf_call.find(model)).reason
 
 
-def without_mask(rows):
-    column = torch.arange(rows.input_ids.shape[1])
-    return (column[:, None] >= column).expand(len(rows.input_ids), -1, -1)
+def without_mask(rows, row, query, key):
+    return query >= key
 
 
-def half_masked(rows):
-    """Responses see the first token of those before them."""
-    plain, first = SEEN(rows), rows.position_ids == rows.position_ids.max(-1, True).values
-    return plain | (without_mask(rows) & first[:, None, :])
+def half_masked(rows, row, query, key):
+    """Responses see a token of those before them."""
+    last = rows.position_ids == rows.position_ids.max(-1, True).values
+    return SEEN(rows, row, query, key) | ((query >= key) & last[row, key])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,6 +92,9 @@ def test_positions_and_attention_that_cannot_be_given_are_refused_by_name():
     model.config._attn_implementation = "flash_attention_2"
     said = shared_check._known_reason(hf_call.find(model), positions=True)
     assert "'flash_attention_2' takes no mask of rows" in said and "attn_implementation='sdpa'" in said
+    model.config._attn_implementation = "flex_attention"
+    said = shared_check._known_reason(hf_call.find(model), positions=True)
+    assert "FlexAttention has no backward on the device 'cpu'" in said and "attn_implementation='sdpa'" in said
 
 
 def test_a_mask_that_rounding_hides_is_refused():

@@ -180,6 +180,28 @@ def test_a_step_waits_for_the_gpu_only_to_count_its_rows(tmp_path):
     assert len(ours) <= 2, places
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers about their own masks
+@pytest.mark.parametrize("window", [None, 70])
+def test_block_masks_of_flex_attention_are_the_dense_ones(window):
+    """Compiled, values and gradients, over rows of several blocks."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(**sizes, vocab_size=512, sliding_window=window, initializer_range=0.1)
+    torch.manual_seed(0)
+    model, group = MistralForCausalLM(config).cuda().eval(), groups_of(1, 8, 60, 512)[0]
+    given = [list(group.prompt_ids) * 40], [[list(each) for each in group.completions]]
+    found = {}
+    for attention in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(attention)
+        model.zero_grad(set_to_none=True)
+        logps = hf.group_logps(model, *given, shared_prompt="always")
+        (logps * torch.linspace(-1, 1, 8, device="cuda")).sum().backward()
+        found[attention] = [logps.detach(), *(each.grad for each in model.parameters())]
+    for ours, theirs in zip(found["flex_attention"], found["sdpa"], strict=True):
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+
+
 def test_a_step_takes_less_memory_than_plain_logits():
     from transformers import LlamaConfig, LlamaForCausalLM
 

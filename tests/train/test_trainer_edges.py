@@ -14,6 +14,7 @@ import tiny_model
 from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer, weights_of
 from transformers import TrainerCallback
 
+from windkern.hf import shared_check
 from windkern.losses import LOSSES, Loss
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.loading import Demonstration
@@ -89,6 +90,23 @@ def test_optimizers_without_master_weights_are_named(tmp_path):
     trainer = make_trainer(tmp_path, model=model, optim="sgd", given={"ref_model": reference})
     with pytest.warns(UserWarning, match="optim=sgd has no float32 master weights"):
         trainer.create_optimizer()
+
+
+def test_a_policy_and_its_reference_that_cannot_share_prompts_say_so_once(tmp_path, caplog, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(shared_check, "_said", set())
+    config = transformers.MambaConfig(
+        vocab_size=18, hidden_size=16, state_size=4, num_hidden_layers=1, eos_token_id=1, pad_token_id=0
+    )
+    model, reference = (transformers.MambaForCausalLM(config) for _ in range(2))
+    trainer = make_trainer(tmp_path, model=model, num_iterations=1, given={"ref_model": reference})
+    with caplog.at_level("WARNING", logger="windkern"):
+        trainer.train()
+    assert not trainer.policy.rules.shared and not trainer.reference.rules.shared
+    said = [record.getMessage() for record in caplog.records if "share their prompt" in record.getMessage()]
+    assert len(said) == 1
+    assert "MambaForCausalLM: responses do not share their prompt, since it has layers of the kind" in said[0]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")

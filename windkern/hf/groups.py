@@ -23,7 +23,7 @@ takes the steps apart:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -113,12 +113,12 @@ def layout_rules(
     )
 
 
-def _balance_of(config: object) -> int:
+def _balance_of(config: Any) -> int:
     """Tokens of a row at which attention takes as long as the rest of a layer."""
     hidden = config.hidden_size
-    head = getattr(config, "head_dim", None)
-    attended = hidden if head is None else head * config.num_attention_heads
-    return max(1, _BALANCE * hidden * hidden // attended)
+    heads, size = (getattr(config, name, None) for name in ("num_attention_heads", "head_dim"))
+    known = isinstance(heads, int) and isinstance(size, int)
+    return max(1, _BALANCE * hidden * hidden // (heads * size if known else hidden))
 
 
 def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = False) -> Tensor:

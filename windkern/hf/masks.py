@@ -1,8 +1,13 @@
-"""Attention masks of rows with several responses, in the form that a model's layers take them."""
+"""Attention masks of rows with several responses, in the form that a model's layers take them.
+
+One rule, `seen`, says which token a token sees. Dense masks are that rule at all pairs of a row; FlexAttention, which
+skips blocks of pairs that are not seen, is given the rule itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +19,9 @@ from windkern.hf.layout import GroupRows
 # Kinds of layers by the names of transformers, and the number of the configuration that bounds what they see.
 _BOUNDS = {"full_attention": None, "sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 DENSE = ("sdpa", "eager")  # implementations of attention that take any mask
+FLEX = "flex_attention"  # takes the rule of a mask
+FLEX_DEVICES = ("cuda",)  # Reason: torch has no backward of it on a CPU
+Rule = Callable[[Tensor, Tensor, Tensor], Tensor]  # (row, query, key), columns of any shapes that broadcast, -> bool
 
 
 @dataclass(frozen=True)
@@ -75,39 +83,68 @@ def narrowed(base: nn.Module, size: int) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def seen(rows: GroupRows) -> Tensor:
-    """(rows, L, L) bool: query q sees key k."""
-    column = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
-    return (column[:, None] >= column) & (column[:, None] <= rows.last_reader[:, None, :])
+def seen(rows: GroupRows, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whether the token in column `query` of a row sees the one in column `key`; the indices broadcast."""
+    return (query >= key) & (query <= rows.last_reader[row, key])
 
 
-def make_masks(base: nn.Module, form: MaskForm, rows: GroupRows) -> Tensor | dict[str, Tensor]:
-    """What a model takes as `attention_mask`: (rows, 1, L, L), or such by the names of its kinds of layers.
+def at_all_pairs(rows: GroupRows, rule: Rule) -> Tensor:
+    """(rows, L, L) bool: a rule for each row, query and key."""
+    count, width = rows.input_ids.shape
+    row, column = (torch.arange(size, device=rows.input_ids.device) for size in (count, width))
+    return rule(row[:, None, None], column[:, None], column).expand(count, width, width)
 
-    Boolean for `sdpa`, and added to the scores for `eager`. Sliding windows and chunks are measured in positions, not
-    in columns: inside one response and its prompt they are what they are without the others.
+
+def make_masks(base: nn.Module, form: MaskForm, rows: GroupRows) -> object:
+    """What a model takes as `attention_mask`, of shape (rows, 1, L, L), or such by the names of its kinds of layers.
+
+    Boolean for `sdpa`, added to the scores for `eager`, and a `BlockMask` for `flex_attention`.
     """
-    config, plain = text_config(base), seen(rows)
-    made: dict[str, Tensor] = {}
+    config = text_config(base)
+    made: dict[str, object] = {}
+    masks: dict[str, object] = {}
     for kind in form.kinds:
         bound = _BOUNDS[kind] and getattr(config, _BOUNDS[kind], None)
-        if bound is None or bound >= rows.longest:
-            kept = plain
-        elif kind == "chunked_attention":
-            chunk = rows.position_ids // bound
-            kept = plain & (chunk[:, :, None] == chunk[:, None, :])
-        else:
-            distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]
-            kept = plain & (distance < bound)
-        made[kind] = kept
-    ready = {id(mask): _as_taken(base, mask) for mask in made.values()}
-    masks = {kind: ready[id(mask)] for kind, mask in made.items()}
+        rule = "full_attention" if bound is None or bound >= rows.longest else kind
+        if rule not in made:
+            made[rule] = _as_taken(base, rows, _rule(rule, bound, rows))
+        masks[kind] = made[rule]
     return masks if form.by_name else masks[form.kinds[0]]
 
 
-def _as_taken(base: nn.Module, mask: Tensor) -> Tensor:
-    mask = mask[:, None]
-    if implementation(base) != "eager":
+def _rule(kind: str, bound: int | None, rows: GroupRows) -> Rule:
+    """Which pairs of tokens layers of a kind see.
+
+    Sliding windows and chunks are measured in positions, not in columns: inside one response and its prompt they are
+    what they are without the others.
+    """
+    plain, places = functools.partial(seen, rows), rows.position_ids
+
+    def within_chunk(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return plain(row, query, key) & (places[row, query] // bound == places[row, key] // bound)
+
+    def within_window(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return plain(row, query, key) & (places[row, query] - places[row, key] < bound)
+
+    return {"full_attention": plain, "sliding_attention": within_window, "chunked_attention": within_chunk}[kind]
+
+
+def _as_taken(base: nn.Module, rows: GroupRows, rule: Rule) -> object:
+    attention = implementation(base)
+    if attention == FLEX:
+        return _block_mask(rows, rule)
+    mask = at_all_pairs(rows, rule)[:, None]
+    if attention != "eager":
         return mask
     dtype = base.dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _block_mask(rows: GroupRows, rule: Rule) -> object:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule(row, query, key)
+
+    count, width = rows.input_ids.shape
+    return create_block_mask(mask_mod, count, None, width, width, device=rows.input_ids.device)

@@ -34,6 +34,7 @@ _ROUNDINGS = {"wide": 16, "narrow": 4}
 _KEPT = 8
 _log = logging.getLogger(__name__)
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # base model -> {circumstances: Sharing}
+_said: set[tuple[str, str]] = set()  # (class, cause) that the log has; a policy and its reference have both in common
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,24 @@ class Sharing:
     """What was seen of a model: the form of its masks, or why its responses cannot share a row."""
 
     form: MaskForm | None
-    reason: str | None
+    cause: str | None
+    evidence: str | None = None  # what was seen of the cause on this model: numbers, or the error it raised
     relative: bool = False  # whether positions matter by their differences alone
 
     @property
     def holds(self) -> bool:
         return self.form is not None
 
+    @property
+    def reason(self) -> str | None:
+        """The cause with its evidence."""
+        return self.cause if self.evidence is None else f"{self.cause} ({self.evidence})"
+
 
 def sharing_of(target: Target) -> Sharing:
     """Look at a model, once for each dtype, autocast, head, adapters, numbers of its configuration and attention.
 
-    Where responses cannot share a row the log says so, and why, when it is found out.
+    Where responses cannot share a row the log says so, and why: once for each class of models and cause.
 
     Raises:
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
@@ -61,7 +68,8 @@ def sharing_of(target: Target) -> Sharing:
     now = (*circumstances(target), hf_masks.implementation(target.base))
     if now not in seen:
         sharing = _look(target)
-        if not sharing.holds:
+        if not sharing.holds and (target.name, sharing.cause) not in _said:
+            _said.add((target.name, sharing.cause))
             _log.warning("%s: responses do not share their prompt, since %s", target.name, sharing.reason)
         while len(seen) >= _KEPT:
             del seen[next(iter(seen))]
@@ -106,27 +114,31 @@ def _look(target: Target) -> Sharing:
         for form in hf_masks.forms(target.base):
             reason = trial.refusal(form)
             if reason is None:
-                return Sharing(form, None, trial.is_relative(apart))
+                return Sharing(form, None, relative=trial.is_relative(apart))
             reasons.append(reason)
-    return Sharing(None, _explained(target, reasons[0]))
+    return _explained(target, reasons[0])
 
 
 def _known_reason(target: Target, positions: bool) -> str | None:
-    attention = hf_masks.implementation(target.base)
-    if attention not in hf_masks.DENSE:
-        return f"its attention {attention!r} takes no mask of rows (load it with attn_implementation='sdpa' or 'eager')"
+    attention, dense = hf_masks.implementation(target.base), "attn_implementation='sdpa' or 'eager'"
+    if attention == hf_masks.FLEX and target.device.type not in hf_masks.FLEX_DEVICES:
+        return f"FlexAttention has no backward on the device {target.device.type!r} (load it with {dense})"
+    if attention not in (*hf_masks.DENSE, hf_masks.FLEX):
+        return f"its attention {attention!r} takes no mask of rows (load it with {dense})"
     if not positions and hf_call.takes(target.base, "position_ids"):
         return "it does not take positions as they are counted from the first token"
     return None
 
 
-def _explained(target: Target, reason: str) -> str:
+def _explained(target: Target, reason: str) -> Sharing:
     others = [kind for kind in hf_masks.kinds_of(target.base) if "attention" not in kind or "linear" in kind]
     if others:
-        return f"it has layers of the kind {', '.join(others)}, which carry a state from token to token ({reason})"
+        return Sharing(
+            None, f"it has layers of the kind {', '.join(others)}, which carry a state from token to token", reason
+        )
     if not hf_call.takes(target.base, "position_ids"):
-        return f"it takes no position ids ({reason})"
-    return reason
+        return Sharing(None, "it takes no position ids", reason)
+    return Sharing(None, reason)
 
 
 def _example(target: Target) -> tuple[GroupRows, GroupRows]:
