@@ -1,6 +1,6 @@
-"""A causal LM called as it is wrapped, up to its head, where a job takes the place of the product with the vocabulary.
+"""Call a causal LM through its wrappers up to its head, where a job replaces the product with the vocabulary.
 
-Nothing here imports transformers, accelerate, peft or torch.distributed: wrappers are known by what they hold.
+Nothing here imports transformers, accelerate, peft or torch.distributed: wrappers are recognized by their attributes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _CALLED_AS_IT_IS = "windkern.hf.sequence_logps takes the model as it is wrapped 
 
 @dataclass(frozen=True)
 class Target:
-    """A causal LM, and what has to be called so that the hooks of all that is around it fire."""
+    """A causal LM, and the modules to call so that the hooks of all its wrappers fire."""
 
     wrappers: tuple[nn.Module, ...]  # outermost first, torch.compile's left out
     base: nn.Module  # the transformers model
     compiled: tuple[nn.Module, ...]  # wrappers of torch.compile
-    places: tuple[tuple[nn.Module, str, nn.Module], ...]  # who holds which of `compiled` by which name
-    inside: bool = False  # whether the model's call has begun: its hooks have fired, and its forward is what to call
+    places: tuple[tuple[nn.Module, str, nn.Module], ...]  # (holder, attribute, member of `compiled`)
+    inside: bool = False  # the model's call has begun and its hooks have fired, so call its forward
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ class Target:
 
 
 def _head_of(base: nn.Module) -> nn.Module | None:
-    """The model's head; that of the causal LM inside it where it names none itself, as NemotronH Omni."""
+    """The model's head, or that of the causal LM inside it if the model names none (NemotronH Omni)."""
     found = base.get_output_embeddings()
     if found is None:
         parts = [each for each in base.children() if hasattr(type(each), "get_output_embeddings")]
@@ -86,8 +86,8 @@ def find(model: object) -> Target:
     """Look through DDP, FSDP, torch.compile, PEFT and other wrappers for the transformers model.
 
     Raises:
-        TypeError: `model` is no torch module.
-        UnsupportedModelError: there is none, it is an encoder-decoder, or a wrapper cannot be served.
+        TypeError: `model` is not a torch module.
+        UnsupportedModelError: no transformers model was found, it is an encoder-decoder, or a wrapper is not supported.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers causal LM (a torch module), got {type(model).__name__}")
@@ -127,7 +127,7 @@ def find(model: object) -> Target:
 
 
 def find_inside(model: nn.Module) -> Target:
-    """The target for code that runs in the forward of a transformers model, under whatever wraps it."""
+    """The target for code that already runs inside the forward of a transformers model."""
     return dataclasses.replace(find(model), inside=True)
 
 
@@ -158,7 +158,7 @@ def check_apart(target: Target) -> None:
 
 
 def check_gradients(target: Target) -> None:
-    """Raise if gradients are wanted of weights that are copied in for each forward.
+    """Raise if gradients are enabled and trained weights are copied in for each forward.
 
     Raises:
         UnsupportedModelError: accelerate has offloaded trained weights, and gradients are enabled.
@@ -174,7 +174,7 @@ def check_gradients(target: Target) -> None:
 
 @contextmanager
 def replaced_forward(module: nn.Module, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Inside, `make(forward)` stands in the place of the module's innermost forward."""
+    """Replace the module's innermost forward by `make(forward)` while the context is open."""
     # Reason: a hook of accelerate moves weights and inputs, and then calls what it keeps under this name.
     name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     own, theirs = module.__dict__.get(name), getattr(module, name)
@@ -189,14 +189,14 @@ def replaced_forward(module: nn.Module, make: Callable[[Callable], Callable]) ->
 
 
 class _HeadReachedError(Exception):
-    """Ends the model's forward once its head has been called, with what the call returned."""
+    """Ends the model's forward after the call of its head, and carries what that call returned."""
 
 
 def at_head(forward: Callable, head: nn.Module, given: Mapping[str, object], job: Callable[[Tensor], object]) -> object:
     """Return job(hidden), run as the head's forward inside forward(**given), which ends there.
 
-    What comes after the head would need logits: it is left by an exception, raised by the last of the head's hooks, so
-    that the hooks of everything that computes have fired by then.
+    Code after the head would need logits, so an exception ends the forward there. The last hook of the head raises it,
+    when the hooks of every module that computes have fired.
 
     Raises:
         UnsupportedModelError: the forward never calls the head.
@@ -224,15 +224,15 @@ def never_called(head: nn.Module) -> UnsupportedModelError:
 
 
 def call(target: Target, given: Mapping[str, object], inside: Callable[..., object], *, check: bool = False) -> object:
-    """Call the model as it is wrapped, with `inside(theirs, **given)` in the place of its base model's forward.
+    """Call the model through its wrappers, with `inside(theirs, **given)` in place of its base model's forward.
 
     Args:
         given: keyword arguments of the call.
         inside: gets the forward it replaces, and the arguments as the wrappers hand them on.
-        check: leave DDP out: nothing is trained, and processes may find out at different times that they must look.
+        check: bypass DDP, because nothing is trained and processes may reach the check at different times.
 
     Returns:
-        What `inside` returned, as the wrappers hand it back.
+        What `inside` returned, as the wrappers pass it back.
 
     Raises:
         UnsupportedModelError: a wrapper does not call the model.
@@ -266,11 +266,11 @@ def run(
     check: bool = False,
     amend: Callable[[dict[str, object]], dict[str, object]] = dict,
 ) -> Tensor:
-    """Return job(hidden) from inside the model's call, whose gradients are then those of any forward of the model.
+    """Return job(hidden), run inside the model's call, so that gradients flow as in any forward of the model.
 
     Args:
         given, check: as `call`.
-        amend: gets the arguments as the wrappers hand them on, and returns those that the model itself is given.
+        amend: maps the arguments that the wrappers pass on to those that the model itself is given.
 
     Raises:
         UnsupportedModelError: the model or a wrapper does not reach the head.
@@ -289,7 +289,7 @@ def run(
 
 @contextmanager
 def _without_compile(target: Target) -> Iterator[None]:
-    """Inside, the decoder alone is compiled, with the settings of the wrapper that torch.compile put around the model.
+    """Compile the decoder alone while the context is open, with the settings of torch.compile's wrapper of the model.
 
     Hazard: a job that changes from call to call would be compiled each time. Remedy: leave wrappers out, compile less.
     """
@@ -312,7 +312,7 @@ def _without_compile(target: Target) -> Iterator[None]:
 
 
 def decoder_of(base: nn.Module) -> nn.Module | None:
-    """The part of a model that transformers calls its base model; None where it names none."""
+    """The part of a model that transformers calls its base model, or None if the model names none."""
     prefix = getattr(base, "base_model_prefix", "")
     found = base._modules.get(prefix)
     return found if found is not None and found is not _head_of(base) else None

@@ -48,16 +48,16 @@ class CausalLM:
     lm_head: nn.Module  # what the model calls on hidden states: an nn.Linear, or the layer of PEFT around one
     transform: LogitTransform
     masked: Tensor | None = None  # (V,) bool, columns to which the model gives no probability
-    columns: int | None = None  # V, where the head has more rows than the model returns logits for
+    columns: int | None = None  # V, if the head has more rows than the model returns logits
 
     @property
     def weight(self) -> Tensor:
-        """(V, H), the parameter that the head uses now, without adapters."""
+        """(V, H), the head's current parameter, without adapters."""
         return linear_of(self.lm_head).weight
 
     @property
     def bias(self) -> Tensor | None:
-        """(V,), the parameter that the head uses now; with -inf in columns that the model masks."""
+        """(V,), the head's current parameter, with -inf in columns that the model masks."""
         linear = linear_of(self.lm_head)
         bias = linear.bias if self.columns is None or linear.bias is None else linear.bias[: self.columns]
         if self.masked is None:
@@ -67,32 +67,32 @@ class CausalLM:
 
     @property
     def head(self) -> Head:
-        """The head without adapters, with the parameters that it uses now."""
+        """The head without adapters, with its current parameters."""
         weight = self.weight if self.columns is None else self.weight[: self.columns]
         return Head(weight, self.bias, **dataclasses.asdict(self.transform))
 
     def blocks(self, hidden: Tensor) -> tuple[Blocks, Head]:
-        """What the fused ops take as `hidden` and `weight`, with the adapters as they are at the time of the call.
+        """Return what the fused ops take as `hidden` and `weight`, with the adapters in their current state.
 
             logits = transform(sum_k hidden[k] @ head.weight[k].T + head.bias)
             with LoRA on the head: hidden = (h, s * (dropout(h) @ A.T), ...), head.weight = (W, B, ...)
 
-        Dropout of the adapters is drawn in training mode, once a call and in the order in which PEFT draws it.
+        In training mode each call draws the dropout of the adapters once, in PEFT's order.
 
         Args:
-            hidden: (..., H), the decoder's.
+            hidden: (..., H), the decoder's output.
 
         Returns:
-            (hidden, head). For a plain head, for `modules_to_save` and where adapters are disabled or merged, hidden
-            and head.weight are tensors; else two tuples, with one more block of r columns for each active adapter.
-            Gradients reach W, A and B. Outside autocast
-            the blocks of adapters are cast to the dtype of W, and the ops cast `hidden` to it.
+            (hidden, head). For a plain head, for `modules_to_save` and if adapters are disabled or merged, hidden and
+            head.weight are tensors. Otherwise they are tuples with one more block of r columns for each active adapter.
+            Gradients reach W, A and B. Outside autocast the blocks of adapters are cast to the dtype of W, and the ops
+            cast `hidden` to it.
 
         Raises:
             UnsupportedModelError: an active adapter is DoRA or another variant, or has a bias (`lora_bias`).
 
         Memory:
-            r numbers per token and adapter; a copy of B (V, r) where its dtype is not that of `hidden`.
+            r numbers per token and adapter, and a copy of B (V, r) if its dtype differs from that of `hidden`.
         """
         states, weights = blocks(self.lm_head, hidden)
         if self.columns is not None:
@@ -118,28 +118,28 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
 
         model(ids, mask).logits == transform(hidden(ids, mask) @ weight.T + bias)
 
-    Hidden states are what the model's own forward gives to its head, so whatever stands between decoder and head (a
-    dense layer with activation and norm, a scale, a cast) is part of them. What the head gives, and what the model
-    makes of it, is looked at by calling the model on 9 tokens: the first time, and again when the head, its dtype or
-    adapters, autocast or a number of the configuration is another. The first time an adapter is seen on the head, its
-    block is compared with the head's own output, with random numbers in the adapter's place.
+    Hidden states are what the model's own forward passes to its head, so anything between decoder and head (a dense
+    layer with activation and norm, a scale, a cast) is part of them. The model is called on 9 tokens to check what its
+    head returns and what the model does to that: the first time, and again when the head, its dtype or adapters,
+    autocast or a number of the configuration has changed. When an adapter is first seen on the head, its block is
+    compared with the head's own output, with random numbers in the adapter's place.
 
     Args:
         model: a decoder-only transformers model with a plain nn.Linear head, or a PEFT model around one: adapters of
             any kind inside the layers, LoRA or `modules_to_save` on the head. Its scale and softcap must be among the
-            numbers of its configuration. Columns that it masks get a bias of -inf, those that it cuts off are left out
-            by `blocks`. `sequence_logps` and `run` also take a model in DDP or FSDP.
+            numbers of its configuration. Columns that it masks get a bias of -inf; `blocks` leaves out those that it
+            cuts off. `sequence_logps` and `run` also take a model in DDP or FSDP.
 
     Returns:
-        CausalLM(hidden, lm_head, ...) with the properties head, weight and bias, the model's own
-        parameters, so gradients reach them, and a tied embedding gets both of its gradients; and the method blocks,
-        which the fused ops need where LoRA is on the head.
+        CausalLM(hidden, lm_head, ...). Its properties head, weight and bias are the model's own parameters, so
+        gradients reach them, and a tied embedding gets both of its gradients. The fused ops need its method blocks if
+        LoRA is on the head.
 
     Raises:
-        TypeError: `model` is no torch module.
+        TypeError: `model` is not a torch module.
         UnsupportedModelError: no plain head or several, an encoder-decoder, prompt-learning PEFT, another adapter on
             the head (DoRA, `lora_bias`, IA3, ...), a wrapper that does something in its call (DDP, FSDP2, ...), or
-            logits that are no known transform of the head's product (the message gives the numbers).
+            logits that are not a known transform of the head's product (the message gives the numbers).
 
     Warns:
         UserWarning: the model's own logits depend on tokens that come later.
@@ -148,7 +148,7 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
         The check holds logits of 2 * 9 tokens, and 8192 rows of the weight in float32 or float64.
 
     Source:
-        The check is ours; where the head is, is the convention of transformers.
+        The check is ours; the place of the head follows the convention of transformers.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -167,10 +167,10 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
 def run(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, job: Callable[[CausalLM, Tensor], Tensor]
 ) -> Tensor:
-    """Return job(parts, hidden), computed inside the call of the model as it is wrapped.
+    """Return job(parts, hidden), computed inside the call of the wrapped model.
 
-    DDP, FSDP2 and DeepSpeed arrange in that call what the backward needs, and parameters are whole only inside it. The
-    job takes the place of the product of the head; the forward ends after it, so logits are never made.
+    In that call DDP, FSDP2 and DeepSpeed prepare the backward, and only there are parameters whole. The job replaces
+    the product of the head, and the forward ends after it, so logits are never made.
 
     Args:
         model: as `hidden_and_head`, or in DDP, FSDP, a DeepSpeed engine, torch.compile, what `Accelerator.prepare`
@@ -179,7 +179,7 @@ def run(
         input_ids: (S, L) int64 or int32, padded on either side.
         attention_mask: (S, L) bool or 0 and 1; 0 for padding.
         job: gets the model taken apart and its hidden states (S, L, H), on the device of the head; returns a tensor.
-            Constants travel in it, for FSDP2 rounds floating arguments of a call to its mixed precision.
+            Pass constants in its closure: FSDP2 rounds floating arguments of a call to its mixed precision.
 
     Raises:
         TypeError, UnsupportedModelError: as `hidden_and_head`.
@@ -209,7 +209,7 @@ def run(
 
 
 def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[CausalLM, Tensor], Result]) -> Result:
-    """Return job(parts, hidden) for code that runs in a forward of the model already, under whatever wraps it.
+    """Return job(parts, hidden) for code that already runs inside a forward of the model.
 
     Args:
         model: a transformers causal LM, not a wrapper.
@@ -268,7 +268,7 @@ def _as_bool(name: str, mask: object, input_ids: Tensor) -> Tensor:
 
 
 def check_head_stays(parts: CausalLM) -> None:
-    """Raise if the head that a job uses is gone by the time of its backward.
+    """Raise if the head that a job uses will be gone when its backward runs.
 
     Raises:
         UnsupportedModelError: DeepSpeed ZeRO-3 has gathered it, and gradients are enabled.

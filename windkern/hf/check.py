@@ -1,8 +1,8 @@
-"""What a causal LM makes of its hidden states, seen by calling it: the product of its head, and what follows.
+"""Call a causal LM once to see how it computes logits: the product of its head, and what it does to that.
 
-The model's own forward runs on a few tokens. What its head is given and gives is compared with the product. Then the
-head gives numbers of ours, and what the model makes of them shows scale, softcap and masked columns, whatever the
-weights are.
+The model's own forward runs on a few tokens. The output of its head is compared with the product of its input and the
+weight. Then the head returns numbers that we chose, and what the model makes of them shows scale, softcap and masked
+columns, whatever the weights are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from windkern.hf.transform import numbers_of
 from windkern.transform import LogitTransform
 
 _TOKENS = 9
-_PADDED = 3  # of them make way for padding, when that is looked at
+_PADDED = 3  # tokens replaced by padding when that is checked
 _KEPT = 8  # verdicts for each model
 _COLUMNS = 8192  # of the vocabulary, multiplied at a time
 _verdicts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # base model -> {circumstances: Verdict}
@@ -38,13 +38,13 @@ class Verdict:
 
     transform: LogitTransform
     masked: Tensor | None  # (V',) bool: columns that the model leaves out of its distribution
-    columns: int | None  # V', of which the model returns logits; None where it is all that its head gives
-    positions: bool  # whether positions counted from the first token that is no padding are those of the model
-    left_padding: bool  # whether padding on the left leaves hidden states as they are
+    columns: int | None  # V', if the model returns fewer logits than its head has rows, else None
+    positions: bool  # whether the model counts positions from the first token that is not padding
+    left_padding: bool  # whether hidden states stay the same with padding on the left
 
 
 def verdict_of(target: Target) -> Verdict:
-    """Look at a model, once for each dtype, autocast, head, adapters and numbers of its configuration.
+    """Check a model, once for each combination of dtype, autocast, head, adapters and numbers of its configuration.
 
     Raises:
         UnsupportedModelError: its logits are not known to be a transform of one product.
@@ -72,7 +72,7 @@ def circumstances(target: Target) -> tuple:
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout would make two passes differ."""
+    """Switch to eval mode, because dropout would make two passes differ."""
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
@@ -124,7 +124,7 @@ def _token_ids(target: Target) -> Tensor:
 
 
 def plain_ids(target: Target, count: int) -> list[int]:
-    """Ids spread over the vocabulary, without special ones."""
+    """Ids spread over the vocabulary; special ones are left out."""
     config = target.base.config
     # Reason: where FSDP has weights in pieces, these numbers are still those of the whole.
     vocab = min(
@@ -143,15 +143,16 @@ def plain_ids(target: Target, count: int) -> list[int]:
 
 
 class _Forward:
-    """One forward of the model in which its head gives its product for the first row, and a probe for the second.
+    """One forward of the model whose head returns its product for the first row and a probe for the second.
 
     Attributes:
-        hidden: (2, T, H), what the head was given.
+        hidden: (2, T, H), the input of the head.
         exact: (T, V) float64 on the CPU, its product for the first row.
         logits: (T, V') float64, what the model returned for the first row.
-        probe, made_of_probe: (T, V) and (T, V') float64, what was given for the second row and became of it.
-        dtype: in which the head gives its product.
-        rounding: what a number of the product may be off by, as a share of its size.
+        probe, made_of_probe: (T, V) and (T, V') float64, what the head returned for the second row, and the model's
+            logits for it.
+        dtype: of the product that the head returns.
+        rounding: relative error that rounding may cause in a number of the product.
     """
 
     def __init__(self, target: Target, ids: Tensor):
@@ -202,10 +203,10 @@ class _Forward:
         return forward
 
     def _compare(self, product: Tensor) -> Tensor:
-        """(T, V) float64, the exact product of the first row; raise where the head gives something else.
+        """(T, V) float64, the exact product of the first row; raise if the head returns something else.
 
-        What rounding may do is measured on the same product of torch, so that TF32 and sums in bfloat16 are known
-        whatever switches them on.
+        The error of the same product in torch shows what rounding does, so that TF32 and sums in bfloat16 are allowed
+        for, whatever turned them on.
         """
         head, linear = self.target.head, linear_of(self.target.head)
         states, weights = blocks(head, self.hidden)
@@ -242,7 +243,7 @@ class _Forward:
 
 
 class _Gap:
-    """By how much numbers are off, slice by slice of the vocabulary."""
+    """Error of rounded numbers against exact ones, added up over slices of the vocabulary."""
 
     largest = 0.0  # of one number, as a share of its size and the row's
 
@@ -262,13 +263,13 @@ class _Gap:
 
 
 def as_operand(head: nn.Module, hidden: Tensor) -> Tensor:
-    """Hidden states in the dtype of the head's weight, as models with a float32 head cast them; autocast does that."""
+    """Cast hidden states to the dtype of the head's weight, as models with a float32 head do; leave it to autocast."""
     dtype = linear_of(head).weight.dtype
     return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(dtype)
 
 
 def _alike(target: Target, ours: Tensor, theirs: Tensor) -> bool:
-    """Whether hidden states (T, H) of two passes are the same within rounding; of three in four, for experts flip."""
+    """Whether three in four hidden states (T, H) of two passes agree within rounding; experts may flip in the rest."""
     gap = (ours.float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1).clamp(min=1e-30)
     narrow = torch.is_autocast_enabled(ours.device.type) or any(
         each.dtype.itemsize < 4 for each in target.base.parameters() if each.is_floating_point()
@@ -289,7 +290,7 @@ def _padding(target: Target, ids: Tensor, alone: Tensor) -> tuple[bool, bool]:
         try:
             hidden = hf_call.hidden_states(target, batch, mask, positions=passed, check=True)
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
-            continue  # the model takes no padding, or no positions of this form
+            continue  # the model does not take padding, or not positions of this form
         if _alike(target, hidden[0], alone):
             return passed, _alike(target, hidden[1, _PADDED:], alone[:-_PADDED])
     return False, False

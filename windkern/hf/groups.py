@@ -1,7 +1,7 @@
 """Log-probs of groups of responses, with the body run once on each prompt instead of once for each response.
 
-`group_logps` is all of it in one call. A trainer, which scores the same groups under several models and then fits them,
-takes the steps apart:
+`group_logps` does everything in one call. A trainer, which scores the same groups under several models and then fits
+them, calls the steps one by one:
 
     rules = layout_rules(model, shared_prompt="auto")              # once: looks at the model, under FSDP2 on all ranks
     layout = make_layout(lengths_of(prompts, completions), rules)  # of a batch: lengths and rules alone, no ids
@@ -10,14 +10,14 @@ takes the steps apart:
 
 * The rows of a batch are a function of its lengths and of `rules`. Whoever scores pi_t and fits pi_theta on the same
   batches with the same rules runs the same shapes, so log pi_theta - log pi_t is exactly 0 before the first step. Keep
-  `rules` (a dataclass of numbers) with the run, and refuse others on resume; `layout.to_json()` is there to compare.
-* Ranks agree on `rules` by taking those of rank 0, or `shared=False` where any of them has it.
-* A frozen reference is another model: it must share as well, else use `shared=False` for it alone; its log-probs are
-  constants and need no bits in common with the policy's.
+  `rules` (a dataclass of numbers) with the run, and refuse others on resume; `layout.to_json()` helps to compare.
+* Ranks agree on `rules` by taking those of rank 0, or `shared=False` if any rank has it.
+* A frozen reference is another model with rules of its own. Its log-probs are constants, so they need no bits in common
+  with the policy's.
 * A job gets the model taken apart and hidden states of scored tokens only: packed (M, H), in the order of
   `rows.targets` and `rows.cu_seqlens`, for `sequence_logps` and `token_logps`; or with `padded=True` (S, R, H), whose
   targets are `rows.padded()[1]`, for `fused_loss` after a view as (B, N, R, H).
-* A mixture of experts routes, balances and counts the tokens it sees: those of a prompt once.
+* A mixture of experts routes, balances and counts the tokens it sees, so it counts those of a prompt once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def layout_rules(
 ) -> LayoutRules:
     """Return how groups may be laid out for a model: what `make_layout` takes beside lengths.
 
-    Whether responses may share a row is seen by calling the model on a few tokens, once; see
+    The first call for a model runs it on a few tokens to see whether responses may share a row; see
     `windkern.hf.group_logps`. Under FSDP2 all processes must call it together.
 
     Args:
@@ -74,7 +74,7 @@ def layout_rules(
         mask_budget: bytes that masks (and the scores that eager attention keeps) of one row may take; longer rows are
             cut into fewer responses each.
         row_tokens: pack neighbouring groups into rows of up to so many tokens.
-        inside: the caller runs in a forward of the model already, under whatever wraps it.
+        inside: the caller already runs inside a forward of the model.
 
     Raises:
         ValueError: `shared_prompt` is none of these, or a number is negative.
@@ -122,13 +122,13 @@ def _balance_of(config: Any) -> int:
 
 
 def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = False) -> Tensor:
-    """Return job(parts, hidden) of the scored tokens of rows, computed inside the call of the model as it is wrapped.
+    """Return job(parts, hidden) of the scored tokens of rows, computed inside the call of the wrapped model.
 
     Args:
         model: as `windkern.hf.run`.
         rows: of `make_rows`, on the device of the model. Rows of several responses need rules of this model.
         job: gets the model taken apart and hidden states, (M, H) in the order of `rows.targets`; returns a tensor.
-        padded: hand (S, R, H) to the job, in the order of `rows.padded()`.
+        padded: pass (S, R, H) to the job, in the order of `rows.padded()`.
 
     Raises:
         TypeError, UnsupportedModelError: as `run`, or the model was seen not to share rows.
@@ -141,11 +141,11 @@ def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = Fals
 
 
 def run_rows_inside(model: nn.Module, rows: GroupRows, job: Callable[[CausalLM, Tensor], Result]) -> Result:
-    """Return job(parts, hidden) for code that runs in a forward of the model already, as `windkern.hf.run_inside`.
+    """Return job(parts, hidden) for code that already runs inside a forward of the model, as `windkern.hf.run_inside`.
 
     Args:
         model: a transformers causal LM, not a wrapper.
-        rows, job: as of `run_rows`; the job may return anything.
+        rows, job: as in `run_rows`; the job may return anything.
 
     Raises:
         TypeError, UnsupportedModelError: as `run_rows`.
@@ -158,13 +158,13 @@ def run_rows_inside(model: nn.Module, rows: GroupRows, job: Callable[[CausalLM, 
 
 
 def _scored(hidden: Tensor, index: Tensor) -> Tensor:
-    """(.., H) of the rows (rows, L, H) at an index of any shape."""
+    """Gather hidden states (.., H) from the rows (rows, L, H) at an index of any shape."""
     # Reason: its backward adds up the states of a shared last token in a fixed order, on a GPU too.
     return nn.functional.embedding(index.to(hidden.device), hidden.flatten(0, -2))
 
 
 def _call_of(target: hf_call.Target, rows: GroupRows) -> tuple[dict, Callable[[dict], dict], CausalLM]:
-    """Arguments of the model, what changes them inside its wrappers, and its parts."""
+    """Return the arguments of the model, a function that changes them inside its wrappers, and its parts."""
     verdict = verdict_of(target)
     form = None
     if rows.is_shared:
@@ -203,10 +203,10 @@ def group_logps(
     exact but for rounding. Rows that would cost more than they save, or whose masks are too large, are cut into fewer
     responses each; arithmetic decides, see `make_layout`.
 
-    Whether a model follows such masks and positions is seen once, by calling it on a few tokens in its own dtype:
-    hidden states, and a gradient where nothing is sharded, must be those of rows of their own, as far as rounding goes.
-    Recurrent and hybrid layers, attention that takes no mask (flash kernels) and positions that cannot be given do not;
-    each response then runs with its own prompt, and the log says so once, with the reason.
+    The first call for a model runs it on a few tokens in its own dtype to see whether it follows such masks and
+    positions: hidden states, and a gradient if nothing is sharded, must agree with rows of one response within
+    rounding. They do not with recurrent and hybrid layers, attention that takes no mask (flash kernels) or positions
+    that cannot be passed. Each response then runs with its own prompt, and the log says so once, with the reason.
 
     Args:
         model: as `windkern.hf.run`: also in DDP, FSDP2, torch.compile, with LoRA, gradient checkpointing, tied heads.
@@ -229,8 +229,8 @@ def group_logps(
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
-        The body's own for the tokens it sees, masks of L^2 bytes for a row of L tokens, `windkern.plan` of the scored
-        tokens, and their hidden states once more.
+        What the body takes for the tokens it sees, masks of L^2 bytes for a row of L tokens, `windkern.plan` of the
+        scored tokens, and a copy of their hidden states.
 
     Source:
         DPO prefix sharing (arXiv 2410.20305) has two responses in such a row, prefix grouper (arXiv 2506.05433) many.
@@ -268,14 +268,14 @@ def group_logps(
 
 
 def _spread(logps: Tensor, bounds: Tensor) -> Tensor:
-    """(M,) packed to (S, R) padded with 0."""
+    """Spread packed (M,) values over (S, R), padded with 0."""
     sizes = bounds.diff()
     inside = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
     return logps.new_zeros(inside.shape).masked_scatter(inside, logps)
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    """Where the model takes its ids."""
+    """Device of the ids that the model takes."""
     base = hf_call.find(model).base
     weight = base.get_input_embeddings().weight
     place = getattr(getattr(base, "_hf_hook", None), "execution_device", None)  # of accelerate
@@ -283,7 +283,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _check_ids(prompt_ids: object, completion_ids: object) -> tuple[int, int]:
-    """B and N of ids in nested lists."""
+    """Check nested lists of ids and return B and N."""
     for name, value in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
         if not isinstance(value, (list, tuple)) or not all(isinstance(each, (list, tuple)) for each in value):
             raise TypeError(f"{name} must be a list with one list for each prompt, got {type(value).__name__}")

@@ -1,6 +1,6 @@
-"""The head of a causal LM as blocks whose logits add up: a plain nn.Linear, or one that PEFT changed.
+"""Split the head of a causal LM, a plain nn.Linear or one that PEFT changed, into blocks whose logits add up.
 
-Nothing here imports peft: a head is one of its layers only if somebody has imported it.
+Nothing here imports peft: a head can be one of its layers only if somebody has imported it.
 """
 
 from __future__ import annotations
@@ -125,13 +125,13 @@ def whole(weight: Tensor) -> Tensor:
 
 
 def blocks(head: nn.Module, hidden: Tensor) -> tuple[Blocks, Blocks]:
-    """Blocks of hidden states and weights, as `head(hidden)` would use them now.
+    """Return blocks of hidden states and weights, as `head(hidden)` would use them now.
 
         head(hidden) == sum_k hidden[k] @ weight[k].T + bias
         with LoRA: hidden = (h, s * (dropout(h) @ A.T), ...), weight = (W, B, ...)
 
     Args:
-        head: what the model calls.
+        head: the module that the model calls.
         hidden: (..., H).
 
     Returns:
@@ -139,7 +139,7 @@ def blocks(head: nn.Module, hidden: Tensor) -> tuple[Blocks, Blocks]:
         adapters have the dtype of W, except under autocast, where the ops cast. Gradients reach W, A and B.
 
     Raises:
-        UnsupportedModelError: the logits are no such sum.
+        UnsupportedModelError: the logits are not such a sum.
     """
     linear, layer = linear_of(head), _unwrap(head)
     names = _adapters(layer)
@@ -175,7 +175,7 @@ class _BothWays(nn.Module):
 
 
 def adapter_state(head: nn.Module) -> tuple:
-    """What decides which adapters the next call of a head adds, as a value that can be compared."""
+    """A value to compare that changes with the adapters that the next call of the head adds."""
     layer = _unwrap(head)
     if not _is_lora(layer):
         return ()
@@ -186,7 +186,7 @@ def adapter_state(head: nn.Module) -> tuple:
 def check_adapters(head: nn.Module) -> None:
     """Raise unless the blocks of each active adapter add up to what the head computes; once for each adapter.
 
-    The adapters get random stand-ins for the length of the check: a new one is zero, and any block would pass.
+    Adapter weights are random during the check: a new adapter is all zeros and would match anything.
     """
     layer = _unwrap(head)
     names = _adapters(layer)

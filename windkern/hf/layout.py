@@ -1,10 +1,10 @@
-"""How groups of responses lie in rows: a prompt once for several responses, or once for each.
+"""Lay groups of responses out in rows: the prompt once for several responses, or once for each.
 
     row = [prompt, response 1, .., response n]    positions restart after the prompt, responses do not see each other
 
-The last token of a response is never fed: nothing behind it is scored. So the body sees P + sum (R_i - 1) tokens.
-A layout is made from lengths and rules alone, so whoever has the same lengths and rules has the same rows, and the same
-bits. Nothing here knows a model.
+The last token of a response is never fed, because nothing after it is scored. So the body sees P + sum (R_i - 1)
+tokens. A layout is made from lengths and rules alone: the same lengths and rules give the same rows, and the same bits.
+Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ Lengths = tuple[tuple[int, tuple[int, ...]], ...]  # of each group: its prompt, 
 
 @dataclass(frozen=True)
 class LayoutRules:
-    """What decides how responses share rows, beside lengths.
+    """Everything but lengths that decides how responses share rows.
 
     Args:
         shared: whether rows of several responses are allowed at all.
         balance: length of a row, in tokens, at which attention over all pairs of its tokens takes as long as everything
             else the body does.
-        pair_bytes: what one pair of tokens of a row takes in masks and, where a backend keeps them, in scores.
-        mask_budget: bytes that the pairs of one row may take, unless the rows it stands for take more.
-        row_tokens: neighbouring groups are packed into rows of up to so many tokens; 0 gives each group its own rows.
-        relative: whether positions matter to the model by their differences alone. No row depends on it.
-        by_cost: whether responses share a row only where that costs less; else wherever masks are not too large.
+        pair_bytes: bytes that one pair of tokens of a row takes in masks and, if attention keeps them, in scores.
+        mask_budget: bytes that the pairs of one row may take, unless the rows that it replaces take more.
+        row_tokens: pack neighbouring groups into rows of up to this many tokens; 0 gives each group its own rows.
+        relative: whether only differences of positions matter to the model. No row depends on it.
+        by_cost: share a row only if that costs less; otherwise share whenever masks are not too large.
     """
 
     shared: bool = True
@@ -67,14 +67,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Which responses lie in which row. Two layouts that are equal give equal tensors of equal ids."""
+    """Which responses lie in which row. Equal layouts make equal tensors of equal ids."""
 
     lengths: Lengths
     rows: tuple[tuple[Piece, ...], ...]
 
     @property
     def is_shared(self) -> bool:
-        """Whether some row needs a mask of its own; else rows are one prompt and one response each."""
+        """Whether some row needs a mask of its own. If none does, each row is one prompt and one response."""
         return any(len(row) > 1 or row[0].stop - row[0].start > 1 for row in self.rows)
 
     @property
@@ -84,16 +84,16 @@ class GroupLayout:
 
     @property
     def tokens(self) -> int:
-        """What the body sees without padding."""
+        """Number of tokens that the body sees, without padding."""
         return sum(_tokens(self.lengths, piece) for row in self.rows for piece in row)
 
     @property
     def scored(self) -> int:
-        """M, tokens of all responses."""
+        """M, the number of tokens of all responses."""
         return sum(sum(responses) for _, responses in self.lengths)
 
     def to_json(self) -> str:
-        """Text from which `from_json` makes an equal layout, for a run to keep and compare."""
+        """Return text that a run can keep and compare; `from_json` makes an equal layout of it."""
         rows = [[[piece.group, piece.start, piece.stop] for piece in row] for row in self.rows]
         return json.dumps({"lengths": self.lengths, "rows": rows}, separators=(",", ":"))
 
@@ -159,7 +159,7 @@ def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules
 
 
 def _padded_cost(layout: GroupLayout, rules: LayoutRules) -> float:
-    """Of all rows of a layout, padded to the longest."""
+    """Cost of all rows of a layout, padded to the longest."""
     share = 1.0 if layout.is_shared else 0.5
     return len(layout.rows) * layout.width * (1 + share * layout.width / rules.balance)
 
@@ -194,7 +194,7 @@ def _is_allowed(lengths: Lengths, piece: Piece, rules: LayoutRules) -> bool:
 
 
 def _packed(lengths: Lengths, rows: Sequence[tuple[Piece, ...]], rules: LayoutRules) -> list[tuple[Piece, ...]]:
-    """Neighbours joined as long as they fit."""
+    """Join neighbouring rows as long as they fit."""
     most = min(rules.row_tokens, math.isqrt(rules.mask_budget // rules.pair_bytes))
     packed: list[tuple[Piece, ...]] = []
     used = 0
@@ -211,11 +211,11 @@ def _packed(lengths: Lengths, rows: Sequence[tuple[Piece, ...]], rules: LayoutRu
 
 @dataclass(frozen=True)
 class GroupRows:
-    """What a model is given for a layout, and where its hidden states are scored.
+    """The input of a model for a layout, and the places where its hidden states are scored.
 
-    `index` and `targets` go through the scored tokens response by response, group by group, in the order of the ids:
-    the hidden state at `index[m]` of the flattened rows predicts `targets[m]`. The last token of a prompt is there once
-    for each response.
+    `index` and `targets` list the scored tokens response by response, group by group, in the order of the ids: the
+    hidden state at `index[m]` of the flattened rows predicts `targets[m]`. The last token of a prompt appears once for
+    each response.
     """
 
     input_ids: Tensor  # (rows, L) int64, padded on the right
@@ -229,7 +229,7 @@ class GroupRows:
     is_shared: bool  # whether `last_reader` says more than plain causal attention does
 
     def to(self, device: torch.device) -> GroupRows:
-        """The same on a device; a copy to a GPU does not wait for what is queued there."""
+        """Copy to a device; a copy to a GPU does not wait for work that is queued there."""
         options = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
         return self._each(lambda tensor: tensor.to(**options))
 
@@ -241,9 +241,9 @@ class GroupRows:
         return GroupRows(**{name: change(each) if isinstance(each, Tensor) else each for name, each in fields.items()})
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """(S, R) index and targets, for ops over padded responses: -100 behind the end of a response, index 0 there.
+        """(S, R) index and targets for ops over padded responses: behind the end of one, index 0 and target -100.
 
-        They are made at the first call: on a GPU the host waits for the longest response there.
+        The first call makes them; on a GPU the host then waits to learn the length of the longest response.
         """
         return self._padded
 
@@ -270,7 +270,7 @@ def make_rows(
         layout: of exactly these lengths.
         prompt_ids: B lists of ids.
         completion_ids: for each prompt the ids of its responses.
-        fill: id in padding, which nothing sees.
+        fill: id of padding, which no token sees.
 
     Raises:
         ValueError: the lengths are not those of the layout.
@@ -330,6 +330,6 @@ def make_rows(
 
 
 def lengths_of(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[Sequence[int]]]) -> Lengths:
-    """What `make_layout` takes, of ids."""
+    """Lengths of ids, as `make_layout` takes them."""
     pairs = zip(prompt_ids, completion_ids, strict=True)
     return tuple((len(prompt), tuple(len(each) for each in responses)) for prompt, responses in pairs)

@@ -26,7 +26,7 @@ Rule = Callable[[Tensor, Tensor, Tensor], Tensor]  # (row, query, key), columns 
 
 @dataclass(frozen=True)
 class MaskForm:
-    """Kinds of attention of a model's layers: one mask for all of them, or one by the name of each kind."""
+    """Kinds of attention in a model's layers: they take one mask, or a dict with a mask for the name of each kind."""
 
     kinds: tuple[str, ...]
     by_name: bool
@@ -41,12 +41,12 @@ def text_config(base: nn.Module) -> object:
 
 
 def implementation(base: nn.Module) -> str:
-    """Which attention the text part runs."""
+    """Name of the attention implementation of the text part."""
     return getattr(text_config(base), "_attn_implementation", None) or "eager"
 
 
 def kinds_of(base: nn.Module) -> tuple[str, ...]:
-    """Names that transformers gives the layers of a model; of a model that names none, what its configuration says."""
+    """Kinds of layers as transformers names them, or as the configuration implies if it names none."""
     config = text_config(base)
     found = getattr(config, "layer_types", None)
     if found:
@@ -55,7 +55,7 @@ def kinds_of(base: nn.Module) -> tuple[str, ...]:
 
 
 def forms(base: nn.Module) -> tuple[MaskForm, ...]:
-    """How masks may have to be handed over, likeliest first; a model is tried to find out."""
+    """Forms in which the model may take masks, likeliest first; the check tries them."""
     kinds = tuple(kind for kind in kinds_of(base) if kind in _BOUNDS)
     found = [MaskForm(kinds, True)] if len(kinds) > 1 else []
     found += [MaskForm((kind,), by_name) for kind in kinds if len(kinds) == 1 for by_name in (False, True)]
@@ -64,14 +64,14 @@ def forms(base: nn.Module) -> tuple[MaskForm, ...]:
 
 
 def bounds_of(base: nn.Module) -> tuple[str, ...]:
-    """Numbers of the configuration that bound what a token sees, as far as the model has them."""
+    """Names of the configuration's numbers that bound what a token sees."""
     config = text_config(base)
     return tuple(name for name in _BOUNDS.values() if name and isinstance(getattr(config, name, None), int))
 
 
 @contextmanager
 def narrowed(base: nn.Module, size: int) -> Iterator[None]:
-    """Inside, windows and chunks of a model are `size` tokens, so that a few tokens show whether they are kept."""
+    """Narrow windows and chunks to `size` tokens while the context is open, so that a few tokens test them."""
     config = text_config(base)
     own = {name: getattr(config, name) for name in bounds_of(base)}
     try:
@@ -96,7 +96,7 @@ def at_all_pairs(rows: GroupRows, rule: Rule) -> Tensor:
 
 
 def make_masks(base: nn.Module, form: MaskForm, rows: GroupRows) -> object:
-    """What a model takes as `attention_mask`, of shape (rows, 1, L, L), or such by the names of its kinds of layers.
+    """Make the `attention_mask` of a model, of shape (rows, 1, L, L), or a dict of them by kind of layer.
 
     Boolean for `sdpa`, added to the scores for `eager`, and a `BlockMask` for `flex_attention`.
     """

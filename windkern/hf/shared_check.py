@@ -1,11 +1,10 @@
-"""Whether a model gives responses that share a row the hidden states they have alone: seen once, by calling it.
+"""Call a model once to see whether responses that share a row get the hidden states they have alone.
 
-A prompt and three responses of a few tokens run as one row and as three, in the model's own dtype, with windows and
-chunks of its attention narrowed to a few tokens, so that a mask or positions that it does not follow show. Hidden
-states, and their gradient with respect to the embedded tokens, must be the same within rounding. How far rounding
-carries is measured on the model itself: the three rows run again with their embeddings moved by one rounding. In a
-16-bit model that is coarse, so a row whose responses see each other must be seen to be wrong, or nothing has been
-learnt.
+A prompt and three responses of a few tokens run as one row and as three, in the model's own dtype. Windows and chunks
+of attention are narrowed to a few tokens, so that the run shows masks or positions that the model ignores. Hidden
+states, and their gradient with respect to the embedded tokens, must agree within rounding. The model itself shows how
+far rounding carries: the three rows run again with their embeddings moved by one rounding. In a 16-bit model that is
+coarse, so a row whose responses see each other must come out wrong; otherwise the check has learnt nothing.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ _said: set[tuple[str, str]] = set()  # (class, cause) that the log has; a policy
 
 @dataclass(frozen=True)
 class Sharing:
-    """What was seen of a model: the form of its masks, or why its responses cannot share a row."""
+    """Result of the check: the form of the model's masks, or why its responses cannot share a row."""
 
     form: MaskForm | None
     cause: str | None
-    evidence: str | None = None  # what was seen of the cause on this model: numbers, or the error it raised
-    relative: bool = False  # whether positions matter by their differences alone
+    evidence: str | None = None  # what this model did: numbers, or the error it raised
+    relative: bool = False  # whether only differences of positions matter
 
     @property
     def holds(self) -> bool:
@@ -52,14 +51,14 @@ class Sharing:
 
     @property
     def reason(self) -> str | None:
-        """The cause with its evidence."""
+        """The cause and its evidence; None if responses share rows."""
         return self.cause if self.evidence is None else f"{self.cause} ({self.evidence})"
 
 
 def sharing_of(target: Target) -> Sharing:
-    """Look at a model, once for each dtype, autocast, head, adapters, numbers of its configuration and attention.
+    """Check a model, once for each dtype, autocast, head, adapters, numbers of its configuration and attention.
 
-    Where responses cannot share a row the log says so, and why: once for each class of models and cause.
+    If responses cannot share a row, the log says why, once for each class of models and cause.
 
     Raises:
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
@@ -78,10 +77,10 @@ def sharing_of(target: Target) -> Sharing:
 
 
 def inputs_of(target: Target, rows: GroupRows, form: MaskForm | None, positions: bool) -> tuple[dict, Callable]:
-    """Arguments for a model as it is wrapped, and what turns them into those of the model itself.
+    """Return arguments for the wrapped model, and a function that turns them into those of the model itself.
 
-    Wrappers see the ordinary mask of padding. Hazard: some cast what they are given, or know a mask of two dimensions
-    alone. Remedy: masks of rows are made inside.
+    Wrappers get the ordinary mask of padding. Hazard: some cast their arguments, or take masks of two dimensions only.
+    Remedy: make the masks of rows inside.
     """
     given = hf_call.inputs(target.base, rows.input_ids, rows.attention_mask, positions=False)
     if positions:
@@ -142,7 +141,7 @@ def _explained(target: Target, reason: str) -> Sharing:
 
 
 def _example(target: Target) -> tuple[GroupRows, GroupRows]:
-    """The same ids as three rows and as one. No id comes twice, so that gradients can be told apart by it."""
+    """The same ids as three rows and as one. No id occurs twice, so that ids tell gradients apart."""
     ids = plain_ids(target, _PROMPT + sum(_RESPONSES))
     prompt, rest, responses = ids[:_PROMPT], ids[_PROMPT:], []
     for size in _RESPONSES:
@@ -156,10 +155,10 @@ def _example(target: Target) -> tuple[GroupRows, GroupRows]:
 
 
 class _Trial:
-    """Hidden states and a gradient of the plain rows, and how far rounding moves them; then of rows in a form of masks.
+    """Run plain rows, with and without one rounding, and compare rows in any form of masks with them.
 
     Raises:
-        Exception: of any kind the model raises on plain rows.
+        Exception: whatever the model raises on plain rows.
     """
 
     def __init__(self, target: Target, apart: GroupRows, together: GroupRows):
@@ -176,7 +175,7 @@ class _Trial:
         self.allowed = [roundings * gap for gap in self._gaps(moved)]
 
     def refusal(self, form: MaskForm) -> str | None:
-        """Why responses cannot share a row with masks of this form, or None."""
+        """Return why responses cannot share a row with masks of this form, or None if they can."""
         rows = self.together
         try:
             gaps = self._gaps(self._run(rows, form))
@@ -194,7 +193,7 @@ class _Trial:
         return None
 
     def is_relative(self, apart: GroupRows) -> bool:
-        """Whether hidden states stay as they are when all positions grow by the same number."""
+        """Whether hidden states stay the same when all positions grow by the same number."""
         later = replace(apart, position_ids=apart.position_ids + 3)
         return self._gaps(self._run(later, None))[0] <= self.allowed[0]
 
@@ -218,9 +217,9 @@ class _Trial:
         return hidden.detach(), summed
 
     def _gaps(self, other: tuple[Tensor, ...]) -> list[float]:
-        """Of hidden states the largest of the three responses, of a gradient that of the tokens.
+        """Largest gap of the three responses' hidden states and, if there is one, the gap of the gradient.
 
-        Each is that of three tokens in four, since experts flip.
+        Each gap is one that three tokens in four keep to, because experts may flip in the rest.
         """
         first = _distance(other[0], self.plain[0]).split(list(_RESPONSES))
         rest = zip(other[1:], self.plain[1:], strict=True)
@@ -237,7 +236,7 @@ def _of_most(gaps: Tensor) -> float:
 
 
 def _eps_of(base: nn.Module) -> float:
-    """Of the narrowest dtype that a forward computes in."""
+    """Rounding unit of the narrowest dtype in which a forward computes."""
     dtypes = {each.dtype for each in base.parameters() if each.is_floating_point()}
     device = next(base.parameters()).device.type
     if torch.is_autocast_enabled(device):
@@ -247,7 +246,7 @@ def _eps_of(base: nn.Module) -> float:
 
 @contextmanager
 def _embedded(base: nn.Module, moved: bool, leaf: bool) -> Iterator[list[Tensor]]:
-    """Inside, what the model embeds becomes a leaf that is listed here, moved by one rounding where asked for."""
+    """Make the embedded tokens a leaf and list it while the context is open; `moved` changes them by one rounding."""
     found: list[Tensor] = []
 
     def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scale, softcap and masked columns of a model's logits, read from what it makes of numbers that we chose."""
+"""Find scale, softcap and masked columns of a model's logits from what it makes of numbers that we chose."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from windkern.transform import LogitTransform
 
 REMEDY = "compute hidden states yourself and call windkern.sequence_logps with the right transform"
 _MASK = -1e4  # a column that is always at or below this is a mask: exp of it is 0 beside any other logit
-_SAMPLE = 256  # columns that candidates are tried on
-# Fields that claim something of the logits, and the scale they mean where they mean one.
+_SAMPLE = 256  # columns on which candidates are tried
+# Fields of a configuration that say something about the logits, and the scale they stand for (None: a softcap).
 _CLAIMS = {
     "logit_scale": lambda value: value,  # Cohere
     "logits_scaling": lambda value: 1 / value,  # Granite
@@ -40,9 +40,9 @@ def probe(rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
 
 
 def numbers_of(base: nn.Module) -> tuple[tuple[str, float], ...]:
-    """Names and values of what may scale or cap: in a model's configuration, in that of its text part, on the model.
+    """Names and values of numbers that may be a scale or cap: of the configuration, its text part, the model.
 
-    Integers only where their name says so: a scale of 1 / 2 layers would be a coincidence, and numbers of steps change.
+    An integer counts only if its name speaks of it: a scale of 1 / 2 layers is a coincidence, and counters change.
     """
     config: Any = base.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -67,15 +67,15 @@ def read(
     """Return the transform that made `made` of `given`, and the columns (V',) that it masks.
 
     Args:
-        given: (T, V') float64, what the head gave; made: (T, V') float64, what the model returned.
+        given: (T, V') float64, what the head returned; made: (T, V') float64, what the model made of it.
         exact: (T, V') float64, the head's product for real hidden states; logits: (T, V') float64, what the model
             returned for them.
-        dtype: in which the head gives its product.
-        rounding: what a number of the product may be off by, as a share of its size.
+        dtype: of the product that the head returns.
+        rounding: relative error that rounding may cause in a number of the product.
 
     Raises:
-        UnsupportedModelError: it is no scale and softcap that the configuration names, or some columns are replaced by
-            constants that are no mask.
+        UnsupportedModelError: the configuration names no such scale and softcap, or some columns are replaced by
+            constants that are not a mask.
     """
     masked = _masked(target, made, logits)
     given, made, exact, logits = (each[:, ~masked] for each in (given, made, exact, logits))
@@ -101,7 +101,7 @@ def _apply(transform: LogitTransform, logits: Tensor) -> Tensor:
 
 
 def _masked(target: Target, made: Tensor, logits: Tensor) -> Tensor:
-    """(V,) columns that hold the same very negative number whatever the head gives."""
+    """(V,) columns that hold the same very negative number whatever the head returns."""
     constant = (made == made[0]).all(0)
     masked = constant & (made[0] <= _MASK) & (logits <= _MASK).all(0)
     replaced = constant & ~masked
@@ -117,7 +117,7 @@ def _masked(target: Target, made: Tensor, logits: Tensor) -> Tensor:
 
 
 def _slack(dtype: torch.dtype) -> float:
-    """What rounding a few times may do to the whole: random in a short format, a last digit or two in a long one."""
+    """Relative error of a few roundings: random in a short format, a last digit or two in a long one."""
     eps = torch.finfo(dtype).eps
     return eps if eps > 1e-4 else 8 * eps
 
@@ -149,7 +149,7 @@ def _pairs(given: Tensor, made: Tensor) -> str:
 
 
 def _candidates(target: Target, scale: float, top: float, slack: float) -> Iterator[LogitTransform]:
-    """Transforms of the model's numbers that are near what was measured: nearest first, those that speak of it before.
+    """Transforms made of the model's numbers near the measured scale: names that speak of it first, then the nearest.
 
     Args:
         scale: the measured slope at zero.
@@ -171,7 +171,7 @@ def _speaks(name: str) -> bool:
 
 
 def unfollowed(target: Target, transform: LogitTransform) -> Iterator[tuple[str, float, LogitTransform]]:
-    """Names and values of what the model's own configuration claims and its logits do not show, as a transform.
+    """Yield each claim of the model's configuration that its logits do not follow: name, value and claimed transform.
 
     A wrapper around a text model is free to ignore what the configuration of its text part says.
     """
@@ -191,7 +191,7 @@ def unfollowed(target: Target, transform: LogitTransform) -> Iterator[tuple[str,
 def refusal(
     target: Target, name: str, value: float, claimed: LogitTransform, exact: Tensor, logits: Tensor
 ) -> UnsupportedModelError:
-    """What to raise for a claim that is not followed: exact and logits as `read`."""
+    """Return the error for a claim that is not followed; `exact` and `logits` as in `read`."""
     ours, theirs = (each.log_softmax(-1) for each in (_apply(claimed, exact), logits))
     error = float((ours - theirs).abs().nan_to_num(0.0).max())  # a masked column is -inf in both or in one
     return UnsupportedModelError(
