@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -55,6 +56,31 @@ def gathered(folder: Path) -> dict:
     }
 
 
+def uneven(folder: Path) -> dict:
+    """Log-probs and gradients where one rank scores tokens and the other none, the head streamed and whole."""
+    from windkern import hf
+    from windkern.train.jobs import score_job
+
+    found = {}
+    for way in ("streamed", "whole"):
+        model = _wrap("fsdp2, own unit of the head", _model_of("own unit"))
+        ids, attention, completion = _sequences(0)
+        targets = hf.completion_targets(ids, completion)
+        if dist.get_rank():
+            targets.fill_(hf.IGNORE_INDEX)
+        job, seen = score_job(targets, 1.0, {}), []
+
+        def watched(parts, hidden, job=job, seen=seen):
+            seen.append(parts.in_pieces)
+            return job(parts, hidden)
+
+        logps = hf.run(model, ids, attention, watched, whole_head=way == "whole")
+        logps.square().sum().backward()
+        grads = {name: value.grad.full_tensor().tolist() for name, value in model.named_parameters()}
+        found[way] = {"in_pieces": seen[0], "logps": logps.tolist(), "grads": grads}
+    return found
+
+
 def _let_fsdp_run_on_a_cpu() -> None:
     """Accelerate turns FSDP on for GPUs only; what comes after that line is the same for a CPU."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -88,18 +114,28 @@ TRAINER = {
 HELDOUT = ("rain and", "a day and", "the bus and")
 
 
-def make_run(folder: Path, changes: dict, modules: list[str] | None = None, half: bool = False):
+def untied(model):
+    """A model whose head has a parameter of its own."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return model
+
+
+def make_run(folder: Path, changes: dict, modules: list[str] | None = None, half: bool = False, own_head: bool = False):
     """A WindTrainer, in one process or several.
 
     Args:
         modules: get adapters, and then the base is the reference.
         half: whether the base is in bfloat16.
+        own_head: whether the heads of policy and reference are untied.
     """
     import tiny_model
     from trainer_cases import PROMPTS, lora, make_trainer
 
     model, given = tiny_model.make_model(), {}
     model = model.bfloat16() if half else model
+    if own_head:
+        model, given = untied(model), {"ref_model": untied(tiny_model.make_model()) if modules is None else None}
     if modules is not None:
         changes = {**changes, "reference": "adapter"}
         given["peft_config"] = lora(target_modules=modules)
@@ -122,18 +158,28 @@ def trainer(folder: Path, runs: str) -> dict:
     return {name: _train(folder / name, **settings) for name, settings in json.loads(runs).items()}
 
 
-def _train(folder: Path, kind: str, changes: dict, resume: bool = False, **more) -> dict:
+def _train(folder: Path, kind: str, changes: dict, resume: bool = False, joined: bool = False, **more) -> dict:
+    """`joined`: leave the head in one unit with the last norm, as accelerate does by itself."""
+    from windkern.train import jobs, sharded
+
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # of the run before
     settings = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"} | (FSDP if kind == "fsdp2" else {})
-    run = make_run(folder, settings | changes, **more)
-    run.train(resume_from_checkpoint=resume)
-    run.save_model()
-    return {"wrapped": type(run.model_wrapped).__name__, **report_of(run)}
+    ways = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("streamed", "gathered"):
+            way = getattr(jobs, name)
+            patch.setattr(jobs, name, lambda head, name=name, way=way: (ways.append(name), way(head))[1])
+        if joined:
+            patch.setattr(sharded, "_name_units", lambda plugin, model: None)
+        run = make_run(folder, settings | changes, **more)
+        run.train(resume_from_checkpoint=resume)
+        run.save_model()
+    return {"wrapped": type(run.model_wrapped).__name__, "heads": sorted(set(ways)), **report_of(run)}
 
 
 def everything(folder: Path, runs: str) -> dict:
-    """Both of the above in one launch, which takes longer than they do."""
-    return {"gathered": gathered(folder), "runs": trainer(folder, runs)}
+    """All of the above in one launch, which takes longer than they do."""
+    return {"gathered": gathered(folder), "uneven": uneven(folder), "runs": trainer(folder, runs)}
 
 
 # How a model is wrapped in the job `wrapped`, and how near it comes to one process.
@@ -155,7 +201,7 @@ def _model_of(kind: str):
 
     model = tiny_model.make_model()
     if "own unit" in kind:
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # a unit shares no parameters
+        model = untied(model)  # a unit shares no parameters
     if "adapters" in kind:
         import peft
 

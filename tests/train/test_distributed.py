@@ -33,16 +33,25 @@ CASES = {
         }
     },
 }
+# A head with a parameter of its own, which FSDP2 streams.
+UNTIED = {"changes": {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}, "own_head": True}
 # Responses that are read, not drawn: the two round differently in bfloat16, and a draw that is nearly a tie would flip.
 HALF_CHANGES = {"bf16": True, "num_iterations": 1, "sampler": f"recorded:{RECORDED}"}
+NO_EVAL = {**HALF_CHANGES, "eval_strategy": "no"}
 HALF = {"changes": HALF_CHANGES, "modules": ["q_proj", "lm_head"], "half": True}
+FROZEN = {"changes": {"num_iterations": 1}, "modules": ["q_proj"], "own_head": True}
 MORE = {
     "half-ddp": {"kind": "ddp", **HALF},
     "half-fsdp2": {"kind": "fsdp2", **HALF},
     "bf16-fsdp2": {"kind": "fsdp2", "changes": {"bf16": True, "num_iterations": 1}},
+    "half-untied-fsdp2": {"kind": "fsdp2", "changes": NO_EVAL, "own_head": True},
+    "half-joined-fsdp2": {"kind": "fsdp2", "changes": NO_EVAL, "own_head": True, "joined": True},
+    "untied-fsdp2": {"kind": "fsdp2", **UNTIED},
+    "joined-fsdp2": {"kind": "fsdp2", **UNTIED, "joined": True},
+    "frozen-fsdp2": {"kind": "fsdp2", **FROZEN},
     "table-fsdp2": {"kind": "fsdp2", "changes": {"reference": "precomputed", "sampler": f"recorded:{RECORDED}"}},
 }
-RESUMED = ("adapters", "anchored")
+RESUMED = [f"{name}-{kind}" for name in ("adapters", "anchored") for kind in KINDS] + ["untied-fsdp2"]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`", "ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embed"
 )
@@ -80,7 +89,7 @@ def launched(tmp_path_factory) -> Path:
         responses(scratch)
         runs = {f"{name}-{kind}": {"kind": kind, **case} for kind in KINDS for name, case in CASES.items()} | MORE
         first = launch("everything", scratch, json.dumps(runs))
-        again = {f"{name}-{kind}": runs[f"{name}-{kind}"] for name in RESUMED for kind in KINDS}
+        again = {name: runs[name] for name in RESUMED}
         for name in again:
             interrupt(scratch / name, scratch / f"{name}-resumed")
         # Two blocks of three are on the disk: one is missing, for two processes.
@@ -92,7 +101,10 @@ def launched(tmp_path_factory) -> Path:
         again["table-fsdp2"] = runs["table-fsdp2"]
         resumed = {f"{name}-resumed": {**run, "resume": True} for name, run in again.items()}
         second = launch("trainer", scratch, json.dumps(resumed))
-        ranks = [{"gathered": one["gathered"], **one["runs"], **two} for one, two in zip(first, second, strict=True)]
+        ranks = [
+            {name: one[name] for name in one if name != "runs"} | one["runs"] | two
+            for one, two in zip(first, second, strict=True)
+        ]
         (scratch / "ranks.json").write_text(json.dumps(ranks))
         scratch.rename(folder)
         return folder
@@ -107,13 +119,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
     (path,) = folder.glob("*model.safetensors")
     found = load_file(path)
-    found.pop("lm_head.weight", None)  # tied; FSDP2 writes it, too
+    if "lm_head.weight" in found and torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"]):
+        del found["lm_head.weight"]  # tied; FSDP2 writes it, too
     return found
 
 
 def alone(folder: Path, case: dict):
     """The run of one process on the same global batch: what it reports, and its weights."""
-    run = make_run(folder, {**case["changes"], "per_device_train_batch_size": 2}, case.get("modules"))
+    changes = {**case["changes"], "per_device_train_batch_size": 2}
+    run = make_run(folder, changes, case.get("modules"), own_head=case.get("own_head", False))
     run.train()
     run.save_model()
     return report_of(run), weights(folder)
@@ -152,13 +166,56 @@ def test_two_processes_train_as_one(launched, tmp_path, name):
         assert_close(launched, f"{name}-{kind}", report, theirs, wrapper)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_run_resumed_inside_an_iteration_ends_with_the_same_bits(launched, name, kind):
-    whole, resumed = launched / f"{name}-{kind}", launched / f"{name}-{kind}-resumed"
+def test_a_run_resumed_inside_an_iteration_ends_with_the_same_bits(launched, name):
+    whole, resumed = launched / name, launched / f"{name}-resumed"
     ours, theirs = weights(resumed), weights(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], value) for key, value in theirs.items())
     assert ranks_of(launched, resumed.name) == ranks_of(launched, whole.name)
+
+
+def test_an_untied_head_is_streamed_and_a_tied_one_gathered(launched):
+    ranks = json.loads((launched / "ranks.json").read_text())
+    for rank in ranks:
+        ways = {name: report["heads"] for name, report in rank.items() if "heads" in report}
+        streamed = {name for name, heads in ways.items() if heads == ["streamed"]}
+        assert streamed == {
+            "untied-fsdp2",
+            "untied-fsdp2-resumed",
+            "half-untied-fsdp2",
+            "frozen-fsdp2",
+        }
+        assert all(heads == ["gathered"] for name, heads in ways.items() if name not in streamed)
+
+
+def test_a_streamed_head_trains_as_a_gathered_one(launched, tmp_path):
+    streamed, joined = weights(launched / "untied-fsdp2"), weights(launched / "joined-fsdp2")
+    assert "lm_head.weight" in streamed and streamed.keys() == joined.keys()
+    for key, value in joined.items():
+        torch.testing.assert_close(streamed[key], value, rtol=1e-4, atol=1e-6)
+    for name, case in (("untied", UNTIED), ("frozen", FROZEN)):
+        report, theirs = alone(tmp_path / name, case)
+        assert_close(launched, f"{name}-fsdp2", report, theirs, "FSDP")
+
+
+def test_ranks_without_a_scored_token_walk_over_a_streamed_head(launched):
+    for rank, report in enumerate(ranks_of(launched, "uneven")):
+        streamed, whole = report["streamed"], report["whole"]
+        assert streamed["in_pieces"] and not whole["in_pieces"]
+        assert rank == 0 or not any(streamed["logps"])
+        assert streamed["logps"] == pytest.approx(whole["logps"], rel=1e-5)
+        for name, value in whole["grads"].items():
+            got = torch.tensor(streamed["grads"][name])
+            torch.testing.assert_close(got, torch.tensor(value), rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_streamed_head_in_bfloat16_sums_its_gradient_in_float32(launched):
+    streamed, joined = weights(launched / "half-untied-fsdp2"), weights(launched / "half-joined-fsdp2")
+    for key, value in joined.items():
+        torch.testing.assert_close(streamed[key], value, rtol=1e-2, atol=2e-3)
+    for one, two in zip(ranks_of(launched, "half-untied-fsdp2"), ranks_of(launched, "half-joined-fsdp2"), strict=True):
+        assert_has_not_moved(one["kl_old"][0], two["kl_old"][0])
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-2)
 
 
 def test_blocks_that_are_there_already_and_a_table_of_log_probs(launched, tmp_path, monkeypatch):

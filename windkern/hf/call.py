@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from windkern.hf.head import UnsupportedModelError, linear_of
+from windkern.hf.units import in_pieces, is_own_unit
 
 _compiled_decoders: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # torch.compile's wrapper -> a forward
 _CALLED_AS_IT_IS = "windkern.hf.sequence_logps takes the model as it is wrapped and runs inside its call"
@@ -192,11 +193,21 @@ class _HeadReachedError(Exception):
     """Ends the model's forward after the call of its head, and carries what that call returned."""
 
 
-def at_head(forward: Callable, head: nn.Module, given: Mapping[str, object], job: Callable[[Tensor], object]) -> object:
+def at_head(
+    forward: Callable,
+    head: nn.Module,
+    given: Mapping[str, object],
+    job: Callable[[Tensor], object],
+    *,
+    whole_head: bool = True,
+) -> object:
     """Return job(hidden), run as the head's forward inside forward(**given), which ends there.
 
     Code after the head would need logits, so an exception ends the forward there. The last hook of the head raises it,
     when the hooks of every module that computes have fired.
+
+    Args:
+        whole_head: if False and the head is an FSDP2 unit of its own, run the job before FSDP2 puts it together.
 
     Raises:
         UnsupportedModelError: the forward never calls the head.
@@ -205,14 +216,23 @@ def at_head(forward: Callable, head: nn.Module, given: Mapping[str, object], job
     def stop(module: nn.Module, args: object, output: object) -> None:
         raise _HeadReachedError(output)
 
+    def stop_before(module: nn.Module, args: tuple) -> None:
+        # Reason: what ran before may have left it whole, and bits must not depend on that.
+        module.reshard()
+        if in_pieces(module):
+            raise _HeadReachedError(job(args[0]))
+
     with replaced_forward(head, lambda theirs: lambda hidden, *args, **options: job(hidden)):
-        handle = head.register_forward_hook(stop)
+        handles = [head.register_forward_hook(stop)]
+        if not whole_head and is_own_unit(head):
+            handles.append(head.register_forward_pre_hook(stop_before, prepend=True))
         try:
             forward(**given)
         except _HeadReachedError as reached:
             return reached.args[0]
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
     raise never_called(head)
 
 
@@ -265,19 +285,21 @@ def run(
     *,
     check: bool = False,
     amend: Callable[[dict[str, object]], dict[str, object]] = dict,
+    whole_head: bool = True,
 ) -> Tensor:
     """Return job(hidden), run inside the model's call, so that gradients flow as in any forward of the model.
 
     Args:
         given, check: as `call`.
         amend: maps the arguments that the wrappers pass on to those that the model itself is given.
+        whole_head: as `at_head`.
 
     Raises:
         UnsupportedModelError: the model or a wrapper does not reach the head.
     """
 
     def inside(theirs: Callable, *args: object, **received: object) -> object:
-        return at_head(functools.partial(theirs, *args), target.head, amend(received), job)
+        return at_head(functools.partial(theirs, *args), target.head, amend(received), job, whole_head=whole_head)
 
     out = call(target, given, inside, check=check)
     if not isinstance(out, Tensor):

@@ -18,6 +18,7 @@ from windkern.head import Head
 from windkern.hf import call as hf_call
 from windkern.hf.check import Verdict, verdict_of
 from windkern.hf.head import UnsupportedModelError, blocks, linear_of
+from windkern.hf.units import in_pieces
 from windkern.ops.inputs import Blocks
 from windkern.ops.sequence import sequence_logps as _sequence_logps
 from windkern.transform import LogitTransform
@@ -64,6 +65,16 @@ class CausalLM:
             return bias
         bias = linear.weight.new_zeros(self.masked.shape) if bias is None else bias
         return bias.masked_fill(self.masked.to(bias.device), -torch.inf)
+
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether the head's rows are those of the logits, so that each rank may hold some of them."""
+        return self.masked is None and self.columns is None
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether this rank holds a part of the head alone, an FSDP2 unit, as `windkern.sharding.streamed` takes it."""
+        return self.takes_pieces and in_pieces(self.lm_head)
 
     @property
     def head(self) -> Head:
@@ -165,7 +176,12 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
 
 
 def run(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, job: Callable[[CausalLM, Tensor], Tensor]
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    job: Callable[[CausalLM, Tensor], Tensor],
+    *,
+    whole_head: bool = True,
 ) -> Tensor:
     """Return job(parts, hidden), computed inside the call of the wrapped model.
 
@@ -180,6 +196,9 @@ def run(
         attention_mask: (S, L) bool or 0 and 1; 0 for padding.
         job: gets the model taken apart and its hidden states (S, L, H), on the device of the head; returns a tensor.
             Pass constants in its closure: FSDP2 rounds floating arguments of a call to its mixed precision.
+        whole_head: if False, the job also takes a head that FSDP2 has cut as a unit of its own: where
+            `parts.in_pieces`, pass `windkern.sharding.streamed(parts.lm_head)` to the ops. True has FSDP2 put it
+            together first.
 
     Raises:
         TypeError, UnsupportedModelError: as `hidden_and_head`.
@@ -205,7 +224,8 @@ def run(
         )
     parts = parts_of(target, verdict)
     given = hf_call.inputs(target.base, input_ids, attention_mask, positions=verdict.positions)
-    return hf_call.run(target, given, lambda hidden: job(parts, hidden))
+    whole_head = whole_head or not parts.takes_pieces
+    return hf_call.run(target, given, lambda hidden: job(parts, hidden), whole_head=whole_head)
 
 
 def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[CausalLM, Tensor], Result]) -> Result:

@@ -121,7 +121,7 @@ def _balance_of(config: Any) -> int:
     return max(1, _BALANCE * hidden * hidden // (heads * size if known else hidden))
 
 
-def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = False) -> Tensor:
+def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = False, whole_head: bool = True) -> Tensor:
     """Return job(parts, hidden) of the scored tokens of rows, computed inside the call of the wrapped model.
 
     Args:
@@ -129,6 +129,7 @@ def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = Fals
         rows: of `make_rows`, on the device of the model. Rows of several responses need rules of this model.
         job: gets the model taken apart and hidden states, (M, H) in the order of `rows.targets`; returns a tensor.
         padded: pass (S, R, H) to the job, in the order of `rows.padded()`.
+        whole_head: as `run`.
 
     Raises:
         TypeError, UnsupportedModelError: as `run`, or the model was seen not to share rows.
@@ -137,7 +138,10 @@ def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = Fals
     hf_call.check_gradients(target)
     given, amend, parts = _call_of(target, rows)
     index = rows.padded()[0] if padded else rows.index
-    return hf_call.run(target, given, lambda hidden: job(parts, _scored(hidden, index)), amend=amend)
+    whole_head = whole_head or not parts.takes_pieces
+    return hf_call.run(
+        target, given, lambda hidden: job(parts, _scored(hidden, index)), amend=amend, whole_head=whole_head
+    )
 
 
 def run_rows_inside(model: nn.Module, rows: GroupRows, job: Callable[[CausalLM, Tensor], Result]) -> Result:

@@ -23,7 +23,8 @@ class UnsupportedModelError(ValueError):
     """A model's log-probs are not those of hidden states and a head; the message says why and what would do."""
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear whose forward is that of nn.Linear."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
@@ -58,10 +59,10 @@ def linear_of(head: nn.Module) -> nn.Linear:
         UnsupportedModelError: there is none whose logits are a product with its weight.
     """
     layer = _unwrap(head)
-    if _is_plain(layer):
+    if is_plain(layer):
         return layer
     if _is_lora(layer):
-        if _is_plain(layer.base_layer):
+        if is_plain(layer.base_layer):
             return layer.base_layer
         layer = layer.base_layer
     if type(layer).__module__.split(".")[0] == "peft":

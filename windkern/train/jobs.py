@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
@@ -13,6 +14,7 @@ from windkern import hf
 from windkern.head import Head
 from windkern.ops.inputs import Blocks
 from windkern.ops.sequence import sequence_logps
+from windkern.sharding.streamed import streamed
 from windkern.sharding.whole import gathered
 from windkern.train.sharded import check_whole
 
@@ -34,9 +36,11 @@ def check_scorable(model: nn.Module) -> None:
     hf.hidden_and_head(model)
 
 
-def _whole_blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple[Blocks, Head]:
-    """Hidden states and the head, of whole plain tensors while `stack` is open."""
+def _blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple[Blocks, Head]:
+    """Hidden states and the head: streamed where it is an FSDP2 unit of its own, else whole while `stack` is open."""
     states, head = parts.blocks(hidden)
+    if parts.in_pieces:
+        return states, dataclasses.replace(head, weight=streamed(parts.lm_head))
     return states, stack.enter_context(gathered(head))
 
 
@@ -46,7 +50,7 @@ def score_job(targets: Tensor, temperature: float, options: Mapping[str, object]
     def job(parts: hf.CausalLM, hidden: Tensor) -> Tensor:
         parts = parts.at_temperature(temperature)
         with ExitStack() as stack:
-            states, head = _whole_blocks(stack, parts, hidden)
+            states, head = _blocks(stack, parts, hidden)
             return sequence_logps(states, head, targets, **options)
 
     return job
@@ -65,7 +69,7 @@ def loss_job(
         parts = parts.at_temperature(temperature)
         groups = targets.shape
         with ExitStack() as stack:
-            states, head = _whole_blocks(stack, parts, hidden)
+            states, head = _blocks(stack, parts, hidden)
             blocks = states if isinstance(states, tuple) else (states,)
             split = tuple(block.view(*groups, block.shape[-1]) for block in blocks)
             return windkern.fused_loss(

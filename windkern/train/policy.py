@@ -176,7 +176,7 @@ class Policy:
 
     def run(self, model: nn.Module, batch: Batch, job: Job) -> Tensor:
         """Return what `job` makes of (S, R, H) hidden states of responses and the head, inside a call of `model`."""
-        return hf.run_rows(model, batch.rows, job, padded=True)
+        return hf.run_rows(model, batch.rows, job, padded=True, whole_head=False)
 
     @torch.no_grad()
     def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:

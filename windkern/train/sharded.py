@@ -6,13 +6,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import TrainingArguments
 
 
-def prepare_plugin(accelerator: Accelerator) -> None:
-    """Let an FSDP2 plugin leave results in float32 and save whole weights.
+class HeadUnit(nn.Linear):
+    """An untied head, under a name of its own by which accelerate makes it an FSDP2 unit of its own.
+
+    Reason: accelerate wraps classes by their names, and would put a head into one unit with the last norm, whose call
+    puts the head together, too.
+    """
+
+
+def _name_units(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
+    """Let accelerate wrap a model's head apart from all else, where it is plain, untied, and layers have names."""
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    given = plugin.transformer_cls_names_to_wrap
+    names = [name for name in given or getattr(model, "_no_split_modules", None) or () if name != HeadUnit.__name__]
+    plain = type(head) in (nn.Linear, HeadUnit) and getattr(embedding, "weight", None) is not head.weight
+    if plain and _wrapped_by(plugin) is transformer_auto_wrap_policy:
+        head.__class__ = HeadUnit
+        plugin.transformer_cls_names_to_wrap = [*names, HeadUnit.__name__]
+    elif given:
+        plugin.transformer_cls_names_to_wrap = names
+
+
+def _wrapped_by(plugin: FullyShardedDataParallelPlugin) -> object:
+    return getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
+
+
+def prepare_plugin(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let an FSDP2 plugin make the head a unit of its own, leave results in float32 and save whole weights.
 
     Reason: with bf16, accelerate would round the returned loss and log-probs, and the sums of gradients between
     processes, to bfloat16.
@@ -33,13 +60,20 @@ def prepare_plugin(accelerator: Accelerator) -> None:
 
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    _name_units(plugin, model)
 
 
 def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """A frozen model cut in pieces as the policy is, so that every process holds its share only."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    return fsdp2_prepare_model(accelerator, model)
+    plugin = accelerator.state.fsdp_plugin
+    names = plugin.transformer_cls_names_to_wrap
+    _name_units(plugin, model)
+    try:
+        return fsdp2_prepare_model(accelerator, model)
+    finally:
+        plugin.transformer_cls_names_to_wrap = names
 
 
 @contextmanager

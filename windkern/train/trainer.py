@@ -142,7 +142,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             optimizers=optimizers,
         )
         if self.is_fsdp_enabled:
-            prepare_plugin(self.accelerator)
+            prepare_plugin(self.accelerator, model)
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = self.policy.world = World(self.accelerator)
         loaded = getattr(self, "is_distributed_loading_by_transformers", False)  # transformers 5.17 has no such thing
