@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,7 +49,9 @@ def one_rank_only(checks: Checks, rank: int) -> None:
 
     zero3 = torch.zeros(0)
     zero3.ds_id = 7
-    checks.run("zero3", call, zero3, ValueError, "ZeRO-3")
+    remedy = "gather it with windkern.sharding.gathered(weight)"
+    checks.run("zero3", call, zero3, ValueError, remedy)
+    checks.run("zero3 on every rank", assert_raises, ValueError, remedy, lambda: vocab_parallel(zero3))
     checks.run("integers", call, torch.zeros(5, 3, dtype=torch.int64), TypeError, "float64, float32")
     checks.run("vector", call, torch.zeros(5), ValueError, "(rows, hidden)")
     checks.run("list", call, [[1.0]], TypeError, "torch.Tensor")
@@ -86,21 +89,27 @@ def dead_group(rank: int) -> None:
     assert_raises(wk.sharding.RanksError, "does not exist (any more)", call)
 
 
-def other_rows(rank: int) -> None:
-    """With WINDKERN_DEBUG=1 ranks that call with other numbers of rows hear of it; gloo would end them."""
+def other_calls(rank: int) -> None:
+    """Ranks that call with other numbers of rows, none included, or other options hear of it before they wait."""
     head = vocab_parallel(torch.zeros(5, 3))
-    os.environ["WINDKERN_DEBUG"] = "1"
-    try:
-        call = lambda: wk.token_logps(torch.zeros(2 + rank, 3), head, torch.zeros(2 + rank, dtype=torch.long))  # noqa: E731
-        assert_raises(ValueError, "rows (2 and 3)", call)
-    finally:
-        del os.environ["WINDKERN_DEBUG"]
+
+    def call(rows: int, entropy: bool = False, wanted: bool = False):
+        hidden = torch.zeros(rows, 3, requires_grad=wanted)
+        return wk.token_logps(hidden, head, torch.zeros(rows, dtype=torch.long), entropy=entropy)
+
+    assert_raises(ValueError, "rows (2 and 3)", lambda: call(2 + rank))
+    assert_raises(ValueError, "rows (0 and 2)", lambda: call(2 * rank))
+    assert_raises(ValueError, "entropy (0 and 1)", lambda: call(2, entropy=rank == 0))
+    assert_raises(ValueError, "a gradient of hidden (0 and 1)", lambda: call(2, wanted=rank == 0))
+    call(2)  # and then go on together
 
 
 def absent(rank: int) -> None:
     """Rank 1 does not come: rank 0 waits as long as the group's timeout says."""
     group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=1))
-    head = vocab_parallel(torch.zeros(5, 3), group)
+    head = vocab_parallel(torch.zeros(5, 3))
+    # Nothing else of this group may wait for a rank that has no turn.
+    head = replace(head, cut=replace(head.cut, group=group.group_name))
     if rank == 0:
         call = lambda: wk.token_logps(torch.zeros(2, 3), head, torch.tensor([0, 9]))  # noqa: E731
         assert_raises(wk.sharding.RanksError, "all ranks of the group must make the same calls", call)
@@ -140,7 +149,7 @@ def faults(folder: Path) -> dict:
     parts(checks, rank)
     one_rank_only(checks, rank)
     arguments(checks, rank)
-    for check in (dead_group, overlaps, other_rows, absent):
+    for check in (dead_group, overlaps, other_calls, absent):
         checks.run(check.__name__, check, rank)
     return checks.report()
 

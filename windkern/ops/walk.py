@@ -129,8 +129,11 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
                 unit[rows].copy_(block_unit)
     if spec.merges:
         ranks = Ranks(spec.group)
-        if backends.debug_mode():
-            agreed(ranks, device, [], {"rows": M, "a gradient of hidden": int(any(spec.hidden_grad))})
+        # Reason: collectives of other sizes hang, end the process, or mix up rows. On a GPU the host would wait for the
+        # device in every call to read what the ranks say, and a captured graph could not hold it.
+        if device.type == "cpu" or backends.debug_mode():
+            wanted = int(any(spec.hidden_grad))
+            agreed(ranks, device, [], {"rows": M, "entropy": int(spec.entropy), "a gradient of hidden": wanted})
         own, state = state, merged(state, ranks)
         if units and not spec.factored:
             _move_units(units, own, state, spec.entropy)
