@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
 import time
@@ -15,7 +16,7 @@ from sharding_jobs import DTYPES, Checks, assert_caught, assert_raises, fuzzed
 from tolerances import assert_within
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import windkern as wk
 from windkern.ops import walk
@@ -271,11 +272,14 @@ def refusals(checks: Checks, mesh: DeviceMesh) -> None:
             else wk.fused_loss(lambda logps: logps.sum(-1), hidden[None, None], head, targets[None, None])
         )
 
+    zero3 = torch.zeros(0)
+    zero3.ds_id = 7
     wide = init_device_mesh("cpu", (1, dist.get_world_size()))
     two = distribute_tensor(torch.randn(9, 4), wide, [Shard(0), Shard(0)])
     columns = distribute_tensor(torch.randn(9, 4), mesh, [Shard(1)])
     wrong = {
         "must be a DTensor that FSDP2 has cut, got a plain tensor": (TypeError, lambda: wk.sharding.streamed(hidden)),
+        "only windkern.sharding.gathered serves that": (TypeError, lambda: wk.sharding.streamed(zero3)),
         "or an FSDP2 unit, got Linear": (TypeError, lambda: wk.sharding.streamed(nn.Linear(2, 2))),
         "one-dimensional mesh": (ValueError, lambda: wk.sharding.streamed(two)),
         "placements (Shard(dim=0),)": (TypeError, lambda: wk.sharding.streamed(columns)),
@@ -288,6 +292,20 @@ def refusals(checks: Checks, mesh: DeviceMesh) -> None:
     }
     for words, (kind, function) in wrong.items():
         checks.run(words, assert_raises, kind, words, function)
+
+
+def absent() -> None:
+    """Rank 0 alone calls an op: it waits as long as the group's timeout says."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    # Nothing else of this group may wait for a rank that has no turn.
+    group = dist.new_group(list(range(world)), timeout=datetime.timedelta(seconds=1))
+    mesh = DeviceMesh.from_group(group, "cpu")
+    weight = DTensor.from_local(torch.randn(4, 4), mesh, [Shard(0)], run_check=False)
+    head = wk.sharding.streamed(weight)
+    if rank == 0:
+        call = functools.partial(wk.token_logps, torch.randn(3, 4), head, torch.tensor([0, 1, 7]))
+        assert_raises(wk.sharding.RanksError, "all ranks of the group must make the same calls", call)
+    dist.barrier()
 
 
 def unsharded_unit() -> None:
@@ -413,6 +431,7 @@ def streamed(folder: Path, kind: str) -> dict:
     checks.run("bias, half kept", parity, half_kept, torch.float32, "bias_only", call, memory_budget=140_000)
     checks.run("batch_invariant", batch_invariant, mesh)
     checks.run("unsharded", unsharded_unit)
+    checks.run("absent", absent)
     checks.run("orders", orders, mesh, 50 if kind == "all" else 3)
     fuzz(checks, mesh, range(100 if kind == "all" else 5))
     refusals(checks, mesh)

@@ -4,9 +4,18 @@ import pytest
 from distributed_tools import launch
 from sharding_jobs import assert_passed
 
+CHECKS = {"streamed_jobs:streamed:some": 40, "streamed_jobs:teeth": 4}
 
-def test_two_ranks(tmp_path):
-    assert_passed(launch("streamed", tmp_path, "some", module="streamed_jobs"), 40)
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> list[dict]:
+    """What two ranks report of all jobs, for which they start once."""
+    return launch("several", tmp_path_factory.mktemp("pair"), *CHECKS, module="sharding_jobs")
+
+
+@pytest.mark.parametrize("job", CHECKS)
+def test_two_ranks(pair, job):
+    assert_passed([rank[job] for rank in pair], CHECKS[job])
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
@@ -17,7 +26,3 @@ def test_every_gear_and_dtype_and_order_of_arrival(tmp_path, processes):
 
 def test_four_ranks(tmp_path):
     assert_passed(launch("streamed", tmp_path, "some", processes=4, module="streamed_jobs"), 40)
-
-
-def test_planted_faults_are_caught(tmp_path):
-    assert_passed(launch("teeth", tmp_path, module="streamed_jobs"), 4)

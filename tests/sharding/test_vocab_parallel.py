@@ -4,9 +4,18 @@ import pytest
 from distributed_tools import launch
 from sharding_jobs import assert_passed
 
+CHECKS = {"sharding_jobs:vocab_parallel:some": 70, "sharding_faults:faults": 20, "sharding_faults:teeth": 4}
 
-def test_two_ranks(tmp_path):
-    assert_passed(launch("vocab_parallel", tmp_path, "some", module="sharding_jobs"), 70)
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> list[dict]:
+    """What two ranks report of all jobs, for which they start once."""
+    return launch("several", tmp_path_factory.mktemp("pair"), *CHECKS, module="sharding_jobs")
+
+
+@pytest.mark.parametrize("job", CHECKS)
+def test_two_ranks(pair, job):
+    assert_passed([rank[job] for rank in pair], CHECKS[job])
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
@@ -19,13 +28,5 @@ def test_four_ranks(tmp_path):
     assert_passed(launch("vocab_parallel", tmp_path, "some", processes=4, module="sharding_jobs"), 30)
 
 
-def test_faults(tmp_path):
-    assert_passed(launch("faults", tmp_path, module="sharding_faults"), 20)
-
-
 def test_a_rank_that_dies(tmp_path):
     assert_passed(launch("death", tmp_path, module="sharding_faults"), 1)
-
-
-def test_planted_faults_are_caught(tmp_path):
-    assert_passed(launch("teeth", tmp_path, module="sharding_faults"), 4)
