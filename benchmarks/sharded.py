@@ -5,12 +5,15 @@
 One thread a process, gloo. Vocabulary cut over ranks that hold the same rows ("tensor"): `vocab_parallel` beside the
 walk over a rank's own part alone, torch's `loss_parallel` on DTensor logits, and the eager chunks of Liger's
 tensor-parallel op. Rows cut over ranks ("data"): `streamed` beside the whole head on every rank, and `gathered`. Every
-sample begins at a barrier and counts the slowest rank; all providers of a case alternate.
+sample begins at a barrier and counts the slowest rank; all providers of a case alternate, and a ratio is the median of
+those in one round. Peak memory is what a call adds to a rank, its gradients included. Writes JSON into
+benchmarks/results/, from which `python -m benchmarks.readme` makes the table of docs/sharding.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -31,6 +34,7 @@ from benchmarks import record, timing
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = {"scoring": (False, False), "frozen": (True, False), "trained": (True, True)}
 LOGIT_STD = 2.5
+WRONG = 0.02  # share of the log-probs
 Call = Callable[[], Tensor]
 
 
@@ -75,13 +79,12 @@ def tensor_calls(values: tuple[Tensor, ...], mode: str, mesh: DeviceMesh) -> dic
     head = wk.sharding.vocab_parallel(local)
     cut = DTensor.from_local(local, mesh, [Shard(0)])
     given = upstream, (hidden, local)
-    calls = {
+    return {
         "own part alone": partial(step, lambda: wk.token_logps(hidden, local, targets % part).logps, *given),
         "vocab_parallel": partial(step, lambda: wk.token_logps(hidden, head, targets).logps, *given),
         "loss_parallel": partial(step, lambda: torch_loss_parallel(hidden, cut, targets, mesh), *given),
         "liger tp, eager": partial(step, lambda: liger_tensor_parallel(hidden, local, targets), *given),
     }
-    return calls
 
 
 def data_calls(values: tuple[Tensor, ...], mode: str, mesh: DeviceMesh) -> dict[str, Call]:
@@ -116,6 +119,24 @@ def make_values(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor
     return hidden, weight, targets, torch.randn(rows, generator=generator)
 
 
+def bounds(shape: tuple[int, int, int], dtype: torch.dtype, mode: str, world: int) -> dict[str, int]:
+    """Bytes that a call of ours may add on a rank, by provider: the plan's, gradients, and what is on its way."""
+    rows, size, vocab = shape
+    hidden_grad, weight_grad = MODES[mode]
+    given = {"device": "cpu", "hidden_grad": hidden_grad, "weight_grad": weight_grad}
+    part, mine = vocab // world, rows // world
+    cut = wk.plan(rows, size, part, dtype, **given)
+    streamed = wk.plan(mine, size, vocab, dtype, total_rows=mine + 1, **given)
+    wide = dtype.itemsize * size
+    merged = 4 * rows * (3 * world + 6)
+    slabs = 2 * streamed.slab_width * wide * (1 + weight_grad)
+    targets = mine * wide * (mode == "frozen")
+    return {
+        "vocab_parallel": cut.peak_bytes + merged + wide * (hidden_grad * rows + weight_grad * part),
+        "streamed": streamed.peak_bytes + slabs + targets + wide * (hidden_grad * mine + weight_grad * part),
+    }
+
+
 def slowest(value: float) -> float:
     """The largest of a number over the ranks."""
     number = torch.tensor([value], dtype=torch.float64)
@@ -126,71 +147,96 @@ def slowest(value: float) -> float:
 def measure(calls: dict[str, Call], samples: int, exact: Tensor, baseline: str) -> list[dict[str, Any]]:
     """One row for each provider; providers that cannot run here say why."""
     rows: dict[str, dict[str, Any]] = {}
+    taken: dict[str, list[float]] = {}
     for name, call in calls.items():
         try:
+            call()  # Reason: libraries set up buffers of their own in a first call, which are not the call's
             measured = timing.measure(call)
         except (RuntimeError, ImportError, NotImplementedError) as error:
-            rows[name] = {"provider": name, "absent": f"{type(error).__name__}: {error}"[:200]}
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            rows[name] = {"provider": name, "status": "absent", "complete": True, "reason": why}
             continue
-        gap = (measured.result.double() - exact).norm() / exact.norm()
-        peak = -1 if measured.peak_bytes is None else slowest(measured.peak_bytes)
-        rows[name] = {
-            "provider": name,
-            "peak_bytes": peak,
-            "samples": [],
-            "error": None if name == baseline else float(gap),
-        }
+        gap = float((measured.result.double() - exact).norm() / exact.norm())
+        if name != baseline and not gap < WRONG:
+            raise RuntimeError(f"the log-probs of {name} are off by {gap:.2g} of their size")
+        peak = None if measured.peak_bytes is None else int(slowest(measured.peak_bytes))
+        rows[name] = {"provider": name, "status": "ok", "complete": True, "peak_bytes": peak}
+        rows[name] |= {"alone": name == baseline, "errors": {} if name == baseline else {"logps": gap}}
+        taken[name] = []
     for _ in range(samples):
-        for name, row in rows.items():
-            if "samples" in row:
-                dist.barrier()
-                row["samples"].append(slowest(timing.timed(calls[name])[0]))
-    for row in rows.values():
-        if "samples" in row:
-            row["median_s"] = statistics.median(row["samples"])
-            row["over_baseline"] = row["median_s"] / statistics.median(rows[baseline]["samples"])
+        for name, seconds in taken.items():
+            dist.barrier()
+            seconds.append(slowest(timing.timed(calls[name])[0]))
+    for name, seconds in taken.items():
+        ratios = [one / other for one, other in zip(seconds, taken[baseline], strict=True)]
+        rows[name] |= {**timing.summary(seconds), "times_alone": statistics.median(ratios)}
     return list(rows.values())
+
+
+def exact_logps(values: tuple[Tensor, ...]) -> Tensor:
+    """(M,) float64 of products in float32, a few rows at a time."""
+    hidden, weight, targets, _ = values
+    parts = zip(hidden.float().split(64), targets.split(64), strict=True)
+    return torch.cat([wk.naive.token_logps(part, weight.float(), few)[0].double() for part, few in parts])
 
 
 def worker(rank: int, options: argparse.Namespace, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.processes)
+    run(options)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(options: argparse.Namespace) -> None:
+    """All cases, in every process of the default group; the first writes them down."""
+    rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (options.processes,))
-    values = make_values(options.shape, DTYPES[options.dtype])
-    exact = torch.cat(
-        [
-            wk.naive.token_logps(part.float(), values[1].float(), targets)[0].double()
-            for part, targets in zip(values[0].split(64), values[2].split(64), strict=True)
-        ]
-    )
+    dtype = DTYPES[options.dtype]
+    values = make_values(options.shape, dtype)
+    exact = exact_logps(values)
     rows = len(exact) // options.processes
     own = exact[rank * rows : (rank + 1) * rows]
-    found: list[dict[str, Any]] = []
+    shape = "x".join(map(str, options.shape))
+    results = None
+    if rank == 0:
+        settings = {name: getattr(options, name) for name in ("dtype", "processes", "samples")}
+        settings |= {"shape": shape, "nice": os.nice(0), "load": [round(each, 2) for each in os.getloadavg()]}
+        results = record.Results(options.out or record.default_path("sharded"), "sharded", settings, append=True)
     for mode in options.modes:
         cases = {
             "tensor": (tensor_calls, exact, "own part alone"),
             "data": (data_calls, own, "whole head alone"),
         }
+        most = bounds(options.shape, dtype, mode, options.processes)
         for cut, (build, wanted, baseline) in cases.items():
             for row in measure(build(values, mode, mesh), options.samples, wanted, baseline):
-                found.append({"cut": cut, "mode": mode, **row})
-                if rank == 0:
-                    print(line(found[-1]), flush=True)
-    if rank == 0:
-        settings = {name: getattr(options, name) for name in ("shape", "dtype", "processes", "samples")}
-        document = {"schema": record.SCHEMA, "kind": "sharded", **record.run_info(settings), "rows": found}
-        record.write_atomically(options.out or record.default_path("sharded"), document)
-    dist.barrier()
-    dist.destroy_process_group()
+                if results is None:
+                    continue
+                row |= {
+                    "case": f"{shape}/{cut}/{mode}/{options.dtype}",
+                    "shape": shape,
+                    "cut": cut,
+                    "mode": mode,
+                    "dtype": options.dtype,
+                    "processes": options.processes,
+                    "bound_bytes": most.get(row["provider"]),
+                    "reproduce": f"python -m benchmarks.sharded --shape {shape} --dtype {options.dtype}",
+                }
+                results.put(row)
+                print(line(row), flush=True)
+    if results is not None:
+        results.save()
 
 
 def line(row: dict[str, Any]) -> str:
     head = f"{row['cut']:<7} {row['mode']:<8} {row['provider']:<17}"
-    if "absent" in row:
-        return f"{head} {row['absent']}"
-    peak = "" if row["peak_bytes"] < 0 else f"  {row['peak_bytes'] / 2**20:8.1f} MiB"
-    error = "" if row["error"] is None else f"  error {row['error']:.1e}"
-    return f"{head} {row['median_s']:8.3f} s  x {row['over_baseline']:.2f}{peak}{error}"
+    if row["status"] != "ok":
+        return f"{head} {row['reason']}"
+    peak = "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 2**20:8.1f} MiB"
+    bound = "" if row["bound_bytes"] is None else f" of {row['bound_bytes'] / 2**20:.1f}"
+    error = "".join(f"  error {value:.1e}" for value in row["errors"].values())
+    return f"{head} {row['median_s']:8.3f} s  x {row['times_alone']:.2f}{peak}{bound}{error}"
 
 
 def shape_of(text: str) -> tuple[int, int, int]:
@@ -198,7 +244,7 @@ def shape_of(text: str) -> tuple[int, int, int]:
     return rows, size, vocab
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sharded", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=shape_of, default="512x576x49152", help="rows x hidden x vocabulary")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
@@ -206,7 +252,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))
     parser.add_argument("--out", type=Path, metavar="FILE")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         given = options, f"{folder}/store"
         torch.multiprocessing.spawn(worker, given, nprocs=options.processes)
