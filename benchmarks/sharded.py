@@ -225,8 +225,8 @@ def run(options: argparse.Namespace) -> None:
                 }
                 results.put(row)
                 print(line(row), flush=True)
-    if results is not None:
-        results.save()
+            if results is not None:
+                results.save()
 
 
 def line(row: dict[str, Any]) -> str:
