@@ -15,7 +15,7 @@ ALLOWED = {
     "ops": BASE | {"kernels", "plan", "spec", "backends", "sharding"},
     "losses": BASE | {"kernels", "ops", "backends"},
     "tabular": BASE | {"losses"},
-    "hf": BASE | {"ops"},
+    "hf": BASE | {"ops", "sharding"},
     "sharding": BASE | {"kernels"},
     "shard": set(),
     "integrations": BASE | {"kernels", "ops", "plan", "backends", "losses", "hf", "sharding"},

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -216,7 +217,7 @@ def at_head(
     def stop(module: nn.Module, args: object, output: object) -> None:
         raise _HeadReachedError(output)
 
-    def stop_before(module: nn.Module, args: tuple) -> None:
+    def stop_before(module: Any, args: tuple) -> None:
         # Reason: what ran before may have left it whole, and bits must not depend on that.
         module.reshard()
         if in_pieces(module):

@@ -18,6 +18,7 @@ from windkern.head import Head
 from windkern.hf import call as hf_call
 from windkern.hf.check import Verdict, verdict_of
 from windkern.hf.head import UnsupportedModelError, blocks, linear_of
+from windkern.hf.tensor_parallel import is_cut, rows_of
 from windkern.hf.units import in_pieces
 from windkern.ops.inputs import Blocks
 from windkern.ops.sequence import sequence_logps as _sequence_logps
@@ -78,8 +79,19 @@ class CausalLM:
 
     @property
     def head(self) -> Head:
-        """The head without adapters, with its current parameters."""
-        weight = self.weight if self.columns is None else self.weight[: self.columns]
+        """The head without adapters, with its current parameters.
+
+        Where tensor parallelism has cut it, `windkern.sharding.vocab_parallel` of this rank's rows.
+
+        Raises:
+            UnsupportedModelError: it is cut, and the model masks columns of its logits or cuts them off.
+        """
+        if is_cut(self.weight) and not self.takes_pieces:
+            raise UnsupportedModelError(
+                "the model masks columns of its logits or cuts them off, and tensor parallelism has cut its head, so "
+                "that no rank knows which of its rows those are; leave the head out of the tensor-parallel plan"
+            )
+        weight = rows_of(linear_of(self.lm_head)) if self.columns is None else self.weight[: self.columns]
         return Head(weight, self.bias, **dataclasses.asdict(self.transform))
 
     def blocks(self, hidden: Tensor) -> tuple[Blocks, Head]:
@@ -106,6 +118,8 @@ class CausalLM:
             r numbers per token and adapter, and a copy of B (V, r) if its dtype differs from that of `hidden`.
         """
         states, weights = blocks(self.lm_head, hidden)
+        if isinstance(weights, Tensor) and self.columns is None:
+            return states, self.head
         if self.columns is not None:
             cut = slice(self.columns)
             weights = weights[cut] if isinstance(weights, Tensor) else tuple(each[cut] for each in weights)

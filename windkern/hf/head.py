@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from windkern.hf.tensor_parallel import is_cut
 from windkern.ops.inputs import Blocks
 
 _CHECKED_ROWS = 8
@@ -104,6 +105,12 @@ def _adapters(layer: Any) -> list[str]:
     if not _is_lora(layer) or layer.disable_adapters or layer.merged:
         return []
     names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if names and is_cut(layer.base_layer.weight):
+        raise _refuse(
+            layer,
+            "whose weight tensor parallelism has cut, but not its adapters",
+            "leave the head out of target_modules, or out of the tensor-parallel plan",
+        )
     for name in names:
         if name in layer.lora_variant:
             variant = type(layer.lora_variant[name]).__name__

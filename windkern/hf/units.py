@@ -6,13 +6,12 @@ Nothing here imports torch.distributed: a module is a unit only if somebody has 
 from __future__ import annotations
 
 import sys
-
-from torch import nn
+from typing import Any
 
 from windkern.hf.head import is_plain
 
 
-def is_own_unit(head: nn.Module) -> bool:
+def is_own_unit(head: Any) -> bool:
     """Whether FSDP2 cuts this head, a plain nn.Linear, apart from every other module, over a mesh of one dimension."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(head, fsdp.FSDPModule) or not is_plain(head):
@@ -23,6 +22,6 @@ def is_own_unit(head: nn.Module) -> bool:
     return len(state._modules) == 1 and bool(own) and all(each.device_mesh.ndim == 1 for each in own)
 
 
-def in_pieces(head: nn.Module) -> bool:
+def in_pieces(head: Any) -> bool:
     """Whether this rank holds a part of the rows of a head that is a unit of its own, as `streamed` takes it."""
     return is_own_unit(head) and hasattr(head.weight, "placements") and head.weight.placements[0].is_shard(0)

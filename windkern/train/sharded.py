@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import TrainingArguments
+
+from windkern.hf.tensor_parallel import is_cut
 
 
 class HeadUnit(nn.Linear):
@@ -19,7 +22,7 @@ class HeadUnit(nn.Linear):
     """
 
 
-def _name_units(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
+def _name_units(plugin: FullyShardedDataParallelPlugin, model: Any) -> None:
     """Let accelerate wrap a model's head apart from all else, where it is plain, untied, and layers have names."""
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -101,12 +104,18 @@ def whole_models(config: TrainingArguments) -> Iterator[None]:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise if ZeRO-3 has cut a model in pieces that no engine puts together.
+    """Raise if ZeRO-3 has cut a model in pieces that no engine puts together, or tensor parallelism has cut it.
 
     Raises:
         ValueError: it has.
     """
     for name, value in model.named_parameters():
+        if is_cut(value):
+            raise ValueError(
+                f"model must be whole, but tensor parallelism has cut its parameter {name} over processes, each of "
+                "which gets prompts of its own here; load it without tp_plan and train under FSDP2, or score it in a "
+                "loop of your own by windkern.hf.sequence_logps"
+            )
         if hasattr(value, "ds_id") and value.shape != value.ds_shape:
             raise ValueError(
                 f"model must be whole, but DeepSpeed ZeRO-3 has cut its parameter {name} in pieces; load policy and "
