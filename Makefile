@@ -67,6 +67,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 	$(BIN)/python -m benchmarks.pairs
 	$(BIN)/python -m benchmarks.bodies
+	$(BIN)/python -m benchmarks.sharded
 	$(BIN)/python -m benchmarks.errors
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.readme

@@ -3,7 +3,7 @@
     python -m benchmarks.readme [--page FILE ...] [--results FOLDER] [--check]
 
 Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, cpu, masked, gpu,
-errors and bodies. --check writes nothing and exits with 1 if the tables are out of date.
+errors, bodies and sharded. --check writes nothing and exits with 1 if the tables are out of date.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import bodies_report, record, tables
+from benchmarks import bodies_report, record, sharded_table, tables
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/concepts/numerics.md", "docs/shared_prompts.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/concepts/numerics.md", "docs/shared_prompts.md", "docs/sharding.md")
 SECTIONS = {
     "summary": ("speed", tables.markdown_summary),
     "cpu": ("speed", tables.markdown_speed),
@@ -23,6 +23,7 @@ SECTIONS = {
     "gpu": ("speed-gpu", tables.markdown_speed),
     "errors": ("errors", tables.markdown_errors),
     "bodies": ("bodies", bodies_report.markdown),
+    "sharded": ("sharded", sharded_table.markdown),
 }
 
 

@@ -201,7 +201,7 @@ def run(options: argparse.Namespace) -> None:
     results = None
     if rank == 0:
         settings = {name: getattr(options, name) for name in ("dtype", "processes", "samples")}
-        settings |= {"shape": shape, "nice": os.nice(0), "load": [round(each, 2) for each in os.getloadavg()]}
+        settings |= {"shape": shape, "nice": os.nice(0)}  # the load is among what is known of the machine
         results = record.Results(options.out or record.default_path("sharded"), "sharded", settings, append=True)
     for mode in options.modes:
         cases = {

@@ -40,7 +40,7 @@ def _caption(data: dict[str, Any]) -> str:
     shapes = dict.fromkeys(f"{row['dtype']} {row['shape']}" for row in data["rows"])
     return (
         f"{machine['cpu']}, {settings['processes']} processes with a thread each, gloo; {versions}; commit {commit}, "
-        f"{run['date'][:10]}; load {settings['load'][0]:.1f} before. "
+        f"{run['date'][:10]}; load {machine['load_at_start']:.1f} before. "
         f"{', '.join(shapes)} (tokens x hidden x vocabulary). "
         "Each cell: time as a multiple of the same work without the other ranks (first row: its time), and what a call "
         "adds to a rank's memory, gradients included; in brackets the bound.\n"
