@@ -7,6 +7,7 @@ named "tp".
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ MESH = ("tp",)
 _cuts: weakref.WeakKeyDictionary[nn.Linear, Cut] = weakref.WeakKeyDictionary()
 
 
-def is_cut(weight: Tensor) -> bool:
+def is_cut(weight: Any) -> bool:
     """Whether it holds the rows of one rank of a mesh for tensor parallelism, and of no other mesh."""
     if not hasattr(weight, "placements") or weight.device_mesh.mesh_dim_names != MESH:
         return False
