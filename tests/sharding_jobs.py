@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import runpy
 import traceback
 from collections.abc import Callable, Iterator
@@ -399,24 +398,6 @@ def compiled(group: dist.ProcessGroup) -> None:
         torch.testing.assert_close(eager, graph)
 
 
-def lora(group: dist.ProcessGroup) -> None:
-    """A frozen head cut over ranks beside an adapter cut alike: gradients of hidden states, A and B."""
-    generator = torch.Generator().manual_seed(2)
-    hidden, weight, down, up = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((9, 8), (37, 8), (3, 8), (37, 3))
-    )
-    targets = torch.randint(0, 37, (9,), generator=generator)
-    trained = [each.requires_grad_() for each in (hidden, down, up)]
-    for layout in layouts(37, group.size()):
-        found = []
-        for op in (Cut(layout, group), wk.naive.token_logps):
-            logps = op((hidden, 0.5 * hidden @ down.T), (weight, up), targets)[0]
-            found.append([logps, *torch.autograd.grad(logps.square().sum(), trained)])
-        dist.all_reduce(found[0][3], group=group)
-        for mine, exact in zip(*found, strict=True):
-            torch.testing.assert_close(mine, exact)
-
-
 def memory(group: dist.ProcessGroup) -> None:
     """A rank takes what the plan of its own rows says, and three numbers a row from each rank."""
     rows, size, vocab = 96, 16, 4000
@@ -455,30 +436,10 @@ def vocab_parallel(folder: Path, kind: str) -> dict:
         other_ops,
         lower_reduce_dtype,
         dtensor,
-        lora,
         memory,
     ):
         checks.run(check.__name__, check, world)
     return checks.report()
-
-
-def several(folder: Path, *jobs: str) -> dict:
-    """Jobs one after the other in the same processes, each `module:job` or `module:job:option`."""
-    found = {}
-    for job in jobs:
-        module, name, *options = job.split(":")
-        found[job] = getattr(importlib.import_module(module), name)(folder, *options)
-    return found
-
-
-def benchmark(folder: Path) -> list[dict]:
-    """The rows of benchmarks/sharded.py on a shape of a moment."""
-    from benchmarks import record, sharded
-
-    out = folder / "sharded.json"
-    sharded.run(sharded.make_parser().parse_args(["--shape", "16x8x64", "--samples", "2", "--out", str(out)]))
-    dist.barrier()
-    return record.read(out)["rows"]
 
 
 def example(folder: Path) -> dict:

@@ -18,7 +18,7 @@ MODES = ("scoring", "frozen", "trained")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("sharded")
-    (rows, _) = launch("benchmark", folder, module="sharding_jobs")
+    (rows, _) = launch("benchmark", folder, module="sharding_session")
     return folder, rows
 
 

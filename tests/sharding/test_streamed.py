@@ -10,7 +10,7 @@ CHECKS = {"streamed_jobs:streamed:some": 40, "streamed_jobs:teeth": 4}
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[dict]:
     """What two ranks report of all jobs, for which they start once."""
-    return launch("several", tmp_path_factory.mktemp("pair"), *CHECKS, module="sharding_jobs")
+    return launch("several", tmp_path_factory.mktemp("pair"), *CHECKS, module="sharding_session")
 
 
 @pytest.mark.parametrize("job", CHECKS)

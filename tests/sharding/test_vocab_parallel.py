@@ -4,13 +4,18 @@ import pytest
 from distributed_tools import launch
 from sharding_jobs import assert_passed
 
-CHECKS = {"sharding_jobs:vocab_parallel:some": 70, "sharding_faults:faults": 20, "sharding_faults:teeth": 4}
+CHECKS = {
+    "sharding_session:adapters": 1,
+    "sharding_jobs:vocab_parallel:some": 70,
+    "sharding_faults:faults": 20,
+    "sharding_faults:teeth": 4,
+}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[dict]:
     """What two ranks report of all jobs, for which they start once."""
-    return launch("several", tmp_path_factory.mktemp("pair"), *CHECKS, module="sharding_jobs")
+    return launch("several", tmp_path_factory.mktemp("pair"), *CHECKS, module="sharding_session")
 
 
 @pytest.mark.parametrize("job", CHECKS)
