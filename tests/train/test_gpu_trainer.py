@@ -80,7 +80,7 @@ def test_losses_and_weights_are_those_of_a_cpu(tmp_path, changes):
 
 def test_the_anchor_is_beside_the_policy(tmp_path):
     trainer = run(tmp_path, ON_GPU, loss="bond", num_generations=3, save_strategy="no")
-    assert {value.device.type for value in trainer.outer.anchor.state_dict().values()} == {"cuda"}
+    assert {value.device.type for value in trainer.policy.anchor.state_dict().values()} == {"cuda"}
     assert len(losses_of(trainer)) == 4 and all(value == value for value in losses_of(trainer))
 
 

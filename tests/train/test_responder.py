@@ -15,12 +15,21 @@ from tiny_model import make_tokenizer
 from trainer_cases import make_trainer
 
 from windkern.losses import LOSSES
+from windkern.train.data.datasets import PromptSets
 from windkern.train.groups import Group
+from windkern.train.report.notices import Notices
 from windkern.train.responder import Responder
 from windkern.train.samplers.openai import OpenAISampler
 
 STALE = "never given the new weights"
 SAME = "are identical"
+
+
+class Reader:
+    """An observer that keeps the notes it is told."""
+
+    def __init__(self, said: list[str]):
+        self.note = said.append
 
 
 def responder(sampler=None, group="samples", **config) -> tuple[Responder, list[str]]:
@@ -29,7 +38,8 @@ def responder(sampler=None, group="samples", **config) -> tuple[Responder, list[
         **{"reference": "model", "num_iterations": 3, "loss": "wind", "num_generations": 2} | config
     )
     settings.entry = LOSSES[settings.loss]
-    return Responder(settings, group, ["p"], [], SimpleNamespace(model="weights"), sampler, said.append), said
+    prompts, policy = PromptSets(["p"], [], []), SimpleNamespace(model="weights")
+    return Responder(settings, group, prompts, policy, sampler, Notices(Reader(said))), said
 
 
 def rollout(*completions) -> Group:

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import tiny_model
+import transformers
 from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer, weights_of
 from transformers import TrainerCallback
 
@@ -35,6 +36,26 @@ def test_one_object_trains_once(tmp_path):
     for resume in (None, True):
         with pytest.raises(ValueError, match="has already trained for 4 steps"):
             trainer.train(resume_from_checkpoint=resume)
+
+
+def test_nothing_that_the_trainer_made_holds_the_trainer(tmp_path):
+    """Neither itself nor a method of it; transformers' own objects apart."""
+    trainer = make_trainer(tmp_path, heldout=HELDOUT, loss="bond", num_generations=3, replay=False)
+    seen: set[int] = set()
+    waiting = [trainer.run, trainer.iterations, trainer.data_collator, trainer.train_dataset, trainer.policy]
+    while waiting:
+        held = waiting.pop()
+        assert held is not trainer and getattr(held, "__self__", None) is not trainer, held
+        if id(held) in seen or isinstance(held, (torch.nn.Module, type, transformers.TrainingArguments)):
+            continue
+        seen.add(id(held))
+        if isinstance(held, dict):
+            waiting += held.values()
+        elif isinstance(held, (list, tuple, set)):
+            waiting += held
+        elif type(held).__module__.startswith("windkern"):
+            waiting += vars(held).values()
+    assert len(seen) > 40
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +63,30 @@ def collate(groups: Sequence[Group], fill: int, rules: LayoutRules) -> Batch:
     constants = {name: torch.stack([group.constants[name] for group in groups]) for name in names}
     rows = make_rows(layout, prompts, completions, fill)
     return Batch(rows, (len(groups), len(groups[0].completions)), constants)
+
+
+class LaysOut(Protocol):
+    """What makes a batch of groups, as a policy does."""
+
+    def batch(self, groups: Sequence[Group]) -> Batch:
+        """The groups as the model takes them."""
+        ...
+
+
+class Collator:
+    """Makes batches of the groups that a step takes, as transformers wants them.
+
+    Args:
+        policy: lays groups out as its model takes them.
+    """
+
+    def __init__(self, policy: LaysOut):
+        self.policy = policy
+
+    def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """The batch, and beside it what transformers counts tokens by."""
+        batch = self.policy.batch(groups)
+        return {"batch": batch, "input_ids": batch.rows.input_ids, "attention_mask": batch.rows.attention_mask}
 
 
 class IterationData(Dataset):

@@ -369,6 +369,10 @@ class WindConfig(TrainingArguments):
         """Optimizer steps of the whole run."""
         return self.num_iterations * self.steps_per_iteration
 
+    def prompts_per_step(self, processes: int) -> int:
+        """Prompts whose responses an optimizer step fits, on all processes together."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+
     @property
     def entry(self) -> Loss:
         """The loss in the table of losses."""

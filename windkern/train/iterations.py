@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Mapping
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
@@ -19,26 +19,21 @@ from windkern.train.outer import OuterLoop
 from windkern.train.reference import RecordedLogps
 from windkern.train.report.completions import columns_of, track_completions, write_completions
 from windkern.train.report.history import History
+from windkern.train.report.notices import Notices
 from windkern.train.report.progress import RECORDED, Record
 
 
-class Evaluates(Protocol):
-    """What evaluates the policy and calls `on_evaluate` with what it found."""
-
-    def evaluate_late(self) -> None:
-        """Evaluate the policy as it is now, as the end of an epoch does."""
-        ...
-
-
 class Iterations(TrainerCallback):
-    """Begins an outer iteration with each epoch, ends it with the epoch or the evaluation after it, and records it.
+    """The outer iterations of a trainer: it begins one before each epoch, and they end and record themselves.
+
+    An iteration ends with its epoch, or with the evaluation after it. A trainer calls `catch_up` and `begin` before
+    each epoch, and `catch_up` again after the last.
 
     Args:
         outer: makes the iterations.
         evaluator: on held-out prompts; None where there are none.
         data: is filled with the groups to fit.
-        trainer: evaluates an iteration whose own evaluation was cut off by a kill.
-        warn: told what a person should know.
+        notices: told what a person should know.
 
     Attributes:
         number: of the iteration, counted from 1; 0 before the first.
@@ -52,10 +47,9 @@ class Iterations(TrainerCallback):
         outer: OuterLoop,
         evaluator: Evaluator | None,
         data: IterationData,
-        trainer: Evaluates,
-        warn: Callable[[str], None],
+        notices: Notices,
     ):
-        self.outer, self.evaluator, self.data, self.trainer, self.warn = outer, evaluator, data, trainer, warn
+        self.outer, self.evaluator, self.data, self.notices = outer, evaluator, data, notices
         self.config, self.world, self.observer = outer.config, outer.world, outer.observer
         self.records = History(outer.store, judged=outer.plan.judged)
         self.history: list[Record] = []
@@ -67,7 +61,7 @@ class Iterations(TrainerCallback):
         self.outer.policy.anchor = None
         self.averages, self.number = Averages(), 0
         self.current: Iteration | None = None
-        self._recorded = True
+        self._recorded, self._resumed = True, True  # the first iteration that begins may be one that is resumed
         self._start = time.perf_counter()
 
     @property
@@ -85,33 +79,6 @@ class Iterations(TrainerCallback):
         elif state.global_step:
             steps = f", {inside} of its {args.steps_per_iteration} steps are done" if inside else ""
             self.observer.note(f"resumed with iteration {done + 1} of {args.num_iterations}{steps}")
-
-    def on_epoch_begin(
-        self, args: WindConfig, state: TrainerState, control: TrainerControl, optimizer=None, **given
-    ) -> None:
-        done, inside = divmod(state.global_step, args.steps_per_iteration)
-        resumed = not self.number and done
-        self.catch_up(state)
-        if resumed and self.world.is_main:
-            self.records.tell_missing(done, self.outer.blocks, self.warn)
-        self._start, self.number = time.perf_counter(), done + 1
-        self.read_history(state)
-        self._prepare_reference(state.global_step)
-        if self.outer.plan.group == "anchor" and self.outer.policy.anchor is None:
-            self.outer.policy.follow(args.anchor_rate)
-        if args.reset_optimizer and not inside:
-            forget_moments(getattr(optimizer, "optimizer", optimizer))
-        self.outer.respond.update()
-        self.current, self._recorded = self.outer.begin(self.number, inside=inside > 0), False
-        self.outer.respond.look_at(self.current.groups)
-        if args.log_completions and self.world.is_main:
-            table = columns_of(self.number, state.global_step, self.outer.prompts, self.current.groups)
-            write_completions(self.outer.store.folder, table)
-            track_completions(table, args.report_to)
-        self.data.fill(self.number, self.current.fitted)
-        if not inside:
-            self.averages.add(self.outer.measure(self.current))
-        self._tell_fitting(state)
 
     def on_step_end(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
         self._mark_reference(state.global_step)
@@ -138,23 +105,55 @@ class Iterations(TrainerCallback):
         if not self.evaluated and state.global_step == self.number * args.steps_per_iteration:
             self._finish(state, None)
 
-    # What they do.
+    # What a trainer calls.
 
-    def catch_up(self, state: TrainerState) -> None:
-        """Record an iteration whose checkpoint was written, but whose evaluation or record was cut off by a kill."""
+    def catch_up(self, state: TrainerState) -> bool:
+        """Record an iteration whose checkpoint was written, but whose evaluation or record was cut off by a kill.
+
+        Returns:
+            Whether its evaluation is missing, so that it is recorded once the trainer has evaluated.
+        """
         done = state.global_step // self.config.steps_per_iteration
         missing = self.records.missing(done, self.outer.blocks) if done else []
-        if self.world.agree(missing) == [f"iteration-{done:04d}/record.json"]:
-            self.number, self.current, self._recorded = done, self.outer.recall(done), False
-            if self.evaluated:
-                self.trainer.evaluate_late()
-            else:
-                self._finish(state, None)
+        if self.world.agree(missing) != [f"iteration-{done:04d}/record.json"]:
+            return False
+        self.number, self.current, self._recorded = done, self.outer.recall(done), False
+        if not self.evaluated:
+            self._finish(state, None)
+        return self.evaluated
+
+    def begin(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
+        """Begin the iteration of the epoch that comes, or resume it where some of its steps have been taken."""
+        config = self.config
+        done, inside = divmod(state.global_step, config.steps_per_iteration)
+        if self._resumed and done and self.world.is_main:
+            self.records.tell_missing(done, self.outer.blocks, self.notices)
+        self._resumed = False
+        self._start, self.number = time.perf_counter(), done + 1
+        self.read_history(state)
+        self._prepare_reference(state.global_step)
+        if self.outer.plan.group == "anchor" and self.outer.policy.anchor is None:
+            self.outer.policy.follow(config.anchor_rate)
+        if config.reset_optimizer and not inside:
+            forget_moments(getattr(optimizer, "optimizer", optimizer))
+        self.outer.respond.update()
+        self.current, self._recorded = self.outer.begin(self.number, inside=inside > 0), False
+        self.outer.respond.look_at(self.current.groups)
+        if config.log_completions and self.world.is_main:
+            table = columns_of(self.number, state.global_step, self.outer.prompts, self.current.groups)
+            write_completions(self.outer.store.folder, table)
+            track_completions(table, config.report_to)
+        self.data.fill(self.number, self.current.fitted)
+        if not inside:
+            self.averages.add(self.outer.measure(self.current))
+        self._tell_fitting(state)
 
     def read_history(self, state: TrainerState) -> None:
         """Take the records of all finished iterations from the disk."""
         done = state.global_step // self.config.steps_per_iteration
         self.history = self.world.first(lambda: self.records.read(done))
+
+    # What they do.
 
     def _prepare_reference(self, step: int) -> None:
         """Do everything that needs the untrained policy: precomputed log-probs and the reference's answers."""

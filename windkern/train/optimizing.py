@@ -21,7 +21,7 @@ class Optimizing:
         """As transformers, with float32 master weights where 16-bit weights are trained."""
         check_optimizer_arguments(self.args, self.model)
         if self.optimizer is None and not self.policy.sharded:
-            self.optimizer_cls_and_kwargs = master_optimizer(self.model, self.args, self.world.size, self._warn)
+            self.optimizer_cls_and_kwargs = master_optimizer(self.model, self.args, self.world.size, self.notices)
         return super().create_optimizer(model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -43,6 +43,10 @@ class Optimizing:
         if checkpoint is not None and self.loss_plan.group == "anchor":
             path = Path(checkpoint) / anchor_file(self.world.rank, self.world.size)
             self.policy.follow(self.args.anchor_rate).load_state_dict(torch.load(path, weights_only=True))
+
+    def _write_extra(self, folder: Path) -> None:
+        if self.policy.anchor is not None:
+            torch.save(self.policy.anchor.state_dict(), folder / anchor_file(self.world.rank, self.world.size))
 
     def floating_point_ops(self, inputs) -> int:
         """6 operations for each parameter and token."""

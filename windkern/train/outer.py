@@ -20,7 +20,6 @@ from windkern.train.loss_plan import LossPlan
 from windkern.train.metrics import group_metrics, rollout_metrics, win_rates_of
 from windkern.train.policy import AnyPolicy, Policy
 from windkern.train.replay import ReplayBuffer, replayed_groups
-from windkern.train.report.progress import Observer
 from windkern.train.responder import Responder
 from windkern.train.rollouts import collect, judged
 from windkern.train.store import BEGUN, Block, GroupStore, blocks_of
@@ -40,8 +39,9 @@ class OuterLoop:
         respond: samples responses to training prompts.
         judge: None where the plan needs none.
         store: where groups are kept.
-        observer: told about progress.
-        prompts_per_iteration: sampled and fitted in an iteration.
+
+    Attributes:
+        prompts_per_iteration: prompts that an iteration samples responses to, on all processes together.
     """
 
     def __init__(
@@ -53,13 +53,12 @@ class OuterLoop:
         respond: Responder,
         judge: Judge | None,
         store: GroupStore,
-        observer: Observer,
-        prompts_per_iteration: int,
     ):
         self.config, self.plan, self.policy, self.reference = config, plan, policy, reference
-        self.respond, self.judge, self.store, self.observer = respond, judge, store, observer
-        self.prompts, self.world = list(respond.prompts), policy.world
-        self.prompts_per_iteration = prompts_per_iteration
+        self.respond, self.judge, self.store = respond, judge, store
+        self.prompts, self.world, self.observer = list(respond.prompts), policy.world, policy.observer
+        fitted = config.steps_per_iteration * config.prompts_per_step(self.world.size)
+        self.prompts_per_iteration = fitted // config.passes_per_iteration
         self.block_size = max(1, config.sampling_batch_size // config.num_generations)  # prompts
         self.forget()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from windkern.train.config import WindConfig
-from windkern.train.data.loading import Demonstration
+from windkern.train.data.datasets import PromptSets
 from windkern.train.groups import Group, groups_of
 from windkern.train.policy import Policy
+from windkern.train.report.notices import Notices
 from windkern.train.samplers.openai import OpenAISampler
 from windkern.train.samplers.recorded import RecordedSampler, completions_of_texts
 from windkern.train.samplers.sampler import Sampler
@@ -21,26 +22,23 @@ class Responder:
     Args:
         config: of the run.
         group: see `windkern.losses.Group`.
-        prompts: training prompts.
-        demonstrations: their answers, for group "demonstration".
+        prompts: training prompts, with their answers for group "demonstration".
         policy: that is trained.
         sampler: answers prompts; None takes the policy itself.
-        warn: told what a person should know, each thing once.
+        notices: told what a person should know.
     """
 
     def __init__(
         self,
         config: WindConfig,
         group: str,
-        prompts: Sequence[str],
-        demonstrations: Sequence[Demonstration],
+        prompts: PromptSets,
         policy: Policy,
         sampler: Sampler | None,
-        warn: Callable[[str], None] = lambda line: None,
+        notices: Notices,
     ):
-        self.config, self.group, self.prompts, self.demonstrations = config, group, prompts, demonstrations
-        self.policy, self.sampler, self.warn = policy, sampler, warn
-        self._said: set[str] = set()
+        self.config, self.group, self.policy, self.sampler, self.notices = config, group, policy, sampler, notices
+        self.prompts, self.demonstrations = prompts.train, prompts.demonstrations
         if config.reference == "precomputed" and not isinstance(sampler, RecordedSampler):
             raise ValueError(f"args.reference='precomputed' needs a RecordedSampler, got {type(sampler).__name__}")
 
@@ -54,7 +52,7 @@ class Responder:
         if hasattr(self.sampler, "update"):
             self.sampler.update(self.policy.model)
         elif isinstance(self.sampler, OpenAISampler) and self.config.num_iterations > 1:
-            self._say(
+            self.notices.once(
                 "served weights",
                 f"the server at {self.sampler.server.url} is never given the new weights, for its sampler has no "
                 "update(model): from iteration 2 on the responses come from the initial policy. Their log-probs are "
@@ -81,16 +79,11 @@ class Responder:
             cause = "the file has one and the same response to each"
         else:
             cause = "temperature or top_p is too low, or the policy has one response to each left"
-        self._say(
+        self.notices.once(
             "identical",
             f"all responses to each of the iteration's {len(found)} prompts are identical, so none wins and nothing "
             f"can be learnt; most likely {cause}",
         )
-
-    def _say(self, what: str, line: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            self.warn(line)
 
     def __call__(self, places: Sequence[int], iteration: int, block: int) -> list[Group]:
         """Responses to the prompts at some places; the block's draws depend on its number only."""

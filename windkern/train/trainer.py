@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from windkern.train import tried  # noqa: F401
 
 # isort: split
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from windkern.train.adapters import starts_as_base, with_adapter
-from windkern.train.anchor import anchor_file
-from windkern.train.batches import IterationData
-from windkern.train.checkpoints.identity import fingerprint, identity_of, models_inside
+from windkern.train.assembly import Run, start_of
+from windkern.train.batches import Collator
 from windkern.train.checkpoints.lock import owned_by_run
-from windkern.train.checkpoints.opening import open_run
-from windkern.train.checkpoints.saving import AtomicCheckpoints, latest_checkpoint
-from windkern.train.config import WindConfig, check_one_gpu
-from windkern.train.data.datasets import prompt_sets
-from windkern.train.data.prompts import with_template_arguments
-from windkern.train.dropout import disable_dropout
-from windkern.train.evaluation.evaluator import Comparison, Evaluator
+from windkern.train.checkpoints.opening import check_first
+from windkern.train.checkpoints.saving import AtomicCheckpoints
+from windkern.train.config import WindConfig
+from windkern.train.evaluation.evaluator import Comparison
 from windkern.train.iterations import Iterations
 from windkern.train.jobs import Watch, loss_job
-from windkern.train.judges import make_judge
-from windkern.train.judges.judge import Judge, as_judge
-from windkern.train.loss_plan import not_finite, plan_loss
+from windkern.train.judges.judge import Judge
+from windkern.train.loss_plan import not_finite
 from windkern.train.metrics import step_metrics
-from windkern.train.models import name_base, public_name
+from windkern.train.models import name_base
 from windkern.train.optimizing import Optimizing
-from windkern.train.outer import OuterLoop
-from windkern.train.policy import Policy, PolicySettings
-from windkern.train.preconditions import Room, check_evaluation, check_model, check_reporting
-from windkern.train.reference import make_reference
-from windkern.train.report.card import write_card
+from windkern.train.report.card import write_run_card
+from windkern.train.report.notices import Notices
 from windkern.train.report.progress import Observer, Record, Unobserved
-from windkern.train.responder import Responder
-from windkern.train.samplers import make_sampler
 from windkern.train.samplers.sampler import Sampler
 from windkern.train.sharded import prepare_plugin
-from windkern.train.store import GroupStore
 from windkern.train.world import World
 
 
@@ -101,43 +88,40 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         args: WindConfig,
         *,
         train_dataset: Iterable,
-        processing_class,
+        processing_class: Any,
         eval_dataset: Iterable | None = None,
         judge: Judge | Callable | None = None,
         ref_model: nn.Module | None = None,
         sampler: Sampler | None = None,
-        peft_config=None,
+        peft_config: Any = None,
         observer: Observer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
         if not isinstance(args, WindConfig):
             raise TypeError(f"args must be a WindConfig, got {type(args).__name__}")
-        check_one_gpu(args.n_gpu)
-        check_reporting(args)
         self.observer = observer or Unobserved()
-        self.loss_plan = plan_loss(args)
-        note = self._warn if args.process_index == 0 else Unobserved().note
-        given = prompt_sets(train_dataset, eval_dataset, demonstrations=self.loss_plan.group == "demonstration")
-        check_evaluation(args, given.heldout, note)
-        self.weights_at_start = {"model": fingerprint(model), "reference": fingerprint(ref_model)}
-        new_adapter = peft_config is not None and starts_as_base(peft_config)
-        if peft_config is not None:
-            model = with_adapter(model, peft_config, args.seed)
-        check_model(model)
-        processing_class = with_template_arguments(processing_class, args.chat_template_kwargs)
-        self.policy = Policy(model, processing_class, PolicySettings.of(args), observer=self.observer)
-        given = Room(args, model, processing_class).fit_all(given, note)
-        self.demonstrations, self.eval_prompts = given.demonstrations, given.heldout
-        if args.disable_dropout:
-            disable_dropout(model)
+        self.notices = Notices(self.observer, heard=args.process_index == 0)
+        start = start_of(
+            args,
+            model,
+            processing_class,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            ref_model=ref_model,
+            peft_config=peft_config,
+            observer=self.observer,
+            notices=self.notices,
+        )
+        self.policy, self.loss_plan = start.policy, start.plan
+        self.demonstrations, self.eval_prompts = start.prompts.demonstrations, start.prompts.heldout
         super().__init__(
-            model=model,
+            model=self.policy.model,
             args=args,
-            data_collator=self._collate,
+            data_collator=Collator(self.policy),
             train_dataset=(),
             eval_dataset=self.eval_prompts or None,
-            processing_class=processing_class,
+            processing_class=self.policy.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -147,66 +131,20 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         self.world = self.policy.world = World(self.accelerator)
         loaded = getattr(self, "is_distributed_loading_by_transformers", False)  # transformers 5.17 has no such thing
         self.policy.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded
-        self.judge = as_judge(judge, args.judge_strength) if judge is not None else make_judge(args)
-        for inside in models_inside(self.judge):
-            self.weights_at_start["judge"] = self.weights_at_start.get("judge", {}) | fingerprint(inside)
-        if self.judge is None and (self.loss_plan.judged or self.eval_prompts):
-            raise ValueError(f"judge must be given for loss={args.loss!r}: pass judge=, or name one in args.judge")
-        sampler = sampler or make_sampler(args, processing_class)
-        self.reference = make_reference(
-            args, self.policy, ref_model, new_adapter=new_adapter, fsdp=self.is_fsdp_enabled
-        )
-        if self.eval_prompts and self.reference is None:
-            raise ValueError("an evaluation compares with the reference: pass ref_model=")
-        self.store = GroupStore(Path(args.output_dir) / "completions")
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.world.size
-        self.train_dataset = IterationData(args.steps_per_iteration * per_step, per_step, args.seed)
-        warn = self._warn if self.world.is_main else Unobserved().note
-        respond = Responder(args, self.loss_plan.group, given.train, self.demonstrations, self.policy, sampler, warn)
-        self.outer = OuterLoop(
+        self.run = Run(
             args,
-            self.loss_plan,
-            self.policy,
-            self.reference,
-            respond,
-            self.judge,
-            self.store,
-            self.observer,
-            args.steps_per_iteration * per_step // args.passes_per_iteration,
+            start,
+            judge=judge,
+            ref_model=ref_model,
+            sampler=sampler,
+            notices=self.notices,
+            fsdp=self.is_fsdp_enabled,
         )
-        self.evaluator = self._make_evaluator() if self.eval_prompts else None
-        self.iterations = Iterations(self.outer, self.evaluator, self.train_dataset, self, warn)
+        self.train_dataset = self.run.data
+        self.judge, self.reference = self.run.judge, self.run.reference
+        self.outer, self.evaluator = self.run.outer, self.run.evaluator
+        self.iterations = Iterations(self.outer, self.evaluator, self.run.data, self.notices)
         self.callback_handler.callbacks.insert(1, self.iterations)  # behind the one that decides about saving
-
-    def _identity(self) -> dict:
-        """What determines the weights that the run ends with."""
-        judge = self.judge
-        return identity_of(
-            self.args,
-            self.model,
-            self.processing_class,
-            reference=self.reference.model if self.args.reference == "model" and self.reference else None,
-            prompts=self.demonstrations or self.outer.prompts,
-            heldout=self.eval_prompts,
-            judge="" if judge is None else f"{judge.name}, strength {getattr(judge, 'strength', None)}",
-            processes=self.world.size,
-            weights=self.weights_at_start,
-        )
-
-    def _make_evaluator(self) -> Evaluator:
-        return Evaluator(
-            self.eval_prompts,
-            self.judge,
-            self.policy,
-            self.reference,
-            self.world,
-            None,  # Reason: until `train` has opened it, the output folder may be of another run
-            self.observer,
-            seed=self.args.seed,
-            reference_responses=self.args.reference_responses,
-            sampling_batch_size=self.args.sampling_batch_size,
-            scoring_batch_size=self.args.per_device_eval_batch_size,
-        )
 
     @property
     def model_wrapped(self) -> nn.Module:
@@ -222,14 +160,10 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         """Records of the iterations that are over."""
         return self.iterations.history
 
-    def _get_train_sampler(self, *_) -> SequentialSampler:
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # IterationData has the order
 
-    def _collate(self, groups) -> dict:
-        batch = self.policy.batch(groups)  # beside it, what transformers counts tokens by
-        return {"batch": batch, "input_ids": batch.rows.input_ids, "attention_mask": batch.rows.attention_mask}
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **given) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **given: Any) -> TrainOutput:
         """Do the iterations that are left.
 
         Args:
@@ -245,25 +179,32 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
                 has trained already.
             FloatingPointError: a loss is infinite or NaN.
         """
-        resume, moved = resume_from_checkpoint, self.state.global_step > 0
-        if moved and (
-            not resume or (resume is True and latest_checkpoint(self.args.output_dir, lambda _: None) is None)
-        ):
-            raise ValueError(
-                f"This trainer has already trained for {self.state.global_step} steps. Resume from a checkpoint, or "
-                "make a new trainer from the initial model."
-            )
+        check_first(self.state.global_step, self.args.output_dir, resume_from_checkpoint)
         self.iterations.forget()
-        with owned_by_run(self.args, self._warn):
-            self.world.first(lambda: open_run(self.args, self.store, self._identity(), resume, self._warn))
-            if self.evaluator is not None:
-                self.evaluator.folder = self.store.folder / "held-out"
+        with owned_by_run(self.args, self.notices):
+            self.run.open(resume_from_checkpoint)
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **given)
-            self.iterations.catch_up(self.state)
+            self._catch_up()
             self.iterations.read_history(self.state)
         return output
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def _run_epoch(self, **options: Any) -> None:
+        """One epoch of transformers is one outer iteration."""
+        self._catch_up()
+        self.iterations.begin(self.state, self.optimizer)
+        super()._run_epoch(**options)
+
+    def _catch_up(self) -> None:
+        if self.iterations.catch_up(self.state):  # as transformers at the end of an epoch, which a kill has cut off
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor | tuple[Tensor, dict]:
         """Mean loss over the groups of a batch, through the wrapped model's `__call__`."""
         batch = inputs["batch"].to(self.args.device)
         watch = Watch(self.loss_plan.function, self.loss_plan.scale)
@@ -279,11 +220,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers, with the means of what was counted since the last line."""
         if "loss" in logs:
-            extra = self.iterations.averages.take()
-            if extra and self.world.size > 1:
-                values = torch.tensor(list(extra.values()), device=self.args.device)
-                extra = dict(zip(extra, self.accelerator.reduce(values, "mean").tolist(), strict=True))
-            logs = {**logs, **extra}
+            logs = {**logs, **self.world.mean(self.iterations.averages.take())}
         super().log(logs, start_time)
 
     def compare(self, responses: int, iteration: int | None = None) -> Comparison:
@@ -314,21 +251,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def evaluate_late(self) -> None:
-        """The evaluation at the end of an iteration that a kill cut off; schedules and the best model know of it."""
-        self._determine_best_metric(self._evaluate(None, None), None)
-
-    def _warn(self, line: str) -> None:
-        if isinstance(self.observer, Unobserved):
-            super()._warn(line)
-        else:
-            self.observer.note(line)
-
-    def _write_extra(self, folder: Path) -> None:
-        if self.policy.anchor is not None:
-            torch.save(self.policy.anchor.state_dict(), folder / anchor_file(self.world.rank, self.world.size))
-
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.observer.phase(self.iterations.number, "saving a checkpoint")
         super()._save_checkpoint(model, trial)
 
@@ -337,13 +260,4 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             name_base(folder)
-            write_card(
-                folder,
-                config=self.args.own_settings(),
-                base_model=public_name(getattr(self.model.config, "_name_or_path", "")) or type(self.model).__name__,
-                judge=None if self.judge is None else self.judge.name,
-                history=[record.as_dict() for record in self.history],
-                name=self.args.hub_model_id or folder.name,
-                library="peft" if hasattr(self.model, "peft_config") else "transformers",
-                defaults={field.name: field.default for field in dataclasses.fields(WindConfig)},
-            )
+            write_run_card(folder, self.args, self.model, self.judge, self.history)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -56,6 +57,13 @@ class World:
         if failed:
             raise AnotherProcessError("the first process has failed")
         return result
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The mean of each value over the processes, which must all give the same names."""
+        if self.size == 1 or not values:
+            return dict(values)
+        given = torch.tensor(list(values.values()), device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.reduce(given, "mean").tolist(), strict=True))
 
     def share(
         self,

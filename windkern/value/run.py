@@ -19,6 +19,7 @@ from windkern.display import Display, clock
 from windkern.terminal import printable
 from windkern.train.models import describe, load_model
 from windkern.train.report import show as report
+from windkern.train.report.notices import Notices
 from windkern.value.model import ValueModel
 from windkern.value.trainer import DemonstrationCollator, ValueConfig, ValueTrainer
 
@@ -245,7 +246,7 @@ def _run(config: ValueConfig, resume: bool, display: Display) -> int:
     for callback in (PrinterCallback, ProgressCallback):  # the display shows what they would
         trainer.remove_callback(callback)
     trainer.add_callback(_Steps(display))
-    trainer._warn = display.note  # of checkpoints; else a warning of Python's
+    trainer.notices = Notices(display)
     display.print((config.base_model, "bold"), f": {describe(base)}, the frozen base")
     display.print((config.value_model, "bold"), f": {describe(value)}, the value model, trained")
 

@@ -223,7 +223,7 @@ def test_a_server_may_move_to_another_address(tmp_path):
         make_trainer(tmp_path, sampler=f"openai:http://127.0.0.1:{port}/v1", sampler_settings={"timeout": port})
         for port in (8011, 8012)
     ]
-    first, second = (trainer._identity()["settings"] for trainer in made)
+    first, second = (trainer.run.identity()["settings"] for trainer in made)
     assert first == second and first["sampler"] == "openai"
 
 

@@ -147,7 +147,7 @@ def identity_of(
     if config.sampler.partition(":")[0] in _SERVERS:
         settings["sampler"] = config.sampler.partition(":")[0]
     settings |= {name: getattr(config, name, None) for name in TRAINED}
-    settings["prompts_per_step"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    settings["prompts_per_step"] = config.prompts_per_step(processes)
     settings |= outline_of(model)
     settings["judge"] = judge
     settings["ref_model"] = None if reference is None else name_of(reference)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from windkern._files import read_json, write_json
 from windkern.train.checkpoints.identity import ResumeError, check_same
-from windkern.train.checkpoints.manifest import by_step
+from windkern.train.checkpoints.manifest import by_step, latest_checkpoint
 from windkern.train.config import WindConfig
 from windkern.train.store import GroupStore
 
@@ -28,6 +28,24 @@ def check_unused(output_dir: Path, *, overwrite: bool) -> list[Path]:
             "another output_dir, or set overwrite to true to delete them"
         )
     return found
+
+
+def check_first(step: int, output_dir: str | Path, resume: str | bool | None) -> None:
+    """Raise where a trainer whose model has moved is about to begin anew.
+
+    Args:
+        step: optimizer steps that the trainer has taken.
+        output_dir: of its run.
+        resume: whether, or from which checkpoint, it is resumed.
+
+    Raises:
+        ValueError: it has taken steps, and there is no checkpoint to resume from.
+    """
+    if step and (not resume or (resume is True and latest_checkpoint(output_dir, lambda line: None) is None)):
+        raise ValueError(
+            f"This trainer has already trained for {step} steps. Resume from a checkpoint, or make a new trainer from "
+            "the initial model."
+        )
 
 
 def open_run(

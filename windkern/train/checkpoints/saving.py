@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import torch.distributed as dist
@@ -24,6 +23,8 @@ from windkern.train.checkpoints.manifest import (
     verify,
     write_manifest,
 )
+from windkern.train.report.notices import Notices
+from windkern.train.report.progress import Unobserved
 
 __all__ = ["AtomicCheckpoints", "CheckpointError", "CorruptCheckpointError", "latest_checkpoint"]
 
@@ -71,6 +72,7 @@ class AtomicCheckpoints:
         CorruptCheckpointError: `train` was given the path of a checkpoint that is not what was written.
     """
 
+    notices = Notices(Unobserved())  # told, on the first process, what a person should know about checkpoints
     _staging: Path | None = None  # while a checkpoint is being written
     _to_push: bool = False
 
@@ -189,24 +191,20 @@ class AtomicCheckpoints:
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As `transformers.Trainer.train`, from a verified checkpoint, in a folder that no other run writes into."""
-        with owned_by_run(self.args, self._warn):
+        with owned_by_run(self.args, self.notices):
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._choose(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _warn(self, line: str) -> None:
-        """Something a person should know about the checkpoints; called on rank 0."""
-        warnings.warn(line, stacklevel=5)
 
     def _choose(self, wanted: str | os.PathLike | bool) -> str | None:
         answer: list = [None, None]  # path, what is wrong with it
         if self.args.process_index == 0:
             try:
                 if wanted is True:
-                    found = latest_checkpoint(self.args.output_dir, self._warn)
+                    found = latest_checkpoint(self.args.output_dir, self.notices)
                     answer[0] = str(found) if found else None
                     if found is None:
-                        self._warn(
+                        self.notices(
                             f"no whole checkpoint in {self.args.output_dir}: starting from the first step, with the "
                             "responses that are there"
                         )

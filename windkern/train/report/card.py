@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import importlib.metadata
 import os
@@ -11,11 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
 
 from windkern import __version__
 from windkern._checks import check_choice
 from windkern.losses import LOSSES
-from windkern.train.models import PACKAGED
+from windkern.train.config import WindConfig
+from windkern.train.judges.judge import Judge
+from windkern.train.models import PACKAGED, public_name
+from windkern.train.report.progress import Record
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
 # Settings that say where a run lived or what it may access, and nothing about the weights.
@@ -232,3 +237,27 @@ def write_card(folder: str | Path, *, name: str | None = None, **content) -> Pat
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
     return path
+
+
+def write_run_card(
+    folder: Path, config: WindConfig, model: nn.Module, judge: Judge | None, history: Sequence[Record]
+) -> Path:
+    """Write the card of a run beside its weights and return its path.
+
+    Args:
+        folder: existing, of the weights.
+        config: of the run.
+        model: as trained; its config says where it was loaded from.
+        judge: that has judged, if any.
+        history: records of the iterations that are over.
+    """
+    return write_card(
+        folder,
+        config=config.own_settings(),
+        base_model=public_name(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
+        judge=None if judge is None else judge.name,
+        history=[record.as_dict() for record in history],
+        name=config.hub_model_id or folder.name,
+        library="peft" if hasattr(model, "peft_config") else "transformers",
+        defaults={field.name: field.default for field in dataclasses.fields(WindConfig)},
+    )

@@ -1,0 +1,42 @@
+"""Where the trainer says what a person should know."""
+
+from __future__ import annotations
+
+import warnings
+
+from windkern.train.report.progress import Observer, Unobserved
+
+
+class Notices:
+    """Tells the observer of a run, or Python's warnings where nobody observes it.
+
+    Args:
+        observer: of the run.
+        heard: whether this process speaks; only one of several should.
+
+    Example:
+        >>> class Reader:
+        ...     def note(self, text):
+        ...         print(text)
+        >>> Notices(Reader())("checkpoint-3 is damaged")
+        checkpoint-3 is damaged
+    """
+
+    def __init__(self, observer: Observer, *, heard: bool = True):
+        self.observer, self.heard = observer, heard
+        self._said: set[str] = set()
+
+    def __call__(self, line: str) -> None:
+        """Tell one line."""
+        if not self.heard:
+            return
+        if isinstance(self.observer, Unobserved):
+            warnings.warn(line, stacklevel=2)
+        else:
+            self.observer.note(line)
+
+    def once(self, topic: str, line: str) -> None:
+        """Tell one line, unless another one on the same topic has been told."""
+        if topic not in self._said:
+            self._said.add(topic)
+            self(line)
