@@ -1,11 +1,14 @@
 """Imports point one way and never in a circle; the specification imports only torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import windkern
 
 PACKAGE = Path(__file__).parents[1] / "windkern"
 # Below `train`, what each part may import of the package beside what lies in its own folder.
@@ -59,6 +62,70 @@ def test_the_check_sees_a_wrong_arrow(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text("from windkern.ops.logprobs import token_logps\nimport windkern.train\nfrom windkern import nn\n")
     assert imported_parts(wrong) == {"ops", "train", "nn"}
+
+
+# Rooms that compare methods by name: the losses themselves, and the study of small games.
+BY_NAME = ("losses", "tabular", "commands/bandit")
+METHOD = "wind"  # also the name of the training method, beside "value"
+
+
+def losses_named(tree: ast.AST, names: set[str]) -> set[str]:
+    """Losses that code tells apart by name: in comparisons, cases, keys and subscripts, or as loss=NAME in a string."""
+    found: set[str] = set()
+    documentation = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        elif isinstance(node, ast.Dict):
+            parts = [key for key in node.keys if key is not None]
+        elif isinstance(node, ast.Subscript):
+            parts = [node.slice]
+        for part in parts:
+            for each in ast.walk(part):
+                if isinstance(each, ast.Constant) and each.value in names - {METHOD}:
+                    found.add(each.value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            found |= set(re.findall(r"\bloss=\W?(\w+)", node.value)) & names
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("windkern.losses"):
+            found |= {alias.name for alias in node.names} & names
+    return found
+
+
+def test_only_the_losses_know_a_loss_by_name():
+    names = set(windkern.losses.LOSSES)
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE).as_posix()
+        if not place.startswith(BY_NAME):
+            found = losses_named(ast.parse(path.read_text()), names)
+            assert not found, (
+                f"{place} knows {sorted(found)} by name; a field of the loss's entry should say what it needs"
+            )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if config.loss == 'dpo': pass",
+        "fixed = name in ('dpo', 'spin')",
+        "match name:\n    case 'dpo': pass",
+        "counts = {'dpo': 2}",
+        "entry = LOSSES['dpo']",
+        "raise ValueError(f\"take loss='wind', got {x}\")",
+        "help = 'how fast, for loss=bond'",
+        "from windkern.losses import LOSSES, sppo",
+    ],
+)
+def test_a_loss_known_by_name_is_seen(code):
+    assert losses_named(ast.parse(code), set(windkern.losses.LOSSES))
 
 
 LOADED, LATER, TYPES = range(3)  # when an import happens: with its module, in a function, for a type checker only

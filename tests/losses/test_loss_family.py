@@ -16,6 +16,7 @@ from torch import Tensor
 
 import windkern as wk
 from windkern import losses
+from windkern.losses.bond import baseline
 from windkern.losses.grpo import tamed_exp
 from windkern.losses.orpo import log_odds
 
@@ -257,6 +258,20 @@ def test_bond_punishes_what_is_worse_than_both_and_a_tie_is_not(rewards, punishe
     share = 0.5 if rewards[1] == rewards[2] else float(rewards[1] > rewards[2])
     want = [0.5 * math.log(16) if punished else 0.0, -0.5 * share, -0.5 * (1 - share)]
     assert_same(gradient, torch.tensor([want], dtype=DOUBLE))
+
+
+def test_the_baseline_of_bond_is_over_the_triples_that_count():
+    g = generator(7)
+    rewards, old, anchor = (normal(4, 3, generator=g) for _ in range(3))
+    where = torch.ones(4, 3, dtype=torch.bool)
+    where[1, 2] = where[3, 0] = False  # neither triple is whole
+    spoilt = old.clone()
+    spoilt[1], spoilt[3] = torch.nan, torch.inf
+    kept = torch.tensor([0, 2])
+    want = baseline(rewards[kept], old[kept], anchor[kept])[0]
+    assert_same(baseline(rewards, spoilt, anchor, where), want.expand(4))
+    assert_same(baseline(rewards, old, anchor, torch.zeros_like(where)), torch.zeros(4, dtype=DOUBLE))
+    assert_same(baseline(rewards, old, anchor, torch.ones_like(where)), baseline(rewards, old, anchor))
 
 
 # Hazards --------------------------------------------------------------------------------------------------------------

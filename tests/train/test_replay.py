@@ -24,7 +24,8 @@ def make(capacity: int = 100, on_policy: float = 0.0, inverse_temperature: float
 
 
 def entry(prompt: int, token: int, iteration: int = 1, reward: float = 0.0) -> Replayed:
-    return Replayed(prompt, (token, 99), reward, -1.0, False, f"text {token}", iteration)
+    constants = (("rewards", reward), ("ref_logps", -1.0))
+    return Replayed(prompt, (token, 99), reward, constants, False, f"text {token}", iteration)
 
 
 def contents(buffer: ReplayBuffer, iteration: int, size: int) -> set[Replayed]:
@@ -143,8 +144,8 @@ def test_bad_entries_are_named_and_none_is_taken_in():
     buffer = make()
     buffer.add([entry(0, 1, 2)])
     for bad, error, message in [
-        (entry(3, 1, 2, math.nan), ValueError, "reward must be finite, got nan for prompt 3"),
-        (entry(0, 1, 2)._replace(ref_logp=-math.inf), ValueError, "ref_logp must be finite"),
+        (entry(3, 1, 2, math.nan), ValueError, "score must be finite, got nan for prompt 3"),
+        (entry(0, 1, 2)._replace(constants=(("ref_logps", -math.inf),)), ValueError, "ref_logps must be finite"),
         (entry(0, 1, 2)._replace(tokens=[1]), TypeError, "tokens must be a tuple of integers, got list"),
         (entry(0, 1, 1), ValueError, "order of their iterations, got 1 after 2"),
     ]:
@@ -174,7 +175,9 @@ def test_trajectory_balance_reaches_the_tilted_reference_from_replay():
     rewards = torch.randn(2, 6, generator=generator, dtype=torch.float64)
     beta, buffer = 0.7, make(on_policy=0.3, inverse_temperature=1.5)
     buffer.add(
-        Replayed(x, (y,), float(rewards[x, y]), float(ref[x, y]), False, "", 1) for x in range(2) for y in range(6)
+        Replayed(x, (y,), float(rewards[x, y]), (("ref_logps", float(ref[x, y])),), False, "", 1)
+        for x in range(2)
+        for y in range(6)
     )
     theta = torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([theta], lr=1.5)
@@ -182,8 +185,10 @@ def test_trajectory_balance_reaches_the_tilted_reference_from_replay():
         groups = buffer.draw(step, 4, 3)
         prompts = torch.tensor([[each.prompt for each in group] for group in groups])
         places = torch.tensor([[each.tokens[0] for each in group] for group in groups])
-        old = torch.tensor([[each.ref_logp for each in group] for group in groups], dtype=torch.float64)
-        scores = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
+        old = torch.tensor(
+            [[dict(each.constants)["ref_logps"] for each in group] for group in groups], dtype=torch.float64
+        )
+        scores = torch.tensor([[each.score for each in group] for group in groups], dtype=torch.float64)
         loss = trajectory_balance(theta.log_softmax(-1)[prompts, places], old, scores, beta=beta)
         optimizer.zero_grad()
         loss.backward()

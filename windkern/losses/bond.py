@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from windkern._checks import check_number
@@ -103,13 +104,17 @@ def bond(
     return reduce_groups(fill(value, whole), reduction)
 
 
-def baseline(rewards: Tensor, old_logps: Tensor, anchor_logps: Tensor) -> Tensor:
+def baseline(rewards: Tensor, old_logps: Tensor, anchor_logps: Tensor, where: Tensor | None = None) -> Tensor:
     """(G,) mean of r_J - (l - a) over the policy's own samples of G groups, the same for each of them.
+
+    The published baseline is the mean over the samples whose gradients it shifts, so triples that `bond` leaves out do
+    not count; where it leaves out all, the mean is 0.
 
     Args:
         rewards: (G, 3), any finite scores.
         old_logps: (G, 3) under the policy that sampled column 0.
         anchor_logps: (G, 3) under the anchor.
+        where: (G, 3) bool, responses that take part, None for all.
 
     Example:
         >>> import torch
@@ -119,4 +124,6 @@ def baseline(rewards: Tensor, old_logps: Tensor, anchor_logps: Tensor) -> Tensor
     """
     mine, first, second = rewards.unbind(-1)
     gap = old_logps[:, 0] - anchor_logps[:, 0]
-    return (PENALTY * ((mine < first) & (mine < second)) - gap).mean().expand(len(rewards))
+    value = PENALTY * ((mine < first) & (mine < second)) - gap
+    whole = torch.ones_like(value, dtype=torch.bool) if where is None else where.all(-1)
+    return (torch.where(whole, value, 0.0).sum() / whole.sum().clamp(min=1)).expand(len(rewards))

@@ -63,7 +63,7 @@ class Loss:
     scale: Callable[[Arguments], float] = _one  # factor after which one learning rate suits any step size
     pull: Callable[[Arguments], float] = _zero  # KL weight of the game whose equilibrium the loss seeks, 0 for none
     metrics: Callable[..., dict[str, Tensor]] | None = None  # (logps, win_rates, where, *, arguments, **frozen logps)
-    across: Callable[..., Tensor] | None = None  # from (G, K) tensors of an iteration to a constant of each group
+    across: Callable[..., Tensor] | None = None  # from (G, K) tensors of an iteration, `where` too, to (G,) constants
     across_name: str = ""  # of that constant
 
     @property
@@ -75,6 +75,25 @@ class Loss:
     def names(self) -> tuple[str, ...]:
         """Names of its tensors, of alternatives each."""
         return tuple(name.strip(" ?") for entry in self.inputs for name in entry.split("|"))
+
+    def target(self, *, alone: bool = False) -> str | None:
+        """The form in which it takes a judge's verdict: "prefs", "rewards" or "win_rates", None where it takes none.
+
+        Args:
+            alone: only a number for each response serves, not one for each pair.
+
+        Example:
+            >>> from windkern.losses import LOSSES
+            >>> LOSSES["wind"].target(), LOSSES["wind"].target(alone=True), LOSSES["dpo"].target()
+            ('prefs', 'win_rates', None)
+        """
+        forms = ("rewards", "win_rates") if alone else ("prefs", "rewards", "win_rates")
+        return next((form for form in forms if form in self.names), None)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether responses of earlier iterations may be fitted in new groups, with the constants they had."""
+        return self.any_policy and self.across is None and self.target(alone=True) is not None
 
     @property
     def keywords(self) -> tuple[str, ...]:

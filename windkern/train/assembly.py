@@ -127,7 +127,8 @@ class Run:
         self.world = policy.world
         self.judge = as_judge(judge, config.judge_strength) if judge is not None else make_judge(config)
         if self.judge is None and (start.plan.judged or prompts.heldout):
-            raise ValueError(f"judge must be given for loss={config.loss!r}: pass judge=, or name one in args.judge")
+            why = f"loss={config.loss!r}" if start.plan.judged else "an evaluation on eval_dataset"
+            raise ValueError(f"judge must be given for {why}: pass judge=, or name one in args.judge")
         self.weights = dict(start.weights)
         for inside in models_inside(self.judge):
             self.weights["judge"] = self.weights.get("judge", {}) | fingerprint(inside)

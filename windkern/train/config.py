@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from windkern.train import tried  # noqa: F401
 
@@ -24,8 +26,23 @@ _FIXED = ", ".join(f"{name} {loss.group.sampled}" for name, loss in LOSSES.items
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that look at an evaluation
 
 
-def setting(default, help: str, **options):
-    """A field of a dataclass of settings, with its help."""
+def _names(fits: Callable[[Loss], object]) -> str:
+    """The names of the losses that can be trained and fit, for messages."""
+    return ", ".join(name for name, loss in LOSSES.items() if loss.separable and fits(loss))
+
+
+_REPLAYABLE = _names(lambda loss: loss.replayable)
+_ANCHORED = _names(lambda loss: loss.group.kind == "anchor")
+
+
+def setting(default: Any, help: str, **options: object) -> Any:
+    """A field of a dataclass of settings, with its help.
+
+    Args:
+        default: of the field.
+        help: meaning, unit, range, and the origin of the default.
+        options: `choices`, where there are such.
+    """
     return field(default=default, metadata={"help": help, **options})
 
 
@@ -91,8 +108,7 @@ class WindConfig(TrainingArguments):
         1, "How often an iteration's responses are gone through; divides steps_per_iteration. Default: one, as SPPO."
     )
     num_generations: int | None = setting(
-        None,
-        f"Responses sampled to each prompt, at least 2. None: 5 as SPPO, or as many as the loss needs ({_FIXED}).",
+        None, f"Responses sampled to each prompt, at least 2. None: 5 as SPPO, or as many as the loss needs ({_FIXED})."
     )
     fit_responses: int | None = setting(
         None,
@@ -201,7 +217,9 @@ class WindConfig(TrainingArguments):
         0.25, "Share of an iteration's prompts that focus=hardest draws uniformly, to measure on; in (0, 1]. Ours."
     )
     replay: bool = setting(
-        False, "Whether groups are also drawn from responses of earlier iterations (TBA); loss=trajectory_balance only."
+        False,
+        "Whether groups are also drawn from responses of earlier iterations, as in TBA; for losses that may learn from "
+        f"any policy's samples ({_REPLAYABLE}).",
     )
     replay_capacity: int = setting(
         100, "Newest responses kept for each prompt, at least num_generations. As TBA's code."
@@ -213,7 +231,9 @@ class WindConfig(TrainingArguments):
         1.0, "Replayed responses are drawn with probability proportional to exp(this * reward); not negative. Ours."
     )
     anchor_rate: float = setting(
-        0.02, "Of the moving average of the weights in loss=bond: anchor += rate * (policy - anchor); in (0, 1]."
+        0.02,
+        "Rate of the moving average of the weights, anchor += rate * (policy - anchor), for losses that sample from it "
+        f"({_ANCHORED}); in (0, 1].",
     )
     memory_budget: int | None = setting(
         None, "Bytes a fused op may allocate beside outputs and gradients. None: 2 GiB on a GPU, 256 MiB on a CPU."
@@ -334,13 +354,13 @@ class WindConfig(TrainingArguments):
         arguments = self.loss_arguments
         if self.focus == "hardest" and not self.entry.pull(arguments):
             raise ValueError(
-                "focus='hardest' needs a loss with a pull to the reference, whose exploitability it estimates, such as "
-                f"loss='wind' with beta above 0, got loss={self.loss!r} with {arguments}"
+                "focus='hardest' needs a loss with a pull to the reference, whose exploitability it estimates "
+                f"({_names(lambda loss: loss.pull(loss.arguments()))}), got loss={self.loss!r} with {arguments}"
             )
-        if self.replay and not self.entry.any_policy:
-            right = ", ".join(name for name, loss in LOSSES.items() if loss.any_policy)
+        if self.replay and not self.entry.replayable:
             raise ValueError(
-                f"replay=True needs a loss that is right for responses of any policy ({right}), got loss={self.loss!r}"
+                f"replay=True needs a loss that is right for responses of any policy ({_REPLAYABLE}), "
+                f"got loss={self.loss!r}"
             )
 
     def _check_responses(self) -> None:

@@ -125,7 +125,7 @@ class LossPlan:
         known = {name: torch.tensor(rows) for name, rows in scored.items()}
         known |= {name: torch.stack([group.constants[name] for group in groups]) for name in groups[0].constants}
         wanted = inspect.signature(self.loss.across).parameters
-        shared = self.loss.across(**{name: known[name] for name in wanted})
+        shared = self.loss.across(**{name: known[name] for name in wanted if name in known})
         return [group.having(**{self.loss.across_name: shared[k]}) for k, group in enumerate(groups)]
 
 
@@ -158,7 +158,7 @@ def _target(loss: Loss, arguments: dict[str, object], config: WindConfig) -> str
     # Reason: w is the win rate against all that the policy says; the losses would take the mean over those they fit.
     if config.fit_responses is not None or (loss.against_all(arguments) and config.mask_truncated_completions):
         return "win_rates"
-    return next((name for name in ("prefs", "rewards") if name in loss.names), None)
+    return loss.target(alone=config.replay)
 
 
 def not_finite(plan: LossPlan, learning_rate: float, step: int, loss: float) -> FloatingPointError:

@@ -254,4 +254,4 @@ class OuterLoop:
             self.focus.update([group.place for group in chosen], values.tolist())
         if self.replay is not None:
             self._prompt_ids |= {group.place: group.prompt_ids for group in groups}
-            self.replay.remember(number, chosen, scored["ref_logps"])
+            self.replay.remember(number, self.plan.with_logps(chosen, scored), self.plan.target)

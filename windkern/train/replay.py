@@ -1,4 +1,4 @@
-"""A buffer of judged responses for trajectory balance, which may learn from any policy's samples."""
+"""A buffer of judged responses for losses that may learn from any policy's samples."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Replayed(NamedTuple):
 
     prompt: int  # place in the list of training prompts
     tokens: tuple[int, ...]  # of the completion, with its end-of-sequence token if it has one
-    reward: float
-    ref_logp: float  # under the frozen reference, nats, summed over tokens
+    score: float  # what draws may favour: its reward or win rate
+    constants: tuple[tuple[str, float], ...]  # what the loss takes beside the policy's log-prob, by name
     truncated: bool  # it met the length limit
     text: str
     iteration: int  # whose policy sampled it
@@ -35,7 +35,7 @@ class ReplayBuffer:
     Args:
         capacity: responses kept for a prompt, at least 2.
         on_policy_prob: chance that a group is dealt from the newest iteration, in [0, 1].
-        inverse_temperature: how much the other groups favour high rewards, per unit of reward; 0 for not at all.
+        inverse_temperature: how much the other groups favour high scores, per unit of score; 0 for not at all.
         seed: of the draws.
 
     Raises:
@@ -49,7 +49,7 @@ class ReplayBuffer:
 
     Example:
         >>> buffer = ReplayBuffer(8, on_policy_prob=0.5, inverse_temperature=1.0, seed=0)
-        >>> buffer.add(Replayed(7, (k, 1), float(k), -3.0, False, "", iteration=1) for k in range(4))
+        >>> buffer.add(Replayed(7, (k, 1), float(k), (), False, "", iteration=1) for k in range(4))
         >>> [[entry.tokens for entry in group] for group in buffer.draw(iteration=1, groups=2, size=2)]
         [[(0, 1), (1, 1)], [(3, 1), (2, 1)]]
     """
@@ -72,17 +72,17 @@ class ReplayBuffer:
         """Take in responses, in the order of their iterations. Adding the same again rebuilds the same buffer.
 
         Raises:
-            TypeError: `tokens` is no tuple.
-            ValueError: a reward or log-prob is not finite, or an iteration is older than what is kept. Then nothing is
+            TypeError: `tokens` is not a tuple.
+            ValueError: a score or constant is not finite, or an iteration is older than what is kept. Then nothing is
                 taken in.
         """
         entries, newest = list(entries), self._newest
         for entry in entries:
             if not isinstance(entry.tokens, tuple):
                 raise TypeError(f"tokens must be a tuple of integers, got {type(entry.tokens).__name__}")
-            for name in ("reward", "ref_logp"):
-                if not math.isfinite(getattr(entry, name)):
-                    raise ValueError(f"{name} must be finite, got {getattr(entry, name)} for prompt {entry.prompt}")
+            for name, value in (("score", entry.score), *entry.constants):
+                if not math.isfinite(value):
+                    raise ValueError(f"{name} must be finite, got {value} for prompt {entry.prompt}")
             check_count("iteration", entry.iteration, least=1)
             if entry.iteration < newest:
                 raise ValueError(
@@ -97,23 +97,15 @@ class ReplayBuffer:
             if len(held) > self.capacity:
                 del held[next(iter(held))]
 
-    def remember(self, iteration: int, groups: Sequence[Group], ref_logps: Sequence[Sequence[float]]) -> None:
-        """Take in the responses of an iteration's groups, whose constants hold their rewards; see `add`."""
-        self.add(
-            Replayed(
-                prompt=group.place,
-                tokens=tokens,
-                reward=reward,
-                ref_logp=ref_logp,
-                truncated=truncated,
-                text=text,
-                iteration=iteration,
-            )
-            for group, row in zip(groups, ref_logps, strict=True)
-            for tokens, reward, ref_logp, truncated, text in zip(
-                group.completions, group.constants["rewards"].tolist(), row, group.truncated, group.texts, strict=True
-            )
-        )
+    def remember(self, iteration: int, groups: Sequence[Group], target: str) -> None:
+        """Take in the responses of an iteration's groups; see `add`.
+
+        Args:
+            iteration: that has sampled them.
+            groups: with all (K,) constants of the loss.
+            target: which of these constants is the score.
+        """
+        self.add(entry for group in groups for entry in _entries(group, iteration, target))
 
     def draw(self, iteration: int, groups: int, size: int) -> list[list[Replayed]]:
         """Deal out groups of distinct responses to one prompt each.
@@ -122,7 +114,7 @@ class ReplayBuffer:
         `iteration`, and its responses are drawn uniformly from these. Such prompts come in shuffled order, each once
         before any comes again. Otherwise, or where there is none, the prompt is any with at least `size` responses, and
         they are drawn one after the other without replacement, each with probability proportional to
-        exp(inverse_temperature * reward) among those left (so the chance to be in the group is not proportional to it
+        exp(inverse_temperature * score) among those left (so the chance to be in the group is not proportional to it
         unless `size` is small). A later group may have the same prompt again.
 
         Args:
@@ -157,8 +149,8 @@ class ReplayBuffer:
                 scores = torch.zeros(len(held), dtype=torch.float64)
             else:
                 held = seen[everybody[int(torch.randint(len(everybody), (), generator=generator))]]
-                rewards = torch.tensor([entry.reward for entry in held], dtype=torch.float64)
-                scores = self.inverse_temperature * rewards
+                scores = torch.tensor([entry.score for entry in held], dtype=torch.float64)
+                scores = self.inverse_temperature * scores
             drawn.append([held[k] for k in _without_replacement(scores, size, generator)])
         return drawn
 
@@ -175,10 +167,8 @@ def replayed_groups(
     """
     found = []
     for entries in drawn:
-        constants = {
-            "rewards": torch.tensor([entry.reward for entry in entries]),
-            "ref_logps": torch.tensor([entry.ref_logp for entry in entries]),
-        }
+        rows = [dict(entry.constants) for entry in entries]
+        constants = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
         if mask_truncated:
             constants["where"] = torch.tensor([not entry.truncated for entry in entries])
         found.append(
@@ -192,6 +182,30 @@ def replayed_groups(
             )
         )
     return found
+
+
+def _entries(group: Group, iteration: int, target: str) -> list[Replayed]:
+    """The responses of a group, each with what the loss takes of it; `where` follows from `truncated` again."""
+    names = [name for name in group.constants if name != "where"]
+    rows = zip(*(group.constants[name].tolist() for name in names), strict=True)
+    return [
+        Replayed(
+            prompt=group.place,
+            tokens=tokens,
+            score=dict(constants)[target],
+            constants=constants,
+            truncated=truncated,
+            text=text,
+            iteration=iteration,
+        )
+        for tokens, constants, truncated, text in zip(
+            group.completions,
+            (tuple(zip(names, row, strict=True)) for row in rows),
+            group.truncated,
+            group.texts,
+            strict=True,
+        )
+    ]
 
 
 def _without_replacement(scores: Tensor, size: int, generator: torch.Generator) -> list[int]:
