@@ -119,7 +119,7 @@ def load_side(name: str, settings: EvalSettings, world: World, observer: Observe
 
 def share_tokens(ours: AnyPolicy, theirs: AnyPolicy) -> bool:
     """Whether both score, and token ids mean the same to them."""
-    return ours.scores and theirs.scores and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+    return ours.scores and theirs.scores and ours.vocabulary == theirs.vocabulary
 
 
 def plan(ours: AnyPolicy, theirs: AnyPolicy, responses: int) -> dict[tuple[str, str], float]:

@@ -17,6 +17,7 @@ from windkern.losses import LOSSES, Loss
 from windkern.train.data.prompts import without_user
 from windkern.train.focus import MODES
 from windkern.train.inherited import check_inherited
+from windkern.train.samplers.kinds import kind_of
 
 REFERENCES = ("model", "adapter", "precomputed")
 SHARED_PROMPT = ("auto", "always", "never")
@@ -313,7 +314,7 @@ class WindConfig(TrainingArguments):
         check_choice("long_prompts", self.long_prompts, LONG_PROMPTS)
         if self.max_prompt_length is not None:
             check_count("max_prompt_length", self.max_prompt_length, least=1)
-        if self.long_prompts == "cut" and any("recorded:" in (name or "") for name in (self.sampler, self.judge)):
+        if self.long_prompts == "cut" and (kind_of(self.sampler).known or (self.judge or "").startswith("recorded:")):
             raise ValueError(
                 "long_prompts must be refuse or drop with recorded:FILE, which has the prompts whole, got 'cut'"
             )
@@ -322,12 +323,12 @@ class WindConfig(TrainingArguments):
         check_choice("focus", self.focus, MODES)
         self._check_loss()
         self._check_responses()
-        if self.reference == "precomputed" and not self.sampler.startswith("recorded:"):
+        if self.reference == "precomputed" and not kind_of(self.sampler).known:
             raise ValueError(
                 "reference='precomputed' needs responses that are known beforehand, sampler=recorded:FILE, "
                 f"got sampler={without_user(self.sampler)!r}"
             )
-        if self.top_p < 1 and self.sampler != "transformers":
+        if self.top_p < 1 and not kind_of(self.sampler).any_top_p:
             raise ValueError(
                 f"top_p must be 1 with sampler={without_user(self.sampler)!r}, which takes no other, got {self.top_p}"
             )

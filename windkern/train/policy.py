@@ -7,7 +7,7 @@ The policy that is trained, its moving average, and the reference share two meth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -88,6 +88,11 @@ class AnyPolicy(Protocol):
         ...
 
     @property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        """Ids of its tokens; None where its responses are texts without tokens."""
+        ...
+
+    @property
     def gone(self) -> bool:
         """Whether its weights are no longer there, so that it cannot sample."""
         ...
@@ -143,6 +148,11 @@ class Policy:
         self.sharded = False
         self._rules: LayoutRules | None = None
         self.anchor: Anchor | None = None
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """See `AnyPolicy`."""
+        return self.tokenizer.get_vocab()
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """See `AnyPolicy.sample`."""
@@ -227,6 +237,11 @@ class PolicyView:
     def sharded(self) -> bool:
         """See `AnyPolicy`."""
         return self.policy.sharded
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """See `AnyPolicy`."""
+        return self.policy.vocabulary
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """See `AnyPolicy.sample`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +53,11 @@ class RecordedLogps:
     def sharded(self) -> bool:
         """Whether sampling talks to other processes: the policy samples."""
         return self.policy.sharded
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """See `AnyPolicy`."""
+        return self.policy.vocabulary
 
     def load(self) -> bool:
         """Read the file; False where there is none.

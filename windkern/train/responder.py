@@ -9,10 +9,11 @@ from windkern.train.data.datasets import PromptSets
 from windkern.train.groups import Group, groups_of
 from windkern.train.policy import Policy
 from windkern.train.report.notices import Notices
-from windkern.train.samplers.openai import OpenAISampler
-from windkern.train.samplers.recorded import RecordedSampler, completions_of_texts
+from windkern.train.samplers.recorded import completions_of_texts
 from windkern.train.samplers.sampler import Sampler
 from windkern.train.seeds import stream
+
+_COLD = "temperature or top_p is too low, or the policy has one response to each left"
 
 
 class Responder:
@@ -39,8 +40,11 @@ class Responder:
     ):
         self.config, self.group, self.policy, self.sampler, self.notices = config, group, policy, sampler, notices
         self.prompts, self.demonstrations = prompts.train, prompts.demonstrations
-        if config.reference == "precomputed" and not isinstance(sampler, RecordedSampler):
-            raise ValueError(f"args.reference='precomputed' needs a RecordedSampler, got {type(sampler).__name__}")
+        if config.reference == "precomputed" and not hasattr(sampler, "everything"):
+            raise ValueError(
+                "args.reference='precomputed' needs a sampler that knows its responses beforehand, with a method "
+                f"everything(prompt), such as RecordedSampler; got {type(sampler).__name__}"
+            )
 
     @property
     def sharded(self) -> bool:
@@ -51,10 +55,10 @@ class Responder:
         """Let a sampler with weights of its own follow the policy."""
         if hasattr(self.sampler, "update"):
             self.sampler.update(self.policy.model)
-        elif isinstance(self.sampler, OpenAISampler) and self.config.num_iterations > 1:
+        elif (who := getattr(self.sampler, "keeps_weights", None)) is not None and self.config.num_iterations > 1:
             self.notices.once(
                 "served weights",
-                f"the server at {self.sampler.server.url} is never given the new weights, for its sampler has no "
+                f"{who} is never given the new weights, for its sampler has no "
                 "update(model): from iteration 2 on the responses come from the initial policy. Their log-probs are "
                 + (
                     f"right, and {self.config.loss} may be fitted to responses of any policy"
@@ -70,15 +74,7 @@ class Responder:
         found = [set(group.completions) for group in groups if len(group.completions) > 1]
         if self.group == "demonstration" or not found or any(len(group) > 1 for group in found):
             return
-        if isinstance(self.sampler, OpenAISampler):
-            cause = (
-                "the server decodes greedily, because it ignores the temperature, or n and seed (as transformers serve "
-                "does where the model's generation_config says do_sample: false)"
-            )
-        elif isinstance(self.sampler, RecordedSampler):
-            cause = "the file has one and the same response to each"
-        else:
-            cause = "temperature or top_p is too low, or the policy has one response to each left"
+        cause = getattr(self.sampler, "repeats_because", _COLD)
         self.notices.once(
             "identical",
             f"all responses to each of the iteration's {len(found)} prompts are identical, so none wins and nothing "

@@ -18,13 +18,13 @@ from windkern.train.data.loading import Demonstration
 from windkern.train.data.prompts import prompt_to_json
 from windkern.train.inherited import FREE, TRAINED
 from windkern.train.models import public_name
+from windkern.train.samplers.kinds import kind_of
 from windkern.train.store import FORMAT
 
 # Settings that may differ. More iterations than before are welcome; a schedule that depends on their number then goes
 # on at another rate.
 _FREE = {*FREE, "num_iterations", "overwrite", "memory_budget", "backend", "remove_unused_columns"}
 _FREE |= {"sampler_settings", "log_completions"}
-_SERVERS = ("vllm", "sglang", "openai")  # samplers whose address may change
 _OF_A_PLACE = {"base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping"}  # of an adapter
 _SAMPLES = 64  # values of a parameter that tell it from another checkpoint's
 _HEAD = 60  # characters of a prompt that are kept to show where two lists part
@@ -144,7 +144,7 @@ def identity_of(
     """
     settings = {name: value for name, value in config.own_settings().items() if name not in _FREE}
     settings |= settings.pop("loss_kwargs")
-    if config.sampler.partition(":")[0] in _SERVERS:
+    if kind_of(config.sampler).server:  # its address may change
         settings["sampler"] = config.sampler.partition(":")[0]
     settings |= {name: getattr(config, name, None) for name in TRAINED}
     settings["prompts_per_step"] = config.prompts_per_step(processes)

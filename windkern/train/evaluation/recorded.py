@@ -24,6 +24,7 @@ class RecordedTexts:
     """
 
     sharded = scores = gone = False
+    vocabulary = None
 
     def __init__(self, path: str):
         self.path = path

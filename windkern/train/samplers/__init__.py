@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from windkern.train.samplers.kinds import KINDS, kind_of
+
 if TYPE_CHECKING:
     from windkern.train.config import WindConfig
     from windkern.train.samplers.sampler import Sampler
-
-_SETTINGS = {  # keyword arguments that sampler_settings may hold, by kind
-    "openai": ("model", "timeout", "attempts", "concurrency"),
-    "vllm": ("model", "folder", "tokens", "timeout", "attempts"),
-    "sglang": ("folder", "tokens", "timeout", "attempts"),
-}
 
 
 def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
@@ -33,13 +29,12 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
         "max_completion_length": config.max_completion_length,
         "system": config.system if tokenizer.chat_template is not None else None,
     }
-    if settings and kind not in _SETTINGS:
-        raise ValueError(
-            f"sampler_settings belong to {', '.join(f'{each}:URL' for each in _SETTINGS)}, got sampler "
-            f"{without_user(config.sampler)!r}"
-        )
+    known = kind_of(config.sampler).settings
+    if settings and not known:
+        forms = ", ".join(each.form for each in KINDS.values() if each.settings)
+        raise ValueError(f"sampler_settings belong to {forms}, got sampler {without_user(config.sampler)!r}")
     for key in settings:
-        check_choice("a key of sampler_settings", key, _SETTINGS[kind])
+        check_choice("a key of sampler_settings", key, known)
     if config.sampler == "transformers":
         return None
     if config.sampler == "batched":
@@ -70,7 +65,5 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
         )
         folder = Path(settings.pop("folder", None) or Path(config.output_dir) / "served")
         return ServedSampler(engine, tokenizer, folder=folder, temperature=config.temperature, **common, **settings)
-    raise ValueError(
-        "sampler must be transformers, batched, vllm:URL, sglang:URL, openai:URL or recorded:FILE, got "
-        f"{without_user(config.sampler)!r}"
-    )
+    *most, last = (each.form for each in KINDS.values())
+    raise ValueError(f"sampler must be {', '.join(most)} or {last}, got {without_user(config.sampler)!r}")

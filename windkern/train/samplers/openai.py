@@ -122,6 +122,16 @@ class OpenAISampler:
         self._one_by_one = False  # whether it refuses n > 1
         self._told = False  # whether the log says that texts are encoded anew
 
+    repeats_because = (
+        "the server decodes greedily, because it ignores the temperature, or n and seed (as transformers serve does "
+        "where the model's generation_config says do_sample: false)"
+    )
+
+    @property
+    def keeps_weights(self) -> str:
+        """See `windkern.train.samplers.sampler.Sampler`."""
+        return f"the server at {self.server.url}"
+
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """`num_generations` to each prompt; the seed is passed on, and it is the server's to honour it."""
         check_count("num_generations", num_generations, least=1)

@@ -174,6 +174,8 @@ class RecordedSampler:
             self._responses.setdefault(str(record.prompt), []).extend(record.responses)
             self._loosely.setdefault(loosely(record.prompt), []).extend(record.responses)
 
+    repeats_because = "the file has one and the same response to each"
+
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """`num_generations` of the responses recorded for each prompt, without putting any back."""
         check_count("num_generations", num_generations, least=1)

@@ -71,7 +71,12 @@ class Sampler(Protocol):
     """Anything that answers prompts with the current policy.
 
     `completions_of_ids` and `completions_of_texts` of `windkern.train.samplers.recorded` make `Completions` of token
-    ids and of texts. A method `update(model)`, where there is one, is called with the policy before each iteration.
+    ids and of texts. The trainer also uses these, where a sampler has them:
+
+        update(model)           called with the policy before each iteration, for weights that must follow
+        everything(prompt)      `Completions` of all that it may ever answer; `reference` "precomputed" needs it
+        keeps_weights: str      who answers, for a sampler without `update` whose weights should follow the policy
+        repeats_because: str    the likely cause where all of its responses to each prompt are the same
     """
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
