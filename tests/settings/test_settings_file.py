@@ -21,8 +21,10 @@ from windkern.commands.cli import main  # noqa: E402
 from windkern.settings import describe, run  # noqa: E402
 from windkern.settings import fields as settings_fields  # noqa: E402
 from windkern.settings import file as settings_file  # noqa: E402
-from windkern.settings.fields import build, own_fields  # noqa: E402
+from windkern.settings.fields import build, known_fields, own_fields  # noqa: E402
 from windkern.settings.file import read_settings  # noqa: E402
+from windkern.settings.foreign import FOREIGN  # noqa: E402
+from windkern.settings.run import classes_of  # noqa: E402
 from windkern.train import launch  # noqa: E402
 
 
@@ -247,12 +249,51 @@ def test_values_that_do_not_fit_are_named(key, value, message):
         made({key: value})
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("prompts", "train_dataset"),
+        ("train_prompts", "train_dataset"),
+        ("dataset", "train_dataset"),
+        ("eval_prompts", "eval_dataset"),
+        ("num_samples", "num_generations"),
+        ("n_responses", "num_generations"),
+        ("num_responses", "num_generations"),
+        ("max_new_tokens", "max_completion_length"),
+        ("max_length", "max_completion_length"),
+        ("reference_model", "ref_model"),
+        ("reward_model", "judge"),
+        ("peft_config", "peft"),
+        ("model_name_or_path", "model"),
+        ("lr", "learning_rate"),
+        ("batch_size", "per_device_train_batch_size"),
+        ("eta", "loss_kwargs"),
+        ("lerning_rate", "learning_rate"),
+        ("max_prompt_len", "max_prompt_length"),
+        ("tokenizer", None),
+        ("lora_r", None),
+        ("steps", None),
+        ("output", None),
+    ],
+)
+def test_a_hint_names_the_right_key_or_none(key, meant):
+    hint = "`windkern train --fields` lists the keys" if meant is None else f"did you mean '{meant}'?"
+    with pytest.raises(ValueError, match=f"unknown key '{key}'; {re.escape(hint)}$"):
+        build(classes_of("wind"), {key: 1}, "x.yaml")
+
+
+def test_what_other_tools_call_a_key_is_not_a_key_here():
+    """Else it would set something else without a word."""
+    names = {name for cls in classes_of("wind") for name in known_fields(cls)}
+    assert set(FOREIGN.values()) <= names and not set(FOREIGN) & names
+
+
 def test_keys_are_split_among_classes_and_unknown_ones_named():
     model, prompts = build([Model, Prompts], {"model": "m", "prompts": "p", "steps": 1}, "x.yaml")
     assert (model.model, model.steps, prompts) == ("m", 1, Prompts("p"))
     with pytest.raises(ValueError, match=r"^x.yaml: unknown key 'lerning_rate'; did you mean 'learning_rate'\?"):
         made({"lerning_rate": 1})
-    with pytest.raises(ValueError, match=r"^x.yaml: unknown key 'zzz'; the nearest are '\w+', '\w+', '\w+'$"):
+    with pytest.raises(ValueError, match=r"^x.yaml: unknown key 'zzz'; `windkern train --fields` lists the keys$"):
         made({"zzz": 1})
     with pytest.raises(ValueError, match=r"^x.yaml: key 'model' is missing$"):
         build([Model], {}, "x.yaml")

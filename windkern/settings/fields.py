@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from windkern._checks import check_choice
+from windkern.settings.foreign import FOREIGN
 
+_NEAR = 0.85  # similarity of a key to the one it is taken for; below it, other fields are as near as the right one
 WORDS = {"yes": True, "on": True, "no": False, "off": False}  # booleans of YAML 1.1, strings of YAML 1.2
 
 
@@ -74,10 +76,10 @@ def build(classes: Sequence[type], content: Mapping[str, Any], source: str) -> t
         ValueError: x.yaml: unknown key 'lerning_rate'; did you mean 'learning_rate'?
     """
     tables = [known_fields(cls) for cls in classes]
-    names = dict.fromkeys(name for table in tables for name in table)
+    names = {name for table in tables for name in table}
     for key in content:
         if key not in names:
-            raise ValueError(f"{source}: unknown key {key!r}; {_nearest(key, names)}")
+            raise ValueError(f"{source}: unknown key {key!r}; {_hint(key, names)}")
     made = []
     for cls, table in zip(classes, tables, strict=True):
         for name, known in table.items():
@@ -91,11 +93,12 @@ def build(classes: Sequence[type], content: Mapping[str, Any], source: str) -> t
     return tuple(made)
 
 
-def _nearest(key: str, names: Iterable[str]) -> str:
-    names = list(names)
-    if near := difflib.get_close_matches(key, names, n=1, cutoff=0.7):
-        return f"did you mean {near[0]!r}?"
-    return f"the nearest are {', '.join(map(repr, difflib.get_close_matches(key, names, n=3, cutoff=0.0)))}"
+def _hint(key: str, names: Iterable[str]) -> str:
+    """Name the key that is meant, if it is misspelt or has another name elsewhere."""
+    meant = {name: name for name in names}
+    meant |= {other: name for other, name in FOREIGN.items() if name in meant and other not in meant}
+    near = difflib.get_close_matches(key, meant, n=1, cutoff=_NEAR)
+    return f"did you mean {meant[near[0]]!r}?" if near else "`windkern train --fields` lists the keys"
 
 
 def _value(name: str, value: object, known: Known) -> object:
