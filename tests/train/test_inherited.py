@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -82,7 +83,9 @@ def test_input_tokens_are_counted(tmp_path, what):
 
     def counted(groups):
         made = collate(groups)
-        seen[0] += int(made["attention_mask"].sum()) if what == "non_padding" else made["input_ids"].numel()
+        rows = made["batch"].rows
+        seen[0] += int(rows.attention_mask.sum()) if what == "non_padding" else rows.input_ids.numel()
+        assert not any(isinstance(value, torch.Tensor) for value in made.values())  # nothing goes to the device twice
         return made
 
     trainer.data_collator = counted

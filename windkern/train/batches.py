@@ -73,6 +73,24 @@ class LaysOut(Protocol):
         ...
 
 
+class Counted:
+    """A number of tokens in the place of the tensor that transformers would count them in.
+
+    Reason: transformers moves every tensor of a batch to the device, and these would be there twice.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def numel(self) -> int:
+        """Tokens, padding included, where this stands for `input_ids`."""
+        return self.count
+
+    def sum(self) -> int:
+        """Tokens that are not padding, where this stands for `attention_mask`."""
+        return self.count
+
+
 class Collator:
     """Makes batches of the groups that a step takes, as transformers wants them.
 
@@ -84,9 +102,14 @@ class Collator:
         self.policy = policy
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """The batch, and beside it what transformers counts tokens by."""
+        """The batch, and beside it what transformers counts tokens by, which stays on the host."""
         batch = self.policy.batch(groups)
-        return {"batch": batch, "input_ids": batch.rows.input_ids, "attention_mask": batch.rows.attention_mask}
+        rows = batch.rows
+        return {
+            "batch": batch,
+            "input_ids": Counted(rows.input_ids.numel()),
+            "attention_mask": Counted(int(rows.attention_mask.sum())),
+        }
 
 
 class IterationData(Dataset):
