@@ -71,6 +71,8 @@ class Evaluator:
         self.reference_responses = reference_responses
         self.sampling_batch_size, self.scoring_batch_size = sampling_batch_size, scoring_batch_size
         self.kl, self.units = kl and policy.scores and reference.scores, units
+        self._answers: list[Group] = []
+        self._answers_of: list[tuple[object, ...]] = []  # the files that they were read from
 
     def answer_once(self, iteration: int) -> list[Group]:
         """Responses of the reference to each prompt, sampled at the first call and read from the disk afterwards.
@@ -88,7 +90,9 @@ class Evaluator:
 
         if self.folder is None:
             return self._sample_all(reference, count, sample, iteration, self.units[1])
-        return collect(
+        if self._answers and self.world.agree(self._files() == self._answers_of):
+            return self._answers
+        self._answers = collect(
             self.world,
             GroupStore(self.folder),
             self.folder,
@@ -102,6 +106,13 @@ class Evaluator:
             ),
             advance=lambda prompts: self.observer.advance(prompts * count),
         )
+        self._answers_of = self._files()
+        return self._answers
+
+    def _files(self) -> list[tuple[object, ...]]:
+        """Which files hold the reference's responses, and in which state they are."""
+        states = ((path, path.stat()) for path in sorted(self.folder.glob("*.json")))
+        return [(path, state.st_ino, state.st_mtime_ns, state.st_size) for path, state in states]
 
     def compare(self, responses: int, iteration: int) -> Comparison:
         """Judge the policy, as it is now, against the reference.
