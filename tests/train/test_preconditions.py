@@ -179,6 +179,16 @@ def test_demonstrations_keep_their_answers(tmp_path):
     assert trainer.demonstrations == [(" ".join(LONG.split()[-7:]), "good"), ("rain", "bad")]
 
 
+@pytest.mark.filterwarnings("ignore:1 of 2 train_dataset", "ignore:eval_dataset holds one prompt")
+def test_prompts_that_cutting_makes_equal_to_held_out_ones_are_refused(tmp_path):
+    end = " ".join(LONG.split()[-7:])
+    given = {"prompts": [LONG, "rain"], "max_prompt_length": 10, "long_prompts": "cut"}
+    refused(
+        tmp_path, "long_prompts='cut' to 10 tokens .*: 1 held-out prompts are also training", heldout=[end], **given
+    )
+    make_trainer(tmp_path, heldout=[end.replace("bad", "good")], **given)
+
+
 def test_recorded_prompts_cannot_be_cut(tmp_path):
     with pytest.raises(ValueError, match="long_prompts must be refuse or drop with recorded:FILE"):
         make_config(tmp_path, long_prompts="cut", sampler="recorded:r.jsonl")

@@ -13,7 +13,7 @@ from transformers.integrations import integration_utils
 
 from windkern._checks import FLOATS, check_choice
 from windkern.train.config import WindConfig
-from windkern.train.data.datasets import PromptSets
+from windkern.train.data.datasets import PromptSets, check_prompts
 from windkern.train.data.loading import encode_prompts, padding_id
 from windkern.train.data.prompts import SYSTEM_ROLES, ChatPrompt
 from windkern.train.models import MissingPackageError
@@ -175,9 +175,17 @@ class Room:
         return kept
 
     def fit_all(self, given: PromptSets, note: Callable[[str], None]) -> PromptSets:
-        """The prompts of a run as far as they fit, see `fit`."""
+        """The prompts of a run as far as they fit, see `fit`.
+
+        Raises:
+            ValueError: as `fit`, or a training prompt and a held-out one are the same once they are cut.
+        """
         kept = self.fit("train_dataset", given.train, note)
         heldout = [prompt for _, prompt in self.fit("eval_dataset", given.heldout, note)]
+        try:
+            check_prompts([prompt for _, prompt in kept], heldout)
+        except ValueError as error:  # they were different before their beginnings were cut off
+            raise ValueError(f"long_prompts='cut' to {self.limit} tokens ({self.why}): {error}") from error
         answers = [given.demonstrations[k]._replace(prompt=prompt) for k, prompt in kept if given.demonstrations]
         return PromptSets([prompt for _, prompt in kept], answers, heldout)
 
