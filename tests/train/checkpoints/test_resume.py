@@ -115,7 +115,7 @@ def test_the_contents_of_recorded_responses_count(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     make_trainer(tmp_path / "first", sampler=f"recorded:{path}", **SETTINGS).train()
     path.write_text(path.read_text().replace('"day"]', '"rain"]', 1))
-    with pytest.raises(ResumeError, match=r"the file of recorded:.*r\.jsonl is another than when the run began"):
+    with pytest.raises(ResumeError, match=r"the file of recorded:.*r\.jsonl has changed since the run began"):
         resume(tmp_path / "first", tmp_path, sampler=f"recorded:{path}")
 
 

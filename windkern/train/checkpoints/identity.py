@@ -1,4 +1,4 @@
-"""What must be equal for a resumed run to be the run it goes on with, and in words what is not."""
+"""Compare a run with the one it resumes: settings, models, prompts and weights that must match."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from windkern.train.models import public_name
 from windkern.train.samplers.kinds import kind_of
 from windkern.train.store import FORMAT
 
-# Settings that may differ. More iterations than before are welcome; a schedule that depends on their number then goes
-# on at another rate.
+# Settings that may change on resume. More iterations are fine, but stretch a schedule that depends on their number.
 _FREE = {*FREE, "num_iterations", "overwrite", "memory_budget", "backend", "remove_unused_columns"}
 _FREE |= {"sampler_settings", "log_completions"}
 _OF_A_PLACE = {"base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping"}  # of an adapter
@@ -44,9 +43,9 @@ def _digest(*parts: bytes) -> str:
 
 
 def fingerprint(model: object) -> dict[str, str]:
-    """Some values of every parameter by its name, as digests; they tell checkpoints of one architecture apart.
+    """Return a digest of some values of every parameter, by name; it tells checkpoints of one architecture apart.
 
-    A parameter that has no values here, on a meta device or cut in pieces, is left out. What is no model has none.
+    Parameters without values here (on a meta device, or sharded) are left out. Anything but a model gives {}.
     """
     found = {}
     for name, value in model.named_parameters() if isinstance(model, nn.Module) else ():
@@ -58,7 +57,7 @@ def fingerprint(model: object) -> dict[str, str]:
 
 
 def models_inside(thing: object, depth: int = 4) -> Iterator[nn.Module]:
-    """The models that an object such as a judge holds, in the order of its attributes."""
+    """Yield the models that an object such as a judge holds, in the order of its attributes."""
     if isinstance(thing, nn.Module):
         yield thing
     elif depth and hasattr(thing, "__dict__") and not isinstance(thing, (type, types.ModuleType)):
@@ -67,7 +66,7 @@ def models_inside(thing: object, depth: int = 4) -> Iterator[nn.Module]:
 
 
 def _adapters(model: nn.Module) -> dict[str, object]:
-    """Settings of adapters that are not their defaults."""
+    """Return the settings of a model's adapters that differ from the defaults."""
     found = {}
     for name, adapter in (getattr(model, "peft_config", None) or {}).items():
         try:
@@ -81,12 +80,12 @@ def _adapters(model: nn.Module) -> dict[str, object]:
 
 
 def name_of(model: nn.Module) -> str:
-    """The last part of where a model was loaded from, by which it is known when its folder has been moved."""
+    """Return the last part of the path a model was loaded from, which stays when its folder is moved."""
     return os.path.basename(public_name(str(getattr(model.config, "_name_or_path", ""))).rstrip("/"))
 
 
 def outline_of(model: nn.Module) -> dict:
-    """What tells models at their start apart without reading weights: name, dtype, counts of parameters, adapters."""
+    """Describe a model without reading its weights: name, dtype, counts of parameters, adapters."""
     counts = {True: 0, False: 0}
     for value in model.parameters():
         counts[value.requires_grad] += getattr(value, "ds_numel", value.numel())  # ZeRO-3 leaves none here
@@ -107,7 +106,7 @@ def _tokenizer(tokenizer) -> dict:
 
 
 def _listed(prompts: Sequence) -> list[list[str]]:
-    """Digest and beginning of each prompt, and of its answer where it has one."""
+    """Return digest and beginning of each prompt, together with its answer if it has one."""
     found = []
     for entry in prompts:
         prompt, answer = entry if isinstance(entry, Demonstration) else (entry, None)
@@ -129,7 +128,7 @@ def identity_of(
     processes: int,
     weights: dict[str, dict[str, str]],
 ) -> dict:
-    """What determines the weights a run ends with, as JSON holds it.
+    """Return everything that determines the weights at the end of a run, as JSON.
 
     Args:
         config: of the run.
@@ -214,7 +213,7 @@ def _differences(theirs: dict, ours: dict) -> list[str]:
                 said.append(f"tokenizer, {name}: {other!r} there, {value!r} here")
     for source, digest in ours["files"].items():
         if theirs["files"].get(source, digest) != digest:
-            said.append(f"the file of {source} is another than when the run began")
+            said.append(f"the file of {source} has changed since the run began")
     for name, digests in ours["weights"].items() if "dtype" not in names else ():  # rounded, every weight differs
         said.append(_of_weights(name, theirs["weights"].get(name, {}), digests))
     return [each for each in said if each is not None]
@@ -231,7 +230,7 @@ def check_same(theirs: object, ours: dict, where: str, file: Path) -> None:
 
     Raises:
         ResumeError: names what differs, with both values.
-        DamagedRecordError: `theirs` is no identity.
+        DamagedRecordError: `theirs` is not an identity.
     """
     if isinstance(theirs, dict) and "settings" in theirs and theirs.get("format") != FORMAT:
         raise ResumeError(

@@ -1,4 +1,4 @@
-"""A run owns its output folder: a second process that wants to write there is refused."""
+"""Give a run its output folder for itself: refuse a second process that wants to write there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FolderInUseError(OSError):
 
 
 def _forget() -> None:
-    """Let a forked child neither own its parent's folders nor keep them locked when the parent has gone."""
+    """Make a forked child drop its parent's locks, so that it does not keep them when the parent has ended."""
     for descriptor in _held.values():
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -63,14 +63,14 @@ def _holder(descriptor: int, path: Path) -> str:
 def owned(folder: str | os.PathLike, warn: Callable[[str], None]) -> Iterator[None]:
     """Own a folder while the block runs, or until the process ends, however it ends.
 
-    The lock is flock's on `folder/.lock`, which names its holder. The kernel lets go of it with the process, so that
-    a killed or requeued run can go on at once. On a network file system it holds between machines as far as that file
-    system's locks do: Linux NFS does it, and after the crash of a machine waits for its server; mounts with `nolock` or
-    `local_lock`, or Lustre without `flock`, do not. Inside the block the same thread may own the folder again.
+    The lock is flock's on `folder/.lock`, which names its holder. The kernel releases it when the process ends, so a
+    killed or requeued run can resume at once. On a network file system it holds between machines only if that file
+    system's locks do: Linux NFS locks hold, and after the crash of a machine wait for its server; mounts with `nolock`
+    or `local_lock`, and Lustre without `flock`, have local locks. The same thread may own the folder again inside.
 
     Args:
         folder: made where it is missing.
-        warn: told in a line where the file system has no locks.
+        warn: told, in one line, if the file system has no locks.
 
     Raises:
         FolderInUseError: another process, or another thread of this one, owns it.

@@ -1,4 +1,4 @@
-"""What a checkpoint folder held when it was written, and whether it still does."""
+"""Record the files of a checkpoint, and verify that they are unchanged."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def write_manifest(folder: Path) -> None:
 def verify(folder: Path, contents: bool = True) -> None:
     """Check that a checkpoint is what was written.
 
-    Files the manifest does not list are let through: callbacks add some after the checkpoint is complete. A folder
-    without a manifest, as transformers alone writes it, passes if trainer_state.json, which comes last, parses and has
-    the step of the folder's name; there are weights, with every shard of an index; safetensors files are as long as
-    their headers say; torch's files have the directory at their end; and the scheduler's state is there if the
-    optimizer's is. Changed bytes inside such files are not seen.
+    Files that the manifest does not list are ignored: callbacks add some after the checkpoint is complete. A folder
+    without a manifest, as transformers writes it, passes if trainer_state.json, which is written last, parses and has
+    the step of the folder's name; weights exist, with every shard of an index; safetensors files are as long as their
+    headers say; torch's files end with their directory; and the scheduler's state exists if the optimizer's does.
+    Changed bytes inside such files go unnoticed.
 
     Args:
         folder: `.../checkpoint-N`.
-        contents: compare sha256; False compares sizes only, and reads no file but the manifest.
+        contents: whether to compare sha256; False compares sizes only, and reads only the manifest.
 
     Raises:
         CorruptCheckpointError: says which file and what is wrong with it.
@@ -115,17 +115,17 @@ def verify_safetensors(path: Path) -> None:
 
 
 def by_step(output_dir: str | os.PathLike) -> list[Path]:
-    """Return the folders `checkpoint-N`, the highest step first; none if `output_dir` does not exist."""
+    """Return the folders `checkpoint-N`, highest step first; an empty list if `output_dir` does not exist."""
     found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
 
 
 def latest_checkpoint(output_dir: str | os.PathLike, warn: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint of the highest step that is whole, or None if there is none.
+    """Return the newest complete checkpoint, None if no checkpoint is complete.
 
     Args:
         output_dir: holds `checkpoint-N` folders; may not exist.
-        warn: called with one line, "skipping ...: reason", for each that is passed over, half-written ones included.
+        warn: told "skipping ...: reason" for each checkpoint that is passed over, half-written ones included.
 
     Example:
         >>> print(latest_checkpoint("runs/none-yet", print))

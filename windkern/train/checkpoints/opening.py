@@ -1,4 +1,4 @@
-"""How a run takes possession of its output folder: as the one that is resumed, or as a new one."""
+"""Open the output folder of a run, which is new or resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUN = "run.json"  # says which run a folder is of
 
 
 def check_unused(output_dir: Path, *, overwrite: bool) -> list[Path]:
-    """The checkpoints of an earlier run, which may be deleted.
+    """Return the checkpoints of an earlier run, which may be deleted.
 
     Raises:
         ValueError: there are some, and `overwrite` is False.
@@ -51,9 +51,9 @@ def check_first(step: int, output_dir: str | Path, resume: str | bool | None) ->
 def open_run(
     config: WindConfig, store: GroupStore, identity: dict, resume: str | bool | None, warn: Callable[[str], None]
 ) -> None:
-    """Make `output_dir` the folder of a run: of the one that is resumed, else of a new one.
+    """Make `output_dir` the folder of a run, either resumed or new.
 
-    A new one deletes what an earlier one has left, checkpoints only if `overwrite` says so.
+    A new run deletes the files of an earlier one, its checkpoints only if `overwrite` is set.
 
     Args:
         config: of the run; called on the first process.

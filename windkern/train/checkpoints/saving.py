@@ -1,4 +1,4 @@
-"""Checkpoints of a `transformers.Trainer` that are there as a whole or not at all, and are checked before use.
+"""Write complete checkpoints of a `transformers.Trainer` or none, and verify them before use.
 
 transformers writes `checkpoint-N` in place: a kill or a full disk leaves half a folder, from which it resumes later.
 Here the files go to a hidden folder, get a manifest of digests, are flushed to the disk, and the folder is renamed.
@@ -34,11 +34,11 @@ _FAILED_WRITE = ("PytorchStreamWriter failed", "unexpected pos", "I/O error", "N
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the message says which, why, what is left and how to go on."""
+    """A checkpoint could not be written; the message says which, why, what is left and how to resume."""
 
 
 def _reason(error: BaseException) -> str | None:
-    """What the system said where a write failed, or None if `error` is of another kind."""
+    """Return what the system said about a failed write, or None if `error` is of another kind."""
     said = str(error).splitlines()[0] if str(error) else ""
     if not isinstance(error, OSError) and not any(words in said for words in _FAILED_WRITE):
         return None
@@ -54,8 +54,8 @@ def _reason(error: BaseException) -> str | None:
 class AtomicCheckpoints:
     """Mixin for `transformers.Trainer`: `class MyTrainer(AtomicCheckpoints, transformers.Trainer)`.
 
-    `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole, and starts from the
-    beginning, with a warning, where there is none. A path is verified too. Rank 0 looks and tells the others.
+    `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, or starts from the beginning with
+    a warning if there is none. A path is verified too. Rank 0 chooses for all.
 
     All ranks write to `.saving-checkpoint-N`; the main process renames it when every rank is done. Where one rank
     fails, all raise. (Under FSDP and DeepSpeed writing is itself collective: the rank that fails raises at once, and
@@ -77,7 +77,7 @@ class AtomicCheckpoints:
     _to_push: bool = False
 
     def _write_extra(self, folder: Path) -> None:
-        """Write files of one's own into a checkpoint; called on every rank, before the manifest is made."""
+        """Write further files into a checkpoint; called on every rank, before the manifest is made."""
 
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -136,7 +136,7 @@ class AtomicCheckpoints:
             super()._push_from_checkpoint(str(target))
 
     def _together(self, step, staging: Path, target: Path, wait: bool = True) -> None:
-        """Run `step` on every rank and come back when all are done; if it failed anywhere, raise everywhere."""
+        """Run `step` on every rank and return when all are done. If it failed anywhere, raise everywhere."""
         error, why = None, None
         try:
             step()
@@ -157,7 +157,7 @@ class AtomicCheckpoints:
             raise error
         last = latest_checkpoint(target.parent, lambda line: None)
         left = f"{last} is the last whole one" if last else "there is no earlier one"
-        problem = CheckpointError(f"cannot write {target}: {failed}; {left}; free space there and go on with --resume")
+        problem = CheckpointError(f"cannot write {target}: {failed}; {left}; free space there and resume with --resume")
         problem.errno = getattr(error, "errno", None)
         raise problem from error
 
@@ -190,7 +190,7 @@ class AtomicCheckpoints:
                 shutil.rmtree(doomed)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As `transformers.Trainer.train`, from a verified checkpoint, in a folder that no other run writes into."""
+        """Train as `transformers.Trainer` does, from a verified checkpoint and in a folder owned by this run."""
         with owned_by_run(self.args, self.notices):
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._choose(resume_from_checkpoint)
