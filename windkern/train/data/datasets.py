@@ -1,4 +1,4 @@
-"""Prompts as callers have them: strings, conversations, rows of a `datasets.Dataset` in TRL's formats."""
+"""Read the prompts that callers pass: strings, conversations, rows of a `datasets.Dataset` in TRL's formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PromptSets:
 
     Attributes:
         train: training prompts, strings or `ChatPrompt`s.
-        demonstrations: an answer to each of them, or none at all.
+        demonstrations: each of them with its answer; empty if the loss learns from none.
         heldout: prompts for evaluations.
     """
 
@@ -32,7 +32,7 @@ def prompt_sets(train_dataset: Iterable, eval_dataset: Iterable | None, *, demon
     Args:
         train_dataset: rows, each a string, a list of chat messages, a `ChatPrompt`, a `Demonstration`, or a mapping
             with "prompt" (a string or messages) and, where answers are wanted, "completion" (a string, or a list of
-            one message of the assistant). Other columns are not looked at.
+            one message of the assistant). Other columns are ignored.
         eval_dataset: rows like these; None or empty for none.
         demonstrations: whether the loss learns from answers that are given.
 
@@ -79,7 +79,7 @@ def check_prompts(train: Sequence[str], heldout: Sequence[str]) -> None:
 
 
 def _rows(name: str, rows: Iterable) -> list:
-    """All rows, which may come from an iterator: they are read once."""
+    """Return all rows. An iterator is read once."""
     if isinstance(rows, Mapping):  # as `datasets.load_dataset` returns without split=
         keys = ", ".join(map(repr, rows)) or "nothing"
         raise TypeError(f"{name} must hold rows, got a {type(rows).__name__} with {keys}; take one of its splits")
@@ -91,7 +91,7 @@ def _rows(name: str, rows: Iterable) -> list:
 
 
 def _row(name: str, place: int, row: object) -> tuple[str, str | None]:
-    """(prompt, answer or None) of a row."""
+    """Return (prompt, answer or None) of a row."""
     if isinstance(row, Demonstration):
         return row.prompt, row.answer
     if isinstance(row, Mapping):

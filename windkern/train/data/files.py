@@ -1,4 +1,4 @@
-"""Data files as rows: JSON lines, JSON lists, CSV, TSV, Parquet and plain text, compressed by gzip or not.
+"""Read the rows of data files: JSON lines, JSON lists, CSV, TSV, Parquet and plain text, compressed by gzip or not.
 
 Every row comes with its place, file and line, for messages about what is in it.
 """
@@ -95,7 +95,7 @@ def _json(text: str, place: str, hint: str = "") -> object:
 
 
 def json_lines(text: str, name: str) -> Iterator[tuple[str, object]]:
-    """The rows of JSON lines; empty lines are skipped."""
+    """Return the rows of JSON lines; empty lines are skipped."""
     # Reason: str.splitlines would also cut at characters that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -171,7 +171,7 @@ def _parquet_rows(data: bytes, name: str) -> Iterator[tuple[str, object]]:
 
 
 def _unpacked(path: Path) -> tuple[bytes, str]:
-    """The bytes of a file, and its ending without .gz, in lower case."""
+    """Return the bytes of a file, and its ending without .gz, in lower case."""
     name = path.name.lower()
     data = path.read_bytes()
     packed = name.endswith(".gz")
@@ -179,7 +179,7 @@ def _unpacked(path: Path) -> tuple[bytes, str]:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no whole gzip file: {error}") from None
+            raise ValueError(f"{path} is not a complete gzip file: {error}") from None
     return data, Path(name.removesuffix(".gz")).suffix
 
 
@@ -269,7 +269,7 @@ def _refuse_half_characters(record: object) -> None:
                 value.encode()
             except UnicodeEncodeError as error:
                 half = value[error.start].encode("unicode_escape").decode()
-                raise ValueError(f"holds {half}, half of a surrogate pair, which is no character") from None
+                raise ValueError(f"holds {half}, half of a surrogate pair, which is not a character") from None
 
 
 def parsed(rows: Rows, name: str, what: str, parse: Callable[[object], _Parsed]) -> list[_Parsed]:
@@ -297,7 +297,7 @@ def load(source: str | Path, what: str, parse: Callable[[object], _Parsed], *, t
 
     Raises:
         FileNotFoundError, ValueError, MissingPackageError: as `file_rows` and `parsed`.
-        OSError: the data set cannot be had.
+        OSError: the data set cannot be loaded.
     """
     name = str(source)
     rows = _hub_rows(name) if name.startswith(HUB) else file_rows(Path(source), what, text=text)

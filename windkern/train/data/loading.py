@@ -1,4 +1,4 @@
-"""Prompts and demonstrations: from files and the hub, put into the chat template, batched with padding on the left."""
+"""Load prompts and demonstrations from files and the hub, and encode them with padding on the left."""
 
 from __future__ import annotations
 
@@ -74,17 +74,18 @@ def load_prompts(source: str | Path) -> list[str]:
 
     "prompt" is a string, or a list of {"role": ..., "content": ...} of which the last is not the assistant's.
     "messages", read where there is no "prompt", are a whole dialogue: an answer of the assistant at its end is left
-    out. A COLUMN of the hub holds strings or dialogues. A prompt that comes twice is returned twice: how often it is
-    answered is the source's to say.
+    out. A COLUMN of the hub holds strings or dialogues. A prompt that comes twice is returned twice, so
+    the source decides how often it is answered.
 
     Args:
         source: UTF-8 file, also compressed (.gz), in which empty lines are skipped, or a string that starts with hub:.
             SPLIT is train where it is left out and may be a slice such as train[:100]; COLUMN is prompt, else messages.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file of another kind, an entry that is no prompt (the message names its line or row), or none.
-        OSError: the data set cannot be had.
+        FileNotFoundError: the file does not exist.
+        ValueError: a file is of another kind, it holds no prompts, or an entry is not one (the message names its line
+            or row).
+        OSError: the data set cannot be loaded.
         MissingPackageError: a source of the hub without datasets installed, or Parquet without pyarrow.
     """
     return load(source, "prompts", _prompt, text=True)
@@ -170,7 +171,7 @@ def encode_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = No
 
 
 def padding_id(tokenizer) -> int:
-    """An id to fill with; which one does not matter, because every reader of the ids has a mask."""
+    """Return an id to pad with. Which one does not matter, because every reader of the ids has a mask."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return candidate

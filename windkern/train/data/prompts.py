@@ -1,4 +1,4 @@
-"""A prompt is a string everywhere; one that is a conversation brings its messages along."""
+"""Represent prompts as strings; a prompt that is a conversation also carries its messages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _LONGEST_SHOWN = 120  # characters of a wrong value in an error message
 
 
 def shown(value: object) -> str:
-    """A value as JSON, cut for an error message."""
+    """Return a value as JSON, shortened for an error message."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."
 
 
 def without_user(url: str) -> str:
-    """Return a URL that can be shown: without user and password.
+    """Return a URL without user and password, so that it can be shown.
 
     Example:
         >>> without_user("https://me:secret@host/v1")
@@ -31,7 +31,7 @@ def without_user(url: str) -> str:
 
 
 def loosely(text: str) -> str:
-    """What is left of a text to find it by: without the space around it, its letters composed as Unicode's NFC.
+    """Return a text without surrounding space and in Unicode's NFC, to look it up by.
 
     A tokenizer may change both on the way to ids and back.
 
@@ -109,7 +109,7 @@ class ChatPrompt(str):
 
     @property
     def is_one_turn(self) -> bool:
-        """Whether it is one message of the user, so that the string says everything."""
+        """Whether it is a single message of the user, so that the string is all of it."""
         return [role for role, _ in self._turns] == ["user"]
 
 
@@ -117,7 +117,7 @@ def split_dialogue(messages: Sequence[dict[str, str]]) -> tuple[ChatPrompt, str 
     """Return (what comes before the assistant's last message, that message); the latter None where there is none.
 
     Raises:
-        ValueError: `messages` are none, or nothing comes before the answer.
+        ValueError: `messages` is not a list of chat messages, or nothing precedes the answer.
 
     Example:
         >>> split_dialogue([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}])
@@ -132,7 +132,7 @@ def split_dialogue(messages: Sequence[dict[str, str]]) -> tuple[ChatPrompt, str 
 
 
 def prompt_to_json(prompt: str) -> str | list[dict[str, str]]:
-    """Return what JSON can hold of a prompt: the string, or the list of its messages; `prompt_from_json` reads it.
+    """Return a prompt as JSON holds it: a string, or the list of its messages. `prompt_from_json` reads it back.
 
     Example:
         >>> prompt_to_json("Why?"), prompt_to_json(ChatPrompt([{"role": "user", "content": "Why?"}]))
@@ -145,7 +145,7 @@ def prompt_from_json(value: object) -> str:
     """Return the prompt that `prompt_to_json` wrote: a string for a string, a `ChatPrompt` for a list of messages.
 
     Raises:
-        ValueError: neither, a blank string, or messages that are no prompt.
+        ValueError: the value is neither, is blank, or its messages do not form a prompt.
 
     Example:
         >>> prompt_from_json([{"role": "user", "content": "Why?"}]).messages
@@ -179,7 +179,7 @@ def render(tokenizer, messages: Sequence[dict[str, str]], *, open_turn: bool) ->
     """Return the text a tokenizer's chat template makes of messages, with the assistant's turn opened or not.
 
     Raises:
-        ValueError: the template refuses the messages, such as a system message it has no place for.
+        ValueError: the template refuses the messages, for example a system message that it does not support.
     """
     from jinja2 import TemplateError
 
@@ -198,7 +198,7 @@ def with_template_arguments(tokenizer, arguments: Mapping[str, object] | None):
         arguments: by name, such as {"enable_thinking": False} for Qwen3; None or empty for none.
 
     Raises:
-        ValueError: there are arguments, and the tokenizer has no chat template to give them to.
+        ValueError: arguments are given, but the tokenizer has no chat template.
     """
     if not arguments:
         return tokenizer

@@ -1,4 +1,4 @@
-"""Where a response begins and ends: how texts become token ids behind a prompt, and token ids texts."""
+"""Encode responses behind their prompts, and decode them: find where a response begins and ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ANCHORS = ("\n", "a", "1", ".")  # what may stand before a text so that it is n
 
 
 class Turn(NamedTuple):
-    """What a tokenizer, by its chat template if it has one, puts around an answer."""
+    """The tokens and space around an answer, as a tokenizer's chat template (if any) writes them."""
 
     space: str  # white space between the opened turn and the answer
     end: int | None  # id of the token that ends the answer
@@ -20,7 +20,7 @@ class Turn(NamedTuple):
 
 
 def turn_of(tokenizer) -> Turn:
-    """Return what goes around an answer.
+    """Return the tokens and space around an answer.
 
     The end token is the first special token that the chat template puts behind an answer (Gemma's <end_of_turn>, which
     is not its eos_token), else the tokenizer's eos_token; both end an answer. None and () where there is neither.
@@ -64,7 +64,7 @@ def encode_opened(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _place(ids: list[int], part: list[int]) -> int:
-    """Where a part begins; the end of `ids` where it is not in them, or is nothing."""
+    """Return where a part begins in `ids`; their length if it is empty or not in them."""
     starts = range(len(ids) - len(part) + 1) if part else ()
     return next((k for k in starts if ids[k : k + len(part)] == part), len(ids))
 
@@ -93,7 +93,7 @@ def encode_responses(tokenizer, turn: Turn, opened: Sequence[str], texts: Sequen
 
 
 def _encode_inside(tokenizer, text: str) -> list[int]:
-    """The ids of a text that does not begin where a sentence does.
+    """Return the ids of a text that does not start a sequence.
 
     Hazard: SentencePiece tokenizers put a space before a text of its own. Remedy: something before it, taken off again.
     """
@@ -133,5 +133,5 @@ def response_texts(
 
 
 def _wants_space(text: str) -> bool:
-    """Whether the template's space belongs in front of a text: not where it brings its own, or is nothing."""
+    """Return whether the template's space belongs before a text: unless it is empty or begins with space."""
     return text != "" and not text[0].isspace()
