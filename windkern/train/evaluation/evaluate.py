@@ -1,4 +1,4 @@
-"""How good a policy is against the reference, on prompts it was not trained on, with error bars."""
+"""Estimate a policy's win rate against the reference on held-out prompts, with standard errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Estimate:
 
 
 def over_prompts(values: Tensor) -> Estimate:
-    """Mean of (B, N) values, with prompts as the independent units.
+    """Return the mean of (B, N) values and its standard error, with prompts as the independent units.
 
         v_b = mean_n values[b, n],  mean = mean_b v_b,  standard error = std(v) / sqrt(B), B - 1 degrees of freedom
 
@@ -56,7 +56,7 @@ class Evaluation:
     win_rates: tuple[float, ...] = ()  # of each prompt, means over its pairs of responses
 
     def metrics(self) -> dict[str, float]:
-        """Win rate, reward and KL as far as they are known, and under NAME_se their standard errors."""
+        """Return win rate, reward and KL where they are known, and under NAME_se their standard errors."""
         found = {}
         for name in ("win_rate", "reward", "kl"):
             estimate = getattr(self, name)

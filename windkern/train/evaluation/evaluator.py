@@ -1,4 +1,4 @@
-"""An evaluation on held-out prompts: a policy's responses against a reference's."""
+"""Evaluate a policy on held-out prompts: its responses against a reference's."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Comparison(NamedTuple):
 
 
 class Evaluator:
-    """Compares a policy with its reference on prompts it was not trained on.
+    """Compares a policy with its reference on held-out prompts.
 
-    The policy's draws have the same seeds at every evaluation, so that its noise is the same, too. The reference
-    answers once; with a folder its responses are kept there.
+    The policy's draws use the same seeds at every evaluation, so that evaluations share their noise. The reference
+    answers once; with a folder its responses are stored there.
 
     Args:
         prompts: held-out prompts.
@@ -39,14 +39,14 @@ class Evaluator:
         policy: is compared with the reference.
         reference: pi_ref.
         world: the processes.
-        folder: for the reference's responses; None keeps nothing.
+        folder: where the reference's responses are stored; None stores nothing.
         observer: told about progress.
         seed: of the draws.
         reference_responses: of the reference to each prompt.
         sampling_batch_size: sequences sampled at a time.
         scoring_batch_size: prompts scored at a time.
         kl: whether to estimate KL(policy || reference); both must score each other's responses.
-        units: what the observer calls the responses of the policy and of the reference.
+        units: names for the observer of the policy's and the reference's responses.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Evaluator:
         self._answers_of: list[tuple[object, ...]] = []  # the files that they were read from
 
     def answer_once(self, iteration: int) -> list[Group]:
-        """Responses of the reference to each prompt, sampled at the first call and read from the disk afterwards.
+        """Return the reference's responses to each prompt, sampled at the first call and read from the disk afterwards.
 
         Args:
             iteration: for the observer.
@@ -110,7 +110,7 @@ class Evaluator:
         return self._answers
 
     def _files(self) -> list[tuple[object, ...]]:
-        """Which files hold the reference's responses, and in which state they are."""
+        """Identify the files of the reference's responses, and their state."""
         states = ((path, path.stat()) for path in sorted(self.folder.glob("*.json")))
         return [(path, state.st_ino, state.st_mtime_ns, state.st_size) for path, state in states]
 
@@ -155,7 +155,7 @@ class Evaluator:
         return [group for part in found for group in part]
 
     def _log_ratios(self, groups: list[Group], iteration: int) -> torch.Tensor:
-        """(B, N) log-probs of responses of the policy, less those under the reference, nats."""
+        """Return (B, N) log-probs of the policy's responses under it, less those under the reference, nats."""
         size, tell = self.scoring_batch_size, self.observer.advance
         self.observer.phase(iteration, "scoring", 2 * sum(len(group.completions) for group in groups), OF_HELD_OUT)
         pairs = zip(self.policy.logps(groups, size, tell), self.reference.logps(groups, size, tell), strict=True)

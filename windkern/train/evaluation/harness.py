@@ -1,4 +1,4 @@
-"""Benchmarks of a trained model by lm_eval: `python -m windkern.train.evaluation.harness FOLDER --tasks gsm8k,mmlu`."""
+"""Benchmark a trained model by lm_eval: `python -m windkern.train.evaluation.harness FOLDER --tasks gsm8k,mmlu`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "lm_eval.json"
 
 
 def model_arguments(name: str, dtype: str) -> str:
-    """Return what lm_eval calls model_args, for a folder or hub id of a model or an adapter.
+    """Return lm_eval's model_args for a folder or hub id of a model or an adapter.
 
     Example:
         >>> model_arguments("smollm2-135m-instruct", "auto")

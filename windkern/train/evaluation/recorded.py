@@ -1,4 +1,4 @@
-"""Recorded responses in the place of a policy, for evaluations."""
+"""Let recorded responses stand in for a policy in evaluations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from windkern.train.samplers.sampler import Completions
 
 
 class RecordedTexts:
-    """Texts that somebody recorded, by their prompts; they have no token ids and no log-probs.
+    """Recorded texts by their prompts; they have neither token ids nor log-probs.
 
     Args:
         path: see `windkern.train.data.records.load_records`.
@@ -31,7 +31,7 @@ class RecordedTexts:
         self._texts = {record.prompt.strip(): record.responses for record in load_records(path)}
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """The first `num_generations` responses to each prompt, whatever the seed.
+        """Return the first `num_generations` responses to each prompt, whatever the seed.
 
         Raises:
             ValueError: a prompt has fewer.
