@@ -266,7 +266,7 @@ def test_a_verdict_of_the_past_that_is_gone_is_named(tmp_path, changes):
     make_trainer(tmp_path, num_iterations=1, **changes).train()
     (tmp_path / "completions/iteration-0001/verdict-0001.json").unlink()
     with (
-        pytest.warns(UserWarning, match=r"missing in .*: iteration-0001/verdict-0001\.json; the run goes on without"),
+        pytest.warns(UserWarning, match=r"missing in .*: iteration-0001/verdict-0001\.json; the run continues without"),
         pytest.raises(FileNotFoundError, match=r"verdict-0001\.json is missing, and the run needs it"),
     ):
         make_trainer(tmp_path, **changes).train(resume_from_checkpoint=True)
@@ -277,7 +277,7 @@ def test_an_iteration_without_its_record_and_a_verdict_is_left_alone(tmp_path):
     for name in ("record", "verdict-0000"):
         (tmp_path / f"completions/iteration-0001/{name}.json").unlink()
     trainer = make_trainer(tmp_path)
-    with pytest.warns(UserWarning, match=r"verdict-0000\.json, iteration-0001/record\.json; the run goes on without"):
+    with pytest.warns(UserWarning, match=r"verdict-0000\.json, iteration-0001/record\.json; the run continues without"):
         trainer.train(resume_from_checkpoint=True)
     assert [record.iteration for record in trainer.history] == [2]
 

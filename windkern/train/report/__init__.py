@@ -1,1 +1,1 @@
-"""What a run reports: records, lines, tables, pictures, the model card."""
+"""Report a run: records, lines, tables, pictures and the model card."""

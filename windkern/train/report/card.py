@@ -1,4 +1,4 @@
-"""The model card that goes with trained weights: README.md with what was done, and nothing that was not."""
+"""Write the model card of trained weights, README.md, which states what was done."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from windkern.train.models import PACKAGED, public_name
 from windkern.train.report.progress import Record
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
-# Settings that say where a run lived or what it may access, and nothing about the weights.
+# Settings that concern a machine, a folder or an account, and not the weights.
 PRIVATE = re.compile(
     r"(^|_)(token|key|secret|password|dir|api_key|run_name|model_id|bucket_id|space_id)$|^(hub|logging)_"
 )

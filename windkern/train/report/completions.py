@@ -1,4 +1,4 @@
-"""Tables of responses with their verdicts: a Parquet file an iteration, and the same for experiment trackers."""
+"""Write responses and verdicts as tables: a Parquet file an iteration, and tables of experiment trackers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from windkern.train.models import require
 
-TRACKERS = ("wandb", "trackio")  # those that show tables
+TRACKERS = ("wandb", "trackio")  # trackers that show tables
 
 
 def columns_of(iteration: int, step: int, prompts: Sequence[str], groups: Iterable) -> dict[str, list]:
@@ -19,8 +19,8 @@ def columns_of(iteration: int, step: int, prompts: Sequence[str], groups: Iterab
         iteration: counted from 1.
         step: optimizer steps taken before it.
         prompts: training prompts.
-        groups: of `windkern.train.groups.Group`, or what has `place`, `texts`, `completions`, `truncated`, `prefs`
-            and `rewards` as they do.
+        groups: `windkern.train.groups.Group`s, or objects with their `place`, `texts`, `completions`, `truncated`,
+            `prefs` and `rewards`.
 
     Returns:
         step, iteration, prompt, completion, tokens, truncated, win_rate (mean chance to beat the other responses to the
@@ -55,7 +55,7 @@ def _win_rates(prefs: Sequence[Sequence[float]]) -> list[float]:
 def write_completions(folder: Path, table: dict[str, list]) -> Path:
     """Write a table as `completions_NNNNN.parquet`, NNNNN its iteration; returns the path.
 
-    The file is there as a whole or not at all; one of the same iteration is replaced.
+    The file is written completely or not at all, and replaces one of the same iteration.
 
     Raises:
         MissingPackageError: pyarrow is not installed.
@@ -76,7 +76,7 @@ def write_completions(folder: Path, table: dict[str, list]) -> Path:
 
 
 def track_completions(table: dict[str, list], report_to: Iterable[str]) -> list[str]:
-    """Show a table in the trackers that a run reports to and that are under way; returns their names.
+    """Show a table in the trackers that a run reports to and that are running. Return their names.
 
     Args:
         table: of `columns_of`.

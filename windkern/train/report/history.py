@@ -1,4 +1,4 @@
-"""The records of a run's iterations on the disk, and what of a run is no longer there."""
+"""Store the records of a run's iterations, and find files that have gone missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from windkern._files import DamagedRecordError, read_json, write_json
 from windkern.train.report.progress import Record
 from windkern.train.store import GroupStore
 
-_WITHOUT = "delete it, and the history goes on without its iteration"
+_WITHOUT = "delete it, and the history leaves out its iteration"
 
 
 class History:
@@ -32,7 +32,7 @@ class History:
         write_json(self.path(record.iteration), record.as_dict())
 
     def read(self, iterations: int) -> list[Record]:
-        """The records of the first iterations, as far as they are there.
+        """Return the records of the first iterations that are stored.
 
         Raises:
             DamagedRecordError: a file is not a record.
@@ -46,17 +46,17 @@ class History:
                 record = Record(**content)
             except TypeError as error:
                 raise DamagedRecordError(path, error, _WITHOUT) from error
-            # Reason: JSON has no word for the standard error of one prompt, which is nan.
+            # Reason: JSON cannot hold nan, the standard error of one prompt.
             lost = {each: math.nan for each in ("win_rate", "kl") if content[each] is not None}
             lost = {f"{each}_se": nan for each, nan in lost.items() if content[f"{each}_se"] is None}
             record = dataclasses.replace(record, **lost)
             if record.iteration != iteration or not all(_is_number(each) for each in content.values()):
-                raise DamagedRecordError(path, f"it is no record of iteration {iteration}", _WITHOUT)
+                raise DamagedRecordError(path, f"it is not a record of iteration {iteration}", _WITHOUT)
             found.append(record)
         return found
 
     def missing(self, iteration: int, blocks: int) -> list[str]:
-        """Files of a finished iteration that are not there.
+        """Return the names of missing files of a finished iteration.
 
         Args:
             iteration: counted from 1.
@@ -69,7 +69,7 @@ class History:
         return [f"{path.parent.name}/{path.name}" for path in wanted if not path.is_file()]
 
     def tell_missing(self, iterations: int, blocks: int, note: Callable[[str], None]) -> None:
-        """Say which files of finished iterations are not there; nothing needs them any more but a reader.
+        """Give notice of missing files of finished iterations. The run itself no longer needs them.
 
         Args:
             iterations: that are finished.
@@ -80,8 +80,8 @@ class History:
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             note(
-                f"missing in {self.store.folder}: {', '.join(missing[:5])}{more}; the run goes on without, and what it "
-                "says of those iterations will not be whole"
+                f"missing in {self.store.folder}: {', '.join(missing[:5])}{more}; the run continues without them, "
+                "and its account of those iterations is incomplete"
             )
 
 

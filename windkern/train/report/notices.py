@@ -1,4 +1,4 @@
-"""Where the trainer says what a person should know."""
+"""Give notices to whoever watches a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an iteration reports, and who may watch a run."""
+"""Define the record of an iteration, and the observer of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECORDED = "recorded responses"
 
 @dataclass(frozen=True)
 class Record:
-    """What one iteration did; the same numbers go to the screen, the picture, the JSON file and the checkpoint."""
+    """The numbers of one iteration, for the screen, the picture, the JSON file and the checkpoint."""
 
     iteration: int
     win_rate: float | None  # on held-out prompts against the reference, where there are any
@@ -37,10 +37,10 @@ class Record:
 
 
 class Observer(Protocol):
-    """Who wants to know how far a run is."""
+    """Watches the progress of a run."""
 
     def phase(self, iteration: int, name: str, steps: int = 1, unit: str = "", done: int = 0) -> None:
-        """A phase begins, or goes on after another one came in between.
+        """A phase begins, or continues after an interruption by another.
 
         Args:
             iteration: it belongs to: 0 before the first, one more than there are after the last.
@@ -52,11 +52,11 @@ class Observer(Protocol):
         ...
 
     def advance(self, steps: float = 1) -> None:
-        """So many more steps are done."""
+        """More steps are done."""
         ...
 
     def under_way(self, steps: float) -> None:
-        """The work on steps that are not done yet is worth so many; `advance` counts them when they are."""
+        """Unfinished steps amount to this many so far; `advance` counts them when they are done."""
         ...
 
     def finished(self, record: Record) -> None:
@@ -64,12 +64,12 @@ class Observer(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """Something a reader of the log should know."""
+        """Show a reader of the log one line."""
         ...
 
 
 class Unobserved:
-    """Nobody watches."""
+    """An observer that ignores everything."""
 
     def phase(self, iteration: int, name: str, steps: int = 1, unit: str = "", done: int = 0) -> None:
         pass

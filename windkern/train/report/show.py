@@ -1,4 +1,4 @@
-"""What a run shows: how far it is, a line an iteration, a table, completions, a picture, a JSON file."""
+"""Show a run: its progress, a line an iteration, a table, completions, a picture and a JSON file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from windkern.train.report.progress import Record
 
 
 def quiet_libraries() -> None:
-    """Let transformers and the hub draw no bars of their own, and transformers tell of nothing but errors."""
+    """Turn off the progress bars of transformers and the hub, and all messages of transformers but errors."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -27,7 +27,7 @@ def quiet_libraries() -> None:
 
 
 def plus_minus(estimate: Estimate, digits: int = 2) -> str:
-    """A mean and its standard error, which a single prompt does not have.
+    """Write a mean with its standard error; a single prompt has none.
 
     Example:
         >>> plus_minus(Estimate(0.7461, 0.0312)), plus_minus(Estimate(0.7461, float("nan")))
@@ -38,7 +38,7 @@ def plus_minus(estimate: Estimate, digits: int = 2) -> str:
 
 
 def interval(estimate: Estimate, digits: int = 2) -> str:
-    """The 95 % interval, or why there is none.
+    """Write the 95 % interval, or why there is none.
 
     Example:
         >>> interval(Estimate(0.75, 0.03)), interval(Estimate(0.75, float("nan")))
@@ -80,7 +80,7 @@ class LiveReport:
 
 
 def history_table(history: Sequence[Record]) -> Table:
-    """One row an iteration; columns that nothing is known for are left out."""
+    """Return a table with one row an iteration; empty columns are left out."""
     names = ("", "win rate", "reward", "KL, nats", "loss", "cut off", "tokens/s", "seconds")
     rows = [
         (
@@ -112,7 +112,7 @@ def print_completions(
     count: int,
     labels: tuple[str, str] = ("before", "after "),
 ) -> None:
-    """The first response to each of the first prompts, before and after; nothing is picked."""
+    """Print the first response to each of the first prompts, before and after, without choosing among them."""
     for prompt, old, new in list(zip(prompts, before, after, strict=True))[:count]:
         console.print(Text("\n" + _one_line(prompt), style="bold"))
         for label, style, text in zip(labels, ("dim", "green"), (old[0], new[0]), strict=True):
@@ -124,7 +124,7 @@ def print_completions(
 
 
 def _one_line(text: str) -> str:
-    """A text without line breaks, and with nothing that a terminal obeys."""
+    """Return a text without line breaks and control characters."""
     return printable(" ".join(text.split()))
 
 
@@ -139,7 +139,7 @@ def as_json(
     after: Sequence[Sequence[str]],
     kind: str = "demo",
 ) -> None:
-    """Write everything a program may want to read back; `windkern plot` knows by `kind` what it is."""
+    """Write everything that a program may want to read back; `windkern plot` tells files apart by `kind`."""
     content = {
         "kind": kind,
         "settings": settings,
@@ -163,7 +163,7 @@ def as_json(
 
 
 def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -> None:
-    """Win rate and KL against the iteration, with 95 % intervals, as a PNG.
+    """Draw win rate and KL against the iteration, with 95 % intervals, as a PNG.
 
     The win rate starts at 1/2 and the KL at 0, because the policy starts as the reference. Iterations that were not
     evaluated are left out.
