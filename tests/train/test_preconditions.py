@@ -231,5 +231,5 @@ def test_what_is_reported_to_must_be_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
     message = "report_to tensorboard needs a package that is not installed; run: python -m pip install tensorboard"
     refused(tmp_path, message, MissingPackageError, report_to="tensorboard")
-    refused(tmp_path, "report_to must be none where nothing is to be reported, got 'no'", report_to="no")
+    refused(tmp_path, "report_to must be none to report nowhere, got 'no'", report_to="no")
     refused(tmp_path, "report_to must be one of .*, got 'tensorbord'; did you mean", report_to="tensorbord")

@@ -1,1 +1,1 @@
-"""The parts of a WIND training run: prompts, sampler, judge, models, loop, evaluation, report."""
+"""Train by WIND and other losses: prompts, samplers, judges, models, outer loop, evaluation and reports."""

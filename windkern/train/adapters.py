@@ -1,4 +1,4 @@
-"""What a new LoRA adapter does to a model."""
+"""Put a new LoRA adapter on a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def with_adapter(model: nn.Module, peft_config, seed: int) -> nn.Module:
-    """A model with a new adapter on top, which starts as the seed says.
+    """Return the model with a new adapter on top, initialised from the seed.
 
     Raises:
-        ValueError: the model has an adapter already; PEFT would put the new one in its place.
+        ValueError: the model already has an adapter, which PEFT would replace.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -19,7 +19,7 @@ def with_adapter(model: nn.Module, peft_config, seed: int) -> nn.Module:
     if held := getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         names = ", ".join(held) if isinstance(held, dict) else "default"
         raise ValueError(
-            f"peft_config makes a new adapter, but model has one ({names}), which it would take the place of. To train "
+            f"peft_config makes a new adapter, but model already has one ({names}), which it would replace. To train "
             "that one further, leave peft_config out and load it by PeftModel.from_pretrained(base, folder, "
             "is_trainable=True); to start a new one on top, merge it first: PeftModel.from_pretrained(base, "
             "folder).merge_and_unload()"
@@ -29,9 +29,9 @@ def with_adapter(model: nn.Module, peft_config, seed: int) -> nn.Module:
 
 
 def starts_as_base(peft_config) -> bool:
-    """Whether a model with a new adapter, switched off, is the model it was put on.
+    """Return whether a model whose new adapter is switched off equals the model it was put on.
 
-    PiSSA and its like take from the base what they put into the adapter.
+    PiSSA and similar methods subtract from the base what they put into the adapter.
     """
     start = getattr(peft_config, "init_lora_weights", True)
     return not (isinstance(start, str) and start.lower().startswith(_MOVES_BASE))

@@ -17,7 +17,7 @@ def anchor_file(rank: int, size: int) -> str:
 
 
 class Anchor:
-    """Exponential moving average of a model's trainable parameters, which can take the model's place for a while.
+    """Keep an exponential moving average of a model's trainable parameters, and put it in the model's place on demand.
 
     Formula: a <- (1 - rate) a + rate theta at each `update`, from a = theta when the object is made.
 
@@ -88,10 +88,10 @@ class Anchor:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Give the model the average's weights, rounded to its dtype; afterwards its own come back, bit for bit.
+        """Give the model the average's weights, rounded to its dtype, and restore its own afterwards, bit for bit.
 
-        They come back when an exception passes, too. Neither may happen between a forward pass and its backward pass:
-        autograd then raises, because the weights were changed.
+        They are restored after an exception, too. Do not enter or leave between a forward pass and its backward pass:
+        autograd raises, because the weights have changed.
 
         Raises:
             RuntimeError: inside itself.
@@ -107,15 +107,15 @@ class Anchor:
             self._swapped = False
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average by the names of the model's parameters; the tensors themselves, no copies."""
+        """Return the average by parameter name. The tensors are the average's own, not copies."""
         return dict(self._average)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the average from a checkpoint; the model's own weights stay.
+        """Load the average from a checkpoint. The model's own weights do not change.
 
         Raises:
-            ValueError: names or shapes are not those of the model's trainable parameters. Then nothing is taken.
+            ValueError: names or shapes are not those of the model's trainable parameters. Nothing is loaded then.
             RuntimeError: inside `in_place`.
         """
         self._refuse_if_swapped("load_state_dict")
@@ -145,10 +145,10 @@ class Anchor:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Drop what FSDP2 gathered.
+    """Free the weights that FSDP2 has gathered.
 
-    Hazard: it keeps the outermost weights of a forward pass until a backward pass, which evaluation never runs, and
-    would go on with the old values. Remedy: let go of them wherever the shards are read or written.
+    Hazard: FSDP2 keeps the outermost weights of a forward pass until a backward pass, which evaluation never runs; the
+    next forward would use the old values. Remedy: free them wherever the shards are read or written.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from torch.distributed.fsdp import FSDPModule

@@ -166,7 +166,7 @@ class Run:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What determines the weights that the run ends with."""
+        """Return everything that determines the weights at the end of the run."""
         config, policy, prompts, judge = self.config, self.start.policy, self.start.prompts, self.judge
         return identity_of(
             config,

@@ -1,4 +1,4 @@
-"""Groups as the trainer's steps take them: padded batches, and the data set of an iteration."""
+"""Make batches of groups: padded rows for the model, and the data set of an iteration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from windkern.train.seeds import shuffled
 
 @dataclass
 class Batch:
-    """B groups of K responses in rows of one length, and what the loss takes beside the policy's log-probs."""
+    """B groups of K responses in rows of one length, and the loss's other constants."""
 
     rows: GroupRows
     shape: tuple[int, int]  # (B, K)
@@ -29,12 +29,12 @@ class Batch:
         return self.rows.padded()[1].view(*self.shape, -1)
 
     def pin_memory(self) -> Batch:
-        """In memory that a GPU can copy from while the host goes on; asked for by `dataloader_pin_memory`."""
+        """Return the batch in pinned memory, for `dataloader_pin_memory`: copies to a GPU overlap with the host."""
         pinned = {name: value.pin_memory() for name, value in self.constants.items()}
         return Batch(self.rows.pin_memory(), self.shape, pinned)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
+        """Return the batch on a device."""
         # Reason: a blocking copy to a GPU waits for all that is queued there, the last backward pass. On the way back
         # the host must wait, or it would read what has not arrived.
         options = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
@@ -66,10 +66,10 @@ def collate(groups: Sequence[Group], fill: int, rules: LayoutRules) -> Batch:
 
 
 class LaysOut(Protocol):
-    """What makes a batch of groups, as a policy does."""
+    """Anything that makes batches of groups, as a policy does."""
 
     def batch(self, groups: Sequence[Group]) -> Batch:
-        """The groups as the model takes them."""
+        """Lay groups out in rows for the model."""
         ...
 
 
@@ -102,7 +102,7 @@ class Collator:
         self.policy = policy
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """The batch, and beside it what transformers counts tokens by, which stays on the host."""
+        """Return the batch and its token counts, which stay on the host."""
         batch = self.policy.batch(groups)
         rows = batch.rows
         return {
@@ -113,12 +113,12 @@ class Collator:
 
 
 class IterationData(Dataset):
-    """The groups of the current outer iteration, as many items as its steps take, pass after pass.
+    """The groups of the current outer iteration, one item for each group that its steps take, pass after pass.
 
-    Groups of one optimizer step (`step_size` neighbours) stay together in every pass, in the order of the list; the
-    steps change places between passes. So a step is the same however it is cut into batches and processes. And the
-    rounding of a 16-bit forward depends on its batch: with the old policy scored in the same batches,
-    log pi_theta - log pi_t is exactly 0 before the first step.
+    Groups of one optimizer step (`step_size` neighbours) stay together in every pass, in the order of the list, and the
+    order of the steps changes between passes. A step is therefore the same however it is cut into batches and
+    processes. The rounding of a 16-bit forward depends on its batch: since the old policy is scored in the same
+    batches, log pi_theta - log pi_t is exactly 0 before the first step.
 
     Args:
         length: items of an iteration.

@@ -28,7 +28,7 @@ _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that look at an eva
 
 
 def _names(fits: Callable[[Loss], object]) -> str:
-    """The names of the losses that can be trained and fit, for messages."""
+    """Return the names of the trainable losses that fit, for messages."""
     return ", ".join(name for name, loss in LOSSES.items() if loss.separable and fits(loss))
 
 
@@ -87,15 +87,15 @@ class WindConfig(TrainingArguments):
 
     loss: str = setting(
         "wind",
-        "Loss that is fitted: a separable one of windkern.losses.LOSSES. `windkern losses` lists them, and `windkern "
-        "losses NAME` says which responses one takes. Default: the paper this package implements.",
+        "Loss to fit, a separable one of windkern.losses.LOSSES. `windkern losses` lists them, and `windkern losses "
+        "NAME` says which responses a loss takes. Default: the loss of the paper that this package implements.",
     )
     loss_kwargs: dict | None = setting(
         None,
         "Arguments of the loss by name, such as {eta: 4, beta: 0.05, objective: square}; `windkern losses NAME` "
         "explains them. eta is a step size: after a perfect fit of wind, eta / (1 + eta * beta) nats separate a "
-        "certain winner from a certain loser; beta weighs the KL to the reference. What is left out has the loss's own "
-        "default, or where it has none that of the table of losses (ours). The exact update converges whatever the "
+        "certain winner from a certain loser; beta weighs the KL to the reference. An argument that is left out has "
+        "the default of the loss, else of the table of losses (ours). The exact update converges whatever the "
         "preferences up to eta = 4 * beta; the default eta is larger, since an iteration's few steps stay far from a "
         "perfect fit.",
     )
@@ -106,45 +106,45 @@ class WindConfig(TrainingArguments):
         32, "Optimizer steps in each outer iteration. At least 1. Default: ours, small enough to stay near the policy."
     )
     passes_per_iteration: int = setting(
-        1, "How often an iteration's responses are gone through; divides steps_per_iteration. Default: one, as SPPO."
+        1, "Passes over an iteration's responses; divides steps_per_iteration. Default: one, as SPPO."
     )
     num_generations: int | None = setting(
         None, f"Responses sampled to each prompt, at least 2. None: 5 as SPPO, or as many as the loss needs ({_FIXED})."
     )
     fit_responses: int | None = setting(
         None,
-        "How many of them are fitted: those with the highest and lowest win rates against all; at least 2. A response "
-        "costs less to sample than to fit, and the extremes say most about where to go. None: all.",
+        "Responses fitted of those sampled: the ones with the highest and lowest win rates against all; at least 2. A "
+        "response costs less to sample than to fit, and the extremes carry most of the signal. None: all.",
     )
     reset_optimizer: bool = setting(
         False,
-        "Whether the optimizer forgets its moments at the start of each iteration, which is a regression of its own. "
-        "Default: no, as transformers.",
+        "Whether the optimizer's moments are reset at the start of each iteration, which is a new regression. Default: "
+        "no, as transformers.",
     )
     sampler: str = setting(
         "transformers",
-        "Who samples: transformers (the policy's own generate), batched (transformers' continuous batching: fast, but "
+        "What samples: transformers (the policy's own generate), batched (transformers' continuous batching: fast, but "
         "the same seed need not give the same responses), vllm:URL or sglang:URL (a server that is given the "
         "weights before each iteration, see docs/vllm.md), openai:URL (a server that speaks the OpenAI protocol, for a "
-        "policy that stays as it is), or recorded:FILE (JSON lines). The key of a server is OPENAI_API_KEY of the "
-        "environment. Default: what is always right.",
+        "policy that stays as it is), or recorded:FILE (JSON lines). A server's key is read from the environment "
+        "variable OPENAI_API_KEY. Default: the one that always works.",
     )
     sampler_settings: dict | None = setting(
         None,
-        "Keyword arguments of a sampler that is a server: model (name of the base model there), folder (that trainer "
-        "and server see under the same name, for weights), tokens (under way at once), timeout (seconds), attempts, "
+        "Keyword arguments of a sampler that is a server: model (name of the base model there), folder (for weights; "
+        "trainer and server must see it under the same name), tokens (in flight at once), timeout (seconds), attempts, "
         "and concurrency for openai. None: the server's only model (policy for openai), output_dir/served, 131072 "
         "tokens, 600 s (120 s for openai), 8 attempts (4).",
     )
     temperature: float = setting(
         1.0,
-        "Divides the logits, of samples and log-probs alike; positive. Default 1: the theory compares the policy as "
-        "it is.",
+        "Divides the logits of samples and log-probs alike; positive. Default 1: the theory is about the unchanged "
+        "policy.",
     )
     top_p: float = setting(
         1.0,
-        "Samples come from the smallest set of tokens with this probability; in (0, 1]. Below 1 they are not samples "
-        "of the policy whose log-probs are fitted. Default 1: the theory needs it.",
+        "Samples come from the smallest set of tokens with this probability; in (0, 1]. Below 1 they do not come from "
+        "the policy whose log-probs are fitted. Default 1: the theory needs it.",
     )
     max_completion_length: int = setting(
         512, "Longest response, in tokens, end token included; at least 1. Default: ours."
@@ -152,13 +152,13 @@ class WindConfig(TrainingArguments):
     max_prompt_length: int | None = setting(
         None,
         "Longest prompt, in tokens, chat template included; at least 1. None: what max_completion_length leaves of the "
-        "model's positions (max_position_embeddings), which is the limit anyhow.",
+        "model's positions (max_position_embeddings), which is the limit in any case.",
     )
     long_prompts: str = setting(
         "refuse",
         "What happens to longer prompts, for training and held out: refuse (an error names the first), drop (they are "
-        "left out) or cut (the oldest messages, then the beginning of the text). How many is said at the start. "
-        "Default: nothing is changed in silence.",
+        "left out) or cut (the oldest messages, then the beginning of the text). A notice at the start says how many. "
+        "Default: no prompt changes silently.",
         choices=LONG_PROMPTS,
     )
     system: str | None = setting(None, "System message for the chat template. None: the template's own.")
@@ -166,27 +166,29 @@ class WindConfig(TrainingArguments):
         None, "Further arguments of the chat template by name, such as {enable_thinking: false} for Qwen3. None: none."
     )
     sampling_batch_size: int = setting(
-        64, "Sequences generated, and judged, at a time on a device; what a kill can lose. Default: ours."
+        64, "Sequences generated and judged at a time on a device; a kill loses at most so many. Default: ours."
     )
     mask_truncated_completions: bool = setting(
         False,
         "Whether responses that reach max_completion_length without an end token are left out of the fit; they are "
-        "judged, and others beat them, all the same. Default no: they are scored as the prefixes they are, which is "
-        "unbiased for a judge that reads what was written.",
+        "still judged, and others can beat them. Default no: they are scored as prefixes, which is unbiased for a "
+        "judge that reads what was written.",
     )
     judge: str | None = setting(
         None,
-        "Who says which response wins: vader, MODULE:FUNCTION (prompts, responses -> numbers), reward-model:NAME, "
+        "What says which response wins: vader, MODULE:FUNCTION (prompts, responses -> numbers), reward-model:NAME, "
         "pair-model:NAME, pairrm:NAME, llm:URL or recorded:FILE, see docs/judges.md. None: the judge given to the "
         "trainer.",
     )
     judge_strength: float = setting(
-        1.0, "Of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained with."
+        1.0,
+        "Strength of the Bradley-Terry link, per unit of reward; positive. Default 1: what reward models are trained "
+        "with.",
     )
     judge_settings: dict | None = setting(
         None,
-        "Keyword arguments of a judge that is a model: label (which of its logits), max_length (longer texts are cut "
-        "to so many tokens, and counted), batch_size, dtype, device, quantization, and template for pair-model; for "
+        "Keyword arguments of a judge that is a model: label (which of its logits), max_length (tokens; longer texts "
+        "are cut, and counted), batch_size, dtype, device, quantization, and template for pair-model; for "
         "llm: model, rubric, template, labels, max_tokens and others, see docs/judges.md. None: one label, 16 texts at "
         "a time, float32 beside the policy, and a text longer than the model's positions is an error.",
     )
@@ -198,24 +200,25 @@ class WindConfig(TrainingArguments):
     reference: str = setting(
         "model",
         "Where log pi_ref comes from: model (a frozen second model), adapter (the policy without its LoRA adapter) or "
-        "precomputed (scored once, before the first step; needs sampler=recorded:FILE). Default: works for all.",
+        "precomputed (scored once, before the first step; needs sampler=recorded:FILE). Default: works with any model.",
         choices=REFERENCES,
     )
     shared_prompt: str = setting(
         "auto",
-        "Whether the body runs once on a prompt for all its responses when they are scored and fitted: auto (where the "
-        "model computes the same then, which is checked once, and it costs less), always (an error if the model "
-        "does not) or never. Default: it is exact and saves time.",
+        "Whether the body runs once on a prompt for all its responses in scoring and fitting: auto (if a check at the "
+        "start finds that the model computes the same, and it costs less), always (an error if the model does not) or "
+        "never. Default: it is exact and saves time.",
         choices=SHARED_PROMPT,
     )
     focus: str = setting(
         "uniform",
         "Which prompts are answered and judged: uniform (all in turn) or hardest (those with the largest estimated "
-        "exploitability, arXiv 2502.08924). Default: uniform, the distribution that was asked for.",
+        "exploitability, arXiv 2502.08924). Default: uniform, the distribution of the data set.",
         choices=MODES,
     )
     focus_uniform_share: float = setting(
-        0.25, "Share of an iteration's prompts that focus=hardest draws uniformly, to measure on; in (0, 1]. Ours."
+        0.25,
+        "Share of an iteration's prompts that focus=hardest draws uniformly, for metrics; in (0, 1]. Default: ours.",
     )
     replay: bool = setting(
         False,
@@ -223,13 +226,15 @@ class WindConfig(TrainingArguments):
         f"any policy's samples ({_REPLAYABLE}).",
     )
     replay_capacity: int = setting(
-        100, "Newest responses kept for each prompt, at least num_generations. As TBA's code."
+        100, "Newest responses kept for each prompt, at least num_generations. Default: as TBA's code."
     )
     replay_on_policy_prob: float = setting(
         0.5, "Share of groups made of this iteration's responses; in [0, 1]. Default: TBA's for TL;DR."
     )
     replay_inverse_temperature: float = setting(
-        1.0, "Replayed responses are drawn with probability proportional to exp(this * reward); not negative. Ours."
+        1.0,
+        "Replayed responses are drawn with probability proportional to exp(this * reward), or the win rate where the "
+        "loss takes no rewards; not negative. Default: ours.",
     )
     anchor_rate: float = setting(
         0.02,
@@ -237,11 +242,11 @@ class WindConfig(TrainingArguments):
         f"({_ANCHORED}); in (0, 1].",
     )
     memory_budget: int | None = setting(
-        None, "Bytes a fused op may allocate beside outputs and gradients. None: 2 GiB on a GPU, 256 MiB on a CPU."
+        None, "Bytes that a fused op may allocate beside outputs and gradients. None: 2 GiB on a GPU, 256 MiB on a CPU."
     )
     backend: str = setting("auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run.")
     batch_invariant: bool = setting(
-        False, "Whether a row's log-prob must not depend on its neighbours to the last bit. Costs time; default no."
+        False, "Whether a row's log-prob is bitwise independent of its neighbours. This costs time; default no."
     )
     master_weights: bool = setting(
         True,
@@ -253,7 +258,7 @@ class WindConfig(TrainingArguments):
     )
     eval_responses: int = setting(1, "Responses of the policy to each held-out prompt in an evaluation. Default: ours.")
     reference_responses: int = setting(
-        2, "Responses of the reference to each held-out prompt, drawn once, to compare with. Default: ours."
+        2, "Responses of the reference to each held-out prompt, drawn once for all comparisons. Default: ours."
     )
     overwrite: bool = setting(
         False, "Whether a run that does not resume deletes an earlier run's checkpoints in output_dir. Default no."
@@ -269,10 +274,12 @@ class WindConfig(TrainingArguments):
     save_strategy: str = setting("epoch", "When to save: no, steps, epoch (after each iteration). Default: epoch.")
     save_total_limit: int | None = setting(2, "Checkpoints kept. Default 2: one to fall back to.")
     ddp_find_unused_parameters: bool | None = setting(
-        False, "Whether DDP looks for parameters without gradient. Default no: every trained one gets its gradient."
+        False, "Whether DDP looks for parameters without gradient. Default no: every trained parameter gets one."
     )
     remove_unused_columns: bool = setting(False, "Must be False: batches have no columns.")
-    dataloader_pin_memory: bool = setting(False, "Whether batches are pinned for the way to a GPU. Default no: small.")
+    dataloader_pin_memory: bool = setting(
+        False, "Whether batches are pinned for copies to a GPU. Default no: they are small."
+    )
 
     def __post_init__(self) -> None:
         self._check()
@@ -391,21 +398,21 @@ class WindConfig(TrainingArguments):
         return self.num_iterations * self.steps_per_iteration
 
     def prompts_per_step(self, processes: int) -> int:
-        """Prompts whose responses an optimizer step fits, on all processes together."""
+        """Return the number of prompts whose responses an optimizer step fits, on all processes together."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
 
     @property
     def entry(self) -> Loss:
-        """The loss in the table of losses."""
+        """The entry of the loss in the table of losses."""
         return LOSSES[self.loss]
 
     @property
     def loss_arguments(self) -> dict[str, object]:
-        """All arguments of the loss beside its tensors: those of `loss_kwargs`, and defaults."""
+        """All arguments of the loss beside its tensors: `loss_kwargs` and defaults."""
         return self.entry.arguments(self.loss_kwargs)
 
     def own_settings(self) -> dict:
-        """The fields declared here and their values, for reports; arguments of the loss that are defaults included."""
+        """Return the fields declared here and their values, for reports, with all arguments of the loss."""
         own = WindConfig.__annotations__
         found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name in own}
         return found | {"loss_kwargs": self.loss_arguments}

@@ -1,4 +1,4 @@
-"""The switch for a model's dropout."""
+"""Turn off a model's dropout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _DROPOUT = ("dropout", "pdrop", "layerdrop")
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a model to 0, those of attention and of the configuration included."""
+    """Set every dropout probability of a model to 0, also in its attention and its configuration."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,4 +1,4 @@
-"""Errors as a command line shows them: one line, and who is to say it where several processes train."""
+"""Show errors on a command line: in one line, and from one of several processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from windkern.terminal import printable
 
-# What a program's own mistakes raise. All else that reaches the command line is about settings, files or machines.
+# Errors that mean a bug of ours. All others that reach the command line concern settings, files or machines.
 _BUGS = (AssertionError, AttributeError, LookupError, NameError, RuntimeError, SyntaxError, ZeroDivisionError)
 _NO_BUGS = (RecursionError, NotImplementedError)  # of those, what data and settings raise
 _LOST = re.compile(  # what gloo and torch's store say where another process has gone
@@ -19,11 +19,11 @@ _LONGEST = 2000  # characters of a message
 
 
 class AnotherProcessError(RuntimeError):
-    """Another process of the run has failed, and says itself why."""
+    """Another process of the run has failed; its own message says why."""
 
 
 def one_line(text: object) -> str:
-    """A message in one line of characters that a terminal shows and does not obey.
+    """Return a message in one line, without characters that control a terminal.
 
     Example:
         >>> one_line("first\\x1b[1m,\\n  second\\x07")
@@ -39,7 +39,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def ended_by_another(error: BaseException) -> bool:
-    """Whether this process fails only because another of its run has failed."""
+    """Return whether this process fails only because another process of the run has failed."""
     if isinstance(error, AnotherProcessError):
         return True
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -48,7 +48,7 @@ def ended_by_another(error: BaseException) -> bool:
 
 
 def message_of(error: Exception) -> str | None:
-    """Return what a user is told, in one line; None where only a traceback helps, because it is our mistake.
+    """Return the message for a user, in one line; None for a bug of ours, where only a traceback helps.
 
     Example:
         >>> message_of(ValueError("eta must be positive, got -1"))

@@ -1,4 +1,4 @@
-"""Which prompts the next iteration spends its labels on: all in turn, or those furthest from their equilibrium."""
+"""Choose the prompts of an iteration: all in turn, or those furthest from their equilibrium."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def exploitability(
             tokens.
         ref_logps: (B, N), dtype of `logps`, under the frozen reference.
         win_rates: (B, N) in [0, 1], of each response against the policy: mean over the group, own comparison 1/2.
-        beta: weight of the KL to the reference in the game, positive; without a KL there is no such estimate.
+        beta: weight of the KL to the reference in the game, positive; the estimate needs one.
         where: (B, N) bool, responses that take part, None for all. A group with fewer than two left gets 0.
 
     Returns:
@@ -82,25 +82,25 @@ class Chosen(NamedTuple):
 class PromptFocus:
     """Chooses training prompts, iteration by iteration.
 
-    "uniform" goes through the shuffled prompts, and shuffles anew each time it has been through: iteration i takes
-    positions (i-1)k to ik - 1 of that endless list. "hardest" draws ceil(uniform_share * k) prompts in this way and
-    fills up with those whose exploitability was largest when last estimated. A prompt never estimated counts as
-    infinitely hard, so all are explored first. Equals are taken in a shuffled order, another one in each iteration.
+    "uniform" goes through the shuffled prompts and reshuffles them after each pass: iteration i takes positions (i-1)k
+    to ik - 1 of that endless list. "hardest" draws ceil(uniform_share * k) prompts in this way and fills up with those
+    whose exploitability was largest when last estimated. A prompt that was never estimated counts as infinitely hard,
+    so every prompt is explored first. Ties are broken in an order that is reshuffled every iteration.
 
-    No prompt comes twice in an iteration unless k exceeds their number. In an iteration across the end of a shuffle,
-    one that would come again changes places with a later one of the new shuffle.
+    No prompt comes twice in an iteration unless k exceeds their number. Where an iteration spans two shuffles, a repeat
+    is swapped with a later prompt of the new shuffle.
 
-    Randomness comes from the seed and the number of the iteration. What is known of the prompts comes from `update`:
-    a new object that gets the updates of the earlier iterations in order chooses as the old one would have.
+    Choices depend on the seed, the number of the iteration and the estimates given to `update`. A new object that gets
+    the updates of the earlier iterations in order therefore chooses as the old one would have.
 
-    Each prompt has its own equilibrium, which does not depend on how often the prompt is visited; focus says where
+    Each prompt has its own equilibrium, which does not depend on how often the prompt is visited; focus decides where
     labels and gradients go. With one model for all prompts it acts as a weight on them, so keep a uniform share: it
-    refreshes estimates that went stale, and its win rates are those of the prompt distribution.
+    refreshes stale estimates, and its win rates are those of the prompt distribution.
 
     Args:
         count: number of training prompts.
         mode: "uniform" or "hardest".
-        uniform_share: of an iteration's prompts, in [0, 1]; for "uniform" it has no effect.
+        uniform_share: share of an iteration's prompts that are drawn in turn, in [0, 1]; "uniform" ignores it.
         seed: of the shuffles.
 
     Raises:
@@ -129,7 +129,7 @@ class PromptFocus:
         self._shuffles: dict[int, list[list[int]]] = {}  # by k: the order of each time through, as far as needed
 
     def choose(self, iteration: int, k: int) -> Chosen:
-        """The prompts of an iteration; the ones drawn blindly come first.
+        """Return the prompts of an iteration; those drawn in turn come first.
 
         Args:
             iteration: counted from 1.
@@ -153,7 +153,7 @@ class PromptFocus:
         return Chosen(tuple(places[:k]), (True,) * blind + (False,) * (k - blind))
 
     def update(self, places: Sequence[int], values: Iterable[float] | Tensor) -> None:
-        """Take in the exploitability of some prompts; the last one of a prompt counts.
+        """Record the exploitability of some prompts. Where a prompt comes twice, its last value counts.
 
         Args:
             places: in the list of training prompts.
@@ -176,11 +176,12 @@ class PromptFocus:
         self._visits.update(places)
 
     def entropy(self) -> float:
-        """Entropy of the visits so far (each `update`) over the prompts, nats; exp of it prompts share the labels.
+        """Return the entropy of the visits so far (one an `update`) over the prompts, in nats.
 
-        log(count) after whole times through all prompts, less as labels gather on few; 0 before the first.
+        Its exponential is the effective number of prompts that share the labels: the entropy is log(count) after whole
+        passes through all prompts, falls as labels concentrate, and is 0 before the first update.
 
-        Reason: the weights of one iteration would tell nothing; its k prompts get 1/k each in either mode.
+        Reason: the weights of one iteration say nothing; its k prompts get 1/k each in either mode.
         """
         total = self._visits.total()
         return sum(n / total * math.log(total / n) for n in self._visits.values())
@@ -197,7 +198,7 @@ class PromptFocus:
         orders = self._shuffles.setdefault(k, [])
         while len(orders) <= epoch:
             order = _shuffled(self.count, self.seed, "prompts", len(orders))
-            shared = len(orders) * self.count % k  # so many prompts of this iteration are from the shuffle before
+            shared = len(orders) * self.count % k  # prompts of this iteration that come from the shuffle before
             if shared and k <= self.count:
                 before, head = set(orders[-1][-shared:]), k - shared
                 later = (place for place in range(head, self.count) if order[place] not in before)

@@ -35,7 +35,7 @@ class Group:
         return sum(map(len, self.completions))
 
     def of(self, places: Sequence[int], constants: Mapping[str, Tensor]) -> Group:
-        """The responses at some places, without their verdict: `constants` say what counts from here on."""
+        """Return a group of the responses at some places. It has no verdict; `constants` replace it."""
         return Group(
             place=self.place,
             prompt_ids=self.prompt_ids,
@@ -46,11 +46,11 @@ class Group:
         )
 
     def having(self, **more: Tensor) -> Group:
-        """The group with more constants."""
+        """Return the group with more constants."""
         return replace(self, constants={**self.constants, **more})
 
     def followed_by(self, other: Group) -> Group:
-        """The group with another's responses to the same prompt behind its own, not judged."""
+        """Return a group, not judged, of its own responses and then another's to the same prompt."""
         return Group(
             place=self.place,
             prompt_ids=self.prompt_ids,
@@ -61,7 +61,7 @@ class Group:
 
 
 def groups_of(batch: Completions, places: Sequence[int]) -> list[Group]:
-    """One group for each prompt of a batch; `places` are the prompts' in the list of prompts."""
+    """Return one group for each prompt of a batch; `places` are the prompts' places in the list of prompts."""
     count, found = batch.num_generations, []
     prompt_mask = batch.attention_mask & ~batch.completion_mask
     for k, place in enumerate(places):
@@ -79,7 +79,7 @@ def groups_of(batch: Completions, places: Sequence[int]) -> list[Group]:
 
 
 def verdict_of(groups: Sequence[Group]) -> Verdict | None:
-    """The judgement of some groups as tensors, None where they were not judged."""
+    """Return the verdict on some groups as tensors, None where they were not judged."""
     if groups[0].prefs is None:
         return None
     prefs = torch.tensor([group.prefs for group in groups], dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""What becomes of every setting of `transformers.TrainingArguments` in a `WindTrainer`: it works, or it is refused.
+"""Accept or refuse each setting of `transformers.TrainingArguments` for a `WindTrainer`.
 
-None of them is taken and then does nothing. A test holds the tables against the installed transformers.
+No setting is accepted and then ignored. A test compares the tables with the installed transformers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import transformers
 
-# They change what is trained, so a run can only be resumed with the same.
+# These change what is trained, so a run can only be resumed with the same values.
 TRAINED = (
     "learning_rate",
     "lr_scheduler_type",
@@ -31,7 +31,7 @@ TRAINED = (
     "tf32",
 )
 
-# They say where and how fast a run goes, what it shows and what it keeps; another choice changes rounding at most.
+# These decide where and how fast a run goes, what it shows and what it keeps; they change rounding at most.
 FREE = (
     "output_dir",
     "num_train_epochs",  # follows from num_iterations
@@ -102,8 +102,8 @@ FREE = (
 
 _WORKERS = "batches are made of responses that are sampled during the run, by this process"
 _PREDICTIONS = "an evaluation compares responses; there are no predictions"
-_SCRIPTS = "it is for scripts of one's own; what is done here follows from the command"
-# They cannot be right here, or would do nothing; the reason why. Only their defaults are taken.
+_SCRIPTS = "it is meant for training scripts; here the command decides what is done"
+# These would be wrong here, or do nothing, for the reason given. Only their defaults are accepted.
 REFUSED = {
     "dataloader_num_workers": _WORKERS,
     "dataloader_persistent_workers": _WORKERS,
@@ -113,7 +113,7 @@ REFUSED = {
     "dataloader_drop_last": "the prompts of an iteration fill its batches",
     "auto_find_batch_size": "another batch would change the number of steps; set per_device_train_batch_size",
     "ignore_data_skip": "a resumed iteration would fit its first groups twice",
-    "neftune_noise_alpha": "noise in training would part the policy from the one that sampled and was scored",
+    "neftune_noise_alpha": "with noise the trained policy would differ from the one that sampled and was scored",
     "label_smoothing_factor": "there are no labels to smooth",
     "label_names": "there are no labels",
     "average_tokens_across_devices": "the loss is a mean over groups of responses, not over tokens",
@@ -124,7 +124,7 @@ REFUSED = {
     "length_column_name": "the order of steps follows from the seed",
     "data_seed": "the order of steps follows from seed",
     "remove_unused_columns": "the trainer makes its own batches, which have no columns",
-    "logging_nan_inf_filter": "a loss that is no number ends the run, so none is ever logged",
+    "logging_nan_inf_filter": "an infinite or NaN loss ends the run, so none is ever logged",
     "bf16_full_eval": "evaluations sample and score with the policy as it is trained; set dtype",
     "fp16_full_eval": "evaluations sample and score with the policy as it is trained; set dtype",
     "prediction_loss_only": _PREDICTIONS,
@@ -150,7 +150,7 @@ def _low_rank_optimizer(args: transformers.TrainingArguments) -> bool:
     return args.optim_target_modules is None or "galore" in name or "apollo" in name
 
 
-# Of the first two tables, those that work with some other settings only: what must hold, and what to say else.
+# Settings of the first two tables that need others: the condition, and the reason to give if it does not hold.
 CONDITIONAL: dict[str, tuple[Callable[[transformers.TrainingArguments], bool], str]] = {
     "do_eval": (lambda args: not args.do_eval or args.eval_strategy != "no", _SCRIPTS + "; set eval_strategy"),
     "eval_delay": (
@@ -163,7 +163,7 @@ CONDITIONAL: dict[str, tuple[Callable[[transformers.TrainingArguments], bool], s
 
 
 def check_inherited(args: transformers.TrainingArguments) -> None:
-    """Raise if a setting is not at its default and could not be right, or would do nothing.
+    """Raise if a setting has been changed that would be wrong here, or do nothing.
 
     Raises:
         ValueError: names the setting, its value and the reason.
@@ -182,12 +182,12 @@ def check_inherited(args: transformers.TrainingArguments) -> None:
 
 
 def check_optimizer_arguments(args: transformers.TrainingArguments, model) -> None:
-    """Raise if the optimizer that `optim` names does not look at `optim_args`.
+    """Raise if `optim_args` are given to an optimizer that ignores them.
 
     Raises:
-        ValueError: AdamW of torch, and others, take nothing from there.
+        ValueError: the optimizer ignores `optim_args`, as torch's AdamW does.
     """
-    if not args.optim_args or "layerwise" in args.optim.value:  # asked about, that one changes the model
+    if not args.optim_args or "layerwise" in args.optim.value:  # to ask about a layerwise one would change the model
         return
     given = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
     held, args.optim_args = args.optim_args, None

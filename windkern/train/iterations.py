@@ -1,4 +1,4 @@
-"""Where the epochs of transformers.Trainer become outer iterations."""
+"""Turn the epochs of transformers.Trainer into outer iterations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Iterations(TrainerCallback):
         number: of the iteration, counted from 1; 0 before the first.
         current: the iteration, once it has begun.
         history: records of the iterations that are over.
-        averages: of what steps count, since the last log line.
+        averages: means of the steps' metrics since the last log line.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Iterations(TrainerCallback):
         self._tell_fitting(state)
 
     def read_history(self, state: TrainerState) -> None:
-        """Take the records of all finished iterations from the disk."""
+        """Read the records of all finished iterations."""
         done = state.global_step // self.config.steps_per_iteration
         self.history = self.world.first(lambda: self.records.read(done))
 
@@ -184,7 +184,7 @@ class Iterations(TrainerCallback):
         self.observer.finished(record)
 
     def _tell_fitting(self, state: TrainerState) -> None:
-        """Tell the observer that steps are taken from here on, unless all of the iteration have been."""
+        """Tell the observer that the steps of the iteration follow, unless all have been taken."""
         batches = self.config.gradient_accumulation_steps
         inside = state.global_step - (self.number - 1) * self.config.steps_per_iteration
         if self.number and inside < self.config.steps_per_iteration:

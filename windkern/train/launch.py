@@ -42,7 +42,7 @@ SHOWN = 4  # prompts whose completions are printed
 DEMO_PROMPTS = "demo"
 MERGED = "merged_base"  # folder of the base under a new adapter, where it is a merged one
 _OF_A_START = ("init_lora_weights", "task_type")  # say how an adapter begins, not what it is
-# What a phase costs beside the sampling of as many responses, guessed; once it has been measured it does not matter.
+# Guesses of a phase's cost relative to sampling as many responses; measured costs replace them during the run.
 _SCORING, _FITTING, _JUDGING, _SAVING = 0.7, 2.0, 0.05, 10.0
 
 
@@ -162,7 +162,7 @@ def _plain(value: object) -> object:
 
 
 def _keep_base(model, tokenizer, config: WindConfig, resume: bool) -> None:
-    """Write the merged base of a new adapter beside it, and let the adapter name it: no other copy exists."""
+    """Write the merged base beside its new adapter and make the adapter name it, since no other copy exists."""
     folder = Path(config.output_dir).absolute() / MERGED
     model.name_or_path = model.config._name_or_path = str(folder)
 
@@ -201,7 +201,7 @@ def drawn_prompts(total: int, iterations: int, each: int) -> str:
 
 
 def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
-    """Print a few lines about what is going to happen."""
+    """Print a few lines about the run."""
     config, judge = trainer.args, trainer.judge
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
@@ -234,7 +234,7 @@ def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
 
 
 def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str, str], float]]:
-    """The phases of a run and their estimated costs in sampled responses, as `Display.plan` takes them."""
+    """Return the phases of a run and their estimated costs in sampled responses, as `Display.plan` takes them."""
     config, prompts, heldout = trainer.args, trainer.outer.prompts_per_iteration, len(trainer.eval_prompts)
     fitted = prompts * (2 if trainer.loss_plan.group == "pair" else config.fit_responses or config.num_generations)
     batches = config.passes_per_iteration * fitted

@@ -1,4 +1,4 @@
-"""What a loss of `windkern.losses` needs of sampled and judged groups, and what it is given."""
+"""Decide what a loss of `windkern.losses` gets of sampled and judged groups."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LossPlan:
 
     @property
     def judged(self) -> bool:
-        """Whether a judge is needed at all."""
+        """Whether the loss needs a judge."""
         return self.target is not None or self.group == "pair"
 
     @property
@@ -59,7 +59,7 @@ class LossPlan:
         return "lengths" in self.loss.names
 
     def fitted(self, groups: Sequence[Group]) -> list[Group]:
-        """The responses that are fitted, with the constants that the judge's verdict gives; log-probs come later.
+        """Return groups of the responses to fit, with the constants that follow from the verdict. Log-probs come later.
 
         Raises:
             ValueError: the loss needs rewards and the judge has none, or preferences are not symmetric.
@@ -73,7 +73,7 @@ class LossPlan:
         ]
 
     def _choose(self, verdict: Verdict | None, truncated: Tensor, lengths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Which of (B, N) responses to fit, (B, K) places, and the loss's constants (B, K) or (B, K, K) by name."""
+        """Return the (B, K) places of the responses to fit, and the loss's constants (B, K) or (B, K, K) by name."""
         groups, responses = truncated.shape
         constants: dict[str, Tensor] = {}
         keep = ~truncated if self.mask_truncated else torch.ones_like(truncated)
@@ -115,7 +115,7 @@ class LossPlan:
         return win_rates
 
     def with_logps(self, groups: Sequence[Group], scored: dict[str, list[list[float]]]) -> list[Group]:
-        """The groups with the frozen log-probs that the loss takes, and the constant that spans all of them."""
+        """Return the groups with the frozen log-probs that the loss takes, and the constant that spans all groups."""
         groups = [
             group.having(**{name: torch.tensor(scored[name][k]) for name in self.logps})
             for k, group in enumerate(groups)
@@ -162,7 +162,7 @@ def _target(loss: Loss, arguments: dict[str, object], config: WindConfig) -> str
 
 
 def not_finite(plan: LossPlan, learning_rate: float, step: int, loss: float) -> FloatingPointError:
-    """The error for a loss that is infinite or NaN, which names what may be to blame."""
+    """Return the error for an infinite or NaN loss; it names the likely causes."""
     numbers = ", ".join(f"{name}={value!r}" for name, value in plan.arguments.items())
     if step == 1:  # no weight has moved
         return FloatingPointError(

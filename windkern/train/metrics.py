@@ -1,4 +1,4 @@
-"""Numbers a step reports about its groups, beside the loss."""
+"""Compute the metrics of steps, iterations and their responses."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from windkern.train.report.progress import Record
 
 
 def step_metrics(logps: Tensor, constants: Mapping[str, Tensor], plan: LossPlan) -> dict[str, Tensor]:
-    """Return how far the policy has moved in the groups of a step, and how well the target is met.
+    """Return how far the policy has moved on the groups of a step, and how well it meets the target.
 
-    Scalars where the log-probs are: a number for the host would make it wait for the forward pass on a GPU.
+    The values are scalar tensors on the device of the log-probs: to read one, the host would wait for the forward pass.
 
     Args:
         logps: (B, K) of the policy, nats.
@@ -30,7 +30,7 @@ def step_metrics(logps: Tensor, constants: Mapping[str, Tensor], plan: LossPlan)
     Returns:
         kl_old: mean of log pi_t - log pi_theta over the responses, an estimate of KL(pi_t || pi_theta), nats.
         kl_ref: mean of log pi_theta - log pi_ref over the responses, nats; samples are those of pi_t.
-        And what the loss's own `metrics` say, such as `windkern.losses.wind.fit_metrics`.
+        And the loss's own `metrics`, such as those of `windkern.losses.wind.fit_metrics`.
     """
     found = {}
     frozen = {name: constants[name] for name in ("old_logps", "ref_logps") if name in constants}
@@ -46,7 +46,7 @@ def step_metrics(logps: Tensor, constants: Mapping[str, Tensor], plan: LossPlan)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Return what an iteration's responses are like.
+    """Return metrics of an iteration's responses.
 
     Returns:
         length: mean tokens of a response.
@@ -77,7 +77,7 @@ def make_record(
     lines: Sequence[dict[str, float]],
     seconds: float,
 ) -> Record:
-    """The record of an iteration.
+    """Make the record of an iteration.
 
     Args:
         iteration: its responses count.
@@ -109,12 +109,12 @@ def make_record(
 
 
 def _mean_over(kept: Tensor, values: Tensor) -> Tensor:
-    """() mean of the values that `kept` has; what is left out may be anything."""
+    """Return the () mean of the values that `kept` marks; the others may be anything."""
     return torch.where(kept, values, 0.0).sum() / kept.sum()
 
 
 def group_metrics(groups: Sequence[Group], plan: LossPlan) -> dict[str, float]:
-    """Return what an iteration's groups say about pi_t before its first step.
+    """Return metrics of pi_t that an iteration's groups give before the first step.
 
     Returns:
         exploitability: mean over groups of the estimate of `windkern.train.focus`, in win rates, for losses that seek

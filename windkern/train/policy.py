@@ -36,7 +36,7 @@ def unheard(count: int) -> None:
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """How policies sample and score.
+    """Settings of a policy's samples and log-probs.
 
     Args:
         max_completion_length: longest response, end token included.
@@ -58,7 +58,7 @@ class PolicySettings:
 
     @classmethod
     def of(cls, config: WindConfig) -> PolicySettings:
-        """The settings of a run."""
+        """Return the settings of a run."""
         return cls(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
@@ -75,16 +75,16 @@ class PolicySettings:
 
 
 class AnyPolicy(Protocol):
-    """What samples and scores as a policy does."""
+    """The methods that policies and their stand-ins share."""
 
     @property
     def sharded(self) -> bool:
-        """Whether a forward talks to other processes, so that all must call it equally often."""
+        """Whether a forward pass communicates, so that all processes must run it equally often."""
         ...
 
     @property
     def scores(self) -> bool:
-        """Whether `logps` takes any response."""
+        """Whether `logps` accepts any response."""
         ...
 
     @property
@@ -94,7 +94,7 @@ class AnyPolicy(Protocol):
 
     @property
     def gone(self) -> bool:
-        """Whether its weights are no longer there, so that it cannot sample."""
+        """Whether its weights no longer exist, so that it cannot sample."""
         ...
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
@@ -121,13 +121,13 @@ class Policy:
 
     Attributes:
         model: as it was given.
-        wrapped: what runs its forward and backward passes: `model`, or what accelerate has made of it.
-        sharded: see `AnyPolicy`; for a model in pieces (FSDP2, DeepSpeed) set by whoever cuts it.
+        wrapped: runs the forward and backward passes: `model`, or accelerate's wrapper around it.
+        sharded: see `AnyPolicy`; whoever shards the model (FSDP2, DeepSpeed) sets it.
         average: the moving average of its weights, once `follow` has been called.
 
     Raises:
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
-        ValueError: ZeRO-3 has cut the model in pieces.
+        ValueError: ZeRO-3 has sharded the model.
     """
 
     scores, gone = True, False
@@ -172,7 +172,7 @@ class Policy:
 
     @property
     def rules(self) -> LayoutRules:
-        """How groups are laid out in rows, in scoring and fitting alike; all ranks look at the model, once."""
+        """Rules by which scoring and fitting lay groups out in rows. All ranks inspect the model once."""
         if self._rules is None:
             model = self.wrapped if self.sharded else self.model
             with self.world.accelerator.autocast():
@@ -181,7 +181,7 @@ class Policy:
         return self._rules
 
     def batch(self, groups: Sequence[Group]) -> Batch:
-        """The groups as the model takes them."""
+        """Lay groups out in rows for the model."""
         return collate(groups, self.fill, self.rules)
 
     def run(self, model: nn.Module, batch: Batch, job: Job) -> Tensor:
@@ -210,22 +210,22 @@ class Policy:
         return [torch.tensor(row) for row in rows]
 
     def follow(self, rate: float) -> Anchor:
-        """Begin a moving average of the trained weights as they are now; `rate` as for `Anchor`."""
+        """Start a moving average from the trained weights as they are now; `rate` as for `Anchor`."""
         self.anchor = Anchor(self.world.accelerator.unwrap_model(self.wrapped), rate)
         return self.anchor
 
     @property
     def average(self) -> PolicyView:
-        """The policy with the moving average of its weights, which `follow` has begun."""
+        """The policy with the moving average of its weights in place; call `follow` first."""
         return PolicyView(self, self.anchor.in_place)
 
 
 class PolicyView:
-    """A policy with other weights in place: those of its moving average, or without its adapter.
+    """A policy with other weights in place: its moving average, or its base without the adapter.
 
     Args:
-        policy: whose model takes the other weights.
-        weights: makes a context manager inside which it has them.
+        policy: its model takes the other weights.
+        weights: returns a context manager inside which the model has them.
     """
 
     scores, gone = True, False

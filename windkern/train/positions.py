@@ -1,4 +1,4 @@
-"""How many tokens a model has positions for."""
+"""Find the longest sequence that a model has positions for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe"
 
 
 def position_tables(model: nn.Module) -> list[nn.Embedding]:
-    """Learned positions, beyond which a model cannot go."""
+    """Return the tables of learned positions; the model cannot read longer sequences."""
     return [
         module
         for name, module in model.named_modules()
@@ -21,8 +21,8 @@ def position_tables(model: nn.Module) -> list[nn.Embedding]:
 def positions_of(model: nn.Module) -> int | None:
     """Return how many tokens a model has positions for, None where its configuration does not say.
 
-    That is `max_position_embeddings`, or more where its rotary embedding is stretched. RoBERTa and its kin count from
-    behind the padding id, so that they have fewer than their configuration says.
+    That is `max_position_embeddings`, or more where its rotary embedding is stretched. RoBERTa and its relatives count
+    from behind the padding id, so they have fewer positions than their configuration says.
     """
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,4 +1,4 @@
-"""What can be known to go wrong before anything is sampled: model, tokenizer, lengths, and where a run reports to."""
+"""Check model, tokenizer, prompt lengths and reporting before anything is sampled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_reporting(args: TrainingArguments) -> None:
     """
     for name in args.report_to:
         if name == "no":
-            raise ValueError("report_to must be none where nothing is to be reported, got 'no'")
+            raise ValueError("report_to must be none to report nowhere, got 'no'")
         check_choice("report_to", name, ["none", "all", *integration_utils.INTEGRATION_TO_CALLBACK])
         available = getattr(integration_utils, _FINDERS.get(name, f"is_{name}_available"), None)
         if available is not None and not available():
@@ -44,7 +44,7 @@ def check_reporting(args: TrainingArguments) -> None:
 
 
 def check_evaluation(config: WindConfig, heldout: Sequence[str], note: Callable[[str], None]) -> None:
-    """Raise where an evaluation is asked for and there is nothing to evaluate on; `note` says what one prompt lacks.
+    """Raise if an evaluation is asked for without held-out prompts. `note` is told what a single prompt lacks.
 
     Raises:
         ValueError: eval_strategy, or what depends on it, without held-out prompts.
@@ -71,7 +71,7 @@ def check_model(model: nn.Module) -> None:
         hint = ""
         if hasattr(model, "peft_config") or any("lora_" in name for name in parameters):
             hint = (
-                "; an adapter is loaded for inference unless it is said otherwise: "
+                "; an adapter is loaded for inference by default, so pass is_trainable=True: "
                 "PeftModel.from_pretrained(base, folder, is_trainable=True)"
             )
         raise ValueError(f"model must have parameters that are trained, but none of them requires a gradient{hint}")
@@ -92,7 +92,7 @@ def _rows(model: nn.Module) -> int | None:
 
 @dataclass
 class Room:
-    """How long prompts may be, and what happens to longer ones.
+    """Limits the length of prompts, and drops, cuts or refuses longer ones.
 
     Args:
         config: of the run.
@@ -137,7 +137,7 @@ class Room:
             )
 
     def fit(self, name: str, prompts: Sequence[str], note: Callable[[str], None]) -> list[tuple[int, str]]:
-        """Return the prompts that fit, or that were made to fit, each with its place in the list.
+        """Return the prompts that fit, cut ones included, each with its place in the list.
 
         Args:
             name: of the setting, for messages.
@@ -145,8 +145,8 @@ class Room:
             note: told how many were cut or left out.
 
         Raises:
-            ValueError: a prompt is too long and long_prompts is refuse, or none is left, or even its last word is too
-                long, or it has a token that the model does not have.
+            ValueError: a prompt is too long and long_prompts is refuse; no prompt is left; a prompt cannot be cut far
+                enough; or a prompt has a token that the model does not have.
         """
         kept, longer = [], 0
         for first in range(0, len(prompts), _AT_A_TIME):
@@ -175,7 +175,7 @@ class Room:
         return kept
 
     def fit_all(self, given: PromptSets, note: Callable[[str], None]) -> PromptSets:
-        """The prompts of a run as far as they fit, see `fit`.
+        """Return the prompts of a run that fit, see `fit`.
 
         Raises:
             ValueError: as `fit`, or a training prompt and a held-out one are the same once they are cut.
@@ -193,7 +193,7 @@ class Room:
         return encode_prompts(self.tokenizer, [prompt], system=self.system).input_ids.shape[1] <= self.limit
 
     def _cut(self, prompt: str, where: str) -> str:
-        """The prompt without its oldest messages, and without the beginning of the last one, as far as needed."""
+        """Return the prompt without its oldest messages and, if needed, without the beginning of the last one."""
         if not isinstance(prompt, ChatPrompt):
             return self._cut_text(prompt, lambda text: text, where)
         system = [message for message in prompt.messages if message["role"] in SYSTEM_ROLES]

@@ -1,4 +1,4 @@
-"""Where log pi_ref comes from: a second model, the adapter as it was, or a table made before the first step."""
+"""Make the reference policy: a second model, the policy without its adapter, or a table of its log-probs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from windkern.train.sharded import shard_frozen
 
 @contextmanager
 def _without_adapter(model: nn.Module) -> Iterator[None]:
-    """A PEFT model's `disable_adapter`, with requires_grad as it was.
+    """Disable a PEFT model's adapter and leave requires_grad as it was.
 
     Hazard: PEFT turns requires_grad off and later on again, and a forward of FSDP2 in between puts other parameters in
     their places; the sharded ones would stay frozen. Remedy: turn it on again before any forward.
@@ -51,7 +51,7 @@ class RecordedLogps:
 
     @property
     def sharded(self) -> bool:
-        """Whether sampling talks to other processes: the policy samples."""
+        """See `AnyPolicy`; the policy samples."""
         return self.policy.sharded
 
     @property
@@ -75,7 +75,7 @@ class RecordedLogps:
         return True
 
     def record(self, groups: Sequence[Group], advance: Advance) -> None:
-        """Score groups with the policy as it is now, and keep the results here and on the disk."""
+        """Score groups with the policy as it is now, and store the results."""
         rows = self.policy.logps(groups, 1, advance)
         self._table = {
             (group.place, tokens): logp
@@ -104,35 +104,35 @@ class RecordedLogps:
         return self._table[place, tokens]
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """Responses of the policy as it is now: those of the reference, as long as no step has been taken."""
+        """Sample from the policy as it is now, which is the reference until the first step."""
         return self.policy.sample(prompts, num_generations, seed)
 
 
 def needs_reference(config: WindConfig) -> bool:
-    """Whether the loss, or the choice of prompts, asks for log pi_ref."""
+    """Return whether the loss, or the choice of prompts, needs log pi_ref."""
     return "ref_logps" in config.entry.names or config.focus == "hardest"
 
 
 def make_reference(
     config: WindConfig, policy: Policy, model: nn.Module | None, *, new_adapter: bool = True, fsdp: bool = False
 ) -> AnyPolicy | None:
-    """The reference that `config.reference` names; None where there is none and none is needed.
+    """Return the reference that `config.reference` names; None if no model is given and none is needed.
 
-    An adapter that begins with the run is left out: its base is the reference. One that the policy came with (a second
-    stage) is kept as it was, so that the reference is the first stage's policy, and not the bare base; that takes 4
-    bytes a trained parameter, and while it is in place a copy of these parameters.
+    An adapter that begins with the run is switched off: its base is the reference. An adapter that the policy came with
+    (a second stage) is kept as it was, so that the reference is the first stage's policy and not the bare base. The
+    copy takes 4 bytes a trained parameter, and, while it is in place, another copy in the parameters' own dtype.
 
     Args:
         config: of the run.
         policy: at its start.
         model: of the reference, where there is one; its parameters are frozen here.
         new_adapter: whether the policy's adapter begins with the run.
-        fsdp: whether FSDP2 is to cut the reference in pieces, as it does the policy.
+        fsdp: whether FSDP2 shards the reference, as it does the policy.
 
     Raises:
         ValueError: a model is missing, or given where none is wanted; it shares parameters with the policy; the policy
-            has no adapter to leave out, or trains parameters of its base beside it, or is going to be cut in pieces and
-            came with an adapter.
+            has no adapter to switch off, or trains parameters of its base beside it, or is sharded and came with an
+            adapter.
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
     """
     if config.reference != "model" and model is not None:
@@ -187,7 +187,7 @@ def _adapter_reference(policy: Policy, new_adapter: bool) -> PolicyView:
 
 
 def _trained_base(policy: nn.Module) -> list[str]:
-    """Names of trained parameters that belong to no adapter, so that switching the adapters off leaves them on."""
+    """Return the names of trained parameters outside the adapters, which stay on when the adapters are off."""
     adapters = set(policy.peft_config)
     named = policy.named_parameters()
     return [name for name, value in named if value.requires_grad and not adapters & set(name.split("."))]

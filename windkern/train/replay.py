@@ -27,14 +27,14 @@ class Replayed(NamedTuple):
 
 
 class ReplayBuffer:
-    """Keeps the newest distinct responses to each prompt and deals out groups of them.
+    """Keeps the newest distinct responses to each prompt and draws groups of them.
 
-    One buffer per prompt: a response with the same tokens replaces the older one, and the newest `capacity` stay. A
-    group is a list of responses to one prompt, so no layout of a flat batch has to be agreed on.
+    Each prompt has a buffer of its own: a response with the same tokens replaces the older one, and the newest
+    `capacity` responses stay. A group is a list of responses to one prompt.
 
     Args:
         capacity: responses kept for a prompt, at least 2.
-        on_policy_prob: chance that a group is dealt from the newest iteration, in [0, 1].
+        on_policy_prob: chance that a group is drawn from the newest iteration, in [0, 1].
         inverse_temperature: how much the other groups favour high scores, per unit of score; 0 for not at all.
         seed: of the draws.
 
@@ -69,12 +69,12 @@ class ReplayBuffer:
         return sum(len(held) for held in self._held.values())
 
     def add(self, entries: Iterable[Replayed]) -> None:
-        """Take in responses, in the order of their iterations. Adding the same again rebuilds the same buffer.
+        """Add responses, in the order of their iterations. Adding the same ones again rebuilds the same buffer.
 
         Raises:
             TypeError: `tokens` is not a tuple.
-            ValueError: a score or constant is not finite, or an iteration is older than what is kept. Then nothing is
-                taken in.
+            ValueError: a score or constant is not finite, or an iteration is older than what is kept. Nothing is added
+                then.
         """
         entries, newest = list(entries), self._newest
         for entry in entries:
@@ -98,7 +98,7 @@ class ReplayBuffer:
                 del held[next(iter(held))]
 
     def remember(self, iteration: int, groups: Sequence[Group], target: str) -> None:
-        """Take in the responses of an iteration's groups; see `add`.
+        """Add the responses of an iteration's groups; see `add`.
 
         Args:
             iteration: that has sampled them.
@@ -108,7 +108,7 @@ class ReplayBuffer:
         self.add(entry for group in groups for entry in _entries(group, iteration, target))
 
     def draw(self, iteration: int, groups: int, size: int) -> list[list[Replayed]]:
-        """Deal out groups of distinct responses to one prompt each.
+        """Draw groups of distinct responses, each to one prompt.
 
         With probability `on_policy_prob` a group's prompt is one with at least `size` distinct responses of
         `iteration`, and its responses are drawn uniformly from these. Such prompts come in shuffled order, each once
@@ -158,7 +158,7 @@ class ReplayBuffer:
 def replayed_groups(
     drawn: Sequence[Sequence[Replayed]], prompt_ids: Mapping[int, tuple[int, ...]], *, mask_truncated: bool
 ) -> list[Group]:
-    """The groups that `ReplayBuffer.draw` deals out, ready to be fitted.
+    """Make groups to fit from what `ReplayBuffer.draw` returns.
 
     Args:
         drawn: responses to one prompt each.
@@ -185,7 +185,7 @@ def replayed_groups(
 
 
 def _entries(group: Group, iteration: int, target: str) -> list[Replayed]:
-    """The responses of a group, each with what the loss takes of it; `where` follows from `truncated` again."""
+    """Return the responses of a group, each with its constants; `where` is left out, since `truncated` implies it."""
     names = [name for name in group.constants if name != "where"]
     rows = zip(*(group.constants[name].tolist() for name in names), strict=True)
     return [
@@ -209,7 +209,7 @@ def _entries(group: Group, iteration: int, target: str) -> list[Replayed]:
 
 
 def _without_replacement(scores: Tensor, size: int, generator: torch.Generator) -> list[int]:
-    """Places drawn in turn from softmax(scores) over those left: the largest of scores + Gumbel noise, in order."""
+    """Draw places in turn from softmax(scores) over those left: the largest of scores + Gumbel noise, in order."""
     noise = -torch.empty_like(scores).exponential_(generator=generator).log()
     return (scores + noise).topk(size).indices.tolist()
 

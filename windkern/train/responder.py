@@ -1,4 +1,4 @@
-"""Who answers the training prompts, and with what beside the answers."""
+"""Make the groups of an iteration: sample responses, and add what a loss wants beside them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Responder:
         config: of the run.
         group: see `windkern.losses.Group`.
         prompts: training prompts, with their answers for group "demonstration".
-        policy: that is trained.
+        policy: the policy to train.
         sampler: answers prompts; None takes the policy itself.
         notices: told what a person should know.
     """
@@ -52,7 +52,7 @@ class Responder:
         return self.policy.sharded
 
     def update(self) -> None:
-        """Let a sampler with weights of its own follow the policy."""
+        """Give the policy's weights to a sampler that keeps a copy."""
         if hasattr(self.sampler, "update"):
             self.sampler.update(self.policy.model)
         elif (who := getattr(self.sampler, "keeps_weights", None)) is not None and self.config.num_iterations > 1:
@@ -70,7 +70,7 @@ class Responder:
             )
 
     def look_at(self, groups: Sequence[Group]) -> None:
-        """Say so where the responses of a whole iteration differ for no prompt."""
+        """Give notice if all responses to each prompt of an iteration are the same."""
         found = [set(group.completions) for group in groups if len(group.completions) > 1]
         if self.group == "demonstration" or not found or any(len(group) > 1 for group in found):
             return
@@ -82,7 +82,7 @@ class Responder:
         )
 
     def __call__(self, places: Sequence[int], iteration: int, block: int) -> list[Group]:
-        """Responses to the prompts at some places; the block's draws depend on its number only."""
+        """Sample responses to the prompts at some places. A block's draws depend only on its number and the weights."""
         prompts, seed = [self.prompts[place] for place in places], self.config.seed
         count = 1 if self.group == "anchor" else self.config.num_generations
         sampler = self.sampler or self.policy
@@ -105,6 +105,6 @@ class Responder:
         return own
 
     def recorded(self) -> list[Group]:
-        """Every recorded response to every prompt."""
+        """Return every recorded response to every prompt."""
         everything = ((place, self.sampler.everything(prompt)) for place, prompt in enumerate(self.prompts))
         return [group for place, batch in everything for group in groups_of(batch, [place])]

@@ -15,11 +15,11 @@ from windkern.train.world import World
 
 
 def judged(groups: Sequence[Group], prompts: Sequence[str], judge: Judge) -> list[Group]:
-    """The groups with the judge's verdict.
+    """Return the groups with the judge's verdict.
 
     Raises:
-        TypeError, ValueError: the verdict has another shape, or holds values that are not preferences; then nothing of
-            it is kept.
+        TypeError, ValueError: the verdict has the wrong shape, or holds values that are not preferences. Nothing of it
+            is kept then.
     """
     verdict = ask(judge, prompts, [group.texts for group in groups])
     shape = (len(groups), len(groups[0].texts))

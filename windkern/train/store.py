@@ -1,4 +1,4 @@
-"""The groups of an iteration on the disk: what was sampled and what was judged, each written once.
+"""Store the groups of an iteration: its responses and its verdicts, each written once.
 
     iteration-0001/block-0000.json     {"format": 2, "groups": [{place, prompt_ids, completions, truncated, texts}, ..]}
     iteration-0001/verdict-0000.json   {"format": 2, "verdicts": [{place, prefs, rewards}, ..]}, where a judge is asked
@@ -35,7 +35,7 @@ class Block:
 
 
 def blocks_of(places: Sequence[int], size: int) -> list[Block]:
-    """The places cut into blocks of `size`.
+    """Cut places into blocks of `size`.
 
     Example:
         >>> blocks_of([4, 0, 2], 2)
@@ -46,7 +46,7 @@ def blocks_of(places: Sequence[int], size: int) -> list[Block]:
 
 
 class GroupStore:
-    """The blocks of groups under a folder.
+    """Reads and writes blocks of groups under a folder.
 
     Args:
         folder: created where needed; all processes must see it.
@@ -56,7 +56,7 @@ class GroupStore:
         self.folder = folder
 
     def iteration(self, iteration: int) -> Path:
-        """The folder of an iteration, counted from 1."""
+        """Return the folder of an iteration, counted from 1."""
         return self.folder / f"iteration-{iteration:04d}"
 
     def clear(self) -> None:
@@ -64,30 +64,30 @@ class GroupStore:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def path(self, folder: Path, block: int) -> Path:
-        """The file of a block's responses."""
+        """Return the file of a block's responses."""
         return folder / f"block-{block:04d}.json"
 
     def verdict_path(self, folder: Path, block: int) -> Path:
-        """The file of what the judge said about a block."""
+        """Return the file of the verdicts on a block."""
         return folder / f"verdict-{block:04d}.json"
 
     def has(self, folder: Path, block: int) -> bool:
-        """Whether a block has been sampled; its file is whole or absent."""
+        """Return whether a block has been sampled. Its file is complete or absent."""
         return self.path(folder, block).is_file()
 
     def write(self, folder: Path, block: int, groups: Sequence[Group]) -> None:
-        """Keep the responses of a block."""
+        """Write the responses of a block."""
         names = ("place", "prompt_ids", "completions", "truncated", "texts")
         entries = [{name: getattr(group, name) for name in names} for group in groups]
         write_json(self.path(folder, block), {"format": FORMAT, "groups": entries})
 
     def write_verdict(self, folder: Path, block: int, groups: Sequence[Group]) -> None:
-        """Keep what the judge said about the responses of a block."""
+        """Write the verdicts on the responses of a block."""
         entries = [{"place": group.place, "prefs": group.prefs, "rewards": group.rewards} for group in groups]
         write_json(self.verdict_path(folder, block), {"format": FORMAT, "verdicts": entries})
 
     def read(self, folder: Path, block: Block, way_out: str = AGAIN) -> list[Group]:
-        """The groups of a block, with their verdict where it was judged; nothing where there is no such block.
+        """Return the groups of a block, with their verdicts if it was judged; an empty list if it was not sampled.
 
         Raises:
             DamagedRecordError: a file does not hold groups of the block's prompts.

@@ -45,10 +45,10 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         log pi_{t+1} = a log pi_t + b log pi_ref + c w - log Z,   a = 1/(1 + eta*beta), b = eta*beta*a, c = eta*a
 
     by `steps_per_iteration` optimizer steps on `windkern.losses.wind` inside `windkern.fused_loss`. No logits exist
-    outside generation, and no log-prob is taken over from a sampler. One epoch of transformers is one outer iteration.
+    outside generation, and log-probs of a sampler are never used. One epoch of transformers is one outer iteration.
 
-    What is sampled and judged is saved under `output_dir/completions` as it comes, and a checkpoint is complete or
-    absent. `train(resume_from_checkpoint=True)` resumes a killed run; on a CPU it ends with the same bits.
+    Responses and verdicts are saved under `output_dir/completions` as they come, and a checkpoint is complete or
+    absent. `train(resume_from_checkpoint=True)` resumes a killed run; on a CPU the result has the same bits.
 
     Args:
         model: causal LM to train, in any mode; with `peft_config`, the base under the adapter.
@@ -56,12 +56,12 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         train_dataset: a list or `datasets.Dataset` of prompts: strings, lists of chat messages, or rows with "prompt"
             as either (TRL's prompt-only formats); for losses that learn from demonstrations, with "completion" too.
         eval_dataset: held-out prompts for `evaluate`; None or empty where there is no evaluation.
-        judge: says who wins: a judge of `windkern.train.judges`, or any callable (prompts, responses) -> rewards, whose
-            Bradley-Terry link has strength `args.judge_strength`. None takes the one that `args.judge` names.
+        judge: compares responses: a judge of `windkern.train.judges`, or any callable (prompts, responses) -> rewards,
+            whose Bradley-Terry link has strength `args.judge_strength`. None takes the one that `args.judge` names.
         ref_model: frozen causal LM, pi_ref, where `args.reference` is "model" and the loss or the evaluation needs it;
             another object than `model`.
-        sampler: answers prompts; None takes the one that `args.sampler` names. If it has a method `update(model)`, that
-            is called before each iteration, for servers whose weights must follow.
+        sampler: answers prompts; None takes the one that `args.sampler` names. A method `update(model)`, if it has one,
+            is called before each iteration, for servers that hold a copy of the weights.
         processing_class: tokenizer of the model.
         peft_config: puts a new adapter on the model, which must have none; `args.reference` "adapter" then needs no
             second model. A PEFT model's own adapter is trained further.
@@ -69,14 +69,14 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         callbacks, optimizers: as `transformers.Trainer`.
 
     Raises:
-        ValueError: the data sets overlap or are empty, a prompt is too long for the model, nothing of the model is
-            trained or its weights are not finite, something is missing that the settings ask for, or they contradict
+        ValueError: the data sets overlap or are empty, a prompt is too long for the model, no parameter of the model is
+            trainable or its weights are not finite, the settings need something that is missing, or they contradict
             each other.
-        MissingPackageError: `args.report_to` names what is not installed.
+        MissingPackageError: `args.report_to` names a package that is not installed.
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
 
     Memory:
-        Of a step: the decoder's, and what `windkern.plan` gives for the scored tokens of a batch.
+        A step takes the decoder's memory, and what `windkern.plan` gives for the scored tokens of a batch.
 
     Source:
         WIND, arXiv 2410.20727; docs/theory.md.
@@ -129,7 +129,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             prepare_plugin(self.accelerator, model)
         self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
         self.world = self.policy.world = World(self.accelerator)
-        loaded = getattr(self, "is_distributed_loading_by_transformers", False)  # transformers 5.17 has no such thing
+        loaded = getattr(self, "is_distributed_loading_by_transformers", False)  # older releases lack it
         self.policy.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded
         self.run = Run(
             args,
@@ -164,7 +164,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         return SequentialSampler(self.train_dataset)  # IterationData has the order
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **given: Any) -> TrainOutput:
-        """Do the iterations that are left.
+        """Run the remaining iterations.
 
         Args:
             resume_from_checkpoint: True resumes from the newest whole checkpoint in `output_dir`, a path from that one;
@@ -172,11 +172,11 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             given: as `transformers.Trainer.train`.
 
         Raises:
-            ResumeError: what is in `output_dir` is of a run with other settings, models, prompts or judge.
+            ResumeError: `output_dir` holds a run with other settings, models, prompts or judge.
             FolderInUseError: another process trains in `output_dir`.
-            DamagedRecordError, FileNotFoundError: a file of the run that is resumed is damaged or missing.
-            ValueError: not resuming, and `output_dir` holds checkpoints that may not be deleted, or an earlier call
-                has trained already.
+            DamagedRecordError, FileNotFoundError: a file of the resumed run is damaged or missing.
+            ValueError: the run is not resumed, and `output_dir` holds checkpoints that may not be deleted, or an
+                earlier call has trained already.
             FloatingPointError: a loss is infinite or NaN.
         """
         check_first(self.state.global_step, self.args.output_dir, resume_from_checkpoint)
@@ -211,14 +211,14 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         settings = self.policy.settings
         job = loss_job(watch, batch.targets, batch.constants, settings.temperature, settings.options)
         loss = self.policy.run(model, batch, job)
-        if not loss.isfinite():  # transformers would log 0 and go on
+        if not loss.isfinite():  # transformers would log 0 and continue
             raise not_finite(self.loss_plan, self.args.learning_rate, self.state.global_step + 1, loss.item())
         self.iterations.averages.add(step_metrics(watch.logps, batch.constants, self.loss_plan))
         self.observer.advance()
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers, with the means of what was counted since the last line."""
+        """Log as transformers does, with the means of the steps' metrics since the last line."""
         if "loss" in logs:
             logs = {**logs, **self.world.mean(self.iterations.averages.take())}
         super().log(logs, start_time)
@@ -227,8 +227,8 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         """Compare the policy as it is now with the reference on the held-out prompts.
 
         Args:
-            responses: of the policy to each prompt. The draws are the same at every call.
-            iteration: for the observer; None is after the last.
+            responses: number of responses of the policy to each prompt. The draws are the same at every call.
+            iteration: number for the observer; None stands for the time after the last iteration.
 
         Raises:
             ValueError: there are no held-out prompts.

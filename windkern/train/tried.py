@@ -1,7 +1,7 @@
-"""Which releases of its libraries the trainer was tried with. Importing this raises where an older one is installed.
+"""Refuse libraries that are older than those the trainer was tested with. Importing this module does so.
 
-To be imported before transformers: that fails in words of its own where peft is too old, and trains wrongly where it is
-too old itself. pip does not keep a later installation from bringing an older release.
+Import it before transformers, which fails with an unrelated message where peft is too old, and trains wrongly where it
+is too old itself. pip does not prevent a later installation from bringing an older release.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class UntriedVersionError(ImportError):
 def lowest(extra: str = "train") -> dict[str, str]:
     """Return the oldest release of each library of an extra, as pyproject.toml gave them when windkern was installed.
 
-    Libraries without a lower bound are left out; all are where a checkout is used that was not installed.
+    Libraries without a lower bound are left out. The result is empty in a checkout that was never installed.
 
     Example:
         >>> lowest("no such extra")
@@ -40,10 +40,10 @@ def lowest(extra: str = "train") -> dict[str, str]:
 
 
 def check(bounds: dict[str, str]) -> None:
-    """Check that no library that is installed is older than its bound.
+    """Check that no installed library is older than its bound.
 
     Raises:
-        UntriedVersionError: names every one that is, the release that was found and the one that is wanted.
+        UntriedVersionError: names every library that is too old, with the release found and the release wanted.
 
     Example:
         >>> check({"torch": "1.0", "not-installed": "7"})

@@ -1,4 +1,4 @@
-"""Several processes that share out work: the same items everywhere, each done once, everybody knows the results."""
+"""Split a list of items over the processes of a run, and gather all results on each of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class World:
         return self.rank == 0
 
     def agree(self, value: Item) -> Item:
-        """The first process's value, on all of them."""
+        """Return the first process's value on all of them."""
         if self.size == 1:
             return value
         held = [value]
@@ -40,7 +40,7 @@ class World:
         return held[0]
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Do `work` on the first process and return its result on all; where it fails, all raise.
+        """Do `work` on the first process and return its result on all of them. If it fails, all raise.
 
         Raises:
             AnotherProcessError: on the others, where it failed on the first.
@@ -59,7 +59,7 @@ class World:
         return result
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean of each value over the processes, which must all give the same names."""
+        """Return the mean of each value over the processes, which must all pass the same names."""
         if self.size == 1 or not values:
             return dict(values)
         given = torch.tensor(list(values.values()), device=self.accelerator.device)
