@@ -96,6 +96,16 @@ def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     return F.kl_div(logits.float().log_softmax(-1), wanted, log_target=True, reduction="sum") / wanted[..., 0].numel()
 
 
+def kept_weights(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The most precise copy of the weights there is, in float32: a master, or a weight with its compensation."""
+    found = []
+    for value in parameters:
+        state = optimizer.state[value]
+        kept = state.get("master", value).detach().float()
+        found.append(kept + state["kahan_comp"].float() if state.get("kahan_comp") is not None else kept)
+    return found
+
+
 def fit(choice: Choice, rate: float, steps: int, vocab: int, hidden: int) -> dict[str, Any]:
     """Train one choice; return its distance from the optimum, bytes a parameter, peak of a step and seconds a step."""
     start, target = make_models(vocab, hidden)
@@ -127,7 +137,7 @@ def fit(choice: Choice, rate: float, steps: int, vocab: int, hidden: int) -> dic
             peaks.append(measured.peak_bytes)
             loss = measured.result
         losses.append(loss)
-    kept = [optimizer.state[value].get("master", value).detach().float() for value in parameters]
+    kept = kept_weights(optimizer, parameters)
 
     @torch.no_grad()
     def kl_of(weights: list[Tensor]) -> float:
