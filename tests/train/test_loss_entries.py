@@ -68,7 +68,7 @@ def test_only_losses_whose_constants_belong_to_one_response_are_replayed(monkeyp
 
 
 def test_truncated_responses_do_not_count_in_the_baseline(tmp_path):
-    changes = {"loss": "bond", "num_generations": 3, "max_completion_length": 4}
+    changes = {"loss": "bond", "num_generations": 3, "max_completion_length": 24, "steps_per_iteration": 4}
     trainer = make_trainer(tmp_path, mask_truncated_completions=True, **changes)
     trainer.policy.follow(0.02)
     groups = trainer.outer.begin(1, inside=False).fitted
