@@ -38,7 +38,7 @@ class Start:
     """A run as far as it is known before transformers has chosen devices and processes.
 
     Attributes:
-        plan: what is fitted.
+        plan: plan of the loss.
         policy: the model to train, with its adapter and tokenizer; it has no processes yet.
         prompts: those that fit into the model.
         new_adapter: whether the policy's adapter begins with the run, so that its base is the initial policy.
@@ -92,12 +92,12 @@ class Run:
     """The parts of a run, once its processes and devices are known.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         start: the beginning of the run; its policy knows its processes by now.
         judge: a judge, or a callable that returns rewards; None takes the one that `config` names.
         ref_model: frozen causal LM, where `config.reference` is "model".
         sampler: answers prompts; None takes the one that `config` names.
-        notices: told what a person should know.
+        notices: told what a user should know.
         fsdp: whether FSDP2 cuts models in pieces.
 
     Attributes:

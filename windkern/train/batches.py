@@ -48,7 +48,7 @@ def collate(groups: Sequence[Group], fill: int, rules: LayoutRules) -> Batch:
     Args:
         groups: all with as many responses and the same constants.
         fill: the id in padding, which no mask lets through.
-        rules: of the model that is to read the rows, see `windkern.hf.layout_rules`.
+        rules: layout rules of the model that reads the rows, see `windkern.hf.layout_rules`.
 
     Example:
         >>> groups = [Group(0, (5, 6), ((7, 1), (8, 9, 1)), (False, False), ("a", "b"))]
@@ -123,7 +123,7 @@ class IterationData(Dataset):
     Args:
         length: items of an iteration.
         step_size: groups of an optimizer step, on all processes together.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     def __init__(self, length: int, step_size: int, seed: int):

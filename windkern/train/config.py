@@ -40,7 +40,7 @@ def setting(default: Any, help: str, **options: object) -> Any:
     """A field of a dataclass of settings, with its help.
 
     Args:
-        default: of the field.
+        default: default of the field.
         help: meaning, unit, range, and the origin of the default.
         options: `choices`, where there are such.
     """

@@ -9,7 +9,7 @@ from windkern.terminal import printable
 
 # Errors that mean a bug of ours. All others that reach the command line concern settings, files or machines.
 _BUGS = (AssertionError, AttributeError, LookupError, NameError, RuntimeError, SyntaxError, ZeroDivisionError)
-_NO_BUGS = (RecursionError, NotImplementedError)  # of those, what data and settings raise
+_NO_BUGS = (RecursionError, NotImplementedError)  # exceptions to these, which data and settings raise
 _LOST = re.compile(  # what gloo and torch's store say where another process has gone
     r"connection closed by peer|connection reset|connection was likely closed|broken pipe|pair closure|failed to recv",
     re.IGNORECASE,

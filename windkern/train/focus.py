@@ -101,7 +101,7 @@ class PromptFocus:
         count: number of training prompts.
         mode: "uniform" or "hardest".
         uniform_share: share of an iteration's prompts that are drawn in turn, in [0, 1]; "uniform" ignores it.
-        seed: of the shuffles.
+        seed: seed of the shuffles.
 
     Raises:
         TypeError, ValueError: `count`, `mode` or `uniform_share` is out of range.
@@ -133,7 +133,7 @@ class PromptFocus:
 
         Args:
             iteration: counted from 1.
-            k: how many, the same in every iteration of a run: positions are counted in multiples of it.
+            k: number of prompts, the same in every iteration of a run: positions are counted in multiples of it.
 
         Raises:
             TypeError, ValueError: not whole numbers of at least 1.
@@ -156,7 +156,7 @@ class PromptFocus:
         """Record the exploitability of some prompts. Where a prompt comes twice, its last value counts.
 
         Args:
-            places: in the list of training prompts.
+            places: places in the list of training prompts.
             values: one finite number for each, e.g. of `exploitability`.
 
         Raises:

@@ -20,7 +20,7 @@ class Group:
     responses, and `constants` with what the loss takes beside the policy's log-probs.
     """
 
-    place: int  # of the prompt in the list of prompts
+    place: int  # place of the prompt in the list of prompts
     prompt_ids: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]  # N, tokens up to and including the end token
     truncated: tuple[bool, ...]  # N, no end token within the limit

@@ -170,7 +170,7 @@ def check_inherited(args: transformers.TrainingArguments) -> None:
     """
     fields = {each.name: each for each in dataclasses.fields(transformers.TrainingArguments)}
     for name, why in REFUSED.items():
-        if (field := fields.get(name)) is None:  # of another release
+        if (field := fields.get(name)) is None:  # a field of another release
             continue
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         default = {"remove_unused_columns": False}.get(name, default)

@@ -14,4 +14,4 @@ class Iteration:
     number: int  # counted from 1
     groups: list[Group]  # sampled and judged
     fitted: list[Group]  # with all constants of the loss; none where an iteration of the past was read from the disk
-    measured: list[Group]  # those of `groups` whose prompts were drawn uniformly
+    measured: list[Group]  # the groups whose prompts were drawn uniformly

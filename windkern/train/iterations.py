@@ -33,12 +33,12 @@ class Iterations(TrainerCallback):
         outer: makes the iterations.
         evaluator: on held-out prompts; None where there are none.
         data: is filled with the groups to fit.
-        notices: told what a person should know.
+        notices: told what a user should know.
 
     Attributes:
-        number: of the iteration, counted from 1; 0 before the first.
-        current: the iteration, once it has begun.
-        history: records of the iterations that are over.
+        number: number of the iteration, counted from 1; 0 before the first.
+        current: the iteration that has begun; None before the first.
+        history: records of the finished iterations.
         averages: means of the steps' metrics since the last log line.
     """
 

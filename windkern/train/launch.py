@@ -185,7 +185,7 @@ def drawn_prompts(total: int, iterations: int, each: int) -> str:
 
     Args:
         total: training prompts.
-        iterations: of the run.
+        iterations: number of iterations of the run.
         each: prompts that an iteration draws.
 
     Example:
@@ -269,7 +269,7 @@ def start(
     Args:
         run, config: the settings.
         resume: continue from the newest whole checkpoint.
-        display: where to show progress, already entered; all processes but the first are made quiet. None: stdout.
+        display: display to show progress on, already entered; only the first process uses it. None: stdout.
         kind: the "kind" in the results file.
 
     Raises:

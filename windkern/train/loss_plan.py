@@ -22,13 +22,13 @@ class LossPlan:
 
     Attributes:
         loss: entry of the table of losses.
-        arguments: of the loss, beside its tensors.
+        arguments: arguments of the loss beside its tensors.
         function: function(logps (b, K), **constants) -> (b,).
         scale: factor of the loss.
         group: "all", "pair", "demonstration" or "anchor", see `windkern.losses.Group`.
         target: "prefs", "win_rates" or "rewards", None where the loss takes no judgement.
-        logps: which frozen log-probs it takes: "old_logps", "ref_logps", "anchor_logps".
-        scored: which frozen log-probs an iteration computes.
+        logps: frozen log-probs that it takes: "old_logps", "ref_logps", "anchor_logps".
+        scored: frozen log-probs that an iteration computes.
         fit_responses: responses that are fitted, those with the highest and lowest win rates; None for all.
         mask_truncated: whether responses without an end token are left out.
     """

@@ -25,7 +25,7 @@ def step_metrics(logps: Tensor, constants: Mapping[str, Tensor], plan: LossPlan)
         logps: (B, K) of the policy, nats.
         constants: old_logps, ref_logps, where (B, K), prefs (B, K, K) or win_rates (B, K), as far as the loss has them;
             responses that `where` leaves out do not count, unless it leaves out all.
-        plan: of the loss.
+        plan: plan of the loss.
 
     Returns:
         kl_old: mean of log pi_t - log pi_theta over the responses, an estimate of KL(pi_t || pi_theta), nats.
@@ -80,11 +80,10 @@ def make_record(
     """Make the record of an iteration.
 
     Args:
-        iteration: its responses count.
-        evaluated: numbers of its evaluation by the names that `Evaluation.metrics` gives them; None where there was
-            none.
-        lines: the log lines of its steps.
-        seconds: that it took.
+        iteration: the iteration, with its responses.
+        evaluated: numbers of its evaluation, by the names of `Evaluation.metrics`; None if there was none.
+        lines: log lines of its steps.
+        seconds: duration of the iteration.
     """
     norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
     found, evaluated = rollout_metrics(iteration.groups), evaluated or {}

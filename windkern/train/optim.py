@@ -27,9 +27,9 @@ class MasterAdamW(torch.optim.Optimizer):
     that they go in float32; here it is 1.00, and so is the ratio of the second moments.
 
     Args:
-        params: as any torch optimizer.
+        params: parameters or groups of them, as for any torch optimizer.
         lr: learning rate.
-        betas: of the first and second moment; the first may be 0.
+        betas: decay rates of the first and second moment; the first may be 0.
         eps: added to the root of the second moment.
         weight_decay: decoupled.
 
@@ -136,8 +136,8 @@ def master_optimizer(
 
     Args:
         model: its gradients will add up in float32 where one process trains it.
-        args: of the run, a `WindConfig`.
-        processes: that train; DDP reduces gradients in the dtype of the weights.
+        args: settings of the run, a `WindConfig`.
+        processes: number of processes; DDP reduces gradients in the dtype of the weights.
         warn: told if `args.optim` is not AdamW, the only optimizer here with float32 copies.
     """
     if not args.master_weights or not any(value.requires_grad and value.dtype in _HALF for value in model.parameters()):

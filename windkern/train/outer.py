@@ -32,13 +32,13 @@ class OuterLoop:
     A run that was killed therefore makes the same groups again, and it does not repeat what it finds stored.
 
     Args:
-        config: of the run.
-        plan: what is fitted.
+        config: settings of the run.
+        plan: plan of the loss.
         policy: the policy to train.
         reference: pi_ref; None where the plan needs none.
         respond: samples responses to training prompts.
         judge: None where the plan needs none.
-        store: where groups are kept.
+        store: keeps the groups.
 
     Attributes:
         prompts_per_iteration: prompts that an iteration samples responses to, on all processes together.
@@ -90,7 +90,7 @@ class OuterLoop:
         """Sample, judge and score an iteration.
 
         Args:
-            number: of the iteration, counted from 1.
+            number: number of the iteration, counted from 1.
             inside: whether some of its steps have been taken already (a resumed run). pi_t no longer exists then, so
                 its log-probs must be stored.
 

@@ -114,13 +114,13 @@ class Policy:
 
     Args:
         model: a transformers causal LM, or a PEFT model around one; not wrapped yet.
-        tokenizer: of the model.
-        settings: of samples and log-probs.
+        tokenizer: the model's tokenizer.
+        settings: settings of samples and log-probs.
         world: the processes; may be given later, before the first call.
         observer: told how far sampling is.
 
     Attributes:
-        model: as it was given.
+        model: the model as given.
         wrapped: runs the forward and backward passes: `model`, or accelerate's wrapper around it.
         sharded: see `AnyPolicy`; whoever shards the model (FSDP2, DeepSpeed) sets it.
         average: the moving average of its weights, once `follow` has been called.

@@ -95,9 +95,9 @@ class Room:
     """Limits the length of prompts, and drops, cuts or refuses longer ones.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         model: its positions hold prompt and response together.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
 
     Raises:
         ValueError: max_completion_length alone fills the positions of the model, or the tokenizer fills with a token
@@ -140,7 +140,7 @@ class Room:
         """Return the prompts that fit, cut ones included, each with its place in the list.
 
         Args:
-            name: of the setting, for messages.
+            name: name of the setting, for messages.
             prompts: strings or `ChatPrompt`s.
             note: told how many were cut or left out.
 

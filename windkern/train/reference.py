@@ -37,9 +37,8 @@ class RecordedLogps:
     """Log-probs of known responses, scored with the policy before its first step and kept in a file.
 
     Args:
-        path: of the file, JSON.
-        policy: whose log-probs are kept; it also samples the responses that evaluations compare with, before its first
-            step.
+        path: JSON file of the table.
+        policy: scores the responses; before its first step it also samples those that evaluations compare with.
     """
 
     scores = False
@@ -123,9 +122,9 @@ def make_reference(
     copy takes 4 bytes a trained parameter, and, while it is in place, another copy in the parameters' own dtype.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         policy: at its start.
-        model: of the reference, where there is one; its parameters are frozen here.
+        model: the reference, or None; its parameters are frozen here.
         new_adapter: whether the policy's adapter begins with the run.
         fsdp: whether FSDP2 shards the reference, as it does the policy.
 
@@ -183,7 +182,7 @@ def _adapter_reference(policy: Policy, new_adapter: bool) -> PolicyView:
         )
     if new_adapter:
         return PolicyView(policy, functools.partial(_without_adapter, model))
-    return PolicyView(policy, Anchor(model, rate=1.0).in_place)  # which is never updated
+    return PolicyView(policy, Anchor(model, rate=1.0).in_place)  # never updated
 
 
 def _trained_base(policy: nn.Module) -> list[str]:

@@ -18,12 +18,12 @@ class Replayed(NamedTuple):
     """One judged response."""
 
     prompt: int  # place in the list of training prompts
-    tokens: tuple[int, ...]  # of the completion, with its end-of-sequence token if it has one
+    tokens: tuple[int, ...]  # tokens of the completion, with its end token if it has one
     score: float  # what draws may favour: its reward or win rate
     constants: tuple[tuple[str, float], ...]  # what the loss takes beside the policy's log-prob, by name
     truncated: bool  # it met the length limit
     text: str
-    iteration: int  # whose policy sampled it
+    iteration: int  # the iteration whose policy sampled it
 
 
 class ReplayBuffer:
@@ -35,8 +35,8 @@ class ReplayBuffer:
     Args:
         capacity: responses kept for a prompt, at least 2.
         on_policy_prob: chance that a group is drawn from the newest iteration, in [0, 1].
-        inverse_temperature: how much the other groups favour high scores, per unit of score; 0 for not at all.
-        seed: of the draws.
+        inverse_temperature: preference of the other groups for high scores, per unit of score; 0 for none.
+        seed: seed of the draws.
 
     Raises:
         TypeError, ValueError: a number is out of range.
@@ -101,7 +101,7 @@ class ReplayBuffer:
         """Add the responses of an iteration's groups; see `add`.
 
         Args:
-            iteration: that has sampled them.
+            iteration: the iteration that sampled them.
             groups: with all (K,) constants of the loss.
             target: which of these constants is the score.
         """
@@ -119,7 +119,7 @@ class ReplayBuffer:
 
         Args:
             iteration: the newest one added; its number also seeds the draw.
-            groups: how many, at least 1.
+            groups: number of groups, at least 1.
             size: responses in each, at least 2.
 
         Raises:

@@ -21,12 +21,12 @@ class Responder:
     two of its moving average.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         group: see `windkern.losses.Group`.
         prompts: training prompts, with their answers for group "demonstration".
         policy: the policy to train.
         sampler: answers prompts; None takes the policy itself.
-        notices: told what a person should know.
+        notices: told what a user should know.
     """
 
     def __init__(

@@ -64,16 +64,16 @@ def collect(
     process and several sample the same. Blocks on the disk are not sampled or judged again.
 
     Args:
-        folder: of the iteration.
+        folder: folder of the iteration.
         places: prompts to answer.
-        block_size: of them that make a block.
+        block_size: prompts in a block.
         sample: makes the groups of a block.
         judge: adds their verdict; None where the loss needs none.
         together: whether a forward of the model that samples talks to other processes (see `World.share`); sampling
             and judging are then two rounds, each with its own calls.
-        begun: whether responses have been fitted already, so that all must be on the disk.
-        begin: told before "sampling" or "judging" how many prompts are done already; not if all are.
-        advance: told how many more are.
+        begun: whether responses have been fitted already, so that all must be stored.
+        begin: told before "sampling" or "judging" how many prompts are done already, unless all are.
+        advance: told how many more prompts are done.
 
     Raises:
         FileNotFoundError: `begun`, and a block is not there.
@@ -83,7 +83,7 @@ def collect(
     missing = world.agree([block for block in blocks if not store.has(folder, block.index)])
     if missing and begun:
         raise FileNotFoundError(f"{store.path(folder, missing[0].index)} is missing; {BEGUN}")
-    known: dict[int, list[Group]] = {}  # of blocks that this process has made
+    known: dict[int, list[Group]] = {}  # groups of the blocks that this process has made
 
     def sample_and_keep(block: Block) -> None:
         groups = sample(block)

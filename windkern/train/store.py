@@ -18,7 +18,7 @@ from pathlib import Path
 from windkern._files import DamagedRecordError, read_json, write_json
 from windkern.train.groups import Group
 
-FORMAT = 2  # of a run's files; older ones are refused
+FORMAT = 2  # version of a run's files; others are refused
 AGAIN = "delete it, and what it held is sampled or judged again"
 BEGUN = (
     "the policy that made it has moved, so it cannot be made again: restore it from a copy, or delete the checkpoints "

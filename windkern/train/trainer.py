@@ -66,7 +66,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         peft_config: puts a new adapter on the model, which must have none; `args.reference` "adapter" then needs no
             second model. A PEFT model's own adapter is trained further.
         observer: told about progress.
-        callbacks, optimizers: as `transformers.Trainer`.
+        callbacks, optimizers: as for `transformers.Trainer`.
 
     Raises:
         ValueError: the data sets overlap or are empty, a prompt is too long for the model, no parameter of the model is
@@ -157,7 +157,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
 
     @property
     def history(self) -> list[Record]:
-        """Records of the iterations that are over."""
+        """Records of the finished iterations."""
         return self.iterations.history
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
@@ -169,7 +169,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         Args:
             resume_from_checkpoint: True resumes from the newest whole checkpoint in `output_dir`, a path from that one;
                 without it, completions of an earlier run are deleted, and checkpoints too if `args.overwrite`.
-            given: as `transformers.Trainer.train`.
+            given: as for `transformers.Trainer.train`.
 
         Raises:
             ResumeError: `output_dir` holds a run with other settings, models, prompts or judge.

@@ -103,7 +103,7 @@ class World:
                 error = caught
                 break
         if self.size > 1:
-            parts = gather_object([(error is not None, found)])  # of every process
+            parts = gather_object([(error is not None, found)])  # one of every process
             if error is not None:
                 raise error
             if any(failed for failed, _ in parts):

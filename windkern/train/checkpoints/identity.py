@@ -131,14 +131,14 @@ def identity_of(
     """Return everything that determines the weights at the end of a run, as JSON.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         model: the policy at its start.
-        tokenizer: of the policy.
+        tokenizer: the policy's tokenizer.
         reference: a second model, where there is one.
         prompts: strings or `Demonstration`s, whose answers count, too.
         heldout: held-out prompts.
         judge: name of the judge, and its strength where it has one.
-        processes: that train.
+        processes: number of processes.
         weights: `fingerprint`s by the names of the models.
     """
     settings = {name: value for name, value in config.own_settings().items() if name not in _FREE}
@@ -223,10 +223,10 @@ def check_same(theirs: object, ours: dict, where: str, file: Path) -> None:
     """Raise unless two identities are equal.
 
     Args:
-        theirs: of the run that is resumed.
-        ours: of the run that resumes it.
-        where: the run is.
-        file: that theirs was read from.
+        theirs: identity of the run that is resumed.
+        ours: identity of the run that resumes it.
+        where: folder of the run.
+        file: file that `theirs` was read from.
 
     Raises:
         ResumeError: names what differs, with both values.

@@ -23,7 +23,7 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system that has none
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of a file system without locks
 _held: dict[tuple[str, int], int] = {}  # (folder, thread) that owns it -> file descriptor
 
 

@@ -105,7 +105,7 @@ def verify_safetensors(path: Path) -> None:
         CorruptCheckpointError: it is not; the message names the file.
     """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")  # of the header, which follows
+        length = int.from_bytes(file.read(8), "little")  # length of the header, which follows
         if 8 + length > path.stat().st_size:
             raise CorruptCheckpointError(f"{path.name} is cut short")
         header = json.loads(file.read(length))

@@ -35,7 +35,7 @@ def check_first(step: int, output_dir: str | Path, resume: str | bool | None) ->
 
     Args:
         step: optimizer steps that the trainer has taken.
-        output_dir: of its run.
+        output_dir: folder of its run.
         resume: whether, or from which checkpoint, it is resumed.
 
     Raises:
@@ -56,11 +56,11 @@ def open_run(
     A new run deletes the files of an earlier one, its checkpoints only if `overwrite` is set.
 
     Args:
-        config: of the run; called on the first process.
-        store: its groups.
+        config: settings of the run; the function is called on the first process.
+        store: groups of the run.
         identity: see `identity_of`.
         resume: whether, or from which checkpoint, a run is resumed.
-        warn: told what a person should know.
+        warn: told, in one line, what a user should know.
 
     Raises:
         ResumeError: what is there is of another run, or nothing says of which.

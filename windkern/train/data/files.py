@@ -53,7 +53,7 @@ def decoded(data: bytes, name: str) -> str:
 
     Args:
         data: its bytes.
-        name: of the file, for messages.
+        name: name of the file, for messages.
 
     Raises:
         ValueError: it is something else; the message says what, as far as that can be told.
@@ -195,7 +195,7 @@ def file_rows(path: Path, what: str, *, text: bool = False) -> Rows:
     Capitals in an ending make no difference, and a file may be compressed by gzip.
 
     Args:
-        path: of the file.
+        path: path of the file.
         what: it should hold, for messages.
         text: whether plain text will do.
 

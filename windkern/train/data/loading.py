@@ -145,9 +145,9 @@ def encode_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = No
     """Return the token ids of prompts as the model expects a user's turn, padded on the left.
 
     Args:
-        tokenizer: of transformers. With a chat template the prompt becomes the user's message, or the messages of a
-            `ChatPrompt` stay as they are, and the assistant's turn is opened; without one the prompt is encoded as it
-            is, which a conversation cannot be, and no end token follows it.
+        tokenizer: a tokenizer of transformers. With a chat template, a string becomes the user's message, the messages
+            of a `ChatPrompt` stay as they are, and the assistant's turn is opened. Without one, a string is encoded as
+            it is and without an end token, and a conversation is refused.
         prompts: user messages or conversations.
         system: system message, for prompts that bring none of their own; None leaves it to the template. A tokenizer
             without a template cannot take one.

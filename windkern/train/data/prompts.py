@@ -194,8 +194,8 @@ def with_template_arguments(tokenizer, arguments: Mapping[str, object] | None):
     """Return the tokenizer, or a copy of it whose chat template gets further arguments in every call.
 
     Args:
-        tokenizer: of transformers.
-        arguments: by name, such as {"enable_thinking": False} for Qwen3; None or empty for none.
+        tokenizer: a tokenizer of transformers.
+        arguments: arguments by name, such as {"enable_thinking": False} for Qwen3; None or empty for none.
 
     Raises:
         ValueError: arguments are given, but the tokenizer has no chat template.

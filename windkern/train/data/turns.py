@@ -76,8 +76,8 @@ def encode_responses(tokenizer, turn: Turn, opened: Sequence[str], texts: Sequen
     of both into one token; nothing is stripped, so the space between them and the indentation of code stay.
 
     Args:
-        tokenizer: of transformers.
-        turn: what it puts around an answer.
+        tokenizer: a tokenizer of transformers.
+        turn: the tokens and space that it puts around an answer.
         opened: S prompts as they are encoded, see `windkern.train.data.loading.opened_prompts`.
         texts: S responses.
     """
@@ -110,8 +110,8 @@ def response_texts(
     """Return the texts of responses as they follow on their prompts, without special tokens; nothing is stripped.
 
     Args:
-        tokenizer: of transformers.
-        turn: what it puts around an answer; its space is not part of a text.
+        tokenizer: a tokenizer of transformers.
+        turn: the tokens and space that it puts around an answer; its space is not part of a text.
         prompts: B token ids.
         responses: B times N token ids.
     """

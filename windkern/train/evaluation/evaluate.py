@@ -51,9 +51,9 @@ class Evaluation:
     """A policy against the reference."""
 
     win_rate: Estimate  # chance that a response of the policy beats one of the reference
-    reward: Estimate | None  # of the policy's responses, where the judge has rewards
+    reward: Estimate | None  # mean reward of the policy's responses; None without rewards
     kl: Estimate | None  # KL(policy || reference) of a whole response, nats
-    win_rates: tuple[float, ...] = ()  # of each prompt, means over its pairs of responses
+    win_rates: tuple[float, ...] = ()  # mean of each prompt over its pairs of responses
 
     def metrics(self) -> dict[str, float]:
         """Return win rate, reward and KL where they are known, and under NAME_se their standard errors."""

@@ -23,7 +23,7 @@ class Comparison(NamedTuple):
     """An evaluation with the responses it compared."""
 
     result: Evaluation
-    policy: list[Group]  # of each prompt
+    policy: list[Group]  # one for each prompt
     reference: list[Group]
 
 
@@ -35,14 +35,14 @@ class Evaluator:
 
     Args:
         prompts: held-out prompts.
-        judge: says who wins.
+        judge: compares responses.
         policy: is compared with the reference.
         reference: pi_ref.
         world: the processes.
         folder: where the reference's responses are stored; None stores nothing.
         observer: told about progress.
-        seed: of the draws.
-        reference_responses: of the reference to each prompt.
+        seed: seed of the draws.
+        reference_responses: number of the reference's responses to each prompt.
         sampling_batch_size: sequences sampled at a time.
         scoring_batch_size: prompts scored at a time.
         kl: whether to estimate KL(policy || reference); both must score each other's responses.
@@ -118,7 +118,7 @@ class Evaluator:
         """Judge the policy, as it is now, against the reference.
 
         Args:
-            responses: of the policy to each prompt. The draws are the same at every call.
+            responses: number of the policy's responses to each prompt. The draws are the same at every call.
             iteration: for the observer.
         """
         theirs = self.answer_once(iteration)

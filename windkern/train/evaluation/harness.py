@@ -10,8 +10,8 @@ from pathlib import Path
 from windkern._files import to_json
 from windkern.train.models import MissingPackageError, adapter_of, require
 
-TASKS = ("gsm8k", "hellaswag", "mmlu")  # those that the WIND paper reports
-SHOTS = {"gsm8k": 5, "hellaswag": 10, "mmlu": 5}  # of the Open LLM Leaderboard, on which SPPO reports them
+TASKS = ("gsm8k", "hellaswag", "mmlu")  # the tasks that the WIND paper reports
+SHOTS = {"gsm8k": 5, "hellaswag": 10, "mmlu": 5}  # as the Open LLM Leaderboard has them, by which SPPO reports
 FILE = "lm_eval.json"
 
 
@@ -41,8 +41,8 @@ def benchmark(
 
     Args:
         name: folder or hub id of a model, or of an adapter, which is put on its base.
-        tasks: of lm_eval.
-        dtype: of the weights, as transformers names it.
+        tasks: names of lm_eval's tasks.
+        dtype: dtype of the weights, as transformers names it.
         shots: examples in front of each question, by task; tasks that are not in it have their own number.
         limit: questions of each task, from the first; None: all.
         batch_size, device: as lm_eval takes them.

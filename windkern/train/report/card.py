@@ -159,13 +159,13 @@ def card_text(
     Args:
         config: settings of the run by name; "loss" is explained, and which variant "loss_kwargs" takes of it.
         base_model: folder or hub id that training started from.
-        judge: who said which response wins, None where nobody did.
+        judge: name of the judge, None if responses were not judged.
         history: a row of numbers for each iteration.
-        name: of the trained model, as one loads it: a hub id or a folder.
+        name: name to load the trained model by: a hub id or a folder.
         library: transformers or peft, what the weights are loaded with.
-        defaults: of the settings; those equal to theirs are left out.
-        prompts: where the training prompts came from; "hub:NAME..." is named as data set in the head.
-        versions: of the libraries; None takes those that are installed.
+        defaults: defaults of the settings; settings at their defaults are left out.
+        prompts: source of the training prompts; "hub:NAME..." is named as data set in the head.
+        versions: versions of the libraries; None takes the installed ones.
 
     Raises:
         ValueError: config names a loss that does not exist, or library is neither.
@@ -246,10 +246,10 @@ def write_run_card(
 
     Args:
         folder: existing, of the weights.
-        config: of the run.
-        model: as trained; its config says where it was loaded from.
-        judge: that has judged, if any.
-        history: records of the iterations that are over.
+        config: settings of the run.
+        model: trained model; its config says where it was loaded from.
+        judge: judge of the run, None if responses were not judged.
+        history: records of the finished iterations.
     """
     return write_card(
         folder,

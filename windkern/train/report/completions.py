@@ -79,7 +79,7 @@ def track_completions(table: dict[str, list], report_to: Iterable[str]) -> list[
     """Show a table in the trackers that a run reports to and that are running. Return their names.
 
     Args:
-        table: of `columns_of`.
+        table: columns, as `columns_of` returns them.
         report_to: names of trackers; those without tables are passed over.
     """
     shown = []

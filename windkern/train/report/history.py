@@ -18,7 +18,7 @@ class History:
     """One `record.json` for each finished iteration.
 
     Args:
-        store: where the iterations' folders are.
+        store: holds the iterations' folders.
         judged: whether the responses of an iteration are judged.
     """
 
@@ -60,7 +60,7 @@ class History:
 
         Args:
             iteration: counted from 1.
-            blocks: of an iteration.
+            blocks: number of blocks of an iteration.
         """
         folder = self.store.iteration(iteration)
         kinds = [self.store.path, self.store.verdict_path] if self.judged else [self.store.path]
@@ -72,8 +72,8 @@ class History:
         """Give notice of missing files of finished iterations. The run itself no longer needs them.
 
         Args:
-            iterations: that are finished.
-            blocks: of an iteration.
+            iterations: number of finished iterations.
+            blocks: number of blocks of an iteration.
             note: told in one line.
         """
         missing = [name for iteration in range(1, iterations + 1) for name in self.missing(iteration, blocks)]

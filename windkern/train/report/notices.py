@@ -11,7 +11,7 @@ class Notices:
     """Tells the observer of a run, or Python's warnings where nobody observes it.
 
     Args:
-        observer: of the run.
+        observer: observer of the run.
         heard: whether this process speaks; only one of several should.
 
     Example:

@@ -18,15 +18,15 @@ class Record:
     iteration: int
     win_rate: float | None  # on held-out prompts against the reference, where there are any
     win_rate_se: float | None
-    reward: float | None  # of the held-out responses, where the judge has rewards
+    reward: float | None  # mean of the held-out responses, where the judge has rewards
     kl: float | None  # KL(policy || reference) of a held-out response, nats
     kl_se: float | None
     loss: float | None  # mean of the iteration's log lines; for squared losses in units of win rate squared
     gradient_norm: float | None  # largest of those lines, before clipping
-    train_reward: float | None  # of the responses to training prompts
-    truncated: float  # share of them that met the length limit
-    tokens: int  # of the responses to training prompts
-    seconds: float  # of the whole iteration
+    train_reward: float | None  # mean of the responses to training prompts
+    truncated: float  # share of these responses that met the length limit
+    tokens: int  # in the responses to training prompts
+    seconds: float  # duration of the iteration
 
     @property
     def tokens_per_second(self) -> float:
@@ -43,11 +43,11 @@ class Observer(Protocol):
         """A phase begins, or continues after an interruption by another.
 
         Args:
-            iteration: it belongs to: 0 before the first, one more than there are after the last.
-            name: what is done, such as "sampling".
-            steps: that it takes.
-            unit: what a step is, such as "responses".
-            done: steps that were done before, by an earlier process for example.
+            iteration: its iteration: 0 before the first, and after the last one more than there are.
+            name: name of the phase, such as "sampling".
+            steps: number of steps.
+            unit: unit of a step, such as "responses".
+            done: steps that are done already, for example by an earlier process.
         """
         ...
 

@@ -55,7 +55,7 @@ class LiveReport:
 
     Args:
         display: where.
-        iterations: of the run.
+        iterations: number of iterations of the run.
     """
 
     def __init__(self, display: Display, iterations: int):
