@@ -201,13 +201,21 @@ DAMAGES = [
     ("log-probs are cut", lambda c: cut(c / SCORED), r"scored\.json is damaged .*" + BEGUN),
     ("log-probs are others'", lambda c: changed(c / SCORED, old_logps=[[0.0]]), r"scored\.json is damaged \(old_logps"),
     ("log-probs lack a name", lambda c: (c / SCORED).write_text("{}"), r"scored\.json is damaged \(it must hold old_l"),
-    ("a record is cut", lambda c: cut(c / RECORD), r"record\.json is damaged .*; delete it, and the history leaves out"),
+    (
+        "a record is cut",
+        lambda c: cut(c / RECORD),
+        r"record\.json is damaged .*; delete it, and the history leaves out",
+    ),
     (
         "a record is no record",
         lambda c: (c / RECORD).write_text('{"x": 1}'),
         r"record\.json is damaged \(.*argument 'x'",
     ),
-    ("a record holds text", lambda c: changed(c / RECORD, tokens="many"), r"record\.json is damaged \(it is not a record"),
+    (
+        "a record holds text",
+        lambda c: changed(c / RECORD, tokens="many"),
+        r"record\.json is damaged \(it is not a record",
+    ),
     ("the run is cut", lambda c: cut(c / "run.json"), r"run\.json is damaged .*; restore it from a copy, or start"),
     ("the run is something else", lambda c: (c / "run.json").write_text("{}"), r"run\.json is damaged \(KeyError"),
 ]
@@ -268,7 +276,9 @@ def test_what_is_gone_of_finished_iterations_is_said(whole, tmp_path):
         (folder / "iteration-0001/block-0000.json").unlink()
         (folder / RECORD).unlink()
 
-    message = r"missing in .*completions: iteration-0001/block-0000\.json, iteration-0001/record\.json; the run continues"
+    message = (
+        r"missing in .*completions: iteration-0001/block-0000\.json, iteration-0001/record\.json; the run continues"
+    )
     with pytest.warns(UserWarning, match=message):
         trainer = goes_on(whole, tmp_path, 3, damage)
     assert [record.iteration for record in trainer.history] == [2, 3]

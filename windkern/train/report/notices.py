@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from typing import Protocol
 
-from windkern.train.report.progress import Observer, Unobserved
+from windkern.train.report.progress import Unobserved
+
+
+class Reads(Protocol):
+    """As much of an observer as notices need."""
+
+    def note(self, text: str) -> None:
+        """Show a reader of the log one line."""
+        ...
 
 
 class Notices:
@@ -22,7 +31,7 @@ class Notices:
         checkpoint-3 is damaged
     """
 
-    def __init__(self, observer: Observer, *, heard: bool = True):
+    def __init__(self, observer: Reads, *, heard: bool = True):
         self.observer, self.heard = observer, heard
         self._said: set[str] = set()
 
