@@ -276,9 +276,7 @@ def test_what_is_gone_of_finished_iterations_is_said(whole, tmp_path):
         (folder / "iteration-0001/block-0000.json").unlink()
         (folder / RECORD).unlink()
 
-    message = (
-        r"missing in .*completions: iteration-0001/block-0000\.json, iteration-0001/record\.json; the run cont"
-    )
+    message = r"missing in .*completions: iteration-0001/block-0000\.json, iteration-0001/record\.json; the run cont"
     with pytest.warns(UserWarning, match=message):
         trainer = goes_on(whole, tmp_path, 3, damage)
     assert [record.iteration for record in trainer.history] == [2, 3]
