@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from windkern.train.anchor import anchor_file
 from windkern.train.checkpoints.manifest import CorruptCheckpointError
@@ -17,7 +19,7 @@ from windkern.train.optim import forget_moments, master_optimizer
 class Optimizing:
     """Part of `WindTrainer`, before `transformers.Trainer` among its bases."""
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers, with float32 master weights where 16-bit weights are trained."""
         check_optimizer_arguments(self.args, self.model)
         if self.optimizer is None and not self.policy.sharded:
@@ -48,6 +50,6 @@ class Optimizing:
         if self.policy.anchor is not None:
             torch.save(self.policy.anchor.state_dict(), folder / anchor_file(self.world.rank, self.world.size))
 
-    def floating_point_ops(self, inputs) -> int:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 6 operations for each parameter and token."""
         return 6 * inputs["batch"].rows.input_ids.numel() * sum(value.numel() for value in self.model.parameters())

@@ -10,9 +10,13 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+from torch import nn
+from transformers.trainer_utils import TrainOutput
 
 from windkern._files import sync_dir, sync_files, to_json
 from windkern.train.checkpoints.lock import owned_by_run
@@ -79,7 +83,7 @@ class AtomicCheckpoints:
     def _write_extra(self, folder: Path) -> None:
         """Write further files into a checkpoint; called on every rank, before the manifest is made."""
 
-    def _get_output_dir(self, trial):
+    def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -88,20 +92,20 @@ class AtomicCheckpoints:
         else:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
         target = run_dir / f"checkpoint-{self.state.global_step}"
         staging = run_dir / f"{_STAGING}{target.name}"
         best_step = self.state.best_global_step
         self._to_push = False
 
-        def prepare():
+        def prepare() -> None:
             if self.args.should_save:
                 for old in run_dir.glob(f"{_STAGING}*"):
                     shutil.rmtree(old)
                 (staging / target.name).mkdir(parents=True)
 
-        def write():
+        def write() -> None:
             self._staging = staging
             # Hazard: with a best step transformers waits at a barrier, where a rank that failed would not come, and
             # takes the path in the staging folder for that of the best checkpoint.
@@ -113,7 +117,7 @@ class AtomicCheckpoints:
                 self.state.best_global_step = best_step
             self._write_extra(staging / target.name)
 
-        def commit():
+        def commit() -> None:
             self._name_the_best(run_dir)
             if self.args.should_save:
                 state = staging / target.name / "trainer_state.json"
@@ -135,7 +139,7 @@ class AtomicCheckpoints:
         if self._to_push:
             super()._push_from_checkpoint(str(target))
 
-    def _together(self, step, staging: Path, target: Path, wait: bool = True) -> None:
+    def _together(self, step: Callable[[], None], staging: Path, target: Path, wait: bool = True) -> None:
         """Run `step` on every rank and return when all are done. If it failed anywhere, raise everywhere."""
         error, why = None, None
         try:
@@ -189,7 +193,7 @@ class AtomicCheckpoints:
                 path.rename(doomed)
                 shutil.rmtree(doomed)
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `transformers.Trainer` does, from a verified checkpoint and in a folder owned by this run."""
         with owned_by_run(self.args, self.notices):
             if resume_from_checkpoint:
