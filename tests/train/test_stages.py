@@ -135,7 +135,7 @@ def test_what_contradicts_the_adapter_is_refused(stage, tmp_path, capsys):
 def test_a_new_adapter_never_takes_the_place_of_one(stage, tmp_path, loaded):
     model = first_stage(stage) if loaded == "by peft" else AutoModelForCausalLM.from_pretrained(stage / "first")
     given = {"peft_config": lora(), "ref_model": None}
-    with pytest.raises(ValueError, match=r"model already has one \(default\), .* is_trainable=True\); .*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"already has one \(default\), .* is_trainable=True\); .*merge_and_unload"):
         make_trainer(tmp_path, model=model, reference="adapter", given=given)
 
 
