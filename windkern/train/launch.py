@@ -130,11 +130,6 @@ def make_trainer(
 def _check_quantized(config: WindConfig) -> None:
     if config.reference == "model":
         raise ValueError("quantization needs reference: adapter, so that both policies have the same base")
-    if config.device.type == "cpu":
-        raise ValueError(
-            "quantization needs a GPU: on a CPU bitsandbytes repacks weights when the policy samples, and gradients do "
-            "not pass through them any more"
-        )
 
 
 def _lora(settings: dict):

@@ -158,7 +158,17 @@ def _load(name: str, dtype: torch.dtype, attention: str | None, quantization: Ma
             f"the model {name!r} is not whole: its weights lack {len(missing)} of those a "
             f"{type(model).__name__} has, e.g. {missing[0]}, which would be random numbers"
         )
+    if quantization is not None:
+        _keep_trainable(model)
     return model, tokenizer
+
+
+def _keep_trainable(model) -> None:
+    """Hazard: on a CPU with AVX-512 BF16, bitsandbytes repacks 4-bit weights when the model runs in eval mode, and then
+    gradients do not pass through them any more. Remedy: its layers are told that the CPU has none."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def quantized(arguments: Mapping[str, object], device: str | None = None) -> dict[str, object]:
