@@ -1,4 +1,4 @@
-"""What a sampler needs to know about a server that draws from weights it is given: its requests and its replies."""
+"""The interface to a server that draws from weights it is given: the requests it takes, and what it replies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,22 @@ from typing import NamedTuple, Protocol
 
 from windkern.train.samplers.server import Answer, RefusedError, Server, ServerError
 
+# Fields of a request that vLLM and SGLang know by the same names, and other servers know in part. With these values
+# nothing cuts or tilts the distribution: responses are samples of the policy.
+UNCUT = {
+    "top_p": 1.0,
+    "top_k": -1,  # every release of vLLM and SGLang takes -1; 0 only some
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+# Where token ids go in and out: which of them end a response is said by stop_token_ids, and by nothing else.
+AS_SAID = {"stop": [], "ignore_eos": True, "skip_special_tokens": False}
+
 
 class Policy(NamedTuple):
-    """Weights that a server is to serve."""
+    """Weights for a server."""
 
     name: str  # carries the iteration and a digest of the weights, so that no two policies share one
     digest: str
@@ -19,7 +32,7 @@ class Policy(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A response as a server drew it."""
+    """One response, as a server drew it."""
 
     ids: tuple[int, ...]  # the end token included
     cut: bool  # it met the length limit
@@ -27,7 +40,7 @@ class Drawn(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What is asked for."""
+    """A request for responses."""
 
     prompt: Sequence[int]
     count: int
@@ -38,30 +51,30 @@ class Draw(NamedTuple):
 
 
 class AbortedError(ServerError):
-    """A server gave responses up half-way; the same request may be sent again."""
+    """A server aborted responses before their end; the same request may be sent again."""
 
 
 class Engine(Protocol):
-    """The requests and replies of a kind of server."""
+    """One kind of server: how requests to it are written, and how its replies are read."""
 
     server: Server
-    several: bool  # whether one request may draw several responses that differ
-    named: bool  # whether every policy has a name on the server, so that one it lacks cannot be confused with another
+    several: bool  # whether one request may ask for several different responses
+    named: bool  # whether each policy has its own name on the server, so that a missing one cannot pass for another
 
     async def push(self, client, policy: Policy, *, adapter: bool) -> None:
-        """Let the server serve a policy.
+        """Make the server serve a policy.
 
         Raises:
-            ServerError: it does not.
+            ServerError: the server does not take it.
         """
         ...
 
     async def drop(self, client, policy: Policy) -> None:
-        """Let the server forget a policy that it may have."""
+        """Make the server forget a policy, if it has it."""
         ...
 
     async def find(self, client) -> None:
-        """Ask the server what has to be known before the first request."""
+        """Ask the server for what the first request needs, such as the name of its model."""
         ...
 
     def lacks(self, error: RefusedError) -> bool:
@@ -69,40 +82,40 @@ class Engine(Protocol):
         ...
 
     def drawing(self, policy: Policy | None, draw: Draw) -> tuple[str, dict]:
-        """Path and body of a request for responses."""
+        """Return path and body of a request for responses."""
         ...
 
     def drawn(self, policy: Policy | None, draw: Draw, answer: Answer) -> list[Drawn]:
-        """The responses of its answer, at most as many as were asked for.
+        """Return the responses of an answer, at most as many as were asked for.
 
         Raises:
-            ServerError: it is not what was asked for; the message quotes it.
+            ServerError: the answer is not what was asked for; the message quotes it.
         """
         ...
 
     def scoring(self, policy: Policy | None, prefix: Sequence[int], token: int) -> tuple[str, dict]:
-        """Path and body of a request for the log-prob of a token behind others."""
+        """Return path and body of a request for the log-prob of `token` after `prefix`."""
         ...
 
     def score(self, answer: Answer, token: int) -> float:
-        """The log-prob of its answer, nats.
+        """Return the log-prob in an answer, in nats.
 
         Raises:
-            ServerError: there is none.
+            ServerError: the answer has none.
         """
         ...
 
 
 def check_ids(ids: object, draw: Draw, *, cut: bool) -> tuple[int, ...]:
-    """Return the token ids of a response that ended as it must.
+    """Return the token ids of a response, after checking that it ended where it should.
 
     Args:
-        ids: what a server wrote there.
+        ids: what the server sent.
         draw: what was asked for.
         cut: whether the server says that the response met the length limit.
 
     Raises:
-        ValueError: they are not; the message says why, to stand before a quotation.
+        ValueError: the ids are not those of such a response; the message is worded to precede a quotation.
 
     Example:
         >>> draw = Draw([1], 1, 0, 1.0, 3, [2])
@@ -130,10 +143,10 @@ def check_ids(ids: object, draw: Draw, *, cut: bool) -> tuple[int, ...]:
 
 
 def check_logps(logps: object, count: int) -> tuple[float, ...]:
-    """Return the log-probs of `count` tokens.
+    """Return log-probs as floats, after checking that they are those of `count` tokens.
 
     Raises:
-        ValueError: they are not.
+        ValueError: there are more or fewer, or one is not finite or above zero.
 
     Example:
         >>> check_logps([-1, -0.5], 2)

@@ -17,6 +17,7 @@ from windkern._checks import check_count, check_number
 from windkern.train.data.loading import opened_prompts
 from windkern.train.data.prompts import as_messages
 from windkern.train.data.turns import encode_opened, turn_of
+from windkern.train.samplers.engine import UNCUT
 from windkern.train.samplers.recorded import completions_of_ids, completions_of_texts
 from windkern.train.samplers.sampler import Completions
 from windkern.train.samplers.server import Answer, RefusedError, Server, ServerError
@@ -27,12 +28,7 @@ _log = logging.getLogger(__name__)
 # What a request leaves open, a server takes from its own settings or from the model's generation_config (vLLM).
 # Source: ChatCompletionRequest of vLLM and SGLang; the sampling fields of llama.cpp's server.
 NEUTRAL = {
-    "top_p": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "top_k": -1,  # every release of vLLM and SGLang takes -1; 0 only some
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,  # vLLM, SGLang
+    **UNCUT,
     "repeat_penalty": 1.0,  # llama.cpp, and all below
     "typical_p": 1.0,
     "top_n_sigma": -1.0,
@@ -61,15 +57,15 @@ class Choice(NamedTuple):
 class OpenAISampler:
     """Samples from `POST {url}/chat/completions`.
 
-    Nothing cuts the distribution: every sampling field that vLLM, SGLang and llama.cpp know is stated with its neutral
-    value. A server that refuses a field gets the request again without it, and one that takes n = 1 only is asked n
-    times; the log says so. Nothing brings weights to the server: it is for policies that stay as they are, and
-    `windkern.train.samplers.served.ServedSampler` for one that is trained.
+    Nothing cuts the distribution: every sampling field that vLLM, SGLang and llama.cpp know is sent with its neutral
+    value. If a server refuses a field, the request is sent again without it; if it takes only n = 1, it is asked n
+    times. The log reports both. The server receives no weights, so this sampler is for fixed policies;
+    `windkern.train.samplers.served.ServedSampler` is for policies that are trained.
 
-    An answer must be one text, and all that was drawn. Thoughts beside the content, tool calls, refusals, a list of
-    parts and any other form are errors that quote it. A server that returns token ids (vLLM) is taken at its word if it
-    read the same prompt; otherwise responses are encoded anew from their text, see `completions_of_texts`, and the log
-    says so once.
+    An answer must be a single text that holds everything that was drawn. Separate reasoning, tool calls, refusals,
+    lists of parts and any other form raise an error that quotes the answer. Token ids that a server returns (vLLM) are
+    used if it read the same prompt; otherwise responses are re-encoded from their text, see `completions_of_texts`, and
+    the log says so once.
 
     Args:
         url: up to and including /v1, such as http://127.0.0.1:8000/v1; without user and password.
@@ -83,7 +79,7 @@ class OpenAISampler:
         timeout: seconds a request may take, from connecting to the last byte of its answer.
         attempts: how often a request is tried; with pauses of 1, 2, 4 ... seconds, or what Retry-After says, at most
             60 seconds.
-        concurrency: requests under way at once, one for each prompt.
+        concurrency: requests in flight at once, one for each prompt.
         pause: called with the seconds of each pause.
 
     Raises:
@@ -133,7 +129,7 @@ class OpenAISampler:
         return f"the server at {self.server.url}"
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """`num_generations` to each prompt; the seed is passed on, and it is the server's to honour it."""
+        """Draw `num_generations` responses to each prompt. The server receives the seed; honouring it is up to it."""
         check_count("num_generations", num_generations, least=1)
         system = self.system if self.tokenizer.chat_template is not None else None
         opened = encode_opened(self.tokenizer, opened_prompts(self.tokenizer, prompts, system=system))
@@ -173,13 +169,13 @@ class OpenAISampler:
         )
 
     def _ended(self, choice: Choice) -> list[int]:
-        """The ids of a response with its end token, which a server may leave out."""
+        """Return the ids of a response with its end token, which a server may omit."""
         last = self.tokenizer.added_tokens_decoder.get(choice.ids[-1]) if choice.ids else None
         whole = choice.cut or (last is not None and last.special)
         return choice.ids if whole else [*choice.ids, turn_of(self.tokenizer).end]
 
     async def _choices(self, client, gate, prompt: str, ids: list[int], count: int, seed: int) -> list[Choice]:
-        """`count` responses to a prompt; servers that give one at a time are asked again."""
+        """Return `count` responses to a prompt, asking again if the server returns fewer."""
         found: list[Choice] = []
         async with gate:
             while len(found) < count:
@@ -207,8 +203,8 @@ class OpenAISampler:
                     raise
 
     def _adapt(self, error: RefusedError, body: dict) -> bool:
-        """Whether to ask again, for less: without the fields that are named, for one response, without any field that
-        a server may lack."""
+        """Whether to ask again with a smaller request: without the fields that the refusal names; else for a single
+        response; else without every field that a server may lack."""
         sent = _MAY_LACK & body.keys()
         named = {name for name in sent if re.search(rf"\b{name}\b", error.text)}
         if not named and body["n"] > 1:
@@ -227,7 +223,7 @@ class OpenAISampler:
         return bool(refused)
 
     def _read(self, answer: Answer, ids: list[int], wanted: int) -> list[Choice]:
-        """The responses of an answer to a prompt of these ids."""
+        """Return the responses of an answer to the prompt with these ids."""
         content = answer.content
         choices = content.get("choices") if isinstance(content, dict) else None
         if not isinstance(choices, list) or not choices:
@@ -251,7 +247,7 @@ class OpenAISampler:
         return found
 
     def _shown(self, ids: list) -> str:
-        """The text of ids that a server wrote, so of anything."""
+        """Return ids that a server sent as text, whatever they are."""
         whole = all(type(token) is int and 0 <= token < len(self.tokenizer) for token in ids)
         return self.server.quote(repr(self.tokenizer.decode(ids) if whole else ids))
 

@@ -1,4 +1,4 @@
-"""A server that answers JSON with JSON over HTTP: bounded in time and size, and the key goes to it alone."""
+"""Requests to a server that answers JSON with JSON over HTTP, bounded in time and size."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ except ImportError:
     import httpx
 
 API_KEY = "OPENAI_API_KEY"
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may be gone the next time
-LONGEST_PAUSE = 60.0  # seconds between two attempts, whatever the server asks for
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that a later attempt may not meet
+LONGEST_PAUSE = 60.0  # seconds between two attempts, even if the server asks for more
 LARGEST_ANSWER = 64 * 2**20  # bytes
 _QUOTED = 400  # characters of a server's answer in an error message
-_JITTER = 0.25  # largest share of a pause that is added to it at random, so that clients do not come back all at once
+_JITTER = 0.25  # largest share of a pause that is added to it at random, to spread the clients' attempts
 
 
 class ServerError(OSError):
-    """A server could not be reached, refused, or answered something else than what it was asked for."""
+    """A server could not be reached, refused a request, or answered something other than what was asked."""
 
 
 class RefusedError(ServerError):
-    """A server refused a request; asking for the same again will not help.
+    """A server refused a request, and repeating it would not help.
 
     Args:
-        message: for a person.
+        message: for people.
         status: of the answer.
         text: of the answer.
     """
@@ -53,16 +53,16 @@ class RefusedError(ServerError):
 class Answer(NamedTuple):
     """What a server answered."""
 
-    content: object  # parsed, or the text where it is none of JSON and need not be
+    content: object  # parsed; the text itself where it is not JSON and need not be
     quoted: str  # the beginning of its text, for error messages
 
 
 def check_url(url: str) -> str:
-    """Return a URL that paths can be added to, without a slash at its end.
+    """Return a URL without its trailing slash, after checking that paths can be appended to it.
 
     Raises:
-        ValueError: it is not http:// or https:// with a host, holds a user or a password, which would be written into
-            records, or goes on behind its path.
+        ValueError: it is not http:// or https:// with a host, it holds a user or a password, which would end up in
+            records, or it has a query or a fragment.
 
     Example:
         >>> check_url("http://127.0.0.1:8000/v1/")
@@ -87,10 +87,10 @@ def check_url(url: str) -> str:
 
 
 def check_key(key: str | None) -> str | None:
-    """Return the key to send: the one given, else that of the environment, as OpenAI's clients do; None for none.
+    """Return the key to send: the one given, else that of the environment, as OpenAI's clients do; None without one.
 
     Raises:
-        ValueError: it holds something that cannot be in a header. The message does not show it.
+        ValueError: it has a character that a header cannot hold. The message does not show the key.
     """
     key = os.environ.get(API_KEY, "").strip() if key is None else key
     if not (key.isascii() and key.isprintable()) or " " in key:
@@ -103,7 +103,7 @@ def retry_after(headers: Mapping[str, str], otherwise: float) -> float:
 
     Args:
         headers: of the answer; the entry is a whole number of seconds or a date (RFC 9110, section 10.2.3).
-        otherwise: seconds where there is none, or it is neither.
+        otherwise: seconds if there is no such entry, or it is neither.
 
     Example:
         >>> retry_after({"Retry-After": "7"}, 1.0), retry_after({"Retry-After": "9" * 12}, 1.0)
@@ -129,7 +129,7 @@ class Server:
     Redirects are not followed: the key would go with them.
 
     Args:
-        url: that paths are added to.
+        url: paths are appended to it.
         api_key: sent as a bearer token; None takes OPENAI_API_KEY of the environment where it is set, "" sends none.
         timeout: seconds a request may take, from connecting to the last byte of the answer.
         attempts: how often a request is tried, with pauses of 1, 2, 4 ... seconds, or what Retry-After says, and up to
@@ -158,7 +158,10 @@ class Server:
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
         # Reason: one deadline for all of a request is set in `_send`; a time for each read would not bound their sum.
-        return httpx.AsyncClient(headers=headers, follow_redirects=False, timeout=None)
+        # Certificates take 35 ms to read, and http has no use for them.
+        return httpx.AsyncClient(
+            headers=headers, follow_redirects=False, timeout=None, verify=self.url.startswith("https:")
+        )
 
     async def post(
         self,
@@ -173,14 +176,14 @@ class Server:
 
         Args:
             client: of `client()`.
-            path: behind the URL; where it is a whole URL, that one is asked.
-            body: what JSON can hold; None asks by GET.
-            final: whether the text of an answer says that trying again will not help, whatever its status.
-            plain: whether the answer may be a text, or nothing.
+            path: appended to the URL; a complete URL replaces it.
+            body: sent as JSON; None sends a GET request.
+            final: returns whether the text of an error means that another attempt would not help.
+            plain: whether the answer may be plain text, or empty.
 
         Raises:
-            RefusedError: a status that says that the request is wrong, or a redirect.
-            ServerError: no answer after all attempts, or one that is not JSON or too large.
+            RefusedError: the status blames the request, or is a redirect.
+            ServerError: no answer after all attempts, or one that is not JSON or is too large.
         """
         where = path if "://" in path else f"{self.url}{path}"
         content = None if body is None else json.dumps(body).encode()
@@ -236,14 +239,14 @@ class Server:
             raise ServerError(f"{where} answered no JSON: {self.quote(text)}") from None
 
     def quote(self, text: str) -> str:
-        """The beginning of a text that the server wrote, without the key and without line ends."""
+        """Return the beginning of a text that the server sent, in one line and without the key."""
         text = text[: 2 * _QUOTED] if self._key is None else text.replace(self._key, "***")[: 2 * _QUOTED]
         text = " ".join(text.split())
         return text if len(text) <= _QUOTED else text[:_QUOTED] + " ..."
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong: the operating system's word for it, at the bottom of a chain of errors, else the top's."""
+    """Return what went wrong: the operating system's message at the end of a chain of errors, else the first's."""
     below: BaseException | None = error
     while below is not None:
         if isinstance(below, OSError) and below.errno is not None:

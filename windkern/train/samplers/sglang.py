@@ -1,47 +1,36 @@
-"""The requests and replies of SGLang's own server: token ids in and out, whole weights read from a folder."""
+"""SGLang's own protocol: token ids go in and come out, and whole weights are read from a folder."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 
-from windkern.train.samplers.engine import AbortedError, Draw, Drawn, Policy, check_ids, check_logps
+from windkern.train.samplers.engine import AS_SAID, UNCUT, AbortedError, Draw, Drawn, Policy, check_ids, check_logps
 from windkern.train.samplers.server import Answer, RefusedError, Server, ServerError
 
 # What a request leaves open, the server fills from the model's generation_config.
 # Source: SamplingParams of SGLang 0.5.
-NEUTRAL = {
-    "top_p": 1.0,
-    "top_k": -1,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_new_tokens": 0,
-    "stop": [],
-    "ignore_eos": True,  # which tokens end a response is said by stop_token_ids, all of them
-    "skip_special_tokens": False,
-}
+NEUTRAL = {**UNCUT, **AS_SAID, "min_new_tokens": 0}
 
 
 class Sglang:
-    """A server of SGLang, at whose end point /generate a response is drawn at a time, each with a seed of its own.
+    """An SGLang server. Each request to /generate draws one response, with its own seed.
 
-    Weights are read from a folder by /update_weights_from_disk, whole ones only. The protocol is that of SGLang's
-    documentation; it has been tried on a stand-in, never on SGLang itself.
+    The server reads whole weights from a folder (/update_weights_from_disk); adapters are not supported. The protocol
+    follows SGLang's documentation and was tested against a stand-in, never against SGLang.
 
     Args:
-        server: its URL ends where paths such as /generate begin.
+        server: its URL ends before paths such as /generate.
     """
 
-    several = False  # parallel samples of one seed would be the same
+    several = False  # parallel samples with one seed would be equal
     named = False
 
     def __init__(self, server: Server):
         self.server = server
 
     async def find(self, client) -> None:
-        """Nothing has to be known."""
+        """Do nothing: requests do not name the model."""
 
     async def push(self, client, policy: Policy, *, adapter: bool) -> None:
         if adapter:
@@ -57,7 +46,7 @@ class Sglang:
             raise ServerError(f"{self.server.url} has not taken the policy: {answer.quoted}")
 
     async def drop(self, client, policy: Policy) -> None:
-        """Nothing is left of it: the next one has taken its place."""
+        """Do nothing: the next policy has replaced it."""
 
     def lacks(self, error: RefusedError) -> bool:
         return False
@@ -110,7 +99,7 @@ class Sglang:
 
 
 def _logps(pairs: object, ids: Sequence[int]) -> tuple[float, ...]:
-    """The log-probs of [log-prob, id, text] entries, which must be those of the ids."""
+    """Return the log-probs of [log-prob, id, text] entries, after checking that their ids are these."""
     fits = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) >= 2 for pair in pairs)
     if not fits or [pair[1] for pair in pairs] != list(ids):
         raise ValueError(f"log-probs of other tokens than {json.dumps(list(ids))[:80]}")
