@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from completion_server import Server
+from nccl_group import Worker
 from safetensors.torch import load_file
 
 
@@ -31,7 +32,8 @@ class PolicyServer:
         """Be as after a start."""
         self.whole = copy.deepcopy(self.first)
         self.adapters: dict[str, object] = {}
-        self.loaded: list[str] = []  # paths, in order
+        self.loaded: list[str] = []  # paths, in order; of weights that were sent, "sent"
+        self.worker = Worker(lambda tensors: self._take("sent", tensors))
 
     def close(self) -> None:
         self.server.close()
@@ -55,6 +57,7 @@ class PolicyServer:
             "/reset_prefix_cache": lambda body: (200, '{"success": true}', {}),
             "/generate": self._generate,
             "/update_weights_from_disk": self._update,
+            **self.worker.routes,
         }.get(path)
         return None if work is None else work(body)
 
@@ -89,9 +92,11 @@ class PolicyServer:
         return 200, "Success", {}
 
     def _read(self, folder: str) -> None:
-        self.loaded.append(folder)
+        self._take(folder, load_file(Path(folder) / "model.safetensors"))
+
+    def _take(self, origin: str, found: dict) -> None:
+        self.loaded.append(origin)
         if self.fault != "stale" or len(self.loaded) == 1:
-            found = load_file(Path(folder) / "model.safetensors")
             if self.fault == "part" and len(self.loaded) > 1:
                 found = {name: value for name, value in found.items() if "layers.0" in name}
             self.whole.load_state_dict(found, strict=False)
@@ -111,36 +116,35 @@ class PolicyServer:
         model = self.whole if body["model"] == "base" else self.adapters.get(body["model"])
         if model is None:
             return 404, _error(f"The model `{body['model']}` does not exist."), {}
-        choices = []
-        for index in range(body["n"]):
-            ids, logps, cut = draw(
-                model,
-                body["prompt"],
-                seed=body["seed"] + index,
-                most=body["max_tokens"],
-                ends=body["stop_token_ids"],
-                temperature=body["temperature"],
-                allowed=body["allowed_token_ids"],
-            )
-            choices.append(
-                {
-                    "index": index,
-                    "text": "",
-                    "logprobs": {"token_logprobs": logps},
-                    "finish_reason": "length" if cut else "stop",
-                    "token_ids": ids,
-                    "prompt_token_ids": body["prompt"],
-                }
-            )
+        drawn = draw(
+            model,
+            body["prompt"],
+            seeds=[body["seed"] + index for index in range(body["n"])],
+            most=body["max_tokens"],
+            ends=body["stop_token_ids"],
+            temperature=body["temperature"],
+            allowed=body["allowed_token_ids"],
+        )
+        choices = [
+            {
+                "index": index,
+                "text": "",
+                "logprobs": {"token_logprobs": logps},
+                "finish_reason": "length" if cut else "stop",
+                "token_ids": ids,
+                "prompt_token_ids": body["prompt"],
+            }
+            for index, (ids, logps, cut) in enumerate(drawn)
+        ]
         content = {"model": body["model"], "choices": choices}
         return 200, json.dumps(content if body["allowed_token_ids"] else self.change(body, content)), {}
 
     def _generate(self, body: dict):
         settings = body["sampling_params"]
-        ids, logps, cut = draw(
+        ((ids, logps, cut),) = draw(
             self.whole,
             body["input_ids"],
-            seed=settings["sampling_seed"],
+            seeds=[settings["sampling_seed"]],
             most=settings["max_new_tokens"],
             ends=settings["stop_token_ids"],
             temperature=settings["temperature"],
@@ -164,18 +168,24 @@ def _error(message: str) -> str:
 
 
 @torch.no_grad()
-def draw(model, prompt, *, seed, most, ends, temperature, allowed=None) -> tuple[list[int], list[float], bool]:
-    """Tokens that a model draws, their log-probs before temperature and what is allowed, and whether none ended it."""
-    made = torch.Generator().manual_seed(seed)
-    ids: list[int] = []
-    logps: list[float] = []
-    while len(ids) < most:
-        logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, -1]
+def draw(model, prompt, *, seeds, most, ends, temperature, allowed=None) -> list[tuple[list[int], list[float], bool]]:
+    """Of each seed: tokens that a model draws, their log-probs before temperature and what is allowed, and whether none
+    ended it. Responses run side by side, and each draws from a generator of its own."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    tokens = torch.tensor([prompt] * len(seeds))
+    rows: list[tuple[list[int], list[float]]] = [([], []) for _ in seeds]
+    running = set(range(len(seeds)))
+    while running and tokens.shape[1] < len(prompt) + most:
+        logits = model(input_ids=tokens).logits[:, -1]
         chances = (logits / temperature).softmax(-1)
         if allowed is not None:
-            chances = torch.zeros_like(chances).index_fill_(0, torch.tensor(allowed), 1.0)
-        ids.append(int(torch.multinomial(chances, 1, generator=made)))
-        logps.append(float(logits.log_softmax(-1)[ids[-1]]))
-        if ids[-1] in ends:
-            return ids, logps, False
-    return ids, logps, True
+            chances = torch.zeros_like(chances).index_fill_(1, torch.tensor(allowed), 1.0)
+        drawn = [int(torch.multinomial(row, 1, generator=own)) for row, own in zip(chances, made, strict=True)]
+        tokens = torch.cat([tokens, torch.tensor(drawn)[:, None]], 1)
+        logps = logits.log_softmax(-1)
+        for k in sorted(running):
+            rows[k][0].append(drawn[k])
+            rows[k][1].append(float(logps[k, drawn[k]]))
+            if drawn[k] in ends:
+                running.discard(k)
+    return [(*row, k in running) for k, row in enumerate(rows)]

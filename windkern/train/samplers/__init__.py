@@ -10,14 +10,16 @@ from windkern.train.samplers.kinds import KINDS, kind_of
 if TYPE_CHECKING:
     from windkern.train.config import WindConfig
     from windkern.train.samplers.sampler import Sampler
+    from windkern.train.samplers.server import Server
+    from windkern.train.samplers.transfer import NcclTransfer
 
 
 def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
-    """The sampler that `config.sampler` names, None for the policy's own `generate`.
+    """Return the sampler that `config.sampler` names; None stands for the policy's own `generate`.
 
     Raises:
-        ValueError: it names none, or a setting is not one of the sampler's; FileNotFoundError: there is no file of
-            recorded responses.
+        ValueError: it does not name a sampler, or a setting is not one of the sampler's.
+        FileNotFoundError: the file of recorded responses does not exist.
     """
     from windkern._checks import check_choice
     from windkern.train.data.prompts import without_user
@@ -58,12 +60,26 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
 
         root = name.rstrip("/").removesuffix("/v1")
         reached = {"timeout": settings.pop("timeout", 600.0), "attempts": settings.pop("attempts", 8)}
-        engine = (
-            Vllm(Server(f"{root}/v1", **reached), settings.pop("model", None))
-            if kind == "vllm"
-            else Sglang(Server(root, **reached))
-        )
+        if kind == "vllm":
+            transfer = _transfer(settings, Server(root, timeout=reached["timeout"], attempts=1))
+            engine = Vllm(Server(f"{root}/v1", **reached), settings.pop("model", None), transfer)
+        else:
+            engine = Sglang(Server(root, **reached))
         folder = Path(settings.pop("folder", None) or Path(config.output_dir) / "served")
         return ServedSampler(engine, tokenizer, folder=folder, temperature=config.temperature, **common, **settings)
     *most, last = (each.form for each in KINDS.values())
     raise ValueError(f"sampler must be {', '.join(most)} or {last}, got {without_user(config.sampler)!r}")
+
+
+def _transfer(settings: dict, server: Server) -> NcclTransfer | None:
+    """How whole weights reach a vLLM server, by the settings `transfer` and `address`, which are taken out."""
+    from windkern._checks import check_choice
+
+    kind = check_choice("transfer", settings.pop("transfer", "folder"), ("folder", "nccl"))
+    if kind == "folder":
+        if "address" in settings:
+            raise ValueError("address belongs to transfer: nccl, got it without")
+        return None
+    from windkern.train.samplers.transfer import NcclTransfer
+
+    return NcclTransfer(server, settings.pop("address", "127.0.0.1"))

@@ -27,7 +27,9 @@ class Kind:
 KINDS = {
     "transformers": Kind("transformers", any_top_p=True),
     "batched": Kind("batched"),
-    "vllm": Kind("vllm:URL", server=True, settings=("model", "folder", "tokens", "timeout", "attempts")),
+    "vllm": Kind(
+        "vllm:URL", server=True, settings=("model", "folder", "transfer", "address", "tokens", "timeout", "attempts")
+    ),
     "sglang": Kind("sglang:URL", server=True, settings=("folder", "tokens", "timeout", "attempts")),
     "openai": Kind("openai:URL", server=True, settings=("model", "timeout", "attempts", "concurrency")),
     "recorded": Kind("recorded:FILE", known=True),

@@ -1,57 +1,55 @@
-"""The requests and replies of vLLM's own server: token ids in and out, adapters and weights read from a folder."""
+"""vLLM's own protocol: token ids go in and come out; adapters come from a folder, weights from one or over NCCL."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from windkern.train.samplers.engine import AbortedError, Draw, Drawn, Policy, check_ids, check_logps
+from windkern.train.samplers.engine import AS_SAID, UNCUT, AbortedError, Draw, Drawn, Policy, check_ids, check_logps
 from windkern.train.samplers.server import Answer, RefusedError, Server, ServerError
+
+if TYPE_CHECKING:
+    from windkern.train.samplers.transfer import NcclTransfer
 
 # What a request leaves open, the server fills from the model's generation_config or from its own defaults.
 # Source: CompletionRequest of vLLM 0.32.
 NEUTRAL = {
-    "top_p": 1.0,
-    "top_k": -1,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
+    **UNCUT,
+    **AS_SAID,
     "length_penalty": 1.0,
     "logit_bias": None,
     "bad_words": [],
     "allowed_token_ids": None,
-    "stop": [],
     "min_tokens": 0,
-    "ignore_eos": True,  # which tokens end a response is said by stop_token_ids, all of them
     "include_stop_str_in_output": False,
     "use_beam_search": False,
     "truncate_prompt_tokens": None,
-    "skip_special_tokens": False,
     "echo": False,
     "stream": False,
 }
 _START = (
     "start it as docs/vllm.md says: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora for an adapter, "
-    "VLLM_SERVER_DEV_MODE=1 for whole weights"
+    "VLLM_SERVER_DEV_MODE=1 for whole weights, and --weight-transfer-config for transfer: nccl"
 )
 
 
 class Vllm:
-    """A server that `vllm serve` has started.
+    """A server started by `vllm serve`.
 
-    An adapter is loaded under a name of its own. Whole weights are read from a folder by the end point /collective_rpc
-    (`reload_weights`), after which the prefix cache is emptied; they keep the name of the model.
+    An adapter is loaded under a name of its own. Whole weights keep the name of the model: the server reads them from a
+    folder by the end point /collective_rpc (`reload_weights`), or is sent them, and then empties its prefix cache.
 
     Args:
         server: its URL ends with /v1.
         model: name under which it serves the base model; None asks the server.
+        transfer: sends whole weights; None lets the server read them from the policy's folder.
     """
 
     several = True
 
-    def __init__(self, server: Server, model: str | None = None):
-        self.server, self.model, self.named = server, model, True
+    def __init__(self, server: Server, model: str | None = None, transfer: NcclTransfer | None = None):
+        self.server, self.model, self.transfer, self.named = server, model, transfer, True
 
     async def find(self, client) -> None:
         if self.model is not None:
@@ -73,14 +71,17 @@ class Vllm:
         try:
             if adapter:
                 body = {"lora_name": policy.name, "lora_path": str(policy.folder)}
-                # Reason: vLLM answers 500 where the adapter is to blame, and would do so again.
+                # Reason: vLLM answers 500 if the adapter itself is at fault, and would again.
                 await self.server.post(
                     client, "/load_lora_adapter", body, plain=True, final=lambda text: '"error"' in text
                 )
             else:
                 root = self.server.url.removesuffix("/v1")
-                body = {"method": "reload_weights", "kwargs": {"weights_path": str(policy.folder)}}
-                await self.server.post(client, f"{root}/collective_rpc", body, plain=True)
+                if self.transfer is not None:
+                    await self.transfer.push(client, policy)
+                else:
+                    body = {"method": "reload_weights", "kwargs": {"weights_path": str(policy.folder)}}
+                    await self.server.post(client, f"{root}/collective_rpc", body, plain=True)
                 answer = await self.server.post(client, f"{root}/reset_prefix_cache", {}, plain=True)
                 if isinstance(answer.content, dict) and answer.content.get("success") is False:
                     raise ServerError(
@@ -170,10 +171,10 @@ class Vllm:
 
 
 def read_choice(choice: object, draw: Draw) -> Drawn:
-    """Return the response of an entry of "choices" of vLLM's /v1/completions.
+    """Return the response in an entry of "choices" of vLLM's /v1/completions.
 
     Raises:
-        ValueError: it is not one whole response; the message says why, to stand before a quotation.
+        ValueError: it is not one complete response; the message is worded to precede a quotation.
 
     Example:
         >>> draw = Draw([1], 1, 0, 1.0, 3, [2])
@@ -203,7 +204,7 @@ def _ended(ids: object, draw: Draw) -> bool:
 
 
 def _flat(choice: object) -> bool:
-    """Whether JSON can be made of something without running out of stack."""
+    """Whether something can be written as JSON without exhausting the stack."""
     try:
         json.dumps(choice)
     except RecursionError:
