@@ -132,9 +132,10 @@ class WindConfig(TrainingArguments):
     sampler_settings: dict | None = setting(
         None,
         "Keyword arguments of a sampler that is a server: model (name of the base model there), folder (for weights; "
-        "trainer and server must see it under the same name), tokens (in flight at once), timeout (seconds), attempts, "
-        "and concurrency for openai. None: the server's only model (policy for openai), output_dir/served, 131072 "
-        "tokens, 600 s (120 s for openai), 8 attempts (4).",
+        "trainer and server must see it under the same name), transfer (folder, or nccl for whole weights, with "
+        "address, HOST or HOST:PORT of this process, for servers elsewhere), tokens (in flight at once), timeout "
+        "(seconds), attempts, and concurrency for openai. None: the server's only model (policy for openai), "
+        "output_dir/served, a folder, 131072 tokens, 600 s (120 s for openai), 8 attempts (4).",
     )
     temperature: float = setting(
         1.0,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def make_judge(config: WindConfig) -> Judge | None:
-    """The judge that `config.judge` names, None where it names none.
+    """Return the judge that `config.judge` names, None if it is None.
 
     Raises:
         ValueError, OSError: as `windkern.train.judges.named.load_judge`.
@@ -21,7 +21,7 @@ def make_judge(config: WindConfig) -> Judge | None:
     from windkern.train.judges.named import load_judge
 
     settings = dict(config.judge_settings or {})
-    if config.judge.startswith("llm:"):  # beside the run, which is resumed with them
+    if config.judge.startswith("llm:"):  # in the run's folder, so that a resumed run finds them
         settings.setdefault("cache", str(Path(config.output_dir) / "judgements"))
     return load_judge(
         config.judge, strength=config.judge_strength, device=str(config.device), settings=settings or None

@@ -1,4 +1,4 @@
-"""Sequence classifiers that judge: loaded whole or not at all, and the same for a text in any batch."""
+"""Sequence classifiers as judges: incomplete checkpoints are refused, and logits do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def load_classifier(
 
     Args:
         name: folder or hub id.
-        dtype: of the weights; of what is not quantised.
+        dtype: of the weights that are not quantised.
         device: of the model.
         quantization: arguments of `transformers.BitsAndBytesConfig`, such as {"load_in_8bit": True}. None loads the
-            weights as they are, which may be quantised already.
+            weights unchanged; they may be quantised already.
 
     Raises:
         MissingPackageError: transformers is not installed, or bitsandbytes is not and `quantization` wants it.
@@ -172,7 +172,7 @@ class Classifier:
         return logits
 
     def _batch(self, rows: list[dict[str, list[int]]]) -> Tensor:
-        """Rows are in order of their lengths."""
+        """Return the logits of rows that are sorted by length."""
         logits = self._forward(rows)
         if self._checked or len(rows[0]["input_ids"]) == len(rows[-1]["input_ids"]):
             return logits
@@ -205,7 +205,7 @@ class Classifier:
 
 
 def _padding_of(model: nn.Module) -> int | None:
-    """The id that a model takes for padding; None where it names none, or one that it has no embedding for."""
+    """Return the model's padding id; None if it does not name one, or has no embedding for it."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     found = getattr(config, "pad_token_id", None)
     return found if found is not None and 0 <= found < model.get_input_embeddings().weight.shape[0] else None

@@ -1,4 +1,4 @@
-"""Judges: who wins between two responses to a prompt."""
+"""Judges compare responses to a prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
 class Verdict(NamedTuple):
-    """Of B prompts with N responses each."""
+    """A judge's verdict on B prompts with N responses each."""
 
     prefs: Tensor  # (B, N, N) float32, prefs[b, i, j] = chance that response i beats response j
     rewards: Tensor | None  # (B, N) float32, where the judge has them
@@ -31,12 +31,12 @@ class Verdict(NamedTuple):
 class Judge(Protocol):
     """Anything that compares responses."""
 
-    name: str  # what a report says about it
+    name: str  # shown in reports
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
-        """Compare all N responses to each of B prompts with each other.
+        """Compare all N responses to each of B prompts with one another.
 
-        In an evaluation the N are the policy's and, after them, the reference's.
+        In an evaluation, the policy's responses come first, then the reference's.
         """
         ...
 
@@ -45,7 +45,7 @@ def as_judge(judge: object, strength: float) -> Judge:
     """Return a judge; a callable (prompts, responses) -> rewards becomes `RewardJudge(judge, strength=strength)`.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `judge` is neither.
 
     Example:
         >>> as_judge(lambda prompts, responses: [len(text) for text in responses], 2.0).strength
@@ -101,11 +101,11 @@ class RewardJudge:
         reward: called as reward(prompts, responses) on two lists of S strings, one prompt for each response; returns
             S numbers.
         strength: of the link, per unit of reward; positive.
-        name: for reports.
+        name: shown in reports.
 
     Raises:
-        ValueError: `strength` is not positive; when judging, the reward function returned another number of values,
-            or one that is not finite.
+        ValueError: `strength` is not positive. When judging: the reward function returned a wrong number of values, or
+            one that is not finite.
 
     Example:
         >>> judge = RewardJudge(lambda prompts, responses: [len(text) for text in responses], strength=1.0)
@@ -145,7 +145,7 @@ class RewardJudge:
 
 @contextlib.contextmanager
 def _current_directory() -> Iterator[None]:
-    """Imports find modules of the current directory, which an installed command does not by itself."""
+    """Let imports find modules of the current directory; those of an installed command would not."""
     here = os.getcwd()
     sys.path.append(here)
     try:

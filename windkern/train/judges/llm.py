@@ -34,12 +34,12 @@ TEMPLATE = (
     "Which response is better? Answer with one letter: A, B, or C if they are equally good."
 )
 LABELS = ("A", "B", "C")
-_LEFT_OUT = ("logprobs", "top_logprobs", "temperature", "seed")  # what a server may refuse to know
+_LEFT_OUT = ("logprobs", "top_logprobs", "temperature", "seed")  # fields that a server may refuse
 _log = logging.getLogger(__name__)
 
 
 class Opinion(NamedTuple):
-    """What a judge says about two responses."""
+    """A judge's opinion on two responses."""
 
     chance: float  # that the first is better
     how: str  # logprobs, verdict, or refused: no label in the answer
@@ -47,7 +47,7 @@ class Opinion(NamedTuple):
 
 @dataclass
 class Costs:
-    """What a judge was asked, and what it used."""
+    """Counts of questions to a judge, and of tokens."""
 
     asked: int = 0
     kept: int = 0  # found on the disk
@@ -61,27 +61,27 @@ class LanguageModelJudge:
 
         P = (p_A + p_C / 2) / (p_A + p_B + p_C),    prefs_ij = (P_ij + 1 - P_ji) / 2
 
-    with p the probabilities of the labels at the place of the answer, as the server gives them. A server that gives
-    none is taken at its word: 1, 0, or 1/2 for a tie. Responses that are equal are a tie, and nothing is asked. An
-    answer without a label is a tie that is counted; where most are, that is an error. Opinions are kept on the disk by
-    the content of what was asked, so that nothing is paid for twice, by this run or by another.
+    with p the server's probabilities of the labels at the position of the answer. If the server returns none, its
+    verdict counts as 1, 0, or 1/2 for a tie. Equal responses are a tie, and the server is not asked. An answer without
+    a label counts as a tie and as refused; if most answers are refused, that is an error. Opinions are kept on disk by
+    the content of the question, so that no run pays for a question twice.
 
     Args:
         url: up to and including /v1.
         model: name under which the server knows the model.
-        rubric: what the judge goes by, as a system message; None for none.
+        rubric: criteria, sent as the system message; None sends none.
         template: of the question, with {prompt}, {first} and {second}.
-        labels: of the first response, of the second, and of a tie; without the third there are no ties.
+        labels: for the first response, the second, and a tie; with two labels there are no ties.
         max_tokens: longest answer; more than 1 for models that think before they answer.
-        cache: folder of opinions; None takes judgements in the cache folder.
-        key_variable: name of the variable of the environment that has the key.
+        cache: folder of opinions; None: `judgements` in the cache folder.
+        key_variable: name of the environment variable that holds the key.
         timeout, attempts: see `windkern.train.samplers.server.Server`.
-        concurrency: requests under way at once.
+        concurrency: requests in flight at once.
         pause: called with the seconds of each pause.
 
     Raises:
         ValueError: an argument is out of range or lacks a field.
-        ServerError: when judging: no answer after `attempts`, a refusal, or answers of which most have no label.
+        ServerError: when judging: no answer after `attempts`, a refused request, or no label in most answers.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class LanguageModelJudge:
             setattr(self.costs, name, getattr(self.costs, name) + (number if type(number) is int else 0))
         opinion = self._opinion(answer)
         self.costs.refused += opinion.how == "refused"
-        if opinion.how != "refused":  # another try, in a run with a larger max_tokens or a better server, may do
+        if opinion.how != "refused":  # a run with a larger max_tokens or a better server may get an answer
             self.kept.put(key, opinion._asdict())
         return opinion
 
@@ -208,7 +208,7 @@ class LanguageModelJudge:
                     raise
 
     def _adapt(self, error: RefusedError, body: dict) -> bool:
-        """Whether to ask again, without what a refusal names."""
+        """Whether to ask again without the fields that a refusal names."""
         if "max_completion_tokens" in error.text and "max_tokens" in body:  # as OpenAI's newer models
             self._limit = "max_completion_tokens"
             return True
@@ -237,7 +237,7 @@ def opinion_of(content: object, reported: object, labels: Sequence[str]) -> Opin
     Args:
         content: its text; None for a refusal.
         reported: entries {"token", "logprob", "top_logprobs"} of its tokens, None where the server gives none.
-        labels: of the first, of the second, and of a tie where there are ties.
+        labels: for the first response, the second, and possibly a tie.
 
     Example:
         >>> top = [{"token": "A", "logprob": math.log(0.6)}, {"token": " B", "logprob": math.log(0.2)}]
@@ -247,7 +247,7 @@ def opinion_of(content: object, reported: object, labels: Sequence[str]) -> Opin
         (Opinion(chance=0.0, how='verdict'), Opinion(chance=0.5, how='refused'))
     """
     worth = dict(zip(labels, (1.0, 0.0, 0.5), strict=False))
-    # The answer comes last: what thinks before it may name the labels, too.
+    # The answer comes last: reasoning before it may name the labels as well.
     for entry in reversed(reported if isinstance(reported, list) else []):
         if isinstance(entry, dict) and _plain(entry.get("token")) in worth:
             if chance := _chance(entry.get("top_logprobs") or [entry], worth):
@@ -261,7 +261,7 @@ def opinion_of(content: object, reported: object, labels: Sequence[str]) -> Opin
 
 
 def _chance(top: object, worth: dict[str, float]) -> tuple[float, float] | None:
-    """Of the tokens that are a label: what they are worth, and what they weigh; None where they weigh nothing."""
+    """Return the sums of worth and of probability over tokens that are labels; None if their probability is zero."""
     won, total = 0.0, 0.0
     for each in top if isinstance(top, list) else []:
         if isinstance(each, dict) and _plain(each.get("token")) in worth and type(each.get("logprob")) in (int, float):
@@ -275,7 +275,7 @@ def _plain(token: object) -> str | None:
 
 
 def _read(kept: object) -> Opinion | None:
-    """An opinion of the disk; None for what is none."""
+    """Return an opinion read from disk; None if it is not one."""
     if isinstance(kept, dict) and type(kept.get("chance")) is float and 0 <= kept["chance"] <= 1:
         return Opinion(kept["chance"], str(kept.get("how")))
     return None

@@ -21,9 +21,9 @@ class ModelReward:
 
         reward = logit of the one label, or of `label` where there are several
 
-    With a chat template prompt and response are a user's and an assistant's turn, and the messages of a `ChatPrompt`
-    stay as they are; without one prompt and response are a pair of texts, as the tokenizer joins pairs. A model trained
-    with the Bradley-Terry likelihood has strength 1.
+    With a chat template, prompt and response become a user's and an assistant's turn; the messages of a `ChatPrompt`
+    are kept. Without a template, prompt and response are a pair of texts, joined as the tokenizer joins pairs. A model
+    trained with the Bradley-Terry likelihood has strength 1.
 
     Args:
         model, tokenizer, batch_size, max_length: see `Classifier`.
@@ -63,7 +63,7 @@ class ModelReward:
                 [*as_messages(prompt), {"role": "assistant", "content": text}]
                 for prompt, text in zip(prompts, responses, strict=True)
             )
-            # Reason: the template has put the special tokens in.
+            # Reason: the template has added the special tokens.
             encoded = [encode(render(tokenizer, turn, open_turn=False), special=False) for turn in turns]
         return self.classifier(encoded)[:, self.label].tolist()
 
@@ -112,7 +112,7 @@ class ModelPreference:
 
 
 def filled(template: str, parts: Mapping[str, str]) -> str:
-    """Return a template with texts in the places of its fields; braces in the texts stay as they are.
+    """Return a template with its fields replaced by texts; braces in the texts are left alone.
 
     Example:
         >>> filled("{first}|{second}", {"{first}": "{second}", "{second}": "x"})
@@ -122,7 +122,7 @@ def filled(template: str, parts: Mapping[str, str]) -> str:
 
 
 def _pieces(template: str, fields: Sequence[str]) -> Iterator[str]:
-    """The template cut at its fields."""
+    """Split the template at its fields."""
     while template:
         found = [(template.index(name), name) for name in fields if name in template]
         if not found:

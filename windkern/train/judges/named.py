@@ -13,7 +13,7 @@ from windkern.train.judges.judge import Judge, RewardJudge, load_function, vader
 from windkern.train.judges.models import ModelPreference, ModelReward, PairJudge
 from windkern.train.judges.recorded import RecordedJudge
 
-_ALONE = {"vader": vader_judge}  # judges that a word names, by that word: strength -> judge
+_ALONE = {"vader": vader_judge}  # judges named by a single word: strength -> judge
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,7 +40,7 @@ def load_judge(
             for PairRM); of `LanguageModelJudge` for llm. None for their defaults.
 
     Raises:
-        ValueError: it is none of these, or what it names cannot be loaded, or a setting is not one of the judge's; the
+        ValueError: it is not one of these, what it names cannot be loaded, or a setting is not one of the judge's; the
             message says which.
         OSError: a model cannot be read.
 

@@ -1,4 +1,4 @@
-"""PairRM: a DeBERTa that reads a prompt and two responses at once, and says which is better."""
+"""PairRM: a DeBERTa that reads a prompt with two responses and says which is better."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from windkern.train.judges.classifiers import Classifier, check_whole
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
 _LONGEST = 1224 + 2 * 412  # tokens of a source and two candidates
-# As llm-blender spells it.
+# The spelling is llm-blender's.
 _INSTRUCTION = "Finish the following coversation in each i-th turn by filling in <Response i> with your response."
 
 
@@ -74,10 +74,10 @@ class PairRM:
 
         P(first beats second) = sigmoid(logit)
 
-    The source is the prompt; of a conversation, the instruction and the user's turns as llm-blender's
-    `compare_conversations` writes them, and the assistant's earlier turns belong to both candidates. What a system
-    message says stands in front of the user's next turn. Each of the three texts is encoded by itself, behind its
-    marker; the source is cut to `source_length` tokens, and the two candidates share what it leaves of 2048.
+    The source is the prompt. For a conversation it is the instruction and the user's turns, as llm-blender's
+    `compare_conversations` writes them, and the assistant's earlier turns are part of both candidates. A system message
+    is put in front of the user's next turn. Each of the three texts is encoded separately, after its marker; the source
+    is cut to `source_length` tokens, and the two candidates share the remainder of 2048.
 
     Args:
         model, tokenizer: of `load_pairrm`.
@@ -124,15 +124,15 @@ class PairRM:
         return tokenizer(MARKERS[marker] + text, truncation=True, max_length=longest, verbose=False)["input_ids"]
 
     def _place(self, ids: list[int], marker: int) -> int:
-        """Reason: a text may hold the words of a marker, too; the first is ours."""
+        """Return the column of a marker. Reason: a text may contain a marker as well; the first one is ours."""
         return ids.index(self.markers[marker])
 
 
 def pair_texts(prompt: str) -> tuple[str, str]:
-    """Return (the source of a prompt, what stands in front of both candidates).
+    """Return (the source of a prompt, the text in front of both candidates).
 
     Raises:
-        ValueError: its turns are not the user's and the assistant's in turn.
+        ValueError: user and assistant do not alternate in it.
 
     Example:
         >>> pair_texts("Why?")

@@ -1,4 +1,4 @@
-"""A judge that looks up what somebody has judged before."""
+"""A judge that looks up recorded verdicts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class RecordedJudge:
 
         P_ij = prefs[i][j],    else    P_ij = sigmoid(strength * (r_i - r_j))
 
-    Responses are found by their text as it was recorded, else without the space around it; an answer that was never
-    judged is an error, not a tie. So is one that was cut: what was judged is the whole of it.
+    A response is looked up by its exact text, then by its text without surrounding space. A response that was never
+    judged is an error, not a tie. So is a truncated response, because the verdict was on the whole of it.
 
     Args:
         path: JSON lines, see `windkern.train.data.records.load_records`; all lines with "prefs", or all with "rewards".

@@ -1,4 +1,4 @@
-"""Responses by transformers' continuous batching, in this process: fast, and without a promise of equal bits."""
+"""Sampling with transformers' continuous batching, in this process: fast, but not reproducible bit for bit."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _PAGE = 64  # tokens
 class BatchedSampler:
     """Samples with `model.generate_batch`, which reads a prompt once for all its responses.
 
-    Nothing cuts the distribution. A response depends on what else is in its batch, in the last bits of its
-    probabilities and so in its tokens: the same seed gives the same responses in the same circumstances only, and a run
-    that was killed need not draw the same again. (What is on the disk is not drawn again.)
+    Nothing cuts the distribution. The rest of a batch changes the last bits of a response's probabilities, and so may
+    change its tokens: one seed gives equal responses only under equal circumstances, and a killed run may draw other
+    responses when it is resumed. (Responses on disk are not drawn again.)
 
     Args:
         tokenizer: of the policy.
         max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
         system: system message for the chat template, None for the template's own.
-        batch_size: sequences under way at once; the cache is made for so many.
+        batch_size: sequences in flight at once; sets the size of the cache.
 
     Raises:
-        ValueError: a number is out of range; when updating, the policy names no end token or is sharded; when sampling,
-            there was no update, or transformers gave a response up.
+        ValueError: a number is out of range. When updating: the policy does not name an end token, or is sharded. When
+            sampling: `update` was not called, or transformers gave up a response.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class BatchedSampler:
         self.ends = set(turn_of(tokenizer).ends)
 
     def update(self, model: nn.Module) -> None:
-        """Take the policy: samples come from its weights as they are at each call."""
+        """Set the policy. Each call of `sample` uses the weights it has at that time."""
         if any(hasattr(value, "full_tensor") or hasattr(value, "ds_id") for value in model.parameters()):
             raise ValueError("sampler: batched needs a whole model in every process, and this one is sharded")
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -63,7 +63,7 @@ class BatchedSampler:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """`num_generations` to each prompt."""
+        """Draw `num_generations` responses to each prompt."""
         from transformers import GenerationConfig
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -82,7 +82,7 @@ class BatchedSampler:
             pad_token_id=padding_id(self.tokenizer),
         )
         longest = max(map(len, opened)) + self.max_completion_length
-        # Reason: left to itself the cache takes most of the memory, on a CPU that of the whole machine.
+        # Reason: by default the cache takes most of the memory; on a CPU, most of the machine's.
         batching = ContinuousBatchingConfig(
             page_size=_PAGE,
             num_blocks=(-(-longest // _PAGE) + 1) * self.batch_size,
@@ -109,7 +109,7 @@ class BatchedSampler:
         )
 
     def _groups(self, opened: Sequence[list[int]], found: Sequence, count: int) -> list[list[list[int]]]:
-        """The responses of each prompt: equal prompts take what is theirs in turn."""
+        """Return the responses of each prompt; equal prompts share theirs out in order."""
         waiting: dict[tuple[int, ...], list[list[int]]] = {}
         for each in found:
             if each.error is not None or not each.generated_tokens:

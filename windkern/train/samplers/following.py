@@ -1,4 +1,4 @@
-"""A server that follows the policy: it is given each policy, and then asked whether it serves it."""
+"""Keep a server in step with the policy: give it each new policy, then check that it serves that one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Probe(NamedTuple):
-    """A response, with the log-probs of its tokens by the policy before."""
+    """A response, with the log-probs that the previous policy gave its tokens."""
 
     prompt: list[int]
     response: list[int]
@@ -42,7 +42,7 @@ class Probe(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A token that a server is asked about."""
+    """A token whose log-prob the server is asked for."""
 
     prefix: list[int]
     token: int
@@ -51,20 +51,21 @@ class Place(NamedTuple):
 
 
 class Follower:
-    """Gives a server one policy after another, and makes sure each time which one it serves.
+    """Gives a server one policy after another, and verifies after each which one it serves.
 
-    What is kept beside the policy, `state.json`, has its number, some responses with their log-probs by the trainer,
-    and responses that the policy drew. After the next update the server is asked about some of the scored tokens, see
-    `windkern.train.samplers.verify.compare`; the drawn ones are scored then, for the update behind it. Reason: server
-    and trainer round differently, so that both policies must be scored by the same of them.
+    The file `state.json` next to the policy holds its number, some responses with the trainer's log-probs, and
+    responses that the policy drew. After the next update the server is asked for the log-probs of some of the scored
+    tokens, see `windkern.train.samplers.verify.compare`; the drawn responses are scored at that time, for the update
+    after it. Reason: server and trainer round differently, so the trainer must score both policies.
 
     Args:
-        engine: of the server.
-        folder: for policies and the state; the server must see it under the same name.
-        opening: token ids of a prompt to draw from where nothing was drawn before.
+        engine: how the server is asked.
+        folder: holds policies and state; the server must see it under the same path.
+        opening: token ids of a prompt to draw from when no response has been drawn yet.
 
     Raises:
-        ServerError: when updating, the server serves the previous policy, or another model.
+        ServerError: when updating: the server serves the previous policy, another model, or only part of the
+            weights.
     """
 
     def __init__(self, engine: Engine, folder: Path, opening: Sequence[int]):
@@ -76,7 +77,7 @@ class Follower:
     # Giving.
 
     def update(self, model: nn.Module, ends: Sequence[int]) -> None:
-        """Let the server serve a policy. Every process must call it."""
+        """Make the server serve a policy. Every process must call this."""
         world, state = World(PartialState()), state_of(model)
         self._adapter = is_adapter(model)
         before = self.policy
@@ -87,7 +88,7 @@ class Follower:
         self._markers, self._apart = world.first(lambda: self._verify(known, fresh, logps, before))
 
     def _give(self, model: nn.Module, state: dict, ends: Sequence[int]) -> tuple[Policy, list[Probe], list[Probe]]:
-        """The policy; responses that the one before it was scored on; and those that this one will be."""
+        """Return the policy, responses that have the previous policy's scores, and responses to score this one on."""
         digest, known = digest_of(state), self._read()
         number = known["number"] if digest == known["digest"] else known["number"] + 1
         name = f"policy-{number:04d}-{digest}"
@@ -103,7 +104,7 @@ class Follower:
             await self.engine.push(client, policy, adapter=self._adapter)
             return fresh or await self._draw(client, policy, ends)
 
-        # A run that was killed may be where it was, and then there is nothing to tell apart.
+        # A resumed run may hold the very policy that was scored, and then there is nothing to compare.
         return policy, scored if known["of"] != digest else [], self._talk(give)
 
     async def _draw(self, client, policy: Policy, ends: Sequence[int]) -> list[Probe]:
@@ -124,7 +125,7 @@ class Follower:
     def _verify(
         self, scored: list[Probe], fresh: list[Probe], logps: list[list[float]], before: Policy | None
     ) -> tuple[list[Place], float]:
-        """The tokens that tell this policy from the one before, and by how much; none where nothing can be told."""
+        """Return tokens that tell this policy from the previous one, and by how many nats; no tokens if none do."""
         asked = scored or [probe._replace(logps=None) for probe in fresh]
         places = _chosen(asked, logps[: len(asked)] if scored else logps[-len(fresh) :])
 
@@ -160,7 +161,8 @@ class Follower:
             raise ServerError(
                 f"{url} was given {name} and has not taken all of it: its log-probs differ from the trainer's by "
                 f"{found.gap:.2g} nats a token, and by {usual:.2g} after the first update; start the server again "
-                "(without --enable-lora where whole weights are trained), and resume the run"
+                "(for whole weights, without --enable-lora; on a CPU, vLLM does not update a head that is tied to the "
+                "embeddings), and resume the run"
             )
         if found.verdict == "other":
             raise ServerError(
@@ -180,7 +182,7 @@ class Follower:
             _log.info("%s serves %s: %.2g nats a token from the trainer's log-probs", url, name, found.gap)
 
     async def scores(self, client, places: Sequence[Place]) -> list[float]:
-        """Log-probs of tokens as the server gives them, some at a time."""
+        """Return the server's log-probs of tokens, asking for 16 at a time."""
         found = [0.0] * len(places)
         gate = anyio.Semaphore(16)
 
@@ -201,7 +203,7 @@ class Follower:
         return found
 
     async def still(self, client) -> bool:
-        """Whether the server serves what it served after the update, as far as that can be told."""
+        """Whether the server still serves what it served after the update, as far as log-probs can tell."""
         if not self._markers:
             return True
         served = await self.scores(client, self._markers)
@@ -209,10 +211,10 @@ class Follower:
         return sum(gaps) / len(gaps) <= self._apart / 2
 
     async def restore(self, client) -> None:
-        """Give a server that was started again what it had.
+        """Give the policy to a server that was started again.
 
         Raises:
-            ServerError: it does not serve it then.
+            ServerError: the server does not serve it afterwards.
         """
         _log.warning("%s was started again; it is given %s anew", self.engine.server.url, self.policy.name)
         await self.engine.push(client, self.policy, adapter=self._adapter)
@@ -222,7 +224,7 @@ class Follower:
     # Remembering.
 
     def remember(self, prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Drawn]]) -> None:
-        """Keep some responses of a policy, to score the next ones on."""
+        """Keep some responses of this policy: the next policies are scored on them."""
         if self.policy is None or not PartialState().is_main_process:
             return
         known = self._read()
@@ -236,7 +238,7 @@ class Follower:
         self._write({**known, "drawn": found[:_PROBES]})
 
     def _read(self) -> dict:
-        """Hazard: without the state a stale server cannot be told. Remedy: the next policy is told from this one."""
+        """Hazard: without its file, a stale server goes unnoticed at the next update. Remedy: only at that one."""
         try:
             found = json.loads((self.folder / "state.json").read_text("utf-8"))
             return {name: found[name] for name in ("number", "digest", "scored", "of", "drawn", "gap")}
@@ -252,7 +254,7 @@ class Follower:
 
 @torch.no_grad()
 def token_logps(model: nn.Module, probes: Sequence[Probe]) -> list[list[float]]:
-    """Log-probs of the tokens of each response by a model in eval mode, at temperature 1."""
+    """Return the log-probs that a model in eval mode gives the tokens of each response, at temperature 1."""
     width = max(len(probe.prompt) + len(probe.response) for probe in probes)
     device = next(model.parameters()).device
     ids = torch.zeros(len(probes), width, dtype=torch.long, device=device)
@@ -279,7 +281,7 @@ def token_logps(model: nn.Module, probes: Sequence[Probe]) -> list[list[float]]:
 
 
 def _chosen(probes: Sequence[Probe], logps: Sequence[Sequence[float]]) -> list[Place]:
-    """Half of the tokens to ask about where the policies differ most, and others at equal distances."""
+    """Choose tokens to ask about: half where the policies differ most, the others evenly spaced."""
     places = [
         Place(
             [*probe.prompt, *probe.response[:t]],
@@ -290,7 +292,7 @@ def _chosen(probes: Sequence[Probe], logps: Sequence[Sequence[float]]) -> list[P
         for probe, row in zip(probes, logps, strict=True)
         for t in range(len(probe.response))
     ]
-    if any(place.previous is None for place in places):  # all, of those that were never scored
+    if any(place.previous is None for place in places):  # then none of them was scored before
         return places[:: -(-len(places) // _ASKED)]
     order = sorted(range(len(places)), key=lambda k: -abs(places[k].new - places[k].previous))
     rest = sorted(order[_ASKED // 2 :])
@@ -299,7 +301,7 @@ def _chosen(probes: Sequence[Probe], logps: Sequence[Sequence[float]]) -> list[P
 
 
 def _remove_policies(folder: Path, process: int, keep: Path | None = None) -> None:
-    """Delete the folders of policies that no server needs any more."""
+    """Delete the folders of all policies except `keep`."""
     if os.getpid() != process or not PartialState().is_main_process:  # a child that was forked has the object, too
         return
     for path in folder.glob("policy-*"):

@@ -1,4 +1,4 @@
-"""How much a server is given to do at once, counted in tokens."""
+"""A limit on the work that a server is given at once, counted in tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from windkern._checks import check_count
 
 
 class TokenGate:
-    """Lets requests through while the tokens they may need together stay within a bound.
+    """Admits requests as long as the tokens they may need, taken together, stay within a bound.
 
-    A server's memory goes by tokens, not by prompts: many short requests may be under way at once, and few long ones.
-    A request that is larger than the bound goes alone. Behind one that fails nobody is let through any more: an answer
-    would be lost when the others are cancelled.
+    A server's memory is used by tokens, not by prompts: many short requests can run at once, or a few long ones. A
+    request larger than the bound runs alone. After a failure no further request is admitted, because its answer would
+    be lost when the rest is cancelled.
 
     Args:
-        most: tokens under way at once.
+        most: tokens in flight at once.
 
     Raises:
         ValueError: `most` is not positive.
@@ -31,7 +31,7 @@ class TokenGate:
 
     @asynccontextmanager
     async def hold(self, tokens: int) -> AsyncIterator[None]:
-        """Inside, so many tokens are under way."""
+        """Count `tokens` as in flight inside this context."""
         tokens = min(tokens, self.most)
         async with self._changed:
             while self.free < tokens or self.failed:

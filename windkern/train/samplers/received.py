@@ -1,4 +1,4 @@
-"""What a server has answered already, on the disk, so that no failure and no kill makes it answer twice."""
+"""Answers kept on disk, so that a server need not answer twice after a failure or a kill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def key_of(*parts: object) -> str:
-    """Return a name for what JSON can hold.
+    """Return a name for values that JSON can hold.
 
     Example:
         >>> key_of("/completions", {"n": 2}) == key_of("/completions", {"n": 2}) != key_of("/completions", {"n": 3})
@@ -21,19 +21,19 @@ def key_of(*parts: object) -> str:
 
 
 class Received:
-    """Answers by their requests, a file each.
+    """Answers by the keys of their requests, one file each.
 
-    A file is there as a whole or not at all; one that cannot be read counts as not there: it can be asked for again.
+    A file is complete once it has its name. A file that cannot be read counts as missing: the server is asked again.
 
     Args:
-        folder: made where it is needed.
+        folder: created with the first answer.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
     def get(self, key: str) -> object | None:
-        """The answer to a request, None where there is none."""
+        """Return the answer to a request, None if there is none."""
         try:
             return json.loads(self._path(key).read_text("utf-8"))
         except (OSError, ValueError, RecursionError):

@@ -134,10 +134,10 @@ def completion_mask(tokens: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Ten
 
 @contextlib.contextmanager
 def _own_settings(model) -> Iterator[None]:
-    """Let `generate` see the settings it is given and no others.
+    """Make `generate` use only the settings it is given.
 
-    Hazard: transformers fills what they leave open from model.generation_config: suppressed or forced tokens, biases,
-    stop strings. Remedy: an empty one while it generates.
+    Hazard: transformers fills unset fields from model.generation_config: suppressed or forced tokens, biases, stop
+    strings. Remedy: model.generation_config is empty while it generates.
     """
     owners = [module for module in model.modules() if "generation_config" in vars(module)]  # below wrappers and PEFT
     kept = [owner.generation_config for owner in owners]
@@ -163,7 +163,7 @@ class TransformersSampler:
     each response.
 
     Args:
-        model: causal LM; its weights are used as they are at each call.
+        model: causal LM; each call uses the weights it has at that time.
         tokenizer: its tokenizer.
         max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
@@ -241,7 +241,7 @@ class TransformersSampler:
         )
 
     def _check_positions(self, prompts: Sequence[str], lengths: Tensor) -> None:
-        """Reason: beyond its positions a model ends in an index out of range, or writes what it never learnt to."""
+        """Reason: beyond its positions a model raises IndexError, or writes what it was not trained for."""
         most, longest = positions_of(self.model), int(lengths.argmax())
         if most is not None and int(lengths.max()) + self.max_completion_length > most:
             raise ValueError(

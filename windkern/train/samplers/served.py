@@ -1,4 +1,4 @@
-"""Responses of a server that is given the weights of the policy before each iteration."""
+"""Responses from a server that receives the policy's weights before each iteration."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from windkern.train.samplers.sampler import Completions
 from windkern.train.samplers.server import Answer, RefusedError, ServerError
 from windkern.train.seeds import stream
 
-TOKENS = 131072  # ours: some hundred responses of 500 tokens, what one GPU has under way
+TOKENS = 131072  # our choice: a few hundred responses of 500 tokens, about what one GPU runs at once
 _STARTS = 3  # times that a server may be started again within one call of `sample`
 
 Listener = Callable[[Sequence[int], Sequence[Drawn]], None]  # token ids of a prompt, responses to it
 
 
 class ServedSampler:
-    """Samples from a server that follows the policy: token ids go in and come out, and nothing is encoded anew.
+    """Samples from a server that follows the policy. Token ids go in and come out; no text is re-encoded.
 
-    `update` gives the server the weights of the policy (an adapter, or all of them) through a folder that both see, and
-    makes sure that it serves them; `sample` draws from it. A server that was started again is given them anew. Answers
-    are kept on the disk as they come, so that neither a failure nor a kill makes the server answer twice.
+    `update` gives the server the policy's weights (an adapter, or all of them) and verifies that it serves them;
+    `sample` draws from it. A server that was started again receives the weights again. Answers are kept on disk as they
+    arrive, so that the server need not answer twice after a failure or a kill.
 
     Args:
-        engine: of the server, such as `windkern.train.samplers.vllm.Vllm`.
+        engine: how the server is asked, such as `windkern.train.samplers.vllm.Vllm`.
         tokenizer: of the policy.
-        folder: for policies and answers; the server must see it under the same name.
+        folder: holds policies and answers; the server must see it under the same path.
         max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
         system: system message for the chat template, None for the template's own.
-        tokens: under way at once, prompts and longest responses together.
-        listener: told of every group of responses.
+        tokens: limit of tokens in flight, counting prompts and the longest possible responses.
+        listener: called with the token ids of each prompt and its responses.
 
     Raises:
         ValueError: a number is out of range, or the tokenizer names no end token.
-        ServerError: when updating, the server does not serve the policy; when sampling, no answer after all attempts, a
-            status that says the request itself is wrong, or an answer that is not what was asked for.
+        ServerError: when updating: the server does not serve the policy. When sampling: no answer after all attempts, a
+            status that blames the request, or an answer that is not what was asked for.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ServedSampler:
         return self.engine.server
 
     def update(self, model: nn.Module) -> None:
-        """Let the server follow the policy; every process must call it.
+        """Make the server serve the policy. Every process must call this.
 
         Raises:
             ServerError: it does not serve the policy.
@@ -91,7 +91,7 @@ class ServedSampler:
         self.follower.update(model, sorted(self.ends))
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """`num_generations` to each prompt; the seed is passed on, and it is the server's to honour it."""
+        """Draw `num_generations` responses to each prompt. The server receives the seed; honouring it is up to it."""
         check_count("num_generations", num_generations, least=1)
         opened = encode_opened(self.tokenizer, opened_prompts(self.tokenizer, prompts, system=self.system))
         seeds = [stream(seed, place, prompt) % 2**31 for place, prompt in enumerate(prompts)]
@@ -117,7 +117,7 @@ class ServedSampler:
         )
 
     def _all(self, draws: Sequence[Draw]) -> list[list[Drawn]]:
-        """The responses of all draws, from a server that serves the policy from the first to the last."""
+        """Return the responses of all draws, from a server that served the policy throughout."""
         keys: list[str] = []
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(self.server.client()) as client:
             portal.call(self.engine.find, client)
@@ -141,7 +141,7 @@ class ServedSampler:
         return TokenGate(self.tokens), anyio.Lock()
 
     async def _draw(self, client, gate: TokenGate, lock: anyio.Lock, draw: Draw, keys: list[str]) -> list[Drawn]:
-        """As many responses as are wanted; a server that gives fewer is asked again for the rest."""
+        """Return as many responses as are wanted, asking again if the server returns fewer."""
         found: list[Drawn] = []
         while len(found) < draw.count:
             rest = draw._replace(count=draw.count - len(found), seed=draw.seed + len(found))
@@ -164,7 +164,7 @@ class ServedSampler:
         return found
 
     async def _whole(self, client, lock: anyio.Lock, path: str, body: dict, draw: Draw) -> tuple[Answer, list[Drawn]]:
-        """An answer that the server has not given up half-way: what it gave up would have been longer than the rest."""
+        """Return an answer in which no response was aborted. Reason: long responses are the likelier to be aborted."""
         attempt = 1
         while True:
             answer = await self._post(client, lock, path, body)
@@ -182,7 +182,7 @@ class ServedSampler:
         except RefusedError as error:
             if self.follower.policy is None or not self.engine.lacks(error):
                 raise
-        async with lock:  # the first to find out gives it the policy, and the others ask again
+        async with lock:  # the first request to be refused restores the policy; the others ask again
             try:
                 return await self.server.post(client, path, body)
             except RefusedError as error:

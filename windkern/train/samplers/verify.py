@@ -1,4 +1,4 @@
-"""Whether a server serves the policy it was given: its log-probs beside the trainer's, new and previous."""
+"""Decide which policy a server serves, from its log-probs and the trainer's for the new and the previous policy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 # Ours. Two dtypes, or 8-bit weights, differ by some hundredths of a nat a token; two models by several tenths.
 MOST_GAP = 0.25  # nats, mean over tokens
-_GROWN = 5.0  # times what the server differed by after the first update, beyond which some weights are not the new ones
-_LEAST_GAP = 0.01  # nats, which it may differ by in any case
+_GROWN = 5.0  # times the difference after the first update; beyond it, some of the weights are not the new ones
+_LEAST_GAP = 0.01  # nats, always accepted as a difference
 _CHOSEN = 32  # tokens where the two policies differ most that decide
 _CLEAR = 4.0  # times the noise that two policies must differ there
 _LEAST = 1e-5  # nats; what float32 makes of a log-prob, where a server repeats itself to the last bit
@@ -19,14 +19,14 @@ _LEAST = 1e-5  # nats; what float32 makes of a log-prob, where a server repeats 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the log-probs of a server say; all of them nats, means of absolute differences a token."""
+    """A verdict with its evidence. Numbers are means of absolute differences a token, in nats."""
 
     verdict: str  # new, stale, other (another model, or a part of the weights), or unknown: new or previous
     gap: float  # between server and new policy, all tokens
     apart: float = 0.0  # between new and previous policy, where they differ most
     to_new: float = 0.0  # between server and new policy, there
     to_previous: float = 0.0  # between server and previous policy, there
-    noise: float = 0.0  # what the server differs by from the nearer of the two, median
+    noise: float = 0.0  # median difference between the server and the nearer of the two
 
 
 def compare(
@@ -36,18 +36,18 @@ def compare(
     *,
     usual: float | None = None,
 ) -> Comparison:
-    """Return whose log-probs of some tokens a server has.
+    """Return which policy a server's log-probs of some tokens come from.
 
-    On the quarter of the tokens (at most 32) where new and previous policy differ most, those of the server must lie
-    closer to the new one's. Nothing can be said where the two differ there by less than four times the noise, which is
-    the median difference between the server and the nearer of the two over all tokens.
+    On the quarter of the tokens (at most 32) where new and previous policy differ most, the server's log-probs must be
+    closer to the new policy's. The verdict is "unknown" if the two differ there by less than four times the noise: the
+    median, over all tokens, of the difference between the server and the nearer of the two.
 
     Args:
         new: T log-probs by the policy as it is now, nats.
         served: as the server gives them.
-        previous: by the policy before it; None where there was none.
-        usual: what the server differed by after the first update; where it differs by much more now, it has taken some
-            of the weights only. None: not known.
+        previous: by the policy before it; None if there was none.
+        usual: the server's difference after the first update. If it is much larger now, the server has taken only some
+            of the weights. None: not known.
 
     Raises:
         ValueError: not T numbers each, at least one.

@@ -1,4 +1,4 @@
-"""The weights of a policy as a folder that a server can read: an adapter, or a whole model."""
+"""Write a policy's weights to a folder that a server can read: an adapter, or a whole model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from windkern.train.models import sync_files
 
 
 def is_adapter(model: nn.Module) -> bool:
-    """Whether a model is one of PEFT, of which a server needs the adapter only."""
+    """Whether a model is a PEFT model, so that a server needs only its adapter."""
     return hasattr(model, "peft_config")
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a server needs of a model, on the CPU: the tensors of its adapter, or all of its weights.
+    """Return the tensors that a server needs, on the CPU: those of the adapter, or all weights.
 
-    Every process of a sharded model must call it.
+    Every process of a sharded model must call this.
 
     Raises:
-        ValueError: DeepSpeed ZeRO-3 has cut the model in pieces, or several adapters are active.
+        ValueError: DeepSpeed ZeRO-3 has partitioned the model, or several adapters are active.
     """
     if any(hasattr(value, "ds_id") for value in model.parameters()):
         raise ValueError(
@@ -55,7 +55,7 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
-    """Return a name for the contents of some tensors, every byte of which counts.
+    """Return a digest of names, dtypes, shapes and bytes of tensors.
 
     Example:
         >>> digest_of({"a": torch.zeros(2)}) == digest_of({"a": torch.zeros(2)}) != digest_of({"a": torch.ones(2)})
@@ -70,12 +70,12 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 
 
 def write(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    """Write a model's weights to a folder, which is there as a whole or not at all.
+    """Write a model's weights to a folder, which gets its name once it is complete.
 
     Args:
-        model: of which the configuration is taken.
-        state: of `state_of`.
-        folder: replaced if it is there.
+        model: its configuration is written as well.
+        state: from `state_of`.
+        folder: replaced if it exists.
 
     Raises:
         OSError: it cannot be written.
