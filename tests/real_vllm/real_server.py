@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 EXECUTABLE = os.environ.get("WINDKERN_VLLM", "")  # the vllm of an environment of its own
-_UP = 600  # seconds to wait for it
+_UP = 1800  # seconds to wait for it
 _SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -24,15 +24,16 @@ _SETTINGS = {
 
 
 class RealServer:
-    """`vllm serve` of a model in float32, with adapters of rank 16 at most, under the name "base".
+    """`vllm serve` of a model in float32 under the name "base".
 
     Args:
         model: folder.
         log: file for what it says.
+        adapters: whether it takes them, of rank 16 at most.
     """
 
-    def __init__(self, model: Path | str, log: Path):
-        self.model, self.log = model, log
+    def __init__(self, model: Path | str, log: Path, *, adapters: bool = True):
+        self.model, self.log, self.adapters = model, log, adapters
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -41,8 +42,9 @@ class RealServer:
 
     def start(self) -> None:
         command = [EXECUTABLE, "serve", str(self.model), "--served-model-name", "base", "--dtype", "float32"]
-        command += ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16", "--enable-lora"]
-        command += ["--max-lora-rank", "16", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16"]
+        command += ["--enable-lora", "--max-lora-rank", "16"] if self.adapters else []
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | _SETTINGS
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
