@@ -46,9 +46,9 @@ JUDGE = vader_judge(4.0)
 FIGURES: dict[str, object] = {}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def figures():
-    """What was measured, in the file that WINDKERN_VLLM_FIGURES names."""
+    """What has been measured so far, in the file that WINDKERN_VLLM_FIGURES names."""
     FIGURES["machine"] = {"cpu": cpu_name(), "torch": torch.__version__, "vllm": vllm_version()}
     yield
     if path := os.environ.get("WINDKERN_VLLM_FIGURES"):
