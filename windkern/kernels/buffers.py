@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from windkern.kernels.pages import in_huge_pages
+
 
 @dataclass
 class Recording:
@@ -70,8 +72,8 @@ def add_flops(flops: int) -> None:
 
 
 def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return track(name, torch.empty(shape, dtype=dtype, device=device))
+    return track(name, in_huge_pages(torch.empty(shape, dtype=dtype, device=device)))
 
 
 def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return track(name, torch.zeros(shape, dtype=dtype, device=device))
+    return empty(name, shape, dtype, device).zero_()

@@ -9,11 +9,16 @@ from windkern import backends
 from windkern.kernels import buffers
 from windkern.kernels.contract import DZ_BINADES, RowKernels
 from windkern.kernels.gemm import accumulator
+from windkern.kernels.pages import in_huge_pages
 from windkern.ops.gradients import power_of_two
 from windkern.ops.inputs import Inputs, acc_dtype
 
 # Elements that are scaled at once on a CPU: bounds the float32 copy.
 _BLOCK = 1 << 20
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    return in_huge_pages(torch.empty_like(tensor, memory_format=torch.contiguous_format)).zero_()
 
 
 class HeldGradients:
@@ -33,7 +38,7 @@ class HeldGradients:
         self.weight_dtypes = [head.dtype for head in inputs.weight]
         self.bias_dtype = None if inputs.bias is None else inputs.bias.dtype
         self.hidden = [
-            torch.zeros_like(block, memory_format=torch.contiguous_format) if flag else None
+            _zeros_like(block) if flag else None
             for block, flag in zip(inputs.hidden, wanted["hidden_grad"], strict=True)
         ]
         self.hidden_scale = [
@@ -45,7 +50,7 @@ class HeldGradients:
             if flag and self.accumulates and head.dtype != acc:
                 self.weight.append(buffers.zeros("accumulator", tuple(head.shape), acc, head.device))
             else:
-                self.weight.append(torch.zeros_like(head, memory_format=torch.contiguous_format) if flag else None)
+                self.weight.append(_zeros_like(head) if flag else None)
         self.weight_scale: list[Tensor | None] = [None] * len(self.weight)
         self.bias = torch.zeros_like(inputs.bias, dtype=acc) if wanted["bias_grad"] else None
 

@@ -11,6 +11,7 @@ from windkern._checks import check_flag
 from windkern.kernels import buffers
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.kernels.gemm import accumulator
+from windkern.kernels.pages import in_huge_pages
 from windkern.ops.inputs import Blocks, Inputs, Weight, prepare, settled
 from windkern.ops.once import differentiable_once
 from windkern.ops.rows import RowBlock
@@ -97,7 +98,7 @@ def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entro
     block = RowBlock.of(spec, hidden, weight, bias, targets, rows)
     stats = RowStats(*stats.unbind(0), block.padded(entropy) if spec.entropy else None)
     dweight = [
-        torch.empty_like(head, memory_format=torch.contiguous_format) if flag else None
+        in_huge_pages(torch.empty_like(head, memory_format=torch.contiguous_format)) if flag else None
         for head, flag in zip(weight, spec.weight_grad, strict=True)
     ]
     dbias = torch.empty_like(bias) if spec.bias_grad else None
