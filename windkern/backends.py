@@ -25,7 +25,7 @@ class Backend:
     """One implementation of the row-kernel contract in `windkern.kernels.contract`."""
 
     name: str
-    module: str
+    module: str  # as importlib.import_module takes it, relative to the package
     reason: Callable[[torch.device, torch.dtype], str | None]  # None where it can run
     # Columns of the fused tiles it runs the forward in, by hidden size, operand dtype and batch invariance; None: none.
     tile_columns: Callable[[int, torch.dtype, bool], int | None] = lambda hidden_size, dtype, batch_invariant: None
@@ -34,11 +34,11 @@ class Backend:
     scratch_bytes: Callable[[int, int, int, str], int] = torch_rows.scratch_bytes
 
     def kernels(self) -> ModuleType:
-        return importlib.import_module(self.module)
+        return importlib.import_module(self.module, __package__)
 
 
 def _partial_sums(rows: int, width: int, itemsize: int, device_type: str) -> int:
-    """Of a column's sum: what kernels that hold a row in registers write beside their results."""
+    """Bytes that kernels with a row in registers write beside their results, for the sum of a column."""
     return min(rows, 256) * width * itemsize
 
 
@@ -47,18 +47,18 @@ def _always(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _cpp_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    return importlib.import_module("windkern.kernels.native.cpp").why_not(device, dtype)
+    return BACKENDS["cpp"].kernels().why_not(device, dtype)
 
 
 def _cuda_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    return importlib.import_module("windkern.kernels.native.cuda").why_not(device, dtype)
+    return BACKENDS["cuda"].kernels().why_not(device, dtype)
 
 
 def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it runs on NVIDIA and AMD GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
     try:
-        importlib.import_module("windkern.kernels.triton.rows")
+        BACKENDS["triton"].kernels()
     except ImportError as error:
         return f"Triton cannot be imported ({error}); a torch for GPUs brings it, else: pip install 'triton>=3.4'"
     return None
@@ -66,12 +66,12 @@ def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 # In order of preference: "auto" takes the first that can run; on a GPU in the order of `kernels/tuned.json`.
 BACKENDS = {
-    "cpp": Backend("cpp", "windkern.kernels.native.cpp", _cpp_reason),
+    "cpp": Backend("cpp", ".kernels.native.cpp", _cpp_reason),
     "triton": Backend(
-        "triton", "windkern.kernels.triton.rows", _triton_reason, tuned.tile_columns, scratch_bytes=_partial_sums
+        "triton", ".kernels.triton.rows", _triton_reason, tuned.tile_columns, scratch_bytes=_partial_sums
     ),
-    "cuda": Backend("cuda", "windkern.kernels.native.cuda", _cuda_reason, wide_dz=False, scratch_bytes=_partial_sums),
-    "torch": Backend("torch", "windkern.kernels.torch.rows", _always),
+    "cuda": Backend("cuda", ".kernels.native.cuda", _cuda_reason, wide_dz=False, scratch_bytes=_partial_sums),
+    "torch": Backend("torch", ".kernels.torch.rows", _always),
 }
 
 
