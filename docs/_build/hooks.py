@@ -59,6 +59,9 @@ def on_page_content(content: str, **_: object) -> str:
     def formula(found: re.Match[str]) -> str:
         text = html.unescape(found[2]).strip()
         kind = "inline" if text.startswith("\\(") else "block"
-        return convert(text[2:-2].strip().replace(r"\log ", r"\log\, "), display=kind)
+        made = convert(text[2:-2].strip().replace(r"\log ", r"\log\, "), display=kind)
+        if "\\" in made:  # a command that latex2mathml does not know
+            raise ValueError(f"a formula cannot be written as MathML: {text}")
+        return made
 
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', formula, content, flags=re.DOTALL)
