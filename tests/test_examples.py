@@ -107,33 +107,35 @@ def wind_loop():
     yield from imported("wind_loop")
 
 
-def test_the_wind_loop_falls_on_a_tiny_model(wind_loop, monkeypatch, capsys):
-    """The whole loop, with a model of two layers in the place of the packaged one."""
+def test_the_wind_loop_learns_on_a_tiny_model(wind_loop, monkeypatch, capsys):
+    """The whole loop, with a model of two layers in the place of the packaged one, and rewards for high ids."""
     tokenizer = tiny_model.make_tokenizer()
     monkeypatch.setattr(wind_loop, "load_model", lambda name, dtype: (tiny_model.make_model().eval(), tokenizer))
     monkeypatch.setattr(wind_loop, "PROMPTS", ("the bus", "rain"))
-    monkeypatch.setattr(wind_loop, "judge", lambda tokenizer, batch, groups: by_length(batch, groups))
-    curve = wind_loop.main(iterations=2, responses=3, tokens=4, steps=3)
-    assert [len(losses) for losses in curve] == [3, 3] and all(losses[-1] < losses[0] for losses in curve)
-    assert capsys.readouterr().out.count("loss") == 2
+    monkeypatch.setattr(wind_loop, "ETA", 20.0)  # steps that a few responses show
+    monkeypatch.setattr(wind_loop, "judge", lambda tokenizer, responses: by_ids(responses))
+    curve = wind_loop.main(iterations=5, count=16, tokens=4, steps=8, lr=1e-2)
+    first, *_, last = (torch.tensor(rewards) for rewards in curve)
+    assert [len(rewards) for rewards in curve] == [32] * 5
+    assert last.mean() > first.mean() + 2 * (first.var() + last.var()).div(32).sqrt()
+    for line in capsys.readouterr().out.splitlines():
+        losses = [float(each) for each in line.split("loss ")[1].split()]
+        assert " +- " in line and len(losses) == 8 and min(losses) < 0.5 * losses[0]
 
 
-def by_length(batch, groups):
-    rewards = batch["ids"].float().sum(-1).view(groups, -1).sin()
-    return torch.sigmoid(rewards[:, :, None] - rewards[:, None, :]), rewards
+def by_ids(responses):
+    rewards = torch.tensor([[sum(ids) / 17 / len(ids) for ids in group] for group in responses])
+    return rewards, torch.sigmoid(8 * (rewards[:, :, None] - rewards[:, None, :]))
 
 
 def test_the_wind_loop_judges_by_sentiment(wind_loop):
-    """Win rates follow the lexicon, and what is not part of a response is not read."""
+    """Win rates follow the lexicon."""
 
     class Words:
-        pad_token_id = 0
+        def batch_decode(self, rows, skip_special_tokens):
+            return [" ".join(("", "wonderful", "awful")[token] for token in row) for row in rows]
 
-        def batch_decode(self, ids, skip_special_tokens):
-            return [" ".join(("", "wonderful", "awful")[token] for token in row) for row in ids.tolist()]
-
-    batch = {"ids": torch.tensor([[2, 1], [1, 2]]), "completion": torch.tensor([[0, 1], [0, 1]])}
-    prefs, rewards = wind_loop.judge(Words(), batch, groups=1)
+    rewards, prefs = wind_loop.judge(Words(), [[[1], [2]]])
     assert rewards[0, 0] > 0.5 and rewards[0, 1] < -0.3 and prefs[0, 0, 1] > 0.99
     torch.testing.assert_close(prefs + prefs.mT, torch.ones(1, 2, 2))
 
