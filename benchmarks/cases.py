@@ -84,7 +84,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the products nobody can avoid."""
+        """FLOPs of the products that no implementation can avoid."""
         return 2 * self.shape.rows * self.shape.hidden * self.shape.vocab * PRODUCTS[self.mode]
 
     @property

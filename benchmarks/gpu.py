@@ -90,7 +90,7 @@ def _peers(results: Path, seconds: float) -> list[str]:
 def _tests(results: Path, seconds: float) -> list[str]:
     files = map(str, sorted(Path("tests").rglob("test_gpu*.py")))
     parallel = ("-n", "8", "--dist", "worksteal", "--maxfail", "30", "--session-timeout", str(int(seconds - GRACE)))
-    # Reason: a library that is newer than those tried here may warn; that is no failure of a kernel.
+    # Reason: a library that is newer than those tried here may warn, which does not mean that a kernel failed.
     shown = ("-p", "benchmarks.failures", "-W", "default", "-rs", "--tb", "short")
     return [sys.executable, "-m", "pytest", "-m", "gpu", *files, *parallel, *shown, "--deselect", SANITIZER]
 
@@ -219,7 +219,7 @@ class Run:
         return self.deadline - self.clock() - 2 * GRACE
 
     def step(self, step: Step) -> None:
-        """Run a step, again where a peer broke the device for its process: the next one goes on without its row."""
+        """Run a step, again where a peer broke the device for its process: the next one continues without its row."""
         stop, attempt = self.clock() + step.seconds, 0
         while True:
             seconds = min(self.left(), stop - self.clock())

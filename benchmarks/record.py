@@ -125,7 +125,7 @@ def read(path: Path) -> dict[str, Any]:
     """A results file.
 
     Raises:
-        ValueError: the file is no results file of this schema.
+        ValueError: the file is not a results file of this schema.
     """
     data = json.loads(path.read_text())
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:

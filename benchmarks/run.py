@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [--cases PATTERNS] [--peers PATTERNS] [--seconds N] [--minutes N] [--out FILE] [--append]
 
-Rows that are already in FILE are skipped, and FILE is written after every round: a run that was killed goes on where
+Rows that are already in FILE are skipped, and FILE is written after every round: a run that was killed continues where
 it was. See benchmarks/README.md.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.provider import Provider, Result, Step, quiet, through_onednn
 
 DEFAULT_SECONDS = 20.0
 FASTER = 1.1
-CLEARLY_SLOWER = 1.5  # a first call with this ratio is no matter of noise
+CLEARLY_SLOWER = 1.5  # noise does not explain a first call with this ratio
 DEVICE_BROKEN = 3  # exit code
 
 
