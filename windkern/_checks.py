@@ -143,7 +143,7 @@ def check_float_dtype(name: str, value: object) -> torch.dtype:
 
 
 def check_each(name: str, value: object, check: Callable[[str, object], object], blocks: int | None = None) -> tuple:
-    """What `check` returns for each block: of one value, which serves `blocks` of them, or of a tuple or list."""
+    """Apply `check` to each block's value: to one value that serves `blocks` of them, or to each of a tuple or list."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * (blocks or 1)
     if not values or blocks not in (None, len(values)):
         wanted = "one value or more" if blocks is None else f"one value or {blocks} (one for each block)"

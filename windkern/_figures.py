@@ -1,4 +1,4 @@
-"""What the pictures and tables of all commands have in common."""
+"""Make the pictures and tables of all commands alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that survive: JSON that every reader takes, written whole or not at all, and what a power cut leaves."""
+"""Write files that survive: JSON that every reader takes, complete or absent, also after a power cut."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 ANEW = "restore it from a copy, or start another run in another output_dir"
 
@@ -17,7 +18,7 @@ class DamagedRecordError(ValueError):
         super().__init__(f"{path} is damaged ({why}); {way_out}")
 
 
-def to_json(content: object, **options) -> str:
+def to_json(content: object, **options: Any) -> str:
     """Return `content` as JSON of RFC 8259, in characters that UTF-8 can encode.
 
     Values that JSON cannot express are replaced by the nearest it can: NaN and infinities by null, half of a surrogate
@@ -79,7 +80,7 @@ def write_json(path: Path, content: object) -> None:
     sync_dir(path.parent)
 
 
-def read_json(path: Path, way_out: str = ANEW) -> object | None:
+def read_json(path: Path, way_out: str = ANEW) -> Any:
     """Return the content of a JSON file, or None if it does not exist.
 
     Args:

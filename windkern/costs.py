@@ -1,4 +1,4 @@
-"""What a walk takes, by slab width and slabs kept: bytes, FLOPs, and seconds of a reference device."""
+"""Predict the cost of a walk by slab width and slabs kept: bytes, FLOPs, and seconds of a reference device."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Problem:
         return max(self.forward_bytes(spec), self.backward_bytes(spec))
 
     def kept_bytes(self, spec: WalkSpec) -> int:
-        """What forward keeps: exponentials and their offsets, or the logits where the entropy is an output."""
+        """Bytes that forward keeps: exponentials and their offsets, or the logits where the entropy is an output."""
         matrix = self.rows * row_stride(spec.kept_columns(self.vocab_size))
         if spec.saves_logits:
             return matrix * self.acc
@@ -270,7 +270,7 @@ class Problem:
         return total
 
     def accumulating_seconds(self) -> float:
-        """What a chunk pays for adding its dweight to that of others: one reading and one writing in float32."""
+        """Bytes that a chunk moves to add its dweight to that of others: one read and one write in float32."""
         return 2 * self.vocab_size * self.weight_grads * self.acc / self.device.bytes
 
     @staticmethod

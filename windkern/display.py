@@ -146,7 +146,7 @@ class Display:
         left = self._forecast.left
         return f"{clock(left)} left" if left is not None and left >= 1 else ""
 
-    # What windkern.train.report.progress.Observer asks for.
+    # The methods of windkern.train.report.progress.Progress.
 
     def phase(self, iteration: int, name: str, steps: int = 1, unit: str = "", done: int = 0) -> None:
         with self._lock:
@@ -167,7 +167,7 @@ class Display:
     def note(self, text: str) -> None:
         self.print((text, "yellow"))
 
-    # What is shown.
+    # The text on the screen.
 
     def print(self, *parts: Part, rich: RenderableType | None = None) -> None:
         """Print a line above the bar: texts, some with a style, whatever they hold; or something of rich's."""

@@ -87,7 +87,7 @@ class Forecast:
 
     @property
     def share(self) -> float:
-        """Of the costs, at their paces; it never falls."""
+        """The share of the costs that is done, at their paces; it never falls."""
         paces = self._paces()
         total = sum(
             count * sum(cost * self._pace(kind, paces) for kind, cost in phases.items())
@@ -145,7 +145,7 @@ class Forecast:
         return paces.get(kind, paces.get(None, 1.0))
 
     def _remaining(self, paces: Mapping[Kind | None, float]) -> float:
-        """Of the costs, at their paces."""
+        """Seconds that the costs take at their paces."""
         phases = self._phases(self._at)
         places = list(phases)
         behind = places.index(self._last) + 1 if self._last else 0

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 
-def _blocks(value: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
-    return list(value) if isinstance(value, (tuple, list)) else [value]
+def _blocks(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
 
 
 def logits(
-    hidden,
-    weight,
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
     *,
     bias: Tensor | None = None,
     scale: float = 1.0,
@@ -47,7 +48,13 @@ def logits(
 
 
 def token_logps(
-    hidden, weight, targets: Tensor, *, ignore_index: int = -100, entropy: bool = False, **logits_of
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    **logits_of: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logps, lse, entropy), each shaped like targets, 0 where ignored; entropy None unless asked for.
 
@@ -86,7 +93,14 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def sequence_logps(
-    hidden, weight, targets: Tensor, *, cu_seqlens=None, normalize: str = "sum", ignore_index: int = -100, **kwargs
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    normalize: str = "sum",
+    ignore_index: int = -100,
+    **kwargs: Any,
 ) -> Tensor:
     """Token log-probs summed (or averaged over scored tokens) per sequence; padded (..., T) -> (...), packed -> (S,).
 
@@ -104,7 +118,14 @@ def sequence_logps(
 
 
 def fused_loss(
-    loss_fn: Callable[..., Tensor], hidden, weight, targets: Tensor, *, per_group=None, reduction="mean", **kwargs
+    loss_fn: Callable[..., Tensor],
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    *,
+    per_group: Any = None,
+    reduction: str = "mean",
+    **kwargs: Any,
 ) -> Tensor:
     """loss_fn over sequence log-probs (B, N), reduced over the B groups.
 
@@ -129,14 +150,20 @@ def preferences(rewards: Tensor, link: str = "bradley_terry") -> Tensor:
     return torch.sigmoid(gap) if link == "bradley_terry" else 0.5 * (1 + torch.sign(gap))
 
 
-def win_rates(prefs=None, *, rewards=None, link: str = "bradley_terry", where=None) -> Tensor:
+def win_rates(
+    prefs: Tensor | None = None,
+    *,
+    rewards: Tensor | None = None,
+    link: str = "bradley_terry",
+    where: Tensor | None = None,
+) -> Tensor:
     """(B, N): mean over the counted j, i itself included with 1/2, of the chance that i beats j; 0 where masked.
 
     Example:
         >>> win_rates(rewards=torch.tensor([[1.0, 0.0]]), link="step")
         tensor([[0.7500, 0.2500]])
     """
-    prefs = preferences(rewards, link) if prefs is None else prefs
+    prefs = preferences(cast(Tensor, rewards), link) if prefs is None else prefs
     prefs = torch.where(torch.eye(prefs.shape[-1], dtype=torch.bool, device=prefs.device), 0.5, prefs)
     if where is None:
         return prefs.mean(-1)
@@ -146,12 +173,12 @@ def win_rates(prefs=None, *, rewards=None, link: str = "bradley_terry", where=No
 
 def pair_loss(
     scores: Tensor,
-    prefs=None,
+    prefs: Tensor | None = None,
     *,
-    rewards=None,
+    rewards: Tensor | None = None,
     link: str = "bradley_terry",
     loss: str = "square",
-    where=None,
+    where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Mean over ordered pairs i != j of a group, then over groups, with the N x N matrix written out.
@@ -160,7 +187,7 @@ def pair_loss(
         >>> float(pair_loss(torch.zeros(1, 2), rewards=torch.tensor([[1.0, 0.0]]), link="step"))
         0.25
     """
-    prefs = preferences(rewards, link) if prefs is None else prefs
+    prefs = preferences(cast(Tensor, rewards), link) if prefs is None else prefs
     gap = scores.unsqueeze(-1) - scores.unsqueeze(-2)
     terms = {
         "square": lambda: (gap - (prefs - 0.5)).square(),

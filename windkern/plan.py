@@ -22,7 +22,7 @@ DEFAULT_BUDGET_GPU = 2048 * MIB
 
 @dataclass(frozen=True)
 class Plan:
-    """What an op will do: pure data, printed as an explanation.
+    """The decisions about an op before it runs: pure data, printed as an explanation.
 
     `units` counts GEMM work in multiples of rows * hidden_size * vocab_size multiply-adds, forward and backward
     together: plain logits take 6, recomputing every logit takes 8. `peak_bytes` is everything allocated beside

@@ -1,4 +1,4 @@
-"""What a rank holds of a head that is cut over processes, accepted by the ops wherever they take a weight."""
+"""One rank's part of a head that is cut over processes; ops accept it wherever they take a weight."""
 
 from __future__ import annotations
 

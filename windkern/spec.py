@@ -1,4 +1,4 @@
-"""What a walk over the vocabulary does, decided once by the plan and obeyed by everything below it."""
+"""The specification of a walk over the vocabulary: the plan decides it once, and everything below obeys it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class WalkSpec:
     factored: bool  # backward multiplies exponentials; dz is written only for an upstream on lse
     wide_dz: bool  # dz is written in the dtype that is multiplied; else in that of the operands
     backend: str  # of the row kernels
-    # Of a head that is cut over processes, see `windkern.shard.Cut`:
+    # These describe a head that is cut over processes, see `windkern.shard.Cut`:
     group: str = ""  # "": the head is whole
     streams: bool = False
     vocab_start: int = 0

@@ -1,4 +1,4 @@
-"""What may reach a terminal: text from outside, without what the terminal would obey."""
+"""Make text from outside safe to print: without the characters that a terminal would obey."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What our tests, benchmarks and `windkern doctor` hold a result against: a small problem, its error and its budget.
+"""Check a result, in tests, benchmarks and `windkern doctor`: a small problem, its error and its budget.
 
 For tests of a kernel, back end or model of your own; no test framework is needed. The specification is
 `windkern.naive` in float64, and a result may be wrong by a multiple of what plain PyTorch in the same dtype is.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,7 +205,7 @@ class Problem:
         places = torch.arange(like.numel(), dtype=torch.float64).view(like.shape)
         return [torch.sin(1.0 + places * (k + 1.3)).to(like.dtype) for k in range(count)]
 
-    def run(self, function: Callable, dtype: torch.dtype, gear: str, **kwargs) -> dict[str, Tensor]:
+    def run(self, function: Callable, dtype: torch.dtype, gear: str, **kwargs: Any) -> dict[str, Tensor]:
         """Return outputs and gradients by name, on the CPU: logps, lse, entropy, dhidden0, dweight0, dbias.
 
         Args:

@@ -1,4 +1,4 @@
-"""What happens to the logits between the head and the softmax."""
+"""Transform the logits between the head and the softmax."""
 
 from __future__ import annotations
 

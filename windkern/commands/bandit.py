@@ -23,7 +23,7 @@ SUMMARY = "WIND, iterative BOND, J-BOND and SPPO on the same contextual bandits,
 
 @dataclass(frozen=True)
 class Output:
-    """Where the results go."""
+    """The place for the results."""
 
     output_dir: Path = option(Path("bandit"), "folder for picture and JSON", metavar="DIR")
 
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         from windkern.train.models import require
 
         require("rich", "matplotlib")
+        assert display is not None  # rich is there
         return _run(filled(BanditSettings, arguments), filled(Output, arguments).output_dir, display)
 
 

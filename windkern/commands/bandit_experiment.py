@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -34,7 +35,7 @@ def exact_runs(settings: BanditSettings) -> dict[str, Run]:
         "sppo": {"eta": settings.eta},
     }
 
-    def runner(method: str, own: Mapping[str, float]) -> Run:
+    def runner(method: str, own: Mapping[str, Any]) -> Run:
         return lambda game, seed: solve(game, method, iterations=settings.exact_iterations, tol=0, **own)
 
     return {method: runner(method, own) for method, own in options.items()}
@@ -57,7 +58,7 @@ def sampled_runs(settings: BanditSettings) -> dict[str, Run]:
     options = dict.fromkeys(OBJECTIVES, usual)
     options |= {"iterative_bond": usual | settings.mixing, "jbond": jbond, "sppo": usual}
 
-    def runner(objective: str, own: Mapping[str, float]) -> Run:
+    def runner(objective: str, own: Mapping[str, Any]) -> Run:
         return lambda game, seed: fit(game, objective, seed=seed, **own)
 
     return {objective: runner(objective, own) for objective, own in options.items()}
@@ -87,15 +88,13 @@ def mean_and_error(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return stacked.mean(0), stacked.std(0, ddof=1) / math.sqrt(len(rows))
 
 
-def responses_to_target(curve: dict[str, object], start: float) -> float | None:
+def responses_to_target(curve: dict[str, Any], start: float) -> float | None:
     """Responses drawn in a context until the mean exploitability is first below TARGET times that of ref."""
     below = np.array(curve["exploitability"]["mean"]) < TARGET * start
     return curve["samples"][int(below.argmax())] if below.any() else None
 
 
-def experiment(
-    settings: BanditSettings, begin: Callable[[int, str], None] = lambda game, name: None
-) -> dict[str, object]:
+def experiment(settings: BanditSettings, begin: Callable[[int, str], None] = lambda game, name: None) -> dict[str, Any]:
     """Every method on every game; `begin` is told the game, from 1, and the name of each run before it starts."""
     exact, sampled = exact_runs(settings), sampled_runs(settings)
     found: dict[str, dict[str, list[Solution]]] = {
@@ -111,7 +110,7 @@ def experiment(
             for name, run in runs.items():
                 begin(seed + 1, f"{part} {name}")
                 found[part][name].append(run(game, seed))
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         part: {name: summary(solutions) for name, solutions in methods.items()} for part, methods in found.items()
     }
     result["equilibrium"] = {
@@ -123,7 +122,7 @@ def experiment(
     return result
 
 
-def final_table(result: dict[str, object]) -> Table:
+def final_table(result: dict[str, Any]) -> Table:
     """One row a method: where it ended, what it took."""
     table = plain_table()
     table.add_column("")
@@ -139,7 +138,7 @@ def final_table(result: dict[str, object]) -> Table:
     for header in headers:
         table.add_column(header, justify="right")
 
-    def cell(curve: dict[str, object], metric: str, digits: int) -> str:
+    def cell(curve: dict[str, Any], metric: str, digits: int) -> str:
         mean, error = curve[metric]["mean"][-1], curve[metric]["se"][-1]
         return f"{mean:.{digits}f} ± {error:.{digits}f}"
 

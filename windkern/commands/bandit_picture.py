@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def draw(path: Path, content: dict) -> None:
     """Three rows: exact methods, sampled methods on equal draws, and WIND's objectives beside costs and trade-off."""
     from matplotlib import rc_context
 
-    sizes = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5}
+    sizes: Any = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5}
     with rc_context(sizes), picture(path, dpi=130, nrows=3, ncols=4, figsize=(14, 9.4)) as (figure, axes):
         for axis, metric in zip(axes[0], TITLES, strict=True):
             _curves(axis, content, "exact", METHODS, metric, "iterations")
@@ -87,7 +88,7 @@ def _caption(settings: dict) -> str:
     )
 
 
-def _curves(axis, content: dict, part: str, names, metric: str, against: str) -> None:
+def _curves(axis: Any, content: dict, part: str, names: Any, metric: str, against: str) -> None:
     """One line a method, with its standard error, over `against`."""
     logarithmic = metric in LOGARITHMIC
     for name in names:
@@ -121,7 +122,7 @@ def _curves(axis, content: dict, part: str, names, metric: str, against: str) ->
     axis.set_title(TITLES[metric])
 
 
-def _trade_off(axis, content: dict) -> None:
+def _trade_off(axis: Any, content: dict) -> None:
     """Reward bought with distance from the reference: up and to the left is better."""
     exact = content["exact"]["wind"]
     axis.plot(exact["kl_ref"]["mean"], exact["reward"]["mean"], color="0.6", linewidth=1, linestyle="--")
@@ -142,7 +143,7 @@ def _trade_off(axis, content: dict) -> None:
     axis.set_axisbelow(True)
 
 
-def _seconds(axis, content: dict) -> None:
+def _seconds(axis: Any, content: dict) -> None:
     """Wall-clock of the sampled runs, without that of the metrics."""
     names = list(content["sampled"])
     places = -np.arange(len(names))

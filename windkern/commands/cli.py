@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from windkern import __version__
 from windkern.commands import bandit, demo, doctor, evaluate, losses, plot, train
@@ -32,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
         given = sys.argv[1:] if args is None else args
         return super().parse_known_args(list(map(_with_dashes, given)), namespace)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         super().error(printable(message))
 
 

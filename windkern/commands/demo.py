@@ -6,7 +6,7 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from windkern.commands.loading import loading
 from windkern.settings.options import add_options, filled, given, option, shared
@@ -67,7 +67,7 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, object]:
     from windkern.kernels import cpu_libraries
 
     options = filled(Options, arguments)
-    changes = {} if cpu_libraries.has_bfloat16_products() else dict(FLOAT32)
+    changes: dict[str, Any] = {} if cpu_libraries.has_bfloat16_products() else dict(FLOAT32)
     changes |= given(Changes, arguments)
     if "learning_rate" in changes:
         changes["lr_scheduler_kwargs"] = {"lr_end": changes["learning_rate"] / 2, "power": 1.0}
@@ -100,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         from windkern.train.models import require
 
         require("transformers", "accelerate", "yaml", "rich")
+        assert display is not None  # rich is there
         return _run(arguments, filled(Options, arguments), display)
 
 
@@ -115,9 +116,12 @@ def _run(arguments: argparse.Namespace, options: Options, display: Display) -> i
         output_dir=options.output_dir,
     )
     require(*settings.packages(config))
+    from windkern.settings.run import RunConfig
     from windkern.train import launch
 
+    assert isinstance(settings, RunConfig)  # the recipe's method
     outcome = launch.start(settings, config, resume=options.resume, display=display, kind="demo")
+    assert outcome.final is not None  # the recipe has held-out prompts
     low, _ = outcome.final.win_rate.interval
     if low > 0.5:
         return 0

@@ -1,4 +1,4 @@
-"""What `windkern doctor` finds: devices, the back ends that run here, why others do not, and whether they are right."""
+"""Find what `windkern doctor` shows: devices, the back ends that run here, why others do not, and their errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -118,7 +119,7 @@ def states(on: list[Device]) -> list[BackendState]:
     ]
 
 
-def cpp_extension() -> dict[str, object]:
+def cpp_extension() -> dict[str, Any]:
     """The C++ extension: what it can use on this CPU, what it uses or why nothing, and how it multiplies bfloat16."""
     sets = [] if cpp_rows._cpp is None else list(cpp_rows._cpp.instruction_sets())
     reason = cpp_rows.why_not(torch.device("cpu"), torch.float32)
@@ -146,6 +147,7 @@ def check_backend(name: str, device: str, dtype: torch.dtype) -> list[Check]:
     """
     label = str(dtype).removeprefix("torch.")
     worst: dict[str, Check] = {}
+    shares: dict[str, float] = {}  # error over what is allowed
     for problem in PROBLEMS:
         exact, plain = problem.exact(dtype, "trained"), problem.plain(dtype, "trained", device)
         try:
@@ -155,10 +157,10 @@ def check_backend(name: str, device: str, dtype: torch.dtype) -> list[Check]:
         for quantity in QUANTITIES:
             key = quantity + "0" if quantity.startswith("d") else quantity
             if key in exact:
-                error, allowed = relative_error(got[key], exact[key]), error_budget(plain[key], exact[key], dtype)
-                check = Check(name, device, label, quantity, error, allowed)
-                if quantity not in worst or not error / allowed <= worst[quantity].error / worst[quantity].allowed:
-                    worst[quantity] = check
+                found, allowed = relative_error(got[key], exact[key]), error_budget(plain[key], exact[key], dtype)
+                if quantity not in worst or not found / allowed <= shares[quantity]:
+                    shares[quantity] = found / allowed
+                    worst[quantity] = Check(name, device, label, quantity, found, allowed)
     return [worst[quantity] for quantity in QUANTITIES]
 
 

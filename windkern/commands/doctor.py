@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         from windkern.train.models import require
 
         require("rich")
+        assert display is not None  # rich is there
         display.phase(0, "testing every back end")
         checks = diagnosis.self_test(found)
     _print(display, on, found, checks)
@@ -74,15 +75,15 @@ def _print(display: Display, on: list[Device], found: list[BackendState], checks
     )
     display.print(("C++ extension", "bold"), state)
     available = table("device", "back end", "runs", "why not")
-    for state in found:
-        runs = "[green]yes[/green]" if state.reason is None else "no"
-        available.add_row(state.device, state.name, runs, Text(printable(state.reason or "")))
+    for each in found:
+        runs = "[green]yes[/green]" if each.reason is None else "no"
+        available.add_row(each.device, each.name, runs, Text(printable(each.reason or "")))
     display.print(rich=available)
     results = table("device", "back end", "type", *diagnosis.QUANTITIES, "")
     groups: dict[tuple[str, str, str], list[Check]] = {}
     for check in checks:
         groups.setdefault((check.device, check.backend, check.dtype), []).append(check)
-    for (device, name, dtype), group in groups.items():
+    for (place, name, dtype), group in groups.items():
         errors = {check.quantity: check for check in group}
         cells = [
             f"{errors[each].error:.1e}" if each in errors and errors[each].error is not None else ""
@@ -92,7 +93,7 @@ def _print(display: Display, on: list[Device], found: list[BackendState], checks
         verdict = Text("ok", "green")
         if wrong:
             verdict = Text.assemble(("wrong", "red"), f" {printable(wrong[0].message)}".rstrip())
-        results.add_row(device, name, diagnosis.SHORT[dtype], *cells, verdict)
+        results.add_row(place, name, diagnosis.SHORT[dtype], *cells, verdict)
     display.print(
         "self-test: error in norm, relative to windkern.naive in float64; allowed: fp64 1e-11, fp32 4 x (plain "
         "PyTorch's error + eps), bf16 max(half of plain PyTorch's error, eps)"

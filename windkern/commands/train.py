@@ -25,7 +25,7 @@ SUMMARY = "train a policy with WIND, or another loss, by a settings file or a re
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says beside the settings file."""
+    """Options of the command line beside the settings file."""
 
     config: str | None = option(
         None, f"settings in YAML, or the name of a recipe: {', '.join(recipes.names())}", metavar="FILE"
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         from windkern.train.models import require
 
         require("transformers", "accelerate", "yaml", "rich")
+        assert display is not None  # rich is there
         if options.fields or options.init:
             display.stop()
             _explain(options)

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from windkern.hf.head import UnsupportedModelError, linear_of
 from windkern.hf.units import in_pieces, is_own_unit
 
 _compiled_decoders: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # torch.compile's wrapper -> a forward
+Result = TypeVar("Result")
 _CALLED_AS_IT_IS = "windkern.hf.sequence_logps takes the model as it is wrapped and runs inside its call"
 
 
@@ -30,7 +31,7 @@ class Target:
     """A causal LM, and the modules to call so that the hooks of all its wrappers fire."""
 
     wrappers: tuple[nn.Module, ...]  # outermost first, torch.compile's left out
-    base: nn.Module  # the transformers model
+    base: Any  # the transformers model
     compiled: tuple[nn.Module, ...]  # wrappers of torch.compile
     places: tuple[tuple[nn.Module, str, nn.Module], ...]  # (holder, attribute, member of `compiled`)
     inside: bool = False  # the model's call has begun and its hooks have fired, so call its forward
@@ -60,7 +61,7 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where the head computes."""
+        """The device on which the head computes."""
         linear = linear_of(self.head)
         place = getattr(getattr(linear, "_hf_hook", None), "execution_device", None)  # of accelerate
         return torch.device("cpu" if place is None else place) if linear.weight.is_meta else linear.weight.device
@@ -70,7 +71,7 @@ class Target:
         return any(each.is_meta for each in self.base.parameters())
 
 
-def _head_of(base: nn.Module) -> nn.Module | None:
+def _head_of(base: Any) -> Any:
     """The model's head, or that of the causal LM inside it if the model names none (NemotronH Omni)."""
     found = base.get_output_embeddings()
     if found is None:
@@ -93,7 +94,11 @@ def find(model: object) -> Target:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers causal LM (a torch module), got {type(model).__name__}")
-    current, holder, wrappers, compiled, places = model, None, [], [], []
+    current: Any = model
+    holder: tuple[nn.Module, str] | None = None
+    wrappers: list[nn.Module] = []
+    compiled: list[nn.Module] = []
+    places: list[tuple[nn.Module, str, nn.Module]] = []
     while not (hasattr(type(current), "get_output_embeddings") and hasattr(current, "config")):
         inner = current._modules.get("_orig_mod")
         if inner is not None:
@@ -198,10 +203,10 @@ def at_head(
     forward: Callable,
     head: nn.Module,
     given: Mapping[str, object],
-    job: Callable[[Tensor], object],
+    job: Callable[[Tensor], Result],
     *,
     whole_head: bool = True,
-) -> object:
+) -> Result:
     """Return job(hidden), run as the head's forward inside forward(**given), which ends there.
 
     Code after the head would need logits, so an exception ends the forward there. The last hook of the head raises it,
@@ -327,10 +332,10 @@ def _without_compile(target: Target) -> Iterator[None]:
                 stack.callback(module.__dict__.__setitem__, "_compiled_call_impl", compiled)
         decoder = decoder_of(target.base)
         if target.compiled and decoder is not None and not hasattr(decoder, "_hf_hook"):
-            wrapper = target.compiled[-1]
-            if wrapper not in _compiled_decoders:
-                _compiled_decoders[wrapper] = wrapper.dynamo_ctx(decoder.forward)
-            stack.enter_context(replaced_forward(decoder, lambda theirs: _compiled_decoders[wrapper]))
+            last: Any = target.compiled[-1]
+            if last not in _compiled_decoders:
+                _compiled_decoders[last] = last.dynamo_ctx(decoder.forward)
+            stack.enter_context(replaced_forward(decoder, lambda theirs: _compiled_decoders[last]))
         yield
 
 

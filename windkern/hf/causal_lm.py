@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -256,8 +256,7 @@ def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[Cau
     target = hf_call.find_inside(model)
     parts = parts_of(target, verdict_of(target))
     given = {**given, **({"use_cache": False} if hf_call.takes(model, "use_cache") else {})}
-    found = hf_call.at_head(model.forward, target.head, given, lambda hidden: job(parts, hidden))
-    return cast(Result, found)
+    return hf_call.at_head(model.forward, target.head, given, lambda hidden: job(parts, hidden))
 
 
 def completion_targets(input_ids: Tensor, completion_mask: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ columns, whatever the weights are.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ _verdicts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # base model
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What was seen of a model under the circumstances of one check."""
+    """The findings of one check of a model."""
 
     transform: LogitTransform
     masked: Tensor | None  # (V',) bool: columns that the model leaves out of its distribution
@@ -221,8 +222,8 @@ class _Forward:
         for start in range(0, product.shape[-1], _COLUMNS):
             part = slice(start, start + _COLUMNS)
             pairs = [(state, whole(each)[part].to(operand)) for state, each in zip(states, weights, strict=True)]
-            ours = sum(nn.functional.linear(state.to(wide), weight.to(wide)) for state, weight in pairs)
-            torchs.add(sum(nn.functional.linear(state, weight) for state, weight in pairs), ours)
+            ours = _sum(nn.functional.linear(state.to(wide), weight.to(wide)) for state, weight in pairs)
+            torchs.add(_sum(nn.functional.linear(state, weight) for state, weight in pairs), ours)
             ours = ours if bias is None else ours + bias[part]
             theirs.add(product[..., part], ours)
             exact.append(ours[0].to("cpu", torch.float64))
@@ -260,6 +261,10 @@ class _Gap:
     def share(self) -> float:
         """Root of the mean square, as a share of that of the exact numbers."""
         return (self._gap / max(self._all, 1e-60)) ** 0.5
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
 
 
 def as_operand(head: nn.Module, hidden: Tensor) -> Tensor:

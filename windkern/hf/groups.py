@@ -258,7 +258,7 @@ def group_logps(
         rules = layout_rules(model, shared_prompt=shared_prompt, mask_budget=mask_budget, row_tokens=row_tokens)
     layout = make_layout(lengths_of(prompt_ids, completion_ids), rules)
     rows = make_rows(layout, prompt_ids, completion_ids, fill=prompt_ids[0][0]).to(_device_of(model))
-    options = {"memory_budget": memory_budget, "batch_invariant": batch_invariant, "backend": backend}
+    options: dict[str, Any] = {"memory_budget": memory_budget, "batch_invariant": batch_invariant, "backend": backend}
 
     def job(parts: CausalLM, hidden: Tensor) -> Tensor:
         states, head = parts.at_temperature(temperature).blocks(hidden)
@@ -286,7 +286,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return weight.device if place is None else torch.device(place)
 
 
-def _check_ids(prompt_ids: object, completion_ids: object) -> tuple[int, int]:
+def _check_ids(prompt_ids: Any, completion_ids: Any) -> tuple[int, int]:
     """Check nested lists of ids and return B and N."""
     for name, value in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
         if not isinstance(value, (list, tuple)) or not all(isinstance(each, (list, tuple)) for each in value):

@@ -167,7 +167,7 @@ def blocks(head: nn.Module, hidden: Tensor) -> tuple[Blocks, Blocks]:
 
 
 class _BothWays(nn.Module):
-    """What the head computes, and the sum of its blocks."""
+    """Return what the head computes, and the sum of its blocks."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()

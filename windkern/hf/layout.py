@@ -13,8 +13,9 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules
         rules: the same for scoring and fitting.
 
     Raises:
-        ValueError: there is no group, a group has no response, or a prompt has no token.
+        ValueError: no group is given, a group has no response, or a prompt has no token.
 
     Example:
         >>> layout = make_layout([(200, [61] * 8)], LayoutRules())
@@ -149,7 +150,7 @@ def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules
     )
     if not rules.shared:
         return apart
-    rows = [(piece,) for group in range(len(fixed)) for piece in _cut(fixed, group, rules)]
+    rows: list[tuple[Piece, ...]] = [(piece,) for group in range(len(fixed)) for piece in _cut(fixed, group, rules)]
     if rules.row_tokens:
         rows = _packed(fixed, rows, rules)
     shared = GroupLayout(fixed, tuple(rows))
@@ -230,15 +231,15 @@ class GroupRows:
 
     def to(self, device: torch.device) -> GroupRows:
         """Copy to a device; a copy to a GPU does not wait for work that is queued there."""
-        options = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
+        options: dict[str, Any] = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
         return self._each(lambda tensor: tensor.to(**options))
 
     def pin_memory(self) -> GroupRows:
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change) -> GroupRows:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return GroupRows(**{name: change(each) if isinstance(each, Tensor) else each for name, each in fields.items()})
+    def _each(self, change: Callable[[Tensor], Tensor]) -> GroupRows:
+        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return GroupRows(**fields | {name: change(each) for name, each in fields.items() if isinstance(each, Tensor)})
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """(S, R) index and targets for ops over padded responses: behind the end of one, index 0 and target -100.

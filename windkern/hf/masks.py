@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,9 @@ class MaskForm:
         return f"a mask for each of {', '.join(self.kinds)}" if self.by_name else f"one mask ({self.kinds[0]})"
 
 
-def text_config(base: nn.Module) -> object:
-    config = base.config
+def text_config(base: nn.Module) -> Any:
+    """The configuration of the part of a model that reads text."""
+    config: Any = base.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -95,7 +97,7 @@ def at_all_pairs(rows: GroupRows, rule: Rule) -> Tensor:
     return rule(row[:, None, None], column[:, None], column).expand(count, width, width)
 
 
-def make_masks(base: nn.Module, form: MaskForm, rows: GroupRows) -> object:
+def make_masks(base: nn.Module, form: MaskForm, rows: GroupRows) -> Any:
     """Make the `attention_mask` of a model, of shape (rows, 1, L, L), or a dict of them by kind of layer.
 
     Boolean for `sdpa`, added to the scores for `eager`, and a `BlockMask` for `flex_attention`.
@@ -104,7 +106,8 @@ def make_masks(base: nn.Module, form: MaskForm, rows: GroupRows) -> object:
     made: dict[str, object] = {}
     masks: dict[str, object] = {}
     for kind in form.kinds:
-        bound = _BOUNDS[kind] and getattr(config, _BOUNDS[kind], None)
+        name = _BOUNDS[kind]
+        bound = getattr(config, name, None) if name else None
         rule = "full_attention" if bound is None or bound >= rows.longest else kind
         if rule not in made:
             made[rule] = _as_taken(base, rows, _rule(rule, bound, rows))
@@ -126,10 +129,15 @@ def _rule(kind: str, bound: int | None, rows: GroupRows) -> Rule:
     def within_window(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return plain(row, query, key) & (places[row, query] - places[row, key] < bound)
 
-    return {"full_attention": plain, "sliding_attention": within_window, "chunked_attention": within_chunk}[kind]
+    rules: dict[str, Rule] = {
+        "full_attention": plain,
+        "sliding_attention": within_window,
+        "chunked_attention": within_chunk,
+    }
+    return rules[kind]
 
 
-def _as_taken(base: nn.Module, rows: GroupRows, rule: Rule) -> object:
+def _as_taken(base: Any, rows: GroupRows, rule: Rule) -> Any:
     attention = implementation(base)
     if attention == FLEX:
         return _block_mask(rows, rule)

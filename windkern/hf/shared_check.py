@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from windkern.hf.masks import MaskForm
 
 _PROMPT, _RESPONSES = 5, (8, 4, 6)
 _NARROW = 3  # tokens that a window sees in the check
-# What sums in another order may move hidden states by, as a multiple of what one rounding of the embeddings does; they
+# How far sums in another order may move hidden states, as a multiple of what one rounding of the embeddings does; they
 # were seen to take 0.9 of it at most. In a wide dtype there is room for more, in a narrow one a fault would hide.
 _ROUNDINGS = {"wide": 16, "narrow": 4}
 _KEPT = 8
@@ -88,7 +89,7 @@ def inputs_of(target: Target, rows: GroupRows, form: MaskForm | None, positions:
     if form is None or not rows.is_shared:
         return given, dict
 
-    def amend(received: dict[str, object]) -> dict[str, object]:
+    def amend(received: dict[str, Any]) -> dict[str, Any]:
         own = rows.to(received["input_ids"].device)
         return {**received, "attention_mask": hf_masks.make_masks(target.base, form, own)}
 
@@ -245,7 +246,7 @@ def _eps_of(base: nn.Module) -> float:
 
 
 @contextmanager
-def _embedded(base: nn.Module, moved: bool, leaf: bool) -> Iterator[list[Tensor]]:
+def _embedded(base: Any, moved: bool, leaf: bool) -> Iterator[list[Tensor]]:
     """Make the embedded tokens a leaf and list it while the context is open; `moved` changes them by one rounding."""
     found: list[Tensor] = []
 

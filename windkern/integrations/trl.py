@@ -28,7 +28,7 @@ from windkern.ops.inputs import Blocks, Inputs, prepare
 from windkern.ops.logprobs import row_logps
 from windkern.sharding.whole import gathered
 
-# What each trainer reads beside log_probs; what only its metrics read is computed without a gradient.
+# Fields that each trainer reads beside log_probs; those that only its metrics read are computed without a gradient.
 FIELDS = {
     "DPOTrainer": ("entropy", "mean_logits", "is_top1"),
     "KTOTrainer": ("entropy", "mean_logits"),
@@ -49,7 +49,7 @@ class UnsupportedTrainerError(ValueError):
 
 @dataclass
 class Handle(AbstractContextManager):
-    """What `use` returns: leave the block or call `remove` to give the trainer its own log-probs back."""
+    """The handle that `use` returns: leave the block or call `remove` to give the trainer its own log-probs back."""
 
     models: list[nn.Module] = field(default_factory=list)
     _enabled: bool = True
@@ -193,7 +193,7 @@ def _replace(
     fields: tuple[str, ...],
     temperature: float,
     output: type,
-    autocast,
+    autocast: Any,
     options: Mapping[str, Any],
     shared_prompt: str,
 ) -> None:
@@ -206,7 +206,7 @@ def _replace(
     head = FusedHead(fields, temperature, output, options, shared_prompt)
 
     @functools.wraps(type(base).forward)  # `generate` checks its arguments against this signature
-    def forward(self, *args, fused_lm_head: bool = False, **given):
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **given: Any) -> Any:
         if not (fused_lm_head and handle.enabled):
             return theirs(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **given)
         with autocast():
@@ -221,7 +221,7 @@ def _replace(
 
 @dataclass(frozen=True)
 class FusedHead:
-    """What a TRL trainer calls with `fused_lm_head=True`: decoder, then log-probs and statistics of the labels.
+    """The forward that a TRL trainer calls with `fused_lm_head=True`: decoder, then log-probs and their statistics.
 
     Args:
         fields: of TRL's `FusedCausalLMOutput` to fill beside `log_probs`.
@@ -244,18 +244,21 @@ class FusedHead:
         for name in self.fields:
             check_choice("fields", name, _ALL_FIELDS)
 
-    def __call__(self, model: nn.Module, *, labels: Tensor | None = None, num_items_in_batch=None, **given):
+    def __call__(
+        self, model: nn.Module, *, labels: Tensor | None = None, num_items_in_batch: Any = None, **given: Any
+    ) -> Any:
         given = {name: value for name, value in given.items() if value is not None and name not in _WITHOUT_EFFECT}
         refused = sorted(name for name, value in given.items() if name not in _PASSED and value is not False)
         if refused or labels is None:
             what = f"model inputs {', '.join(refused)}" if refused else "a call without labels"
             raise UnsupportedTrainerError(f"{what} not supported; windkern passes on {', '.join(_PASSED)} and labels")
 
-        def job(parts: hf.CausalLM, hidden: Tensor):
+        def job(parts: hf.CausalLM, hidden: Tensor) -> Any:
             cut = hidden[:, :-1] if shared is None else hidden  # (S, L - 1, H), or (M, H) of scored tokens
             states, head = parts.at_temperature(self.temperature).blocks(cut)
             with gathered(head) as whole:
-                return self._score(states, whole, labels[:, 1:], num_items_in_batch, shared and shared.place)
+                place = None if shared is None else shared.place
+                return self._score(states, whole, labels[:, 1:], num_items_in_batch, place)
 
         given = {name: given[name] for name in _PASSED if name in given}
         shared = self._shared(model, given, labels)
@@ -269,9 +272,9 @@ class FusedHead:
         rules = hf.layout_rules(model, shared_prompt=self.shared_prompt, inside=True)
         return shared_batch(given["input_ids"], given["attention_mask"], labels, rules) if rules.shared else None
 
-    def _score(self, hidden: Blocks, head: Head, labels: Tensor, items, place: Tensor | None):
+    def _score(self, hidden: Blocks, head: Head, labels: Tensor, items: Any, place: Tensor | None) -> Any:
         """Fields for labels (S, L - 1), of hidden states as they lie, or of those of scored tokens: `place` (M,)."""
-        device = head.weight.device if isinstance(head.weight, Tensor) else head.weight[0].device
+        device = cast(Tensor, head.weight[0] if isinstance(head.weight, tuple) else head.weight).device
         targets = labels if place is None else labels.flatten()[place.to(labels.device)]
 
         def spread(values: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class RowState(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What forward keeps of a slab for dz; without the entropy, whose backward needs the logits themselves."""
+    """The part of a slab that forward keeps for dz; the entropy's backward needs the logits instead."""
 
     values: Tensor  # (M, W) operand dtype: exp(y - offset) * relative slope of the transform
     offset: Tensor  # (M, tiles), the same for all columns of a tile
@@ -86,7 +86,7 @@ class Exps(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """What backward needs of a finished forward."""
+    """Row statistics of a finished forward, which backward needs."""
 
     run_max: Tensor  # (M,)
     log_sum: Tensor  # (M,) log(run_sum), apart from run_max so that large logits cost no digits
@@ -107,7 +107,7 @@ class Upstream(NamedTuple):
 
 
 class RowKernels(Protocol):
-    """What the module of a back end offers."""
+    """Functions that the module of a back end must have."""
 
     def slab_forward(self, slab: Slab, state: RowState, kept: Kept | None) -> None:
         """Online softmax over one slab; fills `kept` where the plan has room for it."""

@@ -24,7 +24,7 @@ _UNMASKED = ("", "ALL", "DEFAULT")
 
 @functools.cache
 def _processor() -> dict[str, str]:
-    """The fields of the first processor of /proc/cpuinfo; empty where there is no such file."""
+    """The fields of the first processor of /proc/cpuinfo; empty where that file does not exist."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return {}

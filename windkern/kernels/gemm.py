@@ -50,7 +50,7 @@ def _cuda_has(product: str) -> bool:
     return _probed[product]
 
 
-# What torch.compiler.assume_constant_result sets; that function costs a second of imports.
+# torch.compiler.assume_constant_result sets this attribute; calling it costs a second of imports.
 _cuda_has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -96,7 +96,7 @@ class Products:
 
     @property
     def said(self) -> str:
-        """Who multiplies, in words, and what costs memory or time there."""
+        """Say in words which library multiplies, and what costs memory or time there."""
         return self.words + ("" if self.adds else ", with a temporary for each sum (torch 2.10 and newer need none)")
 
     def prepared(self, tensor: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class WidenedProducts(Products):
         return self.acc
 
     def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
-        # What is multiplied stays in the cache for the second product.
+        # The operand stays in the cache for the second product.
         return min(columns, _round_down(_PREPARED_BYTES // (4 * max(rows, inner)), 64))
 
 

@@ -1,4 +1,4 @@
-"""What was measured on GPUs, by architecture: block sizes of the Triton kernels, and which back end is faster.
+"""Read what was measured on GPUs, by architecture: block sizes of the Triton kernels, and the faster back end.
 
 It is in tuned.json, which `benchmarks/tune.py` writes.
 """

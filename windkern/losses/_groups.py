@@ -1,7 +1,7 @@
-"""What the group losses share: checks, masks, reductions, the residual, win-rate statistics, the extended log.
+"""Helpers shared by the group losses: checks, masks, reductions, the residual, win-rate statistics, the extended log.
 
 `B` groups (prompts) of `N` responses; `where (B, N)` says which responses take part. A group with fewer than two of
-them is switched off as a whole: it contributes 0 with gradient 0, and still counts in the mean's `B`.
+them is switched off: it contributes 0 with gradient 0, and still counts in the mean's `B`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def check_smoothing(label_smoothing: float) -> float:
 
 
 def check_prefs(prefs: Tensor, where: Tensor | None = None) -> None:
-    """Refuse preferences that are no preferences. The losses do this on a CPU; on a GPU call it once yourself.
+    """Raise unless `prefs` is a valid preference matrix. Losses call this on a CPU only; on a GPU, call it yourself.
 
     Formula: 0 <= prefs[b, i, j] <= 1 and prefs[b, i, j] + prefs[b, j, i] = 1, hence 1/2 on the diagonal.
 

@@ -55,7 +55,7 @@ def _discopop(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -
 
 @dataclass(frozen=True)
 class Link:
-    """What a pair costs, from the log-ratios to the reference of its two responses."""
+    """The loss of a pair, from the log-ratios of its two responses to the reference."""
 
     value: Callable[[Tensor, Tensor, float, float], Tensor]  # (chosen (B,), rejected (B,), beta, smoothing) -> (B,)
     takes_smoothing: bool

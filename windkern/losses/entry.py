@@ -68,7 +68,7 @@ class Loss:
 
     @property
     def group(self) -> Group:
-        """What a trainer fits together."""
+        """The responses that a trainer fits together."""
         return self.fitted or Group("pair" if self.shape == PAIR else "all")
 
     @property

@@ -95,7 +95,7 @@ def grpo(
             beta = 0; a number, `average` or `reduction` is out of range.
 
     Numerics:
-        Beyond e^20 the ratio and the exp of the KL term go on as their tangents: finite, and they still push back.
+        Beyond e^20 the ratio and the exp of the KL term continue as their tangents: finite, and they still push back.
 
     Source:
         Shao et al. 2024 (arXiv 2402.03300); Yu et al. 2025, DAPO (arXiv 2503.14476); Liu et al. 2025, Dr. GRPO

@@ -167,7 +167,7 @@ def wind(
     V: w_i = (1/K) sum_j P_ij, the own comparison counting 1/2, which centring needs. U: w_i = (1/(K-1)) sum_{j != i}
     P_ij. `mean w` is 1/2 whenever win rates come from `prefs`. Exact win rates in `win_rates` leave no bias in any
     objective that takes them (`square_point`: with an exact `log_z`). `nce` is the cross-entropy of `kl` point by
-    point, with U. In `kl` and `nce` a log outside [0.02, 0.98] goes on as its second-order Taylor polynomial.
+    point, with U. In `kl` and `nce` a log outside [0.02, 0.98] continues as its second-order Taylor polynomial.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.

@@ -337,7 +337,7 @@ def fused_loss(
         ValueError: shapes do not fit; a constant in `per_group` requires grad or has another leading dimension;
             loss_fn returns anything but (b,), does not depend on logps where a gradient is wanted, or depends on
             another tensor that requires grad.
-        TypeError: loss_fn cannot be called with what `per_group` holds, or its losses are no floats; and as
+        TypeError: loss_fn cannot be called with what `per_group` holds, or its losses are not floats; and as
             `token_logps`.
         BackendUnavailableError: as `token_logps`.
 

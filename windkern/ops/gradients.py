@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class _Backward:
         """Whether a gradient is wanted that takes a product over the vocabulary."""
         return any(self.walk.spec.hidden_grad) or any(self.walk.spec.weight_grad)
 
-    def _totals(self, make) -> list[Tensor | None]:
+    def _totals(self, make: Callable[..., Tensor]) -> list[Tensor | None]:
         acc = self.walk.products.acc
         return [
             make("dhidden", tuple(block.shape), acc, self.device) if wanted else None
@@ -105,7 +106,9 @@ class _Backward:
             then()
         self._to_weight(dz, start, operands, gain)
 
-    def _to_hidden(self, dz: Tensor, start: int, heads, totals, *, first: bool) -> None:
+    def _to_hidden(
+        self, dz: Tensor, start: int, heads: list[Tensor] | None, totals: list[Tensor | None], *, first: bool
+    ) -> None:
         products, stop = self.walk.products, start + dz.shape[1]
         for k in range(len(self.weight)):
             if totals[k] is not None:
@@ -114,7 +117,7 @@ class _Backward:
             elif self.walk.spec.streams and heads is None:
                 self.weight[k][start:stop]  # read in turn, as all ranks do
 
-    def _to_weight(self, dz: Tensor, start: int, operands, gain: Tensor | None) -> None:
+    def _to_weight(self, dz: Tensor, start: int, operands: list[Tensor], gain: Tensor | None) -> None:
         products, stop = self.walk.products, start + dz.shape[1]
         for k in range(len(self.weight)):
             sink = self.dweight[k]
@@ -186,7 +189,17 @@ class _Backward:
             self.walk.kernels.column_sums(part, g, sums)
             self._put_bias(start + first, sums)
 
-    def _recomputed(self, kept: int, vocab: int, g, pivot, entry, totals, scaled, finish) -> None:
+    def _recomputed(
+        self,
+        kept: int,
+        vocab: int,
+        g: Tensor | None,
+        pivot: Tensor | None,
+        entry: Tensor | None,
+        totals: list[Tensor | None],
+        scaled: list[Tensor],
+        finish: Callable[[], None],
+    ) -> None:
         """The slabs that forward did not keep: their exponentials once more, several slabs in one product."""
         walk, spec, products = self.walk, self.walk.spec, self.walk.products
         rows, acc = self.targets.shape[0], products.acc
@@ -302,7 +315,8 @@ class _Backward:
                     if spec.streams:
                         head_rows = self.saved.units[place - len(wanted)][rows]
                     else:
-                        head_rows = buffers.track("scratch", self.weight[k].index_select(0, safe_targets[rows]))
+                        head = cast(Tensor, self.weight[k])
+                        head_rows = buffers.track("scratch", head.index_select(0, safe_targets[rows]))
                     if head_rows.dtype != spec.operand:
                         head_rows = head_rows.to(spec.operand)
                     total[rows].addcmul_(head_rows.to(acc), at_target[rows].unsqueeze(1))
@@ -329,7 +343,7 @@ def _begin_sum(total: Tensor, ranks: Ranks, dtype: torch.dtype) -> Callable[[], 
 
 
 def row_scale(upstream: Upstream, dtype: torch.dtype, slope: float) -> Tensor | None:
-    """For dz in float16 only: a power of two for each row, at least as large as its upstream gradients.
+    """Return, for dz in float16 only, a power of two for each row that is at least as large as its upstream gradients.
 
     Hazard: a coefficient of 1e-6 times a probability flushes to zero in float16. Remedy: dz is divided by this and
     the factor goes to the float32 dhidden and to the hidden operand of dweight.

@@ -84,7 +84,7 @@ class Inputs:
         }
 
     def planned(self) -> dict[str, Any]:
-        """What `plan` asks about these inputs beside their sizes."""
+        """Arguments of `plan` that these inputs settle, beside their sizes."""
         return {
             "dtype": self.operand,
             "hidden_dtype": tuple(block.dtype for block in self.hidden),
@@ -114,7 +114,7 @@ def _as_blocks(name: str, value: Blocks) -> list[Tensor]:
     return [check_floating(label, block) for label, block in named]
 
 
-def _local_blocks(weight: object) -> tuple[object, Cut | None]:
+def _local_blocks(weight: Any) -> tuple[Blocks, Cut | None]:
     """The rows of a cut head that lie here, and how it is cut; a whole head as it is."""
     shards = list(weight) if isinstance(weight, (tuple, list)) else [weight]
     if not any(isinstance(each, Shard) for each in shards):
@@ -213,7 +213,8 @@ def _check_transform(transform: LogitTransform, acc: torch.dtype) -> LogitTransf
 
 def _as_head(weight: Weight, bias: Tensor | None, scale: float, softcap: float | None, temperature: float) -> Head:
     if not isinstance(weight, Head):
-        return Head(tuple(weight) if isinstance(weight, list) else weight, bias, scale, softcap, temperature)
+        blocks: Any = tuple(weight) if isinstance(weight, list) else weight
+        return Head(blocks, bias, scale, softcap, temperature)
     others = {"bias": bias is not None, "scale": scale != 1.0, "softcap": softcap is not None}
     given = [name for name, other in {**others, "temperature": temperature != 1.0}.items() if other]
     if given:
@@ -326,7 +327,7 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
 
 
 def settled(
-    inputs: Inputs, grads: dict[str, object], sizes: tuple[int, int], options: dict[str, int | None]
+    inputs: Inputs, grads: dict[str, Any], sizes: tuple[int, int], options: dict[str, int | None]
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """The largest of each size over the ranks of a streamed head, and by block whether any of them wants dhidden.
 

@@ -52,8 +52,8 @@ def finish_hidden(total: Tensor, like: Tensor, rows: Tensor | None, num_rows: in
 
 
 @torch.no_grad()
-def _fwd(hidden, weight, bias, targets, rows, *spec):
-    spec = WalkSpec(*spec)
+def _fwd(hidden, weight, bias, targets, rows, *values):
+    spec = WalkSpec(*values)
     block = RowBlock.of(spec, hidden, weight, bias, targets, rows)
     saved = block.forward()
     stats = saved.stats
@@ -68,8 +68,8 @@ def _fwd(hidden, weight, bias, targets, rows, *spec):
     )
 
 
-def _fwd_fake(hidden, weight, bias, targets, rows, *spec):
-    spec = WalkSpec(*spec)
+def _fwd_fake(hidden, weight, bias, targets, rows, *values):
+    spec = WalkSpec(*values)
     num_rows, vocab_size = targets.shape[0], spec.head_rows(weight[0].shape[0])
     total = spec.padded_rows(num_rows)
     vector = targets.new_empty(num_rows, dtype=accumulator(spec.operand))
@@ -93,10 +93,11 @@ def _fwd_fake(hidden, weight, bias, targets, rows, *spec):
 
 
 @torch.no_grad()
-def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entropy, kept, offsets, units, *spec):
-    spec = WalkSpec(*spec)
+def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, three, entropy, kept, offsets, units, *values):
+    spec = WalkSpec(*values)
     block = RowBlock.of(spec, hidden, weight, bias, targets, rows)
-    stats = RowStats(*stats.unbind(0), block.padded(entropy) if spec.entropy else None)
+    run_max, log_sum, target_logit = three.unbind(0)
+    stats = RowStats(run_max, log_sum, target_logit, block.padded(entropy) if spec.entropy else None)
     dweight = [
         in_huge_pages(torch.empty_like(head, memory_format=torch.contiguous_format)) if flag else None
         for head, flag in zip(weight, spec.weight_grad, strict=True)
@@ -116,8 +117,8 @@ def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entro
     )
 
 
-def _bwd_fake(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entropy, kept, offsets, units, *spec):
-    spec = WalkSpec(*spec)
+def _bwd_fake(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, stats, entropy, kept, offsets, units, *values):
+    spec = WalkSpec(*values)
     dhidden = [block.new_empty(block.shape) for block, flag in zip(hidden, spec.hidden_grad, strict=True) if flag]
     dweight = [head.new_empty(head.shape) for head, flag in zip(weight, spec.weight_grad, strict=True) if flag]
     return dhidden, dweight, torch.empty_like(bias) if spec.bias_grad else stats.new_empty(0)
@@ -223,7 +224,7 @@ def token_logps(
             dtype of their tensors.
         targets: (..., T) int64 or int32, already aligned with hidden (nothing is shifted).
         bias: (V,) added to the logits; an entry of -inf masks that vocabulary entry after any transform. Any floating
-            dtype that is no wider than the sums.
+            dtype that is not wider than the sums.
         scale: multiplies the logits first (Cohere's `logit_scale`, `1 / logits_scaling` of Granite). Positive.
         softcap: bound of the logits before the temperature (Gemma's `final_logit_softcapping`), or None. Positive.
         temperature: divides last. Positive.
@@ -240,7 +241,7 @@ def token_logps(
         unless asked for.
 
     Raises:
-        TypeError: a tensor argument is no plain tensor or has a dtype that does not fit.
+        TypeError: a tensor argument is not a plain tensor or has a dtype that does not fit.
         ValueError: shapes, devices or values do not fit; a target lies outside the vocabulary (checked on a CPU, on
             a GPU with WINDKERN_DEBUG=1); on a CPU, a scored row whose logits are all -inf.
         BackendUnavailableError: the named back end cannot run here.

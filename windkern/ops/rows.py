@@ -45,13 +45,14 @@ class RowBlock:
         """Rows `rows` (count,) of the blocks, all of them where that is None; `targets` (count,) are theirs."""
         total = spec.padded_rows(targets.shape[0])
         labels = _pad(targets, total, IGNORED)
+        blocks: walk.Blocks = weight
         if spec.streams:
             ranks, slabs = Ranks(spec.group), spec.slabs(spec.vocab_size)
-            weight = [PassedRows(head, ranks, spec.vocab_size, slabs, spec.operand) for head in weight]
+            blocks = [PassedRows(head, ranks, spec.vocab_size, slabs, spec.operand) for head in weight]
         return cls(
             walk.Walk.of(spec, targets.device.type),
             _gather(hidden, rows, targets, total, spec.operand),
-            weight,
+            blocks,
             bias,
             labels,
             _of_shard(labels, spec.vocab_start, weight[0].shape[0]) if spec.merges else labels,
@@ -87,10 +88,11 @@ class RowBlock:
             *(None if part is None else self.padded(torch.where(self.scored, part, 0.0)) for part in upstream)
         )
         rows = self.hidden, self.weight, self.bias, self.targets
+        sinks: list[Tensor | None] | list[CollectedRows | None] = dweight
         if self.walk.spec.streams:
-            dweight = [None if grad is None else self._collected(grad, accumulate) for grad in dweight]
+            sinks = [None if grad is None else self._collected(grad, accumulate) for grad in dweight]
         with backends.on_device_of(self.targets):
-            return gradients.backward(self.walk, upstream, *rows, saved, dweight, dbias, accumulate=accumulate)
+            return gradients.backward(self.walk, upstream, *rows, saved, sinks, dbias, accumulate=accumulate)
 
     def _collected(self, grad: Tensor, accumulate: bool) -> CollectedRows:
         spec = self.walk.spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from windkern.kernels.contract import SETTLED_ROOM, Exps, Kept, RowKernels, RowS
 from windkern.kernels.gemm import Products, accumulator, products_of
 from windkern.sharding.agreement import agreed
 from windkern.sharding.merge import merged
+from windkern.sharding.passing import PassedRows
 from windkern.sharding.ranks import Ranks
 from windkern.spec import WalkSpec, row_stride
+
+Blocks: TypeAlias = list[Tensor] | list[PassedRows]  # (V, H_k) of a head, read slab by slab
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Walk:
             bias = bias[start : start + width].to(self.products.acc).contiguous()
         return Slab(logits, bias, targets, start, self.spec.transform)
 
-    def heads(self, weight: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    def heads(self, weight: Blocks, start: int, stop: int) -> list[Tensor]:
         """Rows (W, H_k) of the head as they are multiplied."""
         return [self.products.prepared(head[start:stop]) for head in weight]
 
@@ -53,7 +56,7 @@ class Walk:
 
 @dataclass
 class Saved:
-    """What forward leaves for backward.
+    """Results of forward that backward needs.
 
     Factored: `kept` (M, ld) holds exp(y - pivot) with the target's entry put in, `offsets` (2, M, 1) the pivots and the
     sums relative to them. Else `offsets` (slabs_kept, M, tiles) belong to slabs of exponentials, and are empty where
@@ -84,7 +87,7 @@ def kept_layout(spec: WalkSpec, rows: int, vocab_size: int) -> KeptLayout:
     return KeptLayout(shape, spec.operand, (spec.slabs_kept, rows, spec.offset_tiles))
 
 
-def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, targets: Tensor) -> Saved:
+def forward(walk: Walk, hidden: list[Tensor], weight: Blocks, bias: Tensor | None, targets: Tensor) -> Saved:
     """hidden_k (M, H_k), weight_k (V, H_k), bias (V,), targets (M,) with a negative one where the row is ignored."""
     spec, M, V, device, acc = walk.spec, targets.shape[0], weight[0].shape[0], targets.device, walk.products.acc
     state = RowState(
@@ -132,8 +135,8 @@ def forward(walk: Walk, hidden: list[Tensor], weight: list[Tensor], bias: Tensor
         # Reason: collectives of other sizes hang, end the process, or mix up rows. On a GPU the host would wait for the
         # device in every call to read what the ranks say, and a captured graph could not hold it.
         if device.type == "cpu" or backends.debug_mode():
-            wanted = int(any(spec.hidden_grad))
-            agreed(ranks, device, [], {"rows": M, "entropy": int(spec.entropy), "a gradient of hidden": wanted})
+            moves = int(any(spec.hidden_grad))
+            agreed(ranks, device, [], {"rows": M, "entropy": int(spec.entropy), "a gradient of hidden": moves})
         own, state = state, merged(state, ranks)
         if units and not spec.factored:
             _move_units(units, own, state, spec.entropy)
@@ -183,7 +186,7 @@ def _finish_exps(
 
 
 def target_entry(stats: RowStats, total: Tensor) -> Tensor:
-    """What stands at the target so that g * E is dz: -(1 - p) times the sum of the exponentials, (M,)."""
+    """The entry (M,) at the target that makes g * E equal dz: -(1 - p) times the sum of the exponentials."""
     return torch.expm1(stats.logps) * total
 
 
@@ -214,7 +217,9 @@ class _Writer:
             self.slab = buffers.empty("slab", shape, self.walk.products.acc, self.device)
         return self.slab[:rows, :width]
 
-    def slabs(self, rows: slice, hidden, weight, bias, targets: Tensor, state: RowState) -> None:
+    def slabs(
+        self, rows: slice, hidden: list[Tensor], weight: Blocks, bias: Tensor | None, targets: Tensor, state: RowState
+    ) -> None:
         walk, spec = self.walk, self.walk.spec
         pivot = self.offsets[0, rows, 0] if spec.factored else None
         for index, (start, stop) in enumerate(spec.slabs(weight[0].shape[0])):
@@ -243,7 +248,7 @@ class _Writer:
         self,
         rows: slice,
         hidden: list[Tensor],
-        weight: list[Tensor],
+        weight: Blocks,
         bias: Tensor | None,
         targets: Tensor,
         state: RowState,

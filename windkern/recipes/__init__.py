@@ -8,7 +8,7 @@ FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """What `windkern train --config` takes beside paths.
+    """Return the names that `windkern train --config` takes beside paths.
 
     Example:
         >>> "lora_1gpu" in names(), "accelerate/zero3" in names()

@@ -16,11 +16,11 @@ from windkern.settings.fields import WORDS, known_fields, own_fields, shown, typ
 from windkern.settings.run import classes_of
 from windkern.train.models import PACKAGED
 
-# Of the inherited settings, those that most files have.
+# The inherited settings that most files have.
 OFTEN = ("output_dir", "seed", "gradient_accumulation_steps", "bf16", "eval_strategy", "save_steps", "report_to")
 INDENT = 4
 WIDEST = 100  # columns of prose
-# What a new settings file sets; the other keys are there as comments, with their defaults.
+# The keys that a new settings file sets; the others are comments in it, with their defaults.
 _STARTERS: dict[str, dict[str, object]] = {
     "wind": {
         "model": PACKAGED,

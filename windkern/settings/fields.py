@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from windkern._checks import check_choice
 from windkern.settings.foreign import FOREIGN
@@ -41,7 +41,8 @@ class Known:
     @property
     def default(self) -> object:
         """The default of a field that has one."""
-        return self.field.default_factory() if self.field.default is dataclasses.MISSING else self.field.default
+        factory = self.field.default_factory
+        return self.field.default if factory is dataclasses.MISSING else cast(Any, factory)()
 
 
 def known_fields(cls: type) -> dict[str, Known]:
@@ -142,7 +143,7 @@ def _fit(name: str, value: object, kind: Any) -> object:
     if isinstance(plain, type) and issubclass(plain, enum.Enum):
         if isinstance(value, plain):
             return value
-        check_choice(name, value, [member.value for member in plain])
+        check_choice(name, cast(str, value), [member.value for member in plain])
         return plain(value)
     try:
         return _CONVERT[plain](value) if plain in _CONVERT else _instance(value, plain)
@@ -222,7 +223,7 @@ _WANTED = {
 
 
 def _wanted(kind: Any) -> str:
-    """What an annotation accepts, in words."""
+    """Say in words what an annotation accepts."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         parts = [_wanted(member) for member in arguments]

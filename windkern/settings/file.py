@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
     annotation, so there these words are refused.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]  # PyYAML reads it from the class
     top: yaml.Node | None = None  # the mapping whose values have annotations
 
     def construct_mapping(self, node, deep=False):

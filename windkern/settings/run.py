@@ -1,4 +1,4 @@
-"""What a settings file says of a run: which method, which models and data, and the trainer's configuration."""
+"""Read a run's settings from a file: its method, models and data, and the trainer's configuration."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ _RENAMED = {  # by transformers 5.24; each is understood with any release
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-_PATHS = ("output_dir", "model", "ref_model", "train_dataset", "eval_dataset")
-_PATHS += ("base_model", "value_model", "transfer_base", "train_demonstrations", "eval_demonstrations")
+_PATHS = (
+    *("output_dir", "model", "ref_model", "train_dataset", "eval_dataset"),
+    *("base_model", "value_model", "transfer_base", "train_demonstrations", "eval_demonstrations"),
+)
 _ALWAYS = ("transformers", "accelerate", "safetensors", "rich", "matplotlib")
 
 
@@ -35,7 +37,7 @@ class Run(Protocol):
     method: str
 
     def packages(self, config: Any) -> list[str]:
-        """What the run imports, given its trainer's configuration: one message then names all that is missing."""
+        """Packages that the run imports under its trainer's configuration; one message names all that are missing."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -49,7 +51,7 @@ def _of_data(sources: Sequence[str | None], models: Sequence[str | None]) -> lis
 
 @dataclass
 class RunConfig:
-    """What a run needs beside the trainer's settings: model, prompts, method.
+    """Settings of a run beside the trainer's: model, prompts, method.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
@@ -138,7 +140,7 @@ class RunConfig:
                 raise ValueError(f"{name} must not be empty")
 
     def packages(self, config: WindConfig) -> list[str]:
-        """What the run imports; see `Run`."""
+        """Packages that the run imports; see `Run`."""
         names = [*_ALWAYS, *(["peft"] if self.peft is not None else [])]
         names += ["vaderSentiment"] if config.judge == "vader" else []
         return names + _of_data((self.train_dataset, self.eval_dataset), (self.model, self.ref_model))
@@ -151,7 +153,7 @@ class ValueRun:
     method: str = field(default="value", metadata=_help("value: a value model on a frozen base is trained."))
 
     def packages(self, config: ValueConfig) -> list[str]:
-        """What the run imports; see `Run`."""
+        """Packages that the run imports; see `Run`."""
         sources = (config.train_demonstrations, config.eval_demonstrations)
         return [*_ALWAYS, *_of_data(sources, (config.base_model, config.value_model, config.transfer_base))]
 

@@ -1,4 +1,4 @@
-"""What ranks that work on one head must settle, and what they must agree on."""
+"""Settle between the ranks of one head what they must do alike, and check what they must agree on."""
 
 from __future__ import annotations
 

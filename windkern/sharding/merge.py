@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,13 +26,18 @@ def merged(state: RowState, ranks: Ranks) -> RowState:
     depends on the place of a row among the others, which batch_invariant forbids, and a maximum would have to come
     before the sums; the gradient of the hidden states has hundreds of times these bytes.
     """
-    total = RowState(*(None if part is None else torch.empty_like(part) for part in state))
+    total = _each(torch.empty_like, state)
     for first in range(0, state.run_max.shape[0], _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
         own = torch.stack([part[rows] for part in state if part is not None])
         parts = buffers.track("rows", ranks.gathered(own, "merge log-sums of the vocabulary"))
-        _merge(parts, RowState(*(None if part is None else part[rows] for part in total)))
+        _merge(parts, _each(operator.itemgetter(rows), total))
     return total
+
+
+def _each(change: Callable[[Tensor], Tensor], state: RowState) -> RowState:
+    entropy_sum = None if state.entropy_sum is None else change(state.entropy_sum)
+    return RowState(change(state.run_max), change(state.run_sum), change(state.target_logit), entropy_sum)
 
 
 def _merge(parts: Tensor, total: RowState) -> None:

@@ -58,10 +58,11 @@ class PassedRows:
         return self._buffer(index)[: rows.stop - rows.start]
 
     def _buffer(self, index: int) -> Tensor:
-        if self._buffers[index % 2] is None:
+        buffer = self._buffers[index % 2]
+        if buffer is None:
             shape = max(stop - start for start, stop in self.slabs), self.shape[1]
-            self._buffers[index % 2] = buffers.empty("passed", shape, self.dtype, self.local.device)
-        return self._buffers[index % 2]
+            buffer = self._buffers[index % 2] = buffers.empty("passed", shape, self.dtype, self.local.device)
+        return buffer
 
     def _send(self, index: int) -> None:
         start, stop = self.slabs[index]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 
 class RanksError(RuntimeError):
@@ -26,7 +26,7 @@ class Ranks:
 
     def __init__(self, group: str):
         try:
-            self.group = _resolve_process_group(group)
+            self.group = _resolve_process_group(GroupName(group))
         except (RuntimeError, LookupError) as error:
             raise RanksError(
                 f"weight is cut over the process group {group!r}, which does not exist (any more); call "

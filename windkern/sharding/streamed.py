@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -64,39 +66,40 @@ def streamed(
         >>> def nll(body, lm_head, inputs, targets):  # on every rank, both after fully_shard
         ...     return -wk.token_logps(body(inputs), wk.sharding.streamed(lm_head), targets).logps.mean()
     """
+    head: Any = weight
     if isinstance(weight, nn.Module):
         unit_param, unit_reduce = _policy(weight)
         param_dtype, reduce_dtype = param_dtype or unit_param, reduce_dtype or unit_reduce
-        weight = weight.weight
+        head = weight.weight
     for name, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
         if dtype is not None:
             check_float_dtype(name, dtype)
     if not (dist.is_available() and dist.is_initialized()):
         raise RanksError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
-    if hasattr(weight, "ds_id"):
+    if hasattr(head, "ds_id"):
         raise TypeError("weight is a parameter of DeepSpeed ZeRO-3; only windkern.sharding.gathered serves that")
-    if not hasattr(weight, "placements"):
-        said = f"a plain tensor {shape_of(weight)}" if isinstance(weight, Tensor) else type(weight).__name__
+    if not hasattr(head, "placements"):
+        said = f"a plain tensor {shape_of(head)}" if isinstance(head, Tensor) else type(head).__name__
         raise TypeError(f"weight must be a DTensor that FSDP2 has cut, got {said}; {_HOW}")
-    mesh = weight.device_mesh
+    mesh = head.device_mesh
     if mesh.ndim != 1:
         raise ValueError(
             f"weight must be a DTensor on a one-dimensional mesh, got {mesh.ndim} dimensions (HSDP, or FSDP2 with "
             "tensor parallelism); windkern.sharding.gathered serves those"
         )
-    if not weight.placements[0].is_shard(0):
-        raise TypeError(f"weight must have placements (Shard(dim=0),), got {weight.placements}; {_HOW}")
-    check_floating("weight", weight.to_local())
+    if not head.placements[0].is_shard(0):
+        raise TypeError(f"weight must have placements (Shard(dim=0),), got {head.placements}; {_HOW}")
+    check_floating("weight", head.to_local())
     return Shard(
-        weight,
+        head,
         Cut(
             group=mesh.get_group().group_name,
             streams=True,
             start=0,
-            vocab_size=weight.shape[0],
-            largest=weight.shape[0],
+            vocab_size=head.shape[0],
+            largest=head.shape[0],
             operand=param_dtype,
-            reduce_dtype=reduce_dtype or param_dtype or weight.dtype,
+            reduce_dtype=reduce_dtype or param_dtype or head.dtype,
         ),
     )
 
@@ -105,5 +108,5 @@ def _policy(unit: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
     """param_dtype and reduce_dtype of an FSDP2 unit."""
     if not hasattr(unit, "_get_fsdp_state"):
         raise TypeError(f"weight must be a DTensor or an FSDP2 unit, got {type(unit).__name__}; {_HOW}")
-    state = unit._get_fsdp_state()
+    state = unit._get_fsdp_state()  # type: ignore[operator]  # a method that FSDP2 gives the module
     return state._mp_policy.param_dtype, state._mp_policy.reduce_dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -107,8 +109,9 @@ def _group_of(weight: object, group: object) -> dist.ProcessGroup:
             f"weight must be a DTensor on a one-dimensional mesh, got {mesh.ndim} dimensions; take one with "
             "mesh['tp'], or pass weight.to_local() with the group of that dimension"
         )
-    if group is None:
-        return mesh.get_group() if mesh is not None else dist.group.WORLD
+    if group is None and mesh is not None:
+        return mesh.get_group()
+    group = dist.group.WORLD if group is None else group
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             "group must be a process group that this rank belongs to, got "
@@ -122,7 +125,7 @@ def _group_of(weight: object, group: object) -> dist.ProcessGroup:
     return group
 
 
-def _local_rows(weight: object, group: dist.ProcessGroup, start: object) -> tuple[int, Tensor]:
+def _local_rows(weight: Any, group: dist.ProcessGroup, start: object) -> tuple[int, Tensor]:
     """The vocabulary entry of the first local row, or _FOLLOWS, and the rows."""
     if hasattr(weight, "ds_id"):
         raise ValueError(
@@ -159,7 +162,7 @@ def _check_reduce_dtype(dtype: object) -> None:
 
 
 def _starts(table: list[list[int]]) -> list[int]:
-    """Where each rank's rows begin; raises, on all ranks alike, where they are not one vocabulary."""
+    """Return the first row of each rank; raise on all ranks alike if their rows do not make one vocabulary."""
     refused = [rank for rank, row in enumerate(table) if row[0] == _REFUSED]
     if refused:
         raise ValueError(f"weight was refused on rank {refused[0]}, which says why")

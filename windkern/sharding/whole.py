@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from windkern.head import Head
 Whole = TypeVar("Whole", Tensor, Head)
 
 
-def gathered_mean(dtensor: Tensor) -> Tensor:
+def gathered_mean(dtensor: Any) -> Tensor:
     """The whole of a DTensor, whose gradient comes back in pieces, each the mean over the ranks."""
     from torch.distributed.tensor import Partial
 
@@ -56,14 +56,14 @@ def gathered(weight: Whole) -> Iterator[Whole]:
     """
     if isinstance(weight, Head):
         with ExitStack() as stack:
-            single = isinstance(weight.weight, Tensor)
-            blocks = (weight.weight,) if single else weight.weight
-            whole = tuple(stack.enter_context(gathered(block)) for block in blocks)
+            blocks = weight.weight if isinstance(weight.weight, tuple) else (weight.weight,)
+            whole: list[Any] = [stack.enter_context(gathered(cast(Tensor, block))) for block in blocks]
             bias = None if weight.bias is None else stack.enter_context(gathered(weight.bias))
-            yield dataclasses.replace(weight, weight=whole[0] if single else whole, bias=bias)
+            single = isinstance(weight.weight, Tensor)
+            yield dataclasses.replace(weight, weight=whole[0] if single else tuple(whole), bias=bias)
     elif hasattr(weight, "full_tensor"):
         yield gathered_mean(weight)
-    elif hasattr(weight, "ds_id") and weight.shape != weight.ds_shape:
+    elif hasattr(weight, "ds_id") and weight.shape != getattr(weight, "ds_shape", None):
         try:
             from deepspeed.zero import GatheredParameters
         except ImportError as error:

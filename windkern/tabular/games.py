@@ -206,7 +206,7 @@ class Game:
         return self._best_response_logs(self._wins(self.policy(policy))).exp()
 
     def exploitability(self, policy: Array) -> Tensor:
-        """What the best response gains on the policy, (X,), zero at the equilibrium alone, eq. (1.20)."""
+        """Gain (X,) of the best response over the policy; it is zero at the equilibrium alone, eq. (1.20)."""
         policy = self.policy(policy)
         return self._exploitability(policy.log(), self._wins(policy))
 

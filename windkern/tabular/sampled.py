@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ STARTS = ("update", "policy")
 
 
 class Batch(NamedTuple):
-    """What one iteration draws from pi_t, contexts and groups flattened: B = X * groups."""
+    """The draws of one iteration from pi_t, with contexts and groups flattened: B = X * groups."""
 
     responses: Tensor  # (X, groups * K) int64
     old_logps: Tensor  # (B, K)
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What `fit` was asked for."""
+    """The arguments of `fit`, checked."""
 
     eta: float
     log_z: str
@@ -128,7 +128,9 @@ def _log_z(game: Game, logs: Tensor, settings: Settings) -> Tensor:
     return logs.new_full(logs.shape[:1], c / 2 if settings.log_z == "half" else 0.0)
 
 
-def _regressions(game: Game, logs: Tensor, settings: Settings, chosen: Fit, generator) -> Iterator[Tensor]:
+def _regressions(
+    game: Game, logs: Tensor, settings: Settings, chosen: Fit, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Every iteration: draw from pi_t, fit pi_{t+1}."""
     b, size = chosen.pull(game, settings), settings.responses
     free = chosen.free and settings.log_z == "free"
@@ -151,7 +153,13 @@ def _regressions(game: Game, logs: Tensor, settings: Settings, chosen: Fit, gene
             [shift], max_iter=settings.steps, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
         )
 
-        def closure(start=start, scale=scale, shift=shift, batch=batch, log_z=log_z) -> Tensor:
+        def closure(
+            start: Tensor = start,
+            scale: Tensor = scale,
+            shift: Tensor = shift,
+            batch: Any = batch,
+            log_z: Tensor = log_z,
+        ) -> Tensor:
             scores = start + scale * shift
             logps = (scores if free else normalised(scores)).gather(1, batch.responses).view(-1, size)
             loss = chosen.loss(game, settings, batch, log_z, logps).sum() * (size / 2)
@@ -163,7 +171,7 @@ def _regressions(game: Game, logs: Tensor, settings: Settings, chosen: Fit, gene
         yield logs
 
 
-def _jbond(game: Game, logs: Tensor, settings: Settings, generator) -> Iterator[Tensor]:
+def _jbond(game: Game, logs: Tensor, settings: Settings, generator: torch.Generator) -> Iterator[Tensor]:
     """Every iteration: one stochastic gradient step on fresh draws, one of the policy and two of the anchor each."""
     scores, anchor, groups, defeats = logs, logs, settings.groups, game.defeats
     context = torch.arange(logs.shape[0], device=logs.device)[:, None]
@@ -234,7 +242,7 @@ def fit(
         log_z: for "square_point" and "nce": "free" fits unnormalised scores, which carry log Z themselves; "exact"
             computes it from the game; "half" is the constant c/2, biased once pi_t has left `ref`.
         start: of each fit: "policy" is pi_t, as in training; "update" is the step with every win rate at 1/2, which
-            pulls responses that are not drawn back to `ref` although nobody saw how bad they are.
+            pulls responses that were not drawn back to `ref`, although no sample says how bad they are.
         steps: L-BFGS iterations of a fit; 10 are close to the minimum.
         policy0: (X, Y) where to start, positive; None for `game.ref`.
         n, alpha1, alpha2: of "iterative_bond", as in `solve`.
@@ -244,7 +252,7 @@ def fit(
         The `Solution`; its trace also has "samples", the responses drawn so far in each context.
 
     Raises:
-        TypeError: a count is not an integer, or `policy0` is no array.
+        TypeError: a count is not an integer, or `policy0` is not an array.
         ValueError: an unknown name, a number out of range, `policy0` without positive probabilities, or for "jbond"
             `responses` other than 3.
 

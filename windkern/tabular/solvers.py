@@ -184,7 +184,7 @@ def _jbond(
 
 @dataclass(frozen=True)
 class Method:
-    """What there is to know about a method before reading its function."""
+    """A method's name, options and limits: all that a reader needs before its function."""
 
     policies: Callable[..., Iterator[Tensor]]
     formula: str

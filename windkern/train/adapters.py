@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def with_adapter(model: nn.Module, peft_config, seed: int) -> nn.Module:
+def with_adapter(model: nn.Module, peft_config: Any, seed: int) -> nn.Module:
     """Return the model with a new adapter on top, initialised from the seed.
 
     Raises:
@@ -28,7 +30,7 @@ def with_adapter(model: nn.Module, peft_config, seed: int) -> nn.Module:
     return get_peft_model(model, peft_config)
 
 
-def starts_as_base(peft_config) -> bool:
+def starts_as_base(peft_config: Any) -> bool:
     """Return whether a model whose new adapter is switched off equals the model it was put on.
 
     PiSSA and similar methods subtract from the base what they put into the adapter.

@@ -172,7 +172,7 @@ class Run:
             config,
             policy.model,
             policy.tokenizer,
-            reference=self.reference.model if config.reference == "model" and self.reference else None,
+            reference=getattr(self.reference, "model", None) if config.reference == "model" else None,
             prompts=prompts.demonstrations or prompts.train,
             heldout=prompts.heldout,
             judge="" if judge is None else f"{judge.name}, strength {getattr(judge, 'strength', None)}",

@@ -37,7 +37,7 @@ class Batch:
         """Return the batch on a device."""
         # Reason: a blocking copy to a GPU waits for all that is queued there, the last backward pass. On the way back
         # the host must wait, or it would read what has not arrived.
-        options = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
+        options: dict[str, Any] = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
         moved = {name: value.to(**options) for name, value in self.constants.items()}
         return Batch(self.rows.to(device), self.shape, moved)
 

@@ -210,5 +210,5 @@ class PromptFocus:
         return orders[epoch]
 
 
-def _shuffled(count: int, *labels: object) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(stream(*labels))).tolist()
+def _shuffled(count: int, seed: int, *labels: str | int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(stream(seed, *labels))).tolist()

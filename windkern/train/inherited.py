@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from typing import Any
 
 import transformers
 
@@ -172,7 +173,8 @@ def check_inherited(args: transformers.TrainingArguments) -> None:
     for name, why in REFUSED.items():
         if (field := fields.get(name)) is None:  # a field of another release
             continue
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        factory: Any = field.default_factory
+        default = factory() if field.default is dataclasses.MISSING else field.default
         default = {"remove_unused_columns": False}.get(name, default)
         if (value := getattr(args, name)) != default:
             raise ValueError(f"{name} must be {default!r}, got {value!r}: {why}")
@@ -181,7 +183,7 @@ def check_inherited(args: transformers.TrainingArguments) -> None:
             raise ValueError(f"{name} must be {fields[name].default!r}, got {getattr(args, name)!r}: {why}")
 
 
-def check_optimizer_arguments(args: transformers.TrainingArguments, model) -> None:
+def check_optimizer_arguments(args: Any, model: Any) -> None:
     """Raise if `optim_args` are given to an optimizer that ignores them.
 
     Raises:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from windkern.train.batches import IterationData
-from windkern.train.config import WindConfig
 from windkern.train.evaluation.evaluator import Evaluator
 from windkern.train.iteration import Iteration
 from windkern.train.metrics import Averages, make_record
@@ -20,7 +20,7 @@ from windkern.train.reference import RecordedLogps
 from windkern.train.report.completions import columns_of, track_completions, write_completions
 from windkern.train.report.history import History
 from windkern.train.report.notices import Notices
-from windkern.train.report.progress import RECORDED, Record
+from windkern.train.report.progress import RECORDED, Observer, Record
 
 
 class Iterations(TrainerCallback):
@@ -71,7 +71,7 @@ class Iterations(TrainerCallback):
 
     # Events of transformers.Trainer.
 
-    def on_train_begin(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         self._mark_reference(state.global_step)
         done, inside = divmod(state.global_step, args.steps_per_iteration)
         if done >= args.num_iterations:
@@ -80,28 +80,28 @@ class Iterations(TrainerCallback):
             steps = f", {inside} of its {args.steps_per_iteration} steps are done" if inside else ""
             self.observer.note(f"resumed with iteration {done + 1} of {args.num_iterations}{steps}")
 
-    def on_step_end(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         self._mark_reference(state.global_step)
         if self.outer.policy.anchor is not None:
             self.outer.policy.anchor.update()
 
-    def on_evaluate(
+    def on_evaluate(  # type: ignore[override]  # metrics come by keyword
         self,
-        args: WindConfig,
+        args: Any,
         state: TrainerState,
         control: TrainerControl,
         metrics: Mapping[str, float] | None = None,
-        **given,
+        **given: Any,
     ) -> None:
         # An evaluation before the first step, or in between, ends nothing.
         if self.evaluated and 0 < state.global_step == self.number * args.steps_per_iteration:
             self._finish(state, {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()})
         self._tell_fitting(state)
 
-    def on_save(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         self._tell_fitting(state)
 
-    def on_epoch_end(self, args: WindConfig, state: TrainerState, control: TrainerControl, **given) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         if not self.evaluated and state.global_step == self.number * args.steps_per_iteration:
             self._finish(state, None)
 
@@ -181,7 +181,7 @@ class Iterations(TrainerCallback):
         self.history.append(record)
         if self.world.is_main:
             self.records.write(record)
-        self.observer.finished(record)
+        cast(Observer, self.observer).finished(record)  # the trainer's
 
     def _tell_fitting(self, state: TrainerState) -> None:
         """Tell the observer that the steps of the iteration follow, unless all have been taken."""

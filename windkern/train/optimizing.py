@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,9 +15,26 @@ from windkern.train.errors import one_line
 from windkern.train.inherited import check_optimizer_arguments
 from windkern.train.optim import forget_moments, master_optimizer
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Mixed
 
-class Optimizing:
+    from windkern.train.config import WindConfig
+    from windkern.train.loss_plan import LossPlan
+    from windkern.train.policy import Policy
+    from windkern.train.report.notices import Notices
+    from windkern.train.world import World
+else:
+    _Mixed = object
+
+
+class Optimizing(_Mixed):
     """Part of `WindTrainer`, before `transformers.Trainer` among its bases."""
+
+    args: WindConfig
+    loss_plan: LossPlan
+    notices: Notices
+    policy: Policy
+    world: World
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers, with float32 master weights where 16-bit weights are trained."""

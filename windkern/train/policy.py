@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from windkern.train.config import WindConfig
 from windkern.train.data.loading import padding_id
 from windkern.train.groups import Group
 from windkern.train.jobs import Job, check_scorable, score_job
-from windkern.train.report.progress import Observer, Unobserved
+from windkern.train.report.progress import Progress, Unobserved
 from windkern.train.samplers.sampler import Completions, TransformersSampler
 from windkern.train.world import World
 
@@ -135,10 +135,10 @@ class Policy:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: Any,
         settings: PolicySettings,
         world: World | None = None,
-        observer: Observer | None = None,
+        observer: Progress | None = None,
     ):
         check_scorable(model)
         self.model = self.wrapped = model
@@ -198,7 +198,7 @@ class Policy:
         rules = self.rules  # Reason: processes agree on them, and not each of them has work to do below
 
         def work(part: list[Group]) -> list[list[float]]:
-            batch = collate(part, self.fill, rules).to(self.model.device)
+            batch = collate(part, self.fill, rules).to(cast(Any, self.model).device)
             with accelerator.autocast():
                 job = score_job(batch.targets.flatten(0, 1), self.settings.temperature, self.settings.options)
                 return self.run(model, batch, job).view(batch.shape).float().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ def positions_of(model: nn.Module) -> int | None:
     return max([fewest, *_stretched(config, most)])
 
 
-def _stretched(config, most: int) -> Iterator[int]:
+def _stretched(config: Any, most: int) -> Iterator[int]:
     """Positions by each scaling of a rotary embedding; some models have one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for each in (rope, *rope.values()):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations import integration_utils
 
 from windkern._checks import FLOATS, check_choice
@@ -51,8 +52,8 @@ def check_evaluation(config: WindConfig, heldout: Sequence[str], note: Callable[
     """
     if not heldout and (config.eval_strategy != "no" or config.eval_on_start):
         raise ValueError(
-            f"eval_dataset must be given for eval_strategy={str(config.eval_strategy.value)!r}, eval_on_start="
-            f"{config.eval_on_start}: an evaluation compares with the reference on held-out prompts"
+            f"eval_dataset must be given for eval_strategy={IntervalStrategy(config.eval_strategy).value!r}, "
+            f"eval_on_start={config.eval_on_start}: an evaluation compares with the reference on held-out prompts"
         )
     if len(heldout) == 1:
         note("eval_dataset holds one prompt: means over prompts get no standard error, and no interval")
@@ -84,9 +85,9 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"the weights of the model are not finite: {name} holds {low.item()} and {high.item()}")
 
 
-def _rows(model: nn.Module) -> int | None:
+def _rows(model: Any) -> int | None:
     weight = getattr(model.get_input_embeddings(), "weight", None)
-    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+    shape: tuple[int, ...] = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
     return shape[0] if len(shape) == 2 else None
 
 
@@ -106,7 +107,7 @@ class Room:
 
     config: WindConfig
     model: nn.Module
-    tokenizer: object
+    tokenizer: Any
 
     def __post_init__(self) -> None:
         config, positions = self.config, positions_of(self.model)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from windkern.train.sharded import shard_frozen
 
 
 @contextmanager
-def _without_adapter(model: nn.Module) -> Iterator[None]:
+def _without_adapter(model: Any) -> Iterator[None]:
     """Disable a PEFT model's adapter and leave requires_grad as it was.
 
     Hazard: PEFT turns requires_grad off and later on again, and a forward of FSDP2 in between puts other parameters in
@@ -185,7 +186,7 @@ def _adapter_reference(policy: Policy, new_adapter: bool) -> PolicyView:
     return PolicyView(policy, Anchor(model, rate=1.0).in_place)  # never updated
 
 
-def _trained_base(policy: nn.Module) -> list[str]:
+def _trained_base(policy: Any) -> list[str]:
     """Return the names of trained parameters outside the adapters, which stay on when the adapters are off."""
     adapters = set(policy.peft_config)
     named = policy.named_parameters()

@@ -139,7 +139,8 @@ class ReplayBuffer:
         fresh = {prompt: [entry for entry in held if entry.iteration == iteration] for prompt, held in seen.items()}
         fresh = {prompt: held for prompt, held in fresh.items() if len(held) >= size}
         generator = torch.Generator().manual_seed(stream(self.seed, "replay", iteration))
-        everybody, waiting, drawn = list(seen), [], []
+        everybody, drawn = list(seen), []
+        waiting: list[int] = []
         for _ in range(groups):
             on_policy = float(torch.rand((), generator=generator, dtype=torch.float64)) < self.on_policy_prob
             if on_policy and fresh:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from windkern.train.config import WindConfig
 from windkern.train.data.datasets import PromptSets
@@ -106,5 +107,6 @@ class Responder:
 
     def recorded(self) -> list[Group]:
         """Return every recorded response to every prompt."""
-        everything = ((place, self.sampler.everything(prompt)) for place, prompt in enumerate(self.prompts))
+        sampler: Any = self.sampler
+        everything = ((place, sampler.everything(prompt)) for place, prompt in enumerate(self.prompts))
         return [group for place, batch in everything for group in groups_of(batch, [place])]

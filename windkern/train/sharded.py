@@ -116,7 +116,7 @@ def check_whole(model: nn.Module) -> None:
                 "which gets prompts of its own here; load it without tp_plan and train under FSDP2, or score it in a "
                 "loop of your own by windkern.hf.sequence_logps"
             )
-        if hasattr(value, "ds_id") and value.shape != value.ds_shape:
+        if hasattr(value, "ds_id") and value.shape != getattr(value, "ds_shape", None):
             raise ValueError(
                 f"model must be whole, but DeepSpeed ZeRO-3 has cut its parameter {name} in pieces; load policy and "
                 "reference inside windkern.train.sharded.whole_models(args)"

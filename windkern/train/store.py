@@ -11,9 +11,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from windkern._files import DamagedRecordError, read_json, write_json
 from windkern.train.groups import Group
@@ -102,7 +103,7 @@ class GroupStore:
             return groups
         return [replace(group, **verdict) for group, verdict in zip(groups, verdicts, strict=True)]
 
-    def _entries(self, path: Path, name: str, block: Block, parse, way_out: str) -> list:
+    def _entries(self, path: Path, name: str, block: Block, parse: Callable[..., Any], way_out: str) -> list:
         content = read_json(path, way_out)
         if content is None:
             return []

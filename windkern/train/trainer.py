@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from windkern.train import tried  # noqa: F401
 
@@ -81,6 +81,9 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
     Source:
         WIND, arXiv 2410.20727; docs/theory.md.
     """
+
+    args: WindConfig
+    processing_class: Any
 
     def __init__(
         self,
@@ -161,9 +164,11 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         return self.iterations.history
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # IterationData has the order
+        return SequentialSampler(cast(Sized, self.train_dataset))  # IterationData has the order
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **given: Any) -> TrainOutput:
+    def train(  # type: ignore[override]  # `given` has the rest of transformers' arguments
+        self, resume_from_checkpoint: str | bool | None = None, **given: Any
+    ) -> TrainOutput:
         """Run the remaining iterations.
 
         Args:
@@ -188,7 +193,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             self.iterations.read_history(self.state)
         return output
 
-    def _run_epoch(self, **options: Any) -> None:
+    def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]  # called by keyword, whichever there are
         """One epoch of transformers is one outer iteration."""
         self._catch_up()
         self.iterations.begin(self.state, self.optimizer)
@@ -237,7 +242,9 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
             raise ValueError("eval_dataset must be given to the trainer for an evaluation")
         return self.evaluator.compare(responses, self.args.num_iterations + 1 if iteration is None else iteration)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Win rate against the reference on the held-out prompts, its standard error, reward and KL.
 
         Raises:

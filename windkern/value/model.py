@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,13 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 
 from windkern import hf
 from windkern._checks import check_shape, check_tensor, shape_of
-from windkern.ops.inputs import Blocks
 from windkern.ops.sequence import sequence_logps
 from windkern.train.models import load_model
 
 DESCRIPTION = "windkern_value.json"
 
 
-def _tuple(blocks: Blocks) -> tuple[Tensor, ...]:
+def _tuple(blocks: Any) -> tuple[Tensor, ...]:
     return tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks,)
 
 
@@ -97,7 +97,8 @@ class ValueModel(nn.Module):
         _check_pair(hf.hidden_and_head(base), hf.hidden_and_head(value))
         if {id(each) for each in base.parameters()} & {id(each) for each in value.parameters()}:
             raise ValueError("base and value must not share parameters: the base's are frozen, the value model's not")
-        self.base, self.value = base.requires_grad_(False), value
+        self.base: Any = base.requires_grad_(False)
+        self.value = value
         self.memory_budget, self.backend = memory_budget, backend
         self.train(value.training)
 
@@ -115,11 +116,11 @@ class ValueModel(nn.Module):
     def generation_config(self):
         return self.base.generation_config
 
-    def activation_checkpointing_enable(self, **options: object) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the value model's activations in the backward pass; the base keeps none."""
         self.value.activation_checkpointing_enable(**options)
 
-    def gradient_checkpointing_enable(self, **options: object) -> None:
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Same as `activation_checkpointing_enable`, by its name in transformers before 5.24."""
         self.value.gradient_checkpointing_enable(**options)
 
@@ -191,7 +192,7 @@ class ValueModel(nn.Module):
         )
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options) -> Tensor:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """Generate with `base.generate` from softmax(z_base + z_value); the value model keeps its own cache.
 
         `windkern.train.samplers.sampler.TransformersSampler` takes this object as its model. Temperature, top-k and
@@ -248,7 +249,12 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, base: nn.Module | str | None = None, *, dtype: torch.dtype | None = None, **options
+        cls,
+        folder: str | Path,
+        base: nn.Module | str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> ValueModel:
         """Load a value model and put it on a base, in eval mode.
 
@@ -271,11 +277,10 @@ class ValueModel(nn.Module):
         if base is None:
             raise ValueError(f"base must be given: {file} does not name one")
         if dtype is None and isinstance(base, nn.Module):
-            dtype = base.dtype
+            dtype = next(base.parameters()).dtype
         value = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype)
-        if isinstance(base, str):
-            base, _ = load_model(base, dtype=value.dtype)
-        return cls(base, value.to(base.device).eval(), **options)
+        loaded: Any = load_model(base, dtype=value.dtype)[0] if isinstance(base, str) else base
+        return cls(loaded, value.to(loaded.device).eval(), **options)
 
 
 class ValueLogits(LogitsProcessor):

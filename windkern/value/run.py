@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from rich.table import Table
@@ -21,7 +22,7 @@ from windkern.train.models import describe, load_model
 from windkern.train.report import show as report
 from windkern.train.report.notices import Notices
 from windkern.value.model import ValueModel
-from windkern.value.trainer import DemonstrationCollator, ValueConfig, ValueTrainer
+from windkern.value.trainer import ValueConfig, ValueTrainer
 
 RESULT = "result.json"
 
@@ -30,7 +31,7 @@ RESULT = "result.json"
 def nll_per_token(
     score: Callable[[Tensor, Tensor, Tensor], Tensor],
     demonstrations: Sequence,
-    collate: DemonstrationCollator,
+    collate: Callable[[Sequence], dict[str, Any]],
     *,
     batch_size: int,
     device: torch.device | str = "cpu",
@@ -65,7 +66,7 @@ def nll_per_token(
     return total / tokens, tokens
 
 
-def check_same_tokens(base, value, names: tuple[str, str]) -> None:
+def check_same_tokens(base: Any, value: Any, names: tuple[str, str]) -> None:
     """Raise if two tokenizers give one token different ids, or share less than half of their tokens.
 
     Args:
@@ -100,7 +101,7 @@ def _dtypes(config: ValueConfig) -> tuple[torch.dtype, torch.dtype]:
 class _Meter:
     """Measures models, all on the same demonstrations."""
 
-    def __init__(self, config: ValueConfig, demonstrations: Sequence, collate: DemonstrationCollator, display: Display):
+    def __init__(self, config: ValueConfig, demonstrations: Sequence, collate: Callable, display: Display):
         self.config, self.demonstrations, self.collate, self.display = config, demonstrations, collate, display
         self.tokens = 0
 
@@ -131,29 +132,31 @@ class _Steps(TrainerCallback):
     def __init__(self, display: Display):
         self.display, self._evaluating = display, False
 
-    def on_train_begin(self, args, state, control, **given) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step:
             self.display.note(f"resumed: {state.global_step} of {state.max_steps} steps are done")
         self._fitting(state)
 
-    def on_step_end(self, args, state, control, **given) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self.display.advance()
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **given) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **given: Any
+    ) -> None:
         if not self._evaluating:
             self._evaluating = True
             self.display.phase(0, "evaluating", len(eval_dataloader), "batches")
         self.display.advance()
 
-    def on_evaluate(self, args, state, control, **given) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self._fitting(state)
 
-    def on_log(self, args, state, control, logs=None, **given) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
         shown = [f"{name} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs]
         if shown:
             self.display.print(f"{state.global_step}/{state.max_steps}  {'  '.join(shown)}")
 
-    def _fitting(self, state) -> None:
+    def _fitting(self, state: Any) -> None:
         self._evaluating = False
         self.display.phase(0, "fitting", state.max_steps, "steps", state.global_step)
 
@@ -199,6 +202,17 @@ def _plan(config: ValueConfig, measured: int, trained: int) -> dict[tuple[str, s
     return dict([*before, (("fitting", "steps"), 3.0 * trained * epochs), *after])
 
 
+def _named(config: ValueConfig) -> tuple[str, str, str]:
+    """The base, the value model and the demonstrations, which must all be set."""
+    found = []
+    for name in ("base_model", "value_model", "train_demonstrations"):
+        value = getattr(config, name)
+        if not value:
+            raise ValueError(f"{name} must be set, got {value!r}")
+        found.append(value)
+    return found[0], found[1], found[2]
+
+
 def run_value(config: ValueConfig, *, resume: bool, display: Display | None = None) -> int:
     """Train a value model as the settings say, save it to `config.output_dir`, and compare it with its base.
 
@@ -218,9 +232,7 @@ def run_value(config: ValueConfig, *, resume: bool, display: Display | None = No
         ValueError: a field is missing, tokenizers or vocabularies differ, or there is no checkpoint to resume from.
         OSError, MissingPackageError: see `windkern.train.models.load_model`.
     """
-    for name in ("base_model", "value_model", "train_demonstrations"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must be set, got {getattr(config, name)!r}")
+    _named(config)
     report.quiet_libraries()
     with display or Display() as shown:
         shown.hush(config.process_index != 0)
@@ -232,14 +244,15 @@ def _run(config: ValueConfig, resume: bool, display: Display) -> int:
 
     start = time.perf_counter()
     display.phase(0, "reading the demonstrations")
-    train = load_demonstrations(config.train_demonstrations)
-    measured_on = config.eval_demonstrations or config.train_demonstrations
+    base_name, value_name, demonstrations = _named(config)
+    train = load_demonstrations(demonstrations)
+    measured_on = config.eval_demonstrations or demonstrations
     measured = load_demonstrations(config.eval_demonstrations) if config.eval_demonstrations else train
     base_dtype, value_dtype = _dtypes(config)
-    display.phase(0, f"loading the base {config.base_model}")
-    base, tokenizer = load_model(config.base_model, dtype=base_dtype, device=config.device)
-    display.phase(0, f"loading the value model {config.value_model}")
-    value, value_tokenizer = load_model(config.value_model, dtype=value_dtype, device=config.device)
+    display.phase(0, f"loading the base {base_name}")
+    base, tokenizer = load_model(base_name, dtype=base_dtype, device=config.device)
+    display.phase(0, f"loading the value model {value_name}")
+    value, value_tokenizer = load_model(value_name, dtype=value_dtype, device=config.device)
     check_same_tokens(tokenizer, value_tokenizer, ("base_model", "value_model"))
     model = ValueModel(base, value)
     trainer = ValueTrainer(model, config, train_dataset=train, eval_dataset=measured, processing_class=tokenizer)
@@ -247,8 +260,8 @@ def _run(config: ValueConfig, resume: bool, display: Display) -> int:
         trainer.remove_callback(callback)
     trainer.add_callback(_Steps(display))
     trainer.notices = Notices(display)
-    display.print((config.base_model, "bold"), f": {describe(base)}, the frozen base")
-    display.print((config.value_model, "bold"), f": {describe(value)}, the value model, trained")
+    display.print((base_name, "bold"), f": {describe(base)}, the frozen base")
+    display.print((value_name, "bold"), f": {describe(value)}, the value model, trained")
 
     display.plan(before=_plan(config, len(measured), len(train)))
     meter = _Meter(config, measured, trainer.data_collator, display)
@@ -291,7 +304,7 @@ def _run(config: ValueConfig, resume: bool, display: Display) -> int:
             "steps": trainer.state.global_step,
             "seconds": time.perf_counter() - start,
         }
-        path = Path(config.output_dir) / RESULT
+        path = Path(cast(str, config.output_dir)) / RESULT
         path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
         picture = path.with_name("nll.png")
         draw(picture, content)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from windkern.train import tried  # noqa: F401
 
 # isort: split
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from windkern import backends
@@ -100,7 +101,7 @@ class DemonstrationCollator:
         max_completion_length: length limit of an answer, end token included.
     """
 
-    def __init__(self, tokenizer, max_completion_length: int):
+    def __init__(self, tokenizer: Any, max_completion_length: int):
         self.tokenizer, self.max_completion_length = tokenizer, max_completion_length
 
     def __call__(self, demonstrations: Sequence) -> dict[str, Tensor]:
@@ -162,7 +163,10 @@ class ValueTrainer(AtomicCheckpoints, Trainer):
         ValueError: more than one GPU in one process.
     """
 
-    def __init__(self, model: ValueModel, args: ValueConfig, *, processing_class, **options):
+    args: ValueConfig
+    processing_class: Any
+
+    def __init__(self, model: ValueModel, args: ValueConfig, *, processing_class: Any, **options: Any):
         if not isinstance(model, ValueModel):
             raise TypeError(f"model must be a ValueModel, got {type(model).__name__}")
         if not isinstance(args, ValueConfig):
@@ -178,7 +182,7 @@ class ValueTrainer(AtomicCheckpoints, Trainer):
             **options,
         )
 
-    def _run_epoch(self, **options) -> None:
+    def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]  # called by keyword, whichever there are
         # Hazard: resumed from its last checkpoint inside an epoch, transformers would take one step too many.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -186,15 +190,15 @@ class ValueTrainer(AtomicCheckpoints, Trainer):
         super()._run_epoch(**options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(cast(str, output_dir or self.args.output_dir))
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, base_name=self.args.base_model)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / _TRAINING_ARGUMENTS)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: ValueModel | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         value = self.accelerator.unwrap_model(self.model if model is None else model).value
         saved = type(value).from_pretrained(resume_from_checkpoint, dtype=value.dtype)
         value.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(cast(str, self.state.best_model_checkpoint))

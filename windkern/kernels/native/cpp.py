@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _make_kernels():
-    """The newest instruction set this CPU runs, or the one WINDKERN_CPP_ISA names; None where there is no such one."""
+    """The newest instruction set this CPU runs, or the one WINDKERN_CPP_ISA names; None where it does not exist."""
     names = [] if _cpp is None else _cpp.instruction_sets()
     name = os.environ.get("WINDKERN_CPP_ISA") or (names[0] if names else None)
     return _cpp.Kernels(name) if name in names else None
@@ -56,7 +57,7 @@ def _make_kernels():
 _kernels = _make_kernels()
 
 
-def _slab(slab: Slab, values: Tensor):
+def _slab(slab: Slab, values: Tensor) -> Any:
     """The arguments of `slab` for a kernel that reads or writes `values` (M, W) in the operand dtype."""
     return _cpp.Slab(
         DTYPES[values.dtype],

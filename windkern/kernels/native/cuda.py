@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def _queue_of(tensor: Tensor) -> Iterator[object]:
         yield _cuda.Queue(tensor.device.index, torch.cuda.current_stream().cuda_stream)
 
 
-def _slab(slab: Slab, values: Tensor):
+def _slab(slab: Slab, values: Tensor) -> Any:
     """The arguments of `slab` for a kernel that reads or writes `values` (M, W) in the operand dtype."""
     return _cuda.Slab(
         DTYPES[values.dtype],

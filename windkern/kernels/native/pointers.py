@@ -1,4 +1,4 @@
-"""What the native back ends share on the Python side: why one is missing, codes of dtypes and names, pointers."""
+"""Helpers shared by the native back ends in Python: why one is missing, codes of dtypes and names, pointers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAIR_LOSSES = {"square": 0, "logistic": 1, "hinge": 2}
 
 
 def why_missing(name: str, error: ImportError) -> str:
-    """Why the extension `windkern.<name>` was not imported; warns where a file is there, for nobody has chosen that."""
+    """Say why the extension `windkern.<name>` was not imported; warn if its file is there, since that is a fault."""
     files = sorted(path.name for path in PACKAGE.glob(f"{name}.*") if path.suffix in (".so", ".pyd"))
     if not files:
         return f"windkern was installed without its extension {name}"

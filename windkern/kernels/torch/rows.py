@@ -145,7 +145,19 @@ def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
         _unit_block(*block, state, rows, *outputs)
 
 
-def _unit_block(y, bias, targets, start, transform, state, rows, unit, unit_entropy, rescale, max_step) -> None:
+def _unit_block(
+    y: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    start: int,
+    transform: LogitTransform,
+    state: RowState,
+    rows: slice,
+    unit: Tensor,
+    unit_entropy: Tensor | None,
+    rescale: Tensor,
+    max_step: Tensor | None,
+) -> None:
     _apply_transform(y, bias, transform)
     slope = None
     if transform.softcap is not None:

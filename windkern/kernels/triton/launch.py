@@ -1,4 +1,4 @@
-"""What the launchers of the Triton kernels share."""
+"""Helpers shared by the launchers of the Triton kernels."""
 
 from __future__ import annotations
 

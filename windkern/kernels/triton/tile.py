@@ -184,7 +184,7 @@ def tile_forward(
     state: RowState,
     kept: Kept | None,  # its offsets (M, tiles)
 ) -> None:
-    """What a product and `slab_forward` do, without the slab; there is an offset for each tile."""
+    """Do what a product and `slab_forward` do, without the slab; each tile has an offset of its own."""
     (rows, inner), width = hidden.shape, weight.shape[0]
     if rows == 0:
         return

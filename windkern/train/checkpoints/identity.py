@@ -8,6 +8,7 @@ import os
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -96,7 +97,7 @@ def outline_of(model: nn.Module) -> dict:
     return found | _adapters(model)
 
 
-def _tokenizer(tokenizer) -> dict:
+def _tokenizer(tokenizer: Any) -> dict:
     words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return {
         "vocabulary": _digest(words),
@@ -119,7 +120,7 @@ def _listed(prompts: Sequence) -> list[list[str]]:
 def identity_of(
     config: WindConfig,
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     *,
     reference: nn.Module | None,
     prompts: Sequence,
@@ -238,7 +239,7 @@ def check_same(theirs: object, ours: dict, where: str, file: Path) -> None:
             f"release reads {FORMAT}); finish it with that release, or start another run in another output_dir"
         )
     try:
-        said = _differences(theirs, ours)
+        said = _differences(cast(dict, theirs), ours)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise DamagedRecordError(file, f"{type(error).__name__}: {error}", ANEW) from error
     if said:

@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 from accelerate import PartialState
 from transformers import TrainingArguments
@@ -20,7 +21,7 @@ from windkern.train.world import World
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # nothing is locked there
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # errors of a file system without locks
@@ -122,7 +123,7 @@ def owned_by_run(args: TrainingArguments, warn: Callable[[str], None]) -> Iterat
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
-            stack.enter_context(owned(args.output_dir, warn))
+            stack.enter_context(owned(cast(str, args.output_dir), warn))  # transformers fills it in
 
         World(args.distributed_state or PartialState()).first(take)
         yield

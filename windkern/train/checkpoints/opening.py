@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from windkern._files import read_json, write_json
 from windkern.train.checkpoints.identity import ResumeError, check_same
@@ -67,7 +68,7 @@ def open_run(
         DamagedRecordError: what says so is damaged.
         ValueError: as `check_unused`.
     """
-    output, path = Path(config.output_dir), store.folder / RUN
+    output, path = Path(cast(str, config.output_dir)), store.folder / RUN  # transformers fills it in
     if not resume:
         for folder in check_unused(output, overwrite=config.overwrite):
             shutil.rmtree(folder)

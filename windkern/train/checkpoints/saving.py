@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -31,6 +31,11 @@ from windkern.train.report.notices import Notices
 from windkern.train.report.progress import Unobserved
 
 __all__ = ["AtomicCheckpoints", "CheckpointError", "CorruptCheckpointError", "latest_checkpoint"]
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Mixed
+else:
+    _Mixed = object
 
 _STAGING = ".saving-"
 # What torch.save and safetensors say, as RuntimeError and SafetensorError, where the system refused a write.
@@ -55,7 +60,7 @@ def _reason(error: BaseException) -> str | None:
     return "the system did not take all of a file" if "unexpected pos" in said or "Pytorch" in said else said
 
 
-class AtomicCheckpoints:
+class AtomicCheckpoints(_Mixed):
     """Mixin for `transformers.Trainer`: `class MyTrainer(AtomicCheckpoints, transformers.Trainer)`.
 
     `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, or starts from the beginning with
@@ -205,7 +210,7 @@ class AtomicCheckpoints:
         if self.args.process_index == 0:
             try:
                 if wanted is True:
-                    found = latest_checkpoint(self.args.output_dir, self.notices)
+                    found = latest_checkpoint(cast(str, self.args.output_dir), self.notices)
                     answer[0] = str(found) if found else None
                     if found is None:
                         self.notices(
@@ -213,7 +218,7 @@ class AtomicCheckpoints:
                             "responses that are there"
                         )
                 else:
-                    verify(Path(wanted))
+                    verify(Path(cast(str, wanted)))
                     answer[0] = str(wanted)
             except Exception as error:
                 answer[1] = error

@@ -59,7 +59,7 @@ def prompt_sets(train_dataset: Iterable, eval_dataset: Iterable | None, *, demon
             f"{answered} of {len(rows)}"
         )
     check_prompts(train, heldout)
-    shown_answers = [Demonstration(prompt, answer) for prompt, answer in rows] if demonstrations or given else []
+    shown_answers = [Demonstration(prompt, answer) for prompt, answer in rows if answer is not None]
     return PromptSets(train, shown_answers, heldout)
 
 

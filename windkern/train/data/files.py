@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from windkern.train.data.prompts import shown
 from windkern.train.models import require
@@ -128,7 +128,8 @@ def _check_columns(names: Sequence[str], name: str, where: str) -> None:
 
 
 def _table_rows(text: str, name: str, delimiter: str) -> Iterator[tuple[str, object]]:
-    names, first, limit = None, 1, csv.field_size_limit(_LONGEST_CELL)
+    names: list[str] | None = None
+    first, limit = 1, csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for cells in reader:
@@ -141,10 +142,11 @@ def _table_rows(text: str, name: str, delimiter: str) -> Iterator[tuple[str, obj
                 continue
             if len(cells) != len(names):
                 raise ValueError(f"{place}: got {len(cells)} cells, the first line names {len(names)} columns")
-            row = {key: cell if cell.strip() else None for key, cell in zip(names, cells, strict=True)}
-            for key in _NESTED:
-                if row.get(key) is not None:
-                    row[key] = _json(row[key], f"{place}, column {key}")
+            given = {key: cell if cell.strip() else None for key, cell in zip(names, cells, strict=True)}
+            row: dict[str, object] = {
+                key: cell if cell is None or key not in _NESTED else _json(cell, f"{place}, column {key}")
+                for key, cell in given.items()
+            }
             yield place, row
     except csv.Error as error:
         raise ValueError(f"{name}, line {first}: not {'CSV' if delimiter == ',' else 'TSV'} ({error})") from None
@@ -248,7 +250,7 @@ def _hub_rows(source: str) -> Rows:
     return _data_set_rows(data.select_columns([each for each in data.column_names if each in known]), source, column)
 
 
-def _data_set_rows(data, source: str, column: str) -> Iterator[tuple[str, object]]:
+def _data_set_rows(data: Any, source: str, column: str) -> Iterator[tuple[str, object]]:
     for number, row in enumerate(data):
         if column and column != "prompt":
             # Reason: a list in a column of another name, such as chosen, is a whole dialogue.

@@ -6,7 +6,7 @@ import importlib.resources
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ def _demonstration(record: object) -> Demonstration:
     if isinstance(record, dict):
         key = next((key for key in ANSWERS if record.get(key) is not None), None)
         if record.get("messages") is not None and (key is None or record.get("prompt") is None):
+            prompt: str
+            answer: object
             prompt, answer = split_dialogue(record["messages"])
         elif key is not None and record.get("prompt") is not None:
             prompt, answer = _prompt(record), record[key]
@@ -119,7 +121,7 @@ def demo_prompts(split: str) -> list[str]:
     return parsed(json_lines(text, name), name, "prompts", _prompt)
 
 
-def opened_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = None) -> list[str]:
+def opened_prompts(tokenizer: Any, prompts: Sequence[str], *, system: str | None = None) -> list[str]:
     """Return the texts of prompts up to where a response begins: with the assistant's turn opened, or as they are.
 
     Args, Raises:
@@ -141,7 +143,7 @@ def opened_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = No
     return [str(prompt) for prompt in prompts]
 
 
-def encode_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = None) -> PromptBatch:
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, system: str | None = None) -> PromptBatch:
     """Return the token ids of prompts as the model expects a user's turn, padded on the left.
 
     Args:
@@ -170,7 +172,7 @@ def encode_prompts(tokenizer, prompts: Sequence[str], *, system: str | None = No
     return PromptBatch(ids, mask)
 
 
-def padding_id(tokenizer) -> int:
+def padding_id(tokenizer: Any) -> int:
     """Return an id to pad with. Which one does not matter, because every reader of the ids has a mask."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:

@@ -8,6 +8,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant")
@@ -85,6 +86,8 @@ class ChatPrompt(str):
         >>> ChatPrompt([{"role": "user", "content": "Why?"}]) == "Why?"
         True
     """
+
+    _turns: tuple[tuple[str, str], ...]
 
     def __new__(cls, messages: Sequence[dict[str, str]]) -> ChatPrompt:
         turns = _turns(messages)
@@ -175,7 +178,7 @@ def as_messages(prompt: str, system: str | None = None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def render(tokenizer, messages: Sequence[dict[str, str]], *, open_turn: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[dict[str, str]], *, open_turn: bool) -> str:
     """Return the text a tokenizer's chat template makes of messages, with the assistant's turn opened or not.
 
     Raises:
@@ -190,7 +193,7 @@ def render(tokenizer, messages: Sequence[dict[str, str]], *, open_turn: bool) ->
         raise ValueError(f"the chat template refuses messages of {roles}: {error}") from error
 
 
-def with_template_arguments(tokenizer, arguments: Mapping[str, object] | None):
+def with_template_arguments(tokenizer: Any, arguments: Mapping[str, object] | None) -> Any:
     """Return the tokenizer, or a copy of it whose chat template gets further arguments in every call.
 
     Args:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from windkern._files import to_json
 from windkern.train.data.files import load
@@ -30,7 +31,7 @@ def _strings(value: object, name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _numbers(value: object, name: str, count: int) -> tuple[float, ...]:
+def _numbers(value: Any, name: str, count: int) -> tuple[float, ...]:
     fits = isinstance(value, list) and len(value) == count
     if not fits or not all(
         isinstance(each, (int, float)) and not isinstance(each, bool) and math.isfinite(each) for each in value

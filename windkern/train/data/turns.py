@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from windkern.train.data.prompts import render
 
@@ -19,7 +19,7 @@ class Turn(NamedTuple):
     ends: tuple[int, ...]  # ids of all tokens that end one
 
 
-def turn_of(tokenizer) -> Turn:
+def turn_of(tokenizer: Any) -> Turn:
     """Return the tokens and space around an answer.
 
     The end token is the first special token that the chat template puts behind an answer (Gemma's <end_of_turn>, which
@@ -40,7 +40,7 @@ def turn_of(tokenizer) -> Turn:
     return Turn(space, eos if end is None else end, tuple(sorted({end, eos} - {None})))
 
 
-def _first_special(tokenizer, text: str) -> int | None:
+def _first_special(tokenizer: Any, text: str) -> int | None:
     added = tokenizer.added_tokens_decoder
     ids = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in added]
     special = [token for token in ids if added[token].special]
@@ -48,7 +48,7 @@ def _first_special(tokenizer, text: str) -> int | None:
     return next(iter(special or visible), None)
 
 
-def encode_opened(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encode_opened(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of texts that something follows.
 
     A chat template has put special tokens in; without one the tokenizer adds those it puts in front of a text, and none
@@ -69,7 +69,7 @@ def _place(ids: list[int], part: list[int]) -> int:
     return next((k for k in starts if ids[k : k + len(part)] == part), len(ids))
 
 
-def encode_responses(tokenizer, turn: Turn, opened: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+def encode_responses(tokenizer: Any, turn: Turn, opened: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of responses, as they follow on their prompts, without an end token.
 
     The ids of prompt and response together are those of the joined text wherever the tokenizer does not merge letters
@@ -92,7 +92,7 @@ def encode_responses(tokenizer, turn: Turn, opened: Sequence[str], texts: Sequen
     return rows
 
 
-def _encode_inside(tokenizer, text: str) -> list[int]:
+def _encode_inside(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of a text that does not start a sequence.
 
     Hazard: SentencePiece tokenizers put a space before a text of its own. Remedy: something before it, taken off again.
@@ -105,7 +105,7 @@ def _encode_inside(tokenizer, text: str) -> list[int]:
 
 
 def response_texts(
-    tokenizer, turn: Turn, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]
+    tokenizer: Any, turn: Turn, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[tuple[str, ...], ...]:
     """Return the texts of responses as they follow on their prompts, without special tokens; nothing is stripped.
 

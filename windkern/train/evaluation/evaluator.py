@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from windkern.train.evaluation.evaluate import Evaluation, compare
 from windkern.train.groups import Group, groups_of
 from windkern.train.judges.judge import Judge
 from windkern.train.policy import AnyPolicy
-from windkern.train.report.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, Observer
+from windkern.train.report.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, Progress
 from windkern.train.rollouts import collect
 from windkern.train.seeds import stream
 from windkern.train.store import Block, GroupStore, blocks_of
@@ -57,7 +57,7 @@ class Evaluator:
         reference: AnyPolicy,
         world: World,
         folder: Path | None,
-        observer: Observer,
+        observer: Progress,
         *,
         seed: int,
         reference_responses: int,
@@ -90,8 +90,10 @@ class Evaluator:
 
         if self.folder is None:
             return self._sample_all(reference, count, sample, iteration, self.units[1])
-        if self._answers and self.world.agree(self._files() == self._answers_of):
-            return self._answers
+        if self._answers:
+            unchanged: bool = self.world.agree(self._files(self.folder) == self._answers_of)
+            if unchanged:
+                return self._answers
         self._answers = collect(
             self.world,
             GroupStore(self.folder),
@@ -106,12 +108,13 @@ class Evaluator:
             ),
             advance=lambda prompts: self.observer.advance(prompts * count),
         )
-        self._answers_of = self._files()
+        self._answers_of = self._files(self.folder)
         return self._answers
 
-    def _files(self) -> list[tuple[object, ...]]:
+    @staticmethod
+    def _files(folder: Path) -> list[tuple[object, ...]]:
         """Identify the files of the reference's responses, and their state."""
-        states = ((path, path.stat()) for path in sorted(self.folder.glob("*.json")))
+        states = ((path, path.stat()) for path in sorted(folder.glob("*.json")))
         return [(path, state.st_ino, state.st_mtime_ns, state.st_size) for path, state in states]
 
     def compare(self, responses: int, iteration: int) -> Comparison:
@@ -131,9 +134,9 @@ class Evaluator:
 
         ours = self._sample_all(self.policy, responses, sample, iteration, self.units[0])
         ratios = self._log_ratios(ours, iteration) if self.kl else None
-        texts = [[group.texts for group in groups] for groups in (ours, theirs)]
+        texts, others = ([group.texts for group in groups] for groups in (ours, theirs))
         self.observer.phase(iteration, "judging held-out responses")
-        result = self.world.first(lambda: compare(self.judge, self.prompts, *texts, ratios))
+        result = self.world.first(lambda: compare(self.judge, self.prompts, texts, others, ratios))
         return Comparison(result, ours, theirs)
 
     def _block_size(self, responses: int) -> int:
@@ -143,7 +146,7 @@ class Evaluator:
         prompts = [self.prompts[place] for place in block.places]
         return groups_of(policy.sample(prompts, responses, seed), block.places)
 
-    def _sample_all(self, policy: AnyPolicy, responses: int, sample, iteration: int, unit: str) -> list[Group]:
+    def _sample_all(self, policy: AnyPolicy, responses: int, sample: Any, iteration: int, unit: str) -> list[Group]:
         count = len(self.prompts)
 
         def done(finished: Sequence[Block]) -> None:

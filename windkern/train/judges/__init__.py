@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from windkern.train.config import WindConfig
@@ -22,7 +22,7 @@ def make_judge(config: WindConfig) -> Judge | None:
 
     settings = dict(config.judge_settings or {})
     if config.judge.startswith("llm:"):  # in the run's folder, so that a resumed run finds them
-        settings.setdefault("cache", str(Path(config.output_dir) / "judgements"))
+        settings.setdefault("cache", str(Path(cast(str, config.output_dir)) / "judgements"))
     return load_judge(
         config.judge, strength=config.judge_strength, device=str(config.device), settings=settings or None
     )

@@ -6,9 +6,10 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from windkern._checks import check_count
@@ -26,7 +27,7 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     quantization: Mapping[str, object] | None = None,
-):
+) -> Any:
     """Return (model in eval mode, tokenizer) of a sequence classifier, from a folder or the hub.
 
     The folder may hold a PEFT adapter of one; its base may be any model, if the adapter has the head.
@@ -115,7 +116,7 @@ class Classifier:
             text is longer than them and `max_length` is None.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, *, batch_size: int = 16, max_length: int | None = None):
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 16, max_length: int | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.padding = _padding_of(model)
         self.batch_size = 1 if self.padding is None else check_count("batch_size", batch_size, least=1)
@@ -123,7 +124,7 @@ class Classifier:
         self.positions = positions_of(model)
         # Reason: a model without a table can go beyond its positions, if not well, and the user has said so.
         most = self.positions if self.positions is not None and position_tables(model) else max_length
-        if max_length is not None and max_length > most:
+        if max_length is not None and most is not None and max_length > most:
             raise ValueError(f"max_length must be at most the model's {most} positions, got {max_length}")
         self.read, self.cut = 0, 0  # texts
         self._said, self._checked = 0, False
@@ -204,7 +205,7 @@ class Classifier:
         return self.model(**{name: ids.to(self.model.device) for name, ids in batch.items()}).logits.float().cpu()
 
 
-def _padding_of(model: nn.Module) -> int | None:
+def _padding_of(model: Any) -> int | None:
     """Return the model's padding id; None if it does not name one, or has no embedding for it."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     found = getattr(config, "pad_token_id", None)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Judge(Protocol):
         ...
 
 
-def as_judge(judge: object, strength: float) -> Judge:
+def as_judge(judge: Any, strength: float) -> Judge:
     """Return a judge; a callable (prompts, responses) -> rewards becomes `RewardJudge(judge, strength=strength)`.
 
     Raises:
@@ -116,7 +116,7 @@ class RewardJudge:
     def __init__(self, reward: RewardFunction, *, strength: float, name: str | None = None):
         self.reward = reward
         self.strength = check_number("strength", strength, above=0)
-        self.name = name or getattr(reward, "__name__", type(reward).__name__)
+        self.name = name or str(getattr(reward, "__name__", type(reward).__name__))
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
         flat_prompts = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
@@ -177,7 +177,9 @@ def load_function(name: str) -> Callable:
             f"cannot import {module_name!r} of {name!r}: {error}; modules are looked for where Python does and in "
             f"{os.getcwd()}"
         ) from error
-    function = functools.reduce(lambda owner, part: getattr(owner, part, None), attribute.split("."), module)
+    function: Any = module
+    for part in attribute.split("."):
+        function = getattr(function, part, None)
     if not callable(function):
         raise ValueError(f"module {module_name!r} has no function {attribute!r}")
     return function

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from anyio.from_thread import start_blocking_portal
@@ -140,8 +140,9 @@ class LanguageModelJudge:
 
     def _opinions(self, questions: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], Opinion]:
         keys = {question: self._key(question) for question in questions}
-        found = {question: _read(self.kept.get(key)) for question, key in keys.items()}
-        asked = [question for question, opinion in found.items() if opinion is None]
+        kept = {question: _read(self.kept.get(key)) for question, key in keys.items()}
+        found = {question: opinion for question, opinion in kept.items() if opinion is not None}
+        asked = [question for question in keys if question not in found]
         self.costs.kept += len(questions) - len(asked)
         if asked:
             with start_blocking_portal() as portal, portal.wrap_async_context_manager(self.server.client()) as client:
@@ -174,7 +175,7 @@ class LanguageModelJudge:
     async def _gate(self) -> TokenGate:
         return TokenGate(self.concurrency)
 
-    async def _ask(self, client, gate: TokenGate, question: tuple[str, str, str], key: str) -> Opinion:
+    async def _ask(self, client: Any, gate: TokenGate, question: tuple[str, str, str], key: str) -> Opinion:
         async with gate.hold(1):
             answer = await self._post(client, question)
         self.costs.asked += 1
@@ -188,7 +189,7 @@ class LanguageModelJudge:
             self.kept.put(key, opinion._asdict())
         return opinion
 
-    async def _post(self, client, question: tuple[str, str, str]) -> Answer:
+    async def _post(self, client: Any, question: tuple[str, str, str]) -> Answer:
         prompt, first, second = question
         text = filled(self.template, {"{prompt}": prompt, "{first}": first, "{second}": second})
         system = [] if self.rubric is None else [{"role": "system", "content": self.rubric}]
@@ -264,9 +265,10 @@ def _chance(top: object, worth: dict[str, float]) -> tuple[float, float] | None:
     """Return the sums of worth and of probability over tokens that are labels; None if their probability is zero."""
     won, total = 0.0, 0.0
     for each in top if isinstance(top, list) else []:
-        if isinstance(each, dict) and _plain(each.get("token")) in worth and type(each.get("logprob")) in (int, float):
+        label = _plain(each.get("token")) if isinstance(each, dict) else None
+        if label in worth and type(each.get("logprob")) in (int, float):
             weight = math.exp(min(0.0, each["logprob"])) if each["logprob"] == each["logprob"] else 0.0
-            won, total = won + weight * worth[_plain(each["token"])], total + weight
+            won, total = won + weight * worth[label], total + weight
     return (won, total) if total > 0 else None
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
 from windkern._checks import check_count
 from windkern.train.data.prompts import as_messages, render
@@ -35,8 +35,8 @@ class ModelReward:
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer,
+        model: Any,
+        tokenizer: Any,
         *,
         label: int | None = None,
         batch_size: int = 16,
@@ -85,8 +85,8 @@ class ModelPreference:
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer,
+        model: Any,
+        tokenizer: Any,
         *,
         template: str = TEMPLATE,
         label: int = 0,
@@ -157,7 +157,7 @@ class PairJudge:
 
     def __init__(self, prefer: PreferenceFunction, *, name: str | None = None):
         self.prefer = prefer
-        self.name = name or getattr(prefer, "__name__", type(prefer).__name__)
+        self.name = name or str(getattr(prefer, "__name__", type(prefer).__name__))
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
         count = len(responses[0])

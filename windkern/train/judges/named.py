@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def load_judge(
             f"judge must be {', '.join(_ALONE)}, module:function, reward-model:NAME, pair-model:NAME, pairrm:NAME, "
             f"llm:URL or recorded:FILE, got {specification!r}"
         )
-    given = dict(settings or {})
+    given: dict[str, Any] = dict(settings or {})
     if kind in ("reward-model", "pair-model", "pairrm"):
         return _model_judge(kind, name, strength, device, given)
     if kind == "llm":
@@ -75,19 +76,21 @@ def load_judge(
 
 
 def _model_judge(kind: str, name: str, strength: float, device: str, settings: dict) -> Judge:
+    made_of: Any = {"reward-model": ModelReward, "pair-model": ModelPreference}.get(kind)
+    load: Callable[..., tuple[Any, Any]] = load_classifier
+    loading: tuple[str, ...] = ("dtype", "device", "quantization")
     if kind == "pairrm":
         from windkern.train.judges.pairrm import PairRM, load_pairrm
 
         made_of, load, loading = PairRM, load_pairrm, ("dtype", "device")
-    else:
-        made_of = {"reward-model": ModelReward, "pair-model": ModelPreference}[kind]
-        load, loading = load_classifier, ("dtype", "device", "quantization")
     _check_keys(made_of, settings, loading)
-    options = {"device": device} | {key: settings.pop(key) for key in loading if key in settings}
+    options: dict[str, Any] = {"device": device} | {key: settings.pop(key) for key in loading if key in settings}
     if "dtype" in options:
         options["dtype"] = _DTYPES[check_choice("dtype of judge_settings", options["dtype"], tuple(_DTYPES))]
     read = made_of(*load(name, **options), **settings)
-    return RewardJudge(read, strength=strength, name=name) if kind == "reward-model" else PairJudge(read, name=name)
+    if kind == "reward-model":
+        return RewardJudge(read, strength=strength, name=name)
+    return PairJudge(read, name=name)
 
 
 def _check_keys(made_of: type, settings: Mapping[str, object], more: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class PairRMModel(DebertaV2PreTrainedModel):
         return SequenceClassifierOutput(logits=(one - other).mean(-1, keepdim=True))
 
 
-def load_pairrm(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+def load_pairrm(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """Return (model in eval mode, tokenizer) of a PairRM checkpoint, from a folder or the hub.
 
     Raises:
@@ -64,7 +65,8 @@ def load_pairrm(name: str, *, dtype: torch.dtype = torch.float32, device: str = 
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    model, found = PairRMModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    loaded: Any = PairRMModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    model, found = loaded
     check_whole(name, "PairRM", set(found["missing_keys"]), set(found["unexpected_keys"]))
     return model.to(device).eval(), tokenizer
 
@@ -92,7 +94,7 @@ class PairRM:
         llm-blender 0.0.2, `tokenize_pair` and `get_pair_from_conv`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, *, batch_size: int = 16, source_length: int = 1224):
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 16, source_length: int = 1224):
         model.config.num_labels = 1
         self.classifier = Classifier(model, tokenizer, batch_size=batch_size)
         self.source_length = check_count("source_length", source_length, least=8)

@@ -41,12 +41,11 @@ class RecordedJudge:
         self._loosely: dict[tuple[str, ...], float] = {}  # the same, by what is left without the space around texts
         for record in records:
             prompt = str(record.prompt)
-            if self.has_prefs:
-                for i, row in enumerate(record.prefs):
-                    for j, chance in enumerate(row):
-                        self._add(chance, prompt, record.responses[i], record.responses[j])
-            else:
-                for text, reward in zip(record.responses, record.rewards, strict=True):
+            for i, row in enumerate(record.prefs or () if self.has_prefs else ()):
+                for j, chance in enumerate(row):
+                    self._add(chance, prompt, record.responses[i], record.responses[j])
+            if not self.has_prefs:
+                for text, reward in zip(record.responses, record.rewards or (), strict=True):
                     self._add(reward, prompt, text)
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:

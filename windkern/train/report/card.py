@@ -10,6 +10,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
@@ -178,7 +179,8 @@ def card_text(
         ['---', 'base_model: gpt2', 'library_name: transformers']
     """
     check_choice("library", library, ("transformers", "peft"))
-    settings, versions = dict(config), installed_versions() if versions is None else versions
+    settings: dict[str, Any] = dict(config)
+    versions = installed_versions() if versions is None else versions
     loss_name = str(settings.get("loss", "wind"))
     check_choice("loss", loss_name, LOSSES)
     loss = LOSSES[loss_name]
@@ -219,7 +221,7 @@ def card_text(
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n"))
 
 
-def write_card(folder: str | Path, *, name: str | None = None, **content) -> Path:
+def write_card(folder: str | Path, *, name: str | None = None, **content: Any) -> Path:
     """Write `card_text` to README.md in a folder and return its path.
 
     Args:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from windkern._files import DamagedRecordError, read_json, write_json
 from windkern.train.report.progress import Record
@@ -47,8 +48,8 @@ class History:
             except TypeError as error:
                 raise DamagedRecordError(path, error, _WITHOUT) from error
             # Reason: JSON cannot hold nan, the standard error of one prompt.
-            lost = {each: math.nan for each in ("win_rate", "kl") if content[each] is not None}
-            lost = {f"{each}_se": nan for each, nan in lost.items() if content[f"{each}_se"] is None}
+            known = [f"{each}_se" for each in ("win_rate", "kl") if content[each] is not None]
+            lost: dict[str, Any] = {error: math.nan for error in known if content[error] is None}
             record = dataclasses.replace(record, **lost)
             if record.iteration != iteration or not all(_is_number(each) for each in content.values()):
                 raise DamagedRecordError(path, f"it is not a record of iteration {iteration}", _WITHOUT)

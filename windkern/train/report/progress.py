@@ -36,8 +36,8 @@ class Record:
         return dataclasses.asdict(self)
 
 
-class Observer(Protocol):
-    """Watches the progress of a run."""
+class Progress(Protocol):
+    """Watches the progress of a piece of work."""
 
     def phase(self, iteration: int, name: str, steps: int = 1, unit: str = "", done: int = 0) -> None:
         """A phase begins, or continues after an interruption by another.
@@ -59,12 +59,16 @@ class Observer(Protocol):
         """Unfinished steps amount to this many so far; `advance` counts them when they are done."""
         ...
 
-    def finished(self, record: Record) -> None:
-        """An iteration is over and, if the run keeps checkpoints, on the disk."""
-        ...
-
     def note(self, text: str) -> None:
         """Show a reader of the log one line."""
+        ...
+
+
+class Observer(Progress, Protocol):
+    """Watches the progress of a run."""
+
+    def finished(self, record: Record) -> None:
+        """An iteration is over and, if the run keeps checkpoints, on the disk."""
         ...
 
 

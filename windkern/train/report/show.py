@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -66,7 +66,7 @@ class LiveReport:
     def finished(self, record: Record) -> None:
         parts: list[str | tuple[str, str]] = [f"{record.iteration:>2}/{self.iterations}"]
         if record.win_rate is not None:
-            parts += ["  win rate ", (plus_minus(Estimate(record.win_rate, record.win_rate_se)), "bold")]
+            parts += ["  win rate ", (plus_minus(_estimate(record.win_rate, record.win_rate_se)), "bold")]
         if record.reward is not None or record.train_reward is not None:
             parts.append(f"  reward {record.train_reward if record.reward is None else record.reward:+.2f}")
         if record.kl is not None:
@@ -85,9 +85,9 @@ def history_table(history: Sequence[Record]) -> Table:
     rows = [
         (
             str(record.iteration),
-            "" if record.win_rate is None else plus_minus(Estimate(record.win_rate, record.win_rate_se)),
+            "" if record.win_rate is None else plus_minus(_estimate(record.win_rate, record.win_rate_se)),
             "" if record.reward is None else f"{record.reward:+.2f}",
-            "" if record.kl is None else plus_minus(Estimate(record.kl, record.kl_se), 1),
+            "" if record.kl is None else plus_minus(_estimate(record.kl, record.kl_se), 1),
             "" if record.loss is None else f"{record.loss:.3f}",
             f"{record.truncated:.0%}",
             f"{record.tokens_per_second:.0f}",
@@ -162,6 +162,21 @@ def as_json(
     path.write_text(to_json(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def _estimate(mean: float, error: float | None) -> Estimate:
+    return Estimate(mean, math.nan if error is None else error)
+
+
+def _curve(
+    start: float, measured: Iterable[tuple[int, float | None, float | None]]
+) -> tuple[list[int], list[float], list[float]]:
+    """Iterations, values and half widths of 95 % intervals, from `start` on; without those that were not measured."""
+    known = [
+        (step, value, math.nan if error is None else error) for step, value, error in measured if value is not None
+    ]
+    steps, values, errors = ([row[place] for row in known] for place in range(3))
+    return [0, *map(int, steps)], [start, *values], [0.0, *(NORMAL_95 * error for error in errors)]
+
+
 def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -> None:
     """Draw win rate and KL against the iteration, with 95 % intervals, as a PNG.
 
@@ -169,10 +184,8 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
     evaluated are left out.
     """
     last = max((record.iteration for record in history), default=0)
-    history = [record for record in history if record.win_rate is not None]
-    steps = [0, *(record.iteration for record in history)]
-    rates = [0.5, *(record.win_rate for record in history)]
-    reach = [0.0, *(NORMAL_95 * record.win_rate_se for record in history)]
+    measured = [(record.iteration, record.win_rate, record.win_rate_se) for record in history]
+    steps, rates, reach = _curve(0.5, measured)
     with picture(path, nrows=2, figsize=(7.2, 5.4), sharex=True, height_ratios=(2.2, 1)) as (_, (top, bottom)):
         top.axhline(0.5, color="0.6", linewidth=1, linestyle="--")
         top.text(last, 0.507, "the reference itself", color="0.45", ha="right", va="bottom", fontsize=9)
@@ -193,16 +206,9 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
         top.set_ylim(min(0.45, min(rate - half for rate, half in zip(rates, reach, strict=True)) - 0.02), 1.0)
         top.legend(loc="upper left", frameon=False)
         top.set_title(printable(title), fontsize=11, parse_math=False)  # names hold what they like, dollars too
-        with_kl = [record for record in history if record.kl is not None]
-        kls = [0.0, *(record.kl for record in with_kl)]
-        bottom.errorbar(
-            [0, *(record.iteration for record in with_kl)],
-            kls,
-            [0.0, *(NORMAL_95 * record.kl_se for record in with_kl)],
-            color="C3",
-            marker="o",
-            capsize=3,
-        )
+        evaluated = [record for record in history if record.win_rate is not None]
+        steps, kls, reach = _curve(0.0, [(record.iteration, record.kl, record.kl_se) for record in evaluated])
+        bottom.errorbar(steps, kls, reach, color="C3", marker="o", capsize=3)
         bottom.set_ylabel("KL to the\nreference, nats")
         bottom.set_ylim(bottom=min(0.0, *kls))
         bottom.set_xlabel("iteration")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from windkern.train.samplers.kinds import KINDS, kind_of
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from windkern.train.samplers.transfer import NcclTransfer
 
 
-def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
+def make_sampler(config: WindConfig, tokenizer: Any) -> Sampler | None:
     """Return the sampler that `config.sampler` names; None stands for the policy's own `generate`.
 
     Raises:
@@ -27,7 +27,7 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
 
     kind, _, name = config.sampler.partition(":")
     settings = dict(config.sampler_settings or {})
-    common = {
+    common: dict[str, Any] = {
         "max_completion_length": config.max_completion_length,
         "system": config.system if tokenizer.chat_template is not None else None,
     }
@@ -65,7 +65,7 @@ def make_sampler(config: WindConfig, tokenizer) -> Sampler | None:
             engine = Vllm(Server(f"{root}/v1", **reached), settings.pop("model", None), transfer)
         else:
             engine = Sglang(Server(root, **reached))
-        folder = Path(settings.pop("folder", None) or Path(config.output_dir) / "served")
+        folder = Path(settings.pop("folder", None) or Path(cast(str, config.output_dir)) / "served")
         return ServedSampler(engine, tokenizer, folder=folder, temperature=config.temperature, **common, **settings)
     *most, last = (each.form for each in KINDS.values())
     raise ValueError(f"sampler must be {', '.join(most)} or {last}, got {without_user(config.sampler)!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ class BatchedSampler:
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: Any,
         *,
         max_completion_length: int,
         temperature: float = 1.0,
@@ -48,7 +49,7 @@ class BatchedSampler:
         self.max_completion_length = check_count("max_completion_length", max_completion_length, least=1)
         self.temperature = check_number("temperature", temperature, above=0)
         self.batch_size = check_count("batch_size", batch_size, least=1)
-        self.model: nn.Module | None = None
+        self.model: Any | None = None
         self.ends = set(turn_of(tokenizer).ends)
 
     def update(self, model: nn.Module) -> None:

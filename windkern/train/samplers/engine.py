@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from windkern.train.samplers.server import Answer, RefusedError, Server, ServerError
 
@@ -39,7 +40,8 @@ class Drawn(NamedTuple):
     logps: tuple[float, ...] | None  # of its tokens, nats, as the server gives them
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     """A request for responses."""
 
     prompt: Sequence[int]
@@ -61,7 +63,7 @@ class Engine(Protocol):
     several: bool  # whether one request may ask for several different responses
     named: bool  # whether each policy has its own name on the server, so that a missing one cannot pass for another
 
-    async def push(self, client, policy: Policy, *, adapter: bool) -> None:
+    async def push(self, client: Any, policy: Policy, *, adapter: bool) -> None:
         """Make the server serve a policy.
 
         Raises:
@@ -69,11 +71,11 @@ class Engine(Protocol):
         """
         ...
 
-    async def drop(self, client, policy: Policy) -> None:
+    async def drop(self, client: Any, policy: Policy) -> None:
         """Make the server forget a policy, if it has it."""
         ...
 
-    async def find(self, client) -> None:
+    async def find(self, client: Any) -> None:
         """Ask the server for what the first request needs, such as the name of its model."""
         ...
 
@@ -142,7 +144,7 @@ def check_ids(ids: object, draw: Draw, *, cut: bool) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def check_logps(logps: object, count: int) -> tuple[float, ...]:
+def check_logps(logps: Any, count: int) -> tuple[float, ...]:
     """Return log-probs as floats, after checking that they are those of `count` tokens.
 
     Raises:

@@ -10,7 +10,7 @@ import shutil
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anyio
 import torch
@@ -49,6 +49,11 @@ class Place(NamedTuple):
     new: float  # log-prob by the policy as it is now
     previous: float | None
 
+    @property
+    def moved(self) -> float:
+        """How far the log-prob has moved; 0 where the policy before was not scored."""
+        return 0.0 if self.previous is None else abs(self.new - self.previous)
+
 
 class Follower:
     """Gives a server one policy after another, and verifies after each which one it serves.
@@ -71,8 +76,14 @@ class Follower:
     def __init__(self, engine: Engine, folder: Path, opening: Sequence[int]):
         self.engine, self.folder, self.opening = engine, Path(folder).absolute(), list(opening)
         self.policy: Policy | None = None
-        self._adapter, self._markers, self._apart = False, [], 0.0
+        self._markers: list[Place] = []
+        self._adapter, self._apart = False, 0.0
         weakref.finalize(self, _remove_policies, self.folder, os.getpid())
+
+    @property
+    def _given(self) -> Policy:
+        assert self.policy is not None, "no policy has been given to the server"
+        return self.policy
 
     # Giving.
 
@@ -97,9 +108,9 @@ class Follower:
             write(model, state, policy.folder)
         self._write({**known, "number": number, "digest": digest})
         scored = [Probe(*probe) for probe in known["scored"]]
-        fresh = [Probe(*probe, None) for probe in known["drawn"]] or scored
+        fresh = [Probe(prompt, response, None) for prompt, response in known["drawn"]] or scored
 
-        async def give(client) -> list[Probe]:
+        async def give(client: Any) -> list[Probe]:
             await self.engine.find(client)
             await self.engine.push(client, policy, adapter=self._adapter)
             return fresh or await self._draw(client, policy, ends)
@@ -107,7 +118,7 @@ class Follower:
         # A resumed run may hold the very policy that was scored, and then there is nothing to compare.
         return policy, scored if known["of"] != digest else [], self._talk(give)
 
-    async def _draw(self, client, policy: Policy, ends: Sequence[int]) -> list[Probe]:
+    async def _draw(self, client: Any, policy: Policy, ends: Sequence[int]) -> list[Probe]:
         draw = Draw(self.opening, 4 if self.engine.several else 1, 0, 1.0, _PROBE_TOKENS // 2, ends)
         path, body = self.engine.drawing(policy, draw)
         drawn = self.engine.drawn(policy, draw, await self.engine.server.post(client, path, body))
@@ -129,28 +140,28 @@ class Follower:
         asked = scored or [probe._replace(logps=None) for probe in fresh]
         places = _chosen(asked, logps[: len(asked)] if scored else logps[-len(fresh) :])
 
-        async def ask(client) -> list[float]:
+        async def ask(client: Any) -> list[float]:
             found = await self.scores(client, places)
             if before is not None:
                 await self.engine.drop(client, before)
             return found
 
         served = self._talk(ask)
-        previous = [place.previous for place in places] if scored else None
+        previous = [place.previous for place in places if place.previous is not None] if scored else None
         usual = self._read()["gap"]
         found = compare([place.new for place in places], served, previous, usual=usual)
         self._tell(found, bool(scored), usual)
         rows = [[*probe[:2], row] for probe, row in zip(fresh, logps[-len(fresh) :], strict=True)]
-        kept = {"scored": rows, "of": self.policy.digest, "drawn": [], "gap": found.gap if usual is None else usual}
+        kept = {"scored": rows, "of": self._given.digest, "drawn": [], "gap": found.gap if usual is None else usual}
         self._write({**self._read(), **kept})
-        _remove_policies(self.folder, os.getpid(), keep=self.policy.folder)
+        _remove_policies(self.folder, os.getpid(), keep=self._given.folder)
         if found.verdict != "new":
             return [], 0.0
-        order = sorted(range(len(places)), key=lambda k: -abs(places[k].new - places[k].previous))[:_MARKERS]
+        order = sorted(range(len(places)), key=lambda k: -places[k].moved)[:_MARKERS]
         return [places[k]._replace(new=served[k]) for k in order], found.apart
 
     def _tell(self, found: Comparison, compared: bool, usual: float | None) -> None:
-        url, name = self.engine.server.url, self.policy.name
+        url, name = self.engine.server.url, self._given.name
         if found.verdict == "stale":
             raise ServerError(
                 f"{url} was given {name} and still serves the policy before it: where the two differ most, by "
@@ -181,7 +192,7 @@ class Follower:
         else:
             _log.info("%s serves %s: %.2g nats a token from the trainer's log-probs", url, name, found.gap)
 
-    async def scores(self, client, places: Sequence[Place]) -> list[float]:
+    async def scores(self, client: Any, places: Sequence[Place]) -> list[float]:
         """Return the server's log-probs of tokens, asking for 16 at a time."""
         found = [0.0] * len(places)
         gate = anyio.Semaphore(16)
@@ -197,12 +208,12 @@ class Follower:
                 for k in range(len(places)):
                     group.start_soon(one, k)
         except BaseException as error:
-            while getattr(error, "exceptions", None):
-                error = error.exceptions[0]
+            while inner := getattr(error, "exceptions", None):
+                error = inner[0]
             raise error from None
         return found
 
-    async def still(self, client) -> bool:
+    async def still(self, client: Any) -> bool:
         """Whether the server still serves what it served after the update, as far as log-probs can tell."""
         if not self._markers:
             return True
@@ -210,16 +221,16 @@ class Follower:
         gaps = [abs(now - place.new) for now, place in zip(served, self._markers, strict=True)]
         return sum(gaps) / len(gaps) <= self._apart / 2
 
-    async def restore(self, client) -> None:
+    async def restore(self, client: Any) -> None:
         """Give the policy to a server that was started again.
 
         Raises:
             ServerError: the server does not serve it afterwards.
         """
-        _log.warning("%s was started again; it is given %s anew", self.engine.server.url, self.policy.name)
-        await self.engine.push(client, self.policy, adapter=self._adapter)
+        _log.warning("%s was started again; it is given %s anew", self.engine.server.url, self._given.name)
+        await self.engine.push(client, self._given, adapter=self._adapter)
         if not await self.still(client):
-            raise ServerError(f"{self.engine.server.url} was given {self.policy.name} anew and does not serve it")
+            raise ServerError(f"{self.engine.server.url} was given {self._given.name} anew and does not serve it")
 
     # Remembering.
 
@@ -294,7 +305,7 @@ def _chosen(probes: Sequence[Probe], logps: Sequence[Sequence[float]]) -> list[P
     ]
     if any(place.previous is None for place in places):  # then none of them was scored before
         return places[:: -(-len(places) // _ASKED)]
-    order = sorted(range(len(places)), key=lambda k: -abs(places[k].new - places[k].previous))
+    order = sorted(range(len(places)), key=lambda k: -places[k].moved)
     rest = sorted(order[_ASKED // 2 :])
     others = rest[:: max(1, -(-len(rest) // (_ASKED // 2)))]
     return [places[k] for k in (*order[: _ASKED // 2], *others)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anyio
 from anyio.from_thread import start_blocking_portal
@@ -92,7 +93,7 @@ class OpenAISampler:
         self,
         url: str,
         model: str,
-        tokenizer,
+        tokenizer: Any,
         *,
         max_completion_length: int,
         temperature: float = 1.0,
@@ -149,7 +150,8 @@ class OpenAISampler:
         if len(known) > 1:
             raise ServerError(f"{self.server.url} returned token_ids with some completions and not with others")
         if known == {True}:
-            make, responses = completions_of_ids, [[self._ended(choice) for choice in group] for group in groups]
+            ids = [[self._ended(choice.ids or [], choice.cut) for choice in group] for group in groups]
+            make: Callable[..., Completions] = functools.partial(completions_of_ids, self.tokenizer, prompts, ids)
         else:
             if not self._told:
                 self._told = True
@@ -158,23 +160,20 @@ class OpenAISampler:
                     "encodings, the one that is fitted need not be the one that was drawn",
                     self.server.url,
                 )
-            make, responses = completions_of_texts, [[choice.text for choice in group] for group in groups]
-        return make(
-            self.tokenizer,
-            prompts,
-            responses,
-            system=system,
-            max_completion_length=self.max_completion_length,
-            truncated=cut,
-        )
+            texts = [[choice.text for choice in group] for group in groups]
+            make = functools.partial(completions_of_texts, self.tokenizer, prompts, texts)
+        return make(system=system, max_completion_length=self.max_completion_length, truncated=cut)
 
-    def _ended(self, choice: Choice) -> list[int]:
+    def _ended(self, ids: list[int], cut: bool) -> list[int]:
         """Return the ids of a response with its end token, which a server may omit."""
-        last = self.tokenizer.added_tokens_decoder.get(choice.ids[-1]) if choice.ids else None
-        whole = choice.cut or (last is not None and last.special)
-        return choice.ids if whole else [*choice.ids, turn_of(self.tokenizer).end]
+        last = self.tokenizer.added_tokens_decoder.get(ids[-1]) if ids else None
+        whole = cut or (last is not None and last.special)
+        end = turn_of(self.tokenizer).end
+        return ids if whole or end is None else [*ids, end]
 
-    async def _choices(self, client, gate, prompt: str, ids: list[int], count: int, seed: int) -> list[Choice]:
+    async def _choices(
+        self, client: Any, gate: Any, prompt: str, ids: list[int], count: int, seed: int
+    ) -> list[Choice]:
         """Return `count` responses to a prompt, asking again if the server returns fewer."""
         found: list[Choice] = []
         async with gate:
@@ -184,10 +183,10 @@ class OpenAISampler:
                 found += self._read(answer, ids, wanted)
         return found
 
-    async def _ask(self, client, prompt: str, wanted: int, seed: int) -> Answer:
+    async def _ask(self, client: Any, prompt: str, wanted: int, seed: int) -> Answer:
         while True:
             known = {**NEUTRAL, "seed": seed, "return_token_ids": True}
-            body = {
+            body: dict[str, Any] = {
                 "model": self.model,
                 "messages": as_messages(prompt, self.system),
                 "n": 1 if self._one_by_one else wanted,
@@ -258,7 +257,7 @@ class OpenAISampler:
             return f"a {type(choice).__name__} nested too deeply to show"
 
 
-def read_choice(choice: object, *, drawn: bool = False) -> Choice:
+def read_choice(choice: Any, *, drawn: bool = False) -> Choice:
     """Return the response of an entry of "choices".
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from windkern.train.seeds import generator
 
 
 def completions_of_texts(
-    tokenizer,
+    tokenizer: Any,
     prompts: Sequence[str],
     texts: Sequence[Sequence[str]],
     *,
@@ -74,7 +75,7 @@ def completions_of_texts(
 
 
 def completions_of_ids(
-    tokenizer,
+    tokenizer: Any,
     prompts: Sequence[str],
     responses: Sequence[Sequence[Sequence[int]]],
     *,
@@ -160,7 +161,7 @@ class RecordedSampler:
     """
 
     def __init__(
-        self, path: str | Path, tokenizer, *, max_completion_length: int | None = None, system: str | None = None
+        self, path: str | Path, tokenizer: Any, *, max_completion_length: int | None = None, system: str | None = None
     ):
         self.path, self.tokenizer, self.system = Path(path), tokenizer, system
         self.max_completion_length = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ def completion_mask(tokens: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Ten
 
 
 @contextlib.contextmanager
-def _own_settings(model) -> Iterator[None]:
+def _own_settings(model: Any) -> Iterator[None]:
     """Make `generate` use only the settings it is given.
 
     Hazard: transformers fills unset fields from model.generation_config: suppressed or forced tokens, biases, stop
@@ -184,8 +184,8 @@ class TransformersSampler:
 
     def __init__(
         self,
-        model,
-        tokenizer,
+        model: Any,
+        tokenizer: Any,
         *,
         max_completion_length: int,
         temperature: float = 1.0,
@@ -224,7 +224,10 @@ class TransformersSampler:
         owner = torch.arange(len(prompts)).repeat_interleave(num_generations)
         generator = torch.Generator(device).manual_seed(seed)
         batches = zip(*(each.split(self.batch_size) for each in (ids, mask, owner)), strict=True)
-        parts = [self._generate(*batch, generator, number * self.batch_size) for number, batch in enumerate(batches)]
+        parts = [
+            self._generate(ids, mask, owner, generator, number * self.batch_size)
+            for number, (ids, mask, owner) in enumerate(batches)
+        ]
         width = max(part.shape[1] for part in parts)
         fill = self.end_ids[0]
         tokens = torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])

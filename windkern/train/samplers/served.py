@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -55,7 +57,7 @@ class ServedSampler:
     def __init__(
         self,
         engine: Engine,
-        tokenizer,
+        tokenizer: Any,
         *,
         folder: Path,
         max_completion_length: int,
@@ -140,15 +142,15 @@ class ServedSampler:
     async def _locks(self) -> tuple[TokenGate, anyio.Lock]:
         return TokenGate(self.tokens), anyio.Lock()
 
-    async def _draw(self, client, gate: TokenGate, lock: anyio.Lock, draw: Draw, keys: list[str]) -> list[Drawn]:
+    async def _draw(self, client: Any, gate: TokenGate, lock: anyio.Lock, draw: Draw, keys: list[str]) -> list[Drawn]:
         """Return as many responses as are wanted, asking again if the server returns fewer."""
         found: list[Drawn] = []
         while len(found) < draw.count:
-            rest = draw._replace(count=draw.count - len(found), seed=draw.seed + len(found))
+            rest = dataclasses.replace(draw, count=draw.count - len(found), seed=draw.seed + len(found))
             found += await self._ask(client, gate, lock, rest, keys)
         return found
 
-    async def _ask(self, client, gate: TokenGate, lock: anyio.Lock, draw: Draw, keys: list[str]) -> list[Drawn]:
+    async def _ask(self, client: Any, gate: TokenGate, lock: anyio.Lock, draw: Draw, keys: list[str]) -> list[Drawn]:
         policy = self.follower.policy
         path, body = self.engine.drawing(policy, draw)
         key = key_of(self.server.url, path, body, None if policy is None else policy.digest)
@@ -163,7 +165,9 @@ class ServedSampler:
         self.received.put(key, answer.content)
         return found
 
-    async def _whole(self, client, lock: anyio.Lock, path: str, body: dict, draw: Draw) -> tuple[Answer, list[Drawn]]:
+    async def _whole(
+        self, client: Any, lock: anyio.Lock, path: str, body: dict, draw: Draw
+    ) -> tuple[Answer, list[Drawn]]:
         """Return an answer in which no response was aborted. Reason: long responses are the likelier to be aborted."""
         attempt = 1
         while True:
@@ -176,7 +180,7 @@ class ServedSampler:
             await anyio.to_thread.run_sync(self.server.pause, float(attempt), abandon_on_cancel=True)
             attempt += 1
 
-    async def _post(self, client, lock: anyio.Lock, path: str, body: dict) -> Answer:
+    async def _post(self, client: Any, lock: anyio.Lock, path: str, body: dict) -> Answer:
         try:
             return await self.server.post(client, path, body)
         except RefusedError as error:

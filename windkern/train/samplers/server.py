@@ -11,7 +11,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import anyio
@@ -22,7 +22,7 @@ from windkern.train.data.prompts import without_user
 try:  # which of the two is installed is up to huggingface_hub
     import httpx2 as httpx
 except ImportError:
-    import httpx
+    import httpx  # type: ignore[import-not-found,no-redef]  # either name, the same API
 
 API_KEY = "OPENAI_API_KEY"
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that a later attempt may not meet
@@ -53,7 +53,7 @@ class RefusedError(ServerError):
 class Answer(NamedTuple):
     """What a server answered."""
 
-    content: object  # parsed; the text itself where it is not JSON and need not be
+    content: Any  # parsed; the text itself where it is not JSON and need not be
     quoted: str  # the beginning of its text, for error messages
 
 

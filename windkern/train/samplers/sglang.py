@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from windkern.train.samplers.engine import AS_SAID, UNCUT, AbortedError, Draw, Drawn, Policy, check_ids, check_logps
 from windkern.train.samplers.server import Answer, RefusedError, Server, ServerError
@@ -29,10 +30,10 @@ class Sglang:
     def __init__(self, server: Server):
         self.server = server
 
-    async def find(self, client) -> None:
+    async def find(self, client: Any) -> None:
         """Do nothing: requests do not name the model."""
 
-    async def push(self, client, policy: Policy, *, adapter: bool) -> None:
+    async def push(self, client: Any, policy: Policy, *, adapter: bool) -> None:
         if adapter:
             raise ServerError(
                 "sampler: sglang:URL takes whole weights, and the policy is an adapter; use vllm:URL for that"
@@ -45,7 +46,7 @@ class Sglang:
         if not isinstance(answer.content, dict) or answer.content.get("success") is not True:
             raise ServerError(f"{self.server.url} has not taken the policy: {answer.quoted}")
 
-    async def drop(self, client, policy: Policy) -> None:
+    async def drop(self, client: Any, policy: Policy) -> None:
         """Do nothing: the next policy has replaced it."""
 
     def lacks(self, error: RefusedError) -> bool:
@@ -98,7 +99,7 @@ class Sglang:
             ) from None
 
 
-def _logps(pairs: object, ids: Sequence[int]) -> tuple[float, ...]:
+def _logps(pairs: Any, ids: Sequence[int]) -> tuple[float, ...]:
     """Return the log-probs of [log-prob, id, text] entries, after checking that their ids are these."""
     fits = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) >= 2 for pair in pairs)
     if not fits or [pair[1] for pair in pairs] != list(ids):

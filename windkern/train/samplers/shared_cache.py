@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 _NAMES = ("cache", "past_key_values")  # of the argument of `generate`: transformers has renamed it
@@ -18,7 +19,7 @@ class UnsharedCacheError(ValueError):
 
 
 def prompt_cache(
-    model: nn.Module, ids: Tensor, mask: Tensor, owner: Tensor, settings: GenerationConfig, *, synced: bool = False
+    model: Any, ids: Tensor, mask: Tensor, owner: Tensor, settings: GenerationConfig, *, synced: bool = False
 ) -> Mapping[str, object]:
     """Return what `generate` takes beside ids and mask so that each prompt is run once, all but its last token.
 

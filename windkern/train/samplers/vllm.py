@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from windkern.train.samplers.engine import AS_SAID, UNCUT, AbortedError, Draw, Drawn, Policy, check_ids, check_logps
 from windkern.train.samplers.server import Answer, RefusedError, Server, ServerError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # What a request leaves open, the server fills from the model's generation_config or from its own defaults.
 # Source: CompletionRequest of vLLM 0.32.
-NEUTRAL = {
+NEUTRAL: dict[str, Any] = {
     **UNCUT,
     **AS_SAID,
     "length_penalty": 1.0,
@@ -51,7 +51,7 @@ class Vllm:
     def __init__(self, server: Server, model: str | None = None, transfer: NcclTransfer | None = None):
         self.server, self.model, self.transfer, self.named = server, model, transfer, True
 
-    async def find(self, client) -> None:
+    async def find(self, client: Any) -> None:
         if self.model is not None:
             return
         answer = await self.server.post(client, "/models", None)
@@ -66,9 +66,10 @@ class Vllm:
             )
         self.model = found[0]
 
-    async def push(self, client, policy: Policy, *, adapter: bool) -> None:
+    async def push(self, client: Any, policy: Policy, *, adapter: bool) -> None:
         self.named = adapter
         try:
+            body: dict[str, Any]
             if adapter:
                 body = {"lora_name": policy.name, "lora_path": str(policy.folder)}
                 # Reason: vLLM answers 500 if the adapter itself is at fault, and would again.
@@ -93,7 +94,7 @@ class Vllm:
                 return
             raise ServerError(f"{self.server.url} has not taken the policy ({error}); {_START}") from error
 
-    async def drop(self, client, policy: Policy) -> None:
+    async def drop(self, client: Any, policy: Policy) -> None:
         if not self.named:
             return
         try:

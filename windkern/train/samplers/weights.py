@@ -7,6 +7,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,7 +43,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: _whole(value) for name, value in found.items()}
 
 
-def _active(model: nn.Module) -> str:
+def _active(model: Any) -> str:
     active = model.active_adapters
     if len(active) != 1:
         raise ValueError(f"a server takes one adapter, but the policy has {len(active)} active: {', '.join(active)}")
@@ -65,11 +66,11 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         value = state[name]
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
-def write(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+def write(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Write a model's weights to a folder, which gets its name once it is complete.
 
     Args:
