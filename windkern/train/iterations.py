@@ -85,7 +85,7 @@ class Iterations(TrainerCallback):
         if self.outer.policy.anchor is not None:
             self.outer.policy.anchor.update()
 
-    def on_evaluate(  # type: ignore[override]  # metrics come by keyword
+    def on_evaluate(
         self,
         args: Any,
         state: TrainerState,

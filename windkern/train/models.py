@@ -168,12 +168,12 @@ def _load(
     return model, tokenizer
 
 
-def _keep_trainable(model) -> None:
+def _keep_trainable(model: torch.nn.Module) -> None:
     """Hazard: on a CPU with AVX-512 BF16, bitsandbytes repacks 4-bit weights when the model runs in eval mode, and then
     gradients do not pass through them any more. Remedy: its layers are told that the CPU has none."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # torch knows tensors and modules
 
 
 def quantized(arguments: Mapping[str, object], device: str | None = None) -> dict[str, object]:

@@ -67,7 +67,7 @@ class MasterAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a closure is refused
+    def step(self, closure: Any = None) -> None:
         """One step with the gradients the parameters hold."""
         if closure is not None:
             raise ValueError("closure must be None: MasterAdamW takes the gradients that are there")

@@ -9,6 +9,7 @@ from windkern.train.samplers.kinds import KINDS, kind_of
 
 if TYPE_CHECKING:
     from windkern.train.config import WindConfig
+    from windkern.train.samplers.engine import Engine
     from windkern.train.samplers.sampler import Sampler
     from windkern.train.samplers.server import Server
     from windkern.train.samplers.transfer import NcclTransfer
@@ -62,7 +63,7 @@ def make_sampler(config: WindConfig, tokenizer: Any) -> Sampler | None:
         reached = {"timeout": settings.pop("timeout", 600.0), "attempts": settings.pop("attempts", 8)}
         if kind == "vllm":
             transfer = _transfer(settings, Server(root, timeout=reached["timeout"], attempts=1))
-            engine = Vllm(Server(f"{root}/v1", **reached), settings.pop("model", None), transfer)
+            engine: Engine = Vllm(Server(f"{root}/v1", **reached), settings.pop("model", None), transfer)
         else:
             engine = Sglang(Server(root, **reached))
         folder = Path(settings.pop("folder", None) or Path(cast(str, config.output_dir)) / "served")

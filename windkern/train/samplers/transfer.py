@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anyio.to_thread
 import torch
@@ -75,10 +75,11 @@ class Control:
     def __init__(self, server: Server):
         self.server = server
         self.portal: BlockingPortal | None = None
-        self.client: object = None
+        self.client: Any = None
         self.version = ""  # of the weights that are sent next
 
     def ask(self, path: str, body: object) -> object:
+        assert self.portal is not None, "push sets it"
         return self.portal.call(self._ask, path, body)
 
     async def _ask(self, path: str, body: object) -> object:
@@ -132,7 +133,7 @@ class NcclTransfer:
         self.control, self.weights = Control(server), Weights(self.device)
         self._engine = None
 
-    async def push(self, client, policy: Policy) -> None:
+    async def push(self, client: Any, policy: Policy) -> None:
         """Send the weights of a policy's folder.
 
         Raises:
@@ -173,7 +174,7 @@ class NcclTransfer:
             return None
         return found.get("weight_version") if isinstance(found, dict) else None
 
-    def _joined(self):
+    def _joined(self) -> Any:
         """vLLM's engine, in a group with the workers of the server."""
         try:
             from vllm.distributed.weight_transfer.nccl_engine import (
