@@ -40,7 +40,7 @@ SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
-## test-all the suite and what it leaves out: all kernels for every chip, nvcc's warnings, sanitizers, test-models (30 minutes)
+## test-all the suite and what it leaves out: all kernels for every chip, nvcc's warnings, sanitizers, launchers, test-models (30 minutes)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow" $(ARGS)
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import readme
 
+pytestmark = pytest.mark.slow
 MODES = ("scoring", "frozen", "trained")
 
 

@@ -185,6 +185,7 @@ def test_the_extension_links_no_torch():
     assert "torch" not in linked and "c10" not in linked
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_kernels_are_clean_under_sanitizers(tmp_path):
     """-fsanitize=address,undefined over odd shapes, with warnings as errors."""

@@ -41,6 +41,8 @@ def backend(monkeypatch, emulated):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_row_kernels(backend, dtype, width):
+    if width > 8192 and dtype not in (torch.float32, torch.bfloat16):
+        pytest.skip("the emulator takes its time, and the widest rows are alike in all dtypes")
     for transform, bias, entropy, shifted in (
         ("identity", False, False, False),
         ("scaled", True, True, False),

@@ -147,7 +147,7 @@ def test_the_watcher_finds_what_no_order_shows(level, tmp_path):
     assert say(program, "right").strip().isdigit()
 
 
-@pytest.mark.slow  # half a minute of g++; the emulator of the other tests poisons memory and checks addresses too
+@pytest.mark.slow  # the emulator of the other tests poisons memory and checks addresses too
 def test_kernels_are_clean_under_sanitizers(tmp_path):
     """-fsanitize=address,undefined over odd shapes: every array is exactly as large as the contract says."""
     flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

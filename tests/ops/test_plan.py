@@ -42,6 +42,8 @@ def budgets(problem, dtype, gear):
 @pytest.mark.parametrize("variant", ["plain", "all"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, variant, batch_invariant):
+    if batch_invariant and dtype == torch.float64:
+        pytest.skip("counted as float32 is")
     if gear == "bias_only" and variant == "plain":
         pytest.skip("this variant has no bias")
     # A wide head with short slabs: there, what dhidden takes is most of the plan; a narrow one: there, packed operands;

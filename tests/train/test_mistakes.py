@@ -212,6 +212,7 @@ def fails(prompts, responses):
 """
 
 
+@pytest.mark.slow  # a launcher and two processes that import everything
 def test_one_process_says_why_and_the_others_end_quietly(place, tmp_path):
     (tmp_path / "halfjudge.py").write_text(JUDGE)
     path = settings_of(place, tmp_path / "out", judge="halfjudge:fails", sampling_batch_size=2)

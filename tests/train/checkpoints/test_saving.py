@@ -314,6 +314,7 @@ def two_processes(folder):
     verify(folder / "checkpoint-4")
 
 
+@pytest.mark.slow  # a launcher and two processes that import everything; tests/train/test_distributed.py resumes too
 def test_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
