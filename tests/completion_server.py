@@ -10,6 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from tiny_model import WORDS
 
 
+class _Listener(ThreadingHTTPServer):
+    # Reason: of more connections at once than the usual 5 wait, the kernel drops some, which are tried again in a second.
+    request_queue_size = 128
+
+
 class Server:
     """A real one on 127.0.0.1 that answers as OpenAI's do; `script` holds what to do instead, one entry a request.
 
@@ -61,7 +66,7 @@ class Server:
                 """Quiet."""
 
         self.release = threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Listener(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *args: None  # a client that leaves is part of the tests
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
