@@ -11,7 +11,7 @@ from tiny_model import WORDS
 
 
 class _Listener(ThreadingHTTPServer):
-    # Reason: of more connections at once than the usual 5 wait, the kernel drops some, which are tried again in a second.
+    # Reason: the kernel drops connections beyond the usual 5 that wait, and tries them again a second later.
     request_queue_size = 128
 
 
