@@ -138,7 +138,7 @@ def test_a_setting_is_named(place, tmp_path, capsys, changes, message):
     [
         (b"model: a\0b\n", r"x\.yaml, line 1: holds a NUL character"),
         (b"model: a\x07b\n", r"x\.yaml: not YAML: "),
-        (b"model: caf\xe9\n", r"x\.yaml must be UTF-8, got byte 10 \(line 1\)"),
+        (b"model: caf\xe9\n", r"x\.yaml must be UTF-8, but byte 10 \(line 1\) is not"),
         (b"a: " + b"[" * 5000, r"x\.yaml: nested too deeply"),
         ("model: a\n".encode("utf-16"), r"x\.yaml must be UTF-8, but its byte-order mark is that of UTF-16"),
     ],

@@ -155,7 +155,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
     [
         ("{oops", "line 2: not JSON"),
         ('{"text": 1}', 'line 2: expected an object with a string under "prompt"'),
-        ('{"prompt": "p", "responses": []}', '"responses" must be a list of one string or more'),
+        ('{"prompt": "p", "responses": []}', '"responses" must be a list of at least one string'),
         ('{"prompt": "p", "responses": ["a"], "rewards": [1, 2]}', '"rewards" must be a list of 1 finite numbers'),
         ('{"prompt": "p", "responses": ["a"], "rewards": [NaN]}', '"rewards" must be a list of 1 finite numbers'),
         ('{"prompt": "p", "responses": ["a", "b"], "prefs": [[0.5, 0.9]]}', '"prefs" must be a list of 2 lists'),
