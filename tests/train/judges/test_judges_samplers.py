@@ -87,7 +87,7 @@ def test_labels_must_say_what_they_mean():
         ModelReward(make_classifier(labels=2), tokenizer, label=2)
     with pytest.raises(ValueError, match="below the model's 1 labels, got 1"):
         ModelPreference(make_classifier(), tokenizer, label=1)
-    with pytest.raises(ValueError, match="none of \\['second'\\]"):
+    with pytest.raises(ValueError, match="but lacks \\['second'\\]"):
         ModelPreference(make_classifier(), tokenizer, template="{prompt} {first}")
     second = ModelReward(make_classifier(labels=2), tokenizer, label=1)(["a"], ["b"])
     assert second != ModelReward(make_classifier(labels=2), tokenizer, label=0)(["a"], ["b"])
