@@ -252,7 +252,7 @@ def test_recorded_responses_are_drawn_by_the_seed(tmp_path):
     draws = {seed: sampler.sample(PROMPTS[:1], 3, seed).texts[0] for seed in range(8)}
     assert draws[1] == sampler.sample(PROMPTS[:1], 3, 1).texts[0] and len(set(draws.values())) > 1
     assert all(len(set(group)) == 3 and set(group) <= {"good", "bad", "a day", "rain"} for group in draws.values())
-    with pytest.raises(ValueError, match="has 4 responses to 'the bus was', 5 are wanted"):
+    with pytest.raises(ValueError, match="has 4 responses to 'the bus was', but 5 are wanted"):
         sampler.sample(PROMPTS[:1], 5, 0)
     with pytest.raises(ValueError, match="has 0 responses to 'rain and'"):
         sampler.sample(PROMPTS, 1, 0)
