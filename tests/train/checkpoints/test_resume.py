@@ -54,7 +54,7 @@ CASES = {
     "a setting of transformers": ({"weight_decay": 0.1}, r"weight_decay 0\.0 there, 0\.1 here"),
     "the weights": (
         {"model": lambda: other(1.01)},
-        r"weights of the model are others than when the run began, first in model\.layers\.1\.mlp\.up_proj\.weight",
+        r"weights of the model differ from those when the run began, first in model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "the reference": (
         {"given": lambda: {"ref_model": other(1.01)}},
@@ -80,7 +80,7 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:no whole checkpoint")
+@pytest.mark.filterwarnings("ignore:no complete checkpoint")
 @pytest.mark.parametrize("name", CASES)
 def test_what_differs_is_said_in_words(begun, tmp_path, name):
     changes, message = CASES[name]
@@ -90,7 +90,7 @@ def test_what_differs_is_said_in_words(begun, tmp_path, name):
     assert str(tmp_path / "out") in str(caught.value) and "another output_dir" in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:no whole checkpoint", "ignore:`is_gradient_checkpointing`")
+@pytest.mark.filterwarnings("ignore:no complete checkpoint", "ignore:`is_gradient_checkpointing`")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -108,7 +108,7 @@ def test_every_setting_of_an_adapter_counts(tmp_path, changes, message):
         resume(tmp_path / "first", tmp_path, reference="adapter", given=given)
 
 
-@pytest.mark.filterwarnings("ignore:no whole checkpoint")
+@pytest.mark.filterwarnings("ignore:no complete checkpoint")
 def test_the_contents_of_recorded_responses_count(tmp_path):
     path = tmp_path / "r.jsonl"
     lines = [{"prompt": prompt, "responses": ["good", "bad", "a", "day"]} for prompt in PROMPTS]
@@ -266,7 +266,9 @@ def test_what_has_been_fitted_is_not_made_again(whole, tmp_path, name):
 
 
 def test_without_what_says_which_run_it_is_nothing_goes_on(whole, tmp_path):
-    with pytest.raises(ResumeError, match=r"run\.json is missing, which says of what run the checkpoints in .* are"):
+    with pytest.raises(
+        ResumeError, match=r"run\.json is missing, which says which run the checkpoints in .* belong to"
+    ):
         goes_on(whole, tmp_path, 3, lambda folder: (folder / "run.json").unlink())
     assert (tmp_path / "out/completions" / BLOCK).is_file()
 
