@@ -205,7 +205,7 @@ def test_what_is_wrong_with_an_adapter_is_named(stage, tmp_path):
     with pytest.raises(ValueError, match=r"adapter_config\.json names no base"):
         load_model(str(folder))
     (folder / "adapter_config.json").write_text('{"r": 4')
-    with pytest.raises(ValueError, match=r"adapter_config\.json is no configuration of an adapter"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not the configuration of an adapter"):
         load_model(str(folder))
 
 

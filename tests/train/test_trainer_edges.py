@@ -134,7 +134,7 @@ def test_a_policy_and_its_reference_that_cannot_share_prompts_say_so_once(tmp_pa
 def test_the_base_under_an_adapter_is_not_its_reference(tmp_path):
     pytest.importorskip("peft")
     model = tiny_model.make_model()
-    with pytest.raises(ValueError, match="parameters of its own"):
+    with pytest.raises(ValueError, match="must have its own parameters"):
         make_trainer(tmp_path, model=model, given={"ref_model": model, "peft_config": lora()})
 
 

@@ -193,11 +193,19 @@ DAMAGES = [
     ("a block is empty", lambda c: (c / BLOCK).write_text(""), r"block-0001\.json is damaged \(Expecting value"),
     ("a block is not UTF-8", lambda c: (c / BLOCK).write_bytes(b"\xff"), r"block-0001\.json is damaged \('utf-8'"),
     ("a block is something else", lambda c: (c / BLOCK).write_text("[1]"), r"block-0001\.json is damaged \(TypeError"),
-    ("blocks are exchanged", swap, r"block-000\d\.json is damaged \(it holds the prompts \[\d, \d\], its block has"),
+    (
+        "blocks are exchanged",
+        swap,
+        r"block-000\d\.json is damaged \(it holds the prompts \[\d, \d\], but its block has",
+    ),
     ("a text is lost", without_a_text, r"block-0000\.json is damaged \(ValueError: texts must hold 4 str values"),
     ("a verdict is cut", lambda c: cut(c / VERDICT), r"verdict-0001\.json is damaged \(.*" + BEGUN),
     ("a verdict lacks a row", without_a_row, r"verdict-0000\.json is damaged \(ValueError: prefs must hold 4 rows"),
-    ("a block is of another release", of_format_1, r"block-0001\.json is damaged \(ValueError: it has format 1, this"),
+    (
+        "a block is of another release",
+        of_format_1,
+        r"block-0001\.json is damaged \(ValueError: it has format 1, but this",
+    ),
     ("log-probs are cut", lambda c: cut(c / SCORED), r"scored\.json is damaged .*" + BEGUN),
     ("log-probs are others'", lambda c: changed(c / SCORED, old_logps=[[0.0]]), r"scored\.json is damaged \(old_logps"),
     ("log-probs lack a name", lambda c: (c / SCORED).write_text("{}"), r"scored\.json is damaged \(it must hold old_l"),
@@ -248,7 +256,7 @@ def test_a_run_of_an_older_release_is_refused(whole, tmp_path):
 
 
 def test_rows_that_were_laid_out_otherwise_are_refused(whole, tmp_path):
-    with pytest.raises(ResumeError, match=r"layout\.json says .*'shared': True.*, and groups are laid out by"):
+    with pytest.raises(ResumeError, match=r"layout\.json holds .*'shared': True.*, but groups are now laid out by"):
         goes_on(whole, tmp_path, 3, lambda folder: changed(folder / "layout.json", mask_budget=7))
 
 
