@@ -144,7 +144,7 @@ def test_an_adapter_whose_base_is_trained_too_gives_no_reference(tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model.make_model(), lora())
     model.get_base_model().model.norm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"1 of its own parameters are trained, e\.g\. .*norm\.weight"):
+    with pytest.raises(ValueError, match=r"1 of its parameters are trained, e\.g\. .*norm\.weight"):
         make_trainer(tmp_path, model=model, reference="adapter")
 
 

@@ -58,7 +58,7 @@ CASES = {
     ),
     "the reference": (
         {"given": lambda: {"ref_model": other(1.01)}},
-        r"weights of the reference are others than .* model\.layers\.1\.mlp\.up_proj\.weight",
+        r"weights of the reference differ from those .* model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "the dtype": ({"model": lambda: other().bfloat16()}, "dtype 'float32' there, 'bfloat16' here"),
     "fewer prompts": (
@@ -250,7 +250,7 @@ def test_a_run_of_an_older_release_is_refused(whole, tmp_path):
         (folder / "run.json").write_text(json.dumps(content))
 
     with pytest.raises(
-        ResumeError, match=r"another release of windkern \(.*run\.json has format 1, this release reads"
+        ResumeError, match=r"another release of windkern \(.*run\.json has format 1, but this release reads"
     ):
         goes_on(whole, tmp_path, 3, older)
 

@@ -139,7 +139,7 @@ def test_a_server_of_another_model_is_an_error(serve, tmp_path):
             value *= 2
     with pytest.raises(ServerError, match=r"serves a different model from the one that is trained: .* nats a token"):
         sampler_of(serve(other), tmp_path).update(adapted())
-    with pytest.raises(ServerError, match="serves another model"):
+    with pytest.raises(ServerError, match="serves a different model"):
         sampler_of(serve(fault="base"), tmp_path / "2").update(moved(adapted(), 1.0))
 
 
