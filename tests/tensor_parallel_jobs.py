@@ -91,7 +91,7 @@ def refusals(model: nn.Module) -> None:
 
     from windkern.train.jobs import check_scorable
 
-    assert_raises(ValueError, "tensor parallelism has cut", lambda: check_scorable(model))
+    assert_raises(ValueError, "tensor parallelism has split", lambda: check_scorable(model))
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], r=2))
     words = "leave the head out of target_modules"
     assert_raises(hf.UnsupportedModelError, words, lambda: hf.sequence_logps(adapted, *sequences()))

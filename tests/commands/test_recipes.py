@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,27 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def overrides_in(name):
+    """The overrides that a recipe's comments propose, each command a list of KEY=VALUE."""
+    comment = " ".join(line[1:].strip() for line in recipes.find(name).read_text().splitlines() if line[:1] == "#")
+    commands = re.findall(r'--override((?: (?:"[^"]+"|[\w.]+=[^\s,()]+))+)', comment)
+    return [[entry.rstrip(".") for entry in shlex.split(command)] for command in commands]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`")
+@pytest.mark.parametrize(
+    ("name", "overrides"), [(name, each) for name in recipes.names() for each in overrides_in(name)]
+)
+def test_the_overrides_that_comments_propose_are_accepted(name, overrides, tmp_path):
+    _, config = run.load_settings(name, (*HERE, *overrides), output_dir=tmp_path)
+    wanted = next((entry.removeprefix("loss=") for entry in overrides if entry.startswith("loss=")), config.loss)
+    assert config.loss == wanted
+
+
+def test_the_comments_of_the_papers_run_propose_its_baselines():
+    assert [each[0] for each in overrides_in("wind_llama3_8b")] == ["peft=null", "loss=sppo", "loss=bond"]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`")

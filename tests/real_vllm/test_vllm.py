@@ -200,7 +200,7 @@ def test_an_adapter_that_is_not_the_new_one_is_noticed(server, tmp_path):
     sampler.update(model)
     sampler.sample(PROMPTS[:2], 4, seed=0)
     moved(model)
-    with pytest.raises(ServerError, match="still serves the policy before it"):
+    with pytest.raises(ServerError, match="but still serves the previous policy"):
         sampler.update(model)
 
 
@@ -234,7 +234,7 @@ def test_whole_weights_that_vllm_takes_in_part_are_noticed(server, tmp_path):
         made = torch.Generator().manual_seed(0)
         for value in model.parameters():
             value += 0.05 * value.std() * torch.randn(value.shape, generator=made)
-    with pytest.raises(ServerError, match=r"has not taken all of it|still serves the policy before it"):
+    with pytest.raises(ServerError, match=r"has not taken all of it|still serves the previous policy"):
         sampler.update(model)
 
 

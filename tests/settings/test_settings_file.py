@@ -175,7 +175,7 @@ def test_overrides_win_and_reach_into_mappings(written):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ("eta", "--override must be key=value, such as eta=5 or peft.r=8, got 'eta'"),
+        ("eta", "--override must be key=value, such as seed=5 or peft.r=8, got 'eta'"),
         ("=1", "--override must be key=value"),
         ("peft..r=1", "--override must be key=value"),
         ("eta.x=1", "--override eta.x=1: eta must be keys and values, got 1"),

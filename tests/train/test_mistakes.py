@@ -86,7 +86,7 @@ def without_a_layer(folder: Path) -> None:
 MODELS = {
     "cut weights": (cut_weights, r"cannot load the model '.*/broken' \(folder\): model.safetensors has 5000 bytes"),
     "weights in a pickle": (pickled_weights, r"broken' \(folder\): its weights are a pickle that would run code"),
-    "weights that are not all there": (without_a_layer, r"broken' is not whole: its weights lack \d+ .*layers\.2\."),
+    "weights that are not all there": (without_a_layer, r"broken' is incomplete: its files lack \d+ .*layers\.2\."),
     "no configuration": (lambda folder: (folder / "config.json").write_text("{"), r"cannot load the model '.*/broken'"),
 }
 
@@ -113,14 +113,15 @@ def test_a_damaged_model_is_named(place, tmp_path, capsys, name):
     [
         (
             {"learning_rate": 1e30, "max_grad_norm": 0, "steps_per_iteration": 4},
-            r"the loss of step \d is (nan|inf); lower learning_rate=1e\+30, or the numbers of the loss \(eta=4.0, beta",
+            r"the loss of step \d is (nan|inf); lower learning_rate=1e\+30, "
+            r"or the arguments of the loss \(eta=4.0, beta",
         ),
         (
             {"loss_kwargs": {"eta": 1e30, "beta": 0.0}},
             r"the loss of step 1 is nan, before any weight has moved: .*eta=1e\+30, beta=0",
         ),
         ({"train_dataset": "none.jsonl"}, "prompts file none.jsonl does not exist"),
-        ({"loss": "kto"}, "loss must be one of those that are sums over groups .*, got 'kto', .* in TRL"),
+        ({"loss": "kto"}, "loss must be a sum over groups .*, got 'kto', .* in TRL"),
         (
             {"output_dir": "$UNSET_HERE/out"},
             r"output_dir names the environment variable \$UNSET_HERE, which is not set",
@@ -138,7 +139,7 @@ def test_a_setting_is_named(place, tmp_path, capsys, changes, message):
     [
         (b"model: a\0b\n", r"x\.yaml, line 1: holds a NUL character"),
         (b"model: a\x07b\n", r"x\.yaml: not YAML: "),
-        (b"model: caf\xe9\n", r"x\.yaml must be UTF-8, got byte 10 \(line 1\)"),
+        (b"model: caf\xe9\n", r"x\.yaml must be UTF-8, but byte 10 \(line 1\) is not"),
         (b"a: " + b"[" * 5000, r"x\.yaml: nested too deeply"),
         ("model: a\n".encode("utf-16"), r"x\.yaml must be UTF-8, but its byte-order mark is that of UTF-16"),
     ],
@@ -176,7 +177,10 @@ class Odd(Exception):
             torch.OutOfMemoryError("CUDA out of memory"),
             "out of memory: CUDA out of memory; lower .*sampling_batch_size.*",
         ),
-        (AnotherProcessError("x"), "process 0 ends, since another of the run has failed, which says why .x."),
+        (
+            AnotherProcessError("x"),
+            "process 0 ends because another process of the run has failed; its message says why .x.",
+        ),
         (KeyError("eta"), None),
         (AttributeError("eta"), None),
         (RuntimeError("Connection closed by peer"), None),  # of a process that is alone
@@ -232,4 +236,7 @@ def test_one_process_says_why_and_the_others_end_quietly(place, tmp_path):
     assert "Traceback" not in said[0] + said[1]
     assert "windkern: error: judge 'halfjudge:fails' failed: KeyError: 'score'" in said[1]
     lines = [line for line in said[0].splitlines() if line.startswith("windkern:")]
-    assert len(lines) == 1 and "process 0 ends, since another of the run has failed, which says why" in lines[0]
+    assert (
+        len(lines) == 1
+        and "process 0 ends because another process of the run has failed; its message says why" in lines[0]
+    )

@@ -51,10 +51,10 @@ def gpt2(positions: int):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_something_must_be_trained(tmp_path):
     peft = pytest.importorskip("peft")
-    refused(tmp_path, "none of them requires a gradient$", model=tiny_model.make_model().requires_grad_(False))
+    refused(tmp_path, "but none requires a gradient$", model=tiny_model.make_model().requires_grad_(False))
     peft.get_peft_model(tiny_model.make_model(), lora()).save_pretrained(tmp_path / "adapter")
     frozen = peft.PeftModel.from_pretrained(tiny_model.make_model(), tmp_path / "adapter")
-    refused(tmp_path, "none of them requires a gradient; .*is_trainable=True", model=frozen)
+    refused(tmp_path, "but none requires a gradient; .*is_trainable=True", model=frozen)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -75,10 +75,12 @@ def test_prompts_and_responses_must_fit_the_positions(tmp_path, kind):
     model = tiny_model.make_model() if kind == "rope" else gpt2(64)
     changes = {"max_completion_length": 44, "given": {"ref_model": copy.deepcopy(model)}}
     message = (
-        rf"train_dataset\[1\] has 23 tokens, and 20 fit \(the 64 positions .* 44\): '{LONG[:50]}.*set long_prompts"
+        rf"train_dataset\[1\] has 23 tokens, but only 20 fit \(the 64 positions .* 44\): '{LONG[:50]}.*set long_prompts"
     )
     refused(tmp_path, message, model=model, prompts=[PROMPTS[0], LONG], **changes)
-    refused(tmp_path, r"eval_dataset\[0\] has 23 tokens, and 20 fit", model=model, heldout=[LONG, "rain"], **changes)
+    refused(
+        tmp_path, r"eval_dataset\[0\] has 23 tokens, but only 20 fit", model=model, heldout=[LONG, "rain"], **changes
+    )
     refused(
         tmp_path,
         "max_completion_length must leave room for a prompt in the 64 positions .* got 64",

@@ -185,7 +185,7 @@ def test_a_first_stage_that_has_changed_is_noticed(stage, tmp_path, capsys):
     other = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(held / "base"), lora(task_type="CAUSAL_LM"))
     other.save_pretrained(held / "first")
     assert train(held, tmp_path / "out", "--resume", **options) == 2
-    assert "weights of the model are others than when the run began, first in base_model" in capsys.readouterr().err
+    assert "weights of the model differ from those when the run began, first in base_model" in capsys.readouterr().err
 
 
 def test_what_is_wrong_with_an_adapter_is_named(stage, tmp_path):
@@ -205,7 +205,7 @@ def test_what_is_wrong_with_an_adapter_is_named(stage, tmp_path):
     with pytest.raises(ValueError, match=r"adapter_config\.json names no base"):
         load_model(str(folder))
     (folder / "adapter_config.json").write_text('{"r": 4')
-    with pytest.raises(ValueError, match=r"adapter_config\.json is no configuration of an adapter"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not the configuration of an adapter"):
         load_model(str(folder))
 
 

@@ -430,7 +430,7 @@ def test_trainers_that_make_no_sense_are_refused(tmp_path, changes, given, messa
 
 def test_the_model_is_not_its_own_reference(tmp_path):
     model = tiny_model.make_model()
-    with pytest.raises(ValueError, match="another object than model"):
+    with pytest.raises(ValueError, match="ref_model must not be model itself"):
         make_trainer(tmp_path, model=model, given={"ref_model": model})
 
 

@@ -129,7 +129,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(processes, finis
     assert_same(finished, tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:no whole checkpoint")
+@pytest.mark.filterwarnings("ignore:no complete checkpoint")
 def test_completions_that_were_sampled_and_judged_are_not_made_again(processes, tmp_path, monkeypatch):
     kill_where_it_hangs(run(processes, tmp_path, hang_at="sampling:3"), tmp_path)
     there = {path.name: path.read_bytes() for path in tmp_path.glob("completions/iteration-0001/block-*.json")}

@@ -113,7 +113,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
     ("rows", "message"),
     [
         ("rain", 'train_dataset must hold rows, got str "rain"; put a single prompt in a list'),
-        ({"train": ["rain"], "test": ["bus"]}, "got a dict with 'train', 'test'; take one of its splits"),
+        ({"train": ["rain"], "test": ["bus"]}, "got a dict with 'train', 'test'; pass one of its splits"),
     ],
 )
 def test_a_data_set_that_is_no_list_of_rows_is_named(rows, message):

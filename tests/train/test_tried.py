@@ -67,8 +67,8 @@ def test_older_ones_are_named_with_what_is_wanted(installed):
     with pytest.raises(tried.UntriedVersionError) as raised:
         tried.check(tried.lowest())
     assert str(raised.value) == (
-        "older than what windkern was tried with: transformers 5.5.4 is installed and 5.18 wanted, peft 0.17.1 is "
-        "installed and 0.19 wanted; run: python -m pip install 'transformers>=5.18' 'peft>=0.19'"
+        "older than the releases windkern was tested with: transformers 5.5.4 is installed and 5.18 required, peft "
+        "0.17.1 is installed and 0.19 required; run: python -m pip install 'transformers>=5.18' 'peft>=0.19'"
     )
 
 
@@ -78,5 +78,5 @@ def test_they_are_refused_before_transformers_can_fail(installed, monkeypatch, m
     monkeypatch.setitem(sys.modules, "transformers", None)  # whoever imports it now gets another ImportError
     monkeypatch.delitem(sys.modules, "windkern.train.tried")
     monkeypatch.delattr(windkern.train, "tried")
-    with pytest.raises(ImportError, match=r"transformers 5\.5\.4 is installed and 5\.18 wanted"):
+    with pytest.raises(ImportError, match=r"transformers 5\.5\.4 is installed and 5\.18 required"):
         module.__spec__.loader.exec_module(importlib.util.module_from_spec(module.__spec__))

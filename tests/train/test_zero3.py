@@ -60,7 +60,7 @@ def test_a_model_in_pieces_is_refused():
     model = tiny_model.make_model()
     check_scorable(model)
     as_zero3(model.model.norm.weight, whole=False)
-    with pytest.raises(ValueError, match=r"cut its parameter model.norm.weight in pieces; load policy"):
+    with pytest.raises(ValueError, match=r"partitioned its parameter model.norm.weight; load policy"):
         check_scorable(model)
 
 

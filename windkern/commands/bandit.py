@@ -66,7 +66,7 @@ def _run(settings: BanditSettings, output: Path, display: Display) -> int:
     numbers.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(drawing, content)
     display.print(rich=final_table(result))
-    display.print("means ± standard errors over the games, at the last iteration; seconds a game")
+    display.print("means ± standard errors over the games, at the last iteration; seconds per game")
     display.print(f"* drawn in each context until the exploitability is first below {TARGET:g} of the reference's")
     where = f"picture {os.path.relpath(drawing)}, numbers {os.path.relpath(numbers)}"
     display.print(f"{clock(display.elapsed)} in all; {where}")

@@ -27,7 +27,7 @@ Run = Callable[[Game, int], Solution]  # (game, seed) -> solution
 
 
 def exact_runs(settings: BanditSettings) -> dict[str, Run]:
-    """The methods with exact expectations."""
+    """Return the methods with exact expectations."""
     options = {
         "wind": {"eta": settings.eta},
         "iterative_bond": settings.mixing,
@@ -42,7 +42,7 @@ def exact_runs(settings: BanditSettings) -> dict[str, Run]:
 
 
 def sampled_runs(settings: BanditSettings) -> dict[str, Run]:
-    """The methods from samples: the same number of responses in all."""
+    """Return the methods that sample, each with the same number of responses in total."""
     usual = {
         "groups": settings.groups,
         "responses": settings.group_size,
@@ -65,7 +65,7 @@ def sampled_runs(settings: BanditSettings) -> dict[str, Run]:
 
 
 def summary(solutions: list[Solution]) -> dict[str, object]:
-    """Mean and standard error over the seeds of every metric, at up to POINTS iterations."""
+    """Return mean and standard error over the seeds of every metric, at up to POINTS iterations."""
     count = min(solution.iterations for solution in solutions)
     # Half of the points even in the logarithm, half even: either axis looks smooth.
     even = np.linspace(0, count, POINTS // 2)
@@ -83,19 +83,19 @@ def summary(solutions: list[Solution]) -> dict[str, object]:
 
 
 def mean_and_error(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error of the mean over the rows."""
+    """Return mean and standard error of the mean over the rows."""
     stacked = np.stack(rows)
     return stacked.mean(0), stacked.std(0, ddof=1) / math.sqrt(len(rows))
 
 
 def responses_to_target(curve: dict[str, Any], start: float) -> float | None:
-    """Responses drawn in a context until the mean exploitability is first below TARGET times that of ref."""
+    """Return the responses drawn in a context until the mean exploitability is below TARGET times that of ref."""
     below = np.array(curve["exploitability"]["mean"]) < TARGET * start
     return curve["samples"][int(below.argmax())] if below.any() else None
 
 
 def experiment(settings: BanditSettings, begin: Callable[[int, str], None] = lambda game, name: None) -> dict[str, Any]:
-    """Every method on every game; `begin` is told the game, from 1, and the name of each run before it starts."""
+    """Run every method on every game; `begin` gets the game, from 1, and the name of each run before it starts."""
     exact, sampled = exact_runs(settings), sampled_runs(settings)
     found: dict[str, dict[str, list[Solution]]] = {
         "exact": {name: [] for name in exact},
@@ -123,7 +123,7 @@ def experiment(settings: BanditSettings, begin: Callable[[int, str], None] = lam
 
 
 def final_table(result: dict[str, Any]) -> Table:
-    """One row a method: where it ended, what it took."""
+    """Return a table with one row per method: its last metrics and its costs."""
     table = plain_table()
     table.add_column("")
     headers = (

@@ -1,4 +1,4 @@
-"""The picture of `windkern bandit`, drawn from its numbers alone."""
+"""Draw the picture of `windkern bandit` from its numbers alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LOGARITHMIC = tuple(FLOOR)
 
 
 def draw(path: Path, content: dict) -> None:
-    """Three rows: exact methods, sampled methods on equal draws, and WIND's objectives beside costs and trade-off."""
+    """Draw exact methods, sampled methods on equal draws, and WIND's objectives, costs and trade-off in three rows."""
     from matplotlib import rc_context
 
     sizes: Any = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5}
@@ -83,13 +83,13 @@ def _caption(settings: dict) -> str:
     return (
         f"{settings['seeds']} games of {settings['contexts']} contexts x {settings['responses']} responses, "
         f"{verdicts}, "
-        f"beta {settings['beta']:g}, eta {settings['eta']:g}, {drawn} responses an iteration in a context; "
+        f"beta {settings['beta']:g}, eta {settings['eta']:g}, {drawn} responses per iteration and context; "
         "lines are means over the games, bands standard errors; the equilibrium is that of the game WIND plays"
     )
 
 
 def _curves(axis: Any, content: dict, part: str, names: Any, metric: str, against: str) -> None:
-    """One line a method, with its standard error, over `against`."""
+    """Draw one line per method, with its standard error, over `against`."""
     logarithmic = metric in LOGARITHMIC
     for name in names:
         curve = content[part][name]
@@ -123,7 +123,7 @@ def _curves(axis: Any, content: dict, part: str, names: Any, metric: str, agains
 
 
 def _trade_off(axis: Any, content: dict) -> None:
-    """Reward bought with distance from the reference: up and to the left is better."""
+    """Draw reward against distance from the reference: up and to the left is better."""
     exact = content["exact"]["wind"]
     axis.plot(exact["kl_ref"]["mean"], exact["reward"]["mean"], color="0.6", linewidth=1, linestyle="--")
     for name in SAMPLED:
@@ -144,7 +144,7 @@ def _trade_off(axis: Any, content: dict) -> None:
 
 
 def _seconds(axis: Any, content: dict) -> None:
-    """Wall-clock of the sampled runs, without that of the metrics."""
+    """Draw the wall-clock of the sampled runs, without that of the metrics."""
     names = list(content["sampled"])
     places = -np.arange(len(names))
     seconds = [content["sampled"][name]["seconds"] for name in names]

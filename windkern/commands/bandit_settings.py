@@ -19,7 +19,7 @@ class BanditSettings:
     contexts: int = option(10, "contexts of a game", metavar="N")
     responses: int = option(100, "responses of a context", metavar="N")
     link: str = option(
-        "bradley_terry", "what rewards mean for a pair: bradley_terry, or step, where the better one always wins"
+        "bradley_terry", "link from rewards to preferences: bradley_terry, or step, where the better one always wins"
     )
     beta: float = shared("beta", 0.1)
     # 4 beta: the largest step with a guarantee for any preferences
@@ -60,7 +60,7 @@ class BanditSettings:
         return {"alpha1": alpha2 / self.bond_beta, "alpha2": alpha2}
 
     def game(self, seed: int) -> Game:
-        """The game of a seed: standard normal rewards and reference logits."""
+        """Return the game of a seed: standard normal rewards and reference logits."""
         import numpy as np
         import torch
 

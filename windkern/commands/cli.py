@@ -1,4 +1,4 @@
-"""The `windkern` command: puts the commands of this folder together, one module each."""
+"""The `windkern` command, made of the commands of this folder, one module each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from windkern.terminal import printable
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 # A command is a module with SUMMARY, `add_arguments(parser)` and `run(arguments) -> exit code`. Until it runs, it does
-# not import torch, directly or indirectly, so that --help and the first sign of life are there at once.
+# not import torch, directly or indirectly, so that --help and the first output appear at once.
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "train": train,
@@ -29,7 +29,7 @@ COMMANDS: dict[str, ModuleType] = {
 
 class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse, and --output_dir means --output-dir: trainers of other libraries write their options so."""
+        """Parse as argparse does, with --output_dir for --output-dir, as trainers of other libraries write it."""
         given = sys.argv[1:] if args is None else args
         return super().parse_known_args(list(map(_with_dashes, given)), namespace)
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 it missed its aim, 2 the user can correct the mistake.
+    """Run a command and return its exit code: 0 done, 1 aim missed, 2 a mistake that the user can correct.
 
     Errors are one line on stderr; with WINDKERN_DEBUG=1 they are tracebacks.
     """
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        hint = "; --resume continues from what is on the disk" if hasattr(arguments, "resume") else ""
+        hint = "; --resume continues from what is on disk" if hasattr(arguments, "resume") else ""
         print(f"windkern: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`windkern demo`: the recipe `demo`, trained and compared with where it started."""
+"""`windkern demo`: train by the recipe `demo`, and compare the policy with the initial one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOAT32 = {"num_iterations": 3, "attention": "sdpa", "learning_rate": 1.3e-4}
 
 @dataclass(frozen=True)
 class Changes:
-    """Keys of the recipe that the command line can change; what is not given stays as the recipe has it."""
+    """Keys of the recipe that the command line can change; the others stay as the recipe has them."""
 
     model: str | None = option(
         None, "folder or hub id of a causal LM (default: the packaged SmolLM2-135M-Instruct)", metavar="NAME"
@@ -40,7 +40,7 @@ class Changes:
     num_iterations: int | None = shared("num_iterations")
     num_generations: int | None = shared("num_generations")
     max_completion_length: int | None = shared("max_completion_length")
-    learning_rate: float | None = option(None, "learning rate of AdamW; it falls to half of it", metavar="X")
+    learning_rate: float | None = option(None, "initial learning rate of AdamW; it falls to half", metavar="X")
     seed: int | None = shared("seed")
 
 
@@ -79,7 +79,7 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def batches(prompts: int) -> dict[str, object]:
-    """Return steps and batch size for so many prompts in an iteration: the largest batch up to 4 that divides them.
+    """Return steps and batch size for a number of prompts per iteration: the largest batch up to 4 that divides it.
 
     Example:
         >>> batches(6)

@@ -33,14 +33,14 @@ class Device:
     name: str  # as torch names it: cpu, cuda:0
     model: str
     detail: str
-    products: dict[str, str]  # by dtype: who multiplies, and what is particular about it
+    products: dict[str, str]  # by dtype: which library multiplies, and its peculiarities
 
 
 @dataclass(frozen=True)
 class BackendState:
     name: str
     device: str
-    reason: str | None  # why it cannot run there, None where it can
+    reason: str | None  # why it cannot run there, None if it can
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Check:
     device: str
     dtype: str
     quantity: str
-    error: float | None  # relative, in norm; None where the back end raised
+    error: float | None  # relative, in norm; None if the back end raised
     allowed: float
     message: str = ""  # what it raised
 
@@ -61,7 +61,7 @@ class Check:
 
 
 def versions() -> dict[str, str | None]:
-    """Version of each package that windkern can use, None where it is not installed."""
+    """Return the version of each package that windkern can use, None if it is not installed."""
     found: dict[str, str | None] = {"windkern": windkern.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -72,7 +72,7 @@ def versions() -> dict[str, str | None]:
 
 
 def devices() -> list[Device]:
-    """The CPU, then every GPU that torch sees."""
+    """Return the CPU, then every GPU that torch sees."""
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
     detail = f"{threads}, torch uses {torch.backends.cpu.get_cpu_capability()}"
     found = [Device("cpu", _cpu_model(), detail, products("cpu"))]
@@ -84,19 +84,22 @@ def devices() -> list[Device]:
 
 
 def products(device_type: str) -> dict[str, str]:
-    """Which library multiplies operands of each dtype, and what costs speed or digits there."""
+    """Return which library multiplies operands of each dtype, and what costs speed or digits there."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         chosen = products_of(device_type, dtype)
         said = chosen.said
         if device_type == "cuda" and dtype == torch.float32 and _multiplies_in_tf32():
-            said += " in TF32, as a setting of torch's asks: errors are those of 10 bits, not of float32"
+            said += " in TF32, as a setting of torch asks: errors are those of 10 bits, not of float32"
         found[SHORT[str(dtype).removeprefix("torch.")]] = said
     return found
 
 
 def _multiplies_in_tf32() -> bool:
-    """Whether torch rounds operands of float32 products; asked by multiplying, for torch has two kinds of settings."""
+    """Return whether torch rounds operands of float32 products.
+
+    Reason: torch has two kinds of settings for it, so a product is tried.
+    """
     left = torch.full((64, 64), 1 + 2.0**-18, device="cuda")
     return bool((torch.mm(left, torch.eye(64, device="cuda")) != left).any())
 
@@ -111,7 +114,7 @@ def _cpu_model() -> str:
 
 
 def states(on: list[Device]) -> list[BackendState]:
-    """Every back end on every device."""
+    """Return the state of every back end on every device."""
     return [
         BackendState(name, device.name, backends.why_not(name, device.name))
         for device in on
@@ -120,7 +123,7 @@ def states(on: list[Device]) -> list[BackendState]:
 
 
 def cpp_extension() -> dict[str, Any]:
-    """The C++ extension: what it can use on this CPU, what it uses or why nothing, and how it multiplies bfloat16."""
+    """Describe the C++ extension: what it can use on this CPU, what it uses, why not, and its bfloat16 products."""
     sets = [] if cpp_rows._cpp is None else list(cpp_rows._cpp.instruction_sets())
     reason = cpp_rows.why_not(torch.device("cpu"), torch.float32)
     chosen = os.environ.get("WINDKERN_CPP_ISA") or (sets[0] if sets else None)
@@ -133,9 +136,9 @@ def cpp_extension() -> dict[str, Any]:
     }
 
 
-# Entropies take a slower way through backward than log-probs alone, so there is a problem for each way.
+# Entropies take a slower path through backward than log-probs alone, so there is a problem for each path.
 PROBLEMS = (
-    Problem(Shape((3, 7), (48,), 301), "all"),  # sizes that are multiples of nothing
+    Problem(Shape((3, 7), (48,), 301), "all"),  # sizes that are multiples of no tile
     Problem(Shape((3, 7), (48,), 301), "bias", seed=1, seen=("logps",)),
 )
 
@@ -165,7 +168,7 @@ def check_backend(name: str, device: str, dtype: torch.dtype) -> list[Check]:
 
 
 def self_test(found: list[BackendState]) -> list[Check]:
-    """Every back end that can run, in every dtype of DTYPES that it can run on its device."""
+    """Check every back end that can run, in every dtype of DTYPES that it can run on its device."""
     return [
         check
         for state in found
@@ -177,7 +180,7 @@ def self_test(found: list[BackendState]) -> list[Check]:
 
 
 def as_dict(on: list[Device], found: list[BackendState], checks: list[Check]) -> dict[str, object]:
-    """All of it, for programs."""
+    """Return all findings, for programs."""
     return {
         "kind": "doctor",
         "ok": all(check.ok for check in checks),

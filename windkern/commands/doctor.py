@@ -1,4 +1,4 @@
-"""`windkern doctor`: what this machine has, which back ends run here, why others do not, and whether they are right."""
+"""`windkern doctor`: show devices, which back ends run here, why others do not, and whether they are right."""
 
 from __future__ import annotations
 

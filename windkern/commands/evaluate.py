@@ -1,4 +1,4 @@
-"""`windkern eval`: how often a model beats a base, by a judge, on prompts; with error bars."""
+"""`windkern eval`: measure how often a model beats a base, by a judge, on prompts; with error bars."""
 
 from __future__ import annotations
 
@@ -38,14 +38,16 @@ OURS, THEIRS = "responses of the model", "responses of the base"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """The two sides of a comparison, and its settings. Each response of the model is judged against each of the base.
+    """The two sides of a comparison, and its settings.
+
+    Each response of the model is judged against each response of the base to the same prompt.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
     """
 
     model: str = option(MISSING, "folder or hub id of a causal LM, or recorded:FILE (JSON lines)", metavar="NAME")
-    base: str = option(MISSING, "model that it is compared with, likewise", metavar="NAME")
+    base: str = option(MISSING, "model to compare it with, in the same forms", metavar="NAME")
     prompts: str = option(MISSING, ".jsonl, .csv, .txt ... or hub:NAME[:SPLIT[:COLUMN]]", metavar="SOURCE")
     judge: str = option(
         MISSING,
@@ -63,7 +65,7 @@ class EvalSettings:
     temperature: float = shared("temperature", 1.0)
     system: str | None = shared("system")
     batch_size: int = option(64, "sequences generated or scored at a time", metavar="N")
-    device: str | None = option(None, "cpu or cuda (default: cuda where there is one)", metavar="NAME")
+    device: str | None = option(None, "cpu or cuda (default: cuda if there is one)", metavar="NAME")
     dtype: str = option(
         "auto", "auto (bfloat16, or float32 on a CPU that is slow in it), float32, bfloat16 or float16", metavar="NAME"
     )
@@ -104,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_side(name: str, settings: EvalSettings, world: World, observer: Progress) -> AnyPolicy:
-    """The model of a side, or the file of its responses."""
+    """Return the model of a side, or the file of its responses."""
     import torch
 
     from windkern.train.evaluation.recorded import RecordedTexts
@@ -125,12 +127,12 @@ def load_side(name: str, settings: EvalSettings, world: World, observer: Progres
 
 
 def share_tokens(ours: AnyPolicy, theirs: AnyPolicy) -> bool:
-    """Whether both score, and token ids mean the same to them."""
+    """Return whether both score, and token ids mean the same to them."""
     return ours.scores and theirs.scores and ours.vocabulary == theirs.vocabulary
 
 
 def plan(ours: AnyPolicy, theirs: AnyPolicy, responses: int) -> dict[tuple[str, str], float]:
-    """The phases to come with guessed costs in sampled responses, as `Display.plan` takes them."""
+    """Return the phases to come with guessed costs in sampled responses, as `Display.plan` takes them."""
     from windkern.train.report.progress import OF_HELD_OUT
 
     sampled = {("sampling", name): responses for side, name in ((ours, OURS), (theirs, THEIRS)) if side.scores}
@@ -139,7 +141,7 @@ def plan(ours: AnyPolicy, theirs: AnyPolicy, responses: int) -> dict[tuple[str, 
 
 
 def _about(groups: Sequence[Group], side: AnyPolicy) -> tuple[float | None, float | None]:
-    """Mean tokens of a response, and the share that met the length limit, where a model wrote them."""
+    """Return mean tokens of a response and the share that reached the length limit; None for recorded texts."""
     from windkern.train.metrics import rollout_metrics
 
     found = rollout_metrics(groups)
@@ -147,7 +149,7 @@ def _about(groups: Sequence[Group], side: AnyPolicy) -> tuple[float | None, floa
 
 
 def as_dict(settings: EvalSettings, found: Comparison, prompts: Sequence[str], about: About) -> dict[str, object]:
-    """Return everything a program may want to read back; `windkern plot` draws from it."""
+    """Return everything a program can read back; `windkern plot` draws from it."""
     from windkern.train.data.prompts import prompt_to_json
 
     def estimate(value: Any) -> dict[str, object] | None:
@@ -171,19 +173,19 @@ def as_dict(settings: EvalSettings, found: Comparison, prompts: Sequence[str], a
 
 
 def draw(path: Path, content: dict) -> None:
-    """How the win rates of the prompts are spread, with their mean and its 95 % interval, as a PNG."""
+    """Draw the distribution of the prompts' win rates, with their mean and its 95 % interval, as a PNG."""
     estimate, settings = content["win_rate"], content["settings"]
     (low, high), rates = estimate["95"], [entry["win_rate"] for entry in content["prompts"]]
     with picture(path, figsize=(7.2, 3.8)) as (_, axes):
         axes.hist(rates, bins=[k / 20 for k in range(21)], color="0.75", edgecolor="white")
         axes.axvline(0.5, color="0.4", linewidth=1, linestyle="--", label="as good as the base")
         label = f"mean {estimate['mean']:.3f}"
-        if low is not None and math.isfinite(low):  # from a single prompt there is none
+        if low is not None and math.isfinite(low):  # a single prompt has none
             axes.axvspan(low, high, color="C1", alpha=0.25, linewidth=0)
             label += f", 95 % [{low:.3f}, {high:.3f}]"
         axes.axvline(estimate["mean"], color="C1", linewidth=2, label=label)
         axes.set_xlim(0, 1)
-        # Names hold what they like, dollars too.
+        # Names can hold anything, dollar signs too.
         judge, title = printable(settings["judge"]), printable(f"{settings['model']} against {settings['base']}")
         axes.set_xlabel(f"win rate of a prompt's responses, judged by {judge}", parse_math=False)
         axes.set_ylabel("prompts")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def loading(*, lines: bool = True) -> Iterator[Display | None]:
-    """A display that says at once that packages are being loaded; None without rich, which the command will ask for.
+    """Yield a display that says that packages are being loaded; None without rich, which the command will ask for.
 
     Args:
         lines: whether to print lines where no bar can be drawn.

@@ -22,7 +22,7 @@ MOST = 6  # curves in a picture that shows every response of every variant
 DASHES = ("-", "--", "-.", (0, (1, 1.2)))  # curves that coincide show through each other
 GROUP = 4  # responses of a group where the loss takes any number
 REWARDS = torch.tensor([1.5, 0.5, -0.5, -1.5], dtype=torch.float64)
-NAMED = {  # the responses of losses that take so many, in the order of the columns
+NAMED = {  # the responses of losses that take this many, in the order of the columns
     2: ("chosen", "rejected"),
     3: ("policy's own, worse than both", "anchor's better", "anchor's worse"),
 }
@@ -51,13 +51,13 @@ WIDE = 120  # columns of a terminal that all columns of the table need
 
 
 def _start(loss: Loss) -> Tensor:
-    """(1, N) or (1, N, 1): log-probs at the start, where all policies agree."""
+    """Return (1, N) or (1, N, 1) log-probs at the start, where all policies agree."""
     sizes = [size if isinstance(size, int) else {"B": 1, "N": GROUP, "T": 1}[size] for size in loss.shape]
     return torch.linspace(-10.0, -13.0, sizes[1], dtype=torch.float64).view(sizes)
 
 
 def _constants(loss: Loss, start: Tensor) -> dict[str, Tensor]:
-    """The inputs of the loss beside logps; of optional tensors, those that CONSTANTS has."""
+    """Return the inputs of the loss except logps; of optional tensors, those that CONSTANTS has."""
     made = {}
     for entry in loss.inputs[1:]:
         name = entry.split("|")[0].strip(" ?")
@@ -82,7 +82,7 @@ def _labels(loss: Loss, constants: dict[str, Tensor]) -> list[str]:
 
 
 def curves(loss: Loss) -> list[Curve]:
-    """One curve for each response, moving that; and for each variant, if need be of the first response only."""
+    """Return a curve for each response and variant; with many of both, the first response alone moves."""
     start = _start(loss)
     constants = _constants(loss, start)
     moving = [(place, label) for place, label in enumerate(_labels(loss, constants)) if label]
@@ -113,7 +113,7 @@ def _curve(loss: Loss, start: Tensor, response: int, label: str, settings: dict[
 
 
 def draw(path: Path, loss: Loss) -> None:
-    """Value on the left, slope on the right, as a PNG."""
+    """Draw value (left) and slope (right) as a PNG."""
     found = curves(loss)
     moved = _first(loss) if all(curve.response == 0 for curve in found) else "a response"
     with picture(path, nrows=1, ncols=2, figsize=(9.6, 4.4)) as (figure, (left, right)):
@@ -142,13 +142,13 @@ def draw(path: Path, loss: Loss) -> None:
 
 
 def _first(loss: Loss) -> str:
-    """The response that moves in pictures of variants."""
+    """Name the response that moves in pictures of variants."""
     label = _labels(loss, _constants(loss, _start(loss)))[0]
     return f"the {label} response" if label in NAMED[2] else f"the response with {label}"
 
 
 def _window(series: list[list[float]]) -> tuple[float, float]:
-    """Limits that show most of every curve: a steep one may leave, it must not flatten the others."""
+    """Return limits that show most of every curve; a steep one may leave them, but not flatten the others."""
     ranges = sorted(max(values) - min(values) for values in series if max(values) - min(values) > 1e-9) or [1.0]
     reach = 2.5 * ranges[(len(ranges) - 1) // 2]
     middles = [values[len(values) // 2] for values in series]
@@ -159,7 +159,7 @@ def _window(series: list[list[float]]) -> tuple[float, float]:
 
 
 def as_dict(loss: Loss) -> dict[str, object]:
-    """The table of losses for programs."""
+    """Return the row of a loss in the table of losses, for programs."""
     return {
         "name": loss.name,
         "formula": loss.formula,
@@ -174,7 +174,7 @@ def as_dict(loss: Loss) -> dict[str, object]:
 
 
 def print_table(console: Any) -> None:
-    """Every loss, one row each."""
+    """Print every loss, one row each."""
     from rich.markup import escape
 
     table = plain_table(row_styles=["", "dim"])
@@ -202,7 +202,7 @@ def print_table(console: Any) -> None:
 
 
 def print_details(console: Any, loss: Loss) -> None:
-    """All that the table and the docstring say of one loss, up to its arguments."""
+    """Print all that the table and the docstring say of one loss, up to its arguments."""
     from rich.markup import escape
 
     signature = escape(str(inspect.signature(loss.function)))
@@ -223,15 +223,15 @@ def show(name: str | None, *, output: Path | None = None, as_json: bool = False)
     """Print every loss, or one and draw its picture.
 
     Args:
-        name: of a loss; None for the table of all.
-        output: file for the picture. None: losses/NAME.png, or no picture where `as_json`.
+        name: name of a loss; None for the table of all.
+        output: file for the picture. None: losses/NAME.png, or no picture with `as_json`.
         as_json: print JSON instead of tables.
 
     Returns:
         0.
 
     Raises:
-        ValueError: no such loss, or an output without a name.
+        ValueError: there is no such loss, or `output` is given without `name`.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""`windkern plot`: the picture of a results file, drawn again."""
+"""`windkern plot`: draw the picture of a results file again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _draw_run(path: Path, content: dict) -> None:
     final, settings = content["final"], content["settings"]
     if final is None:
         raise ValueError("this run had no held-out prompts (eval_dataset), so there is no win rate to draw")
-    error = math.nan if final["win_rate_se"] is None else final["win_rate_se"]  # of a single prompt there is none
+    error = math.nan if final["win_rate_se"] is None else final["win_rate_se"]  # a single prompt has none
     result = Evaluation(win_rate=Estimate(final["win_rate"], error), reward=None, kl=None)
     rows: list[dict[str, Any]] = content["history"]
     history = [
@@ -63,11 +63,11 @@ KINDS: dict[str, Callable[[Path, dict], None]] = {
 
 
 def read(path: Path) -> dict:
-    """The content of a results file.
+    """Return the content of a results file.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: it is not a JSON object with a known "kind".
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        ValueError: the file is not a JSON object with a known "kind".
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give a results file, such as {path / 'result.json'}")
@@ -85,12 +85,14 @@ def read(path: Path) -> dict:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command to its parser."""
-    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what train, demo, eval or bandit wrote")
+    parser.add_argument(
+        "results", type=Path, metavar="RESULTS.json", help="results file of train, demo, eval or bandit"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="file for the picture (default: beside RESULTS)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw the picture of a results file; returns 0."""
+    """Draw the picture of a results file, and return 0."""
     with loading(lines=False):
         from windkern.train.models import require
     require("matplotlib")

@@ -1,4 +1,4 @@
-"""`windkern train`: settings from a file and the command line, made into a run."""
+"""`windkern train`: do a run by settings from a file and the command line."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from windkern.train.config import WindConfig
     from windkern.value.trainer import ValueConfig
 
-SUMMARY = "train a policy with WIND, or another loss, by a settings file or a recipe"
+SUMMARY = "train a policy with WIND, or another loss, from a settings file or a recipe"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line beside the settings file."""
+    """Options of the command line besides the settings file."""
 
     config: str | None = option(
         None, f"settings in YAML, or the name of a recipe: {', '.join(recipes.names())}", metavar="FILE"
@@ -33,10 +33,10 @@ class Options:
     override: list[str] | None = option(
         None, "changes to the file; the value in YAML, dots lead into mappings (peft.r=8)", metavar="KEY=VALUE"
     )
-    output_dir: Path | None = option(None, "output folder; wins over the file", metavar="DIR")
-    method: str | None = option(None, "training method; wins over the file", choices=("wind", "value"))
-    report_to: str | None = option(None, "tensorboard, wandb, trackio ...; wins over the file", metavar="NAME")
-    resume: bool = option(False, "continue from the newest whole checkpoint in the output folder")
+    output_dir: Path | None = option(None, "output folder; overrides the file", metavar="DIR")
+    method: str | None = option(None, "training method; overrides the file", choices=("wind", "value"))
+    report_to: str | None = option(None, "tensorboard, wandb, trackio ...; overrides the file", metavar="NAME")
+    resume: bool = option(False, "continue from the newest complete checkpoint in the output folder")
     fields: bool = option(False, "list the keys of a settings file: type, default, meaning, range")
     all: bool = option(False, "with --fields: also the keys of transformers.TrainingArguments")
     json: bool = option(False, "with --fields: print JSON")
@@ -88,7 +88,7 @@ def _run(options: Options, display: Display) -> int:
     from windkern.train.models import require
 
     if options.config is None:
-        raise ValueError(f"--config must name a file or a recipe ({', '.join(recipes.names())}); --init prints one")
+        raise ValueError(f"--config must name a file or a recipe ({', '.join(recipes.names())}); --init prints a file")
     settings, config = load_settings(
         options.config,
         options.override or (),
@@ -126,7 +126,7 @@ _START: dict[str, Callable[..., None]] = {"wind": _start_wind, "value": _start_v
 
 
 def close_processes() -> None:
-    """Leave the process group, if there is one: gloo aborts now and then where that is left to the interpreter."""
+    """Leave the process group, if there is one: gloo sometimes aborts if the interpreter does it."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

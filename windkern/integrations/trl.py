@@ -1,4 +1,4 @@
-"""TRL's trainers with windkern's log-probs: `with use(trainer): trainer.train()`.
+"""Give TRL's trainers windkern's log-probs: `with use(trainer): trainer.train()`.
 
 TRL 1.16 gives the models of its trainers a forward that takes `fused_lm_head=True` and returns log-probs instead of
 logits. `use` puts windkern's in front of it, on the objects of one trainer; nothing of TRL is edited or subclassed.
@@ -28,7 +28,7 @@ from windkern.ops.inputs import Blocks, Inputs, prepare
 from windkern.ops.logprobs import row_logps
 from windkern.sharding.whole import gathered
 
-# Fields that each trainer reads beside log_probs; those that only its metrics read are computed without a gradient.
+# Fields that each trainer reads besides log_probs; those that only its metrics read are computed without a gradient.
 FIELDS = {
     "DPOTrainer": ("entropy", "mean_logits", "is_top1"),
     "KTOTrainer": ("entropy", "mean_logits"),
@@ -38,7 +38,7 @@ FIELDS = {
 _ALL_FIELDS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 _PASSED = ("input_ids", "attention_mask", "position_ids")  # to the model's own forward
 _WITHOUT_EFFECT = ("use_cache", "return_dict", "logits_to_keep")
-_SLAB_BYTES = 32 << 20  # of the logits of a metric that needs a pass of its own
+_SLAB_BYTES = 32 << 20  # of the logits of a metric that needs its own pass
 
 _in_use: weakref.WeakSet = weakref.WeakSet()  # models
 
@@ -81,18 +81,18 @@ def use(
     batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Handle:
-    """Let a TRL trainer compute its log-probs by windkern, until the handle is removed or its block is left.
+    """Make a TRL trainer compute its log-probs with windkern, until the handle is removed or its block is left.
 
         per_token_logps = windkern.token_logps(decoder(ids), lm_head.weight, labels, entropy=True)
 
-    Policy and reference, training and evaluation. Losses, metrics, sampling and everything else stay TRL's. Values and
-    gradients are those of TRL's own path within rounding; in bfloat16 they are closer to the truth, because TRL rounds
-    its logits to bfloat16 and windkern does not. A head among PEFT's `modules_to_save` is served;
-    TRL's trainers themselves refuse a model with LoRA on its head.
+    This covers policy and reference, training and evaluation. Losses, metrics, sampling and everything else stay TRL's.
+    Values and gradients are those of TRL's own path within rounding; in bfloat16 they are closer to the truth, because
+    TRL rounds its logits to bfloat16 and windkern does not. A head among PEFT's `modules_to_save` is supported; TRL's
+    trainers themselves refuse a model with LoRA on its head.
 
     Args:
         trainer: a `trl.DPOTrainer`, `GRPOTrainer`, `RLOOTrainer` or `KTOTrainer`, or an instance of a subclass of one;
-            already constructed. `precompute_ref_log_probs=True` has then been done by TRL.
+            already constructed. With `precompute_ref_log_probs=True`, TRL has computed those by then.
         shared_prompt: whether rows of a batch with the same prompt (chosen and rejected, generations of one prompt) run
             the body once on it: "auto" where it is exact and costs less, "never", or "always", which raises where it is
             not exact; see `windkern.hf.group_logps`.
@@ -155,7 +155,7 @@ def _fields_of(trainer: Any) -> tuple[str, ...]:
 
 
 def _output_class() -> type:
-    """TRL's result of a fused head; its fields are how we know that this TRL is the one we were written for."""
+    """Return TRL's result of a fused head, whose fields tell whether this TRL is the one supported here."""
     try:
         utils = importlib.import_module("trl.trainer.utils")
     except ImportError as error:
@@ -165,7 +165,7 @@ def _output_class() -> type:
     if output is None or set(output.__dataclass_fields__) != needed:
         version = importlib.import_module("trl").__version__
         raise ImportError(
-            f"windkern.integrations.trl supports the fused head of TRL 1.16, and {version} has another; "
+            f"windkern.integrations.trl supports the fused head of TRL 1.16, but {version} has another; "
             "python -m pip install 'trl>=1.16,<1.17'"
         )
     return output
@@ -224,14 +224,15 @@ class FusedHead:
     """The forward that a TRL trainer calls with `fused_lm_head=True`: decoder, then log-probs and their statistics.
 
     Args:
-        fields: of TRL's `FusedCausalLMOutput` to fill beside `log_probs`.
+        fields: fields of TRL's `FusedCausalLMOutput` to fill besides `log_probs`.
         temperature: divides the logits.
         output: TRL's `FusedCausalLMOutput`.
         options: memory_budget, batch_invariant, backend of `windkern.token_logps`.
-        shared_prompt: as of `use`.
+        shared_prompt: as in `use`.
 
     Raises:
-        ValueError: a field has no such name; UnsupportedTrainerError: an input the decoder is not given by us.
+        ValueError: there is no field of a name.
+        UnsupportedTrainerError: when called: an input that is not passed on to the decoder.
     """
 
     fields: tuple[str, ...]
@@ -265,15 +266,15 @@ class FusedHead:
         return hf.run_inside(model, given, job) if shared is None else hf.run_rows_inside(model, shared.rows, job)
 
     def _shared(self, model: nn.Module, given: Mapping[str, Tensor], labels: Tensor) -> SharedBatch | None:
-        """The batch with a row for each prompt, where prompts come twice and rows may share them."""
+        """Return the batch with a row for each prompt, if prompts repeat and rows may share them."""
         if self.shared_prompt == "never" or set(given) != {"input_ids", "attention_mask"}:
             return None
-        # Hazard: processes of a sharded model must look at it together. Remedy: all look in their first call.
+        # Hazard: processes of a sharded model must inspect it together. Remedy: all do so in their first call.
         rules = hf.layout_rules(model, shared_prompt=self.shared_prompt, inside=True)
         return shared_batch(given["input_ids"], given["attention_mask"], labels, rules) if rules.shared else None
 
     def _score(self, hidden: Blocks, head: Head, labels: Tensor, items: Any, place: Tensor | None) -> Any:
-        """Fields for labels (S, L - 1), of hidden states as they lie, or of those of scored tokens: `place` (M,)."""
+        """Return fields for labels (S, L - 1), from all hidden states or those of scored tokens at `place` (M,)."""
         device = cast(Tensor, head.weight[0] if isinstance(head.weight, tuple) else head.weight).device
         targets = labels if place is None else labels.flatten()[place.to(labels.device)]
 
@@ -316,7 +317,7 @@ class FusedHead:
 
 @torch.no_grad()
 def _without_gradient(inputs: Inputs, lse: Tensor, fields: tuple[str, ...]) -> dict[str, Tensor]:
-    """(M,) mean of the transformed logits and log(sum of p^2), as far as they are asked for.
+    """Return (M,) mean of the transformed logits and log(sum of p^2), as far as they are asked for.
 
     mean_v (sum_k h_k . w_kv + b_v) = sum_k h_k . mean w_k + mean b      without a softcap: no pass over the vocabulary
     """

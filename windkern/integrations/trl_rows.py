@@ -1,4 +1,4 @@
-"""A padded batch of TRL laid out with each prompt once, where several of its rows begin with the same."""
+"""Lay out a padded batch of TRL with each prompt once, if several of its rows begin with the same one."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class SharedBatch:
 def shared_batch(
     input_ids: Tensor, attention_mask: Tensor, labels: Tensor, rules: hf.LayoutRules
 ) -> SharedBatch | None:
-    """Lay out the rows of a batch group by group; None where no two share a prompt, or arithmetic is against it.
+    """Lay out the rows of a batch group by group; None if no two share a prompt, or sharing does not pay.
 
-    A prompt is what is attended before the first label; what stands between labels (answers of tools) is part of the
+    A prompt is what is attended before the first label; what is between labels (answers of tools) is part of the
     response. Hazard: TRL passes no positions, so padding on the left moves those of a model with a position table.
     Remedy: such a batch of a model whose positions matter by more than their differences is left as it is.
 
     Args:
         input_ids, attention_mask, labels: (S, L), padded on either side; -100 in labels for what is not scored.
-        rules: of the model.
+        rules: layout rules of the model.
     """
-    # Hazard: on a GPU the host waits for these ids, once a batch. They were on the host a moment ago.
+    # Hazard: on a GPU the host waits for these ids, once per batch. They were on the host a moment ago.
     ids, seen, marked = input_ids.tolist(), attention_mask.bool().tolist(), (labels != hf.IGNORE_INDEX).tolist()
     groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
     for row, (tokens, attended, scored) in enumerate(zip(ids, seen, marked, strict=True)):

@@ -8,7 +8,7 @@ FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """Return the names that `windkern train --config` takes beside paths.
+    """Return the names that `windkern train --config` takes besides paths.
 
     Example:
         >>> "lora_1gpu" in names(), "accelerate/zero3" in names()
@@ -18,13 +18,13 @@ def names() -> list[str]:
 
 
 def find(name: str | Path) -> Path:
-    """Return the path of a settings file: `name` itself where it is a file, else the recipe of this name.
+    """Return the path of a settings file: `name` itself if it is a file, else the recipe of this name.
 
     Args:
         name: a path, or a recipe with or without ".yaml"; "accelerate/zero3" is a launcher's configuration.
 
     Raises:
-        FileNotFoundError: neither; the message lists the recipes.
+        FileNotFoundError: there is neither; the message lists the recipes.
 
     Example:
         >>> find("lora_1gpu").name, find("accelerate/zero3").parent.name
@@ -42,5 +42,5 @@ def find(name: str | Path) -> Path:
 
 
 def purpose(name: str) -> str:
-    """The first line of a recipe, which says what it is for."""
+    """Return the first line of a recipe, which says what it is for."""
     return find(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")

@@ -1,4 +1,4 @@
-"""The keys of a settings file, explained: as a list for a terminal, as data, and as a settings file to start from."""
+"""Explain the keys of a settings file: as a list for a terminal, as data, and as a settings file to start from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from windkern.settings.fields import WORDS, known_fields, own_fields, shown, typ
 from windkern.settings.run import classes_of
 from windkern.train.models import PACKAGED
 
-# The inherited settings that most files have.
+# The inherited settings that most files set.
 OFTEN = ("output_dir", "seed", "gradient_accumulation_steps", "bf16", "eval_strategy", "save_steps", "report_to")
 INDENT = 4
 WIDEST = 100  # columns of prose
@@ -46,7 +46,7 @@ class Described:
     name: str
     type: str  # its annotation, as it is written
     required: bool
-    default: object  # as a settings file would say it; None too where the key is required
+    default: object  # as a settings file would say it; None if the key is required
     help: str  # one line
 
 
@@ -59,7 +59,7 @@ class Section:
 
 
 def describe(cls: type, names: Iterable[str]) -> list[Described]:
-    """Return what there is to say about fields of a dataclass, in the order of `names`.
+    """Return descriptions of fields of a dataclass, in the order of `names`.
 
     Raises:
         ValueError: a field does not exist, or cannot be set.
@@ -143,7 +143,7 @@ def template(method: str) -> str:
         method: see `windkern.settings.run.METHODS`.
 
     Raises:
-        ValueError: no such method.
+        ValueError: there is no such method.
 
     Example:
         >>> print(template("wind")[:39])
@@ -163,7 +163,7 @@ def template(method: str) -> str:
 
 
 def _as_yaml(value: object) -> str:
-    """A value of a settings file; JSON is YAML 1.2, and a plain word needs no quotes."""
+    """Return a value as a settings file holds it; JSON is YAML 1.2, and a plain word needs no quotes."""
     words = {*WORDS, "true", "false", "null"}
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in words:
         return value

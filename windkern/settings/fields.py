@@ -52,7 +52,7 @@ def known_fields(cls: type) -> dict[str, Known]:
 
 
 def build(classes: Sequence[type], content: Mapping[str, Any], source: str) -> tuple:
-    """Return an instance of each dataclass, made of the entries that are its fields.
+    """Return an instance of each dataclass, made from the entries that are its fields.
 
     An entry that several of the classes have goes to all of them. Values are converted to what the annotation says: a
     whole number to float, a quoted number to a number, `yes` to a boolean, a value of an enumeration to its member.
@@ -103,7 +103,7 @@ def _hint(key: str, names: Iterable[str]) -> str:
 
 
 def _value(name: str, value: object, known: Known) -> object:
-    constant = known.field.metadata.get("const")  # of argparse: a value beside the annotation, `fsdp: true`
+    constant = known.field.metadata.get("const")  # of argparse: a value that the annotation lacks, `fsdp: true`
     if constant is not None and value is constant:
         return value
     return _fit(name, value, known.kind)
@@ -113,7 +113,7 @@ def _fit(name: str, value: object, kind: Any) -> object:
     """Return the value, converted to the type its annotation names.
 
     Raises:
-        ValueError: it does not fit; the message has the name, what would be right and what came.
+        ValueError: the value does not fit; the message has the name, what would be right and what came.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     misfit = ValueError(f"{name} must be {_wanted(kind)}, got {shown(value)}")

@@ -2,7 +2,7 @@
 
 Reason: the scalars of YAML 1.2 are five patterns on top of PyYAML, which transformers brings. ruamel.yaml is one more
 dependency and keeps less: it reads 1_000 as a number and 2024-01-02 as a date, which YAML 1.2 does not, and takes
-`use_rslora: no` for a string without a word.
+`use_rslora: no` for a string without a warning.
 """
 
 from __future__ import annotations
@@ -102,13 +102,14 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 
     Args:
         path: UTF-8 file; an empty one has no entries.
-        overrides: `key=value`, the value in YAML; dots in the key lead into nested mappings, which are made where they
-            are missing.
+        overrides: `key=value`, the value in YAML; dots in the key lead into nested mappings, which are created if
+            they are missing.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not UTF-8, not YAML or not a mapping, a key is given twice or is not a string, an override has
-            no `=` or leads into something that is not a mapping; the message names file and line, or the override.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8, not YAML or not a mapping, a key is given twice or is not a string, an
+            override has no `=` or leads into something that is not a mapping; the message names file and line, or the
+            override.
 
     Example:
         >>> import tempfile
@@ -137,7 +138,7 @@ def _override(content: dict[str, Any], entry: str) -> None:
     key, equals, text = entry.partition("=")
     *outer, last = key.strip().split(".")
     if not equals or not last or not all(outer):
-        raise ValueError(f"--override must be key=value, such as eta=5 or peft.r=8, got {entry!r}")
+        raise ValueError(f"--override must be key=value, such as seed=5 or peft.r=8, got {entry!r}")
     value, inside = _parse(text, f"--override {entry}", nested=bool(outer)), content
     for depth, name in enumerate(outer, start=1):
         if inside.get(name) is None:

@@ -1,4 +1,4 @@
-"""Names that other tools have for keys of a settings file, so that a hint finds the key that is meant."""
+"""Names that other tools use for keys of a settings file, so that a hint finds the key that is meant."""
 
 from __future__ import annotations
 

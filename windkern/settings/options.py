@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 Filled = TypeVar("Filled")
 
-# Options of several commands that mean the same, by the name that the trainer's configuration gives them: their help,
-# and what stands for the value.
+# Options that mean the same in several commands, by their names in the trainer's configuration: help, and placeholder
+# of the value.
 SHARED = {
     "num_generations": ("responses to each prompt", "N"),
     "num_iterations": ("outer iterations: sample, judge, fit", "N"),
@@ -31,20 +31,20 @@ SHARED = {
 
 
 def option(default: Any, help: str, *, metavar: str | None = None, **metadata: object) -> Any:
-    """A field that becomes a command-line option: `max_completion_length` becomes --max-completion-length.
+    """Return a field that becomes a command-line option: `max_completion_length` becomes --max-completion-length.
 
     Args:
         default: `dataclasses.MISSING` makes the option required. A default that is neither None nor False is added to
             the help; the help of an option without one says what happens then.
         help: a phrase without a full stop, as argparse prints it.
-        metavar: what stands for the value in the help.
+        metavar: placeholder of the value in the help.
         metadata: `choices` for argparse.
     """
     return field(default=default, metadata={"help": help, "metavar": metavar, **metadata})
 
 
 def shared(name: str, default: Any = None) -> Any:
-    """A field with the help that the option of this name has in every command.
+    """Return a field with the help that the option of this name has in every command.
 
     Raises:
         KeyError: SHARED has no such name.
@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def _arguments(each: dataclasses.Field, kind: Any) -> dict[str, Any]:
-    """Keyword arguments of `add_argument`; an option that is not given leaves no trace in the namespace."""
+    """Return the keyword arguments of `add_argument`; an option that is not given leaves no trace in the namespace."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         (kind,) = (member for member in typing.get_args(kind) if member is not types.NoneType)
     found: dict[str, Any] = {"help": each.metadata["help"].replace("%", "%%"), "default": argparse.SUPPRESS}
@@ -99,7 +99,7 @@ def _arguments(each: dataclasses.Field, kind: Any) -> dict[str, Any]:
 
 
 def _pair(entry: str) -> tuple[str, object]:
-    """Key and value of KEY=VALUE; the value is a whole number where it looks like one."""
+    """Return key and value of KEY=VALUE; the value is a whole number if it looks like one."""
     key, equals, text = entry.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as label=1, got {entry!r}")
@@ -107,7 +107,7 @@ def _pair(entry: str) -> tuple[str, object]:
 
 
 def filled(cls: type[Filled], arguments: argparse.Namespace) -> Filled:
-    """Return the dataclass with the options that were given; the others have its own defaults."""
+    """Return the dataclass with the options that were given; the others have their defaults."""
     kinds = typing.get_type_hints(cls)
     values = {name: getattr(arguments, name) for name in kinds if hasattr(arguments, name)}
     return cls(**{name: dict(value) if _holds_pairs(kinds[name]) else value for name, value in values.items()})
@@ -122,7 +122,7 @@ def given(cls: type, arguments: argparse.Namespace) -> dict[str, Any]:
 
     Args:
         cls: the dataclass whose options the parser has.
-        arguments: what was parsed.
+        arguments: the parsed command line.
     """
     found = {}
     for each in dataclasses.fields(cls):

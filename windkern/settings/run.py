@@ -37,7 +37,7 @@ class Run(Protocol):
     method: str
 
     def packages(self, config: Any) -> list[str]:
-        """Packages that the run imports under its trainer's configuration; one message names all that are missing."""
+        """Return the packages that the run imports under a configuration; one message names all that are missing."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -51,7 +51,7 @@ def _of_data(sources: Sequence[str | None], models: Sequence[str | None]) -> lis
 
 @dataclass
 class RunConfig:
-    """Settings of a run beside the trainer's: model, prompts, method.
+    """Settings of a run besides the trainer's: model, prompts, method.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
@@ -67,8 +67,8 @@ class RunConfig:
     )
     train_dataset: str = field(
         metadata=_help(
-            "Prompts to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz too; .txt, a prompt "
-            "a line), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged)."
+            "Prompts to train on: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet, .gz too; .txt, one prompt "
+            "per line), hub:NAME[:SPLIT[:COLUMN]], or demo (packaged)."
         )
     )
     eval_dataset: str | None = field(
@@ -79,13 +79,14 @@ class RunConfig:
         ),
     )
     max_train_prompts: int | None = field(
-        default=None, metadata=_help("Only the first so many of train_dataset are used; at least 1. null: all.")
+        default=None, metadata=_help("Prompts of train_dataset that are used, from the first; at least 1. null: all.")
     )
     max_eval_prompts: int | None = field(
-        default=None, metadata=_help("Only the first so many of eval_dataset are used; at least 1. null: all.")
+        default=None, metadata=_help("Prompts of eval_dataset that are used, from the first; at least 1. null: all.")
     )
     method: str = field(
-        default="wind", metadata=_help("What is trained: wind (a policy) or value (a value model that guides one).")
+        default="wind",
+        metadata=_help("Method: wind (trains a policy) or value (trains a value model that guides one)."),
     )
     dtype: str = field(
         default="auto",
@@ -104,13 +105,13 @@ class RunConfig:
         default=None,
         metadata=_help(
             "Arguments of transformers.BitsAndBytesConfig, such as {load_in_4bit: true, bnb_4bit_quant_type: nf4}, for "
-            "the base under a new adapter (QLoRA); needs peft, and reference: adapter. null: the weights as they are."
+            "the base under a new adapter (QLoRA); needs peft, and reference: adapter. null: weights stay as they are."
         ),
     )
     adapter: str = field(
         default="continue",
         metadata=_help(
-            "What happens if model is a LoRA adapter (a folder with adapter_config.json): continue trains it further, "
+            "Treatment of a model that is a LoRA adapter (adapter_config.json): continue trains it further, "
             "and peft must be null or say the same; merge adds it to its base, then peft starts a new adapter, or null "
             "trains every weight. Either way, with reference: adapter the reference is the initial policy."
         ),
@@ -140,7 +141,7 @@ class RunConfig:
                 raise ValueError(f"{name} must not be empty")
 
     def packages(self, config: WindConfig) -> list[str]:
-        """Packages that the run imports; see `Run`."""
+        """Return the packages that the run imports; see `Run`."""
         names = [*_ALWAYS, *(["peft"] if self.peft is not None else [])]
         names += ["vaderSentiment"] if config.judge == "vader" else []
         return names + _of_data((self.train_dataset, self.eval_dataset), (self.model, self.ref_model))
@@ -153,7 +154,7 @@ class ValueRun:
     method: str = field(default="value", metadata=_help("value: a value model on a frozen base is trained."))
 
     def packages(self, config: ValueConfig) -> list[str]:
-        """Packages that the run imports; see `Run`."""
+        """Return the packages that the run imports; see `Run`."""
         sources = (config.train_demonstrations, config.eval_demonstrations)
         return [*_ALWAYS, *_of_data(sources, (config.base_model, config.value_model, config.transfer_base))]
 
@@ -162,7 +163,7 @@ def classes_of(method: str) -> tuple[type, type]:
     """Return the dataclasses that the keys of a settings file belong to: the run's, and the trainer's configuration.
 
     Raises:
-        ValueError: no such method.
+        ValueError: there is no such method.
     """
     check_choice("method", method, METHODS)
     if method == "value":
@@ -186,12 +187,12 @@ def load_settings(
 
     Args:
         config: path, or name of a recipe.
-        overrides: `key=value`; they win over the file.
-        changes: values by key; they win over both.
-        output_dir, method: win over everything else where given.
+        overrides: `key=value`; they override the file.
+        changes: values by key; they override both.
+        output_dir, method: if given, they override everything else.
 
     Raises:
-        FileNotFoundError: no such file or recipe.
+        FileNotFoundError: there is no such file or recipe.
         MissingPackageError: the settings need peft or deepspeed, which is not installed.
         ValueError: see `read_settings` and `build`; the message names the file, and the overrides if there are any.
     """
@@ -215,7 +216,7 @@ def load_settings(
 
 
 def _expand(content: dict[str, object], source: str) -> None:
-    """Put the values of environment variables, and the home folder, into paths."""
+    """Expand environment variables and the home folder in paths."""
     for name in _PATHS:
         if isinstance(value := content.get(name), str):
             found = os.path.expanduser(os.path.expandvars(value))

@@ -12,21 +12,21 @@ from windkern._checks import check_number
 
 
 def anchor_file(rank: int, size: int) -> str:
-    """Name of a process's part of the anchor in a checkpoint."""
+    """Return the name of a process's part of the anchor in a checkpoint."""
     return f"anchor-{rank}-of-{size}.pt"
 
 
 class Anchor:
-    """Keep an exponential moving average of a model's trainable parameters, and put it in the model's place on demand.
+    """Exponential moving average of a model's trainable parameters, swapped into the model on demand.
 
     Formula: a <- (1 - rate) a + rate theta at each `update`, from a = theta when the object is made.
 
-    The average is kept in float32 (float64 for float64 parameters): with a rate of 0.02 most of its steps are smaller
-    than bfloat16 can take. Frozen parameters and buffers are shared with the model, so with LoRA only adapters are
+    The average is kept in float32 (float64 for float64 parameters): with a rate of 0.02 most of its steps are too
+    small for bfloat16. Frozen parameters and buffers are shared with the model, so with LoRA only adapters are
     copied. Sharded parameters (DTensor) are averaged shard by shard, without communication.
 
     Args:
-        model: its parameters with requires_grad are followed; a tied one counts once. Pass the model after sharding it
+        model: its parameters with requires_grad are averaged; a tied one counts once. Pass the model after sharding it
             (FSDP2) and without a wrapper that renames parameters (DDP).
         rate: share of the new weights in an update, in (0, 1].
 
@@ -35,7 +35,7 @@ class Anchor:
             it), or `rate` is out of range.
 
     Memory:
-        4 bytes a trainable parameter, and inside `in_place` a copy of these parameters in their own dtype.
+        4 bytes per trainable parameter, and inside `in_place` a copy of these parameters in their own dtype.
 
     Source:
         Sessa et al. 2024 (arXiv 2407.14622), J-BOND.
@@ -65,8 +65,8 @@ class Anchor:
         for name, value in self._parameters.items():
             if value.numel() == 0:
                 raise ValueError(
-                    f"parameter {name} has no elements, as DeepSpeed ZeRO-3 leaves it on a rank; an average needs "
-                    "weights that can be read: ZeRO-1 or 2, or FSDP2"
+                    f"parameter {name} has no elements, as DeepSpeed ZeRO-3 leaves it on a rank; the average "
+                    "needs weights that can be read: use ZeRO-1, ZeRO-2 or FSDP2"
                 )
         self._average = {
             name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
@@ -83,7 +83,7 @@ class Anchor:
         """
         self._refuse_if_swapped("update")
         for name, average in self._average.items():
-            # Reason: written as a step, it leaves an average that has arrived exactly where it is.
+            # Reason: in this form an average that equals the weights stays exactly as it is.
             average.add_(self._parameters[name].detach().to(average.dtype) - average, alpha=self.rate)
 
     @contextlib.contextmanager
@@ -94,7 +94,7 @@ class Anchor:
         autograd raises, because the weights have changed.
 
         Raises:
-            RuntimeError: inside itself.
+            RuntimeError: already inside `in_place`.
         """
         self._refuse_if_swapped("in_place")
         own = {name: value.detach().clone() for name, value in self._parameters.items()}

@@ -1,4 +1,4 @@
-"""Putting a run together: from what `WindTrainer` is given to policy, prompts, judge, reference and outer loop."""
+"""Assemble a run from the arguments of `WindTrainer`: policy, prompts, judge, reference and outer loop."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from windkern.train.store import GroupStore
 
 @dataclass(frozen=True)
 class Start:
-    """A run as far as it is known before transformers has chosen devices and processes.
+    """The part of a run that is known before transformers chooses devices and processes.
 
     Attributes:
         plan: plan of the loss.
-        policy: the model to train, with its adapter and tokenizer; it has no processes yet.
-        prompts: those that fit into the model.
-        new_adapter: whether the policy's adapter begins with the run, so that its base is the initial policy.
+        policy: the model to train, with its adapter and tokenizer; it does not know the processes yet.
+        prompts: the prompts that fit into the model.
+        new_adapter: whether the policy's adapter is new, so that its base is the initial policy.
         weights: `fingerprint`s of policy and reference, taken before anything changes them.
     """
 
@@ -64,7 +64,10 @@ def start_of(
     observer: Observer,
     notices: Notices,
 ) -> Start:
-    """Check what `WindTrainer` is given, and return the beginning of its run. Arguments and errors are those there."""
+    """Check the arguments of `WindTrainer`, and return the start of its run.
+
+    Arguments and errors are those of `WindTrainer`.
+    """
     check_one_gpu(config.n_gpu)
     check_reporting(config)
     plan = plan_loss(config)
@@ -93,19 +96,19 @@ class Run:
 
     Args:
         config: settings of the run.
-        start: the beginning of the run; its policy knows its processes by now.
-        judge: a judge, or a callable that returns rewards; None takes the one that `config` names.
+        start: the start of the run; its policy knows the processes by now.
+        judge: a judge, or a callable that returns rewards; None: the one that `config` names.
         ref_model: frozen causal LM, where `config.reference` is "model".
-        sampler: answers prompts; None takes the one that `config` names.
-        notices: told what a user should know.
-        fsdp: whether FSDP2 cuts models in pieces.
+        sampler: answers prompts; None: the one that `config` names.
+        notices: receives what a user should know.
+        fsdp: whether FSDP2 shards models.
 
     Attributes:
-        judge: None where the loss needs none and nothing is evaluated.
+        judge: compares responses; None where the loss needs no judge and nothing is evaluated.
         reference: pi_ref; None where neither the loss nor an evaluation needs it.
         data: the groups of an iteration, as steps take them.
         outer: makes the iterations.
-        evaluator: on held-out prompts; None where there are none.
+        evaluator: compares on held-out prompts; None if there are none.
 
     Raises:
         ValueError: as `WindTrainer`.
@@ -157,7 +160,7 @@ class Run:
             policy,
             self.reference,
             self.world,
-            None,  # Reason: until `open` has been called, the output folder may be of another run
+            None,  # Reason: until `open` has been called, the output folder may belong to another run
             policy.observer,
             seed=config.seed,
             reference_responses=config.reference_responses,
@@ -181,14 +184,14 @@ class Run:
         )
 
     def open(self, resume: str | bool | None) -> None:
-        """Make the output folder that of this run, see `windkern.train.checkpoints.opening.open_run`.
+        """Claim the output folder for this run; see `windkern.train.checkpoints.opening.open_run`.
 
         Args:
-            resume: whether, or from which checkpoint, the run is resumed.
+            resume: whether to resume, or the checkpoint to resume from.
 
         Raises:
             ResumeError, DamagedRecordError, ValueError: as `open_run`, on the first process.
-            AnotherProcessError: on the others, then.
+            AnotherProcessError: on the other processes, if the first has failed.
         """
         store = self.outer.store
         self.world.first(lambda: open_run(self.config, store, self.identity(), resume, self.notices))

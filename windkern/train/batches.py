@@ -25,7 +25,7 @@ class Batch:
 
     @property
     def targets(self) -> Tensor:
-        """(B, K, R) int64 tokens of the responses, -100 behind the end of each."""
+        """(B, K, R) int64 tokens of the responses, -100 after the end of each."""
         return self.rows.padded()[1].view(*self.shape, -1)
 
     def pin_memory(self) -> Batch:
@@ -35,19 +35,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        # Reason: a blocking copy to a GPU waits for all that is queued there, the last backward pass. On the way back
-        # the host must wait, or it would read what has not arrived.
+        # Reason: a blocking copy to a GPU waits for everything queued there, such as the last backward pass. On the way
+        # back the host must wait, or it would read data that has not arrived.
         options: dict[str, Any] = {"device": device, "non_blocking": torch.device(device).type != "cpu"}
         moved = {name: value.to(**options) for name, value in self.constants.items()}
         return Batch(self.rows.to(device), self.shape, moved)
 
 
 def collate(groups: Sequence[Group], fill: int, rules: LayoutRules) -> Batch:
-    """Lay groups of the same size out in rows.
+    """Lay out groups of the same size in rows.
 
     Args:
-        groups: all with as many responses and the same constants.
-        fill: the id in padding, which no mask lets through.
+        groups: groups with equally many responses and the same constants.
+        fill: token id of padding, which is always masked.
         rules: layout rules of the model that reads the rows, see `windkern.hf.layout_rules`.
 
     Example:
@@ -69,25 +69,25 @@ class LaysOut(Protocol):
     """Anything that makes batches of groups, as a policy does."""
 
     def batch(self, groups: Sequence[Group]) -> Batch:
-        """Lay groups out in rows for the model."""
+        """Lay out groups in rows for the model."""
         ...
 
 
 class Counted:
-    """A number of tokens in the place of the tensor that transformers would count them in.
+    """A number of tokens, in place of the tensor in which transformers would count them.
 
-    Reason: transformers moves every tensor of a batch to the device, and these would be there twice.
+    Reason: transformers moves every tensor of a batch to the device, and `batch` already holds these.
     """
 
     def __init__(self, count: int):
         self.count = count
 
     def numel(self) -> int:
-        """Tokens, padding included, where this stands for `input_ids`."""
+        """Return the number of tokens, padding included, where this stands for `input_ids`."""
         return self.count
 
     def sum(self) -> int:
-        """Tokens that are not padding, where this stands for `attention_mask`."""
+        """Return the number of tokens that are not padding, where this stands for `attention_mask`."""
         return self.count
 
 
@@ -95,7 +95,7 @@ class Collator:
     """Makes batches of the groups that a step takes, as transformers wants them.
 
     Args:
-        policy: lays groups out as its model takes them.
+        policy: lays out groups as its model takes them.
     """
 
     def __init__(self, policy: LaysOut):

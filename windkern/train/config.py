@@ -37,12 +37,12 @@ _ANCHORED = _names(lambda loss: loss.group.kind == "anchor")
 
 
 def setting(default: Any, help: str, **options: object) -> Any:
-    """A field of a dataclass of settings, with its help.
+    """Return a field of a dataclass of settings, with its help.
 
     Args:
         default: default of the field.
         help: meaning, unit, range, and the origin of the default.
-        options: `choices`, where there are such.
+        options: `choices`, if the field has any.
     """
     return field(default=default, metadata={"help": help, **options})
 
@@ -76,7 +76,7 @@ class WindConfig(TrainingArguments):
     is in its help: `windkern train --fields`.
 
     Raises:
-        ValueError, TypeError: a field is out of range, or fields contradict each other; the message names them. Or
+        ValueError, TypeError: a field is out of range, or fields contradict each other; the message names them; or
             one process sees several GPUs.
 
     Example:
@@ -94,8 +94,8 @@ class WindConfig(TrainingArguments):
         None,
         "Arguments of the loss by name, such as {eta: 4, beta: 0.05, objective: square}; `windkern losses NAME` "
         "explains them. eta is a step size: after a perfect fit of wind, eta / (1 + eta * beta) nats separate a "
-        "certain winner from a certain loser; beta weighs the KL to the reference. An argument that is left out has "
-        "the default of the loss, else of the table of losses (ours). The exact update converges whatever the "
+        "certain winner from a certain loser; beta weighs the KL to the reference. An argument that is left out "
+        "has the loss's own default, else that of the table of losses (ours). The exact update converges whatever the "
         "preferences up to eta = 4 * beta; the default eta is larger, since an iteration's few steps stay far from a "
         "perfect fit.",
     )
@@ -109,12 +109,13 @@ class WindConfig(TrainingArguments):
         1, "Passes over an iteration's responses; divides steps_per_iteration. Default: one, as SPPO."
     )
     num_generations: int | None = setting(
-        None, f"Responses sampled to each prompt, at least 2. None: 5 as SPPO, or as many as the loss needs ({_FIXED})."
+        None,
+        f"Responses sampled for each prompt, at least 2. None: 5 as SPPO, or as many as the loss needs ({_FIXED}).",
     )
     fit_responses: int | None = setting(
         None,
-        "Responses fitted of those sampled: the ones with the highest and lowest win rates against all; at least 2. A "
-        "response costs less to sample than to fit, and the extremes carry most of the signal. None: all.",
+        "Number of sampled responses that are fitted: those with the highest and lowest win rates against all; at "
+        "least 2. A response costs less to sample than to fit, and the extremes carry most of the signal. None: all.",
     )
     reset_optimizer: bool = setting(
         False,
@@ -123,8 +124,8 @@ class WindConfig(TrainingArguments):
     )
     sampler: str = setting(
         "transformers",
-        "What samples: transformers (the policy's own generate), batched (transformers' continuous batching: fast, but "
-        "the same seed need not give the same responses), vllm:URL or sglang:URL (a server that is given the "
+        "Source of responses: transformers (the policy's own generate), batched (transformers' continuous batching: "
+        "fast, but the same seed need not give the same responses), vllm:URL or sglang:URL (a server that is given the "
         "weights before each iteration, see docs/vllm.md), openai:URL (a server that speaks the OpenAI protocol, for a "
         "policy that stays as it is), or recorded:FILE (JSON lines). A server's key is read from the environment "
         "variable OPENAI_API_KEY. Default: the one that always works.",
@@ -157,17 +158,18 @@ class WindConfig(TrainingArguments):
     )
     long_prompts: str = setting(
         "refuse",
-        "What happens to longer prompts, for training and held out: refuse (an error names the first), drop (they are "
+        "Treatment of longer prompts, for training and held out: refuse (an error names the first), drop (they are "
         "left out) or cut (the oldest messages, then the beginning of the text). A notice at the start says how many. "
         "Default: no prompt changes silently.",
         choices=LONG_PROMPTS,
     )
     system: str | None = setting(None, "System message for the chat template. None: the template's own.")
     chat_template_kwargs: dict | None = setting(
-        None, "Further arguments of the chat template by name, such as {enable_thinking: false} for Qwen3. None: none."
+        None,
+        "Further arguments of the chat template by name, such as {enable_thinking: false} for Qwen3. None: no more.",
     )
     sampling_batch_size: int = setting(
-        64, "Sequences generated and judged at a time on a device; a kill loses at most so many. Default: ours."
+        64, "Sequences generated and judged at a time on a device; at most this many are lost in a kill. Default: ours."
     )
     mask_truncated_completions: bool = setting(
         False,
@@ -177,9 +179,9 @@ class WindConfig(TrainingArguments):
     )
     judge: str | None = setting(
         None,
-        "What says which response wins: vader, MODULE:FUNCTION (prompts, responses -> numbers), reward-model:NAME, "
-        "pair-model:NAME, pairrm:NAME, llm:URL or recorded:FILE, see docs/judges.md. None: the judge given to the "
-        "trainer.",
+        "Judge that says which response wins: vader, MODULE:FUNCTION (prompts, responses -> numbers), "
+        "reward-model:NAME, pair-model:NAME, pairrm:NAME, llm:URL or recorded:FILE, see docs/judges.md. None: the "
+        "judge given to the trainer.",
     )
     judge_strength: float = setting(
         1.0,
@@ -200,7 +202,7 @@ class WindConfig(TrainingArguments):
     )
     reference: str = setting(
         "model",
-        "Where log pi_ref comes from: model (a frozen second model), adapter (the policy without its LoRA adapter) or "
+        "Source of log pi_ref: model (a frozen second model), adapter (the policy without its LoRA adapter) or "
         "precomputed (scored once, before the first step; needs sampler=recorded:FILE). Default: works with any model.",
         choices=REFERENCES,
     )
@@ -213,7 +215,7 @@ class WindConfig(TrainingArguments):
     )
     focus: str = setting(
         "uniform",
-        "Which prompts are answered and judged: uniform (all in turn) or hardest (those with the largest estimated "
+        "Choice of the prompts to answer and judge: uniform (all in turn) or hardest (those with the largest estimated "
         "exploitability, arXiv 2502.08924). Default: uniform, the distribution of the data set.",
         choices=MODES,
     )
@@ -243,7 +245,8 @@ class WindConfig(TrainingArguments):
         f"({_ANCHORED}); in (0, 1].",
     )
     memory_budget: int | None = setting(
-        None, "Bytes that a fused op may allocate beside outputs and gradients. None: 2 GiB on a GPU, 256 MiB on a CPU."
+        None,
+        "Bytes that a fused op may allocate besides outputs and gradients. None: 2 GiB on a GPU, 256 MiB on a CPU.",
     )
     backend: str = setting("auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run.")
     batch_invariant: bool = setting(
@@ -251,8 +254,8 @@ class WindConfig(TrainingArguments):
     )
     master_weights: bool = setting(
         True,
-        "Whether trainable 16-bit weights get float32 copies that AdamW steps; 4 bytes a parameter more. Default yes: "
-        "a bfloat16 weight cannot take steps below 1/256 of itself.",
+        "Whether trainable 16-bit weights get float32 copies that AdamW steps; 4 more bytes per parameter. Default "
+        "yes: a bfloat16 weight cannot take steps below 1/256 of itself.",
     )
     disable_dropout: bool = setting(
         True, "Whether dropout is off in training. Default yes: policies must differ by their weights only."
@@ -269,7 +272,7 @@ class WindConfig(TrainingArguments):
         1, "Prompts on a device at a time, each with all its fitted responses. Default 1: groups are large."
     )
     per_device_eval_batch_size: int = setting(4, "Held-out prompts scored on a device at a time. Default: ours.")
-    learning_rate: float = setting(5e-7, "Initial learning rate. Default: SPPO's for 8B models; LoRA wants 1e-5 or so.")
+    learning_rate: float = setting(5e-7, "Initial learning rate. Default: SPPO's for 8B models; LoRA needs about 1e-5.")
     lr_scheduler_type: str = setting("constant", "Learning-rate schedule over the run. Default: ours.")
     logging_steps: float = setting(1, "Steps between log lines. Default 1: steps are long.")
     save_strategy: str = setting("epoch", "When to save: no, steps, epoch (after each iteration). Default: epoch.")
@@ -285,7 +288,7 @@ class WindConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._check()
         self.num_train_epochs, self.max_steps = float(self.num_iterations), -1
-        # Reason: TrainingArguments would take what is unset from the log level of transformers.
+        # Reason: if it is unset, TrainingArguments derives it from the log level of transformers.
         self.disable_tqdm = bool(self.disable_tqdm)
         super().__post_init__()
         check_one_gpu(self.n_gpu)
@@ -324,7 +327,7 @@ class WindConfig(TrainingArguments):
             check_count("max_prompt_length", self.max_prompt_length, least=1)
         if self.long_prompts == "cut" and (kind_of(self.sampler).known or (self.judge or "").startswith("recorded:")):
             raise ValueError(
-                "long_prompts must be refuse or drop with recorded:FILE, which has the prompts whole, got 'cut'"
+                "long_prompts must be refuse or drop with recorded:FILE, which holds complete prompts, got 'cut'"
             )
         check_choice("reference", self.reference, REFERENCES)
         check_choice("shared_prompt", self.shared_prompt, SHARED_PROMPT)
@@ -338,7 +341,8 @@ class WindConfig(TrainingArguments):
             )
         if self.top_p < 1 and not kind_of(self.sampler).any_top_p:
             raise ValueError(
-                f"top_p must be 1 with sampler={without_user(self.sampler)!r}, which takes no other, got {self.top_p}"
+                f"top_p must be 1 with sampler={without_user(self.sampler)!r}, which supports no other value, "
+                f"got {self.top_p}"
             )
         check_inherited(self)
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
@@ -355,8 +359,8 @@ class WindConfig(TrainingArguments):
     def _check_loss(self) -> None:
         if self.loss in LOSSES and not LOSSES[self.loss].separable:
             raise ValueError(
-                f"loss must be one of those that are sums over groups of responses, got {self.loss!r}, which couples "
-                "the batch or weighs tokens; train with it in TRL, inside windkern.integrations.trl.use(trainer)"
+                f"loss must be a sum over groups of responses, got {self.loss!r}, which couples the batch or weighs "
+                "tokens; train with it in TRL, inside windkern.integrations.trl.use(trainer)"
             )
         names = [name for name, loss in LOSSES.items() if loss.separable]
         check_choice("loss", self.loss, names)
@@ -368,7 +372,7 @@ class WindConfig(TrainingArguments):
             )
         if self.replay and not self.entry.replayable:
             raise ValueError(
-                f"replay=True needs a loss that is right for responses of any policy ({_REPLAYABLE}), "
+                f"replay=True needs a loss that is valid for responses of any policy ({_REPLAYABLE}), "
                 f"got loss={self.loss!r}"
             )
 
@@ -409,7 +413,7 @@ class WindConfig(TrainingArguments):
 
     @property
     def loss_arguments(self) -> dict[str, object]:
-        """All arguments of the loss beside its tensors: `loss_kwargs` and defaults."""
+        """All arguments of the loss except its tensors: `loss_kwargs` and defaults."""
         return self.entry.arguments(self.loss_kwargs)
 
     def own_settings(self) -> dict:

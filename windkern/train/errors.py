@@ -10,7 +10,7 @@ from windkern.terminal import printable
 # Errors that mean a bug of ours. All others that reach the command line concern settings, files or machines.
 _BUGS = (AssertionError, AttributeError, LookupError, NameError, RuntimeError, SyntaxError, ZeroDivisionError)
 _NO_BUGS = (RecursionError, NotImplementedError)  # exceptions to these, which data and settings raise
-_LOST = re.compile(  # what gloo and torch's store say where another process has gone
+_LOST = re.compile(  # what gloo and torch's store say when another process is gone
     r"connection closed by peer|connection reset|connection was likely closed|broken pipe|pair closure|failed to recv",
     re.IGNORECASE,
 )
@@ -58,7 +58,9 @@ def message_of(error: Exception) -> str | None:
     """
     if ended_by_another(error):
         rank = os.environ.get("RANK", "0")
-        return one_line(f"process {rank} ends, since another of the run has failed, which says why ({error})")
+        return one_line(
+            f"process {rank} ends because another process of the run has failed; its message says why ({error})"
+        )
     if _out_of_memory(error):
         return one_line(
             f"out of memory: {str(error) or 'this machine has no more'}; lower per_device_train_batch_size, "

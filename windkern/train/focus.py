@@ -42,15 +42,15 @@ def exploitability(
         logps: (B, N) float32 or float64, log-probs under the policy that sampled the responses, nats, summed over
             tokens.
         ref_logps: (B, N), dtype of `logps`, under the frozen reference.
-        win_rates: (B, N) in [0, 1], of each response against the policy: mean over the group, own comparison 1/2.
-        beta: weight of the KL to the reference in the game, positive; the estimate needs one.
+        win_rates: (B, N) in [0, 1], of each response against the policy: mean over the group, itself counted 1/2.
+        beta: weight of the KL to the reference in the game, positive.
         where: (B, N) bool, responses that take part, None for all. A group with fewer than two left gets 0.
 
     Returns:
         (B,), dtype of `logps`, in win rates, without a gradient.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, or `where` is not bool.
+        TypeError: an argument is not a tensor, a tensor is not float32 or float64, or `where` is not bool.
         ValueError: a shape or device does not fit, `win_rates` leave [0, 1], or `beta` is not positive.
 
     Source:
@@ -126,7 +126,7 @@ class PromptFocus:
         self.seed = check_count("seed", seed)
         self._values = [math.inf] * count
         self._visits: Counter[int] = Counter()
-        self._shuffles: dict[int, list[list[int]]] = {}  # by k: the order of each time through, as far as needed
+        self._shuffles: dict[int, list[list[int]]] = {}  # by k: the order of each pass, as far as needed
 
     def choose(self, iteration: int, k: int) -> Chosen:
         """Return the prompts of an iteration; those drawn in turn come first.
@@ -136,7 +136,7 @@ class PromptFocus:
             k: number of prompts, the same in every iteration of a run: positions are counted in multiples of it.
 
         Raises:
-            TypeError, ValueError: not whole numbers of at least 1.
+            TypeError, ValueError: `iteration` or `k` is not a whole number of at least 1.
         """
         check_count("iteration", iteration, least=1)
         check_count("k", k, least=1)
@@ -157,10 +157,10 @@ class PromptFocus:
 
         Args:
             places: places in the list of training prompts.
-            values: one finite number for each, e.g. of `exploitability`.
+            values: one finite number for each, e.g. from `exploitability`.
 
         Raises:
-            ValueError: the lengths differ, a place is out of range or a value is not finite; then nothing is taken in.
+            ValueError: the lengths differ, a place is out of range or a value is not finite; then nothing is recorded.
         """
         places = [int(place) for place in places]
         values = [float(value) for value in values]
@@ -176,7 +176,7 @@ class PromptFocus:
         self._visits.update(places)
 
     def entropy(self) -> float:
-        """Return the entropy of the visits so far (one an `update`) over the prompts, in nats.
+        """Return the entropy, over the prompts, of the visits that `update` has counted, in nats.
 
         Its exponential is the effective number of prompts that share the labels: the entropy is log(count) after whole
         passes through all prompts, falls as labels concentrate, and is 0 before the first update.
@@ -187,7 +187,7 @@ class PromptFocus:
         return sum(n / total * math.log(total / n) for n in self._visits.values())
 
     def _in_turn(self, iteration: int, k: int) -> list[int]:
-        """Positions (iteration-1)k to iteration*k - 1 of the shuffles laid end to end."""
+        """Return positions (iteration-1)k to iteration*k - 1 of the shuffles laid end to end."""
         chosen = []
         for position in range((iteration - 1) * k, iteration * k):
             epoch, place = divmod(position, self.count)
@@ -198,7 +198,7 @@ class PromptFocus:
         orders = self._shuffles.setdefault(k, [])
         while len(orders) <= epoch:
             order = _shuffled(self.count, self.seed, "prompts", len(orders))
-            shared = len(orders) * self.count % k  # prompts of this iteration that come from the shuffle before
+            shared = len(orders) * self.count % k  # prompts of this iteration that come from the previous shuffle
             if shared and k <= self.count:
                 before, head = set(orders[-1][-shared:]), k - shared
                 later = (place for place in range(head, self.count) if order[place] not in before)

@@ -17,7 +17,7 @@ class Group:
     """N responses to a prompt; what is known about them grows from stage to stage.
 
     Sampling gives tokens and texts, the judge preferences and rewards. The group that is fitted has K of the N
-    responses, and `constants` with what the loss takes beside the policy's log-probs.
+    responses, and `constants` with what the loss takes besides the policy's log-probs.
     """
 
     place: int  # place of the prompt in the list of prompts
@@ -35,7 +35,7 @@ class Group:
         return sum(map(len, self.completions))
 
     def of(self, places: Sequence[int], constants: Mapping[str, Tensor]) -> Group:
-        """Return a group of the responses at some places. It has no verdict; `constants` replace it."""
+        """Return a group of the responses at some places, with `constants` in place of the verdict."""
         return Group(
             place=self.place,
             prompt_ids=self.prompt_ids,
@@ -50,7 +50,7 @@ class Group:
         return replace(self, constants={**self.constants, **more})
 
     def followed_by(self, other: Group) -> Group:
-        """Return a group, not judged, of its own responses and then another's to the same prompt."""
+        """Return an unjudged group of these responses, followed by another group's to the same prompt."""
         return Group(
             place=self.place,
             prompt_ids=self.prompt_ids,
@@ -79,7 +79,7 @@ def groups_of(batch: Completions, places: Sequence[int]) -> list[Group]:
 
 
 def verdict_of(groups: Sequence[Group]) -> Verdict | None:
-    """Return the verdict on some groups as tensors, None where they were not judged."""
+    """Return the verdict on some groups as tensors, None if they were not judged."""
     if groups[0].prefs is None:
         return None
     prefs = torch.tensor([group.prefs for group in groups], dtype=torch.float32)

@@ -70,7 +70,7 @@ FREE = (
     "log_level_replica",
     "disable_tqdm",
     "report_to",
-    "run_name",  # this and the next four: by the integration that report_to names
+    "run_name",  # this and the next four: used by the integration that report_to names
     "project",
     "trackio_space_id",
     "trackio_bucket_id",
@@ -112,7 +112,7 @@ REFUSED = {
     "dataloader_multiprocessing_context": _WORKERS,
     "dataloader_in_order": _WORKERS,
     "dataloader_drop_last": "the prompts of an iteration fill its batches",
-    "auto_find_batch_size": "another batch would change the number of steps; set per_device_train_batch_size",
+    "auto_find_batch_size": "another batch size would change the number of steps; set per_device_train_batch_size",
     "ignore_data_skip": "a resumed iteration would fit its first groups twice",
     "neftune_noise_alpha": "with noise the trained policy would differ from the one that sampled and was scored",
     "label_smoothing_factor": "there are no labels to smooth",
@@ -138,7 +138,7 @@ REFUSED = {
     "parallelism_config": "the loss needs whole sequences and heads; FSDP2 and DDP are chosen by fsdp and the launcher",
     "do_train": _SCRIPTS,
     "do_predict": _SCRIPTS,
-    "resume_from_checkpoint": "--resume says it on a command line, train(resume_from_checkpoint=...) in Python",
+    "resume_from_checkpoint": "use --resume on a command line, train(resume_from_checkpoint=...) in Python",
 }
 
 
@@ -156,18 +156,18 @@ CONDITIONAL: dict[str, tuple[Callable[[transformers.TrainingArguments], bool], s
     "do_eval": (lambda args: not args.do_eval or args.eval_strategy != "no", _SCRIPTS + "; set eval_strategy"),
     "eval_delay": (
         lambda args: not args.eval_delay or args.eval_strategy != "epoch",
-        "with eval_strategy=epoch every iteration is evaluated, for its record; take eval_strategy=steps",
+        "with eval_strategy=epoch every iteration is evaluated, for its record; use eval_strategy=steps",
     ),
-    "local_rank": (_of_launcher, "the launcher says it, by the environment variable LOCAL_RANK"),
-    "optim_target_modules": (_low_rank_optimizer, "only the galore and apollo optimizers look at it"),
+    "local_rank": (_of_launcher, "the launcher sets it, by the environment variable LOCAL_RANK"),
+    "optim_target_modules": (_low_rank_optimizer, "only the galore and apollo optimizers use it"),
 }
 
 
 def check_inherited(args: transformers.TrainingArguments) -> None:
-    """Raise if a setting has been changed that would be wrong here, or do nothing.
+    """Raise if a setting that would be wrong here, or do nothing, has been changed.
 
     Raises:
-        ValueError: names the setting, its value and the reason.
+        ValueError: there is one; the message names it, its value and the reason.
     """
     fields = {each.name: each for each in dataclasses.fields(transformers.TrainingArguments)}
     for name, why in REFUSED.items():
@@ -189,7 +189,7 @@ def check_optimizer_arguments(args: Any, model: Any) -> None:
     Raises:
         ValueError: the optimizer ignores `optim_args`, as torch's AdamW does.
     """
-    if not args.optim_args or "layerwise" in args.optim.value:  # to ask about a layerwise one would change the model
+    if not args.optim_args or "layerwise" in args.optim.value:  # asking about a layerwise one would change the model
         return
     given = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
     held, args.optim_args = args.optim_args, None

@@ -13,5 +13,5 @@ class Iteration:
 
     number: int  # counted from 1
     groups: list[Group]  # sampled and judged
-    fitted: list[Group]  # with all constants of the loss; none where an iteration of the past was read from the disk
+    fitted: list[Group]  # with all constants of the loss; empty if a past iteration was read from disk
     measured: list[Group]  # the groups whose prompts were drawn uniformly

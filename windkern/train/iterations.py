@@ -24,16 +24,16 @@ from windkern.train.report.progress import RECORDED, Observer, Record
 
 
 class Iterations(TrainerCallback):
-    """The outer iterations of a trainer: it begins one before each epoch, and they end and record themselves.
+    """The outer iterations of a trainer, which begins one before each epoch; events end and record it.
 
     An iteration ends with its epoch, or with the evaluation after it. A trainer calls `catch_up` and `begin` before
     each epoch, and `catch_up` again after the last.
 
     Args:
         outer: makes the iterations.
-        evaluator: on held-out prompts; None where there are none.
-        data: is filled with the groups to fit.
-        notices: told what a user should know.
+        evaluator: compares on held-out prompts; None if there are none.
+        data: filled with the groups to fit.
+        notices: receives what a user should know.
 
     Attributes:
         number: number of the iteration, counted from 1; 0 before the first.
@@ -61,7 +61,7 @@ class Iterations(TrainerCallback):
         self.outer.policy.anchor = None
         self.averages, self.number = Averages(), 0
         self.current: Iteration | None = None
-        self._recorded, self._resumed = True, True  # the first iteration that begins may be one that is resumed
+        self._recorded, self._resumed = True, True  # the first iteration to begin may be resumed
         self._start = time.perf_counter()
 
     @property
@@ -93,7 +93,7 @@ class Iterations(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **given: Any,
     ) -> None:
-        # An evaluation before the first step, or in between, ends nothing.
+        # An evaluation before the first step, or within an iteration, does not end one.
         if self.evaluated and 0 < state.global_step == self.number * args.steps_per_iteration:
             self._finish(state, {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()})
         self._tell_fitting(state)
@@ -105,7 +105,7 @@ class Iterations(TrainerCallback):
         if not self.evaluated and state.global_step == self.number * args.steps_per_iteration:
             self._finish(state, None)
 
-    # What a trainer calls.
+    # Called by the trainer.
 
     def catch_up(self, state: TrainerState) -> bool:
         """Record an iteration whose checkpoint was written, but whose evaluation or record was cut off by a kill.
@@ -123,7 +123,7 @@ class Iterations(TrainerCallback):
         return self.evaluated
 
     def begin(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
-        """Begin the iteration of the epoch that comes, or resume it where some of its steps have been taken."""
+        """Begin the iteration of the coming epoch, or resume it if some of its steps have been taken."""
         config = self.config
         done, inside = divmod(state.global_step, config.steps_per_iteration)
         if self._resumed and done and self.world.is_main:
@@ -153,14 +153,16 @@ class Iterations(TrainerCallback):
         done = state.global_step // self.config.steps_per_iteration
         self.history = self.world.first(lambda: self.records.read(done))
 
-    # What they do.
+    # Helpers of the methods above.
 
     def _prepare_reference(self, step: int) -> None:
         """Do everything that needs the untrained policy: precomputed log-probs and the reference's answers."""
         reference = self.outer.reference
         if isinstance(reference, RecordedLogps) and not reference.load():
             if step:
-                raise FileNotFoundError(f"{reference.path} is missing, and the policy has moved since it was made")
+                raise FileNotFoundError(
+                    f"{reference.path} is missing, and the policy has been trained since it was written"
+                )
             groups = self.outer.respond.recorded()
             self.observer.phase(0, "scoring", sum(len(group.completions) for group in groups), RECORDED)
             reference.record(groups, self.observer.advance)
@@ -181,7 +183,7 @@ class Iterations(TrainerCallback):
         self.history.append(record)
         if self.world.is_main:
             self.records.write(record)
-        cast(Observer, self.observer).finished(record)  # the trainer's
+        cast(Observer, self.observer).finished(record)  # the trainer's observer
 
     def _tell_fitting(self, state: TrainerState) -> None:
         """Tell the observer that the steps of the iteration follow, unless all have been taken."""

@@ -30,7 +30,7 @@ def check_scorable(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
-        ValueError: ZeRO-3 has cut the model in pieces.
+        ValueError: ZeRO-3 has partitioned the model.
     """
     if isinstance(model, nn.Module):
         check_whole(model)
@@ -38,7 +38,7 @@ def check_scorable(model: nn.Module) -> None:
 
 
 def _blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple[Blocks, Head]:
-    """Hidden states and the head: streamed where it is an FSDP2 unit of its own, else whole while `stack` is open."""
+    """Return hidden states and head, streamed if it is a separate FSDP2 unit, else whole while `stack` is open."""
     states, head = parts.blocks(hidden)
     if parts.in_pieces:
         return states, dataclasses.replace(head, weight=streamed(parts.lm_head))
@@ -46,7 +46,7 @@ def _blocks(stack: ExitStack, parts: hf.CausalLM, hidden: Tensor) -> tuple[Block
 
 
 def score_job(targets: Tensor, temperature: float, options: Mapping[str, Any]) -> Job:
-    """A job that returns (S,) log-probs of the targets (S, L), nats."""
+    """Return a job that computes (S,) log-probs of the targets (S, L), nats."""
 
     def job(parts: hf.CausalLM, hidden: Tensor) -> Tensor:
         parts = parts.at_temperature(temperature)
@@ -64,7 +64,7 @@ def loss_job(
     temperature: float,
     options: Mapping[str, Any],
 ) -> Job:
-    """A job that returns the mean of a separable loss over groups; targets (B, K, L), constants (B, ...)."""
+    """Return a job that computes a separable loss's mean over groups; targets (B, K, L), constants (B, ...)."""
 
     def job(parts: hf.CausalLM, hidden: Tensor) -> Tensor:
         parts = parts.at_temperature(temperature)
@@ -88,7 +88,7 @@ def loss_job(
 class Watch:
     """A loss function that remembers the log-probs it saw, for metrics.
 
-    `fused_loss` hands over groups chunk by chunk, in order.
+    `fused_loss` passes groups chunk by chunk, in order.
     """
 
     def __init__(self, function: Callable[..., Tensor], scale: float):
@@ -101,5 +101,5 @@ class Watch:
 
     @property
     def logps(self) -> Tensor:
-        """(B, K) of the last call."""
+        """(B, K) log-probs of the last call."""
         return torch.cat(self._seen)

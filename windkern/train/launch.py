@@ -1,4 +1,4 @@
-"""From settings to a finished run: load everything, train, compare, report."""
+"""Do a run from its settings: load everything, train, compare, report."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from windkern.train.world import World
 
 SHOWN = 4  # prompts whose completions are printed
 DEMO_PROMPTS = "demo"
-MERGED = "merged_base"  # folder of the base under a new adapter, where it is a merged one
-_OF_A_START = ("init_lora_weights", "task_type")  # say how an adapter begins, not what it is
+MERGED = "merged_base"  # folder of the merged base under a new adapter
+_OF_A_START = ("init_lora_weights", "task_type")  # these say how an adapter starts, not what it is
 # Guesses of a phase's cost relative to sampling as many responses; measured costs replace them during the run.
 _SCORING, _FITTING, _JUDGING, _SAVING = 0.7, 2.0, 0.05, 10.0
 
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
-    """Return the prompts that a setting names; none for None."""
+    """Return the prompts that a setting names; an empty list for None."""
     if source is None:
         return []
     found = demo_prompts(split) if source == DEMO_PROMPTS else load_prompts(source)
@@ -66,7 +66,7 @@ def prompts_of(source: str | None, split: str, limit: int | None) -> list[str]:
 def make_trainer(
     run: RunConfig, config: WindConfig, observer: Observer | None = None, *, resume: bool = False
 ) -> WindTrainer:
-    """Load models, prompts and judge, and make a trainer of them.
+    """Load models, prompts and judge, and make a trainer from them.
 
     Args:
         run, config: the settings.
@@ -111,7 +111,7 @@ def make_trainer(
         new_adapter = None
     if new_adapter is not None and run.adapter == "merge":
         _keep_base(model, tokenizer, config, resume)
-    with warnings.catch_warnings():  # peft asks transformers for what it has renamed
+    with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         trainer = WindTrainer(
             model,
@@ -268,7 +268,7 @@ def start(
 
     Args:
         run, config: the settings.
-        resume: continue from the newest whole checkpoint.
+        resume: continue from the newest complete checkpoint.
         display: display to show progress on, already entered; only the first process uses it. None: stdout.
         kind: the "kind" in the results file.
 
@@ -313,7 +313,7 @@ def _report(
     display.print(rich=report.history_table(trainer.history))
     picture, numbers = output / "win_rate.png", output / "result.json"
     settings = {**dataclasses.asdict(run), **trainer.args.own_settings(), "seed": trainer.args.seed}
-    del settings["overwrite"]  # says how the run was begun, not what it is
+    del settings["overwrite"]  # says how the run was started, not what it is
     report.as_json(
         numbers,
         settings=settings,

@@ -1,4 +1,4 @@
-"""Decide what a loss of `windkern.losses` gets of sampled and judged groups."""
+"""Decide what a loss of `windkern.losses` gets from sampled and judged groups."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class LossPlan:
 
     Attributes:
         loss: entry of the table of losses.
-        arguments: arguments of the loss beside its tensors.
+        arguments: arguments of the loss except its tensors.
         function: function(logps (b, K), **constants) -> (b,).
         scale: factor of the loss.
         group: "all", "pair", "demonstration" or "anchor", see `windkern.losses.Group`.
-        target: "prefs", "win_rates" or "rewards", None where the loss takes no judgement.
+        target: "prefs", "win_rates" or "rewards", None where the loss uses no verdict.
         logps: frozen log-probs that it takes: "old_logps", "ref_logps", "anchor_logps".
         scored: frozen log-probs that an iteration computes.
-        fit_responses: responses that are fitted, those with the highest and lowest win rates; None for all.
+        fit_responses: number of responses to fit, those with the highest and lowest win rates; None for all.
         mask_truncated: whether responses without an end token are left out.
     """
 
@@ -81,9 +81,9 @@ class LossPlan:
         places = torch.arange(responses).expand(groups, -1)
         if verdict is not None:
             check_prefs(verdict.prefs)
-            win_rates = verdict.prefs.mean(-1)  # the own comparison counts 1/2
+            win_rates = verdict.prefs.mean(-1)  # a response's comparison with itself counts 1/2
         if self.group == "pair":
-            # Reason: what is dropped must be neither best nor worst; ties go to the earlier response, which is random.
+            # Reason: a dropped one must be neither best nor worst; ties go to the earlier response, which is random.
             order = torch.where(keep, win_rates, -1.0)
             worst = torch.where(keep, win_rates, 2.0).argmin(-1)
             places = torch.stack([order.argmax(-1), worst], 1)
@@ -110,7 +110,7 @@ class LossPlan:
             return verdict.rewards
         if not self.loss.order_only:
             raise ValueError(
-                f"loss={self.loss.name!r} needs rewards, and this judge only compares; take a judge with rewards, "
+                f"loss={self.loss.name!r} needs rewards, and this judge only compares; use a judge with rewards, "
                 "or a loss over preferences (`windkern losses`)"
             )
         return win_rates
@@ -156,7 +156,7 @@ def plan_loss(config: WindConfig) -> LossPlan:
 
 
 def _target(loss: Loss, arguments: dict[str, object], config: WindConfig) -> str | None:
-    # Reason: w is the win rate against all that the policy says; the losses would take the mean over those they fit.
+    # Reason: w is the win rate against all sampled responses; the losses would take the mean over those they fit.
     if config.fit_responses is not None or (loss.against_all(arguments) and config.mask_truncated_completions):
         return "win_rates"
     return loss.target(alone=config.replay)
@@ -167,10 +167,10 @@ def not_finite(plan: LossPlan, learning_rate: float, step: int, loss: float) -> 
     numbers = ", ".join(f"{name}={value!r}" for name, value in plan.arguments.items())
     if step == 1:  # no weight has moved
         return FloatingPointError(
-            f"the loss of step 1 is {loss}, before any weight has moved: the numbers of the loss ({numbers}) or the "
+            f"the loss of step 1 is {loss}, before any weight has moved: the arguments of the loss ({numbers}) or the "
             "judge's rewards are too large for it"
         )
     return FloatingPointError(
-        f"the loss of step {step} is {loss}; lower learning_rate={learning_rate!r}, or the numbers of the loss "
+        f"the loss of step {step} is {loss}; lower learning_rate={learning_rate!r}, or the arguments of the loss "
         f"({numbers})"
     )

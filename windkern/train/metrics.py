@@ -19,10 +19,10 @@ from windkern.train.report.progress import Record
 def step_metrics(logps: Tensor, constants: Mapping[str, Tensor], plan: LossPlan) -> dict[str, Tensor]:
     """Return how far the policy has moved on the groups of a step, and how well it meets the target.
 
-    The values are scalar tensors on the device of the log-probs: to read one, the host would wait for the forward pass.
+    The values are scalar tensors on the device of the log-probs; reading one makes the host wait for the forward pass.
 
     Args:
-        logps: (B, K) of the policy, nats.
+        logps: (B, K) log-probs of the policy, nats.
         constants: old_logps, ref_logps, where (B, K), prefs (B, K, K) or win_rates (B, K), as far as the loss has them;
             responses that `where` leaves out do not count, unless it leaves out all.
         plan: plan of the loss.
@@ -50,9 +50,9 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
     Returns:
         length: mean tokens of a response.
-        truncated: share of the responses that met the length limit.
-        reward: mean, where the judge has rewards.
-        ties: share of the pairs with preference 1/2, where responses were judged.
+        truncated: share of the responses that reached the length limit.
+        reward: mean reward, if the judge has rewards.
+        ties: share of the pairs with preference 1/2, if responses were judged.
         decided: mean |2 P_ij - 1| over pairs.
     """
     responses = sum(len(group.texts) for group in groups)
@@ -81,7 +81,7 @@ def make_record(
 
     Args:
         iteration: the iteration, with its responses.
-        evaluated: numbers of its evaluation, by the names of `Evaluation.metrics`; None if there was none.
+        evaluated: metrics of its evaluation, named as in `Evaluation.metrics`; None if there was none.
         lines: log lines of its steps.
         seconds: duration of the iteration.
     """
@@ -108,7 +108,7 @@ def make_record(
 
 
 def _mean_over(kept: Tensor, values: Tensor) -> Tensor:
-    """Return the () mean of the values that `kept` marks; the others may be anything."""
+    """Return the () mean of the values that `kept` marks; the others have no effect."""
     return torch.where(kept, values, 0.0).sum() / kept.sum()
 
 
@@ -128,7 +128,7 @@ def group_metrics(groups: Sequence[Group], plan: LossPlan) -> dict[str, float]:
 
 
 def win_rates_of(constants: Mapping[str, Tensor]) -> Tensor:
-    """(..., K) win rates among the constants of groups, whether given or as means of preferences."""
+    """Return (..., K) win rates from the constants of groups, as they are given or as means of preferences."""
     return constants["win_rates"] if "win_rates" in constants else constants["prefs"].mean(-1)
 
 
@@ -154,7 +154,7 @@ class Averages:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean.
+    """Return the arithmetic mean.
 
     Example:
         >>> mean([1.0, 2.0])

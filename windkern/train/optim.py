@@ -22,25 +22,25 @@ class MasterAdamW(torch.optim.Optimizer):
     A bfloat16 weight cannot take steps smaller than 1/256 of itself, which is most steps of a fine-tune; its float32
     copy can. Parameters that are float32 already are their own copy.
 
-    Reason: Kahan summation (optimi, 10 bytes a parameter with weight and gradient, where this takes 16) and stochastic
-    rounding (torchao) correct the weights alone, and keep the second moment in bfloat16. With beta2 = 0.999 it cannot
-    fall there, because 0.999 of it is rounded to itself. In `benchmarks/weight_error.py` gradients fall to 1/100 after
-    a third of 3000 steps. At the end the second moment is 20 times (optimi) and 8 times (torchao) too large. At
-    learning rates of 1e-5 and 1e-6 the weights have moved 0.88 and 0.53 (optimi), 0.96 and 0.98 (torchao) of the way
-    that they go in float32; here it is 1.00, and so is the ratio of the second moments. When a small Llama is fitted at
-    1e-5 with batches that come again, optimi ties with this for 600 steps; after 2000 its weights are off by 0.21 of
-    the way that they go in float32, and these by 0.12, with about the same
-    KL to the target. (torch-optimi 0.3.3, torchao 0.18.0)
+    Reason: Kahan summation (optimi, 10 bytes per parameter with weight and gradient, where this takes 16) and
+    stochastic rounding (torchao) correct the weights alone, and keep the second moment in bfloat16. With beta2 = 0.999
+    it cannot fall there, because 0.999 of it is rounded to itself. In `benchmarks/weight_error.py` gradients fall to
+    1/100 after a third of 3000 steps. At the end the second moment is 20 times (optimi) and 8 times (torchao) too
+    large. At learning rates of 1e-5 and 1e-6 the weights have moved 0.88 and 0.53 (optimi), 0.96 and 0.98 (torchao) of
+    the distance they move in float32; here it is 1.00, and so is the ratio of the second moments. When a small Llama is
+    fitted at 1e-5 with repeated batches, optimi ties with this for 600 steps; after 2000 its weights are off by 0.21 of
+    the distance they move in float32, and these by 0.12, with about the same KL to the target. (torch-optimi 0.3.3,
+    torchao 0.18.0)
 
     Args:
         params: parameters or groups of them, as for any torch optimizer.
         lr: learning rate.
         betas: decay rates of the first and second moment; the first may be 0.
         eps: added to the root of the second moment.
-        weight_decay: decoupled.
+        weight_decay: decoupled weight decay.
 
     Memory:
-        12 bytes a 16-bit parameter (copy and two moments), and 4 more during a step where gradients are 16-bit.
+        12 bytes per 16-bit parameter (copy and two moments), and 4 more during a step where gradients are 16-bit.
 
     Source:
         Loshchilov and Hutter 2019 (arXiv 1711.05101), by torch.optim.adamw; master weights: Micikevicius et al. 2018
@@ -68,9 +68,9 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """One step with the gradients the parameters hold."""
+        """Take a step with the gradients that the parameters hold."""
         if closure is not None:
-            raise ValueError("closure must be None: MasterAdamW takes the gradients that are there")
+            raise ValueError("closure must be None: MasterAdamW uses the gradients that the parameters hold")
         for group in self.param_groups:
             working = [value for value in group["params"] if value.grad is not None]
             if not working:
@@ -145,7 +145,7 @@ def master_optimizer(
         model: its gradients will add up in float32 where one process trains it.
         args: settings of the run, a `WindConfig`.
         processes: number of processes; DDP reduces gradients in the dtype of the weights.
-        warn: told if `args.optim` is not AdamW, the only optimizer here with float32 copies.
+        warn: called if `args.optim` is not AdamW, the only optimizer here with float32 copies.
     """
     if not args.master_weights or not any(value.requires_grad and value.dtype in _HALF for value in model.parameters()):
         return None

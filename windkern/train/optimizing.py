@@ -28,7 +28,7 @@ else:
 
 
 class Optimizing(_Mixed):
-    """Part of `WindTrainer`, before `transformers.Trainer` among its bases."""
+    """Mixin of `WindTrainer` for its optimizer; it precedes `transformers.Trainer` among the bases."""
 
     args: WindConfig
     loss_plan: LossPlan
@@ -37,7 +37,7 @@ class Optimizing(_Mixed):
     world: World
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As transformers, with float32 master weights where 16-bit weights are trained."""
+        """Create the optimizer as transformers does, with float32 master weights where 16-bit weights are trained."""
         check_optimizer_arguments(self.args, self.model)
         if self.optimizer is None and not self.policy.sharded:
             self.optimizer_cls_and_kwargs = master_optimizer(self.model, self.args, self.world.size, self.notices)

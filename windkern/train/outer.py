@@ -29,7 +29,7 @@ class OuterLoop:
     """Makes one outer iteration after another, and stores every stage.
 
     Each stage depends only on the seed, the weights at the start of the iteration and the files of earlier iterations.
-    A run that was killed therefore makes the same groups again, and it does not repeat what it finds stored.
+    A run that was killed therefore makes the same groups again, without repeating what is stored.
 
     Args:
         config: settings of the run.
@@ -84,7 +84,7 @@ class OuterLoop:
             else None
         )
         self._prompt_ids: dict[int, tuple[int, ...]] = {}
-        self._done = 0  # iterations that focus and replay have been given
+        self._done = 0  # iterations that focus and replay have seen
 
     def begin(self, number: int, *, inside: bool) -> Iteration:
         """Sample, judge and score an iteration.
@@ -132,7 +132,7 @@ class OuterLoop:
         )
 
     def recall(self, number: int) -> Iteration:
-        """Read a finished iteration from the disk and give it to focus and replay. Nothing is fitted again.
+        """Read a finished iteration from disk and pass it to focus and replay. Nothing is fitted again.
 
         Raises:
             FileNotFoundError, DamagedRecordError: a file of it is missing or damaged.
@@ -165,9 +165,9 @@ class OuterLoop:
                 write_json(path, rules)
             elif held != rules:
                 raise ResumeError(
-                    f"{path} says {held}, and groups are laid out by {rules} now: the model, its attention or "
-                    "transformers has changed since the run began; resume with what it began with, or start another "
-                    "run in another output_dir"
+                    f"{path} holds the layout rules {held}, but groups are now laid out by {rules}: the model, its "
+                    "attention or transformers has changed since the run began; resume with the original ones, or "
+                    "start another run in another output_dir"
                 )
 
         self.world.first(check)
@@ -205,7 +205,7 @@ class OuterLoop:
         return scored
 
     def _read_scores(self, folder: Path, groups: Sequence[Group], way_out: str) -> dict[str, list[list[float]]]:
-        """Read the log-probs of an iteration's groups that `_score` has made.
+        """Read the log-probs of an iteration's groups that `_score` has computed.
 
         Raises:
             FileNotFoundError, DamagedRecordError: the file is missing, or does not fit the groups.
@@ -237,7 +237,7 @@ class OuterLoop:
         return found
 
     def _learn_before(self, number: int) -> None:
-        """Give focus and replay the iterations before one."""
+        """Pass the iterations before `number` to focus and replay."""
         if self.replay is not None or self.config.focus == "hardest":
             for earlier in range(self._done + 1, number):
                 self.recall(earlier)

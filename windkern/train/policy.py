@@ -27,11 +27,11 @@ from windkern.train.report.progress import Progress, Unobserved
 from windkern.train.samplers.sampler import Completions, TransformersSampler
 from windkern.train.world import World
 
-Advance = Callable[[int], None]  # told how many more responses are done
+Advance = Callable[[int], None]  # called with the number of responses just done
 
 
 def unheard(count: int) -> None:
-    """An `Advance` that keeps what it is told to itself."""
+    """An `Advance` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,17 @@ class AnyPolicy(Protocol):
         ...
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """`num_generations` independent responses to each prompt; the same seed and weights give the same responses."""
+        """Return `num_generations` independent responses to each prompt.
+
+        The same seed and weights give the same responses.
+        """
         ...
 
     def logps(self, groups: Sequence[Group], batch_size: int, advance: Advance = unheard) -> list[Tensor]:
-        """(K,) log-probs of the responses of each group, nats, in batches of `batch_size` neighbours, on every process.
+        """Return (K,) log-probs of each group's responses, nats, on every process.
 
-        `advance` is told how many responses have been scored.
+        Groups are scored in batches of `batch_size` neighbours. `advance` is called with the number of responses just
+        scored.
         """
         ...
 
@@ -172,7 +176,7 @@ class Policy:
 
     @property
     def rules(self) -> LayoutRules:
-        """Rules by which scoring and fitting lay groups out in rows. All ranks inspect the model once."""
+        """Rules by which scoring and fitting lay out groups in rows. All ranks inspect the model once."""
         if self._rules is None:
             model = self.wrapped if self.sharded else self.model
             with self.world.accelerator.autocast():
@@ -181,7 +185,7 @@ class Policy:
         return self._rules
 
     def batch(self, groups: Sequence[Group]) -> Batch:
-        """Lay groups out in rows for the model."""
+        """Lay out groups in rows for the model."""
         return collate(groups, self.fill, self.rules)
 
     def run(self, model: nn.Module, batch: Batch, job: Job) -> Tensor:
@@ -193,9 +197,9 @@ class Policy:
         """See `AnyPolicy.logps`."""
         parts = [list(groups[first : first + batch_size]) for first in range(0, len(groups), batch_size)]
         accelerator = self.world.accelerator
-        # Hazard: DDP broadcasts buffers in every forward, and processes do not score equally often. Remedy: without it.
+        # Hazard: DDP broadcasts buffers in every forward, and processes do not score equally often. Remedy: bypass DDP.
         model = (self.wrapped if self.sharded else self.model).eval()
-        rules = self.rules  # Reason: processes agree on them, and not each of them has work to do below
+        rules = self.rules  # Reason: all processes must agree on them, and some have no work below
 
         def work(part: list[Group]) -> list[list[float]]:
             batch = collate(part, self.fill, rules).to(cast(Any, self.model).device)
@@ -210,7 +214,7 @@ class Policy:
         return [torch.tensor(row) for row in rows]
 
     def follow(self, rate: float) -> Anchor:
-        """Start a moving average from the trained weights as they are now; `rate` as for `Anchor`."""
+        """Start a moving average from the current trained weights; `rate` as for `Anchor`."""
         self.anchor = Anchor(self.world.accelerator.unwrap_model(self.wrapped), rate)
         return self.anchor
 

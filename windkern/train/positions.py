@@ -23,7 +23,7 @@ def positions_of(model: nn.Module) -> int | None:
     """Return how many tokens a model has positions for, None where its configuration does not say.
 
     That is `max_position_embeddings`, or more where its rotary embedding is stretched. RoBERTa and its relatives count
-    from behind the padding id, so they have fewer positions than their configuration says.
+    from after the padding id, so they have fewer positions than their configuration says.
     """
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -36,7 +36,7 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def _stretched(config: Any, most: int) -> Iterator[int]:
-    """Positions by each scaling of a rotary embedding; some models have one for each kind of layer."""
+    """Yield the positions by each scaling of a rotary embedding; some models have one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for each in (rope, *rope.values()):
         scaled = isinstance(each, dict) and each.get("rope_type", each.get("type")) != "default"

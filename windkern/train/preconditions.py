@@ -29,7 +29,7 @@ def check_reporting(args: TrainingArguments) -> None:
     """Raise unless every integration in `report_to` is known to transformers and installed.
 
     Raises:
-        ValueError: it is not known.
+        ValueError: an integration is not known.
         MissingPackageError: its package is not installed; the message has the command that installs it.
     """
     for name in args.report_to:
@@ -45,10 +45,10 @@ def check_reporting(args: TrainingArguments) -> None:
 
 
 def check_evaluation(config: WindConfig, heldout: Sequence[str], note: Callable[[str], None]) -> None:
-    """Raise if an evaluation is asked for without held-out prompts. `note` is told what a single prompt lacks.
+    """Raise if an evaluation is asked for without held-out prompts. `note` is called if there is only one prompt.
 
     Raises:
-        ValueError: eval_strategy, or what depends on it, without held-out prompts.
+        ValueError: eval_strategy or eval_on_start needs held-out prompts, and there are none.
     """
     if not heldout and (config.eval_strategy != "no" or config.eval_on_start):
         raise ValueError(
@@ -63,10 +63,10 @@ def check_model(model: nn.Module) -> None:
     """Raise unless a model can be trained: something in it is trainable, and its weights are finite.
 
     Raises:
-        ValueError: says which it is, and for weights names the first.
+        ValueError: nothing is trainable, or a weight is not finite; the message names the first such weight.
     """
     if not isinstance(model, nn.Module):
-        return  # `check_scorable` names it
+        return  # `check_scorable` reports it
     parameters = dict(model.named_parameters())
     if not any(value.requires_grad for value in parameters.values()):
         hint = ""
@@ -75,7 +75,7 @@ def check_model(model: nn.Module) -> None:
                 "; an adapter is loaded for inference by default, so pass is_trainable=True: "
                 "PeftModel.from_pretrained(base, folder, is_trainable=True)"
             )
-        raise ValueError(f"model must have parameters that are trained, but none of them requires a gradient{hint}")
+        raise ValueError(f"model must have a parameter to train, but none requires a gradient{hint}")
     for name, value in parameters.items():
         if not value.numel() or value.is_meta or value.dtype not in FLOATS or hasattr(value, "to_local"):
             continue
@@ -101,7 +101,7 @@ class Room:
         tokenizer: the model's tokenizer.
 
     Raises:
-        ValueError: max_completion_length alone fills the positions of the model, or the tokenizer fills with a token
+        ValueError: max_completion_length alone fills the positions of the model, or the tokenizer pads with a token
             that the model does not have.
     """
 
@@ -122,7 +122,7 @@ class Room:
             if self.limit is None or room < self.limit:
                 self.limit = room
                 left = f"max_completion_length = {config.max_completion_length}"
-                self.why = f"the {positions} positions of the model less {left}"
+                self.why = f"the {positions} positions of the model minus {left}"
         self.system = config.system if self.tokenizer.chat_template is not None else None
         self.rows = _rows(self.model)
         for name, value in (("padding", padding_id(self.tokenizer)), ("end", self.tokenizer.eos_token_id)):
@@ -143,7 +143,7 @@ class Room:
         Args:
             name: name of the setting, for messages.
             prompts: strings or `ChatPrompt`s.
-            note: told how many were cut or left out.
+            note: called if prompts were cut or left out.
 
         Raises:
             ValueError: a prompt is too long and long_prompts is refuse; no prompt is left; a prompt cannot be cut far
@@ -163,7 +163,7 @@ class Room:
                 longer += 1
                 if self.config.long_prompts == "refuse":
                     raise ValueError(
-                        f"{name}[{k}] has {length} tokens, and {self.limit} fit ({self.why}): {_short(prompt)}; "
+                        f"{name}[{k}] has {length} tokens, but only {self.limit} fit ({self.why}): {_short(prompt)}; "
                         "set long_prompts to drop or cut, or lower max_completion_length"
                     )
                 if self.config.long_prompts == "cut":

@@ -24,8 +24,8 @@ from windkern.train.sharded import shard_frozen
 def _without_adapter(model: Any) -> Iterator[None]:
     """Disable a PEFT model's adapter and leave requires_grad as it was.
 
-    Hazard: PEFT turns requires_grad off and later on again, and a forward of FSDP2 in between puts other parameters in
-    their places; the sharded ones would stay frozen. Remedy: turn it on again before any forward.
+    Hazard: PEFT turns requires_grad off and later on again, and an FSDP2 forward in between replaces the parameters;
+    the sharded ones would stay frozen. Remedy: turn it on again before any forward.
     """
     trained = [value for value in model.parameters() if value.requires_grad]
     with model.disable_adapter():
@@ -60,10 +60,10 @@ class RecordedLogps:
         return self.policy.vocabulary
 
     def load(self) -> bool:
-        """Read the file; False where there is none.
+        """Read the file, and return whether there is one.
 
         Raises:
-            DamagedRecordError: it holds something else.
+            DamagedRecordError: the file does not hold such a table.
         """
         content = read_json(self.path)
         if content is None:
@@ -75,7 +75,7 @@ class RecordedLogps:
         return True
 
     def record(self, groups: Sequence[Group], advance: Advance) -> None:
-        """Score groups with the policy as it is now, and store the results."""
+        """Score groups with the current policy, and store the results."""
         rows = self.policy.logps(groups, 1, advance)
         self._table = {
             (group.place, tokens): logp
@@ -104,7 +104,7 @@ class RecordedLogps:
         return self._table[place, tokens]
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """Sample from the policy as it is now, which is the reference until the first step."""
+        """Sample from the current policy, which is the reference until the first step."""
         return self.policy.sample(prompts, num_generations, seed)
 
 
@@ -118,15 +118,15 @@ def make_reference(
 ) -> AnyPolicy | None:
     """Return the reference that `config.reference` names; None if no model is given and none is needed.
 
-    An adapter that begins with the run is switched off: its base is the reference. An adapter that the policy came with
-    (a second stage) is kept as it was, so that the reference is the first stage's policy and not the bare base. The
-    copy takes 4 bytes a trained parameter, and, while it is in place, another copy in the parameters' own dtype.
+    A new adapter is switched off: its base is the reference. An adapter that the policy came with (a second stage) is
+    kept as it was, so that the reference is the first stage's policy and not the bare base. The copy takes 4 bytes per
+    trained parameter, and, while it is in place, another copy in the parameters' own dtype.
 
     Args:
         config: settings of the run.
-        policy: at its start.
+        policy: the policy before its first step.
         model: the reference, or None; its parameters are frozen here.
-        new_adapter: whether the policy's adapter begins with the run.
+        new_adapter: whether the policy's adapter is new in this run.
         fsdp: whether FSDP2 shards the reference, as it does the policy.
 
     Raises:
@@ -148,11 +148,11 @@ def make_reference(
     if model is None:
         return None
     if model is policy.model:
-        raise ValueError("ref_model must be another object than model, or it would move with it; load it twice")
+        raise ValueError("ref_model must not be model itself, which is trained; load the model twice")
     if shared := {id(value) for value in policy.model.parameters()} & {id(value) for value in model.parameters()}:
         raise ValueError(
-            f"ref_model must have parameters of its own, but {len(shared)} are model's, too (PEFT changes the base "
-            "it wraps in place); load it twice, or with LoRA take args.reference='adapter' and no ref_model"
+            f"ref_model must have its own parameters, but shares {len(shared)} with model (PEFT changes the base "
+            "it wraps in place); load it twice, or with LoRA use args.reference='adapter' and no ref_model"
         )
     frozen = model.to(config.device).eval().requires_grad_(False)
     reference = Policy(frozen, policy.tokenizer, policy.settings, policy.world, policy.observer)
@@ -171,14 +171,14 @@ def _adapter_reference(policy: Policy, new_adapter: bool) -> PolicyView:
         )
     if trained := _trained_base(model):
         raise ValueError(
-            f"args.reference='adapter' needs a base that stays, but {len(trained)} of its own parameters are "
+            f"args.reference='adapter' needs a frozen base, but {len(trained)} of its parameters are "
             f"trained, e.g. {trained[0]}; use bias='none' and freeze them, or pass a second model with "
             "args.reference='model'"
         )
     if policy.sharded and not new_adapter:
         raise ValueError(
-            "args.reference='adapter' keeps the adapter that the policy came with as it was, which FSDP and "
-            "DeepSpeed would cut in pieces; merge it first (adapter: merge, or model.merge_and_unload()), or pass "
+            "args.reference='adapter' keeps a copy of the adapter that the policy came with, which FSDP and "
+            "DeepSpeed would shard; merge it first (adapter: merge, or model.merge_and_unload()), or pass "
             "a second model with args.reference='model'"
         )
     if new_adapter:

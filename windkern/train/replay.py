@@ -20,8 +20,8 @@ class Replayed(NamedTuple):
     prompt: int  # place in the list of training prompts
     tokens: tuple[int, ...]  # tokens of the completion, with its end token if it has one
     score: float  # what draws may favour: its reward or win rate
-    constants: tuple[tuple[str, float], ...]  # what the loss takes beside the policy's log-prob, by name
-    truncated: bool  # it met the length limit
+    constants: tuple[tuple[str, float], ...]  # what the loss takes besides the policy's log-prob, by name
+    truncated: bool  # it reached the length limit
     text: str
     iteration: int  # the iteration whose policy sampled it
 
@@ -42,7 +42,7 @@ class ReplayBuffer:
         TypeError, ValueError: a number is out of range.
 
     Memory:
-        About 36 bytes a token (a Python int in a tuple), on the host; nothing on the device.
+        About 36 bytes per token (a Python int in a tuple), on the host; nothing on the device.
 
     Source:
         Bartoldson et al. 2025, TBA (arXiv 2503.18929).
@@ -65,7 +65,7 @@ class ReplayBuffer:
         self._newest = 0  # iteration
 
     def __len__(self) -> int:
-        """Responses kept, over all prompts."""
+        """Return the number of responses kept, over all prompts."""
         return sum(len(held) for held in self._held.values())
 
     def add(self, entries: Iterable[Replayed]) -> None:
@@ -123,8 +123,8 @@ class ReplayBuffer:
             size: responses in each, at least 2.
 
         Raises:
-            TypeError, ValueError: not such numbers; no prompt has `size` responses; the buffer holds responses newer
-                than `iteration`, which a run at that point could not have drawn.
+            TypeError, ValueError: an argument is out of range; no prompt has `size` responses; the buffer holds
+                responses newer than `iteration`, which a run at that point could not have drawn.
         """
         check_count("iteration", iteration, least=1)
         check_count("groups", groups, least=1)
@@ -162,7 +162,7 @@ def replayed_groups(
     """Make groups to fit from what `ReplayBuffer.draw` returns.
 
     Args:
-        drawn: responses to one prompt each.
+        drawn: groups of responses, each to one prompt.
         prompt_ids: token ids of the prompts, by their places.
         mask_truncated: whether responses without an end token are left out of the fit.
     """

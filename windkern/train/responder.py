@@ -1,4 +1,4 @@
-"""Make the groups of an iteration: sample responses, and add what a loss wants beside them."""
+"""Make the groups of an iteration: sample responses, and add what else a loss needs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from windkern.train.samplers.recorded import completions_of_texts
 from windkern.train.samplers.sampler import Sampler
 from windkern.train.seeds import stream
 
-_COLD = "temperature or top_p is too low, or the policy has one response to each left"
+_COLD = "temperature or top_p is too low, or the policy has collapsed to one response per prompt"
 
 
 class Responder:
-    """Makes the groups a loss wants: N samples of the policy; a demonstration and a sample; a sample of the policy and
-    two of its moving average.
+    """Makes the groups that a loss needs.
+
+    They hold N samples of the policy; a demonstration and a sample; or a sample of the policy and two of its moving
+    average.
 
     Args:
         config: settings of the run.
         group: see `windkern.losses.Group`.
         prompts: training prompts, with their answers for group "demonstration".
         policy: the policy to train.
-        sampler: answers prompts; None takes the policy itself.
-        notices: told what a user should know.
+        sampler: answers prompts; None: the policy itself.
+        notices: receives what a user should know.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Responder:
 
     @property
     def sharded(self) -> bool:
-        """Whether sampling talks to other processes, see `AnyPolicy`."""
+        """Whether sampling communicates with other processes, see `AnyPolicy`."""
         return self.policy.sharded
 
     def update(self) -> None:
@@ -59,10 +61,10 @@ class Responder:
         elif (who := getattr(self.sampler, "keeps_weights", None)) is not None and self.config.num_iterations > 1:
             self.notices.once(
                 "served weights",
-                f"{who} is never given the new weights, for its sampler has no "
-                "update(model): from iteration 2 on the responses come from the initial policy. Their log-probs are "
+                f"{who} is never given the new weights, because its sampler has no "
+                "update(model): from iteration 2 on, the responses come from the initial policy. Their log-probs are "
                 + (
-                    f"right, and {self.config.loss} may be fitted to responses of any policy"
+                    f"correct, and {self.config.loss} may be fitted to responses of any policy"
                     if self.config.entry.any_policy
                     else "those of the current policy, but the loss takes them for its samples (win rates are then "
                     "against the initial one), and no importance weight corrects that; `windkern losses` says which "

@@ -1,4 +1,4 @@
-"""Sampling and judging the groups of an iteration, block by block, so that a kill loses at most one block."""
+"""Sample and judge the groups of an iteration, block by block, so that a kill loses at most one block."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def judged(groups: Sequence[Group], prompts: Sequence[str], judge: Judge) -> lis
     """Return the groups with the judge's verdict.
 
     Raises:
-        TypeError, ValueError: the verdict has the wrong shape, or holds values that are not preferences. Nothing of it
-            is kept then.
+        TypeError, ValueError: the verdict has the wrong shape, or holds values that are not preferences. It is then
+            discarded.
     """
     verdict = ask(judge, prompts, [group.texts for group in groups])
     shape = (len(groups), len(groups[0].texts))
@@ -61,7 +61,7 @@ def collect(
     """Return the groups of an iteration, in the order of `places`, on every process.
 
     Blocks do not depend on the number of processes, and what is sampled in a block depends on its index only, so one
-    process and several sample the same. Blocks on the disk are not sampled or judged again.
+    process and several sample the same. Blocks on disk are not sampled or judged again.
 
     Args:
         folder: folder of the iteration.
@@ -69,14 +69,14 @@ def collect(
         block_size: prompts in a block.
         sample: makes the groups of a block.
         judge: adds their verdict; None where the loss needs none.
-        together: whether a forward of the model that samples talks to other processes (see `World.share`); sampling
-            and judging are then two rounds, each with its own calls.
+        together: whether a forward of the model that samples communicates (see `World.share`); sampling and
+            judging are then two rounds, each with its own calls.
         begun: whether responses have been fitted already, so that all must be stored.
-        begin: told before "sampling" or "judging" how many prompts are done already, unless all are.
-        advance: told how many more prompts are done.
+        begin: called with "sampling" or "judging" and the number of prompts already done, unless all are.
+        advance: called with the number of prompts just done.
 
     Raises:
-        FileNotFoundError: `begun`, and a block is not there.
+        FileNotFoundError: `begun`, and a block is missing.
         DamagedRecordError: the file of a block is not what was written.
     """
     blocks, way_out = blocks_of(places, block_size), BEGUN if begun else AGAIN
@@ -96,7 +96,7 @@ def collect(
     def judged_groups(block: Block) -> list[Group]:
         groups = known.get(block.index) or store.read(folder, block, way_out)
         if judge is not None and groups[0].prefs is None:
-            if begun:  # Reason: a judge need not say the same again, and steps have been taken on what it said
+            if begun:  # Reason: a judge need not give the same verdict again, and steps were taken on the first
                 raise FileNotFoundError(f"{store.verdict_path(folder, block.index)} is missing; {BEGUN}")
             groups = known[block.index] = judge(block, groups)
             store.write_verdict(folder, block.index, groups)

@@ -23,10 +23,10 @@ def stream(seed: int, *labels: object) -> int:
 
 
 def generator(seed: int, *labels: object) -> torch.Generator:
-    """A torch generator on the CPU for one use of randomness."""
+    """Return a torch generator on the CPU for one use of randomness."""
     return torch.Generator().manual_seed(stream(seed, *labels))
 
 
 def shuffled(count: int, seed: int, *labels: object) -> Tensor:
-    """(count,) a permutation for one use of randomness."""
+    """Return a (count,) permutation for one use of randomness."""
     return torch.randperm(count, generator=generator(seed, *labels))

@@ -1,4 +1,4 @@
-"""What FSDP2 by accelerate, and DeepSpeed, need beside their settings."""
+"""Prepare models and plugins for FSDP2 by accelerate and for DeepSpeed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from windkern.hf.tensor_parallel import is_cut
 
 
 class HeadUnit(nn.Linear):
-    """An untied head, under a name of its own by which accelerate makes it an FSDP2 unit of its own.
+    """An untied head whose class name makes accelerate wrap it as a separate FSDP2 unit.
 
     Reason: accelerate wraps classes by their names, and would put a head into one unit with the last norm, whose call
-    puts the head together, too.
+    gathers the head, too.
     """
 
 
 def _name_units(plugin: FullyShardedDataParallelPlugin, model: Any) -> None:
-    """Let accelerate wrap a model's head apart from all else, where it is plain, untied, and layers have names."""
+    """Make accelerate wrap a model's head separately, if it is plain and untied, and layers are wrapped by name."""
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -42,21 +42,21 @@ def _wrapped_by(plugin: FullyShardedDataParallelPlugin) -> object:
 
 
 def prepare_plugin(accelerator: Accelerator, model: nn.Module) -> None:
-    """Let an FSDP2 plugin make the head a unit of its own, leave results in float32 and save whole weights.
+    """Make an FSDP2 plugin wrap the head separately, leave results in float32 and save whole weights.
 
     Reason: with bf16, accelerate would round the returned loss and log-probs, and the sums of gradients between
     processes, to bfloat16.
 
     Raises:
-        ValueError: it is FSDP1, or saves sharded weights, of which no model could be loaded.
+        ValueError: the plugin is FSDP1, or saves sharded weights, from which no model could be loaded.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_config.version must be 2 for this trainer, got {plugin.fsdp_version}")
     if "FULL" not in str(plugin.state_dict_type):
         raise ValueError(
-            f"fsdp_config.state_dict_type must be FULL_STATE_DICT, got {plugin.state_dict_type}: sharded weights are "
-            "no model that could be loaded"
+            f"fsdp_config.state_dict_type must be FULL_STATE_DICT, got {plugin.state_dict_type}: no model "
+            "can be loaded from sharded weights"
         )
     if accelerator.mixed_precision != "no":
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -67,7 +67,7 @@ def prepare_plugin(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """A frozen model cut in pieces as the policy is, so that every process holds its share only."""
+    """Return a frozen model sharded as the policy is, so that every process holds only its share."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     plugin = accelerator.state.fsdp_plugin
@@ -81,13 +81,13 @@ def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 @contextmanager
 def whole_models(config: TrainingArguments) -> Iterator[None]:
-    """Inside, transformers loads models whole, where with ZeRO-3 it would cut them in pieces while it loads.
+    """Make transformers load whole models inside, where with ZeRO-3 it would partition them while it loads.
 
-    Reason: only a DeepSpeed engine puts the pieces together for a forward. The policy gets its engine when training
+    Reason: only a DeepSpeed engine gathers the partitions for a forward. The policy gets its engine when training
     begins, after its head was checked; the reference and a reward model get none.
 
     Args:
-        config: of the run; without DeepSpeed nothing happens.
+        config: settings of the run; without DeepSpeed nothing changes.
     """
     plugin = config.deepspeed_plugin
     if plugin is None:
@@ -104,20 +104,20 @@ def whole_models(config: TrainingArguments) -> Iterator[None]:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise if ZeRO-3 has cut a model in pieces that no engine puts together, or tensor parallelism has cut it.
+    """Raise if ZeRO-3 has partitioned a model that no engine gathers, or tensor parallelism has split it.
 
     Raises:
-        ValueError: it has.
+        ValueError: the model is not whole.
     """
     for name, value in model.named_parameters():
         if is_cut(value):
             raise ValueError(
-                f"model must be whole, but tensor parallelism has cut its parameter {name} over processes, each of "
-                "which gets prompts of its own here; load it without tp_plan and train under FSDP2, or score it in a "
-                "loop of your own by windkern.hf.sequence_logps"
+                f"model must be whole, but tensor parallelism has split its parameter {name} over processes, each "
+                "of which gets its own prompts here; load it without tp_plan and train under FSDP2, or score it in "
+                "your own loop with windkern.hf.sequence_logps"
             )
         if hasattr(value, "ds_id") and value.shape != getattr(value, "ds_shape", None):
             raise ValueError(
-                f"model must be whole, but DeepSpeed ZeRO-3 has cut its parameter {name} in pieces; load policy and "
+                f"model must be whole, but DeepSpeed ZeRO-3 has partitioned its parameter {name}; load policy and "
                 "reference inside windkern.train.sharded.whole_models(args)"
             )

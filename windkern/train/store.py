@@ -2,8 +2,8 @@
 
     iteration-0001/block-0000.json     {"format": 2, "groups": [{place, prompt_ids, completions, truncated, texts}, ..]}
     iteration-0001/verdict-0000.json   {"format": 2, "verdicts": [{place, prefs, rewards}, ..]}, where a judge is asked
-    iteration-0001/scored.json         {old_logps: [[..], ..], ref_logps: [[..], ..]}, of the responses that are fitted
-    iteration-0001/record.json         numbers of the iteration, once it is over
+    iteration-0001/scored.json         {old_logps: [[..], ..], ref_logps: [[..], ..]}, for the responses that are fitted
+    iteration-0001/record.json         metrics of the iteration, once it is over
 
 `place` counts the training prompts from 0; `prefs[i][j]` is the chance that response i beats response j.
 """
@@ -22,8 +22,8 @@ from windkern.train.groups import Group
 FORMAT = 2  # version of a run's files; others are refused
 AGAIN = "delete it, and what it held is sampled or judged again"
 BEGUN = (
-    "the policy that made it has moved, so it cannot be made again: restore it from a copy, or delete the checkpoints "
-    "inside its iteration and resume from one at the end of an iteration"
+    "the policy that made it has changed, so it cannot be made again: restore it from a copy, or delete the "
+    "checkpoints inside its iteration and resume from one at the end of an iteration"
 )
 
 
@@ -36,7 +36,7 @@ class Block:
 
 
 def blocks_of(places: Sequence[int], size: int) -> list[Block]:
-    """Cut places into blocks of `size`.
+    """Split places into blocks of `size`.
 
     Example:
         >>> blocks_of([4, 0, 2], 2)
@@ -50,7 +50,7 @@ class GroupStore:
     """Reads and writes blocks of groups under a folder.
 
     Args:
-        folder: created where needed; all processes must see it.
+        folder: created if needed; all processes must see it.
     """
 
     def __init__(self, folder: Path):
@@ -109,20 +109,20 @@ class GroupStore:
             return []
         try:
             if content["format"] != FORMAT:
-                raise ValueError(f"it has format {content['format']!r}, this release reads {FORMAT}")
+                raise ValueError(f"it has format {content['format']!r}, but this release reads {FORMAT}")
             entries = content[name]
             places = [entry["place"] for entry in entries]
             found = [parse(entry) for entry in entries]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamagedRecordError(path, f"{type(error).__name__}: {error}", way_out) from error
         if places != list(block.places):
-            why = f"it holds the prompts {places}, its block has {list(block.places)}"
+            why = f"it holds the prompts {places}, but its block has {list(block.places)}"
             raise DamagedRecordError(path, why, way_out)
         return found
 
 
 def _row(values: object, kind: type, name: str, count: int | None = None) -> tuple:
-    """A list of numbers or texts of one kind, as many as wanted."""
+    """Return a list of `count` values of one kind as a tuple; raise if it is anything else."""
     if not isinstance(values, list) or set(map(type, values)) - {kind} or len(values) != (count or len(values)):
         raise ValueError(f"{name} must hold {'' if count is None else f'{count} '}{kind.__name__} values")
     return tuple(values)

@@ -1,4 +1,4 @@
-"""WindTrainer: sample, judge, fit, and again, on transformers.Trainer."""
+"""WindTrainer: sample, judge, fit and repeat, on top of transformers.Trainer."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         args: the settings.
         train_dataset: a list or `datasets.Dataset` of prompts: strings, lists of chat messages, or rows with "prompt"
             as either (TRL's prompt-only formats); for losses that learn from demonstrations, with "completion" too.
-        eval_dataset: held-out prompts for `evaluate`; None or empty where there is no evaluation.
+        eval_dataset: held-out prompts for `evaluate`; None or empty for no evaluation.
         judge: compares responses: a judge of `windkern.train.judges`, or any callable (prompts, responses) -> rewards,
-            whose Bradley-Terry link has strength `args.judge_strength`. None takes the one that `args.judge` names.
+            whose Bradley-Terry link has strength `args.judge_strength`. None: the one that `args.judge` names.
         ref_model: frozen causal LM, pi_ref, where `args.reference` is "model" and the loss or the evaluation needs it;
-            another object than `model`.
-        sampler: answers prompts; None takes the one that `args.sampler` names. A method `update(model)`, if it has one,
+            not the same object as `model`.
+        sampler: answers prompts; None: the one that `args.sampler` names. A method `update(model)`, if it has one,
             is called before each iteration, for servers that hold a copy of the weights.
         processing_class: tokenizer of the model.
         peft_config: puts a new adapter on the model, which must have none; `args.reference` "adapter" then needs no
@@ -76,7 +76,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         UnsupportedModelError: see `windkern.hf.hidden_and_head`.
 
     Memory:
-        A step takes the decoder's memory, and what `windkern.plan` gives for the scored tokens of a batch.
+        A step needs the decoder's memory plus what `windkern.plan` gives for the scored tokens of a batch.
 
     Source:
         WIND, arXiv 2410.20727; docs/theory.md.
@@ -130,7 +130,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         )
         if self.is_fsdp_enabled:
             prepare_plugin(self.accelerator, model)
-        self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; batches of a step are of one size
+        self.loss_is_scaled_for_ga = False  # a mean over the groups of a batch; a step's batches are equally large
         self.world = self.policy.world = World(self.accelerator)
         loaded = getattr(self, "is_distributed_loading_by_transformers", False)  # older releases lack it
         self.policy.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or loaded
@@ -147,7 +147,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         self.judge, self.reference = self.run.judge, self.run.reference
         self.outer, self.evaluator = self.run.outer, self.run.evaluator
         self.iterations = Iterations(self.outer, self.evaluator, self.run.data, self.notices)
-        self.callback_handler.callbacks.insert(1, self.iterations)  # behind the one that decides about saving
+        self.callback_handler.callbacks.insert(1, self.iterations)  # after the one that decides when to save
 
     @property
     def model_wrapped(self) -> nn.Module:
@@ -172,8 +172,9 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         """Run the remaining iterations.
 
         Args:
-            resume_from_checkpoint: True resumes from the newest whole checkpoint in `output_dir`, a path from that one;
-                without it, completions of an earlier run are deleted, and checkpoints too if `args.overwrite`.
+            resume_from_checkpoint: True resumes from the newest complete checkpoint in `output_dir`, a path from that
+                checkpoint; without it, completions of an earlier run are deleted, and checkpoints too if
+                `args.overwrite`.
             given: as for `transformers.Trainer.train`.
 
         Raises:
@@ -194,13 +195,13 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         return output
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]  # called by keyword, whichever there are
-        """One epoch of transformers is one outer iteration."""
+        """Run an epoch of transformers, which is one outer iteration."""
         self._catch_up()
         self.iterations.begin(self.state, self.optimizer)
         super()._run_epoch(**options)
 
     def _catch_up(self) -> None:
-        if self.iterations.catch_up(self.state):  # as transformers at the end of an epoch, which a kill has cut off
+        if self.iterations.catch_up(self.state):  # as at the end of an epoch, which a kill has cut off
             self._determine_best_metric(self._evaluate(None, None), None)
 
     def compute_loss(
@@ -210,7 +211,7 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor | tuple[Tensor, dict]:
-        """Mean loss over the groups of a batch, through the wrapped model's `__call__`."""
+        """Return the mean loss over the groups of a batch, computed in the wrapped model's `__call__`."""
         batch = inputs["batch"].to(self.args.device)
         watch = Watch(self.loss_plan.function, self.loss_plan.scale)
         settings = self.policy.settings
@@ -229,11 +230,11 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         super().log(logs, start_time)
 
     def compare(self, responses: int, iteration: int | None = None) -> Comparison:
-        """Compare the policy as it is now with the reference on the held-out prompts.
+        """Compare the current policy with the reference on the held-out prompts.
 
         Args:
             responses: number of responses of the policy to each prompt. The draws are the same at every call.
-            iteration: number for the observer; None stands for the time after the last iteration.
+            iteration: number for the observer; None: after the last iteration.
 
         Raises:
             ValueError: there are no held-out prompts.
@@ -245,13 +246,13 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Win rate against the reference on the held-out prompts, its standard error, reward and KL.
+        """Return the win rate against the reference on held-out prompts, its standard error, reward and KL.
 
         Raises:
             ValueError: there are no held-out prompts, or others are given here.
         """
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
-            raise ValueError("eval_dataset must be None: the trainer evaluates on the one that it was made with")
+            raise ValueError("eval_dataset must be None: the trainer evaluates on the one that it was created with")
         found = self.compare(self.args.eval_responses, self.iterations.number).result.metrics()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)

@@ -1,7 +1,7 @@
-"""Refuse libraries that are older than those the trainer was tested with. Importing this module does so.
+"""Refuse libraries that are older than those the trainer was tested with, at import of this module.
 
-Import it before transformers, which fails with an unrelated message where peft is too old, and trains wrongly where it
-is too old itself. pip does not prevent a later installation from bringing an older release.
+Import it before transformers, which fails with an unrelated message if peft is too old, and trains wrongly if it is too
+old itself. pip does not prevent a later installation from bringing an older release.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from packaging.version import Version
 
 
 class UntriedVersionError(ImportError):
-    """A library is older than the oldest release that windkern was tried with."""
+    """A library is older than the oldest release that windkern was tested with."""
 
 
 def lowest(extra: str = "train") -> dict[str, str]:
@@ -43,7 +43,7 @@ def check(bounds: dict[str, str]) -> None:
     """Check that no installed library is older than its bound.
 
     Raises:
-        UntriedVersionError: names every library that is too old, with the release found and the release wanted.
+        UntriedVersionError: libraries are too old; the message names each, the release found and the one required.
 
     Example:
         >>> check({"torch": "1.0", "not-installed": "7"})
@@ -53,14 +53,14 @@ def check(bounds: dict[str, str]) -> None:
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # told where it is needed
+            continue  # reported where it is needed
         if Version(found) < Version(least):
             old[name] = found
     if old:
-        installed = ", ".join(f"{name} {found} is installed and {bounds[name]} wanted" for name, found in old.items())
+        installed = ", ".join(f"{name} {found} is installed and {bounds[name]} required" for name, found in old.items())
         wanted = " ".join(f"'{name}>={bounds[name]}'" for name in old)
         raise UntriedVersionError(
-            f"older than what windkern was tried with: {installed}; run: python -m pip install {wanted}"
+            f"older than the releases windkern was tested with: {installed}; run: python -m pip install {wanted}"
         )
 
 

@@ -43,7 +43,7 @@ class World:
         """Do `work` on the first process and return its result on all of them. If it fails, all raise.
 
         Raises:
-            AnotherProcessError: on the others, where it failed on the first.
+            AnotherProcessError: on the other processes, if it failed on the first.
         """
         result, error = None, None
         if self.is_main:
@@ -73,18 +73,18 @@ class World:
         together: bool = False,
         done: Callable[[Sequence[Item]], None] = lambda items: None,
     ) -> list[Result]:
-        """Do `work` for each item on one process or another; returns all results, in order, on every process.
+        """Do `work` for each item on one of the processes, and return all results, in order, on every process.
 
         Args:
             items: the same on every process.
             work: called with items k with k % size == rank; its results are pickled between processes.
-            together: every process calls `work` equally often (the last item again where there are too few), because
-                the calls talk to each other, as the forwards of a sharded model do.
-            done: told, after each item of this process, which items all processes together have done meanwhile.
+            together: every process calls `work` equally often (with the last item again if there are too few),
+                because the calls communicate, as the forwards of a sharded model do.
+            done: called after each item of this process with the items that all processes take in that round.
 
         Raises:
-            AnotherProcessError: `work` failed on another process, which raises what it met. (With `together` that one
-                raises at once: the others wait for it inside their calls, until its end breaks the connection.)
+            AnotherProcessError: `work` failed on another process, which raises its own error. (With `together` that
+                process raises at once; the others wait inside their calls until its end breaks the connection.)
         """
         rounds = -(-len(items) // self.size)
         found: list[tuple[int, Result]] = []
@@ -103,7 +103,7 @@ class World:
                 error = caught
                 break
         if self.size > 1:
-            parts = gather_object([(error is not None, found)])  # one of every process
+            parts = gather_object([(error is not None, found)])  # one from every process
             if error is not None:
                 raise error
             if any(failed for failed, _ in parts):

@@ -48,7 +48,7 @@ class ValueModel(nn.Module):
 
     Neither the logits nor one matrix of both heads is ever made: the heads are two blocks of one walk over the
     vocabulary, which adds both products in one float32 slab. Nothing penalises the size of z_value; a penalty on
-    mean(z_value^2) would need the two products apart.
+    mean(z_value^2) would need the two products separately.
 
     A value model trained on one base can be put on another base with the same tokenizer (`from_pretrained`). The caller
     must know that the tokenizers agree: two heads of one size can mean different tokens.
@@ -96,7 +96,9 @@ class ValueModel(nn.Module):
             )
         _check_pair(hf.hidden_and_head(base), hf.hidden_and_head(value))
         if {id(each) for each in base.parameters()} & {id(each) for each in value.parameters()}:
-            raise ValueError("base and value must not share parameters: the base's are frozen, the value model's not")
+            raise ValueError(
+                "base and value must not share parameters: the base's are frozen, the value model's are not"
+            )
         self.base: Any = base.requires_grad_(False)
         self.value = value
         self.memory_budget, self.backend = memory_budget, backend
@@ -202,14 +204,14 @@ class ValueModel(nn.Module):
         Args:
             input_ids: (S, P) int64, prompts padded on the left.
             attention_mask: (S, P) bool or 0 and 1; 0 for padding.
-            options: of `base.generate`. Sampling and greedy decoding work; beams and assisted decoding do not.
+            options: options of `base.generate`. Sampling and greedy decoding work; beams and assisted decoding do not.
 
         Returns:
             What `base.generate` returns: (S, P + T) int64 unless asked for more.
 
         Raises:
             ValueError: `attention_mask` does not fit or attends to nothing in some row's last column.
-            RuntimeError: the way of decoding does not grow all sequences by one token each step.
+            RuntimeError: decoding does not extend all sequences by one token in each step.
         """
         check_shape("attention_mask", check_tensor("attention_mask", attention_mask), shape_of(input_ids))
         if not bool(attention_mask[:, -1:].all()):
@@ -236,8 +238,8 @@ class ValueModel(nn.Module):
         """Write the value model alone, in the form transformers reads, and a file that names its base.
 
         Args:
-            folder: made if it does not exist.
-            base_name: folder or hub id of the base; None takes what transformers loaded it from.
+            folder: created if it does not exist.
+            base_name: folder or hub id of the base; None: where transformers loaded it from.
         """
         folder = Path(folder)
         self.value.save_pretrained(folder)
@@ -260,9 +262,9 @@ class ValueModel(nn.Module):
 
         Args:
             folder: what `save_pretrained` wrote.
-            base: a model, or the folder or hub id of one, of the same tokenizer; None is the one it was trained on.
-            dtype: of the value model, and of a base that is loaded by name. None: that of a base given as a model,
-                else what the value model was saved in.
+            base: a model, or the folder or hub id of one, with the same tokenizer; None: the one it was trained on.
+            dtype: dtype of the value model, and of a base that is loaded by name. None: that of a base given as a
+                model, else what the value model was saved in.
             options: memory_budget, backend.
 
         Raises:
@@ -288,7 +290,7 @@ class ValueLogits(LogitsProcessor):
 
     Args:
         value: causal LM in eval mode.
-        attention_mask: (S, P) of the prompts, padded on the left. Each may be answered several times in a row.
+        attention_mask: (S, P) mask of the prompts, padded on the left. Each may be answered several times in a row.
 
     Raises:
         RuntimeError: when called, sequences are not one token longer than the last time.

@@ -47,8 +47,8 @@ def nll_per_token(
         demonstrations: pairs (prompt, answer), at least one.
         collate: makes batches of them.
         batch_size: demonstrations scored at a time.
-        device: of the models.
-        advance: told how many more demonstrations have been scored.
+        device: device of the models.
+        advance: called with the number of demonstrations just scored.
 
     Raises:
         ValueError: there are no demonstrations.
@@ -74,7 +74,7 @@ def check_same_tokens(base: Any, value: Any, names: tuple[str, str]) -> None:
         names: what to call them.
 
     Raises:
-        ValueError: they disagree; the message shows a token.
+        ValueError: the tokenizers disagree; the message shows a token.
     """
     ours, theirs = base.get_vocab(), value.get_vocab()
     moved = [token for token, place in ours.items() if theirs.get(token, place) != place]
@@ -93,7 +93,7 @@ def check_same_tokens(base: Any, value: Any, names: tuple[str, str]) -> None:
 
 
 def _dtypes(config: ValueConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of base and value model: the trained weights stay float32, autocast computes in 16 bits."""
+    """Return the dtypes of base and value model: the trained weights stay float32, autocast computes in 16 bits."""
     low = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
     return low, torch.float32
 
@@ -190,7 +190,7 @@ def draw(path: Path, content: dict) -> None:
 
 
 def _plan(config: ValueConfig, measured: int, trained: int) -> dict[tuple[str, str], float]:
-    """The phases of a run and their estimated costs in scored demonstrations, as `Forecast` takes them."""
+    """Return the phases of a run and their estimated costs in scored demonstrations, as `Forecast` takes them."""
     epochs = config.num_train_epochs
     if config.max_steps > 0:
         each = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -203,7 +203,7 @@ def _plan(config: ValueConfig, measured: int, trained: int) -> dict[tuple[str, s
 
 
 def _named(config: ValueConfig) -> tuple[str, str, str]:
-    """The base, the value model and the demonstrations, which must all be set."""
+    """Return the names of base, value model and demonstrations, which must all be set."""
     found = []
     for name in ("base_model", "value_model", "train_demonstrations"):
         value = getattr(config, name)

@@ -1,4 +1,4 @@
-"""ValueConfig and ValueTrainer: fitting a value model to demonstrations with transformers' Trainer."""
+"""Fit a value model to demonstrations with transformers' Trainer: ValueConfig and ValueTrainer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class ValueConfig(TrainingArguments):
         "vocabulary size. It must be set.",
     )
     train_demonstrations: str | None = setting(
-        None, "Prompts with answers to imitate: a .jsonl or .json file, or hub:NAME[:SPLIT]. It must be set."
+        None,
+        "Prompts with answers to imitate: a .jsonl, .json, .csv, .tsv or .parquet file, or hub:NAME[:SPLIT[:COLUMN]]. "
+        "It must be set.",
     )
     eval_demonstrations: str | None = setting(
         None, "Prompts with answers to measure on, before and after. None: the training demonstrations."
@@ -65,7 +67,7 @@ class ValueConfig(TrainingArguments):
     )
     memory_budget: int | None = setting(
         None,
-        "Bytes that log-probs may allocate beside outputs and gradients, at least 1. None: 2 GiB on a GPU and 256 MiB "
+        "Bytes that log-probs may allocate besides outputs and gradients, at least 1. None: 2 GiB on a GPU and 256 MiB "
         "on a CPU, as in windkern.token_logps.",
     )
     backend: str = setting(
@@ -94,7 +96,7 @@ class ValueConfig(TrainingArguments):
 
 
 class DemonstrationCollator:
-    """Make a batch of demonstrations: prompts are padded on the left, answers with their end token on the right.
+    """Makes batches of demonstrations: prompts are padded on the left, answers with their end token on the right.
 
     Args:
         tokenizer: the one that base and value model share.
@@ -105,7 +107,7 @@ class DemonstrationCollator:
         self.tokenizer, self.max_completion_length = tokenizer, max_completion_length
 
     def __call__(self, demonstrations: Sequence) -> dict[str, Tensor]:
-        """Args: pairs (prompt, answer). Returns: what `ValueModel.forward` takes, and labels (-100: not scored)."""
+        """Return what `ValueModel.forward` takes of pairs (prompt, answer), and labels (-100: not scored)."""
         batch = completions_of_texts(
             self.tokenizer,
             [prompt for prompt, _ in demonstrations],
@@ -144,7 +146,7 @@ class ValueTrainer(AtomicCheckpoints, Trainer):
 
         L = - (1 / n) sum over answers y, tokens t of log softmax(z_base + z_value)[y_t],   n = tokens in the step
 
-    The sum of the paper's loss over tokens, divided by the tokens of the optimizer step (over all micro-batches and
+    The paper's loss is summed over tokens and divided by the tokens of the optimizer step (over all micro-batches and
     processes), as transformers trains language models; so gradient accumulation equals the big batch. `eval_loss` is
     the mean over batches of each batch's mean.
 
@@ -160,7 +162,7 @@ class ValueTrainer(AtomicCheckpoints, Trainer):
 
     Raises:
         TypeError: `model` is not a ValueModel, or `args` is not a ValueConfig.
-        ValueError: more than one GPU in one process.
+        ValueError: one process sees more than one GPU.
     """
 
     args: ValueConfig

@@ -54,11 +54,11 @@ CASES = {
     "a setting of transformers": ({"weight_decay": 0.1}, r"weight_decay 0\.0 there, 0\.1 here"),
     "the weights": (
         {"model": lambda: other(1.01)},
-        r"weights of the model are others than when the run began, first in model\.layers\.1\.mlp\.up_proj\.weight",
+        r"weights of the model differ from those when the run began, first in model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "the reference": (
         {"given": lambda: {"ref_model": other(1.01)}},
-        r"weights of the reference are others than .* model\.layers\.1\.mlp\.up_proj\.weight",
+        r"weights of the reference differ from those .* model\.layers\.1\.mlp\.up_proj\.weight",
     ),
     "the dtype": ({"model": lambda: other().bfloat16()}, "dtype 'float32' there, 'bfloat16' here"),
     "fewer prompts": (
@@ -80,7 +80,7 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:no whole checkpoint")
+@pytest.mark.filterwarnings("ignore:no complete checkpoint")
 @pytest.mark.parametrize("name", CASES)
 def test_what_differs_is_said_in_words(begun, tmp_path, name):
     changes, message = CASES[name]
@@ -90,7 +90,7 @@ def test_what_differs_is_said_in_words(begun, tmp_path, name):
     assert str(tmp_path / "out") in str(caught.value) and "another output_dir" in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:no whole checkpoint", "ignore:`is_gradient_checkpointing`")
+@pytest.mark.filterwarnings("ignore:no complete checkpoint", "ignore:`is_gradient_checkpointing`")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -108,7 +108,7 @@ def test_every_setting_of_an_adapter_counts(tmp_path, changes, message):
         resume(tmp_path / "first", tmp_path, reference="adapter", given=given)
 
 
-@pytest.mark.filterwarnings("ignore:no whole checkpoint")
+@pytest.mark.filterwarnings("ignore:no complete checkpoint")
 def test_the_contents_of_recorded_responses_count(tmp_path):
     path = tmp_path / "r.jsonl"
     lines = [{"prompt": prompt, "responses": ["good", "bad", "a", "day"]} for prompt in PROMPTS]
@@ -193,11 +193,19 @@ DAMAGES = [
     ("a block is empty", lambda c: (c / BLOCK).write_text(""), r"block-0001\.json is damaged \(Expecting value"),
     ("a block is not UTF-8", lambda c: (c / BLOCK).write_bytes(b"\xff"), r"block-0001\.json is damaged \('utf-8'"),
     ("a block is something else", lambda c: (c / BLOCK).write_text("[1]"), r"block-0001\.json is damaged \(TypeError"),
-    ("blocks are exchanged", swap, r"block-000\d\.json is damaged \(it holds the prompts \[\d, \d\], its block has"),
+    (
+        "blocks are exchanged",
+        swap,
+        r"block-000\d\.json is damaged \(it holds the prompts \[\d, \d\], but its block has",
+    ),
     ("a text is lost", without_a_text, r"block-0000\.json is damaged \(ValueError: texts must hold 4 str values"),
     ("a verdict is cut", lambda c: cut(c / VERDICT), r"verdict-0001\.json is damaged \(.*" + BEGUN),
     ("a verdict lacks a row", without_a_row, r"verdict-0000\.json is damaged \(ValueError: prefs must hold 4 rows"),
-    ("a block is of another release", of_format_1, r"block-0001\.json is damaged \(ValueError: it has format 1, this"),
+    (
+        "a block is of another release",
+        of_format_1,
+        r"block-0001\.json is damaged \(ValueError: it has format 1, but this",
+    ),
     ("log-probs are cut", lambda c: cut(c / SCORED), r"scored\.json is damaged .*" + BEGUN),
     ("log-probs are others'", lambda c: changed(c / SCORED, old_logps=[[0.0]]), r"scored\.json is damaged \(old_logps"),
     ("log-probs lack a name", lambda c: (c / SCORED).write_text("{}"), r"scored\.json is damaged \(it must hold old_l"),
@@ -242,13 +250,13 @@ def test_a_run_of_an_older_release_is_refused(whole, tmp_path):
         (folder / "run.json").write_text(json.dumps(content))
 
     with pytest.raises(
-        ResumeError, match=r"another release of windkern \(.*run\.json has format 1, this release reads"
+        ResumeError, match=r"another release of windkern \(.*run\.json has format 1, but this release reads"
     ):
         goes_on(whole, tmp_path, 3, older)
 
 
 def test_rows_that_were_laid_out_otherwise_are_refused(whole, tmp_path):
-    with pytest.raises(ResumeError, match=r"layout\.json says .*'shared': True.*, and groups are laid out by"):
+    with pytest.raises(ResumeError, match=r"layout\.json holds .*'shared': True.*, but groups are now laid out by"):
         goes_on(whole, tmp_path, 3, lambda folder: changed(folder / "layout.json", mask_budget=7))
 
 
@@ -266,7 +274,9 @@ def test_what_has_been_fitted_is_not_made_again(whole, tmp_path, name):
 
 
 def test_without_what_says_which_run_it_is_nothing_goes_on(whole, tmp_path):
-    with pytest.raises(ResumeError, match=r"run\.json is missing, which says of what run the checkpoints in .* are"):
+    with pytest.raises(
+        ResumeError, match=r"run\.json is missing, which says which run the checkpoints in .* belong to"
+    ):
         goes_on(whole, tmp_path, 3, lambda folder: (folder / "run.json").unlink())
     assert (tmp_path / "out/completions" / BLOCK).is_file()
 

@@ -174,7 +174,8 @@ def test_a_refused_write(stopped, straight, monkeypatch, place, number):
     text = str(caught.value)
     assert os.strerror(number) in text and "--resume" in text and "\n" not in text
     assert (
-        f"cannot write {stopped / 'checkpoint-6'}" in text and f"{stopped / 'checkpoint-4'} is the last whole" in text
+        f"cannot write {stopped / 'checkpoint-6'}" in text
+        and f"{stopped / 'checkpoint-4'} is the last complete" in text
     )
     assert caught.value.errno == number
     assert steps(stopped) == [2, 4] and not list(stopped.glob(".saving*"))
@@ -306,7 +307,7 @@ def two_processes(folder):
             if rank == 1:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(CheckpointError, match=r"No space left on device; .*checkpoint-2 is the last whole"):
+    with pytest.raises(CheckpointError, match=r"No space left on device; .*checkpoint-2 is the last complete"):
         make(folder, Full, **options).train(resume_from_checkpoint=True)
     second = make(folder, **options)
     second.train(resume_from_checkpoint=True)

@@ -97,14 +97,14 @@ def test_json_lines_may_be_called_json(tmp_path):
 
 
 PLACES = [
-    ("p.csv", b"Why?\nHow?\n", r"p\.csv must have a column prompt or messages in its first line, it has Why\?"),
-    ("p.csv", b"prompt;answer\na;b\n", "it has prompt;answer"),
+    ("p.csv", b"Why?\nHow?\n", r"p\.csv must have a column prompt or messages in its first line, but has Why\?"),
+    ("p.csv", b"prompt;answer\na;b\n", "but has prompt;answer"),
     ("p.csv", b"prompt\n", "p.csv holds no prompts"),
     ("p.csv", b"", "p.csv holds no prompts"),
-    ("p.csv", b'prompt,id\n"a\nb",1\nc,d,2\n', "p.csv, line 4: got 3 cells, the first line names 2 columns"),
+    ("p.csv", b'prompt,id\n"a\nb",1\nc,d,2\n', "p.csv, line 4: got 3 cells, but the first line names 2 columns"),
     ("p.csv", b'prompt\n"a\nb', "p.csv, line 2: not CSV"),
     ("p.tsv", b'prompt\tid\na\t"b"c\n', "p.tsv, line 2: not TSV"),
-    ("p.csv", b"prompt,prompt\na,b\n", "column 'prompt' is there twice"),
+    ("p.csv", b"prompt,prompt\na,b\n", "column 'prompt' appears twice"),
     ("p.csv", b"messages\nrain\n", "p.csv, line 2, column messages: not JSON"),
     ("p.csv", b"prompt,id\n ,1\n", "p.csv, line 2: expected an object with a non-empty string"),
     (
@@ -113,11 +113,11 @@ PLACES = [
         r"prompts must come from \.jsonl, .* or hub:NAME, got .*p\.yaml; plain text.* ends in \.txt",
     ),
     ("p.jsonl.bz2", b"BZh91AY&SY", r"prompts must come from .*p\.jsonl\.bz2"),
-    ("p.parquet", b"PAR1\x15\x04\xff", "p.parquet: not Parquet that can be read"),
+    ("p.parquet", b"PAR1\x15\x04\xff", "p.parquet: not readable Parquet"),
     ("p.jsonl.gz", b"\x1f\x8b\x08\x08\xff", "p.jsonl.gz is not a complete gzip file"),
     ("p.jsonl.gz", gzip.compress(b'{"prompt": "rain"}', mtime=0)[:-6], "p.jsonl.gz is not a complete gzip file"),
     ("p.jsonl.gz", b'{"prompt": "rain"}', "p.jsonl.gz is not a complete gzip file"),
-    ("p.csv", b"PK\x03\x04\x14\xff", "p.csv must be UTF-8 text, but it begins as a zip archive or a spreadsheet does"),
+    ("p.csv", b"PK\x03\x04\x14\xff", "p.csv must be UTF-8 text, but it starts like a zip archive or a spreadsheet"),
     ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}', r"p\.jsonl must be UTF-8, .*line 2.*Windows-1252.*café"),
     ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), "p.jsonl must be UTF-8, but its byte-order mark is that of UTF-16"),
     ("p.txt", "rain".encode("utf-32"), "byte-order mark is that of UTF-32"),

@@ -177,7 +177,7 @@ def test_demonstrations_become_completions(tokenizer):
         (load_prompts, "p.json", '{"prompt": "b"}', 'p.json must hold a list.* got {"prompt": "b"}; JSON lines end in'),
         (load_prompts, "p.json", '["a",\n"b', "p.json, line 2: not JSON"),
         (load_prompts, "p.json", "[]", "p.json holds no prompts"),
-        (load_prompts, "p.txt", b"rain\xff", "p.txt must be UTF-8, got byte 4"),
+        (load_prompts, "p.txt", b"rain\xff", r"p.txt must be UTF-8, but byte 4 \(line 1\) is not"),
         (
             load_demonstrations,
             "p.txt",
@@ -259,10 +259,10 @@ def test_data_sets_of_the_hub_give_demonstrations(hub):
         (
             "hub:odd",
             ValueError,
-            "hub:odd must have the column prompt or messages, it has text, n; .* hub:odd:train:COL",
+            "hub:odd must have the column prompt or messages, but has text, n; .* hub:odd:train:COL",
         ),
-        ("hub:qa", ValueError, "hub:qa must have the column prompt or messages, it has question, answer; "),
-        ("hub:odd:train:txt", ValueError, "must have the column txt, it has text, n"),
+        ("hub:qa", ValueError, "hub:qa must have the column prompt or messages, but has question, answer; "),
+        ("hub:odd:train:txt", ValueError, "must have the column txt, but has text, n"),
         ("hub:odd:train:n", ValueError, 'hub:odd:train:n, row 0: expected .* got {"prompt": 4}'),
         ("hub:odd:train:text", ValueError, 'hub:odd:train:text, row 1: expected .* got {"prompt": ""}'),
     ],

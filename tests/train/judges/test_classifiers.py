@@ -219,7 +219,7 @@ def test_a_settings_file_can_say_what_an_error_asks_for(tmp_path):
     with pytest.raises(ValueError, match=r"key of judge_settings must be one of 'label', .* did you mean 'label'"):
         load_judge(f"reward-model:{folder}", settings={"lable": 1})
     for other in ("vader", "tiny_model:goodness"):
-        with pytest.raises(ValueError, match=r"judge_settings belong to .* pairrm:NAME"):
+        with pytest.raises(ValueError, match=r"judge_settings are for .* pairrm:NAME"):
             load_judge(other, settings={"label": 1})
 
 

@@ -87,7 +87,7 @@ def test_labels_must_say_what_they_mean():
         ModelReward(make_classifier(labels=2), tokenizer, label=2)
     with pytest.raises(ValueError, match="below the model's 1 labels, got 1"):
         ModelPreference(make_classifier(), tokenizer, label=1)
-    with pytest.raises(ValueError, match="none of \\['second'\\]"):
+    with pytest.raises(ValueError, match="but lacks \\['second'\\]"):
         ModelPreference(make_classifier(), tokenizer, template="{prompt} {first}")
     second = ModelReward(make_classifier(labels=2), tokenizer, label=1)(["a"], ["b"])
     assert second != ModelReward(make_classifier(labels=2), tokenizer, label=0)(["a"], ["b"])
@@ -155,7 +155,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
     [
         ("{oops", "line 2: not JSON"),
         ('{"text": 1}', 'line 2: expected an object with a string under "prompt"'),
-        ('{"prompt": "p", "responses": []}', '"responses" must be a list of one string or more'),
+        ('{"prompt": "p", "responses": []}', '"responses" must be a list of at least one string'),
         ('{"prompt": "p", "responses": ["a"], "rewards": [1, 2]}', '"rewards" must be a list of 1 finite numbers'),
         ('{"prompt": "p", "responses": ["a"], "rewards": [NaN]}', '"rewards" must be a list of 1 finite numbers'),
         ('{"prompt": "p", "responses": ["a", "b"], "prefs": [[0.5, 0.9]]}', '"prefs" must be a list of 2 lists'),
@@ -252,7 +252,7 @@ def test_recorded_responses_are_drawn_by_the_seed(tmp_path):
     draws = {seed: sampler.sample(PROMPTS[:1], 3, seed).texts[0] for seed in range(8)}
     assert draws[1] == sampler.sample(PROMPTS[:1], 3, 1).texts[0] and len(set(draws.values())) > 1
     assert all(len(set(group)) == 3 and set(group) <= {"good", "bad", "a day", "rain"} for group in draws.values())
-    with pytest.raises(ValueError, match="has 4 responses to 'the bus was', 5 are wanted"):
+    with pytest.raises(ValueError, match="has 4 responses to 'the bus was', but 5 are wanted"):
         sampler.sample(PROMPTS[:1], 5, 0)
     with pytest.raises(ValueError, match="has 0 responses to 'rain and'"):
         sampler.sample(PROMPTS, 1, 0)

@@ -128,7 +128,7 @@ def test_conversations_are_written_as_llm_blender_writes_them():
     found = PairRM(model, tokenizer)([chat], ["good"], ["rain"])[0]
     assert found == pytest.approx(float(torch.tensor(by_hand(model, source, *texts)).sigmoid()), abs=1e-6)
     odd = ChatPrompt([{"role": "user", "content": "a"}, {"role": "user", "content": "day"}])
-    with pytest.raises(ValueError, match="turns are the user's and the assistant's in turn"):
+    with pytest.raises(ValueError, match="turns alternate between user and assistant"):
         PairRM(model, tokenizer)([odd], ["good"], ["rain"])
 
 

@@ -66,12 +66,12 @@ def test_the_examples_run():
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (choice("good", reasoning_content="so bad"), "reasoning_content beside the content, .*so bad"),
-        (choice("good", reasoning="so bad"), "reasoning beside the content"),
-        (choice("good", reasoning_details=[{"text": "so"}]), "reasoning_details beside the content"),
-        (choice("good", tool_calls=[{"id": "1"}]), "tool_calls beside the content"),
-        (choice(None, tool_calls=[{"id": "1"}]), "tool_calls beside the content"),
-        (choice("", refusal="I will not."), "refusal beside the content, .*I will not"),
+        (choice("good", reasoning_content="so bad"), "reasoning_content besides the content, .*so bad"),
+        (choice("good", reasoning="so bad"), "reasoning besides the content"),
+        (choice("good", reasoning_details=[{"text": "so"}]), "reasoning_details besides the content"),
+        (choice("good", tool_calls=[{"id": "1"}]), "tool_calls besides the content"),
+        (choice(None, tool_calls=[{"id": "1"}]), "tool_calls besides the content"),
+        (choice("", refusal="I will not."), "refusal besides the content, .*I will not"),
         (choice(None), "content is null, not text .*a refusal"),
         (choice([{"type": "text", "text": "good"}]), "content is a list, not text.*good"),
         (choice(7), "content is a int, not text"),
@@ -106,7 +106,7 @@ def test_an_answer_of_another_form_is_quoted(serve, found, message):
         ("[" * 200_000, r"answered no JSON: \[\["),
         ("9" * 10_000, "answered no JSON: 999"),
         ("", "answered no JSON"),
-        (json.dumps({"choices": [choice(), choice()]}), "answered 2 completions, 1 wanted"),
+        (json.dumps({"choices": [choice(), choice()]}), "answered 2 completions, but 1 were wanted"),
     ],
 )
 def test_an_answer_that_is_not_one_is_quoted(serve, text, message):
@@ -185,8 +185,8 @@ def test_a_field_that_is_refused_is_left_out_and_said(serve, caplog, status):
     assert len(batch.texts) == 2 and len(bodies) == len(unknown) + 2  # the second prompt is asked without them at once
     assert set(bodies[0]) - set(bodies[-1]) == set(unknown)
     assert [name in caplog.text for name in (*unknown, "top_p")] == [True, True, True, False]
-    assert len(caplog.records) == len(unknown) + 1  # and that texts are encoded anew
-    assert caplog.text.count("encoded anew") == 1
+    assert len(caplog.records) == len(unknown) + 1  # and that texts are re-encoded
+    assert caplog.text.count("re-encoded") == 1
 
 
 def test_a_field_that_is_refused_without_its_name_is_found_too(serve, caplog):

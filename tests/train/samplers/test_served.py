@@ -115,10 +115,10 @@ def test_a_server_that_goes_on_with_the_previous_policy_is_an_error(serve, tmp_p
     sampler = sampler_of(server, tmp_path, "sglang" if kind == "sglang" else "vllm")
     sampler.update(model)
     sampler.sample(PROMPTS, 3, seed=0)
-    with pytest.raises(ServerError, match=r"given policy-0002-\w+ and still serves the policy before it: .* nats"):
+    with pytest.raises(ServerError, match=r"given policy-0002-\w+ but still serves the previous policy: .* nats"):
         sampler.update(moved(model))
     again = sampler_of(server, tmp_path, "sglang" if kind == "sglang" else "vllm")  # a run that was resumed
-    with pytest.raises(ServerError, match="still serves the policy before it"):
+    with pytest.raises(ServerError, match="but still serves the previous policy"):
         again.update(model)
 
 
@@ -137,9 +137,9 @@ def test_a_server_of_another_model_is_an_error(serve, tmp_path):
     with torch.no_grad():
         for value in other.parameters():
             value *= 2
-    with pytest.raises(ServerError, match=r"serves another model than the one that is trained: .* nats a token"):
+    with pytest.raises(ServerError, match=r"serves a different model from the one that is trained: .* nats a token"):
         sampler_of(serve(other), tmp_path).update(adapted())
-    with pytest.raises(ServerError, match="serves another model"):
+    with pytest.raises(ServerError, match="serves a different model"):
         sampler_of(serve(fault="base"), tmp_path / "2").update(moved(adapted(), 1.0))
 
 
@@ -182,7 +182,7 @@ def test_a_server_that_was_started_again_gets_its_policy(serve, tmp_path, kind, 
     sampler.received.clear()
     with caplog.at_level(logging.WARNING):
         after = sampler.sample(PROMPTS, 3, seed=1).texts
-    assert after == before and "was started again" in caplog.text and len(server.loaded) == 1
+    assert after == before and "was restarted" in caplog.text and len(server.loaded) == 1
 
 
 def test_whole_weights_lost_in_the_middle_are_given_and_drawn_again(serve, tmp_path):
@@ -321,12 +321,15 @@ def changed(**entries):
         (changed(token_ids=[5] * 7, finish_reason="length"), "of 7 tokens, where 6 were the limit"),
         (changed(token_ids=[5, 5], finish_reason="length"), "cut after 2 tokens, not 6"),
         (changed(token_ids=[5, 6], finish_reason="stop"), "ended with token 6, which is not one of"),
-        (changed(token_ids=[1, 5, 5, 5, 5, 5], finish_reason="length"), "went on behind its end token 1"),
+        (changed(token_ids=[1, 5, 5, 5, 5, 5], finish_reason="length"), "continues after its end token 1"),
         (changed(prompt_token_ids=[1]), "to another prompt"),
         (changed(logprobs={"token_logprobs": [0.0] * 9}), "log-probs that are not those of"),
         (changed(logprobs=[1]), "log-probs of another form"),
-        (lambda body, content: {**content, "model": "other"}, "answered as 'other', asked was 'base'"),
-        (lambda body, content: {**content, "choices": content["choices"] * 2}, "answered 4 completions, 2 wanted"),
+        (lambda body, content: {**content, "model": "other"}, "answered as 'other', not as 'base'"),
+        (
+            lambda body, content: {**content, "choices": content["choices"] * 2},
+            "answered 4 completions, but 2 were wanted",
+        ),
         (lambda body, content: {**content, "choices": []}, "without completions"),
         (lambda body, content: {"error": "no"}, "without completions: .*no"),
         (lambda body, content: {**content, "choices": [7, 7]}, "without token_ids"),
@@ -375,10 +378,10 @@ def test_a_server_that_cannot_take_adapters_says_how_to_start_it(serve, tmp_path
     with pytest.raises(ServerError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"):
         sampler_of(server, tmp_path).update(adapted())
     server._load = lambda body: (500, '{"error": {"message": "LoRA rank 64 is greater than max_lora_rank 16."}}', {})
-    with pytest.raises(ServerError, match=r"has not taken the policy .*rank 64 is greater"):
+    with pytest.raises(ServerError, match=r"has not accepted the policy .*rank 64 is greater"):
         sampler_of(server, tmp_path).update(adapted())
     assert len(server.asked("/v1/load_lora_adapter")) == 2  # the same again would not help
-    with pytest.raises(ServerError, match="takes whole weights, and the policy is an adapter"):
+    with pytest.raises(ServerError, match="takes whole weights, but the policy is an adapter"):
         sampler_of(server, tmp_path / "2", "sglang").update(adapted())
 
 

@@ -89,7 +89,7 @@ def test_a_server_that_goes_on_with_the_previous_weights_is_an_error(mocked, ser
     model, sampler = make_model(), sampler_of(server, tmp_path)
     sampler.update(model)
     sampler.sample(["the bus was", "rain"], 3, seed=0)
-    with pytest.raises(ServerError, match="still serves the policy before it"):
+    with pytest.raises(ServerError, match="but still serves the previous policy"):
         sampler.update(moved(model))
 
 
@@ -128,7 +128,7 @@ def test_what_it_needs_is_said(server, monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="needs a GPU for the policy"):
             NcclTransfer(root)
     for settings, message in (
-        ({"address": "host"}, "address belongs to transfer: nccl"),
+        ({"address": "host"}, "address needs transfer: nccl"),
         ({"transfer": "ncl"}, "did you mean 'nccl'"),
     ):
         with pytest.raises(ValueError, match=message):

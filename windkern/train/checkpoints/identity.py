@@ -25,9 +25,15 @@ from windkern.train.store import FORMAT
 # Settings that may change on resume. More iterations are fine, but stretch a schedule that depends on their number.
 _FREE = {*FREE, "num_iterations", "overwrite", "memory_budget", "backend", "remove_unused_columns"}
 _FREE |= {"sampler_settings", "log_completions"}
-_OF_A_PLACE = {"base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping"}  # of an adapter
+_OF_A_PLACE = {
+    "base_model_name_or_path",
+    "inference_mode",
+    "revision",
+    "peft_version",
+    "auto_mapping",
+}  # settings of an adapter
 _SAMPLES = 64  # values of a parameter that tell it from another checkpoint's
-_HEAD = 60  # characters of a prompt that are kept to show where two lists part
+_HEAD = 60  # characters of a prompt that are kept to show where two lists differ
 _SHOWN = 5  # differences that are named
 _RECORDED = "recorded:"
 
@@ -72,7 +78,7 @@ def _adapters(model: nn.Module) -> dict[str, object]:
     for name, adapter in (getattr(model, "peft_config", None) or {}).items():
         try:
             plain = type(adapter)().to_dict()
-        except (TypeError, ValueError):  # of a kind that has settings without defaults
+        except (TypeError, ValueError):  # a kind with settings that have no defaults
             plain = {}
         for key, value in adapter.to_dict().items():
             if key not in _OF_A_PLACE and (key in ("r", "lora_alpha") or value != plain.get(key)):
@@ -89,7 +95,7 @@ def outline_of(model: nn.Module) -> dict:
     """Describe a model without reading its weights: name, dtype, counts of parameters, adapters."""
     counts = {True: 0, False: 0}
     for value in model.parameters():
-        counts[value.requires_grad] += getattr(value, "ds_numel", value.numel())  # ZeRO-3 leaves none here
+        counts[value.requires_grad] += getattr(value, "ds_numel", value.numel())  # ZeRO-3 leaves no elements here
     found: dict[str, object] = {"model": name_of(model)}
     found |= {"trained_parameters": counts[True], "frozen_parameters": counts[False]}
     found["dtype"] = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in model.parameters()}))
@@ -135,10 +141,10 @@ def identity_of(
         config: settings of the run.
         model: the policy at its start.
         tokenizer: the policy's tokenizer.
-        reference: a second model, where there is one.
+        reference: the second model, if there is one.
         prompts: strings or `Demonstration`s, whose answers count, too.
         heldout: held-out prompts.
-        judge: name of the judge, and its strength where it has one.
+        judge: name of the judge, and its strength if it has one.
         processes: number of processes.
         weights: `fingerprint`s by the names of the models.
     """
@@ -190,12 +196,12 @@ def _of_texts(name: str, there: str | None, here: str | None) -> str:
 
 
 def _of_weights(name: str, there: dict, here: dict) -> str | None:
-    if not there or not here or there == here:  # a model that one of the two has only is a difference of settings
+    if not there or not here or there == here:  # a model that only one of the two has is a difference of settings
         return None
     if alone := next((key for key in [*there, *here] if (key in there) != (key in here)), None):
         return f"weights of the {name}: {alone} is only {'there' if alone in there else 'here'}"
     first = next(key for key in here if there[key] != here[key])
-    return f"weights of the {name} are others than when the run began, first in {first}"
+    return f"weights of the {name} differ from those when the run began, first in {first}"
 
 
 def _differences(theirs: dict, ours: dict) -> list[str]:
@@ -230,13 +236,13 @@ def check_same(theirs: object, ours: dict, where: str, file: Path) -> None:
         file: file that `theirs` was read from.
 
     Raises:
-        ResumeError: names what differs, with both values.
+        ResumeError: they differ; the message names what, with both values.
         DamagedRecordError: `theirs` is not an identity.
     """
     if isinstance(theirs, dict) and "settings" in theirs and theirs.get("format") != FORMAT:
         raise ResumeError(
-            f"{where} was written by another release of windkern ({file} has format {theirs.get('format', 1)}, this "
-            f"release reads {FORMAT}); finish it with that release, or start another run in another output_dir"
+            f"{where} was written by another release of windkern ({file} has format {theirs.get('format', 1)}, but "
+            f"this release reads {FORMAT}); finish it with that release, or start another run in another output_dir"
         )
     try:
         said = _differences(cast(dict, theirs), ours)
@@ -245,6 +251,6 @@ def check_same(theirs: object, ours: dict, where: str, file: Path) -> None:
     if said:
         more = f"; and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
         raise ResumeError(
-            f"{where} is of another run ({'; '.join(said[:_SHOWN])}{more}); resume with its settings, or start another "
-            "run in another output_dir"
+            f"{where} belongs to another run ({'; '.join(said[:_SHOWN])}{more}); resume with its settings, or start "
+            "another run in another output_dir"
         )

@@ -1,4 +1,4 @@
-"""Give a run its output folder for itself: refuse a second process that wants to write there."""
+"""Lock the output folder of a run: refuse a second process that wants to write there."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def _holder(descriptor: int, path: Path) -> str:
         found = json.loads(os.pread(descriptor, 4096, 0))
         pid, host, since = found["pid"], found["host"], found["since"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"another process is writing into {folder}; wait for its end, or take another output_dir"
+        return f"another process is writing into {folder}; wait until it ends, or use another output_dir"
     who = f"process {pid} on {host} has been writing into {folder} since {since}"
     if host == socket.gethostname():
-        return f"{who}; wait for its end, or take another output_dir"
+        return f"{who}; wait until it ends, or use another output_dir"
     return (
-        f"{who}; wait for its end, or take another output_dir. (If that machine has crashed, the server of a network "
-        f"file system lets go of its lock after some time, or delete {path})"
+        f"{who}; wait until it ends, or use another output_dir. (If that machine has crashed, the server of a network "
+        f"file system releases its lock after some time; or delete {path})"
     )
 
 
@@ -66,12 +66,13 @@ def owned(folder: str | os.PathLike, warn: Callable[[str], None]) -> Iterator[No
 
     The lock is flock's on `folder/.lock`, which names its holder. The kernel releases it when the process ends, so a
     killed or requeued run can resume at once. On a network file system it holds between machines only if that file
-    system's locks do: Linux NFS locks hold, and after the crash of a machine wait for its server; mounts with `nolock`
-    or `local_lock`, and Lustre without `flock`, have local locks. The same thread may own the folder again inside.
+    system's locks do: Linux NFS locks hold, and after the crash of a machine they wait for its server; mounts with
+    `nolock` or `local_lock`, and Lustre without `flock`, have local locks. The same thread may own the folder again
+    inside.
 
     Args:
-        folder: made where it is missing.
-        warn: told, in one line, if the file system has no locks.
+        folder: created if it is missing.
+        warn: called with one line if the file system has no locks.
 
     Raises:
         FolderInUseError: another process, or another thread of this one, owns it.
@@ -114,11 +115,11 @@ def _take(descriptor: int, path: Path, warn: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def owned_by_run(args: TrainingArguments, warn: Callable[[str], None]) -> Iterator[None]:
-    """`owned(args.output_dir)` for all processes of a run: the first one holds the lock.
+    """Own `args.output_dir` for all processes of a run; the first one holds the lock.
 
     Raises:
         FolderInUseError, OSError: as `owned`, on the first process.
-        AnotherProcessError: on the others, then.
+        AnotherProcessError: on the other processes, if the first has failed.
     """
     with contextlib.ExitStack() as stack:
 

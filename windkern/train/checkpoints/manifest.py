@@ -52,7 +52,7 @@ def verify(folder: Path, contents: bool = True) -> None:
         contents: whether to compare sha256; False compares sizes only, and reads only the manifest.
 
     Raises:
-        CorruptCheckpointError: says which file and what is wrong with it.
+        CorruptCheckpointError: a file is missing or damaged; the message says which, and how.
     """
     try:
         if (folder / MANIFEST).exists():
@@ -70,7 +70,7 @@ def _verify_listed(folder: Path, contents: bool) -> None:
         if not path.is_file():
             raise CorruptCheckpointError(f"{name} is missing")
         if (size := path.stat().st_size) != written["size"]:
-            raise CorruptCheckpointError(f"{name} has {size} bytes, {written['size']} were written")
+            raise CorruptCheckpointError(f"{name} has {size} bytes, but {written['size']} were written")
         if contents and _digest(path) != written["sha256"]:
             raise CorruptCheckpointError(f"{name} is not what was written (sha256 differs)")
 
@@ -80,7 +80,7 @@ def _verify_plain(folder: Path) -> None:
         raise CorruptCheckpointError(f"no {MANIFEST} and no trainer_state.json")
     step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     if (match := _NAME.fullmatch(folder.name)) and int(match[1]) != step:
-        raise CorruptCheckpointError(f"trainer_state.json is of step {step}")
+        raise CorruptCheckpointError(f"trainer_state.json is from step {step}")
     indices = list(folder.glob("*.index.json"))
     for index in indices:
         for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
@@ -99,10 +99,10 @@ def _verify_plain(folder: Path) -> None:
 
 
 def verify_safetensors(path: Path) -> None:
-    """Check that a safetensors file is as long as its head says, without reading its tensors.
+    """Check that a safetensors file is as long as its header says, without reading its tensors.
 
     Raises:
-        CorruptCheckpointError: it is not; the message names the file.
+        CorruptCheckpointError: the length differs; the message names the file.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")  # length of the header, which follows
@@ -111,7 +111,9 @@ def verify_safetensors(path: Path) -> None:
         header = json.loads(file.read(length))
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     if 8 + length + end != path.stat().st_size:
-        raise CorruptCheckpointError(f"{path.name} has {path.stat().st_size} bytes, its header says {8 + length + end}")
+        raise CorruptCheckpointError(
+            f"{path.name} has {path.stat().st_size} bytes, but its header says {8 + length + end}"
+        )
 
 
 def by_step(output_dir: str | os.PathLike) -> list[Path]:
@@ -125,7 +127,7 @@ def latest_checkpoint(output_dir: str | os.PathLike, warn: Callable[[str], None]
 
     Args:
         output_dir: holds `checkpoint-N` folders; may not exist.
-        warn: told "skipping ...: reason" for each checkpoint that is passed over, half-written ones included.
+        warn: called with "skipping ...: reason" for each checkpoint that is skipped, half-written ones included.
 
     Example:
         >>> print(latest_checkpoint("runs/none-yet", print))

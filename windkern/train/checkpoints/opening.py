@@ -13,7 +13,7 @@ from windkern.train.checkpoints.manifest import by_step, latest_checkpoint
 from windkern.train.config import WindConfig
 from windkern.train.store import GroupStore
 
-RUN = "run.json"  # says which run a folder is of
+RUN = "run.json"  # says which run a folder belongs to
 
 
 def check_unused(output_dir: Path, *, overwrite: bool) -> list[Path]:
@@ -25,22 +25,22 @@ def check_unused(output_dir: Path, *, overwrite: bool) -> list[Path]:
     found = sorted(output_dir.glob("checkpoint-*"))
     if found and not overwrite:
         raise ValueError(
-            f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it (--resume), or take "
+            f"{output_dir} holds checkpoints of an earlier run ({found[-1].name}); resume it (--resume), or use "
             "another output_dir, or set overwrite to true to delete them"
         )
     return found
 
 
 def check_first(step: int, output_dir: str | Path, resume: str | bool | None) -> None:
-    """Raise where a trainer whose model has moved is about to begin anew.
+    """Raise if a trainer that has already trained is about to start from the beginning.
 
     Args:
         step: optimizer steps that the trainer has taken.
         output_dir: folder of its run.
-        resume: whether, or from which checkpoint, it is resumed.
+        resume: whether to resume, or the checkpoint to resume from.
 
     Raises:
-        ValueError: it has taken steps, and there is no checkpoint to resume from.
+        ValueError: the trainer has taken steps, and there is no checkpoint to resume from.
     """
     if step and (not resume or (resume is True and latest_checkpoint(output_dir, lambda line: None) is None)):
         raise ValueError(
@@ -60,12 +60,12 @@ def open_run(
         config: settings of the run; the function is called on the first process.
         store: groups of the run.
         identity: see `identity_of`.
-        resume: whether, or from which checkpoint, a run is resumed.
-        warn: told, in one line, what a user should know.
+        resume: whether to resume, or the checkpoint to resume from.
+        warn: called with one line that a user should know.
 
     Raises:
-        ResumeError: what is there is of another run, or nothing says of which.
-        DamagedRecordError: what says so is damaged.
+        ResumeError: the files there belong to another run, or nothing says to which.
+        DamagedRecordError: the file that says so is damaged.
         ValueError: as `check_unused`.
     """
     output, path = Path(cast(str, config.output_dir)), store.folder / RUN  # transformers fills it in
@@ -84,11 +84,11 @@ def open_run(
             check_same(found, identity, str(place), file)
             known = True
     if not known and checkpoint is not None:
-        warn(f"nothing says of which run {checkpoint} is; it is taken for one of this run")
+        warn(f"nothing says which run {checkpoint} belongs to; it is taken for one of this run")
     elif not known and by_step(output):
         raise ResumeError(
-            f"{path} is missing, which says of what run the checkpoints in {output} are; restore it, or start another "
-            "run in another output_dir"
+            f"{path} is missing, which says which run the checkpoints in {output} belong to; restore it, or start "
+            "another run in another output_dir"
         )
     if not path.is_file():
         if not known:

@@ -1,6 +1,6 @@
 """Write complete checkpoints of a `transformers.Trainer` or none, and verify them before use.
 
-transformers writes `checkpoint-N` in place: a kill or a full disk leaves half a folder, from which it resumes later.
+transformers writes `checkpoint-N` in place: a kill or a full disk leaves half a folder, from which it would resume.
 Here the files go to a hidden folder, get a manifest of digests, are flushed to the disk, and the folder is renamed.
 """
 
@@ -38,7 +38,7 @@ else:
     _Mixed = object
 
 _STAGING = ".saving-"
-# What torch.save and safetensors say, as RuntimeError and SafetensorError, where the system refused a write.
+# What torch.save and safetensors say, as RuntimeError and SafetensorError, if the system refused a write.
 _FAILED_WRITE = ("PytorchStreamWriter failed", "unexpected pos", "I/O error", "No space left", "File too large")
 
 
@@ -57,7 +57,7 @@ def _reason(error: BaseException) -> str | None:
             return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__
     # Reason: what torch says names a line of its source.
-    return "the system did not take all of a file" if "unexpected pos" in said or "Pytorch" in said else said
+    return "the system did not write all of a file" if "unexpected pos" in said or "Pytorch" in said else said
 
 
 class AtomicCheckpoints(_Mixed):
@@ -66,9 +66,9 @@ class AtomicCheckpoints(_Mixed):
     `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, or starts from the beginning with
     a warning if there is none. A path is verified too. Rank 0 chooses for all.
 
-    All ranks write to `.saving-checkpoint-N`; the main process renames it when every rank is done. Where one rank
-    fails, all raise. (Under FSDP and DeepSpeed writing is itself collective: the rank that fails raises at once, and
-    the launcher ends those that wait for it.) `save_total_limit` counts whole checkpoints first, so that with 2 or more
+    All ranks write to `.saving-checkpoint-N`; the main process renames it when every rank is done. If one rank fails,
+    all raise. (Under FSDP and DeepSpeed writing is itself collective: the rank that fails raises at once, and the
+    launcher ends those that wait for it.) `save_total_limit` counts complete checkpoints first, so that with 2 or more
     there is one to go back to; the best one is always kept. Pushes to the hub start after the rename.
 
     Example:
@@ -78,10 +78,10 @@ class AtomicCheckpoints(_Mixed):
     Raises:
         FolderInUseError: another process trains in this folder; see `windkern.train.checkpoints.lock.owned`.
         CheckpointError: the disk is full, over quota or read-only; the half-written folder has been removed.
-        CorruptCheckpointError: `train` was given the path of a checkpoint that is not what was written.
+        CorruptCheckpointError: `train` was given the path of a checkpoint that is damaged.
     """
 
-    notices = Notices(Unobserved())  # told, on the first process, what a person should know about checkpoints
+    notices = Notices(Unobserved())  # receives, on the first process, what a user should know about checkpoints
     _staging: Path | None = None  # while a checkpoint is being written
     _to_push: bool = False
 
@@ -112,7 +112,7 @@ class AtomicCheckpoints(_Mixed):
 
         def write() -> None:
             self._staging = staging
-            # Hazard: with a best step transformers waits at a barrier, where a rank that failed would not come, and
+            # Hazard: with a best step transformers waits at a barrier, which a failed rank would not reach, and
             # takes the path in the staging folder for that of the best checkpoint.
             self.state.best_global_step = 0
             try:
@@ -165,7 +165,7 @@ class AtomicCheckpoints(_Mixed):
         if error is not None and _reason(error) is None:
             raise error
         last = latest_checkpoint(target.parent, lambda line: None)
-        left = f"{last} is the last whole one" if last else "there is no earlier one"
+        left = f"{last} is the last complete one" if last else "there is no earlier one"
         problem = CheckpointError(f"cannot write {target}: {failed}; {left}; free space there and resume with --resume")
         problem.errno = getattr(error, "errno", None)
         raise problem from error
@@ -214,7 +214,7 @@ class AtomicCheckpoints(_Mixed):
                     answer[0] = str(found) if found else None
                     if found is None:
                         self.notices(
-                            f"no whole checkpoint in {self.args.output_dir}: starting from the first step, with the "
+                            f"no complete checkpoint in {self.args.output_dir}: starting from the first step, with the "
                             "responses that are there"
                         )
                 else:

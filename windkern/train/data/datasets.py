@@ -17,7 +17,7 @@ class PromptSets:
 
     Attributes:
         train: training prompts, strings or `ChatPrompt`s.
-        demonstrations: each of them with its answer; empty if the loss learns from none.
+        demonstrations: each training prompt with its answer; empty if the loss uses none.
         heldout: prompts for evaluations.
     """
 
@@ -82,7 +82,7 @@ def _rows(name: str, rows: Iterable) -> list:
     """Return all rows. An iterator is read once."""
     if isinstance(rows, Mapping):  # as `datasets.load_dataset` returns without split=
         keys = ", ".join(map(repr, rows)) or "nothing"
-        raise TypeError(f"{name} must hold rows, got a {type(rows).__name__} with {keys}; take one of its splits")
+        raise TypeError(f"{name} must hold rows, got a {type(rows).__name__} with {keys}; pass one of its splits")
     if isinstance(rows, (str, bytes)):
         raise TypeError(
             f"{name} must hold rows, got {type(rows).__name__} {shown(rows)}; put a single prompt in a list"

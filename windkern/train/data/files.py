@@ -25,12 +25,12 @@ HUB = "hub:"
 ANSWERS = ("answer", "completion", "response")  # keys of a demonstration's answer
 PROMPTS = ("prompt", "messages")
 _NESTED = ("messages", "responses", "rewards", "prefs")  # a cell of CSV or TSV holds these as JSON
-COLUMNS = ("prompt", *_NESTED, *ANSWERS)  # what anything here is made of
+COLUMNS = ("prompt", *_NESTED, *ANSWERS)  # all columns that are read
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _TEXTS = (".txt", ".md", "")
-READ = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, each also with .gz behind it"
+READ = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, each optionally followed by .gz"
 _LONGEST_CELL = 2**31 - 1  # csv's own limit is 128 KiB
 _MARKS = {  # the longer of two that begin alike comes first
     b"\xff\xfe\x00\x00": "UTF-32",
@@ -56,12 +56,12 @@ def decoded(data: bytes, name: str) -> str:
         name: name of the file, for messages.
 
     Raises:
-        ValueError: it is something else; the message says what, as far as that can be told.
+        ValueError: the file is not UTF-8; the message says what it is, as far as that can be told.
 
     Example:
         >>> decoded(b"caf\\xe9", "menu.txt")
         Traceback (most recent call last):
-        ValueError: menu.txt must be UTF-8, got byte 3 (line 1) that is not; as Windows-1252 it would read 'caf\u00e9'
+        ValueError: menu.txt must be UTF-8, but byte 3 (line 1) is not; as Windows-1252 it would read 'caf\u00e9'
     """
     if kind := next((kind for mark, kind in _MARKS.items() if data.startswith(mark)), None):
         raise ValueError(f"{name} must be UTF-8, but its byte-order mark is that of {kind}; save it as UTF-8")
@@ -69,13 +69,12 @@ def decoded(data: bytes, name: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if kind := next((kind for begin, kind in _BINARY.items() if data.startswith(begin)), None):
-            raise ValueError(f"{name} must be UTF-8 text, but it begins as {kind} does") from None
+            raise ValueError(f"{name} must be UTF-8 text, but it starts like {kind}") from None
         line = data.count(b"\n", 0, error.start) + 1
         start = max(data.rfind(b"\n", 0, error.start) + 1, error.start - 20)
         near = data[start : error.start + 20].split(b"\n")[0].decode("cp1252", "replace")
         raise ValueError(
-            f"{name} must be UTF-8, got byte {error.start} (line {line}) that is not; as Windows-1252 it would read "
-            f"{near!r}"
+            f"{name} must be UTF-8, but byte {error.start} (line {line}) is not; as Windows-1252 it would read {near!r}"
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -95,7 +94,7 @@ def _json(text: str, place: str, hint: str = "") -> object:
 
 
 def json_lines(text: str, name: str) -> Iterator[tuple[str, object]]:
-    """Return the rows of JSON lines; empty lines are skipped."""
+    """Yield the rows of JSON lines; empty lines are skipped."""
     # Reason: str.splitlines would also cut at characters that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -107,13 +106,15 @@ def _json_list(text: str, name: str) -> Rows:
     try:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):  # JSON lines under the name of .json
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):  # JSON lines in a file named .json
             return json_lines(text, name)
         raise ValueError(f"{name}, line {error.lineno}: not JSON ({error.msg})") from None
     except (RecursionError, ValueError):
-        entries = _json(text, name)  # says which
+        entries = _json(text, name)  # raises with its own message
     if not isinstance(entries, list):
-        raise ValueError(f"{name} must hold a list, one entry a prompt, got {shown(entries)}; JSON lines end in .jsonl")
+        raise ValueError(
+            f"{name} must hold a list, one entry per prompt, got {shown(entries)}; JSON lines end in .jsonl"
+        )
     return (
         (f"{name}, entry {number}", {"prompt": entry} if isinstance(entry, (str, list)) else entry)
         for number, entry in enumerate(entries, start=1)
@@ -122,9 +123,9 @@ def _json_list(text: str, name: str) -> Rows:
 
 def _check_columns(names: Sequence[str], name: str, where: str) -> None:
     if twice := next((each for each in names if names.count(each) > 1), None):
-        raise ValueError(f"{name}: column {twice!r} is there twice")
+        raise ValueError(f"{name}: column {twice!r} appears twice")
     if not set(names) & set(PROMPTS):
-        raise ValueError(f"{name} must have a column prompt or messages{where}, it has {', '.join(names) or 'none'}")
+        raise ValueError(f"{name} must have a column prompt or messages{where}, but has {', '.join(names) or 'none'}")
 
 
 def _table_rows(text: str, name: str, delimiter: str) -> Iterator[tuple[str, object]]:
@@ -141,7 +142,7 @@ def _table_rows(text: str, name: str, delimiter: str) -> Iterator[tuple[str, obj
                 _check_columns(names, name, " in its first line")
                 continue
             if len(cells) != len(names):
-                raise ValueError(f"{place}: got {len(cells)} cells, the first line names {len(names)} columns")
+                raise ValueError(f"{place}: got {len(cells)} cells, but the first line names {len(names)} columns")
             given = {key: cell if cell.strip() else None for key, cell in zip(names, cells, strict=True)}
             row: dict[str, object] = {
                 key: cell if cell is None or key not in _NESTED else _json(cell, f"{place}, column {key}")
@@ -169,7 +170,7 @@ def _parquet_rows(data: bytes, name: str) -> Iterator[tuple[str, object]]:
                 yield f"{name}, row {number}", row
                 number += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: not Parquet that can be read ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{name}: not readable Parquet ({' '.join(str(error).split())})") from None
 
 
 def _unpacked(path: Path) -> tuple[bytes, str]:
@@ -186,9 +187,9 @@ def _unpacked(path: Path) -> tuple[bytes, str]:
 
 
 def file_rows(path: Path, what: str, *, text: bool = False) -> Rows:
-    """Return the rows of a file, each an object as JSON has them, with its place.
+    """Return the rows of a file, each a JSON object with its place.
 
-        .jsonl .ndjson .jsonlines    an object a line
+        .jsonl .ndjson .jsonlines    one object per line
         .json                        a list; a string or a list in it stands for {"prompt": ...}
         .csv .tsv                    columns named in the first line; messages, responses, rewards and prefs in JSON
         .parquet                     columns; needs pyarrow
@@ -198,13 +199,14 @@ def file_rows(path: Path, what: str, *, text: bool = False) -> Rows:
 
     Args:
         path: path of the file.
-        what: it should hold, for messages.
-        text: whether plain text will do.
+        what: what the file should hold, for messages.
+        text: whether plain text is accepted.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another ending or encoding, or it is not what its ending says; the message names file and line.
-        MissingPackageError: Parquet, and pyarrow is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: the ending or encoding is unknown, or the content does not fit the ending; the message names file
+            and line.
+        MissingPackageError: the file is Parquet, and pyarrow is not installed.
     """
     name = str(path)
     if path.is_dir():
@@ -215,7 +217,7 @@ def file_rows(path: Path, what: str, *, text: bool = False) -> Rows:
     if ending == ".parquet":
         return _parquet_rows(data, name)
     if ending not in (*_LINES, ".json", *_TABLES, *(_TEXTS if text else ())):
-        plain = "; plain text, a prompt a line, ends in .txt, .md or nothing" if text else ""
+        plain = "; plain text, one prompt per line, ends in .txt, .md or nothing" if text else ""
         raise ValueError(f"{what} must come from {READ}, or {HUB}NAME, got {name}{plain}")
     content = decoded(data, name)
     if ending in _LINES:
@@ -229,7 +231,7 @@ def file_rows(path: Path, what: str, *, text: bool = False) -> Rows:
 
 
 def _hub_rows(source: str) -> Rows:
-    parts = re.split(r":(?![^\[]*\])", source.removeprefix(HUB))  # at colons that are not of a slice, train[:100]
+    parts = re.split(r":(?![^\[]*\])", source.removeprefix(HUB))  # at colons outside a slice such as train[:100]
     name, split, column = (*parts, *[""] * (3 - len(parts)))[:3]
     if not name or len(parts) > 3:
         raise ValueError(f"expected {HUB}NAME, {HUB}NAME:SPLIT or {HUB}NAME:SPLIT:COLUMN, got {source!r}")
@@ -243,8 +245,8 @@ def _hub_rows(source: str) -> Rows:
         raise kind(f"{source} cannot be loaded: {error}") from error
     if not set(data.column_names) & ({column} if column else set(PROMPTS)):
         raise ValueError(
-            f"{source} must have the column {column or 'prompt or messages'}, it has {', '.join(data.column_names)}; "
-            f"another one can be named: {HUB}{name}:{split or 'train'}:COLUMN"
+            f"{source} must have the column {column or 'prompt or messages'}, but has {', '.join(data.column_names)}; "
+            f"name another one as {HUB}{name}:{split or 'train'}:COLUMN"
         )
     known = (column,) if column else COLUMNS
     return _data_set_rows(data.select_columns([each for each in data.column_names if each in known]), source, column)

@@ -68,16 +68,16 @@ def _demonstration(record: object) -> Demonstration:
 def load_prompts(source: str | Path) -> list[str]:
     """Return the prompts of a file or of a data set of the hub: plain strings, and `ChatPrompt` for chat messages.
 
-        .jsonl .ndjson               an object a line, {"prompt": ...} or {"messages": [...]}
+        .jsonl .ndjson               one object per line, {"prompt": ...} or {"messages": [...]}
         .json                        a list of such objects, or of prompts
         .csv .tsv .parquet           columns of these names; in CSV and TSV messages are JSON
-        .txt .md, no ending          one prompt a line
-        hub:NAME[:SPLIT[:COLUMN]]    what datasets.load_dataset(NAME, split=SPLIT) has, a folder's name included
+        .txt .md, no ending          one prompt per line
+        hub:NAME[:SPLIT[:COLUMN]]    what datasets.load_dataset(NAME, split=SPLIT) returns; NAME may be a folder
 
     "prompt" is a string, or a list of {"role": ..., "content": ...} of which the last is not the assistant's.
     "messages", read where there is no "prompt", are a whole dialogue: an answer of the assistant at its end is left
-    out. A COLUMN of the hub holds strings or dialogues. A prompt that comes twice is returned twice, so
-    the source decides how often it is answered.
+    out. A COLUMN of the hub holds strings or dialogues. A prompt that occurs twice is returned twice,
+    so the source decides how often it is answered.
 
     Args:
         source: UTF-8 file, also compressed (.gz), in which empty lines are skipped, or a string that starts with hub:.
@@ -85,8 +85,8 @@ def load_prompts(source: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a file is of another kind, it holds no prompts, or an entry is not one (the message names its line
-            or row).
+        ValueError: the file is of another kind or holds no prompts, or an entry is not a prompt (the message names its
+            line or row).
         OSError: the data set cannot be loaded.
         MissingPackageError: a source of the hub without datasets installed, or Parquet without pyarrow.
     """
@@ -96,7 +96,7 @@ def load_prompts(source: str | Path) -> list[str]:
 def load_demonstrations(source: str | Path) -> list[Demonstration]:
     """Return the prompts of a source with the answers that come with them.
 
-        {"prompt": ..., "answer": "..."}    "completion" and "response" do as well as "answer"
+        {"prompt": ..., "answer": "..."}    "completion" or "response" may replace "answer"
         {"messages": [...]}                 a dialogue; its last message, the assistant's, is the answer
 
     Args:
@@ -109,7 +109,7 @@ def load_demonstrations(source: str | Path) -> list[Demonstration]:
 
 
 def demo_prompts(split: str) -> list[str]:
-    """Return the demo's own prompts, "train" (96) or "heldout" (48); no prompt is in both.
+    """Return the prompts of the demo, "train" (96) or "heldout" (48); no prompt is in both.
 
     Example:
         >>> len(demo_prompts("train")), len(demo_prompts("heldout"))
@@ -151,7 +151,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, system: str | None
             of a `ChatPrompt` stay as they are, and the assistant's turn is opened. Without one, a string is encoded as
             it is and without an end token, and a conversation is refused.
         prompts: user messages or conversations.
-        system: system message, for prompts that bring none of their own; None leaves it to the template. A tokenizer
+        system: system message, for prompts without one; None leaves it to the template. A tokenizer
             without a template cannot take one.
 
     Returns:

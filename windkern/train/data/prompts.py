@@ -32,7 +32,7 @@ def without_user(url: str) -> str:
 
 
 def loosely(text: str) -> str:
-    """Return a text without surrounding space and in Unicode's NFC, to look it up by.
+    """Return a text without surrounding space and in Unicode's NFC, as a key for lookups.
 
     A tokenizer may change both on the way to ids and back.
 
@@ -44,7 +44,7 @@ def loosely(text: str) -> str:
 
 
 def _turns(messages: object) -> tuple[tuple[str, str], ...]:
-    """(role, content) of each message."""
+    """Return (role, content) of each message."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of at least one chat message, got {shown(messages)}")
     for number, message in enumerate(messages):
@@ -58,9 +58,9 @@ def _turns(messages: object) -> tuple[tuple[str, str], ...]:
 
 
 class ChatPrompt(str):
-    r"""A prompt of several messages, which a chat template or a server gets as they are.
+    r"""A prompt of chat messages, which a chat template or a server receives unchanged.
 
-    As a string, which it is for judges, dictionaries, logs and everything else, it is
+    As a string, which is what judges, dictionaries, logs and everything else see, it is
 
         content                                     one message, of the user
         "role: content" joined by empty lines       otherwise
@@ -73,7 +73,7 @@ class ChatPrompt(str):
             assistant's and not blank. Other keys are left out.
 
     Raises:
-        ValueError: that is not what `messages` is; the message says which and why.
+        ValueError: `messages` is malformed; the error names the message and the reason.
 
     Example:
         >>> prompt = ChatPrompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
@@ -117,7 +117,7 @@ class ChatPrompt(str):
 
 
 def split_dialogue(messages: Sequence[dict[str, str]]) -> tuple[ChatPrompt, str | None]:
-    """Return (what comes before the assistant's last message, that message); the latter None where there is none.
+    """Split a dialogue into its prompt and the assistant's last message, None if there is none.
 
     Raises:
         ValueError: `messages` is not a list of chat messages, or nothing precedes the answer.
@@ -166,7 +166,7 @@ def as_messages(prompt: str, system: str | None = None) -> list[dict[str, str]]:
 
     Args:
         prompt: a string or `ChatPrompt`.
-        system: content of a system message to put first, unless the prompt brings one of its own.
+        system: content of a system message to put first, unless the prompt has one.
 
     Example:
         >>> as_messages("Why?", system="Be brief.")

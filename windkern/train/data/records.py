@@ -1,4 +1,4 @@
-"""Responses somebody recorded, with their scores or preferences where there are any."""
+"""Read and write recorded responses, with their rewards and preferences if there are any."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Recorded:
 
 def _strings(value: object, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
-        raise ValueError(f'"{name}" must be a list of one string or more')
+        raise ValueError(f'"{name}" must be a list of at least one string')
     return tuple(value)
 
 
@@ -73,10 +73,10 @@ def load_records(path: str | Path) -> list[Recorded]:
     Args:
         path: as for `windkern.train.data.loading.load_prompts`, but no plain text; in CSV and TSV all but the prompt
             are JSON. "prompt" is a string or a list of chat messages (`ChatPrompt`). "rewards" and "prefs" are
-            optional; other fields are not looked at. Texts are taken as they are, with the space around them.
+            optional; other fields are ignored. Texts keep the space around them.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: a row is not such an object (the message names the line and what is wrong), or there is none.
         MissingPackageError, OSError: as `load_prompts`.
     """
@@ -84,7 +84,7 @@ def load_records(path: str | Path) -> list[Recorded]:
 
 
 def save_records(path: Path, records: Sequence[Recorded]) -> None:
-    """Write what `load_records` reads."""
+    """Write a file that `load_records` reads."""
     lines = []
     for record in records:
         entry: dict[str, object] = {"prompt": prompt_to_json(record.prompt), "responses": list(record.responses)}

@@ -1,4 +1,4 @@
-"""Encode responses behind their prompts, and decode them: find where a response begins and ends."""
+"""Encode responses after their prompts, and decode them: find where a response begins and ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from windkern.train.data.prompts import render
 
 _ANSWER = "windkern-answer"  # stands for an answer in a rendered conversation
-_ANCHORS = ("\n", "a", "1", ".")  # what may stand before a text so that it is not encoded as the start of one
+_ANCHORS = ("\n", "a", "1", ".")  # put before a text so that it is not encoded as the start of one
 
 
 class Turn(NamedTuple):
@@ -22,7 +22,7 @@ class Turn(NamedTuple):
 def turn_of(tokenizer: Any) -> Turn:
     """Return the tokens and space around an answer.
 
-    The end token is the first special token that the chat template puts behind an answer (Gemma's <end_of_turn>, which
+    The end token is the first special token that the chat template puts after an answer (Gemma's <end_of_turn>, which
     is not its eos_token), else the tokenizer's eos_token; both end an answer. None and () where there is neither.
 
     Raises:
@@ -49,14 +49,14 @@ def _first_special(tokenizer: Any, text: str) -> int | None:
 
 
 def encode_opened(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of texts that something follows.
+    """Return the token ids of texts that will be continued.
 
-    A chat template has put special tokens in; without one the tokenizer adds those it puts in front of a text, and none
-    behind.
+    A chat template has already put in special tokens; without one, the tokenizer adds those that go before a text, and
+    none after it.
     """
     if tokenizer.chat_template is not None:
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    # Hazard: some tokenizers put their end token behind every text, and a response would follow it. Remedy: cut it off.
+    # Hazard: some tokenizers put their end token after every text, and a response would follow it. Remedy: cut it off.
     bare = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [
         ids[: _place(ids, own) + len(own)] for ids, own in zip(tokenizer(list(texts))["input_ids"], bare, strict=True)
@@ -70,7 +70,7 @@ def _place(ids: list[int], part: list[int]) -> int:
 
 
 def encode_responses(tokenizer: Any, turn: Turn, opened: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of responses, as they follow on their prompts, without an end token.
+    """Return the token ids of responses, as they follow their prompts, without an end token.
 
     The ids of prompt and response together are those of the joined text wherever the tokenizer does not merge letters
     of both into one token; nothing is stripped, so the space between them and the indentation of code stay.
@@ -95,7 +95,7 @@ def encode_responses(tokenizer: Any, turn: Turn, opened: Sequence[str], texts: S
 def _encode_inside(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of a text that does not start a sequence.
 
-    Hazard: SentencePiece tokenizers put a space before a text of its own. Remedy: something before it, taken off again.
+    Hazard: SentencePiece tokenizers put a space before a text. Remedy: encode it after an anchor, and drop the anchor.
     """
     for anchor in _ANCHORS:
         before, ids = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (anchor, anchor + text))
@@ -107,7 +107,7 @@ def _encode_inside(tokenizer: Any, text: str) -> list[int]:
 def response_texts(
     tokenizer: Any, turn: Turn, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[tuple[str, ...], ...]:
-    """Return the texts of responses as they follow on their prompts, without special tokens; nothing is stripped.
+    """Return the texts of responses as they follow their prompts, without special tokens; nothing is stripped.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -133,5 +133,5 @@ def response_texts(
 
 
 def _wants_space(text: str) -> bool:
-    """Return whether the template's space belongs before a text: unless it is empty or begins with space."""
+    """Return whether the template's space belongs before a text: not if it is empty or starts with space."""
     return text != "" and not text[0].isspace()

@@ -48,7 +48,7 @@ def over_prompts(values: Tensor) -> Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A policy against the reference."""
+    """The results of a policy against the reference."""
 
     win_rate: Estimate  # chance that a response of the policy beats one of the reference
     reward: Estimate | None  # mean reward of the policy's responses; None without rewards
@@ -56,7 +56,7 @@ class Evaluation:
     win_rates: tuple[float, ...] = ()  # mean of each prompt over its pairs of responses
 
     def metrics(self) -> dict[str, float]:
-        """Return win rate, reward and KL where they are known, and under NAME_se their standard errors."""
+        """Return win rate, reward and KL as far as they are known, and their standard errors as NAME_se."""
         found = {}
         for name in ("win_rate", "reward", "kl"):
             estimate = getattr(self, name)
@@ -80,10 +80,10 @@ def compare(
 
     Args:
         judge: compares responses.
-        prompts: B.
+        prompts: B prompts.
         policy: B times N responses.
         reference: B times M responses.
-        log_ratios: (B, N') log-probs of responses of the policy under it, less those under the reference, nats.
+        log_ratios: (B, N') log-probs of the policy's responses under it, minus those under the reference, nats.
 
     Raises:
         ValueError: the lists have different lengths.

@@ -36,7 +36,7 @@ class Evaluator:
     Args:
         prompts: held-out prompts.
         judge: compares responses.
-        policy: is compared with the reference.
+        policy: the policy to compare with the reference.
         reference: pi_ref.
         world: the processes.
         folder: where the reference's responses are stored; None stores nothing.
@@ -72,13 +72,13 @@ class Evaluator:
         self.sampling_batch_size, self.scoring_batch_size = sampling_batch_size, scoring_batch_size
         self.kl, self.units = kl and policy.scores and reference.scores, units
         self._answers: list[Group] = []
-        self._answers_of: list[tuple[object, ...]] = []  # the files that they were read from
+        self._answers_of: list[tuple[object, ...]] = []  # the files they were read from
 
     def answer_once(self, iteration: int) -> list[Group]:
-        """Return the reference's responses to each prompt, sampled at the first call and read from the disk afterwards.
+        """Return the reference's responses to each prompt, sampled at the first call and read from disk afterwards.
 
         Args:
-            iteration: for the observer.
+            iteration: number for the observer.
 
         Raises:
             FileNotFoundError, DamagedRecordError: see `windkern.train.rollouts.collect`.
@@ -118,11 +118,11 @@ class Evaluator:
         return [(path, state.st_ino, state.st_mtime_ns, state.st_size) for path, state in states]
 
     def compare(self, responses: int, iteration: int) -> Comparison:
-        """Judge the policy, as it is now, against the reference.
+        """Judge the current policy against the reference.
 
         Args:
             responses: number of the policy's responses to each prompt. The draws are the same at every call.
-            iteration: for the observer.
+            iteration: number for the observer.
         """
         theirs = self.answer_once(iteration)
         size = self._block_size(responses)
@@ -158,7 +158,7 @@ class Evaluator:
         return [group for part in found for group in part]
 
     def _log_ratios(self, groups: list[Group], iteration: int) -> torch.Tensor:
-        """Return (B, N) log-probs of the policy's responses under it, less those under the reference, nats."""
+        """Return (B, N) log-probs of the policy's responses under it, minus those under the reference, nats."""
         size, tell = self.scoring_batch_size, self.observer.advance
         self.observer.phase(iteration, "scoring", 2 * sum(len(group.completions) for group in groups), OF_HELD_OUT)
         pairs = zip(self.policy.logps(groups, size, tell), self.reference.logps(groups, size, tell), strict=True)

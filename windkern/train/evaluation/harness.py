@@ -11,7 +11,7 @@ from windkern._files import to_json
 from windkern.train.models import MissingPackageError, adapter_of, require
 
 TASKS = ("gsm8k", "hellaswag", "mmlu")  # the tasks that the WIND paper reports
-SHOTS = {"gsm8k": 5, "hellaswag": 10, "mmlu": 5}  # as the Open LLM Leaderboard has them, by which SPPO reports
+SHOTS = {"gsm8k": 5, "hellaswag": 10, "mmlu": 5}  # as on the Open LLM Leaderboard, which SPPO reports
 FILE = "lm_eval.json"
 
 
@@ -43,13 +43,13 @@ def benchmark(
         name: folder or hub id of a model, or of an adapter, which is put on its base.
         tasks: names of lm_eval's tasks.
         dtype: dtype of the weights, as transformers names it.
-        shots: examples in front of each question, by task; tasks that are not in it have their own number.
+        shots: examples before each question, by task; other tasks keep their own number.
         limit: questions of each task, from the first; None: all.
         batch_size, device: as lm_eval takes them.
 
     Raises:
         MissingPackageError: lm_eval is not installed.
-        ValueError: no tasks.
+        ValueError: `tasks` is empty.
     """
     if not tasks:
         raise ValueError(f"tasks must name at least one task of lm_eval, such as {TASKS[0]}, got none")
@@ -57,7 +57,7 @@ def benchmark(
         require("lm_eval")
     except MissingPackageError as error:
         raise MissingPackageError(f"{error} (or windkern[lm_eval])") from None
-    import lm_eval  # type: ignore[import-not-found]  # an extra of its own
+    import lm_eval  # type: ignore[import-not-found]  # in a separate extra
 
     results: dict[str, dict[str, float]] = {}
     for task in tasks:
@@ -77,11 +77,11 @@ def benchmark(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the results of a model, and write them beside it where it is a folder."""
+    """Print the results of a model, and write them into its folder if it has one."""
     parser = argparse.ArgumentParser(prog="python -m windkern.train.evaluation.harness", description=__doc__)
     parser.add_argument("model", help="folder or hub id of a model or an adapter")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="of lm_eval, joined by commas")
-    parser.add_argument("--dtype", default="auto", help="of the weights")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="tasks of lm_eval, joined by commas")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights")
     parser.add_argument("--limit", type=int, default=None, help="questions of each task; all without it")
     parser.add_argument("--batch-size", default="auto", help="as lm_eval takes it")
     parser.add_argument("--device", default=None, help="as lm_eval takes it")

@@ -1,4 +1,4 @@
-"""Judges: callables, reward models, pair models, recorded verdicts; and the one that the settings of a run name."""
+"""Judges: callables, reward and pair models, recorded verdicts; `make_judge` picks one by a run's settings."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from windkern._checks import check_count
 from windkern.train.models import quantized, require
 from windkern.train.positions import position_tables, positions_of
 
-# Logits in a padded batch against the same text alone, relative; several times what sums in another order differ by.
+# Relative difference of logits in a padded batch and alone; several times that of sums in another order.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _log = logging.getLogger(__name__)
 
@@ -34,13 +34,13 @@ def load_classifier(
 
     Args:
         name: folder or hub id.
-        dtype: of the weights that are not quantised.
-        device: of the model.
+        dtype: dtype of the weights that are not quantised.
+        device: device of the model.
         quantization: arguments of `transformers.BitsAndBytesConfig`, such as {"load_in_8bit": True}. None loads the
             weights unchanged; they may be quantised already.
 
     Raises:
-        MissingPackageError: transformers is not installed, or bitsandbytes is not and `quantization` wants it.
+        MissingPackageError: transformers is not installed, or bitsandbytes is not and `quantization` needs it.
         ValueError: weights of the model are not in the checkpoint, such as the head of a causal LM, or weights of the
             checkpoint are not in the model; the message names them.
         OSError: the folder or the hub id cannot be read (transformers says why).
@@ -61,7 +61,10 @@ def load_classifier(
     )
     missing, unused = set(found["missing_keys"]), set(found["unexpected_keys"])
     if adapter is not None:
-        loaded, unused = model.load_adapter(name), set()  # of the base: its own head, which the adapter's replaces
+        loaded, unused = (
+            model.load_adapter(name),
+            set(),
+        )  # unused in the base: its own head, which the adapter's replaces
         replaced = {key for key in missing if hasattr(model.get_submodule(key.rpartition(".")[0]), "modules_to_save")}
         missing = (missing - replaced) | set(getattr(loaded, "missing_keys", ()))
     check_whole(name, type(model).__name__, missing, unused)
@@ -72,22 +75,22 @@ def check_whole(name: str, kind: str, missing: set[str], unused: set[str]) -> No
     """Raise unless a checkpoint has all weights of a judge, and no others.
 
     Args:
-        name: of the checkpoint.
-        kind: of the model.
+        name: name of the checkpoint.
+        kind: class of the model.
         missing, unused: names of weights that the checkpoint lacks, and of those that the model does not have.
 
     Raises:
-        ValueError: names some of them.
+        ValueError: there are such weights; the message names some.
     """
     faults = []
     if missing:
-        faults.append(f"{_some(missing)} would be random, for the checkpoint lacks them")
+        faults.append(f"{_some(missing)} would be random, because the checkpoint lacks them")
     if unused:
         faults.append(f"{_some(unused)} of the checkpoint would not be used")
     if faults:
         raise ValueError(
             f"{name} is not a judge: as {kind}, {' and '.join(faults)}. A judge must be a checkpoint of a trained "
-            "sequence classifier; one that is right all the same can be loaded in Python and given to ModelReward or "
+            "sequence classifier; if it is right all the same, load it in Python and pass it to ModelReward or "
             "ModelPreference"
         )
 
@@ -98,7 +101,7 @@ def _some(names: set[str], most: int = 3) -> str:
 
 
 class Classifier:
-    """Logits of a sequence classifier for many texts, some at a time, longest together.
+    """Computes logits of a sequence classifier for many texts, in batches of similar length.
 
     A text's logits do not depend on its batch: texts are padded on the right, with the id that the model's
     configuration takes for padding, whatever the tokenizer's is. The first padded batch is checked against one of its
@@ -108,8 +111,8 @@ class Classifier:
         model: any AutoModelForSequenceClassification; it is read in eval mode.
         tokenizer: its tokenizer.
         batch_size: texts at a time.
-        max_length: longer texts are cut to so many tokens, on the side the tokenizer's `truncation_side` names; the log
-            says how many. None: texts longer than the model's positions are refused.
+        max_length: longer texts are cut to this many tokens, on the side the tokenizer's `truncation_side` names; the
+            log says how many. None: texts longer than the model's positions are refused.
 
     Raises:
         ValueError: a number is out of range, or `max_length` is more than the model has positions for; when reading, a
@@ -122,7 +125,7 @@ class Classifier:
         self.batch_size = 1 if self.padding is None else check_count("batch_size", batch_size, least=1)
         self.max_length = None if max_length is None else check_count("max_length", max_length, least=1)
         self.positions = positions_of(model)
-        # Reason: a model without a table can go beyond its positions, if not well, and the user has said so.
+        # Reason: a model without a table can go beyond its positions, if not well, and the user has asked for it.
         most = self.positions if self.positions is not None and position_tables(model) else max_length
         if max_length is not None and most is not None and max_length > most:
             raise ValueError(f"max_length must be at most the model's {most} positions, got {max_length}")
@@ -134,7 +137,7 @@ class Classifier:
         return self.model.config.num_labels
 
     def encode(self, text: str, second: str | None = None, *, special: bool = True) -> dict[str, list[int]]:
-        """Model inputs of a text or of a pair of texts."""
+        """Return the model inputs of a text or of a pair of texts."""
         found = dict(self.tokenizer(text, second, add_special_tokens=special, verbose=False))
         length, self.read = len(found["input_ids"]), self.read + 1
         if self.max_length is not None and length > self.max_length:
@@ -151,7 +154,7 @@ class Classifier:
         return found
 
     def __call__(self, encoded: Sequence[dict[str, list[int]]]) -> Tensor:
-        """(S, labels) float32 logits, on the CPU."""
+        """Return (S, labels) float32 logits, on the CPU."""
         if self.cut >= 2 * self._said and self.cut:
             self._said = self.cut
             _log.warning(

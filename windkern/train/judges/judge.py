@@ -1,4 +1,4 @@
-"""Judges compare responses to a prompt."""
+"""Compare responses to a prompt: the protocol of judges, and judges made from reward functions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
     """A judge's verdict on B prompts with N responses each."""
 
     prefs: Tensor  # (B, N, N) float32, prefs[b, i, j] = chance that response i beats response j
-    rewards: Tensor | None  # (B, N) float32, where the judge has them
+    rewards: Tensor | None  # (B, N) float32, if the judge has them
 
 
 class Judge(Protocol):
@@ -72,7 +72,7 @@ def ask(judge: Judge, prompts: Sequence[str], responses: Sequence[Sequence[str]]
     """Return a judge's verdict, with errors that name the judge.
 
     Raises:
-        JudgeError: the judge raised something that does not name it.
+        JudgeError: the judge raised an error that does not name it.
     """
     try:
         return judge.judge(prompts, responses)
@@ -93,14 +93,14 @@ def bradley_terry(rewards: Tensor, strength: float) -> Tensor:
 
 
 class RewardJudge:
-    """A judge made of a reward function and the Bradley-Terry link.
+    """A judge made from a reward function and the Bradley-Terry link.
 
         P_ij = sigmoid(strength * (r_i - r_j))
 
     Args:
         reward: called as reward(prompts, responses) on two lists of S strings, one prompt for each response; returns
             S numbers.
-        strength: of the link, per unit of reward; positive.
+        strength: strength of the link, per unit of reward; positive.
         name: shown in reports.
 
     Raises:
@@ -145,7 +145,7 @@ class RewardJudge:
 
 @contextlib.contextmanager
 def _current_directory() -> Iterator[None]:
-    """Let imports find modules of the current directory; those of an installed command would not."""
+    """Make imports search the current directory, which those of an installed command do not."""
     here = os.getcwd()
     sys.path.append(here)
     try:
@@ -160,7 +160,7 @@ def load_function(name: str) -> Callable:
     Modules of the current directory are found too, after all others.
 
     Raises:
-        ValueError: not of that form, no such module or attribute, or not callable; the message says which.
+        ValueError: `name` has another form, or names no module, attribute or callable; the message says which.
 
     Example:
         >>> load_function("math:sqrt")(4)
@@ -174,7 +174,7 @@ def load_function(name: str) -> Callable:
             module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"cannot import {module_name!r} of {name!r}: {error}; modules are looked for where Python does and in "
+            f"cannot import {module_name!r} of {name!r}: {error}; modules are searched for where Python does and in "
             f"{os.getcwd()}"
         ) from error
     function: Any = module
@@ -206,12 +206,12 @@ def _analyzer():
 
 
 def vader_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Return how positive each response sounds, less the share of it that is repetition: numbers in [-2, 1].
+    """Return how positive each response sounds, minus the share of it that is repetition: numbers in [-2, 1].
 
         reward = VADER compound score of the words - repeated_share(response)
 
-    Capitals, exclamation marks, emoticons and emoji, all of which VADER counts, are taken out first: only words can
-    earn anything. The prompts do not matter.
+    Capitals, exclamation marks, emoticons and emoji, all of which VADER counts, are removed first: only words
+    count. The prompts do not matter.
 
     Raises:
         MissingPackageError: vaderSentiment is not installed.
@@ -227,5 +227,5 @@ def vader_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float
 
 
 def vader_judge(strength: float) -> RewardJudge:
-    """The judge of the demo: the more positive response is the likelier winner."""
+    """Return the judge of the demo: the more positive response is the likelier winner."""
     return RewardJudge(vader_reward, strength=strength, name="VADER sentiment without repetition")

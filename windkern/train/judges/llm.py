@@ -1,4 +1,4 @@
-"""A language model as judge: asked over the OpenAI protocol which of two responses is better."""
+"""Judge with a language model that is asked over the OpenAI protocol which of two responses is better."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Costs:
     """Counts of questions to a judge, and of tokens."""
 
     asked: int = 0
-    kept: int = 0  # found on the disk
+    kept: int = 0  # found on disk
     refused: int = 0  # answers without a label, which count as ties
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -70,7 +70,7 @@ class LanguageModelJudge:
         url: up to and including /v1.
         model: name under which the server knows the model.
         rubric: criteria, sent as the system message; None sends none.
-        template: of the question, with {prompt}, {first} and {second}.
+        template: template of the question, with {prompt}, {first} and {second}.
         labels: for the first response, the second, and a tie; with two labels there are no ties.
         max_tokens: longest answer; more than 1 for models that think before they answer.
         cache: folder of opinions; None: `judgements` in the cache folder.
@@ -108,7 +108,7 @@ class LanguageModelJudge:
             pause=pause,
         )
         if missing := [name for name in ("prompt", "first", "second") if "{" + name + "}" not in template]:
-            raise ValueError(f"template must hold {{prompt}}, {{first}} and {{second}}, got none of {missing}")
+            raise ValueError(f"template must hold {{prompt}}, {{first}} and {{second}}, but lacks {missing}")
         self.labels = tuple(labels)
         if not 2 <= len(self.labels) <= 3 or len(set(self.labels)) < len(self.labels) or not all(self.labels):
             raise ValueError(f"labels must be two or three different texts, got {list(labels)!r}")
@@ -165,7 +165,7 @@ class LanguageModelJudge:
         if 2 * refused > len(opinions):
             raise ServerError(
                 f"judge {self.name!r} gave none of the labels {', '.join(self.labels)} in {refused} of "
-                f"{len(opinions)} answers; a model that thinks first needs a larger max_tokens, and any other another "
+                f"{len(opinions)} answers; a model that thinks first needs a larger max_tokens, any other a different "
                 "template"
             )
 
@@ -209,8 +209,8 @@ class LanguageModelJudge:
                     raise
 
     def _adapt(self, error: RefusedError, body: dict) -> bool:
-        """Whether to ask again without the fields that a refusal names."""
-        if "max_completion_tokens" in error.text and "max_tokens" in body:  # as OpenAI's newer models
+        """Return whether to ask again without the fields that a refusal names."""
+        if "max_completion_tokens" in error.text and "max_tokens" in body:  # as OpenAI's newer models do
             self._limit = "max_completion_tokens"
             return True
         named = {name for name in _LEFT_OUT if name in body and re.search(rf"\b{name}\b", error.text)}

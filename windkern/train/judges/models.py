@@ -1,4 +1,4 @@
-"""Judges made of classification models: a reward model, and a model that compares two responses."""
+"""Judges made from classification models: a reward model, and a model that compares two responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPLATE = "{prompt}\n\nResponse A:\n{first}\n\nResponse B:\n{second}\n\nWhich i
 
 
 class ModelReward:
-    """A reward function made of a reward model, for `RewardJudge(ModelReward(...), strength=1.0)`.
+    """A reward function made from a reward model, for `RewardJudge(ModelReward(...), strength=1.0)`.
 
         reward = logit of the one label, or of `label` where there are several
 
@@ -69,7 +69,7 @@ class ModelReward:
 
 
 class ModelPreference:
-    """A preference function made of a cross-encoder that reads a prompt and two responses, for `PairJudge`.
+    """A preference function made from a cross-encoder that reads a prompt and two responses, for `PairJudge`.
 
         P(first beats second) = sigmoid(logit)            one label
         P(first beats second) = softmax(logits)[label]    several
@@ -95,7 +95,7 @@ class ModelPreference:
     ):
         self.classifier = Classifier(model, tokenizer, batch_size=batch_size, max_length=max_length)
         if missing := [name for name in ("prompt", "first", "second") if "{" + name + "}" not in template]:
-            raise ValueError(f"template must hold {{prompt}}, {{first}} and {{second}}, got none of {missing}")
+            raise ValueError(f"template must hold {{prompt}}, {{first}} and {{second}}, but lacks {missing}")
         self.template = template
         self.label = check_count("label", label)
         if self.label >= self.classifier.num_labels:
@@ -135,19 +135,20 @@ def _pieces(template: str, fields: Sequence[str]) -> Iterator[str]:
 
 
 class PairJudge:
-    """A judge made of a function that compares two responses, asked in both orders.
+    """A judge made from a function that compares two responses, asked in both orders.
 
         P <- (P + 1 - P^T) / 2,    P_ii = 1/2
 
     so that a preference for the first place, which such models have, cancels and prefs + prefs^T = 1.
 
     Args:
-        prefer: called as prefer(prompts, firsts, seconds) on three lists of strings; returns for each the chance in
-            [0, 1] that the first beats the second. It is called once, with all N (N - 1) ordered pairs of every prompt.
-        name: for reports.
+        prefer: called as prefer(prompts, firsts, seconds) on three lists of strings; returns, for each entry, the
+            chance in [0, 1] that the first beats the second. It is called once, with all N (N - 1) ordered pairs of
+            every prompt.
+        name: shown in reports.
 
     Raises:
-        ValueError: when judging, the function returned another number of values, or one outside [0, 1].
+        ValueError: when judging, the function returned a wrong number of values, or one outside [0, 1].
 
     Example:
         >>> judge = PairJudge(lambda prompts, firsts, seconds: [0.8] * len(firsts), name="prefers the first place")

@@ -1,4 +1,4 @@
-"""The judge that a command line or a settings file names."""
+"""Load the judge that a command line or a settings file names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def load_judge(
     specification: str, *, strength: float = 1.0, device: str = "cpu", settings: Mapping[str, object] | None = None
 ) -> Judge:
-    """Return the judge a command line names.
+    """Return the judge that a specification names.
 
         vader                      positive sentiment without repetition
         module:function            reward(prompts, responses) -> numbers
@@ -33,16 +33,16 @@ def load_judge(
 
     Args:
         specification: one of the above.
-        strength: of the Bradley-Terry link for rewards, per unit of reward.
-        device: of models, unless `settings` name another.
+        strength: strength of the Bradley-Terry link for rewards, per unit of reward.
+        device: device of models, unless `settings` name another.
         settings: keyword arguments of the judge: of `ModelReward` (label, batch_size, max_length), `ModelPreference`
             (template, label, batch_size, max_length) or `PairRM` (batch_size, source_length), and for all three dtype
             (float32, bfloat16, float16), device, and quantization (arguments of transformers' BitsAndBytesConfig; not
             for PairRM); of `LanguageModelJudge` for llm. None for their defaults.
 
     Raises:
-        ValueError: it is not one of these, what it names cannot be loaded, or a setting is not one of the judge's; the
-            message says which.
+        ValueError: `specification` is not one of these, what it names cannot be loaded, or a setting is not one of the
+            judge's; the message says which.
         OSError: a model cannot be read.
 
     Example:
@@ -65,7 +65,7 @@ def load_judge(
         return LanguageModelJudge(name, **given)
     if given:
         raise ValueError(
-            "judge_settings belong to reward-model:NAME, pair-model:NAME, pairrm:NAME and llm:URL, got judge "
+            "judge_settings are for reward-model:NAME, pair-model:NAME, pairrm:NAME and llm:URL, got judge "
             f"{specification!r}"
         )
     if specification in _ALONE:

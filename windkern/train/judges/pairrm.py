@@ -48,7 +48,7 @@ class PairRMModel(DebertaV2PreTrainedModel):
         return self.pretrained_model.get_input_embeddings()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, places: Tensor) -> SequenceClassifierOutput:
-        """Args: (S, L) ids and mask, padded on the right, and (S, 3) columns of the markers. Returns (S, 1) logits."""
+        """Return (S, 1) logits of (S, L) ids and mask, padded on the right, with (S, 3) columns of the markers."""
         hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         source, first, second = hidden[torch.arange(len(places), device=places.device)[:, None], places].unbind(1)
         one, other = (self.head_layer(torch.cat([source, each], -1)) for each in (first, second))  # (S, tasks)
@@ -72,7 +72,7 @@ def load_pairrm(name: str, *, dtype: torch.dtype = torch.float32, device: str = 
 
 
 class PairRM:
-    """A preference function made of PairRM, for `PairJudge`, which asks in both orders.
+    """A preference function made from PairRM, for `PairJudge`, which asks in both orders.
 
         P(first beats second) = sigmoid(logit)
 
@@ -82,13 +82,13 @@ class PairRM:
     is cut to `source_length` tokens, and the two candidates share the remainder of 2048.
 
     Args:
-        model, tokenizer: of `load_pairrm`.
+        model, tokenizer: from `load_pairrm`.
         batch_size: pairs at a time.
         source_length: longest source, in tokens.
 
     Raises:
-        ValueError: a number is out of range, or the tokenizer lacks a marker; when reading, the turns of a prompt are
-            not the user's and the assistant's in turn.
+        ValueError: a number is out of range, or the tokenizer lacks a marker; when reading, the turns of a prompt
+            do not alternate between user and assistant.
 
     Source:
         llm-blender 0.0.2, `tokenize_pair` and `get_pair_from_conv`.
@@ -102,7 +102,7 @@ class PairRM:
             raise ValueError(f"source_length must be at most {_LONGEST - 16}, got {source_length}")
         known = tokenizer.get_vocab()
         if missing := [marker for marker in MARKERS if marker not in known]:
-            raise ValueError(f"the tokenizer of PairRM must know {', '.join(MARKERS)}, got none of {missing}")
+            raise ValueError(f"the tokenizer of PairRM must know {', '.join(MARKERS)}, but lacks {missing}")
         self.markers = [known[marker] for marker in MARKERS]
 
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
@@ -110,7 +110,7 @@ class PairRM:
         return self.classifier(rows)[:, 0].sigmoid().tolist()
 
     def encode(self, prompt: str, first: str, second: str) -> dict[str, list[int]]:
-        """Model inputs of a prompt with two responses."""
+        """Return the model inputs of a prompt with two responses."""
         source, before = pair_texts(prompt)
         ids = self._part(0, source, self.source_length)
         places = [self._place(ids, 0)]
@@ -167,7 +167,7 @@ def pair_texts(prompt: str) -> tuple[str, str]:
             break
     if len(asked) != len(answered) + 1 or pending:
         raise ValueError(
-            "PairRM reads prompts whose turns are the user's and the assistant's in turn, the user's last, got "
+            "PairRM reads prompts whose turns alternate between user and assistant, the user's last, got "
             f"{shown(prompt)}"
         )
     if not answered:

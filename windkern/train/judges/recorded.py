@@ -14,7 +14,7 @@ from windkern.train.judges.judge import Verdict, bradley_terry
 
 
 class RecordedJudge:
-    """A judge made of recorded preferences, or of recorded rewards and the Bradley-Terry link.
+    """A judge made from recorded preferences, or from recorded rewards and the Bradley-Terry link.
 
         P_ij = prefs[i][j],    else    P_ij = sigmoid(strength * (r_i - r_j))
 
@@ -23,7 +23,7 @@ class RecordedJudge:
 
     Args:
         path: JSON lines, see `windkern.train.data.records.load_records`; all lines with "prefs", or all with "rewards".
-        strength: of the link for rewards, per unit of reward; positive.
+        strength: strength of the link for rewards, per unit of reward; positive.
 
     Raises:
         FileNotFoundError, ValueError: the file does not exist or a line is wrong; some lines have neither prefs nor
@@ -38,7 +38,7 @@ class RecordedJudge:
         if not self.has_prefs and any(record.rewards is None for record in records):
             raise ValueError(f'{path}: every line must have "prefs", or every line "rewards"')
         self._judged: dict[tuple[str, ...], float] = {}  # by prompt and response, or by prompt and two responses
-        self._loosely: dict[tuple[str, ...], float] = {}  # the same, by what is left without the space around texts
+        self._loosely: dict[tuple[str, ...], float] = {}  # the same, by texts without the space around them
         for record in records:
             prompt = str(record.prompt)
             for i, row in enumerate(record.prefs or () if self.has_prefs else ()):

@@ -50,7 +50,7 @@ _CITATIONS = """```bibtex
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of windkern, Python and the libraries a run goes through, those that are installed.
+    """Return the versions of windkern, Python and those libraries of a run that are installed.
 
     Example:
         >>> list(installed_versions())[:3]
@@ -72,7 +72,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _plain(value: object) -> str:
-    """One line, without users, passwords and queries of URLs and without the name of the home folder."""
+    """Return a value in one line, without users, passwords and queries of URLs or the name of the home folder."""
     text = "" if value is None else str(value.value if isinstance(value, enum.Enum) else value)
     text = re.sub(r"(\w+://)[^/\s@]+@", r"\1", " ".join(text.split()))
     text = re.sub(r"(\w+://[^\s?#]*)[?#]\S*", r"\1", text).replace(str(Path.home()), "~")
@@ -80,13 +80,13 @@ def _plain(value: object) -> str:
 
 
 def _escaped(value: object) -> str:
-    """Text that Markdown shows as it is, also in a table."""
+    """Return a value as text that Markdown shows unchanged, also in a table."""
     text = _plain(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", text)
 
 
 def _code(value: object) -> str:
-    """A code span, also in a table."""
+    """Return a value as a code span that also works in a table."""
     text = "none" if value is None else _plain(value)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") or not text else ""
@@ -151,22 +151,22 @@ def card_text(
     prompts: str | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the Markdown of a model card, with its YAML head.
+    """Return the Markdown of a model card, with its YAML front matter.
 
-    Nothing is asked of a network. Settings that name folders, hub repositories or tokens are left out, and so are
-    users and passwords in URLs; a base model that is a local folder is named by the folder's last part only and does
-    not go into the head, where the hub takes it for an id.
+    No network is used. Settings that name folders, hub repositories or tokens are left out, and so are users and
+    passwords in URLs; a base model that is a local folder is named by the folder's last part only and does not go into
+    the front matter, where the hub takes it for an id.
 
     Args:
-        config: settings of the run by name; "loss" is explained, and which variant "loss_kwargs" takes of it.
+        config: settings of the run by name; "loss" is explained, with the variant that "loss_kwargs" chooses.
         base_model: folder or hub id that training started from.
         judge: name of the judge, None if responses were not judged.
         history: a row of numbers for each iteration.
         name: name to load the trained model by: a hub id or a folder.
         library: transformers or peft, what the weights are loaded with.
         defaults: defaults of the settings; settings at their defaults are left out.
-        prompts: source of the training prompts; "hub:NAME..." is named as data set in the head.
-        versions: versions of the libraries; None takes the installed ones.
+        prompts: source of the training prompts; "hub:NAME..." is named as data set in the front matter.
+        versions: versions of the libraries; None: the installed ones.
 
     Raises:
         ValueError: config names a loss that does not exist, or library is neither.
@@ -202,11 +202,11 @@ def card_text(
     if judge is not None:
         done.append(f"judged by {_code(judge)}")
     if prompts is not None:
-        done.append(f"on prompts of {_code(prompts if data_set else os.path.basename(prompts))}")
+        done.append(f"on prompts from {_code(prompts if data_set else os.path.basename(prompts))}")
     sections = {
         "What was done": ", ".join(done) + ".",
         "Loss": (
-            f"`{loss.name}`, of one group of responses to a prompt:\n\n```text\n{loss.formula}\n```\n\n"
+            f"`{loss.name}`, for one group of responses to a prompt:\n\n```text\n{loss.formula}\n```\n\n"
             f"l, o, r: log-probs of a response under the model, the policy that sampled it, and the reference; "
             f"w: its win rate, P: preferences, R: rewards. Source: {_escaped(loss.source)}."
         ),
@@ -225,9 +225,9 @@ def write_card(folder: str | Path, *, name: str | None = None, **content: Any) -
     """Write `card_text` to README.md in a folder and return its path.
 
     Args:
-        folder: existing, of the weights.
-        name: as in `card_text`; None takes the folder's last part.
-        content: all else that `card_text` takes.
+        folder: existing folder of the weights.
+        name: as in `card_text`; None: the folder's last part.
+        content: the other arguments of `card_text`.
 
     Raises:
         ValueError: as `card_text`.
@@ -247,7 +247,7 @@ def write_run_card(
     """Write the card of a run beside its weights and return its path.
 
     Args:
-        folder: existing, of the weights.
+        folder: existing folder of the weights.
         config: settings of the run.
         model: trained model; its config says where it was loaded from.
         judge: judge of the run, None if responses were not judged.

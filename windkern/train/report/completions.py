@@ -1,4 +1,4 @@
-"""Write responses and verdicts as tables: a Parquet file an iteration, and tables of experiment trackers."""
+"""Write responses and verdicts as tables: a Parquet file per iteration, and tables in experiment trackers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def columns_of(iteration: int, step: int, prompts: Sequence[str], groups: Iterab
 
     Returns:
         step, iteration, prompt, completion, tokens, truncated, win_rate (mean chance to beat the other responses to the
-        prompt; None where they were not judged) and reward (None where the judge has none).
+        prompt; None if they were not judged) and reward (None if the judge has none).
 
     Example:
         >>> from windkern.train.groups import Group
@@ -53,7 +53,7 @@ def _win_rates(prefs: Sequence[Sequence[float]]) -> list[float]:
 
 
 def write_completions(folder: Path, table: dict[str, list]) -> Path:
-    """Write a table as `completions_NNNNN.parquet`, NNNNN its iteration; returns the path.
+    """Write a table as `completions_NNNNN.parquet`, NNNNN its iteration, and return the path.
 
     The file is written completely or not at all, and replaces one of the same iteration.
 
@@ -76,7 +76,7 @@ def write_completions(folder: Path, table: dict[str, list]) -> Path:
 
 
 def track_completions(table: dict[str, list], report_to: Iterable[str]) -> list[str]:
-    """Show a table in the trackers that a run reports to and that are running. Return their names.
+    """Show a table in the running trackers that a run reports to, and return their names.
 
     Args:
         table: columns, as `columns_of` returns them.

@@ -16,7 +16,7 @@ _WITHOUT = "delete it, and the history leaves out its iteration"
 
 
 class History:
-    """One `record.json` for each finished iteration.
+    """The records of a run: one `record.json` for each finished iteration.
 
     Args:
         store: holds the iterations' folders.
@@ -33,7 +33,7 @@ class History:
         write_json(self.path(record.iteration), record.as_dict())
 
     def read(self, iterations: int) -> list[Record]:
-        """Return the records of the first iterations that are stored.
+        """Return the stored records of the first `iterations` iterations.
 
         Raises:
             DamagedRecordError: a file is not a record.
@@ -70,12 +70,12 @@ class History:
         return [f"{path.parent.name}/{path.name}" for path in wanted if not path.is_file()]
 
     def tell_missing(self, iterations: int, blocks: int, note: Callable[[str], None]) -> None:
-        """Give notice of missing files of finished iterations. The run itself no longer needs them.
+        """Report missing files of finished iterations. The run itself no longer needs them.
 
         Args:
             iterations: number of finished iterations.
             blocks: number of blocks of an iteration.
-            note: told in one line.
+            note: called with one line.
         """
         missing = [name for iteration in range(1, iterations + 1) for name in self.missing(iteration, blocks)]
         if missing:

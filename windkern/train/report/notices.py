@@ -9,7 +9,7 @@ from windkern.train.report.progress import Unobserved
 
 
 class Reads(Protocol):
-    """As much of an observer as notices need."""
+    """The part of an observer that notices need."""
 
     def note(self, text: str) -> None:
         """Show a reader of the log one line."""
@@ -17,7 +17,7 @@ class Reads(Protocol):
 
 
 class Notices:
-    """Tells the observer of a run, or Python's warnings where nobody observes it.
+    """Passes notices to the observer of a run, or to Python's warnings if nobody observes it.
 
     Args:
         observer: observer of the run.
@@ -36,7 +36,7 @@ class Notices:
         self._said: set[str] = set()
 
     def __call__(self, line: str) -> None:
-        """Tell one line."""
+        """Pass on one line."""
         if not self.heard:
             return
         if isinstance(self.observer, Unobserved):
@@ -45,7 +45,7 @@ class Notices:
             self.observer.note(line)
 
     def once(self, topic: str, line: str) -> None:
-        """Tell one line, unless another one on the same topic has been told."""
+        """Pass on one line, unless another one on the same topic has been passed on."""
         if topic not in self._said:
             self._said.add(topic)
             self(line)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
-# Units of phases that stand beside others of the same name.
+# Units of phases that appear beside others of the same name.
 OF_REFERENCE, HELD_OUT, OF_HELD_OUT = "responses of the reference", "held-out responses", "held-out log-probs"
 RECORDED = "recorded responses"
 
@@ -16,15 +16,15 @@ class Record:
     """The numbers of one iteration, for the screen, the picture, the JSON file and the checkpoint."""
 
     iteration: int
-    win_rate: float | None  # on held-out prompts against the reference, where there are any
+    win_rate: float | None  # on held-out prompts against the reference, if there are any
     win_rate_se: float | None
-    reward: float | None  # mean of the held-out responses, where the judge has rewards
+    reward: float | None  # mean of the held-out responses, if the judge has rewards
     kl: float | None  # KL(policy || reference) of a held-out response, nats
     kl_se: float | None
     loss: float | None  # mean of the iteration's log lines; for squared losses in units of win rate squared
     gradient_norm: float | None  # largest of those lines, before clipping
     train_reward: float | None  # mean of the responses to training prompts
-    truncated: float  # share of these responses that met the length limit
+    truncated: float  # share of these responses that reached the length limit
     tokens: int  # in the responses to training prompts
     seconds: float  # duration of the iteration
 
@@ -40,10 +40,10 @@ class Progress(Protocol):
     """Watches the progress of a piece of work."""
 
     def phase(self, iteration: int, name: str, steps: int = 1, unit: str = "", done: int = 0) -> None:
-        """A phase begins, or continues after an interruption by another.
+        """Begin a phase, or continue it after an interruption by another.
 
         Args:
-            iteration: its iteration: 0 before the first, and after the last one more than there are.
+            iteration: number of its iteration; 0 before the first, and one more than the last after it.
             name: name of the phase, such as "sampling".
             steps: number of steps.
             unit: unit of a step, such as "responses".
@@ -52,11 +52,11 @@ class Progress(Protocol):
         ...
 
     def advance(self, steps: float = 1) -> None:
-        """More steps are done."""
+        """Count more steps as done."""
         ...
 
     def under_way(self, steps: float) -> None:
-        """Unfinished steps amount to this many so far; `advance` counts them when they are done."""
+        """Report what unfinished steps amount to so far; `advance` counts them when they are done."""
         ...
 
     def note(self, text: str) -> None:
@@ -68,7 +68,7 @@ class Observer(Progress, Protocol):
     """Watches the progress of a run."""
 
     def finished(self, record: Record) -> None:
-        """An iteration is over and, if the run keeps checkpoints, on the disk."""
+        """Report an iteration that is over and, if the run keeps checkpoints, on disk."""
         ...
 
 

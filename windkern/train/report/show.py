@@ -1,4 +1,4 @@
-"""Show a run: its progress, a line an iteration, a table, completions, a picture and a JSON file."""
+"""Show a run: its progress, a line per iteration, a table, completions, a picture and a JSON file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from windkern.train.report.progress import Record
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars of transformers and the hub, and all messages of transformers but errors."""
+    """Turn off the progress bars of transformers and the hub, and all messages of transformers except errors."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -54,7 +54,7 @@ class LiveReport:
     """An observer that shows a run on a display, with one line for each finished iteration.
 
     Args:
-        display: where.
+        display: the display to show it on.
         iterations: number of iterations of the run.
     """
 
@@ -80,7 +80,7 @@ class LiveReport:
 
 
 def history_table(history: Sequence[Record]) -> Table:
-    """Return a table with one row an iteration; empty columns are left out."""
+    """Return a table with one row per iteration; empty columns are left out."""
     names = ("", "win rate", "reward", "KL, nats", "loss", "cut off", "tokens/s", "seconds")
     rows = [
         (
@@ -139,7 +139,7 @@ def as_json(
     after: Sequence[Sequence[str]],
     kind: str = "demo",
 ) -> None:
-    """Write everything that a program may want to read back; `windkern plot` tells files apart by `kind`."""
+    """Write everything that a program can read back; `windkern plot` tells files apart by `kind`."""
     content = {
         "kind": kind,
         "settings": settings,
@@ -169,7 +169,7 @@ def _estimate(mean: float, error: float | None) -> Estimate:
 def _curve(
     start: float, measured: Iterable[tuple[int, float | None, float | None]]
 ) -> tuple[list[int], list[float], list[float]]:
-    """Iterations, values and half widths of 95 % intervals, from `start` on; without those that were not measured."""
+    """Return iterations, values and half widths of 95 % intervals, from `start` on, without unmeasured ones."""
     known = [
         (step, value, math.nan if error is None else error) for step, value, error in measured if value is not None
     ]
@@ -205,7 +205,7 @@ def draw(path: Path, history: Sequence[Record], final: Evaluation, title: str) -
         top.set_ylabel("held-out win rate\nagainst the reference")
         top.set_ylim(min(0.45, min(rate - half for rate, half in zip(rates, reach, strict=True)) - 0.02), 1.0)
         top.legend(loc="upper left", frameon=False)
-        top.set_title(printable(title), fontsize=11, parse_math=False)  # names hold what they like, dollars too
+        top.set_title(printable(title), fontsize=11, parse_math=False)  # names can hold anything, dollar signs too
         evaluated = [record for record in history if record.win_rate is not None]
         steps, kls, reach = _curve(0.0, [(record.iteration, record.kl, record.kl_se) for record in evaluated])
         bottom.errorbar(steps, kls, reach, color="C3", marker="o", capsize=3)

@@ -1,4 +1,4 @@
-"""Samplers: the policy's own generate, servers, recorded responses; and the one that the settings of a run name."""
+"""Samplers: the policy's own generate, servers and recorded responses; `make_sampler` picks one by a run's settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_sampler(config: WindConfig, tokenizer: Any) -> Sampler | None:
     """Return the sampler that `config.sampler` names; None stands for the policy's own `generate`.
 
     Raises:
-        ValueError: it does not name a sampler, or a setting is not one of the sampler's.
+        ValueError: `config.sampler` does not name a sampler, or a setting is not one of the sampler's.
         FileNotFoundError: the file of recorded responses does not exist.
     """
     from windkern._checks import check_choice
@@ -35,7 +35,7 @@ def make_sampler(config: WindConfig, tokenizer: Any) -> Sampler | None:
     known = kind_of(config.sampler).settings
     if settings and not known:
         forms = ", ".join(each.form for each in KINDS.values() if each.settings)
-        raise ValueError(f"sampler_settings belong to {forms}, got sampler {without_user(config.sampler)!r}")
+        raise ValueError(f"sampler_settings are for {forms}, got sampler {without_user(config.sampler)!r}")
     for key in settings:
         check_choice("a key of sampler_settings", key, known)
     if config.sampler == "transformers":
@@ -73,13 +73,13 @@ def make_sampler(config: WindConfig, tokenizer: Any) -> Sampler | None:
 
 
 def _transfer(settings: dict, server: Server) -> NcclTransfer | None:
-    """How whole weights reach a vLLM server, by the settings `transfer` and `address`, which are taken out."""
+    """Take `transfer` and `address` out of the settings, and return how whole weights reach a vLLM server."""
     from windkern._checks import check_choice
 
     kind = check_choice("transfer", settings.pop("transfer", "folder"), ("folder", "nccl"))
     if kind == "folder":
         if "address" in settings:
-            raise ValueError("address belongs to transfer: nccl, got it without")
+            raise ValueError("address needs transfer: nccl, got it without")
         return None
     from windkern.train.samplers.transfer import NcclTransfer
 

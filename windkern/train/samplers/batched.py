@@ -1,4 +1,4 @@
-"""Sampling with transformers' continuous batching, in this process: fast, but not reproducible bit for bit."""
+"""Sample with transformers' continuous batching, in this process: fast, but not reproducible bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BatchedSampler:
     responses when it is resumed. (Responses on disk are not drawn again.)
 
     Args:
-        tokenizer: of the policy.
+        tokenizer: tokenizer of the policy.
         max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
         system: system message for the chat template, None for the template's own.
@@ -55,7 +55,7 @@ class BatchedSampler:
     def update(self, model: nn.Module) -> None:
         """Set the policy. Each call of `sample` uses the weights it has at that time."""
         if any(hasattr(value, "full_tensor") or hasattr(value, "ds_id") for value in model.parameters()):
-            raise ValueError("sampler: batched needs a whole model in every process, and this one is sharded")
+            raise ValueError("sampler: batched needs a whole model in every process, but this one is sharded")
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.ends |= set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
         if not self.ends:
@@ -110,17 +110,17 @@ class BatchedSampler:
         )
 
     def _groups(self, opened: Sequence[list[int]], found: Sequence, count: int) -> list[list[list[int]]]:
-        """Return the responses of each prompt; equal prompts share theirs out in order."""
+        """Return the responses of each prompt; equal prompts take theirs in order."""
         waiting: dict[tuple[int, ...], list[list[int]]] = {}
         for each in found:
             if each.error is not None or not each.generated_tokens:
-                raise ValueError(f"transformers gave a response up: {each.error or 'it has no tokens'}")
+                raise ValueError(f"transformers gave up a response: {each.error or 'it has no tokens'}")
             waiting.setdefault(tuple(each.prompt_ids), []).append(list(each.generated_tokens))
         groups = []
         for ids in opened:
             mine = waiting.get(tuple(ids), [])
             if len(mine) < count:
-                raise ValueError(f"transformers gave {len(mine)} responses to a prompt, {count} were wanted")
+                raise ValueError(f"transformers gave {len(mine)} responses to a prompt, but {count} were wanted")
             groups.append(mine[:count])
             waiting[tuple(ids)] = mine[count:]
         return groups

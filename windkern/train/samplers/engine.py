@@ -1,4 +1,4 @@
-"""The interface to a server that draws from weights it is given: the requests it takes, and what it replies."""
+"""The interface to servers that draw responses from given weights: their requests and their replies."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from windkern.train.samplers.server import Answer, RefusedError, Server, ServerE
 # nothing cuts or tilts the distribution: responses are samples of the policy.
 UNCUT = {
     "top_p": 1.0,
-    "top_k": -1,  # every release of vLLM and SGLang takes -1; 0 only some
+    "top_k": -1,  # every release of vLLM and SGLang takes -1, but only some take 0
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
 }
-# Where token ids go in and out: which of them end a response is said by stop_token_ids, and by nothing else.
+# For requests in token ids, where stop_token_ids alone says which tokens end a response.
 AS_SAID = {"stop": [], "ignore_eos": True, "skip_special_tokens": False}
 
 
 class Policy(NamedTuple):
     """Weights for a server."""
 
-    name: str  # carries the iteration and a digest of the weights, so that no two policies share one
+    name: str  # carries the iteration and a digest of the weights, so that no two policies share a name
     digest: str
     folder: Path  # where the server reads them
 
@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
     """One response, as a server drew it."""
 
     ids: tuple[int, ...]  # the end token included
-    cut: bool  # it met the length limit
+    cut: bool  # it reached the length limit
     logps: tuple[float, ...] | None  # of its tokens, nats, as the server gives them
 
 
@@ -67,7 +67,7 @@ class Engine(Protocol):
         """Make the server serve a policy.
 
         Raises:
-            ServerError: the server does not take it.
+            ServerError: the server does not accept it.
         """
         ...
 
@@ -80,7 +80,7 @@ class Engine(Protocol):
         ...
 
     def lacks(self, error: RefusedError) -> bool:
-        """Whether a refusal says that the server does not have the policy, as one that was started again does."""
+        """Return whether a refusal says that the server does not have the policy, as after a restart."""
         ...
 
     def drawing(self, policy: Policy | None, draw: Draw) -> tuple[str, dict]:
@@ -114,7 +114,7 @@ def check_ids(ids: object, draw: Draw, *, cut: bool) -> tuple[int, ...]:
     Args:
         ids: what the server sent.
         draw: what was asked for.
-        cut: whether the server says that the response met the length limit.
+        cut: whether the server says that the response reached the length limit.
 
     Raises:
         ValueError: the ids are not those of such a response; the message is worded to precede a quotation.
@@ -140,7 +140,7 @@ def check_ids(ids: object, draw: Draw, *, cut: bool) -> tuple[int, ...]:
         raise ValueError(f"a response that ended with token {ids[-1]}, which is not one of {list(draw.ends)}")
     early = [token for token in ids[:-1] if token in draw.ends]
     if early:
-        raise ValueError(f"a response that went on behind its end token {early[0]}")
+        raise ValueError(f"a response that continues after its end token {early[0]}")
     return tuple(ids)
 
 

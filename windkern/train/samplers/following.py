@@ -28,7 +28,7 @@ from windkern.train.world import World
 
 _PROBES, _PROBE_TOKENS = 16, 64  # responses that are kept to ask about, and tokens of each
 _ASKED = 32  # tokens that a server is asked about after an update, half of them where the policies differ most
-_MARKERS = 8  # of them, asked about again to see whether the server was started again
+_MARKERS = 8  # of them, asked about again to see whether the server was restarted
 _NAME = re.compile(r"policy-\d{4}-[0-9a-f]+(\.part)?")
 _log = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class Place(NamedTuple):
 
     prefix: list[int]
     token: int
-    new: float  # log-prob by the policy as it is now
+    new: float  # log-prob by the current policy
     previous: float | None
 
     @property
     def moved(self) -> float:
-        """How far the log-prob has moved; 0 where the policy before was not scored."""
+        """How far the log-prob has moved; 0 where the previous policy was not scored."""
         return 0.0 if self.previous is None else abs(self.new - self.previous)
 
 
@@ -64,7 +64,7 @@ class Follower:
     after it. Reason: server and trainer round differently, so the trainer must score both policies.
 
     Args:
-        engine: how the server is asked.
+        engine: writes requests to the server and reads its replies.
         folder: holds policies and state; the server must see it under the same path.
         opening: token ids of a prompt to draw from when no response has been drawn yet.
 
@@ -85,7 +85,7 @@ class Follower:
         assert self.policy is not None, "no policy has been given to the server"
         return self.policy
 
-    # Giving.
+    # Updating.
 
     def update(self, model: nn.Module, ends: Sequence[int]) -> None:
         """Make the server serve a policy. Every process must call this."""
@@ -99,7 +99,7 @@ class Follower:
         self._markers, self._apart = world.first(lambda: self._verify(known, fresh, logps, before))
 
     def _give(self, model: nn.Module, state: dict, ends: Sequence[int]) -> tuple[Policy, list[Probe], list[Probe]]:
-        """Return the policy, responses that have the previous policy's scores, and responses to score this one on."""
+        """Give the server a policy; return it, the responses scored by the previous one, and those to score it on."""
         digest, known = digest_of(state), self._read()
         number = known["number"] if digest == known["digest"] else known["number"] + 1
         name = f"policy-{number:04d}-{digest}"
@@ -131,12 +131,16 @@ class Follower:
         ):
             return portal.call(work, client)
 
-    # Making sure.
+    # Verifying.
 
     def _verify(
         self, scored: list[Probe], fresh: list[Probe], logps: list[list[float]], before: Policy | None
     ) -> tuple[list[Place], float]:
-        """Return tokens that tell this policy from the previous one, and by how many nats; no tokens if none do."""
+        """Verify which policy the server serves.
+
+        Returns:
+            Tokens that tell this policy from the previous one, and by how many nats; no tokens if none do.
+        """
         asked = scored or [probe._replace(logps=None) for probe in fresh]
         places = _chosen(asked, logps[: len(asked)] if scored else logps[-len(fresh) :])
 
@@ -164,26 +168,27 @@ class Follower:
         url, name = self.engine.server.url, self._given.name
         if found.verdict == "stale":
             raise ServerError(
-                f"{url} was given {name} and still serves the policy before it: where the two differ most, by "
+                f"{url} was given {name} but still serves the previous policy: where the two differ most, by "
                 f"{found.apart:.2g} nats a token, its log-probs differ from the new one's by {found.to_new:.2g} and "
-                f"from the previous one's by {found.to_previous:.2g}; start the server again, and resume the run"
+                f"from the previous one's by {found.to_previous:.2g}; restart the server, and resume the run"
             )
         if found.verdict == "other" and usual is not None:
             raise ServerError(
-                f"{url} was given {name} and has not taken all of it: its log-probs differ from the trainer's by "
-                f"{found.gap:.2g} nats a token, and by {usual:.2g} after the first update; start the server again "
+                f"{url} was given {name} but has not taken all of it: its log-probs differ from the trainer's by "
+                f"{found.gap:.2g} nats a token, and by {usual:.2g} after the first update; restart the server "
                 "(for whole weights, without --enable-lora; on a CPU, vLLM does not update a head that is tied to the "
                 "embeddings), and resume the run"
             )
         if found.verdict == "other":
             raise ServerError(
-                f"{url} serves another model than the one that is trained: their log-probs differ by {found.gap:.2g} "
-                "nats a token; it must serve the base model of the run (for an adapter on a merged base, that base)"
+                f"{url} serves a different model from the one that is trained: their log-probs differ by "
+                f"{found.gap:.2g} nats a token; it must serve the base model of the run (for an adapter on a merged "
+                "base, that base)"
             )
         if found.verdict == "unknown" and compared:
             _log.warning(
-                "%s: %s and the policy before it cannot be told apart (they differ by %.2g nats a token where they "
-                "differ most, and the server from either by %.2g), so which of them it serves is not known",
+                "%s: %s and the previous policy cannot be told apart (they differ by %.2g nats a token where they "
+                "differ most, and the server from either by %.2g), so it is not known which of them it serves",
                 url,
                 name,
                 found.apart,
@@ -214,7 +219,7 @@ class Follower:
         return found
 
     async def still(self, client: Any) -> bool:
-        """Whether the server still serves what it served after the update, as far as log-probs can tell."""
+        """Return whether the server still serves what it served after the update, as far as log-probs can tell."""
         if not self._markers:
             return True
         served = await self.scores(client, self._markers)
@@ -222,15 +227,15 @@ class Follower:
         return sum(gaps) / len(gaps) <= self._apart / 2
 
     async def restore(self, client: Any) -> None:
-        """Give the policy to a server that was started again.
+        """Give the policy to a server that was restarted.
 
         Raises:
             ServerError: the server does not serve it afterwards.
         """
-        _log.warning("%s was started again; it is given %s anew", self.engine.server.url, self._given.name)
+        _log.warning("%s was restarted; it is given %s again", self.engine.server.url, self._given.name)
         await self.engine.push(client, self._given, adapter=self._adapter)
         if not await self.still(client):
-            raise ServerError(f"{self.engine.server.url} was given {self._given.name} anew and does not serve it")
+            raise ServerError(f"{self.engine.server.url} was given {self._given.name} again but does not serve it")
 
     # Remembering.
 
@@ -249,7 +254,10 @@ class Follower:
         self._write({**known, "drawn": found[:_PROBES]})
 
     def _read(self) -> dict:
-        """Hazard: without its file, a stale server goes unnoticed at the next update. Remedy: only at that one."""
+        """Return the stored state; an empty one if the file is missing or damaged.
+
+        Hazard: without the file, a stale server goes unnoticed at the next update, but only at that one.
+        """
         try:
             found = json.loads((self.folder / "state.json").read_text("utf-8"))
             return {name: found[name] for name in ("number", "digest", "scored", "of", "drawn", "gap")}
@@ -313,7 +321,7 @@ def _chosen(probes: Sequence[Probe], logps: Sequence[Sequence[float]]) -> list[P
 
 def _remove_policies(folder: Path, process: int, keep: Path | None = None) -> None:
     """Delete the folders of all policies except `keep`."""
-    if os.getpid() != process or not PartialState().is_main_process:  # a child that was forked has the object, too
+    if os.getpid() != process or not PartialState().is_main_process:  # a forked child has the object, too
         return
     for path in folder.glob("policy-*"):
         if path != keep and _NAME.fullmatch(path.name):

@@ -1,4 +1,4 @@
-"""What is known of a sampler by its name in a settings file, before anything of it is loaded."""
+"""Facts about the kinds of samplers, by their names in a settings file, without loading them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Kind:
 
     Attributes:
         form: how a settings file names it.
-        known: whether its responses are known beforehand, whole, so that they can be scored before the first step.
+        known: whether its complete responses are known beforehand, so that they can be scored before the first step.
         any_top_p: whether it can sample with top_p below 1.
         server: whether what follows the colon is only an address, which may change when a run is resumed.
         settings: keyword arguments that sampler_settings may hold.
@@ -38,7 +38,7 @@ _UNKNOWN = Kind("")
 
 
 def kind_of(sampler: str) -> Kind:
-    """The kind of the sampler that a settings file names; one with no facts where there is no such sampler.
+    """Return the kind of the sampler that a settings file names; an empty kind if there is no such sampler.
 
     Example:
         >>> kind_of("recorded:answers.jsonl").known, kind_of("vllm:http://127.0.0.1:8000").known

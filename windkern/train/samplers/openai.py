@@ -1,4 +1,4 @@
-"""Texts from a server that speaks the OpenAI protocol (vLLM, SGLang, llama.cpp, TGI ...), without its client."""
+"""Sample from a server that speaks the OpenAI protocol (vLLM, SGLang, llama.cpp, TGI ...), over plain HTTP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from windkern.train.seeds import stream
 
 _log = logging.getLogger(__name__)
 
-# What a request leaves open, a server takes from its own settings or from the model's generation_config (vLLM).
+# A server takes what a request leaves open from its own settings or from the model's generation_config (vLLM).
 # Source: ChatCompletionRequest of vLLM and SGLang; the sampling fields of llama.cpp's server.
 NEUTRAL = {
     **UNCUT,
@@ -38,21 +38,21 @@ NEUTRAL = {
     "dynatemp_range": 0.0,
     "mirostat": 0,
 }
-_MAY_LACK = {*NEUTRAL, "seed", "return_token_ids"}  # fields that a server may refuse to know
-_ADAPTED = (400, 422, 500, 501)  # statuses of a refusal that a smaller request may escape
+_MAY_LACK = {*NEUTRAL, "seed", "return_token_ids"}  # fields that a server may not know
+_ADAPTED = (400, 422, 500, 501)  # statuses of a refusal that a smaller request may avoid
 _ONE_CHOICE = re.compile(r"only one (completion )?choice|\bn\b\W{0,3}(must|should|has to|>|=|!=|is not)", re.IGNORECASE)
-_ENDED = (None, "stop", "eos", "eos_token", "stop_sequence", "end_turn")  # finish_reason of a whole response
+_ENDED = (None, "stop", "eos", "eos_token", "stop_sequence", "end_turn")  # finish_reason of a complete response
 _CUT = ("length", "max_tokens")
-_PARSED = ("tool_calls", "function_call")  # of a whole response that the server has taken apart
+_PARSED = ("tool_calls", "function_call")  # of a complete response that the server has parsed
 _PLAIN = {"role", "content", "name", "id", "type", "object", "provider_specific_fields"}  # keys of a message
 
 
 class Choice(NamedTuple):
-    """One response: its text, and its tokens where the server says them."""
+    """One response: its text, and its tokens if the server returns them."""
 
     text: str
     ids: list[int] | None
-    cut: bool  # it met the length limit
+    cut: bool  # it reached the length limit
 
 
 class OpenAISampler:
@@ -71,12 +71,12 @@ class OpenAISampler:
     Args:
         url: up to and including /v1, such as http://127.0.0.1:8000/v1; without user and password.
         model: name under which the server knows the model.
-        tokenizer: of that model.
+        tokenizer: tokenizer of that model.
         max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
-        system: system message, for prompts that bring none of their own; None for none.
-        api_key: sent as a bearer token to the server and to no other (redirects are not followed). None takes
-            OPENAI_API_KEY of the environment where it is set; "" sends none.
+        system: system message, for prompts without one; None for none.
+        api_key: sent as a bearer token to the server and to no other (redirects are not followed). None:
+            OPENAI_API_KEY from the environment, if it is set; "" sends none.
         timeout: seconds a request may take, from connecting to the last byte of its answer.
         attempts: how often a request is tried; with pauses of 1, 2, 4 ... seconds, or what Retry-After says, at most
             60 seconds.
@@ -117,7 +117,7 @@ class OpenAISampler:
         self.concurrency = check_count("concurrency", concurrency, least=1)
         self._left_out: set[str] = set()  # fields that the server refuses
         self._one_by_one = False  # whether it refuses n > 1
-        self._told = False  # whether the log says that texts are encoded anew
+        self._told = False  # whether the log says that texts are re-encoded
 
     repeats_because = (
         "the server decodes greedily, because it ignores the temperature, or n and seed (as transformers serve does "
@@ -130,7 +130,7 @@ class OpenAISampler:
         return f"the server at {self.server.url}"
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """Draw `num_generations` responses to each prompt. The server receives the seed; honouring it is up to it."""
+        """Draw `num_generations` responses to each prompt. The server receives the seed, but need not honour it."""
         check_count("num_generations", num_generations, least=1)
         system = self.system if self.tokenizer.chat_template is not None else None
         opened = encode_opened(self.tokenizer, opened_prompts(self.tokenizer, prompts, system=system))
@@ -156,7 +156,7 @@ class OpenAISampler:
             if not self._told:
                 self._told = True
                 _log.warning(
-                    "%s returns texts without token ids, so responses are encoded anew: where a text has several "
+                    "%s returns texts without token ids, so responses are re-encoded: where a text has several "
                     "encodings, the one that is fitted need not be the one that was drawn",
                     self.server.url,
                 )
@@ -202,8 +202,11 @@ class OpenAISampler:
                     raise
 
     def _adapt(self, error: RefusedError, body: dict) -> bool:
-        """Whether to ask again with a smaller request: without the fields that the refusal names; else for a single
-        response; else without every field that a server may lack."""
+        """Return whether to ask again with a smaller request.
+
+        That is one without the fields that the refusal names, else for a single response, else without every field
+        that a server may lack.
+        """
         sent = _MAY_LACK & body.keys()
         named = {name for name in sent if re.search(rf"\b{name}\b", error.text)}
         if not named and body["n"] > 1:
@@ -215,7 +218,7 @@ class OpenAISampler:
         if fresh := refused - self._left_out:
             self._left_out |= fresh
             _log.warning(
-                "%s; it is asked again without %s, so what it does about them is its own setting",
+                "%s; it is asked again without %s, so its own settings decide about them",
                 error,
                 ", ".join(sorted(fresh)),
             )
@@ -229,7 +232,7 @@ class OpenAISampler:
             raise ServerError(f"{self.server.url} answered without completions: {answer.quoted}")
         if len(choices) > wanted:
             raise ServerError(
-                f"{self.server.url} answered {len(choices)} completions, {wanted} wanted: {answer.quoted}"
+                f"{self.server.url} answered {len(choices)} completions, but {wanted} were wanted: {answer.quoted}"
             )
         asked = content.get("prompt_token_ids")
         if isinstance(asked, list) and asked != ids:
@@ -246,7 +249,7 @@ class OpenAISampler:
         return found
 
     def _shown(self, ids: list) -> str:
-        """Return ids that a server sent as text, whatever they are."""
+        """Return the ids that a server sent as text, valid or not."""
         whole = all(type(token) is int and 0 <= token < len(self.tokenizer) for token in ids)
         return self.server.quote(repr(self.tokenizer.decode(ids) if whole else ids))
 
@@ -266,14 +269,14 @@ def read_choice(choice: Any, *, drawn: bool = False) -> Choice:
             whatever the server has made of them in the message.
 
     Raises:
-        ValueError: it is not one whole text; the message says why, to stand before a quotation.
+        ValueError: it is not one complete text; the message says why, worded to precede a quotation.
 
     Example:
         >>> read_choice({"message": {"content": "Hi"}, "finish_reason": "length"})
         Choice(text='Hi', ids=None, cut=True)
         >>> read_choice({"message": {"content": None}})
         Traceback (most recent call last):
-        ValueError: a message whose content is null, not text (a refusal, a tool call, or thoughts alone)
+        ValueError: a message whose content is null, not text (a refusal, a tool call, or reasoning alone)
     """
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
@@ -282,7 +285,7 @@ def read_choice(choice: Any, *, drawn: bool = False) -> Choice:
     drawn = drawn and isinstance(ids, list)
     ends = (*_ENDED, *_CUT, *(_PARSED if drawn else ()))
     if not (reason is None or isinstance(reason, str)) or reason not in ends:
-        raise ValueError(f"a completion that ended by {reason!r}, which is not an end of the policy's own")
+        raise ValueError(f"a completion that ended by {reason!r}, which the policy did not choose")
     if drawn:
         if not all(type(token) is int and token >= 0 for token in ids) or (reason in _CUT and not ids):
             raise ValueError("token_ids that are not those of a response")
@@ -290,13 +293,13 @@ def read_choice(choice: Any, *, drawn: bool = False) -> Choice:
     extra = sorted(name for name, value in message.items() if name not in _PLAIN and not _is_empty(value))
     if extra:
         raise ValueError(
-            f"a message with {', '.join(extra)} beside the content, which the policy drew, too (start the server "
+            f"a message with {', '.join(extra)} besides the content, which the policy drew, too (start the server "
             "without a parser of reasoning and tool calls)"
         )
     text = message.get("content")
     if not isinstance(text, str):
         kind = "null" if text is None else f"a {type(text).__name__}"
-        hint = " (a refusal, a tool call, or thoughts alone)" if text is None else ""
+        hint = " (a refusal, a tool call, or reasoning alone)" if text is None else ""
         raise ValueError(f"a message whose content is {kind}, not text{hint}")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("a message whose content is half of a surrogate pair, not text")
@@ -304,7 +307,7 @@ def read_choice(choice: Any, *, drawn: bool = False) -> Choice:
 
 
 def _is_empty(value: object) -> bool:
-    """Whether there is nothing in a value, such as in {"refusal": null}."""
+    """Return whether there is nothing in a value, as in {"refusal": null}."""
     if isinstance(value, dict):
         return all(map(_is_empty, value.values()))
     return not value

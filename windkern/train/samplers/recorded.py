@@ -1,4 +1,4 @@
-"""Completions made of texts or of token ids: those somebody recorded, or those a server wrote."""
+"""Make completions from texts or token ids, either recorded or written by a server."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def completions_of_texts(
 ) -> Completions:
     """Return prompts and responses as token ids with masks, as `TransformersSampler` returns its own.
 
-    Each response is encoded as it follows on its prompt, nothing is stripped from it, and it ends as the chat template
+    Each response is encoded as it follows its prompt, nothing is stripped from it, and it ends as the chat template
     ends a turn, or with the tokenizer's end token where there is no template, unless it was truncated. A text can have
     several encodings; the one used here is the tokenizer's, which need not be the one a server drew, so its log-prob
     can differ a little from the server's: `completions_of_ids` takes the tokens themselves.
 
     Args:
-        tokenizer: of the policy.
-        prompts: B.
+        tokenizer: tokenizer of the policy.
+        prompts: B prompts.
         texts: B times N responses.
         system: system message for the chat template, None for the template's own.
         max_completion_length: longest response, end token included; longer ones are cut and count as truncated.
-        truncated: B times N, responses that were cut off where they were made; None says none was.
+        truncated: B times N, whether each response was cut off when it was made; None: none was.
 
     Raises:
         ValueError: no prompts, groups of different sizes, an empty response, or a tokenizer without an end token.
@@ -83,15 +83,15 @@ def completions_of_ids(
     max_completion_length: int | None = None,
     truncated: Sequence[Sequence[bool]] | None = None,
 ) -> Completions:
-    """Return what `completions_of_texts` returns, of responses whose tokens are known.
+    """Return what `completions_of_texts` returns, for responses whose tokens are known.
 
-    A response ends with its first end token, and nothing is put behind one that has none. The texts are those of the
+    A response ends with its first end token, and nothing is appended to one that has none. The texts are those of the
     tokens that are kept.
 
     Args:
         tokenizer, prompts, system, max_completion_length: as `completions_of_texts`.
         responses: B times N lists of token ids, as they were drawn, the end token included.
-        truncated: B times N, responses that were cut off where they were made; None: those without an end token.
+        truncated: B times N, whether each response was cut off when it was made; None: those without an end token.
 
     Raises:
         ValueError: no prompts, groups of different sizes, an empty response, or an id that is not the tokenizer's.
@@ -133,7 +133,7 @@ def completions_of_ids(
 
 
 def _group_size(name: str, prompts: Sequence[str], groups: Sequence[Sequence]) -> int:
-    """N, the same for every prompt."""
+    """Return N, which must be the same for every prompt."""
     if len(groups) != len(prompts):
         raise ValueError(
             f"{name} must have one group of responses for each of {len(prompts)} prompts, got {len(groups)}"
@@ -151,8 +151,8 @@ class RecordedSampler:
 
     Args:
         path: JSON lines, see `windkern.train.data.records.load_records`; a prompt may have several lines.
-        tokenizer: of the policy whose log-probs are fitted.
-        max_completion_length: longest response, end token included; None takes them whole.
+        tokenizer: tokenizer of the policy whose log-probs are fitted.
+        max_completion_length: longest response, end token included; None for no limit.
         system: system message for the chat template, None for the template's own.
 
     Raises:
@@ -170,15 +170,15 @@ class RecordedSampler:
             else check_count("max_completion_length", max_completion_length, least=1)
         )
         self._responses: dict[str, list[str]] = {}
-        self._loosely: dict[str, list[str]] = {}  # the same, by what is left of a prompt without the space around it
+        self._loosely: dict[str, list[str]] = {}  # the same, by prompts without the space around them
         for record in load_records(path):
             self._responses.setdefault(str(record.prompt), []).extend(record.responses)
             self._loosely.setdefault(loosely(record.prompt), []).extend(record.responses)
 
-    repeats_because = "the file has one and the same response to each"
+    repeats_because = "the file has only one distinct response to each"
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """`num_generations` of the responses recorded for each prompt, without putting any back."""
+        """Draw `num_generations` of the responses recorded for each prompt, without replacement."""
         check_count("num_generations", num_generations, least=1)
         return completions_of_texts(
             self.tokenizer,
@@ -189,7 +189,7 @@ class RecordedSampler:
         )
 
     def everything(self, prompt: str) -> Completions:
-        """All responses recorded for a prompt.
+        """Return all responses recorded for a prompt.
 
         Raises:
             ValueError: there are none.
@@ -205,6 +205,6 @@ class RecordedSampler:
     def _choose(self, prompt: str, count: int, seed: int) -> list[str]:
         found = self._found(prompt)
         if len(found) < count:
-            raise ValueError(f"{self.path} has {len(found)} responses to {prompt!r}, {count} are wanted")
+            raise ValueError(f"{self.path} has {len(found)} responses to {prompt!r}, but {count} are wanted")
         order = torch.randperm(len(found), generator=generator(seed, prompt))
         return [found[k] for k in order[:count].tolist()]

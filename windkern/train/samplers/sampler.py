@@ -1,4 +1,4 @@
-"""Responses of the current policy, with the masks that say which tokens are whose."""
+"""Sample responses of the current policy, with masks that mark their tokens."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Completions:
         return int(self.completion_mask.sum())
 
     def groups(self, chosen: Sequence[int]) -> Completions:
-        """The responses to some of the prompts, without columns that are padding in all of them."""
+        """Return the responses to some of the prompts, without columns that are padding in all of them."""
         return self.responses(chosen, torch.arange(self.num_generations).expand(len(chosen), -1))
 
     def responses(self, prompts: Sequence[int], chosen: Tensor) -> Completions:
-        """Some responses to some prompts: `chosen` (B, K) are their places among the N. Cut as `groups`."""
+        """Return some responses to some prompts, cut as `groups`: `chosen` (B, K) holds their places among the N."""
         rows = (torch.tensor(prompts)[:, None] * self.num_generations + chosen).flatten()
         used = self.attention_mask[rows].any(0).nonzero().flatten()
         columns = slice(int(used[0]), int(used[-1]) + 1)
@@ -70,17 +70,20 @@ class Completions:
 class Sampler(Protocol):
     """Anything that answers prompts with the current policy.
 
-    `completions_of_ids` and `completions_of_texts` of `windkern.train.samplers.recorded` make `Completions` of token
-    ids and of texts. The trainer also uses these, where a sampler has them:
+    `completions_of_ids` and `completions_of_texts` of `windkern.train.samplers.recorded` make `Completions` from
+    token ids and from texts. The trainer also uses these attributes, if a sampler has them:
 
         update(model)           called with the policy before each iteration, for weights that must follow
-        everything(prompt)      `Completions` of all that it may ever answer; `reference` "precomputed" needs it
+        everything(prompt)      `Completions` of every response it can give; `reference` "precomputed" needs it
         keeps_weights: str      who answers, for a sampler without `update` whose weights should follow the policy
-        repeats_because: str    the likely cause where all of its responses to each prompt are the same
+        repeats_because: str    the likely cause if all of its responses to each prompt are the same
     """
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """`num_generations` independent responses to each prompt; the same seed and weights give the same responses."""
+        """Return `num_generations` independent responses to each prompt.
+
+        The same seed and weights give the same responses.
+        """
         ...
 
 
@@ -167,19 +170,19 @@ class TransformersSampler:
         tokenizer: its tokenizer.
         max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
-        top_p: samples come from the smallest set of tokens with this probability. Below 1 they are not samples of the
-            policy any more.
+        top_p: samples come from the smallest set of tokens with this probability. Below 1 they are no longer samples
+            of the policy.
         system: system message for the chat template, None for the template's own.
         batch_size: sequences generated at a time.
-        synced: whether a forward of the model talks to other processes (a sharded model), so that all must take equally
+        synced: whether a forward of the model communicates (a sharded model), so that all processes must run equally
             many.
         shared_prompt: whether a prompt runs once; False runs it for each response. Either way the same seed gives the
             same tokens; between the two ways rounding may decide otherwise.
-        under_way: told, after each token, how many responses the tokens of this call of `sample` amount to.
+        under_way: called after each token with the number of responses that the tokens of this call amount to.
 
     Raises:
         ValueError: a number is out of range, or neither the model nor the tokenizer names an end token; when sampling,
-            a prompt and a response of `max_completion_length` are more than the model has positions for.
+            a prompt and a response of `max_completion_length` exceed the model's positions.
     """
 
     def __init__(
@@ -209,7 +212,7 @@ class TransformersSampler:
         self.turn = turn_of(tokenizer)
         ends = model.generation_config.eos_token_id
         ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-        # Reason: transformers adds the tokenizer's to the policy's when it trains, and never to the reference's.
+        # Reason: when it trains, transformers adds the tokenizer's to the policy's, but never to the reference's.
         self.end_ids = sorted((ends | set(self.turn.ends)) - {None})
         if not self.end_ids:
             raise ValueError("neither model.generation_config nor the tokenizer names an end token (eos_token_id)")
@@ -244,7 +247,10 @@ class TransformersSampler:
         )
 
     def _check_positions(self, prompts: Sequence[str], lengths: Tensor) -> None:
-        """Reason: beyond its positions a model raises IndexError, or writes what it was not trained for."""
+        """Raise if a prompt and its response exceed the model's positions.
+
+        Reason: beyond them a model raises IndexError, or writes what it was not trained for.
+        """
         most, longest = positions_of(self.model), int(lengths.argmax())
         if most is not None and int(lengths.max()) + self.max_completion_length > most:
             raise ValueError(
@@ -255,9 +261,9 @@ class TransformersSampler:
 
     @torch.no_grad()
     def _generate(self, ids: Tensor, mask: Tensor, owner: Tensor, generator: torch.Generator, done: int) -> Tensor:
-        """(S, P) prompts to (S, T) tokens on the CPU, T at most max_completion_length; after the end token anything.
+        """Return (S, T) generated tokens on the CPU for (S, P) prompts, T at most max_completion_length.
 
-        `owner` (S,) says whose prompt a row is.
+        Tokens after the end token are arbitrary. `owner` (S,) says which prompt a row belongs to.
         """
         settings = GenerationConfig(
             do_sample=False,  # GumbelNoise draws
@@ -289,7 +295,7 @@ class TransformersSampler:
         return out[:, ids.shape[1] :].cpu()
 
     def _seen(self, ids: Tensor, mask: Tensor, owner: Tensor, settings: GenerationConfig) -> Mapping[str, object]:
-        """The prompts' cache, as an argument of `generate`."""
+        """Return the prompts' cache, as an argument of `generate`."""
         if not (self.shared_prompt and self._expands):
             return {}
         try:
@@ -299,7 +305,7 @@ class TransformersSampler:
             return {}
 
     def _teller(self, ids: Tensor, done: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """A logits processor that changes nothing and tells how far the rows are, behind `done` earlier ones."""
+        """Return a logits processor that changes nothing and reports how far the rows after `done` earlier ones are."""
         rows, opened = ids.shape
 
         def tell(input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Responses from a server that receives the policy's weights before each iteration."""
+"""Sample from a server that receives the policy's weights before each iteration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from windkern.train.samplers.server import Answer, RefusedError, ServerError
 from windkern.train.seeds import stream
 
 TOKENS = 131072  # our choice: a few hundred responses of 500 tokens, about what one GPU runs at once
-_STARTS = 3  # times that a server may be started again within one call of `sample`
+_STARTS = 3  # times that a server may be restarted within one call of `sample`
 
 Listener = Callable[[Sequence[int], Sequence[Drawn]], None]  # token ids of a prompt, responses to it
 
@@ -35,12 +35,12 @@ class ServedSampler:
     """Samples from a server that follows the policy. Token ids go in and come out; no text is re-encoded.
 
     `update` gives the server the policy's weights (an adapter, or all of them) and verifies that it serves them;
-    `sample` draws from it. A server that was started again receives the weights again. Answers are kept on disk as they
+    `sample` draws from it. A restarted server receives the weights again. Answers are kept on disk as they
     arrive, so that the server need not answer twice after a failure or a kill.
 
     Args:
-        engine: how the server is asked, such as `windkern.train.samplers.vllm.Vllm`.
-        tokenizer: of the policy.
+        engine: writes requests and reads replies, such as `windkern.train.samplers.vllm.Vllm`.
+        tokenizer: tokenizer of the policy.
         folder: holds policies and answers; the server must see it under the same path.
         max_completion_length: longest response, end token included.
         temperature: divides the logits; positive.
@@ -74,7 +74,7 @@ class ServedSampler:
         opening = encode_opened(tokenizer, opened_prompts(tokenizer, ["Hello"], system=system))[0]
         self.follower = Follower(engine, Path(folder) / "policies", opening)
         self.received = Received(Path(folder) / "received")
-        self._keys: list[str] = []  # of the answers of the last call, which may still be lost by a kill
+        self._keys: list[str] = []  # of the answers of the last call, which a kill may still lose
 
     @property
     def server(self):
@@ -84,7 +84,7 @@ class ServedSampler:
         """Make the server serve the policy. Every process must call this.
 
         Raises:
-            ServerError: it does not serve the policy.
+            ServerError: the server does not serve the policy.
         """
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self.ends |= set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
@@ -93,7 +93,7 @@ class ServedSampler:
         self.follower.update(model, sorted(self.ends))
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
-        """Draw `num_generations` responses to each prompt. The server receives the seed; honouring it is up to it."""
+        """Draw `num_generations` responses to each prompt. The server receives the seed, but need not honour it."""
         check_count("num_generations", num_generations, least=1)
         opened = encode_opened(self.tokenizer, opened_prompts(self.tokenizer, prompts, system=self.system))
         seeds = [stream(seed, place, prompt) % 2**31 for place, prompt in enumerate(prompts)]
@@ -134,7 +134,7 @@ class ServedSampler:
                     break
                 self.received.drop(keys)
             else:
-                raise ServerError(f"{self.server.url} was started again {_STARTS} times while it was asked once")
+                raise ServerError(f"{self.server.url} was restarted {_STARTS} times during one call")
         self.received.drop(set(self._keys) - set(keys))
         self._keys = keys
         return [future.result() for future in futures]

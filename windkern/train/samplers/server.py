@@ -1,4 +1,4 @@
-"""Requests to a server that answers JSON with JSON over HTTP, bounded in time and size."""
+"""Send JSON to a server over HTTP and read its JSON, bounded in time and size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ImportError:
     import httpx  # type: ignore[import-not-found,no-redef]  # either name, the same API
 
 API_KEY = "OPENAI_API_KEY"
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that a later attempt may not meet
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which another attempt may succeed
 LONGEST_PAUSE = 60.0  # seconds between two attempts, even if the server asks for more
 LARGEST_ANSWER = 64 * 2**20  # bytes
 _QUOTED = 400  # characters of a server's answer in an error message
@@ -40,9 +40,9 @@ class RefusedError(ServerError):
     """A server refused a request, and repeating it would not help.
 
     Args:
-        message: for people.
-        status: of the answer.
-        text: of the answer.
+        message: message for people.
+        status: status of the answer.
+        text: text of the answer.
     """
 
     def __init__(self, message: str, status: int, text: str):
@@ -51,7 +51,7 @@ class RefusedError(ServerError):
 
 
 class Answer(NamedTuple):
-    """What a server answered."""
+    """The answer of a server."""
 
     content: Any  # parsed; the text itself where it is not JSON and need not be
     quoted: str  # the beginning of its text, for error messages
@@ -78,8 +78,8 @@ def check_url(url: str) -> str:
         raise ValueError(f"url must start with http:// or https:// and name a host, got {without_user(url)!r}")
     if "@" in parts.netloc:
         raise ValueError(
-            f"url must not hold a user or a password, got {without_user(url)!r}; a key goes into api_key or into "
-            f"{API_KEY} of the environment"
+            f"url must not hold a user or a password, got {without_user(url)!r}; pass a key as api_key or in the "
+            f"environment variable {API_KEY}"
         )
     if parts.query or parts.fragment:
         raise ValueError(f"url must end with its path, without ? and #, got {without_user(url)!r}")
@@ -102,7 +102,7 @@ def retry_after(headers: Mapping[str, str], otherwise: float) -> float:
     """Return the seconds that Retry-After asks to wait, at most `LONGEST_PAUSE`.
 
     Args:
-        headers: of the answer; the entry is a whole number of seconds or a date (RFC 9110, section 10.2.3).
+        headers: headers of the answer; the entry is a whole number of seconds or a date (RFC 9110, section 10.2.3).
         otherwise: seconds if there is no such entry, or it is neither.
 
     Example:
@@ -130,14 +130,14 @@ class Server:
 
     Args:
         url: paths are appended to it.
-        api_key: sent as a bearer token; None takes OPENAI_API_KEY of the environment where it is set, "" sends none.
+        api_key: sent as a bearer token; None: OPENAI_API_KEY from the environment, if it is set; "" sends none.
         timeout: seconds a request may take, from connecting to the last byte of the answer.
         attempts: how often a request is tried, with pauses of 1, 2, 4 ... seconds, or what Retry-After says, and up to
             a quarter more at random; at most 60 seconds.
         pause: called with the seconds of each pause.
 
     Raises:
-        ValueError: the URL or the key is not one.
+        ValueError: the URL or the key is not valid.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Server:
         self.timeout, self.attempts, self.pause = timeout, attempts, pause
 
     def client(self) -> httpx.AsyncClient:
-        """Connections to the server, to be used as an asynchronous context manager."""
+        """Return connections to the server, to be used as an asynchronous context manager."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -175,7 +175,7 @@ class Server:
         """Return the answer to a request.
 
         Args:
-            client: of `client()`.
+            client: from `client()`.
             path: appended to the URL; a complete URL replaces it.
             body: sent as JSON; None sends a GET request.
             final: returns whether the text of an error means that another attempt would not help.
@@ -205,8 +205,8 @@ class Server:
                 if 300 <= status < 400:
                     place = without_user(headers.get("Location", "")).partition("?")[0]
                     raise RefusedError(
-                        f"{where} redirects to {self.quote(place)!r}, which is not followed, for the key would go "
-                        "along; if that is the server, make it the url",
+                        f"{where} redirects to {self.quote(place)!r}, which is not followed, because the key would "
+                        "go with it; if that is the server, use it as the url",
                         status,
                         text,
                     )
@@ -250,7 +250,7 @@ def _reason(error: BaseException) -> str:
     below: BaseException | None = error
     while below is not None:
         if isinstance(below, OSError) and below.errno is not None:
-            own = isinstance(below, (socket.gaierror, ssl.SSLError))  # their numbers are their own
+            own = isinstance(below, (socket.gaierror, ssl.SSLError))  # their error numbers are their own
             return str(below.strerror) if own else os.strerror(below.errno)
         several = getattr(below, "exceptions", None)
         below = several[0] if several else below.__cause__ or below.__context__

@@ -9,7 +9,7 @@ from typing import Any
 from windkern.train.samplers.engine import AS_SAID, UNCUT, AbortedError, Draw, Drawn, Policy, check_ids, check_logps
 from windkern.train.samplers.server import Answer, RefusedError, Server, ServerError
 
-# What a request leaves open, the server fills from the model's generation_config.
+# The server fills what a request leaves open from the model's generation_config.
 # Source: SamplingParams of SGLang 0.5.
 NEUTRAL = {**UNCUT, **AS_SAID, "min_new_tokens": 0}
 
@@ -36,15 +36,15 @@ class Sglang:
     async def push(self, client: Any, policy: Policy, *, adapter: bool) -> None:
         if adapter:
             raise ServerError(
-                "sampler: sglang:URL takes whole weights, and the policy is an adapter; use vllm:URL for that"
+                "sampler: sglang:URL takes whole weights, but the policy is an adapter; use vllm:URL for that"
             )
         body = {"model_path": str(policy.folder), "flush_cache": True, "weight_version": policy.name}
         try:
             answer = await self.server.post(client, "/update_weights_from_disk", body)
         except RefusedError as error:
-            raise ServerError(f"{self.server.url} has not taken the policy: {error}") from error
+            raise ServerError(f"{self.server.url} has not accepted the policy: {error}") from error
         if not isinstance(answer.content, dict) or answer.content.get("success") is not True:
-            raise ServerError(f"{self.server.url} has not taken the policy: {answer.quoted}")
+            raise ServerError(f"{self.server.url} has not accepted the policy: {answer.quoted}")
 
     async def drop(self, client: Any, policy: Policy) -> None:
         """Do nothing: the next policy has replaced it."""
@@ -72,9 +72,9 @@ class Sglang:
             reason = meta.get("finish_reason")
             kind = reason.get("type") if isinstance(reason, dict) else reason
             if kind == "abort":
-                raise AbortedError(f"{self.server.url} gave a response up half-way (finish_reason abort)")
+                raise AbortedError(f"{self.server.url} gave up a response half-way (finish_reason abort)")
             if kind not in ("stop", "length"):
-                raise ValueError(f"a response that ended by {reason!r}, which is not an end of the policy's own")
+                raise ValueError(f"a response that ended by {reason!r}, which the policy did not choose")
             ids = content.get("output_ids")
             cut = kind == "length" and not (isinstance(ids, list) and ids and ids[-1] in draw.ends)
             found = check_ids(ids, draw, cut=cut)

@@ -1,4 +1,4 @@
-"""The keys and values of a prompt, computed once and handed to each of its responses."""
+"""Compute the keys and values of a prompt once for all of its responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
-_NAMES = ("cache", "past_key_values")  # of the argument of `generate`: transformers has renamed it
+_NAMES = ("cache", "past_key_values")  # names of one argument of `generate`, which transformers has renamed
 # Layers of a cache whose state is keys and values of tokens, so that rows of it can be copied and continued.
 _LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
@@ -21,13 +21,13 @@ class UnsharedCacheError(ValueError):
 def prompt_cache(
     model: Any, ids: Tensor, mask: Tensor, owner: Tensor, settings: GenerationConfig, *, synced: bool = False
 ) -> Mapping[str, object]:
-    """Return what `generate` takes beside ids and mask so that each prompt is run once, all but its last token.
+    """Return what `generate` takes besides ids and mask so that each prompt is run once, except for its last token.
 
     Args:
-        model: in eval mode, without gradients.
+        model: causal LM in eval mode, called without gradients.
         ids, mask: (S, P), prompts padded on the left, a row for each response; on the model's device.
         owner: (S,) numbers that rise where another prompt begins.
-        settings: of the `generate` that follows.
+        settings: settings of the `generate` that follows.
         synced: as `synced_gpus` of `generate`.
 
     Returns:

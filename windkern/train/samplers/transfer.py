@@ -1,4 +1,4 @@
-"""Whole weights sent to the workers of a vLLM server over NCCL, by vLLM's own engine for trainers."""
+"""Send whole weights to the workers of a vLLM server over NCCL, by vLLM's own engine for trainers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class Parameter(NamedTuple):
-    """What is said of a tensor before it is sent."""
+    """The description of a tensor that is sent before it."""
 
     name: str
     dtype: torch.dtype
@@ -34,14 +34,14 @@ class Weights:
     Each is read when it is sent, so the device holds one of them at a time.
 
     Args:
-        device: that they are read to.
+        device: device to read them to.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.folder = device, Path()
 
     def metadata(self) -> list[Parameter]:
-        """Names, dtypes and shapes, in the order of iteration.
+        """Return names, dtypes and shapes, in the order of iteration.
 
         Raises:
             ServerError: a tensor has a dtype other than float64, float32, float16 and bfloat16.
@@ -66,10 +66,10 @@ class Weights:
 
 
 class Control:
-    """The end points of a server, as vLLM's engine asks them (its protocol `VLLMWeightSyncClient`), from any thread.
+    """The end points of a server, as vLLM's engine calls them (its protocol `VLLMWeightSyncClient`), from any thread.
 
     Args:
-        server: asked once for each request, because half a broadcast cannot be repeated.
+        server: tries each request once, because half a broadcast cannot be repeated.
     """
 
     def __init__(self, server: Server):
@@ -99,14 +99,14 @@ class Control:
 
 
 class NcclTransfer:
-    """Gives a vLLM server whole weights without a folder that both see.
+    """Gives a vLLM server whole weights without a shared folder.
 
     This process is rank 0 of an NCCL group whose other ranks are the workers of the server. vLLM's
     `NCCLTrainerWeightTransferEngine` makes the group and broadcasts. The server must have been started with
-    `--weight-transfer-config '{"backend": "nccl"}'` and VLLM_SERVER_DEV_MODE=1; it is told by its end points
+    `--weight-transfer-config '{"backend": "nccl"}'` and VLLM_SERVER_DEV_MODE=1; it is driven by its end points
     /init_weight_transfer_engine, /start_weight_update, /update_weights and /finish_weight_update. On the server,
-    weights have the name of their policy as version. If it is not the last one sent, the server was started again, and
-    a new group is made.
+    weights have the name of their policy as version. If it is not the last one sent, the server was restarted, and a
+    new group is made.
 
     No GPU has run it: tests speak the protocol to a stand-in and run vLLM's own class, with a mocked NCCL group.
 
@@ -137,7 +137,7 @@ class NcclTransfer:
         """Send the weights of a policy's folder.
 
         Raises:
-            ServerError: they have not arrived.
+            ServerError: the weights have not arrived.
         """
         failed = None
         async with BlockingPortal() as portal:
@@ -167,7 +167,7 @@ class NcclTransfer:
         self._engine = engine
 
     def _version(self) -> object:
-        """Of the weights that the server has; None where it does not say."""
+        """Return the version of the server's weights, None if it does not say."""
         try:
             found = self.control.ask("/weight_info", None)
         except RefusedError:
@@ -175,7 +175,7 @@ class NcclTransfer:
         return found.get("weight_version") if isinstance(found, dict) else None
 
     def _joined(self) -> Any:
-        """vLLM's engine, in a group with the workers of the server."""
+        """Return vLLM's engine, in a group with the workers of the server."""
         try:
             from vllm.distributed.weight_transfer.nccl_engine import (
                 NCCLTrainerInitInfo,
@@ -194,7 +194,9 @@ class NcclTransfer:
 
 def _gpu() -> torch.device:
     if not torch.cuda.is_available():
-        raise ValueError("transfer: nccl needs a GPU for the policy; leave transfer out to give weights by a folder")
+        raise ValueError(
+            "transfer: nccl needs a GPU for the policy; leave transfer out to pass weights through a folder"
+        )
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Ours. Two dtypes, or 8-bit weights, differ by some hundredths of a nat a token; two models by several tenths.
+# Ours. Two dtypes, or 8-bit weights, differ by some hundredths of a nat per token; two models by several tenths.
 MOST_GAP = 0.25  # nats, mean over tokens
 _GROWN = 5.0  # times the difference after the first update; beyond it, some of the weights are not the new ones
 _LEAST_GAP = 0.01  # nats, always accepted as a difference
@@ -19,7 +19,7 @@ _LEAST = 1e-5  # nats; what float32 makes of a log-prob, where a server repeats 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A verdict with its evidence. Numbers are means of absolute differences a token, in nats."""
+    """A verdict with its evidence. Numbers are means of absolute differences per token, in nats."""
 
     verdict: str  # new, stale, other (another model, or a part of the weights), or unknown: new or previous
     gap: float  # between server and new policy, all tokens
@@ -43,14 +43,14 @@ def compare(
     median, over all tokens, of the difference between the server and the nearer of the two.
 
     Args:
-        new: T log-probs by the policy as it is now, nats.
-        served: as the server gives them.
-        previous: by the policy before it; None if there was none.
+        new: T log-probs by the current policy, nats.
+        served: log-probs that the server gives.
+        previous: log-probs by the previous policy; None if there was none.
         usual: the server's difference after the first update. If it is much larger now, the server has taken only some
             of the weights. None: not known.
 
     Raises:
-        ValueError: not T numbers each, at least one.
+        ValueError: the arguments do not hold T numbers each, at least one.
 
     Example:
         >>> compare([-1.0, -2.0], [-1.5, -2.0], [-1.5, -2.0]).verdict

@@ -12,7 +12,7 @@ from windkern.train.samplers.server import Answer, RefusedError, Server, ServerE
 if TYPE_CHECKING:
     from windkern.train.samplers.transfer import NcclTransfer
 
-# What a request leaves open, the server fills from the model's generation_config or from its own defaults.
+# The server fills what a request leaves open from the model's generation_config or from its own defaults.
 # Source: CompletionRequest of vLLM 0.32.
 NEUTRAL: dict[str, Any] = {
     **UNCUT,
@@ -37,7 +37,7 @@ _START = (
 class Vllm:
     """A server started by `vllm serve`.
 
-    An adapter is loaded under a name of its own. Whole weights keep the name of the model: the server reads them from a
+    An adapter is loaded under its own name. Whole weights keep the name of the model: the server reads them from a
     folder by the end point /collective_rpc (`reload_weights`), or is sent them, and then empties its prefix cache.
 
     Args:
@@ -86,13 +86,13 @@ class Vllm:
                 answer = await self.server.post(client, f"{root}/reset_prefix_cache", {}, plain=True)
                 if isinstance(answer.content, dict) and answer.content.get("success") is False:
                     raise ServerError(
-                        f"{self.server.url} keeps a prefix cache of the previous weights, for requests of somebody "
-                        "else are under way; a policy that is trained needs a server of its own"
+                        f"{self.server.url} keeps a prefix cache of the previous weights, because requests of "
+                        "others are under way; a policy that is trained needs its own server"
                     )
         except RefusedError as error:
             if adapter and "already been loaded" in error.text:  # the same name is the same adapter
                 return
-            raise ServerError(f"{self.server.url} has not taken the policy ({error}); {_START}") from error
+            raise ServerError(f"{self.server.url} has not accepted the policy ({error}); {_START}") from error
 
     async def drop(self, client: Any, policy: Policy) -> None:
         if not self.named:
@@ -129,11 +129,11 @@ class Vllm:
         asked = self._name(policy)
         if isinstance(answer.content.get("model"), str) and answer.content["model"] != asked:
             raise ServerError(
-                f"{self.server.url} answered as {self.server.quote(answer.content['model'])!r}, asked was {asked!r}"
+                f"{self.server.url} answered as {self.server.quote(answer.content['model'])!r}, not as {asked!r}"
             )
         if len(choices) > draw.count:
             raise ServerError(
-                f"{self.server.url} answered {len(choices)} completions, {draw.count} wanted: {answer.quoted}"
+                f"{self.server.url} answered {len(choices)} completions, but {draw.count} were wanted: {answer.quoted}"
             )
         if any(isinstance(choice, dict) and choice.get("finish_reason") == "abort" for choice in choices):
             raise AbortedError(f"{self.server.url} gave up responses half-way (finish_reason abort)")
@@ -154,7 +154,7 @@ class Vllm:
 
     def scoring(self, policy: Policy | None, prefix: Sequence[int], token: int) -> tuple[str, dict]:
         # Reason: prompt_logprobs of a server with adapters end in an error of the engine (0.32 on a CPU: einsum over
-        # the adapters of the sampled rows alone). A token that is the only one allowed is given its raw log-prob.
+        # the adapters of the sampled rows alone). If one token alone is allowed, its raw log-prob is returned.
         path, body = self.drawing(policy, Draw(prefix, 1, 0, 1.0, 1, []))
         return path, {**body, "allowed_token_ids": [token]}
 
@@ -189,7 +189,7 @@ def read_choice(choice: object, draw: Draw) -> Drawn:
         raise ValueError("a response to another prompt than the one asked")
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
-        raise ValueError(f"a completion that ended by {reason!r}, which is not an end of the policy's own")
+        raise ValueError(f"a completion that ended by {reason!r}, which the policy did not choose")
     ids = check_ids(choice["token_ids"], draw, cut=reason == "length" and not _ended(choice["token_ids"], draw))
     logprobs = choice.get("logprobs")
     if logprobs is None:
@@ -205,7 +205,7 @@ def _ended(ids: object, draw: Draw) -> bool:
 
 
 def _flat(choice: object) -> bool:
-    """Whether something can be written as JSON without exhausting the stack."""
+    """Return whether something can be written as JSON without exhausting the stack."""
     try:
         json.dumps(choice)
     except RecursionError:

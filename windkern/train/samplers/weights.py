@@ -17,7 +17,7 @@ from windkern.train.models import sync_files
 
 
 def is_adapter(model: nn.Module) -> bool:
-    """Whether a model is a PEFT model, so that a server needs only its adapter."""
+    """Return whether a model is a PEFT model, so that a server needs only its adapter."""
     return hasattr(model, "peft_config")
 
 
@@ -31,7 +31,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     """
     if any(hasattr(value, "ds_id") for value in model.parameters()):
         raise ValueError(
-            "a server cannot follow a policy that DeepSpeed ZeRO-3 has cut in pieces; use ZeRO-2 or FSDP2, or "
+            "a server cannot follow a policy that DeepSpeed ZeRO-3 has partitioned; use ZeRO-2 or FSDP2, or "
             "sampler: transformers"
         )
     if is_adapter(model):
