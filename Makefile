@@ -93,9 +93,11 @@ test-lowest: $(STAMP)
 
 ## test-newest  the same tests with the newest libraries that there are, and TRL's with the newest TRL
 NEWEST := .venv-newest
+LIBRARIES := transformers accelerate peft datasets trl
 test-newest: $(STAMP)
 	$(call environment,$(NEWEST))
-	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager $(LIBRARIES)
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	  $(TORCH_INDEX) "$(TORCH)" $(LIBRARIES)
 	$(NEWEST)/bin/python -m pytest -n 2 $(ARGS) $(foreach name,$(LOWEST_TESTS) integrations,tests/$(name))
 
 # The requirements of the extra $(1), as pip takes them.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,24 @@ def test_a_workflow_runs_make(path):
 def test_the_check_sees_another_command_and_an_unknown_target():
     text = "jobs: {a: {steps: [{run: make lint}, {run: pip install x}, {run: make nothing}, {uses: b}]}}"
     assert strange(text) == ["pip install x", "make nothing"]
+
+
+GIVEN = {"ARGS", "SERVE"}  # on the command line of make
+OPTIONAL = {"TORCH_INDEX"}  # unset where pip finds torch by itself
+
+
+def undefined(*command: str) -> set[str]:
+    """Variables that the recipes of targets use and nobody sets."""
+    told = ["make", "--dry-run", "--always-make", "--warn-undefined-variables", *command]
+    said = subprocess.run(told, cwd=ROOT, capture_output=True, text=True).stderr
+    return set(re.findall(r"undefined variable '(\w+)'", said)) - GIVEN - OPTIONAL
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_recipes_use_variables_that_are_set(tmp_path):
+    assert undefined(*TARGETS) == set()
+    (tmp_path / "planted.mk").write_text("all:\n\techo $(LIBRARIES)\n")
+    assert undefined("-f", str(tmp_path / "planted.mk")) == {"LIBRARIES"}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
