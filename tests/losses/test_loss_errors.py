@@ -193,7 +193,7 @@ def test_masks_and_reductions_are_checked_by_every_loss(loss):
 def test_rewards_must_be_finite_where_they_count(loss):
     made = valid(loss)
     for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="rewards must be finite for every response that takes part"):
+        with pytest.raises(ValueError, match="rewards must be finite for every response that is not masked"):
             call(loss, rewards=torch.full_like(made["rewards"], bad))
 
 

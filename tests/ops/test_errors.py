@@ -225,7 +225,7 @@ def test_why_not_of_an_unknown_backend():
 
 
 def test_why_not_names_its_arguments():
-    with pytest.raises(ValueError, match=r"device must be a torch.device or name one, as 'cuda' or 'cpu', got 'gpu'"):
+    with pytest.raises(ValueError, match=r"device must be a torch.device or name one, such as 'cuda', got 'gpu'"):
         wk.backends.available("gpu")
     with pytest.raises(TypeError, match=r"dtype must be torch.float64, .* got torch.int8"):
         wk.backends.why_not("torch", "cpu", torch.int8)

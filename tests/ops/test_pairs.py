@@ -143,7 +143,7 @@ def test_rewards_must_be_finite(backend, bad):
         lambda **options: wk.win_rates(rewards=rewards, backend=backend, **options),
         lambda **options: wk.pair_loss(torch.zeros(1, 3), rewards=rewards, backend=backend, **options),
     ):
-        with pytest.raises(ValueError, match="rewards must be finite for every response that takes part"):
+        with pytest.raises(ValueError, match="rewards must be finite for every response that is not masked"):
             call()
         assert call(where=where).isfinite().all()
 

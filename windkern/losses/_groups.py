@@ -82,7 +82,7 @@ def check_lengths(lengths: object, logps: Tensor, where: Tensor) -> Tensor:
         raise ValueError("lengths is a constant of the loss but requires grad; pass lengths.detach() if that is meant")
     tensor = fill(tensor.to(logps.dtype), where, 1.0)
     if readable(tensor) and not (tensor >= 1).all():
-        raise ValueError("lengths must be at least 1 for every response that takes part; mask empty ones with where")
+        raise ValueError("lengths must be at least 1 for every response that is not masked; mask empty ones with where")
     return tensor.clamp(min=1)
 
 
