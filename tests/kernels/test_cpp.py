@@ -111,7 +111,7 @@ def test_an_instruction_set_that_is_not_there_is_a_reason_not_a_crash():
     code = "import windkern as wk; print(wk.backends.available('cpu'), wk.backends.why_not('cpp', 'cpu'))"
     environment = {**os.environ, "WINDKERN_CPP_ISA": "avx1024", "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("('torch',) WINDKERN_CPP_ISA='avx1024' names no instruction set of this CPU")
+    assert done.stdout.startswith("('torch',) WINDKERN_CPP_ISA='avx1024' is not an instruction set of this CPU")
 
 
 def test_it_is_the_default_on_a_cpu():

@@ -14,36 +14,36 @@ from windkern.kernels.contract import WIDEST_SLAB, Kept, Slab
 from windkern.kernels.tuned import architecture, row_warps
 from windkern.transform import LogitTransform
 
-# Reason: a batch of another length moves these to other addresses; one compiled kernel must serve all of them.
+# Reason: a batch of another length moves these to other alignments; one compiled kernel must serve all of them.
 ROW_POINTERS = ["max_ptr", "sum_ptr", "target_ptr", "targets_ptr", "entropy_ptr", "offset_ptr", "pivot_ptr"]
 
 
 def interprets() -> bool:
-    """TRITON_INTERPRET=1: kernels run in Python, on a CPU, for tests."""
+    """Return whether TRITON_INTERPRET=1 makes kernels run in Python on a CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.lru_cache(maxsize=256)
 def transform_numbers(transform: LogitTransform, dtype: torch.dtype) -> dict[str, object]:
-    """The transform as kernels take it for slabs of `dtype`."""
+    """Return the transform as kernel arguments for slabs of `dtype`."""
     capped = transform.softcap is not None
     numbers = {
         "slope": transform.slope_at_zero,
         "cap_in": transform.scale / transform.softcap if capped else 1.0,
         "cap_out": transform.softcap / transform.temperature if capped else 1.0,
     }
-    if dtype == torch.float64:  # Triton passes numbers in float32; a constant keeps its digits
+    if dtype == torch.float64:  # Triton passes floats in float32; a constant keeps all digits
         numbers = {name: tl.constexpr(value) for name, value in numbers.items()}
     return {**numbers, "CAPPED": capped}
 
 
 def or_unused(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A pointer for an argument the kernel does not look at."""
+    """Return `tensor`, or `stand_in` as a pointer that the kernel does not read."""
     return stand_in if tensor is None else tensor
 
 
 def slab_pointers(slab: Slab) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, bias and targets."""
+    """Return logits, bias and targets."""
     return slab.logits, or_unused(slab.bias, slab.logits), slab.targets
 
 
@@ -52,16 +52,16 @@ def slab_numbers(slab: Slab, dtype: torch.dtype) -> dict[str, object]:
 
 
 def kept_pointers(kept: Kept | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Values, offsets and the stride of the values."""
+    """Return values, offsets and the stride of the values."""
     return (stand_in, stand_in, 0) if kept is None else (kept.values, kept.offset, kept.values.stride(0))
 
 
 def row_block(width: int) -> dict[str, object]:
-    """Constants of a kernel that holds a row of a slab in registers."""
+    """Return the constants of a kernel that holds a row of a slab in registers."""
     return _row_block(width, architecture())
 
 
-@functools.cache  # a launch waits for its host: what depends on two numbers is not found again for each slab
+@functools.cache  # a launch waits for its host, so these constants are not computed again for each slab
 def _row_block(width: int, arch: str) -> dict[str, object]:
     if width > WIDEST_SLAB:
         raise RuntimeError(f"a slab of a Triton row kernel is at most {WIDEST_SLAB} columns wide, got {width}")
