@@ -67,8 +67,8 @@ def arguments(checks: Checks, rank: int) -> None:
     wrong = {
         "bias must have shape (5,)": (ValueError, lambda: wk.token_logps(hidden, head, targets, bias=torch.zeros(10))),
         "targets must be in [0, 10)": (ValueError, lambda: wk.token_logps(hidden, head, targets + 1)),
-        "weight[1] must be cut as the other": (TypeError, lambda: wk.token_logps(pair, (head, rows), targets)),
-        "weight[1] must be cut as weight[0]": (
+        "weight[1] must be sharded like the other": (TypeError, lambda: wk.token_logps(pair, (head, rows), targets)),
+        "weight[1] must be sharded like weight[0]": (
             ValueError,
             lambda: wk.token_logps(pair, (head, vocab_parallel(rows, other)), targets),
         ),

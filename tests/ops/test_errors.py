@@ -40,7 +40,7 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"softcap": 0}, ValueError, "softcap must be greater than 0, got 0"),
         ({"temperature": -1.0}, ValueError, "temperature must be greater than 0, got -1.0"),
         ({"temperature": float("inf")}, ValueError, "temperature must be"),
-        ({"weight": wk.Head(WEIGHT), "bias": torch.zeros(7)}, ValueError, "bias must not be given beside a windkern.H"),
+        ({"weight": wk.Head(WEIGHT), "bias": torch.zeros(7)}, ValueError, "bias must not be given with a windkern.He"),
         ({"weight": wk.Head(WEIGHT), "scale": 2.0, "softcap": 3.0}, ValueError, "scale and softcap must not be given"),
         ({"weight": wk.Head(WEIGHT), "temperature": 2.0}, ValueError, "temperature must not be given beside"),
         ({"weight": wk.Head(WEIGHT[:, :3])}, ValueError, r"hidden must have last dimension 3 to match weight"),
@@ -145,7 +145,7 @@ GROUPS = torch.zeros(2, 3, 4, 8), torch.zeros(11, 8), torch.zeros(2, 3, 4, dtype
             "per_group must be .* got list",
         ),
         (lambda logps: logps.sum(-1), {"per_group": {1: torch.zeros(2)}}, TypeError, "per_group .* as keys, got 1"),
-        (lambda logps, k: logps.sum(-1), {}, TypeError, r"what per_group holds, as loss_fn\(logps\): missing .*'k'"),
+        (lambda logps, k: logps.sum(-1), {}, TypeError, r"per_group's entries, as loss_fn\(logps\): missing .*'k'"),
         (
             lambda logps: logps.sum(-1),
             {"per_group": {"k": torch.zeros(2)}},
@@ -171,7 +171,7 @@ def test_a_parameter_of_the_loss_is_not_dropped_where_the_model_is_frozen():
     def loss_fn(logps):
         return scale * logps.sum(-1)
 
-    with pytest.raises(ValueError, match="loss_fn must depend on no tensor that requires grad except logps"):
+    with pytest.raises(ValueError, match="loss_fn must not depend on any tensor that requires grad except logps"):
         wk.fused_loss(loss_fn, *GROUPS)
     with torch.no_grad():  # what asks for no gradient gets none
         assert not wk.fused_loss(loss_fn, *GROUPS).requires_grad

@@ -294,7 +294,7 @@ def test_export_with_a_dynamic_number_of_rows():
     targets[:7] = -100
     got = export(torch.export.Dim("rows", max=500))(hidden, targets)
     torch.testing.assert_close(got, wk.token_logps(hidden, weight, targets).logps)
-    with pytest.raises(ValueError, match=r"no upper end; give one with torch.export.Dim\(name, max=...\)"):
+    with pytest.raises(ValueError, match=r"no upper bound; give one with torch.export.Dim\(name, max=...\)"):
         export(torch.export.Dim("rows"))
 
 
