@@ -107,7 +107,7 @@ def test_block_masks_of_flex_attention_are_the_dense_ones(kind, monkeypatch):
         torch.testing.assert_close(got, by_logits(dense, *given), rtol=1e-4, atol=1e-4)
         shared_check._seen.pop(flex)
         monkeypatch.setattr(hf_masks, "seen", lambda rows, row, query, key: query >= key)
-        assert "in one row, where rounding takes" in sharing_of(hf_call.find(flex)).reason
+        assert "in one row differ by" in sharing_of(hf_call.find(flex)).reason
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -247,9 +247,9 @@ def test_bad_input_is_named():
     model = make("Llama")
     cases = [
         (([[5]], [[[1], [2]]]), {"shared_prompt": "yes"}, ValueError, "shared_prompt must be one of"),
-        (([5], [[[1]]]), {}, TypeError, "prompt_ids must be a list with one list"),
+        (([5], [[[1]]]), {}, TypeError, "prompt_ids must be a list of lists, one for each prompt"),
         (([[5], [6]], [[[1]]]), {}, ValueError, "got 1 for 2 prompts"),
-        (([[5], [6]], [[[1]], [[1], [2]]]), {}, ValueError, r"equally many responses to each prompt.* got \[1, 2\]"),
+        (([[5], [6]], [[[1]], [[1], [2]]]), {}, ValueError, r"number of responses to each prompt.* got \[1, 2\]"),
         (([[]], [[[1]]]), {}, ValueError, r"prompt_ids\[0\] is empty"),
         (([[5]], [[[1.5]]]), {}, TypeError, r"completion_ids\[0\] must be an integer"),
         (([[5]], [[7]]), {}, TypeError, r"completion_ids\[0\] must hold lists"),

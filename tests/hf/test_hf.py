@@ -162,7 +162,7 @@ def test_the_check_leaves_dropout_as_it_was(llama):
 )
 def test_a_configuration_the_model_does_not_follow_is_refused_with_numbers(llama, field, value):
     setattr(llama.config, field, value)
-    with pytest.raises(hf.UnsupportedModelError, match=r"miss those of its logits by .* nats"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"differ from those of its logits by .* nats"):
         hf.hidden_and_head(llama)
 
 

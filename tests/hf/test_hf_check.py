@@ -82,12 +82,14 @@ def test_columns_that_are_cut_off_have_no_probability():
 def test_what_else_happens_to_columns_is_refused(dtype):
     """A tolerance that grows with the largest logit would let all of these pass."""
     cases = {
-        r"multiplies what its head gives by 0\.5 ": lambda logits: write(-torch.inf, 3)(0.5 * logits),
+        r"multiplies the output of its head by 0\.5, ": lambda logits: write(-torch.inf, 3)(0.5 * logits),
         r"replaces 2 of its 61 logits by constants \(token 3 has 2\.5\)": write(2.5, 3, 4),
-        "does something to what its head gives": lambda logits: logits + torch.arange(VOCAB),
+        "transforms the output of its head": lambda logits: logits + torch.arange(VOCAB),
         "NaN": lambda logits: torch.full_like(logits, torch.nan),
-        "something else than to other numbers": lambda logits: logits * (1 + (logits.amax((1, 2), True) < 100)),
-        "does something to .* that its configuration does not name": lambda logits: logits.log_softmax(-1),
+        "of real tokens differently from other numbers": lambda logits: (
+            logits * (1 + (logits.amax((1, 2), True) < 100))
+        ),
+        "transforms .* which its configuration does not explain": lambda logits: logits.log_softmax(-1),
     }
     for message, change in cases.items():
         with pytest.raises(hf.UnsupportedModelError, match=message):
@@ -114,7 +116,7 @@ def test_scale_and_cap_are_found_under_any_name(dtype):
         assert hf.hidden_and_head(model).transform == transform
         model.config.__dict__.update(dict.fromkeys(numbers, 0.77))
         if numbers:
-            with pytest.raises(hf.UnsupportedModelError, match="configuration does not name"):
+            with pytest.raises(hf.UnsupportedModelError, match="configuration does not explain"):
                 hf.hidden_and_head(model)
 
 
@@ -159,7 +161,7 @@ def test_a_check_is_repeated_when_what_it_saw_has_changed(monkeypatch):
     model.resize_token_embeddings(VOCAB + 3)
     assert seen() == 6 and hf.hidden_and_head(model).weight.shape[0] == VOCAB + 3
     handle = model.get_output_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
-    with pytest.raises(hf.UnsupportedModelError, match="does something to what its head gives"):
+    with pytest.raises(hf.UnsupportedModelError, match="transforms the output of its head"):
         hf.hidden_and_head(model)
     handle.remove()
     assert seen() == 7
@@ -185,7 +187,7 @@ def test_a_head_whose_forward_was_replaced_is_refused(dtype, factor):
     """A little more than rounding shows, in a short format as well."""
     model = build("Llama").to(dtype).eval()
     model.lm_head.forward = lambda hidden: factor * nn.functional.linear(hidden, model.lm_head.weight)
-    with pytest.raises(hf.UnsupportedModelError, match=r"gives differs from the product with its weight by"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"output .* differs from the product with its weight by"):
         hf.hidden_and_head(model)
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
@@ -230,7 +232,7 @@ def test_a_head_of_another_dtype_than_the_body(body, head):
 def test_models_that_see_later_tokens_or_padding_say_so():
     sizes = {"vocab_size": VOCAB, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
     later = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes, initializer_range=0.4)).eval()
-    with pytest.warns(UserWarning, match="XLNetLMHeadModel change with tokens that come later"):
+    with pytest.warns(UserWarning, match="XLNetLMHeadModel change with later tokens"):
         hf.hidden_and_head(later)
     sizes = {"vocab_size": VOCAB, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2}
     bart = transformers.BartForCausalLM(transformers.BartConfig(**sizes, is_encoder_decoder=False)).eval()

@@ -258,7 +258,7 @@ def test_the_check_sees_a_wrong_block_although_adapters_start_at_zero(monkeypatc
         return (states[0], states[1] / head.scaling["default"]), weights
 
     monkeypatch.setattr(hf_head, "blocks", wrong)
-    with pytest.raises(hf.UnsupportedModelError, match="blocks of its adapters default miss its logits by"):
+    with pytest.raises(hf.UnsupportedModelError, match="blocks of its adapters default differ from its logits by"):
         hf.hidden_and_head(peft.get_peft_model(build("Llama"), lora("lm_head")))
 
 
@@ -276,7 +276,7 @@ def test_an_adapter_is_checked_once(monkeypatch):
 def test_other_adapters_on_the_head_say_what_would_do():
     cases = {
         r"DoraLinearVariant.*use_dora=False": lora("lm_head", use_dora=True),
-        r"'default' has a bias of its own; set lora_bias=False": lora("lm_head", lora_bias=True),
+        r"'default' has its own bias; set lora_bias=False": lora("lm_head", lora_bias=True),
         r"ia3.*only LoRA .* leave the head out of target_modules .* merge_and_unload": peft.IA3Config(
             target_modules=["lm_head"], feedforward_modules=[]
         ),

@@ -140,7 +140,7 @@ def test_errors_name_the_group():
         make_layout([(1, (1, 1)), (0, (1, 1))], WIDE)
     with pytest.raises(ValueError, match="group 0 has 3 tokens and 0 responses"):
         make_layout([(3, ())], WIDE)
-    with pytest.raises(ValueError, match="layout must be that of these groups"):
+    with pytest.raises(ValueError, match="layout must belong to these groups"):
         make_rows(make_layout([(1, (1,))], WIDE), [[1]], [[[1, 2]]])
     with pytest.raises(ValueError, match="balance must be at least 1"):
         LayoutRules(balance=0)
