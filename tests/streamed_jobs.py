@@ -278,8 +278,8 @@ def refusals(checks: Checks, mesh: DeviceMesh) -> None:
     two = distribute_tensor(torch.randn(9, 4), wide, [Shard(0), Shard(0)])
     columns = distribute_tensor(torch.randn(9, 4), mesh, [Shard(1)])
     wrong = {
-        "must be a DTensor that FSDP2 has cut, got a plain tensor": (TypeError, lambda: wk.sharding.streamed(hidden)),
-        "only windkern.sharding.gathered serves that": (TypeError, lambda: wk.sharding.streamed(zero3)),
+        "must be a DTensor sharded by FSDP2, got a plain tensor": (TypeError, lambda: wk.sharding.streamed(hidden)),
+        "only windkern.sharding.gathered supports that": (TypeError, lambda: wk.sharding.streamed(zero3)),
         "or an FSDP2 unit, got Linear": (TypeError, lambda: wk.sharding.streamed(nn.Linear(2, 2))),
         "one-dimensional mesh": (ValueError, lambda: wk.sharding.streamed(two)),
         "placements (Shard(dim=0),)": (TypeError, lambda: wk.sharding.streamed(columns)),
