@@ -224,11 +224,16 @@ SETTINGS = [
     ("wind", {"prefs": None}, ValueError, "exactly one of prefs and win_rates, got neither"),
     ("wind", {"win_rates": RATES, "prefs": HALF}, ValueError, "exactly one of prefs and win_rates, got both"),
     *(
-        ("wind", {"win_rates": RATES, "objective": name}, ValueError, f"win_rates cannot serve objective='{name}'")
+        (
+            "wind",
+            {"win_rates": RATES, "objective": name},
+            ValueError,
+            f"win_rates cannot be used for objective='{name}'",
+        )
         for name in ("square_pair", "nce")
     ),
     *(
-        ("wind", {"log_z": LOG_Z, "objective": name}, ValueError, f"log_z cannot serve objective='{name}'")
+        ("wind", {"log_z": LOG_Z, "objective": name}, ValueError, f"log_z cannot be used for objective='{name}'")
         for name in ("square", "square_pair", "kl", "nce_ratio")
     ),
     *(("wind", {"eta": bad}, ValueError, "eta must be greater than 0") for bad in (0, -1.0)),
