@@ -42,7 +42,7 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"temperature": float("inf")}, ValueError, "temperature must be"),
         ({"weight": wk.Head(WEIGHT), "bias": torch.zeros(7)}, ValueError, "bias must not be given with a windkern.He"),
         ({"weight": wk.Head(WEIGHT), "scale": 2.0, "softcap": 3.0}, ValueError, "scale and softcap must not be given"),
-        ({"weight": wk.Head(WEIGHT), "temperature": 2.0}, ValueError, "temperature must not be given beside"),
+        ({"weight": wk.Head(WEIGHT), "temperature": 2.0}, ValueError, "temperature must not be given with a"),
         ({"weight": wk.Head(WEIGHT[:, :3])}, ValueError, r"hidden must have last dimension 3 to match weight"),
         ({"weight": wk.Head(None)}, TypeError, "weight must be a torch.Tensor"),
         ({"max_scored": -1}, ValueError, "max_scored must be at least 0, got -1"),
@@ -144,7 +144,7 @@ GROUPS = torch.zeros(2, 3, 4, 8), torch.zeros(11, 8), torch.zeros(2, 3, 4, dtype
             TypeError,
             "per_group must be .* got list",
         ),
-        (lambda logps: logps.sum(-1), {"per_group": {1: torch.zeros(2)}}, TypeError, "per_group .* as keys, got 1"),
+        (lambda logps: logps.sum(-1), {"per_group": {1: torch.zeros(2)}}, TypeError, "keys of per_group .*, got 1"),
         (lambda logps, k: logps.sum(-1), {}, TypeError, r"per_group's entries, as loss_fn\(logps\): missing .*'k'"),
         (
             lambda logps: logps.sum(-1),
