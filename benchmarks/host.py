@@ -1,11 +1,10 @@
-"""Python's share of a call: microseconds of the CPU for each call and each slab, with a driver that launches nothing.
+"""Measure Python's share of a call: CPU time per call and per slab, with a driver that launches nothing.
 
     python -m benchmarks.host [--rows 64] [--repeats 30]
 
-Needs Triton and no GPU. Launchers, Triton's binder and its cache are the real ones; tensors are on the CPU, and a
-product is one of float32 so small that it takes about as long as it takes to hand one to a GPU. A call waits for its
-host where a GPU is done with a slab sooner than that: with 512 rows or small heads. What the C code of a launch takes
-is not in the figures.
+Needs Triton but no GPU. Launchers, Triton's binder and its cache are real; tensors are on the CPU, and each product is
+a float32 one so small that it takes about as long as submitting one to a GPU. A call waits for its host if a GPU
+finishes a slab sooner than that, as with 512 rows or small heads. The figures do not include the C code of a launch.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from windkern.kernels import gemm
 from windkern.ops import walk
 
 HIDDEN = 16
-VOCABS = (4096, 16384)  # one that is few slabs, one that is many
+VOCABS = (4096, 16384)  # few slabs, and many
 GEARS = {"trained": (True, True), "frozen head": (True, False), "scoring": (False, False)}
 
 
 class HandedOver(gemm.Products):
-    """Takes the steps of a GPU's bfloat16 products, and multiplies small float32 matrices of the same shapes."""
+    """Runs the Python code of a GPU's bfloat16 products, but multiplies float32 matrices of the same shapes."""
 
     @staticmethod
     @functools.cache
@@ -55,7 +54,7 @@ class HandedOver(gemm.Products):
 
 
 class Host(NamedTuple):
-    """Of one call: seconds of the CPU, of them in Triton's launches, launches, slabs."""
+    """Figures of one call: CPU seconds, those in Triton's launches, launches, and slabs."""
 
     seconds: float
     in_triton: float
@@ -73,7 +72,7 @@ def _call(rows: int, vocab: int, wanted: tuple[bool, bool]) -> Callable[[], None
     hidden = torch.randn(rows, HIDDEN).bfloat16().requires_grad_(wanted[0])
     weight = torch.randn(vocab, HIDDEN).bfloat16().requires_grad_(wanted[1])
     leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
-    # Reason: kernels that do nothing leave no log-probs; on a CPU only rows without a target may be so.
+    # Reason: kernels that do nothing compute no log-probs, which on a CPU raises unless rows have no target.
     targets = torch.full((rows,), -100)
 
     def call() -> None:
@@ -85,7 +84,7 @@ def _call(rows: int, vocab: int, wanted: tuple[bool, bool]) -> Callable[[], None
 
 
 def measure(rows: int, vocab: int, wanted: tuple[bool, bool], repeats: int, *, compiles: bool = True) -> Host:
-    """Median over calls whose kernels are compiled."""
+    """Return the medians over calls whose kernels are already compiled."""
     call, inside, run = _call(rows, vocab, wanted), [0.0], JITFunction.run
 
     def timed(self, *arguments, **options):

@@ -94,10 +94,10 @@ def test_quack_gives_the_mean(written):
 @pytest.mark.parametrize(
     ("name", "installed", "reason"),
     [
-        ("quack-mean", {"quack"}, "there is no cutlass, tvm_ffi; carry apache-tvm-ffi, torch-c-dlpack-ext and nvidia"),
-        ("liger-scaled", {"liger_kernel"}, "there is no cutlass; carry nvidia-cutlass-dsl"),
-        ("trl-chunked", {"trl"}, "there is no datasets; carry datasets, dill and multiprocess"),
-        ("trl", {"trl"}, "there is no datasets; carry"),
+        ("quack-mean", {"quack"}, "cutlass, tvm_ffi not installed; it needs apache-tvm-ffi, torch-c-dlpack-ext and nv"),
+        ("liger-scaled", {"liger_kernel"}, "cutlass not installed; it needs nvidia-cutlass-dsl"),
+        ("trl-chunked", {"trl"}, "datasets not installed; it needs datasets, dill and multiprocess"),
+        ("trl", {"trl"}, "datasets not installed; it needs"),
         ("verl", set(), "verl is not installed"),
         ("quack-mean", set(), "quack-kernels is not installed"),
     ],
