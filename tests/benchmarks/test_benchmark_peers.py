@@ -1,4 +1,4 @@
-"""Peers of the GPU benchmarks where a CPU can say something: values against float64, signs, and what is missing."""
+"""Peers of the GPU benchmarks, as far as a CPU can test them: values against float64, signs, missing packages."""
 
 import importlib.util
 import sys
@@ -36,7 +36,7 @@ def errors_of(build, level: str, mode: str = "trained") -> dict[str, float]:
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a package whose own `__init__` must not run, and forgets it afterwards."""
+    """Writes a package whose `__init__` must not run, and removes it from the imported modules afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -82,7 +82,7 @@ def test_verl_is_called_without_its_package(written):
     written("verl/utils/kernel/linear_cross_entropy.py", VERL)
     found = errors_of(gpu_heads._build_verl, "tokens")
     assert max(found["logps"], found["dhidden"], found["dweight"]) < 1e-5
-    assert importlib.util.find_spec("verl") is not None  # asked for each case anew
+    assert importlib.util.find_spec("verl") is not None  # asked again for each case
 
 
 def test_quack_gives_the_mean(written):

@@ -1,4 +1,4 @@
-"""What windkern.hf finds out about a model: what its head is given and gives, and what becomes of that."""
+"""The check of windkern.hf: the input and output of a model's head, and the transform of its logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from windkern.transform import LogitTransform  # noqa: E402
 
 
 class Changed(transformers.LlamaForCausalLM):
-    """A Llama that does something to its logits."""
+    """A Llama that changes its logits."""
 
     def forward(self, *args, **given):
         out = super().forward(*args, **given)
@@ -43,7 +43,7 @@ def write(value: float, *columns: int):
 
 
 def assert_as_own_logits(model: nn.Module, *given) -> None:
-    """Values and gradients of every parameter."""
+    """Assert the values and gradients of the model's own logits, for every parameter."""
     given = given or batch()
     upstream = torch.linspace(-1, 2, given[0].shape[0])
     ours, theirs = hf.sequence_logps(model, *given), by_logits(model, *given)
@@ -101,7 +101,7 @@ def test_what_else_happens_to_columns_is_refused(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scale_and_cap_are_found_under_any_name(dtype):
-    """In a short format as well, whatever the size of the logits: the head gives numbers of the check's choice."""
+    """In short formats as well, and for logits of any size, because the head returns numbers chosen by the check."""
     cases = [
         (lambda logits: logits * 0.3, {"mup": 0.3}, LogitTransform(scale=0.3)),
         (lambda logits: logits / 7, {"mup_scale": 7}, LogitTransform(scale=1 / 7)),
@@ -112,7 +112,7 @@ def test_scale_and_cap_are_found_under_any_name(dtype):
     for change, numbers, transform in cases:
         model = changed(change, **numbers).to(dtype)
         with torch.no_grad():
-            model.lm_head.weight.mul_(0.01)  # logits so small that no cap shows in them
+            model.lm_head.weight.mul_(0.01)  # logits so small that they do not reveal a cap
         assert hf.hidden_and_head(model).transform == transform
         model.config.__dict__.update(dict.fromkeys(numbers, 0.77))
         if numbers:
@@ -126,7 +126,7 @@ def test_a_cap_under_another_name_holds_when_the_weights_grow():
     config = transformers.RecurrentGemmaConfig(**sizes | {"num_hidden_layers": 3}, lru_width=32)
     model = transformers.RecurrentGemmaForCausalLM(config).bfloat16().eval()
     ids, attention, completion = batch()
-    attention[0] = 1  # left padding is something else
+    attention[0] = 1  # left padding is tested elsewhere
     hf.sequence_logps(model, ids, attention, completion)
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(std=3)
@@ -148,7 +148,7 @@ def test_a_check_is_repeated_when_what_it_saw_has_changed(monkeypatch):
     assert seen() == 1
     with torch.no_grad():
         model.lm_head.weight.normal_()
-    assert seen() == 1  # weights are not what was looked at
+    assert seen() == 1  # the check does not depend on weights
     model.config.final_logit_softcapping = 5.0
     assert seen() == 2 and hf.hidden_and_head(model).transform.softcap == 5.0
     with torch.autocast("cpu", torch.bfloat16):
@@ -184,7 +184,7 @@ def test_a_claim_of_a_text_part_is_the_business_of_the_model_around_it():
 
 @pytest.mark.parametrize("dtype, factor", [(torch.float32, 1 + 1e-5), (torch.bfloat16, 1.01)])
 def test_a_head_whose_forward_was_replaced_is_refused(dtype, factor):
-    """A little more than rounding shows, in a short format as well."""
+    """A difference slightly above rounding is detected, in short formats as well."""
     model = build("Llama").to(dtype).eval()
     model.lm_head.forward = lambda hidden: factor * nn.functional.linear(hidden, model.lm_head.weight)
     with pytest.raises(hf.UnsupportedModelError, match=r"output .* differs from the product with its weight by"):
@@ -197,8 +197,8 @@ def test_a_head_whose_forward_was_replaced_is_refused(dtype, factor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_short_products_of_torch_are_no_fault_of_the_model(dtype, monkeypatch):
-    """TF32 on a GPU, bfloat16 in oneDNN, in torch's newer settings: stood in for by a product that rounds more."""
-    # torch cannot say what it rounds to where someone has used its newer settings.
+    """A product with more rounding stands for TF32 on a GPU and bfloat16 in oneDNN, by torch's newer settings."""
+    # torch cannot report its rounding once its newer settings have been used.
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: pytest.fail("asked"))
     model, product = build("Gemma2").to(dtype).eval(), nn.functional.linear
 

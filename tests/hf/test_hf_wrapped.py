@@ -1,4 +1,4 @@
-"""windkern.hf on models that something is wrapped around: values and gradients, or what to do instead."""
+"""windkern.hf on wrapped models: values and gradients, or an error that says what to do instead."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_as(ours: torch.Tensor, theirs: torch.Tensor, model: nn.Module) -> Non
 
 
 class Backend:
-    """Of torch.compile: counts the graphs it is given, and runs them as they are."""
+    """A backend for torch.compile that counts its graphs and runs them unchanged."""
 
     def __init__(self):
         self.graphs, self.calls = 0, 0
@@ -64,12 +64,12 @@ def test_compiled_models(place):
     assert (calls > 0) == (place != "in place")  # the decoder is compiled, with the settings of the wrapper
     assert_as(hf.sequence_logps(wrapped, *batch()), theirs, model)
     assert backend.graphs == graphs  # and only once
-    assert "forward" not in model.model.__dict__  # what was replaced is back
+    assert "forward" not in model.model.__dict__  # the replaced forward is restored
     assert (model._compiled_call_impl is not None) == (place == "in place")
 
 
 class Outer(nn.Module):
-    """A wrapper that nobody knows."""
+    """A wrapper of an unknown kind."""
 
     def __init__(self, module):
         super().__init__()
@@ -154,7 +154,7 @@ def test_two_processes_train_as_one(ranks, kind):
 
 
 def test_log_probs_of_a_sharded_model_are_not_rounded(ranks):
-    """FSDP2 may be told to return bfloat16; sums of log-probs need more."""
+    """FSDP2 can be set to return bfloat16, but sums of log-probs need more precision."""
     for rank in ranks:
         found = torch.tensor(rank["fsdp2, bfloat16"]["logps"])
         assert not torch.equal(found.bfloat16().float(), found)

@@ -1,4 +1,4 @@
-"""Planted faults are caught by the comparison the losses pass, and bad input is named."""
+"""Planted faults are caught by the comparison that the losses pass, and errors name the bad input."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ TENSORS = [
 
 
 def call(loss: str, **changes) -> Tensor:
-    """The first row of a loss with some arguments changed, and what goes with the change."""
+    """Call the first row of a loss with some arguments changed, and with others that the change requires."""
     arguments = {**valid(loss), **changes}
     for given, other in (("win_rates", "prefs"), ("advantages", "rewards")):
         if given in changes:
