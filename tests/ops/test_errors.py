@@ -1,4 +1,4 @@
-"""Bad input: each exception names the argument, what came, and what would be right."""
+"""Bad input: each exception names the argument, what was given, and what would be right."""
 
 import numpy
 import pytest
@@ -93,7 +93,7 @@ def test_other_layouts():
 
 
 def test_what_stands_for_an_integer_a_number_or_a_flag_serves():
-    """NumPy's own, as collators hand them over, and tensors of one number."""
+    """NumPy's types, as collators pass them, and tensors with one element."""
     plain = call(ignore_index=3, max_scored=6, memory_budget=0, batch_invariant=True, entropy=True)
     for kind in (numpy.int64, numpy.int32, torch.tensor):
         numbers = {name: kind(value) for name, value in (("ignore_index", 3), ("max_scored", 6), ("memory_budget", 0))}
@@ -113,7 +113,7 @@ def test_what_stands_for_an_integer_a_number_or_a_flag_serves():
 
 
 def test_logits_that_overflow_are_not_called_masked(backend):
-    """-inf without a bias, beside an open one, and beside one that masks a part."""
+    """-inf without a bias, with a finite bias, and with one that masks a part."""
     hidden, weight, targets = torch.full((2, 2), 3e38), -torch.ones(3, 2), torch.tensor([0, -100])
     for bias in (None, torch.zeros(3), torch.tensor([0.0, -torch.inf, 0.0])):
         with pytest.raises(ValueError, match=r"row 0 are -inf: .* overflows torch.float32"):
@@ -165,7 +165,7 @@ def test_fused_loss(backend, loss_fn, kwargs, error, match):
 
 
 def test_a_parameter_of_the_loss_is_not_dropped_where_the_model_is_frozen():
-    """Nothing of the model wants a gradient, but loss_fn holds something that does."""
+    """Nothing in the model requires a gradient, but loss_fn holds a tensor that does."""
     scale = torch.ones((), requires_grad=True)
 
     def loss_fn(logps):
@@ -173,7 +173,7 @@ def test_a_parameter_of_the_loss_is_not_dropped_where_the_model_is_frozen():
 
     with pytest.raises(ValueError, match="loss_fn must not depend on any tensor that requires grad except logps"):
         wk.fused_loss(loss_fn, *GROUPS)
-    with torch.no_grad():  # what asks for no gradient gets none
+    with torch.no_grad():  # no gradient is asked for, so none is refused
         assert not wk.fused_loss(loss_fn, *GROUPS).requires_grad
 
 
