@@ -56,7 +56,7 @@ class Streamed:
         )
 
     def cut(self, leaf: Tensor) -> Tensor:
-        """Return a DTensor of a whole leaf. Its gradient, a mean over the ranks, returns to the leaf times their number."""
+        """Return a DTensor of a whole leaf, whose gradient, a mean over n ranks, returns to the leaf times n."""
         return _Cut.apply(leaf, self.mesh)
 
     def whole(self, results, shape):
@@ -157,7 +157,7 @@ def batch(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(kind: str) -> dict[str, Tensor]:
-    """Return the loss and whole gradients of two accumulated backward passes of an FSDP2 model with a head of `kind`."""
+    """Return the loss and whole gradients of two accumulated backward passes of an FSDP2 model and head of `kind`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     toy = Toy(tied="tied" in kind, bias="bias" in kind).double()
@@ -309,7 +309,7 @@ def absent() -> None:
 
 
 def unsharded_unit() -> None:
-    """A head in the unit of the whole model, which FSDP2 leaves gathered after a forward: the error gives the remedy."""
+    """A head in the whole model's unit, which FSDP2 leaves gathered after a forward: the error gives the remedy."""
     from torch.distributed.fsdp import fully_shard
 
     toy = Toy()

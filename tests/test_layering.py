@@ -70,7 +70,7 @@ METHOD = "wind"  # also the name of the training method, beside "value"
 
 
 def losses_named(tree: ast.AST, names: set[str]) -> set[str]:
-    """Find losses that code distinguishes by name: in comparisons, cases, keys, subscripts, or as loss=NAME in a string."""
+    """Find losses that code tells apart by name: comparisons, cases, keys, subscripts, or loss=NAME in a string."""
     found: set[str] = set()
     documentation = {
         id(node.body[0].value)

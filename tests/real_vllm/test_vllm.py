@@ -226,7 +226,7 @@ def test_a_vllm_that_was_started_again_gets_its_adapter(server, tmp_path):
 
 
 def test_whole_weights_that_vllm_takes_in_part_are_noticed(server, tmp_path):
-    """On a CPU, vLLM 0.32 continues with its packed copy of a tied head. (The last test: it leaves the server broken.)"""
+    """On a CPU, vLLM 0.32 continues with its packed copy of a tied head. (Last, since it leaves the server broken.)"""
     model, tokenizer = load_policy("smollm2-135m-instruct", dtype=torch.float32)
     sampler = sampler_of(server, tokenizer, tmp_path)
     sampler.update(model)

@@ -80,7 +80,7 @@ def test_options_of_the_same_name_mean_the_same():
         for each in dataclasses.fields(cls):
             if each.name in options.SHARED:
                 helps.setdefault(each.name, set()).add(each.metadata["help"])
-    assert {name for name, texts in helps.items() if len(texts) > 1} == {"num_iterations", "eta"}  # they mean something else in bandit
+    assert {name for name, texts in helps.items() if len(texts) > 1} == {"num_iterations", "eta"}  # bandit has its own
 
 
 def test_options_may_be_written_with_underscores():

@@ -211,7 +211,7 @@ def test_sampled_bond_and_sppo_follow_their_updates():
 
 @pytest.mark.parametrize("objective", ["square", "square_point"])
 def test_responses_that_were_not_drawn_stay_and_the_drawn_keep_their_level(objective):
-    """Centred losses keep the mean log-ratio of the draws equal to that of the others; free scores are raised to match."""
+    """Centred losses keep the mean log-ratio of the draws at that of the others; free scores are raised to match."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(2, 30, generator=generator, dtype=torch.float64)
     ref = torch.randn(2, 30, generator=generator, dtype=torch.float64).softmax(-1)
