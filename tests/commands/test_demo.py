@@ -110,6 +110,7 @@ def test_the_win_rate_rises_and_everything_is_shown(finished):
     assert "2410.20727" in (output / "README.md").read_text()
 
 
+@pytest.mark.slow  # the default suite kills a run at eight places in tests/train/test_trainer_kill.py
 def test_sigkill_and_resume_end_with_the_same_bits(inputs, finished, tmp_path):
     output, hanging = tmp_path / "demo", tmp_path / "hanging"
     # There are two judgements per iteration: the sixth is after the fit of iteration 3 and before its checkpoint.

@@ -185,7 +185,7 @@ def test_a_field_that_is_refused_is_left_out_and_said(serve, caplog, status):
     assert len(batch.texts) == 2 and len(bodies) == len(unknown) + 2  # the second prompt is asked without them at once
     assert set(bodies[0]) - set(bodies[-1]) == set(unknown)
     assert [name in caplog.text for name in (*unknown, "top_p")] == [True, True, True, False]
-    assert len(caplog.records) == len(unknown) + 1  # and one that texts are encoded again
+    assert len(caplog.records) == len(unknown) + 1  # and that texts are encoded anew
     assert caplog.text.count("encoded anew") == 1
 
 

@@ -117,7 +117,7 @@ def test_a_server_that_goes_on_with_the_previous_policy_is_an_error(serve, tmp_p
     sampler.sample(PROMPTS, 3, seed=0)
     with pytest.raises(ServerError, match=r"given policy-0002-\w+ and still serves the policy before it: .* nats"):
         sampler.update(moved(model))
-    again = sampler_of(server, tmp_path, "sglang" if kind == "sglang" else "vllm")  # a resumed run
+    again = sampler_of(server, tmp_path, "sglang" if kind == "sglang" else "vllm")  # a run that was resumed
     with pytest.raises(ServerError, match="still serves the policy before it"):
         again.update(model)
 
@@ -377,7 +377,7 @@ def test_a_server_that_cannot_take_adapters_says_how_to_start_it(serve, tmp_path
     server._load = lambda body: (500, '{"error": {"message": "LoRA rank 64 is greater than max_lora_rank 16."}}', {})
     with pytest.raises(ServerError, match=r"has not taken the policy .*rank 64 is greater"):
         sampler_of(server, tmp_path).update(adapted())
-    assert len(server.asked("/v1/load_lora_adapter")) == 2  # a repeat would not help
+    assert len(server.asked("/v1/load_lora_adapter")) == 2  # the same again would not help
     with pytest.raises(ServerError, match="takes whole weights, and the policy is an adapter"):
         sampler_of(server, tmp_path / "2", "sglang").update(adapted())
 
