@@ -4,8 +4,8 @@
 
 Needs Triton but no GPU. Launchers, Triton's binder and its cache are real; tensors are on the CPU, and each product is
 a float32 one so small that it takes about as long as submitting one to a GPU. Checks of values are left out, as on a
-GPU. A call waits for its host if a GPU finishes a slab sooner than that, as with 512 rows or small heads. The figures do
-not include the C code of a launch.
+GPU. A call waits for its host if a GPU finishes a slab sooner than that, as with 512 rows or small heads. The figures
+do not include the C code of a launch.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def op_arguments(gear: str, *, entropy: bool, kept: bool, backend: str):
     )
 
 
-# All pairs of back end, entropy and what is kept; the op that is checked is one for all of them.
+# Every pair of values of back end, entropy and what is kept occurs; the op that is checked is the same for all.
 PAIRS = [("cpp", False, False), ("cpp", True, True), ("torch", False, True), ("torch", True, False)]
 
 
