@@ -2,7 +2,7 @@
 
     python -m benchmarks.compare OLD.json NEW.json [--slowdown 1.10] [--memory 1.10] [--seconds] [--only PATTERNS]
 
-Times are compared as multiples of the floor that was measured beside them, so that a busier or slower machine does not
+Times are compared as multiples of the floor that was measured next to them, so that a busier or slower machine does not
 look like slower code; --seconds compares seconds. Exits with 1 if a row of windkern is slower, or takes more memory,
 than allowed, or is no longer measured.
 """

@@ -1,4 +1,4 @@
-"""Measure time and peak memory of pair losses over N: `windkern.pair_loss` beside the N x N expression, in one process.
+"""Measure time and peak memory of pair losses over N: `windkern.pair_loss` and the N x N expression in one process.
 
 python -m benchmarks.pairs [--device cuda]      # JSON into benchmarks/results/, picture into docs/img/pairs.png
 """

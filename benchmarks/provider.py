@@ -116,7 +116,7 @@ class Provider:
 
 
 def needs(*modules: str, what: str) -> Callable[[Case], tuple[str, str] | None]:
-    """Return a `why_not_case` for a peer that needs `modules` beside its own package."""
+    """Return a `why_not_case` for a peer that needs `modules` besides its own package."""
 
     def why_not(case: Case) -> tuple[str, str] | None:
         missing = [name for name in modules if importlib.util.find_spec(name) is None]

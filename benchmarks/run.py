@@ -129,7 +129,7 @@ class CaseRun:
             with quiet():
                 # Hazard: torch compiles a function only a few times, then silently runs it eagerly.
                 torch._dynamo.reset()
-                torch._inductor.config.compile_threads = 1  # no compiler processes beside the timed calls
+                torch._inductor.config.compile_threads = 1  # no compiler processes during the timed calls
         for name in self.providers:
             self.add(name)
             _say(f"  {name:<24} {self._state(name)}")

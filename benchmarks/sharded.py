@@ -1,11 +1,11 @@
-"""Measure heads sharded over processes: time and peak memory of a rank, beside the same work alone and beside peers.
+"""Measure heads sharded over processes: time and peak memory of a rank, against the same work alone and peers.
 
     python -m benchmarks.sharded [--shape 512x576x49152] [--dtype fp32] [--processes 2] [--samples 7] [--out FILE]
 
 Each process has one thread, and they communicate by gloo. With the vocabulary sharded over ranks that hold the same
-rows ("tensor"), `vocab_parallel` is measured beside the walk over a rank's own part alone, torch's `loss_parallel` on
+rows ("tensor"), `vocab_parallel` is measured against the walk over a rank's own part alone, torch's `loss_parallel` on
 DTensor logits, and the eager chunks of Liger's tensor-parallel op. With the rows split over ranks ("data"), `streamed`
-is measured beside the whole head on every rank, and `gathered`. Every sample begins at a barrier and is the time of the
+is measured against the whole head on every rank, and `gathered`. Each sample starts at a barrier and is the time of the
 slowest rank; the providers of a case alternate, and a ratio is the median of the ratios of the rounds. Peak memory is
 what a call adds to a rank, gradients included. Writes JSON into benchmarks/results/, from which
 `python -m benchmarks.readme` makes the table of docs/sharding.md.

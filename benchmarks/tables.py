@@ -249,7 +249,7 @@ def _absent(rows: list[Row]) -> str | None:
 
 
 def markdown_errors(data: dict[str, Any]) -> str:
-    """Return the error table: plain torch beside every gear of one back end, by dtype, with the smallest in bold."""
+    """Return the error table: plain torch next to every gear of one back end, by dtype, with the smallest in bold."""
     rows = data["rows"]
     run = data["runs"][max((row["run"] for row in rows), default=-1)]
     backends = list(dict.fromkeys(row["backend"] for row in rows if row["backend"] is not None))

@@ -23,7 +23,7 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
     ("code", "name"),
     [
         ("import hashlib\n\nhashlib.file_digest(open('a', 'rb'), 'md5')\n", "'hashlib.file_digest' member"),
-        ("import tomllib\n\nids = ids.long()\n", "'tomllib' module"),  # beside a name that looks like Python 2's long
+        ("import tomllib\n\nids = ids.long()\n", "'tomllib' module"),  # next to a name that looks like Python 2's long
         ("import shutil\n\nshutil.rmtree('a', onexc=None)\n", "shutil.rmtree(onexc)"),
     ],
 )

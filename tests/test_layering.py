@@ -66,7 +66,7 @@ def test_the_check_sees_a_wrong_arrow(tmp_path):
 
 # Folders that compare methods by name: the losses themselves, and the study of small games.
 BY_NAME = ("losses", "tabular", "commands/bandit")
-METHOD = "wind"  # also the name of the training method, beside "value"
+METHOD = "wind"  # also the name of the training method, next to "value"
 
 
 def losses_named(tree: ast.AST, names: set[str]) -> set[str]:

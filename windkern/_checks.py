@@ -162,7 +162,7 @@ def check_device(name: str, device: object) -> torch.device:
 # Preferences ----------------------------------------------------------------------------------------------------------
 
 PREFS_TOLERANCE = 1e-4  # float32 sigmoids miss prefs + prefs^T = 1 by 1e-7, real asymmetry is a thousand times this
-_PREFS_BLOCK = 1 << 20  # entries checked together: temporaries stay small beside the preferences
+_PREFS_BLOCK = 1 << 20  # entries checked together: temporaries stay small next to the preferences
 
 
 def readable(tensor: Tensor) -> bool:

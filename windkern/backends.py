@@ -38,7 +38,7 @@ class Backend:
 
 
 def _partial_sums(rows: int, width: int, itemsize: int, device_type: str) -> int:
-    """Bytes of the partial column sums that kernels with a row in registers write beside their results."""
+    """Bytes of the partial column sums that kernels with a row in registers write besides their results."""
     return min(rows, 256) * width * itemsize
 
 

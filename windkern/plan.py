@@ -25,7 +25,7 @@ class Plan:
     """The decisions about an op before it runs. Pure data; `print` explains it.
 
     `units` counts GEMM work in multiples of rows * hidden_size * vocab_size multiply-adds, forward and backward
-    together: plain logits take 6, recomputing every logit takes 8. `peak_bytes` is everything allocated beside
+    together: plain logits take 6, recomputing every logit takes 8. `peak_bytes` is everything allocated besides
     outputs and gradients.
     """
 
@@ -121,7 +121,7 @@ def plan(
         hidden_grad, weight_grad, bias_grad: which gradients are wanted, one flag or one for each block.
         entropy: whether the entropy is an output.
         group_rows: for `fused_loss`, the rows of the largest group (N * T); None for the other ops.
-        memory_budget: bytes for everything beside outputs and gradients; None is 2 GiB on a GPU, 256 MiB on a CPU.
+        memory_budget: bytes for everything besides outputs and gradients; None is 2 GiB on a GPU, 256 MiB on a CPU.
             If no plan fits, the smallest one is taken.
         device: "cuda", "cpu" or a torch.device.
         batch_invariant: whether tiles are fixed, so that a row's log-prob depends on nothing but the row.

@@ -1,4 +1,4 @@
-// Backward's work with exponentials beside its products: recomputing them, sums of columns, and factors of rows.
+// Backward's work with exponentials, apart from its products: recomputing them, sums of columns, and factors of rows.
 #include "add_tiles.h"
 #include "launchers.h"
 #include "packs.h"

@@ -37,7 +37,7 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(inputs, capfd, monkeypatch):
-    """Run a command beside the inputs; return its exit code and its output, which must be harmless."""
+    """Run a command in the folder of the inputs; return its exit code and its output, which must be harmless."""
     monkeypatch.chdir(inputs)
     monkeypatch.setenv("COLUMNS", "400")
 

@@ -57,7 +57,7 @@ def build_as_users_do(folder: Path) -> None:
 
 
 def installed(package: Path) -> Path | None:
-    """Return the extension of a package if it was built from the current sources beside it."""
+    """Return the extension of a package if it was built from the current sources next to it."""
     sources = [package.parent / "setup.py", *package.parent.glob("csrc/**/*.*")]
     newest = max(path.stat().st_mtime for path in sources)
     fresh = [path for path in package.glob(f"_cuda*{EXTENSION_SUFFIXES[0]}") if path.stat().st_mtime > newest]

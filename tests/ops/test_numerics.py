@@ -132,7 +132,7 @@ def test_a_slab_that_is_masked_whole(backend, grads, masked_first):
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 @pytest.mark.parametrize("budget", [0, UNLIMITED])
 def test_small_and_large_upstream_in_float16(backend, scale, budget):
-    """Coefficients of 1e-6 beside coefficients of 1: row normalisation keeps both; 1e4 does not overflow."""
+    """Coefficients of 1e-6 next to coefficients of 1: row normalisation keeps both; 1e4 does not overflow."""
     hidden = (0.5 * torch.randn(64, 32)).half().requires_grad_()
     weight = (0.2 * torch.randn(4001, 32)).half().requires_grad_()
     targets = torch.randint(0, 4001, (64,))

@@ -127,7 +127,7 @@ def test_preferences_are_checked_as_the_losses_do(backend, prefs, match):
     ):
         with pytest.raises(ValueError, match=match):
             call()
-    # Entries that take no part can hold anything: two good responses beside a bad one, and a group that is masked.
+    # Entries that take no part can hold anything: two good responses next to a bad one, and a group that is masked.
     wide = torch.full((2, 3, 3), 0.5)
     wide[0, 2], wide[0, :, 2], wide[1] = torch.nan, 7.0, torch.nan
     where = torch.tensor([[True, True, False], [True, False, False]])

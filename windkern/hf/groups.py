@@ -62,7 +62,7 @@ def layout_rules(
     row_tokens: int = 0,
     inside: bool = False,
 ) -> LayoutRules:
-    """Return the rules for laying out groups for a model, which `make_layout` takes beside lengths.
+    """Return the rules for laying out groups for a model, which `make_layout` takes besides lengths.
 
     The first call for a model runs it on a few tokens to check whether responses can share a row; see
     `windkern.hf.group_logps`. Under FSDP2 all processes must call it together.

@@ -31,7 +31,7 @@ Lengths = tuple[tuple[int, tuple[int, ...]], ...]  # for each group: of its prom
 
 @dataclass(frozen=True)
 class LayoutRules:
-    """The rules that decide, beside lengths, how responses share rows.
+    """The rules that decide, besides lengths, how responses share rows.
 
     Args:
         shared: whether rows of several responses are allowed at all.

@@ -57,7 +57,7 @@ def kinds_of(base: nn.Module) -> tuple[str, ...]:
 
 
 def forms(base: nn.Module) -> tuple[MaskForm, ...]:
-    """Return the forms in which the model may take masks, likeliest first; the check tries them."""
+    """Return the forms in which the model may take masks, the most likely first; the check tries them."""
     kinds = tuple(kind for kind in kinds_of(base) if kind in _BOUNDS)
     found = [MaskForm(kinds, True)] if len(kinds) > 1 else []
     found += [MaskForm((kind,), by_name) for kind in kinds if len(kinds) == 1 for by_name in (False, True)]

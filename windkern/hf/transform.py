@@ -14,7 +14,7 @@ from windkern.hf.head import UnsupportedModelError
 from windkern.transform import LogitTransform
 
 REMEDY = "compute hidden states yourself and call windkern.sequence_logps with the right transform"
-_MASK = -1e4  # a column that is always at or below this is masked: its exp is 0 beside any other logit
+_MASK = -1e4  # a column that is always at or below this is masked: its exp is 0 next to any other logit
 _SAMPLE = 256  # columns on which candidates are tried first
 # Fields of a configuration that describe the logits, and the scale they stand for (None: a softcap).
 _CLAIMS = {

@@ -21,7 +21,7 @@ KEPT_BINADES = {torch.float16: 15}
 # Reason: the same for dz, whose largest entry is about 1 after row normalisation; 3 binades stay free for entropy.
 DZ_BINADES = {torch.float16: 12}
 # The pivot of a row moves to a slab's maximum that exceeds it by more than this: exp(40) leaves bfloat16 and float32
-# room for sums of products, and entries 87 below a maximum are 0 beside it.
+# room for sums of products, and entries 87 below a maximum are 0 relative to it.
 PIVOT_ROOM = 40.0
 # The same at the end of forward. Reason: backward divides upstream gradients by the sum of the exponentials, and small
 # ones would become denormal, which bfloat16 products treat as 0.

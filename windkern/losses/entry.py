@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 PAIR = ("B", 2)
-Arguments = Mapping[str, Any]  # keyword arguments of a loss by name, beside its tensors
+Arguments = Mapping[str, Any]  # keyword arguments of a loss by name, besides its tensors
 
 
 def _never(arguments: Arguments) -> bool:

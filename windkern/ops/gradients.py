@@ -130,7 +130,7 @@ class _Backward:
     def _finish_hidden(self, totals: list[Tensor | None], factor: Tensor | None) -> None:
         """Multiply the complete dhidden by `factor` (M,); for a sharded head, begin to sum it over the ranks.
 
-        The sum runs beside the products of dweight that follow.
+        The sum overlaps with the products of dweight that follow.
         """
         merges, dtype = self.walk.spec.merges, self.walk.spec.reduce_dtype
         ranks = Ranks(self.walk.spec.group) if merges else None

@@ -27,7 +27,7 @@ class HeldGradients:
     Each has the dtype of its tensor. float16 gradients are stored divided by a power of two: one per row of dhidden,
     and one for dweight.
     Hazard: the gradient of a loss that is scaled down by 1e-6 flushes to zero in float16, before backward multiplies by
-    a loss scale. Remedy: stored values are near the top of the format, with their factor in float32 beside them.
+    a loss scale. Remedy: stored values are near the top of the format, with their factor stored in float32.
     """
 
     def __init__(self, inputs: Inputs, wanted: dict, num_chunks: int):

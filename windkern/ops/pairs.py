@@ -143,7 +143,7 @@ def win_rates(
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
-        O(N) per group beside the inputs.
+        O(N) per group besides the inputs.
 
     Source:
         docs/theory.md, eq. (1.32).
@@ -198,7 +198,7 @@ def pair_loss(
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
-        O(N) per group beside the inputs; time O(N^2).
+        O(N) per group besides the inputs; time O(N^2).
 
     Source:
         square: docs/theory.md, table of 1.10.1; logistic: Bradley-Terry likelihood (RankNet); hinge: ranking SVM.

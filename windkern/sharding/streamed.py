@@ -52,7 +52,7 @@ def streamed(
 
     Memory:
         The local parts of weight and gradient, two slabs of each in `param_dtype` and `reduce_dtype`, and the op's
-        budget, for any V. A frozen head keeps the M rows of the targets beside its sums.
+        budget, for any V. A frozen head keeps the M rows of the targets besides its sums.
 
     Notes:
         FSDP2 gathers a head in the unit of the whole model in every forward: values and gradients are right with
