@@ -95,6 +95,15 @@ def test_nothing_for_a_gpu_is_required():
     assert set(re.findall(r'^  "([\w-]+)', required, re.MULTILINE)) == {"torch", "numpy", "rich"}
 
 
+def test_no_two_files_of_the_package_are_equal():
+    """check-wheel-contents refuses such a wheel: one of the two may have been copied by mistake."""
+    files = [path for path in Path(windkern.__file__).parent.rglob("*") if path.suffix in (".py", ".pyi", ".yaml")]
+    found: dict[bytes, list[str]] = {}
+    for path in files:
+        found.setdefault(path.read_bytes(), []).append(path.name)
+    assert len(files) > 200 and [names for names in found.values() if len(names) > 1] == []
+
+
 def test_types_reach_users():
     assert (ROOT / "windkern" / "py.typed").exists() and '"py.typed"' in PROJECT
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from windkern.kernels.contract import Kept, RowStats, Slab, Upstream
 from windkern.kernels.triton.exps import column_sums
-from windkern.kernels.triton.launch import ROW_POINTERS, kept_pointers, or_unused, slab_numbers
+from windkern.kernels.triton.launch import ROW_POINTERS, block_constants, kept_pointers, or_unused
 from windkern.kernels.triton.maths import one_minus_p, relative_slope, transform_logit
-from windkern.kernels.tuned import backward_config, tile_config
+from windkern.kernels.tuned import tile_config
 
 _POINTERS = [*ROW_POINTERS, "log_sum_ptr", "c_logp_ptr", "c_lse_ptr", "c_ent_ptr"]
 
@@ -121,8 +121,8 @@ def slab_backward(
         return
     tiles = 1 if kept is None else kept.offset.shape[1]
     src, offset, stride = kept_pointers(kept, slab.logits if kept is None else kept.values)
-    block, warps = backward_config(width)
-    backward_rows[(rows * triton.cdiv(width, block),)](
+    constants = block_constants(slab, stats.run_max.dtype, width)
+    backward_rows[(rows * triton.cdiv(width, constants["BLOCK"]),)](
         src,
         offset,
         or_unused(slab.bias, src),
@@ -142,10 +142,7 @@ def slab_backward(
         HAS_LOGP=upstream.logp is not None,
         HAS_LSE=upstream.lse is not None,
         HAS_ENT=upstream.entropy is not None,
-        ALIGNED=width % 16 == 0,
-        BLOCK=block,
-        num_warps=warps,
-        **slab_numbers(slab, stats.run_max.dtype),
+        **constants,
     )
     if dbias is not None:
         column_sums(dz, row_scale, dbias)

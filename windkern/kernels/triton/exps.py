@@ -9,9 +9,8 @@ from torch import Tensor
 
 from windkern.kernels import buffers
 from windkern.kernels.contract import PIVOT_ROOM, Exps, RowState, Slab
-from windkern.kernels.triton.launch import ROW_POINTERS, or_unused, row_block, slab_numbers, slab_pointers
+from windkern.kernels.triton.launch import ROW_POINTERS, block_constants, or_unused, row_constants, slab_pointers
 from windkern.kernels.triton.maths import finite, look_at_row, merge, transform_logit
-from windkern.kernels.tuned import backward_config
 
 COLUMN_SUM_ROWS = 1024  # rows per program of a column sum
 _ROOM = tl.constexpr(PIVOT_ROOM)
@@ -190,8 +189,7 @@ def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
         slab.start,
         exps.earlier,
         MOVED=exps.moved is not None,
-        **slab_numbers(slab, state.run_max.dtype),
-        **row_block(z.shape[1]),
+        **row_constants(slab, state.run_max.dtype, z.shape[1]),
     )
 
 
@@ -200,8 +198,8 @@ def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> N
     rows, width = values.shape
     if rows == 0:
         return
-    block, warps = backward_config(width)
-    again_rows[(rows * triton.cdiv(width, block),)](
+    constants = block_constants(slab, pivot.dtype, width)
+    again_rows[(rows * triton.cdiv(width, constants["BLOCK"]),)](
         *slab_pointers(slab),
         pivot,
         entry,
@@ -210,10 +208,7 @@ def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> N
         values.stride(0),
         width,
         slab.start,
-        ALIGNED=width % 16 == 0,
-        BLOCK=block,
-        num_warps=warps,
-        **slab_numbers(slab, pivot.dtype),
+        **constants,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from windkern.kernels.contract import WIDEST_SLAB, Kept, Slab
-from windkern.kernels.tuned import architecture, row_warps
+from windkern.kernels.tuned import architecture, backward_config, row_warps
 from windkern.transform import LogitTransform
 
 # Reason: a batch of another length moves these to other alignments; one compiled kernel must serve all of them.
@@ -47,23 +48,37 @@ def slab_pointers(slab: Slab) -> tuple[Tensor, Tensor, Tensor]:
     return slab.logits, or_unused(slab.bias, slab.logits), slab.targets
 
 
-def slab_numbers(slab: Slab, dtype: torch.dtype) -> dict[str, object]:
-    return {"HAS_BIAS": slab.bias is not None, **transform_numbers(slab.transform, dtype)}
-
-
 def kept_pointers(kept: Kept | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return values, offsets and the stride of the values."""
     return (stand_in, stand_in, 0) if kept is None else (kept.values, kept.offset, kept.values.stride(0))
 
 
-def row_block(width: int) -> dict[str, object]:
-    """Return the constants of a kernel that holds a row of a slab in registers."""
-    return _row_block(width, architecture())
+def row_constants(slab: Slab, dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """Return numbers and constants of a kernel that computes in `dtype` with a row of a slab in registers."""
+    return _row_constants(slab.transform, dtype, slab.bias is not None, width, architecture())
 
 
-@functools.cache  # a launch waits for its host, so these constants are not computed again for each slab
-def _row_block(width: int, arch: str) -> dict[str, object]:
+def block_constants(slab: Slab, dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """Return those of a kernel whose programs each take a block of a row, `BLOCK` columns wide."""
+    return _block_constants(slab.transform, dtype, slab.bias is not None, width, architecture())
+
+
+# Reason: a launch waits for its host, so what all slabs of a walk share is computed once.
+@functools.lru_cache(maxsize=1024)
+def _row_constants(
+    transform: LogitTransform, dtype: torch.dtype, has_bias: bool, width: int, arch: str
+) -> dict[str, Any]:
     if width > WIDEST_SLAB:
         raise RuntimeError(f"a slab of a Triton row kernel is at most {WIDEST_SLAB} columns wide, got {width}")
     block = triton.next_power_of_2(width)
-    return {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": row_warps(block, arch)}
+    sizes = {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": row_warps(block, arch)}
+    return {"HAS_BIAS": has_bias, **transform_numbers(transform, dtype), **sizes}
+
+
+@functools.lru_cache(maxsize=1024)
+def _block_constants(
+    transform: LogitTransform, dtype: torch.dtype, has_bias: bool, width: int, arch: str
+) -> dict[str, Any]:
+    block, warps = backward_config(width, arch)
+    sizes = {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": warps}
+    return {"HAS_BIAS": has_bias, **transform_numbers(transform, dtype), **sizes}

@@ -16,8 +16,7 @@ from windkern.kernels.triton.launch import (
     ROW_POINTERS,
     kept_pointers,
     or_unused,
-    row_block,
-    slab_numbers,
+    row_constants,
     slab_pointers,
 )
 from windkern.kernels.triton.maths import finite, look_at_row, merge, relative_slope
@@ -200,8 +199,7 @@ def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
         log_gain=0.0 if kept is None else kept_log_gain(values.dtype),
         ENTROPY=state.entropy_sum is not None,
         KEPT=kept is not None,
-        **slab_numbers(slab, state.run_max.dtype),
-        **row_block(z.shape[1]),
+        **row_constants(slab, state.run_max.dtype, z.shape[1]),
     )
 
 
@@ -226,6 +224,5 @@ def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
         slab.start,
         gain=kept_gain(unit.values.dtype),
         ENTROPY=state.entropy_sum is not None,
-        **slab_numbers(slab, state.run_max.dtype),
-        **row_block(z.shape[1]),
+        **row_constants(slab, state.run_max.dtype, z.shape[1]),
     )
