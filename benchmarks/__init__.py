@@ -1,1 +1,1 @@
-"""Time, memory and error of windkern beside its peers. See benchmarks/README.md."""
+"""Measure time, memory and error of windkern and its peers. See benchmarks/README.md."""

@@ -1,10 +1,10 @@
-"""Compile every Triton kernel ahead of time, on a machine without a GPU, and read what the compiler made of it.
+"""Compile every Triton kernel ahead of time, on a machine without a GPU, and inspect the machine code.
 
     python -m benchmarks.aot [--targets sm_80,sm_89,sm_90,sm_100,sm_120,gfx942] [--kernels PATTERN] [--json FILE]
 
-Registers, stack (above 0: spills), shared memory, and instructions of interest for each kernel at the block sizes of
-the table. Exits with 1 if a kernel does not compile, spills, takes more shared memory than the chip has, or lacks the
-instructions it was written for.
+Prints registers, stack (above 0: spills), shared memory and instructions of interest for each kernel at the block sizes
+of the table. Exits with 1 if a kernel does not compile, spills, takes more shared memory than the chip has, or lacks
+the instructions it was written for.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SHARED_LIMIT = {
     "sm_120": 99 << 10,
     "gfx942": 64 << 10,
 }
-MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # the others: HMMA
+MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # HMMA for the others
 FLOATS = {"slope", "cap_in", "cap_out", "gain", "log_gain"}
 
 
@@ -62,7 +62,7 @@ class Case:
 
     name: str
     kernel: object
-    pointers: dict[str, str]  # argument -> element type; what is not named is float32
+    pointers: dict[str, str]  # argument -> element type; float32 for the others
     constants: dict[str, object]
     warps: int
     stages: int = 2
@@ -72,7 +72,7 @@ class Case:
 
 @dataclass
 class Row:
-    """What the compiler made of a case."""
+    """The compiler's result for a case."""
 
     name: str
     target: str
@@ -88,7 +88,7 @@ def _flags(**given: object) -> dict[str, object]:
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Every kernel with the fewest and the most flags, at the smallest and the widest blocks of the table."""
+    """Yield every kernel with the fewest and the most flags, at the smallest and the widest blocks of the table."""
     plain = _flags(HAS_BIAS=False, CAPPED=False, ENTROPY=False)
     full = _flags(HAS_BIAS=True, CAPPED=True, ENTROPY=True)
     low = {"kept_ptr": "bf16", "unit_ptr": "bf16", "logged_ptr": "bf16", "dz_ptr": "bf16", "targets_ptr": "i64"}
@@ -163,7 +163,7 @@ def cases(target: str) -> Iterator[Case]:
 
 
 def _float64_cases(full: dict[str, object]) -> Iterator[Case]:
-    """float64 takes the transform as constants."""
+    """Yield the float64 cases, which take the transform as constants."""
     numbers = _flags(slope=1.5, cap_in=0.25, cap_out=4.0)
     wide = dict.fromkeys(
         [
@@ -188,7 +188,7 @@ def _float64_cases(full: dict[str, object]) -> Iterator[Case]:
 
 
 def _source(case: Case) -> ASTSource:
-    """The signature the launcher would specialise: pointers and strides are multiples of 16."""
+    """Return the source with the signature that a launch would specialise: pointers and strides divisible by 16."""
     signature, attributes = {}, {}
     for place, name in enumerate(case.kernel.arg_names):
         if name in case.constants:
@@ -229,11 +229,11 @@ def _read_amdgcn(text: str, row: Row, wanted: tuple[str, ...]) -> None:
 
 
 def compile_case(case: Case, target: str) -> Row:
-    """Compile one case for one target and judge the result."""
+    """Compile one case for one target, and check the result."""
     row = Row(case.name, target)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     if target.startswith("gfx"):
-        options["num_warps"] = max(1, case.warps // 2)  # 64 threads each
+        options["num_warps"] = max(1, case.warps // 2)  # a warp has 64 threads
     try:
         compiled = triton.compile(_source(case), target=TARGETS[target], options=options)
     except Exception as error:
@@ -249,7 +249,7 @@ def compile_case(case: Case, target: str) -> Row:
     if row.stack > 0:
         row.problem = f"spills: {row.stack}"
     elif row.shared > SHARED_LIMIT[target]:
-        row.problem = f"{row.shared} bytes of shared memory, the chip has {SHARED_LIMIT[target]}"
+        row.problem = f"{row.shared} bytes of shared memory, but the chip has {SHARED_LIMIT[target]}"
     elif missing:
         row.problem = f"no {', '.join(missing)}"
     return row
@@ -261,7 +261,7 @@ def _job(place: tuple[str, str]) -> Row:
 
 
 def compile_all(targets: list[str], pattern: str = "*", processes: int = 2) -> list[Row]:
-    """All matching cases for all targets, in parallel processes."""
+    """Compile all matching cases for all targets, in parallel processes."""
     jobs = [
         (target, case.name)
         for target in targets

@@ -1,8 +1,8 @@
-"""Row and pair kernels of every back end on a GPU: time, and bytes per second as a share of a copy on the same card.
+"""Measure the row and pair kernels of every back end on a GPU: time, and bandwidth as a share of a copy's.
 
 python -m benchmarks.bandwidth --out out        # out/bandwidth.json and a table; exit 2 without a GPU
 
-Bytes are the least a kernel can move: every input and output of the contract once. A back end that moves more shows as
+Bytes are the least that a kernel can move: every input and output of the contract once. A back end that moves more gets
 a smaller share.
 """
 
@@ -29,21 +29,21 @@ SHAPES = ((8192, 8192), (2048, 32768), (4096, 16384), (8192, 1024), (8192, 8191)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 PAIR_SIZES = (256, 1024, 4096, 8192, 16384)
 COPY_BYTES = 1 << 30
-L2_FLUSH_BYTES = 256 << 20  # more than twice the second-level cache of any GPU there is
+L2_FLUSH_BYTES = 256 << 20  # more than twice the second-level cache of any GPU
 
 
 class Timer(Protocol):
-    """How calls are timed, so that a test can run everything else without a GPU."""
+    """Times calls; a test replaces it to run everything else without a GPU."""
 
     def seconds(self, call: Callable[[], Any], prepare: Callable[[], Any], samples: int) -> list[float]:
-        """Seconds of `samples` calls, each after an untimed `prepare`."""
+        """Return the seconds of `samples` calls, each after an untimed `prepare`."""
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
-        """Memory allocated by one call above what was there."""
+        """Return the peak memory of one call above the level before it."""
 
 
 class EventTimer:
-    """CUDA events around each call, with the second-level cache flushed before it."""
+    """Times calls with CUDA events, flushing the second-level cache before each call."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
@@ -75,7 +75,7 @@ class EventTimer:
 
 @dataclass
 class Matrices:
-    """One slab's tensors on a device, and the kernels as calls on them."""
+    """The tensors of one slab on a device, and the kernels as calls on them."""
 
     kernels: ModuleType
     rows: int
@@ -107,11 +107,11 @@ class Matrices:
         return RowState(low, self.logits.new_zeros(self.rows), low.clone(), None)
 
     def fresh(self) -> Tensor:
-        """Logits again: some back ends overwrite them."""
+        """Restore the logits, which some back ends overwrite."""
         return self.z.copy_(self.logits)
 
     def calls(self) -> dict[str, tuple[Callable[[], None], int]]:
-        """By name: the call, and the bytes it has to move."""
+        """Return each call by name, with the bytes that it must move."""
         numbers, wide, item = self.rows * self.width, self.logits.element_size(), self.low.element_size()
         slab, nothing = self.slab(self.z), self.slab(None)
         backward = (self.stats, self.upstream, None)
@@ -149,7 +149,7 @@ IDENTITY = LogitTransform()
 
 
 def copy_rate(timer: Timer, samples: int, device: str, num_bytes: int) -> float:
-    """Bytes per second of a copy on the device, read and written bytes both counted."""
+    """Return the bytes per second of a copy on the device, counting both reads and writes."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     taken = timer.seconds(lambda: target.copy_(source), lambda: None, samples)
@@ -181,7 +181,7 @@ def row_results(
 
 
 def pair_results(timer: Timer, n: int, device: str, samples: int, largest_matrix: int) -> list[dict]:
-    """Value and gradient of the logistic pair loss of one group of n, beside the N x N expression while it fits."""
+    """Measure value and gradient of the logistic pair loss of n responses, and of the N x N expression if it fits."""
     generator = torch.Generator(device).manual_seed(n)
     scores = torch.randn(1, n, device=device, generator=generator).requires_grad_()
     rewards = torch.randn(1, n, device=device, generator=generator)
@@ -207,7 +207,7 @@ def pair_results(timer: Timer, n: int, device: str, samples: int, largest_matrix
                 "median_s": statistics.median(taken),
                 "samples_s": taken,
                 "peak_bytes": peak,
-                "matrix_bytes": 4 * n * n,  # of one of the N x N matrices that the expression holds several of
+                "matrix_bytes": 4 * n * n,  # of one of the several N x N matrices of the expression
             }
         )
     return rows
@@ -225,7 +225,7 @@ def measure(
     largest_matrix: int = 16384,
     save: Callable[[dict[str, Any]], None] = lambda data: None,
 ) -> dict[str, Any]:
-    """Everything, as the results file holds it; prints one line for each row, and saves after each shape."""
+    """Measure everything and return the content of the results file; print a line per row, save after each shape."""
     copy = copy_rate(timer, samples, device, copy_bytes)
     print(f"copy on the device: {copy / 1e9:.0f} GB/s")
     results: list[dict] = []

@@ -1,12 +1,12 @@
-"""The prompt once for N responses: scoring and a fit step, shared, unshared and through TRL, in the same process.
+"""Measure one prompt for N responses: scoring and a fit step, shared, unshared and through TRL, in one process.
 
     python -m benchmarks.bodies [--device cuda] [--models smollm2 stack] [--minutes 8] [--append] [--out FILE]
 
-Writes JSON into benchmarks/results/ after each cell, and the picture docs/img/bodies.png; run again, it goes on where
-it was stopped. A step is forward and backward of all weights for a given upstream on the log-probs, as every loss has
-one. "shared" shares at any cost (`shared_prompt="always"`); `chosen` in a row says whether "auto" would. "trl" is the
-path of TRL's DPO (two responses) and GRPO (eight): rows of prompt and response, padded, through the model with TRL's
-fused head.
+Writes JSON into benchmarks/results/ after each cell, and the picture docs/img/bodies.png; when run again, it continues
+where it stopped. A step is forward and backward of all weights for a given upstream gradient on the log-probs, as in
+every loss. "shared" shares at any cost (`shared_prompt="always"`); `chosen` in a row says whether "auto" would. "trl"
+is the path of TRL's DPO (two responses) and GRPO (eight): padded rows of prompt and response through the model with
+TRL's fused head.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from benchmarks.step import SIZES
 from windkern import hf
 
 RESPONSE = 60
-# Lengths of a prompt and numbers of responses, in the order they are measured in; a batch is one group.
+# Lengths of a prompt and numbers of responses, in the order of measurement; a batch is one group.
 CASES = ((200, 8), *((prompt, count) for count in (8, 2) for prompt in (15, 60, 240)))
-WORK = {"score": 1, "step": 3}  # and how much of the forward's operations each takes
+WORK = {"score": 1, "step": 3}  # with the operations of each as a multiple of the forward's
 MODELS = ("smollm2", "stack", "1b", "tiny")
 PICTURE = record.ROOT / "docs" / "img" / "bodies.png"
 Ids = tuple[list[list[int]], list[list[list[int]]]]
 
 
 def make_model(name: str, device: str) -> nn.Module:
-    """SmolLM2-135M; Llama-3.2-1B at random, whole or two layers of it with a vocabulary of 32000; or a tiny one."""
+    """Return SmolLM2-135M; a random Llama-3.2-1B, whole or two layers with a vocabulary of 32000; or a tiny model."""
     if name == "smollm2":
         from windkern.train.models import PACKAGED, load_model
 
@@ -65,7 +65,7 @@ def ours(model: nn.Module, ids: Ids, way: str) -> Callable[[], Tensor]:
 
 
 def trl(model: nn.Module, ids: Ids) -> Callable[[], Tensor]:
-    """(B, N) by the forward that TRL gives the models of its trainers."""
+    """Return a call for log-probs (B, N) by the forward that TRL adds to the models of its trainers."""
     from trl.trainer.utils import add_fused_lm_head
 
     if "forward" not in vars(model):
@@ -85,7 +85,7 @@ def trl(model: nn.Module, ids: Ids) -> Callable[[], Tensor]:
 
 
 def calls_of(model: nn.Module, ids: Ids, work: str) -> dict[str, Callable[[], Tensor]]:
-    """What is timed, by provider; each returns the log-probs."""
+    """Return the timed calls by provider; each returns the log-probs."""
     upstream = torch.linspace(-1, 1, len(ids[1][0]), device=model.device)
 
     def measured(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -103,7 +103,7 @@ def calls_of(model: nn.Module, ids: Ids, work: str) -> dict[str, Callable[[], Te
 
     if work == "step":
         for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # Reason: each step begins and ends with gradients
+            parameter.grad = torch.zeros_like(parameter)  # Reason: every step begins and ends with gradients
     found = {"shared": measured(ours(model, ids, "always")), "unshared": measured(ours(model, ids, "never"))}
     try:
         found["trl"] = measured(trl(model, ids))
@@ -113,7 +113,7 @@ def calls_of(model: nn.Module, ids: Ids, work: str) -> dict[str, Callable[[], Te
 
 
 def layouts_of(model: nn.Module, ids: Ids) -> tuple[dict[str, int], bool]:
-    """Tokens that the body sees, by provider; and whether "auto" shares."""
+    """Return the tokens that the body sees, by provider, and whether "auto" shares."""
     lengths = hf.lengths_of(*ids)
     shared = hf.make_layout(lengths, hf.layout_rules(model, shared_prompt="always"))
     apart = hf.make_layout(lengths, hf.LayoutRules(shared=False))
@@ -125,10 +125,10 @@ def layouts_of(model: nn.Module, ids: Ids) -> tuple[dict[str, int], bool]:
 def measure_cell(
     calls: dict[str, Callable[[], Tensor]], seconds: float, device: str
 ) -> tuple[dict[str, list[float]], dict[str, int | None]]:
-    """Samples in seconds and peak bytes by provider, in rounds over the providers, in about so many seconds.
+    """Return samples in seconds and peak bytes by provider, measured in rounds that take about `seconds` together.
 
     Raises:
-        RuntimeError: their log-probs differ by more than rounding.
+        RuntimeError: the log-probs of the providers differ by more than rounding.
     """
     samples: dict[str, list[float]] = {}
     peaks: dict[str, int | None] = {}
@@ -136,7 +136,7 @@ def measure_cell(
     firsts: dict[str, float] = {}
     for provider, call in calls.items():
         if device != "cpu":
-            call()  # which compiles kernels
+            call()  # this compiles kernels
         firsts[provider], peaks[provider], values[provider] = timing.measure(call, device)
         samples[provider] = [firsts[provider]] if firsts[provider] > timing.LONG_CALL else []
     size = float(values["unshared"].abs().max())
@@ -160,7 +160,7 @@ def measure_cell(
 def run_cell(
     name: str, model: nn.Module, prompt: int, count: int, work: str, seconds: float, results: record.Results
 ) -> None:
-    """Measure one case and kind of work, and write it."""
+    """Measure one case and kind of work, and write the results."""
     device = model.device.type
     ids = make_ids(model.config.vocab_size, prompt, count)
     tokens, chosen = layouts_of(model, ids)
@@ -199,7 +199,7 @@ def case_of(name: str, prompt: int, count: int, work: str) -> str:
 
 
 def run(models: list[str], cases: list[tuple[int, int]], minutes: float, results: record.Results, device: str) -> None:
-    """All cells that are not there yet, in the time; each gets the part of the time left that its operations are."""
+    """Measure all missing cells in the time; each gets a share of the remaining time by its number of operations."""
     deadline = time.monotonic() + 60 * minutes
     cells = [(name, *case, work) for case in cases for name in models for work in WORK]
     cells = [cell for cell in cells if not results.is_complete(case_of(*cell), "unshared")]
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2", "stack"])
     parser.add_argument("--cases", nargs="+", type=_case, default=list(CASES), metavar="PxN")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all cells together (default: 8)")
-    parser.add_argument("--append", action="store_true", help="add to a file that other code has made")
+    parser.add_argument("--append", action="store_true", help="add to a file that was made by other code")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Table and picture of what `benchmarks.bodies` measured, from its JSON alone.
+"""Draw the table and the picture of the results of `benchmarks.bodies`, from its JSON alone.
 
 python -m benchmarks.bodies_report [RESULTS.json] [--out docs/img/bodies.png]
 """
@@ -23,11 +23,11 @@ NAMES = {
 COLOURS = {"smollm2": "#0b3d91", "stack": "#d9480f", "1b": "#2e8b57", "tiny": "#6e6e6e"}
 WORK = {"score": "scoring", "step": "forward and backward"}
 PEERS = {"unshared": "unshared rows", "trl": "TRL's path"}
-ALLOWED = 1.03  # times unshared rows, where rows are shared
+ALLOWED = 1.03  # largest time where rows are shared, as a multiple of unshared rows
 
 
 def by_cell(data: dict[str, Any]) -> dict[tuple[str, int, int, int], dict[tuple[str, str], Row]]:
-    """Rows by (model, prompt, response, N), then by (work, provider); short prompts and few responses first."""
+    """Return rows by (model, prompt, response, N), then by (work, provider); short prompts and few responses first."""
     cells: dict[tuple[str, int, int, int], dict[tuple[str, str], Row]] = {}
     order = list(NAMES)
     key = lambda row: (order.index(row["model"]), row["n"], row["prompt"])  # noqa: E731
@@ -38,7 +38,7 @@ def by_cell(data: dict[str, Any]) -> dict[tuple[str, int, int, int], dict[tuple[
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """One table: a line for each model and case, medians and how many times as long the others take."""
+    """Return a table with a line for each model and case: medians, and the others' times as multiples of them."""
     run = data["runs"][max(row["run"] for row in data["rows"])]
     machine, versions = run["machine"], run["machine"]["versions"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
@@ -78,7 +78,7 @@ def _memory(rows: dict[tuple[str, str], Row], work: str) -> str:
 
 
 def slowest_chosen(data: dict[str, Any]) -> tuple[float, Row] | None:
-    """The largest multiple of the time of unshared rows in cells where "auto" shares, and its row."""
+    """Return the largest multiple of the time of unshared rows in cells where "auto" shares, with its row."""
     found = []
     for rows in by_cell(data).values():
         for work in WORK:
@@ -104,7 +104,7 @@ def _verdict(data: dict[str, Any]) -> str:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """How many times as fast sharing is as unshared rows and as TRL's path, over P / R."""
+    """Draw the speed-up of sharing over unshared rows and over TRL's path, as a function of P / R."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +121,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
                 _line(axes[i][j], cells, name, count, work, peer)
             _style(axes[i][j], f"{WORK[work]}, against {PEERS[peer]}")
         axes[i][0].set_ylabel("times as fast (higher is better)", fontsize=9)
-        axes[i][0].set_ylim(bottom=0)  # Reason: the panels of a row share it, so it is set when both are drawn
+        axes[i][0].set_ylim(bottom=0)  # Reason: the panels of a row share the axis, so both must be drawn before
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9, frameon=False)
     run = data["runs"][max(row["run"] for row in data["rows"])]

@@ -1,4 +1,4 @@
-"""What is measured: head shapes of real models, three modes, dtypes, and the inputs, all from fixed seeds."""
+"""The measured cases: head shapes of real models, three modes, dtypes, and inputs from fixed seeds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 SEED = 20241027
-# Standard deviation of the logits: about that of a trained language model.
+# Standard deviation of the logits, about that of a trained language model.
 LOGIT_STD = 2.5
-# beta of the pair loss: margins of summed log-probs times beta stay near 1, so no pair is saturated.
+# beta of the pair loss: margins of summed log-probs times beta stay near 1, so that no pair is saturated.
 BETA = 0.02
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Matrix products of M * H * V multiply-adds that a mode cannot do without.
+# Matrix products of M * H * V multiply-adds that a mode requires.
 PRODUCTS = {
     "trained": 3,  # logits, gradient of hidden, gradient of weight
     "frozen": 2,  # logits, gradient of hidden: the head is not trained (LoRA on the body)
@@ -44,7 +44,7 @@ SHAPES = (
     Shape("512x896x151936", 512, 896, 151936, 128, "head of Qwen2.5-0.5B"),
     Shape("1024x2048x128256", 1024, 2048, 128256, 256, "head of Llama-3.2-1B"),
 )
-# Heads of a GPU, the project's first target first; each with rows of a micro-batch up to a packed batch.
+# Heads for GPUs, the project's main target first; each with the rows of a micro-batch up to a packed batch.
 GPU_HEADS = {
     (4096, 128256): "head of Llama-3.1-8B",
     (896, 151936): "head of Qwen2.5-0.5B",
@@ -59,15 +59,15 @@ GPU_SHAPES = tuple(
 )
 # Small enough for peers whose 16-bit products run at 1 GFLOP/s, on CPUs without instructions for them.
 SLOW_16_BIT = Shape("256x576x16384", 256, 576, 16384, 32, "a third of the head of SmolLM2-135M")
-# Smoke tests only, never reported.
+# For smoke tests only; never reported.
 TINY = Shape("tiny", 64, 32, 515, 16, "no model: smoke tests")
-# Selected by their names, never by a wildcard alone.
+# Selected by name only, not by a wildcard.
 BY_NAME = (SLOW_16_BIT, TINY)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One group of rows that are compared with each other."""
+    """A group of rows that are compared with each other."""
 
     shape: Shape
     mode: str
@@ -89,7 +89,7 @@ class Case:
 
     @property
     def logits_bytes(self) -> int:
-        """Of one copy of the logits in the case's dtype."""
+        """Bytes of one copy of the logits in the case's dtype."""
         return self.shape.rows * self.shape.vocab * self.dtype.itemsize
 
     @property
@@ -102,13 +102,13 @@ class Case:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the gradients every provider has to return, in the case's dtype."""
+        """Bytes of the gradients that every provider must return, in the case's dtype."""
         shape, item = self.shape, self.dtype.itemsize
         return item * shape.hidden * (self.wants_hidden * shape.rows + self.wants_weight * shape.vocab)
 
 
 def all_cases(device: str = "cpu") -> list[Case]:
-    """Every case in the order it is measured: on a CPU small heads first, on a GPU bf16 of the first target first."""
+    """Return all cases in the order of measurement: small heads first on a CPU, the main target first on a GPU."""
     if device == "cpu":
         common = [
             Case(shape, mode, name) for shape in (*SHAPES, TINY) for name in ("fp32", "bf16") for mode in PRODUCTS
@@ -118,7 +118,7 @@ def all_cases(device: str = "cpu") -> list[Case]:
 
 
 def select_cases(patterns: str = "*", device: str = "cpu") -> list[Case]:
-    """Cases matching any of the comma-separated shell patterns; those of BY_NAME only where a pattern does name them.
+    """Return cases matching any of the comma-separated shell patterns; those of BY_NAME only if a pattern names them.
 
     Raises:
         ValueError: a pattern matches nothing.
@@ -132,23 +132,23 @@ def select_cases(patterns: str = "*", device: str = "cpu") -> list[Case]:
         ]
         if not found:
             example = all_cases(device)[0].name
-            raise ValueError(f"no case matches {pattern!r}; cases are named SHAPE/MODE/DTYPE, as {example}")
+            raise ValueError(f"no case matches {pattern!r}; cases are named SHAPE/MODE/DTYPE, such as {example}")
         chosen |= {case.name: case for case in found}
     return [case for case in all_cases(device) if case.name in chosen]
 
 
 @dataclass
 class Problem:
-    """Inputs of a case. Values are representable in bf16, so fp32 and bf16 see the same numbers."""
+    """Inputs of a case. All values are representable in bf16, so fp32 and bf16 get the same numbers."""
 
     case: Case
     hidden: Tensor  # (M, H), rows ordered (pair, chosen or rejected, token)
     weight: Tensor  # (V, H)
     targets: Tensor  # (M,) int64
-    upstream: Tensor  # (M,) float32: the gradient that arrives at each token's log-prob
+    upstream: Tensor  # (M,) float32: the upstream gradient of each token's log-prob
 
     def leaves(self) -> tuple[Tensor, Tensor]:
-        """hidden and weight without copies, requiring the gradients the mode wants."""
+        """Return hidden and weight without copies, requiring the gradients of the mode."""
         hidden = self.hidden.detach().requires_grad_(self.case.wants_hidden)
         weight = self.weight.detach().requires_grad_(self.case.wants_weight)
         return hidden, weight

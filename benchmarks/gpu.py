@@ -1,10 +1,10 @@
-"""Everything a machine with a GPU is wanted for, in a fixed time: what `make gpu` runs.
+"""Run everything that needs a GPU in a fixed time; `make gpu` calls this.
 
     python -m benchmarks.gpu [--out out] [--minutes 9] [--call 1|2] [--steps build,smoke,table,...]
 
-Needs torch, Triton, pytest and nvcc, no network. The first call builds, checks and measures, what matters most first;
-the second tunes, sanitizes and measures the rest. Whatever a step leaves is in OUT/gpu.tgz within seconds, so a call
-that is cut off brings home what it had. Rows that a results file of this GPU in benchmarks/results already has are not
+Needs torch, Triton, pytest and nvcc, but no network. The first call builds, checks and measures, the most important
+first; the second tunes, sanitizes and measures the rest. The results of each step are in OUT/gpu.tgz within seconds, so
+a call that is cut off loses nothing. Rows that a results file of this GPU in benchmarks/results already has are not
 measured again.
 """
 
@@ -29,23 +29,23 @@ import windkern as wk
 from benchmarks import record
 from benchmarks.run import DEVICE_BROKEN
 
-LEAST_SECONDS = 15  # a step with less is not begun
-GRACE = 10  # seconds between the request to stop, which pytest answers with its failures, and the end
+LEAST_SECONDS = 15  # a step with less time is not started
+GRACE = 10  # seconds between the request to stop, on which pytest prints its failures, and the kill
 PACK_EVERY = 15.0
 TAIL = 25
 MAIN_HEAD = "4096x128256"
 MAIN_ROWS = (8192, 2048, 512)
-# In the order of their importance; `gemm` is the floor.
+# In order of importance; `gemm` is the floor.
 MAIN_PEERS = ("gemm", "plain")
 SANITIZER = "tests/kernels/test_gpu_cuda.py::test_clean_under_compute_sanitizer"
 
 
 class Step(NamedTuple):
-    """One program. It may take `seconds` at the most; what it leaves is for the steps behind it."""
+    """One program, which can take at most `seconds`; time it does not use goes to later steps."""
 
     name: str
     seconds: float
-    command: Callable[[Path, float], list[str]]  # from the folder of results and the seconds it has
+    command: Callable[[Path, float], list[str]]  # from the folder of results and its seconds
     environment: dict[str, str] = {}  # noqa: RUF012 (a constant)
 
 
@@ -54,7 +54,7 @@ def _module(name: str, *arguments: object) -> list[str]:
 
 
 def _minutes(seconds: float) -> str:
-    """For programs that stop by themselves, in time to write what they have."""
+    """Return the minutes for a program that stops on its own, early enough to write its results."""
     return f"{max(0.1, (seconds - GRACE) / 60):.2f}"
 
 
@@ -63,7 +63,7 @@ def _build(results: Path, seconds: float) -> list[str]:
 
 
 def _build_environment() -> dict[str, str]:
-    """For this GPU only; without nvcc or with a failing one the step fails."""
+    """Return the variables of a build for this GPU only; the step fails without a working nvcc."""
     major, minor = torch.cuda.get_device_capability()
     return {"WINDKERN_BUILD_CUDA": "1", "WINDKERN_BUILD_CPP": "0", "WINDKERN_CUDA_ARCHS": f"{major}{minor}"}
 
@@ -90,7 +90,7 @@ def _peers(results: Path, seconds: float) -> list[str]:
 def _tests(results: Path, seconds: float) -> list[str]:
     files = map(str, sorted(Path("tests").rglob("test_gpu*.py")))
     parallel = ("-n", "8", "--dist", "worksteal", "--maxfail", "30", "--session-timeout", str(int(seconds - GRACE)))
-    # Reason: a library that is newer than those tried here may warn, which does not mean that a kernel failed.
+    # Reason: a library newer than those tested here may warn, which does not mean that a kernel failed.
     shown = ("-p", "benchmarks.failures", "-W", "default", "-rs", "--tb", "short")
     return [sys.executable, "-m", "pytest", "-m", "gpu", *files, *parallel, *shown, "--deselect", SANITIZER]
 
@@ -144,7 +144,7 @@ CALLS = {"1": FIRST, "2": SECOND}
 
 
 def pack(results: Path, out: Path) -> None:
-    """OUT/gpu.tgz with all results so far, whole at any moment."""
+    """Write OUT/gpu.tgz with all results so far; the file is complete at any moment."""
     partial = out / "gpu.tgz.part"
     with tarfile.open(partial, "w:gz") as archive:
         archive.add(results, arcname="gpu")
@@ -152,7 +152,7 @@ def pack(results: Path, out: Path) -> None:
 
 
 def bring_earlier_rows(results: Path) -> None:
-    """Put the newest results of this GPU where the run adds to them."""
+    """Copy the newest results of this GPU to where the run adds to them."""
     target = results / record.default_path(device="cuda").name
     stem = target.name[: -len("-0000-00-00.json")]
     earlier = sorted(record.RESULTS.glob(f"{stem}-*.json"))
@@ -161,7 +161,7 @@ def bring_earlier_rows(results: Path) -> None:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Ask all processes of a step to end, then end them."""
+    """Ask all processes of a step to stop, then kill them."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -175,12 +175,12 @@ def _stop(process: subprocess.Popen) -> None:
 def run_command(
     command: list[str], log: Path, seconds: float, environment: dict[str, str], meanwhile: Callable[[], None]
 ) -> str:
-    """Run a program, its output to the log; `meanwhile` is called now and then. How it ended."""
+    """Run a program with its output in the log, call `meanwhile` regularly, and return how the program ended."""
     given = {**os.environ, "PYTHONPATH": os.pathsep.join([".", os.environ.get("PYTHONPATH", "")]), **environment}
     given["PYTHONUNBUFFERED"] = "1"
     deadline = time.monotonic() + seconds
     with log.open("w") as file:
-        # A group of its own, so that its children end with it; no session: it ends with whatever ends this program.
+        # Reason: a process group, so that its children are killed with it, but no session, so that it ends with us.
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=given, cwd=record.ROOT, preexec_fn=os.setpgrp
         )
@@ -200,7 +200,7 @@ def run_command(
 
 
 class Run:
-    """Steps one after the other until the time is over."""
+    """Runs steps one after the other until the time is over."""
 
     def __init__(
         self,
@@ -215,11 +215,11 @@ class Run:
         self.ended: dict[str, str] = {}
 
     def left(self) -> float:
-        # Reason: the program that stops last takes up to twice its grace.
+        # Reason: the last program takes up to twice its grace to stop.
         return self.deadline - self.clock() - 2 * GRACE
 
     def step(self, step: Step) -> None:
-        """Run a step, again where a peer broke the device for its process: the next one continues without its row."""
+        """Run a step; if a peer broke the device for the process, run it again, which continues without that row."""
         stop, attempt = self.clock() + step.seconds, 0
         while True:
             seconds = min(self.left(), stop - self.clock())
@@ -242,7 +242,7 @@ class Run:
             if step.name == "build":
                 environment |= _build_environment()
             command = step.command(self.results, seconds)
-        except Exception as error:  # one step that cannot be begun leaves the others
+        except Exception as error:  # a step that cannot start must not stop the others
             log.write_text(f"{type(error).__name__}: {error}\n")
             return "not begun"
         return self.run(command, log, seconds, environment, lambda: pack(self.results, self.out))
@@ -257,7 +257,7 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the steps, print a summary, return 0, or 1 where a step did not end well."""
+    """Run the steps and print a summary; return 1 if a step did not end well, else 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="gpu.tgz goes here (default: out)")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together (default: 9)")
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown step {', '.join(unknown)}; call {chosen.call} has {', '.join(steps)}")
     if not torch.cuda.is_available():
-        parser.error("this is for a machine with a GPU, and torch sees none; `make test` needs no GPU")
+        parser.error("this needs a machine with a GPU, and torch sees none; `make test` needs no GPU")
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="windkern-gpu-") as folder:

@@ -1,4 +1,4 @@
-"""Fused heads of other trainers on a GPU: TRL's, Liger's for Hopper, verl's and QuACK's, called as their authors do."""
+"""Fused heads of other trainers on a GPU (TRL, Liger for Hopper, verl, QuACK), called as their authors do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.cases import Case, Problem
 from benchmarks.provider import MEAN_LOSS, PER_TOKEN, TRL_NEEDS, Provider, Step, differentiated, needs
 
 _GPU = ("cuda",)
-TRL_COLUMNS = 32768  # of the vocabulary at a time, as TRL's trainers ask for
+TRL_COLUMNS = 32768  # of the vocabulary at a time, as in TRL's trainers
 _CUTLASS = "nvidia-cutlass-dsl[cu13], whose libraries are a binary wheel of 92 MB"
 
 
@@ -45,7 +45,7 @@ def _why_not_liger_scaled(case: Case) -> tuple[str, str] | None:
 
 
 def _verl_head() -> Callable[..., tuple[Tensor, Tensor]]:
-    """verl's function, without the `__init__` of the packages above it: they want Ray, the kernels do not."""
+    """Return verl's function without running the `__init__` of its packages, which need Ray; the kernels do not."""
     for name in ("verl", "verl.utils"):
         if name not in sys.modules:
             sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
@@ -75,7 +75,7 @@ def _build_quack(problem: Problem) -> Step:
 
 
 def gpu_heads() -> list[Provider]:
-    """Chunked and fused heads that other trainers ship; those with other kernel languages need more than a wheel."""
+    """Return the chunked and fused heads of other trainers; some need further packages for their kernel language."""
     return [
         Provider(
             "trl-chunked",

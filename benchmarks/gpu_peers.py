@@ -1,4 +1,4 @@
-"""Peers whose kernels need a GPU, called as a user would call them."""
+"""Peers whose kernels need a GPU, called as a user calls them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GPU = ("cuda",)
 
 
 def _build_compiled(problem: Problem) -> Step:
-    """Plain logits with the softmax fused by inductor."""
+    """Build plain logits with a softmax that inductor fuses."""
 
     @torch.compile
     def logps(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def _build_trl(problem: Problem) -> Step:
 
 
 def gpu_peers() -> list[Provider]:
-    """Kernels of cut-cross-entropy and Liger, TRL's log-softmax, torch.compile."""
+    """Return the peers: kernels of cut-cross-entropy and Liger, TRL's log-softmax, and torch.compile."""
     cce = {"package": "cut-cross-entropy", "module": "cut_cross_entropy", "devices": _GPU, "dtypes": ("bf16",)}
     liger = {"package": "liger-kernel", "module": "liger_kernel", "devices": _GPU}
     cut = f"cut_cross_entropy.linear_cross_entropy(filter_eps={{!r}}, reduction='none'); {PER_TOKEN}"

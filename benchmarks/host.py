@@ -1,11 +1,11 @@
-"""Python's share of a call: microseconds of the CPU for each call and each slab, with a driver that launches nothing.
+"""Measure Python's share of a call: CPU time per call and per slab, with a driver that launches nothing.
 
     python -m benchmarks.host [--rows 64] [--repeats 30]
 
-Needs Triton and no GPU. Launchers, Triton's binder and its cache are the real ones; tensors are on the CPU, and a
-product is one of float32 so small that it takes about as long as it takes to hand one to a GPU. Checks of values are
-left out, as they are on a GPU. A call waits for its host where a GPU is done with a slab sooner than that: with 512
-rows or small heads. What the C code of a launch takes is not in the figures.
+Needs Triton but no GPU. Launchers, Triton's binder and its cache are real; tensors are on the CPU, and each product is
+a float32 one so small that it takes about as long as submitting one to a GPU. Checks of values are left out, as on a
+GPU. A call waits for its host if a GPU finishes a slab sooner than that, as with 512 rows or small heads. The figures
+do not include the C code of a launch.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from windkern.ops import inputs, walk
 from windkern.ops import rows as row_blocks
 
 HIDDEN = 16
-VOCABS = (4096, 16384)  # one that is few slabs, one that is many
+VOCABS = (4096, 16384)  # few slabs, and many
 GEARS = {"trained": (True, True), "frozen head": (True, False), "scoring": (False, False)}
 
 
 class HandedOver(gemm.Products):
-    """Takes the steps of a GPU's bfloat16 products, and multiplies small float32 matrices of the same shapes."""
+    """Runs the Python code of a GPU's bfloat16 products, but multiplies float32 matrices of the same shapes."""
 
     inside: ClassVar[float] = 0.0  # seconds of torch in them
 
@@ -64,7 +64,7 @@ class HandedOver(gemm.Products):
 
 
 class Host(NamedTuple):
-    """Of one call: seconds of the CPU, of them in Triton's launches and in torch's products, launches, slabs."""
+    """Figures of one call: CPU seconds, those in Triton's launches and in torch's products, launches, and slabs."""
 
     seconds: float
     in_triton: float
@@ -95,7 +95,7 @@ def _call(rows: int, vocab: int, wanted: tuple[bool, bool]) -> Callable[[], None
 
 @contextlib.contextmanager
 def _no_checks_of_values() -> Iterator[None]:
-    """As on a GPU, where looking at a value would wait for the device."""
+    """Skip the checks, as on a GPU, where reading a value would wait for the device."""
     with (
         mock.patch.object(inputs, "check_max_scored", lambda scored, bound: bound),
         mock.patch.object(row_blocks, "check_targets", lambda targets, vocab_size: None),
@@ -105,7 +105,7 @@ def _no_checks_of_values() -> Iterator[None]:
 
 
 def measure(rows: int, vocab: int, wanted: tuple[bool, bool], repeats: int, *, compiles: bool = True) -> Host:
-    """5th percentile over calls whose kernels are compiled: other work only adds to them."""
+    """Return the 5th percentile over calls with compiled kernels, since other work only adds to the times."""
     call, inside, run = _call(rows, vocab, wanted), [0.0], JITFunction.run
 
     def timed(self, *arguments, **options):

@@ -1,4 +1,4 @@
-"""Where the time of one call goes on a GPU: kernels by total time, from torch's profiler.
+"""Profile one call on a GPU: list kernels by total time, from torch's profiler.
 
 python -m benchmarks.kernels [--case 8192x4096x128256/trained/bf16] [--backend NAME] [--out FILE]
 """

@@ -1,12 +1,12 @@
-"""Which weights a run in bfloat16 should step: the distance to a known optimum, memory and time of each choice.
+"""Compare ways to store the weights of a bfloat16 run: distance to a known optimum, memory and time.
 
     python -m benchmarks.master_weights [--steps N] [--rates X ...] [--vocab N] [--hidden N] [--out FILE]
 
 A small Llama is fitted to another one whose weights differ by 2 %, as after a fine-tune, by the KL of the next token;
-the best possible result is 0. The learning rate falls to 0, and each choice takes the same batches in the same order.
-"kl" is that of the weights rounded to bfloat16, as every product with them sees them, and "kept" that of the most
-precise copy there is; both are computed in float32, so that a forward's own rounding does not hide theirs. Peers are
-left out where they are not installed: optimi (Kahan summation), torchao (stochastic rounding).
+the best possible result is 0. The learning rate falls to 0, and each choice gets the same batches in the same order.
+"kl" is that of the weights rounded to bfloat16, as products use them, and "kept" is that of the most precise copy; both
+are computed in float32, so that the rounding of a forward does not hide that of the weights. Peers that are not
+installed are left out: optimi (Kahan summation), torchao (stochastic rounding).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from benchmarks import record, timing
 from windkern.train.optim import MasterAdamW
 
-CHANGE = 0.02  # of the standard deviation of each weight: what a fine-tune moves it by
-BATCH, LENGTH, BATCHES = 16, 32, 8  # of each step; so many batches come again and again
+CHANGE = 0.02  # of the standard deviation of each weight: the change by a fine-tune
+BATCH, LENGTH, BATCHES = 16, 32, 8  # rows and tokens of a step; number of batches, which repeat
 Optimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is trained, and who steps it."""
+    """The dtype of the trained weights, and their optimizer."""
 
     weights: torch.dtype
     autocast: bool  # products in bfloat16
@@ -61,7 +61,7 @@ def _stochastic(parameters: list[nn.Parameter], rate: float) -> torch.optim.Opti
     return _AdamW(parameters, lr=rate, weight_decay=0.0, bf16_stochastic_round=True)
 
 
-EXACT = "float32, no autocast"  # the weights of its products are not rounded
+EXACT = "float32, no autocast"  # its products use unrounded weights
 CHOICES = {
     EXACT: Choice(torch.float32, False, _torch_adamw),
     "float32 under bf16: true": Choice(torch.float32, True, _torch_adamw),
@@ -74,14 +74,14 @@ NEEDS = {_kahan: "optimi", _stochastic: "torchao"}
 
 
 def make_models(vocab: int, hidden: int) -> tuple[nn.Module, nn.Module]:
-    """Return the model that training starts from and its target, both in float32."""
+    """Return the initial model and the target, both in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2}
     start = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     with torch.no_grad():
-        for value in start.parameters():  # the same numbers in every dtype, larger than at a random start
+        for value in start.parameters():  # the same numbers in every dtype, larger than a random initialisation
             value.copy_((3 * value if value.dim() > 1 else value).bfloat16())
     target = copy.deepcopy(start)
     with torch.no_grad():
@@ -92,12 +92,12 @@ def make_models(vocab: int, hidden: int) -> tuple[nn.Module, nn.Module]:
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean KL of a model to the target, nats a token; `wanted` holds the target's log-probs."""
+    """Return the mean KL of a model to the target, nats per token; `wanted` holds the target's log-probs."""
     return F.kl_div(logits.float().log_softmax(-1), wanted, log_target=True, reduction="sum") / wanted[..., 0].numel()
 
 
 def kept_weights(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """The most precise copy of the weights there is, in float32: a master, or a weight with its compensation."""
+    """Return the most precise copy of the weights, in float32: a master, or a weight with its compensation."""
     found = []
     for value in parameters:
         state = optimizer.state[value]
@@ -107,7 +107,7 @@ def kept_weights(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter
 
 
 def fit(choice: Choice, rate: float, steps: int, vocab: int, hidden: int) -> dict[str, Any]:
-    """Train one choice; return its distance from the optimum, bytes a parameter, peak of a step and seconds a step."""
+    """Train one choice; return its distance to the optimum, bytes per parameter, and peak and seconds of a step."""
     start, target = make_models(vocab, hidden)
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randint(vocab, (BATCHES, BATCH, LENGTH), generator=generator)
@@ -161,7 +161,7 @@ def fit(choice: Choice, rate: float, steps: int, vocab: int, hidden: int) -> dic
         "weights_bytes": bytes_a_parameter(parameters),
         "gradient_bytes": bytes_a_parameter(gradients),
         "state_bytes": bytes_a_parameter(state),
-        "cast_bytes": 2.0 if choice.autocast else 0.0,  # autocast's bfloat16 copies, until the backward pass has ended
+        "cast_bytes": 2.0 if choice.autocast else 0.0,  # autocast's bfloat16 copies, until the end of the backward pass
         "peak_bytes": min((each for each in peaks if each is not None), default=None),  # of a step, above live memory
         "median_s": sorted(seconds)[len(seconds) // 2],
         "parameters": count,
@@ -170,14 +170,14 @@ def fit(choice: Choice, rate: float, steps: int, vocab: int, hidden: int) -> dic
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # torchao's, which are compiled
+        if isinstance(group["lr"], Tensor):  # torchao's optimizers, which are compiled
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
 
 
 def run(rates: list[float], steps: int, vocab: int, hidden: int) -> list[dict[str, Any]]:
-    """Every choice at every learning rate; prints a line each."""
+    """Run every choice at every learning rate, and print a line for each."""
     rows = []
     for rate in rates:
         for name, choice in CHOICES.items():

@@ -1,4 +1,4 @@
-"""windkern as providers: each back end, the default and an unlimited memory budget, log-probs and fused loss."""
+"""The providers of windkern: each back end, with the default and an unlimited budget, as log-probs and fused losses."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def _same_plan(case: Case) -> tuple[str, str] | None:
 
 
 def our_providers(backend: str, *, preferred: bool) -> list[Provider]:
-    """Rows of one back end. By default only the log-probs of those that "auto" would not take, so that a run ends."""
+    """Return the providers of one back end; one that is not `preferred` runs only its log-probs by default."""
     common = {"package": "windkern", "module": "windkern"}
     return [
         Provider(
             f"windkern-{backend}",
             f"windkern ({backend})",
-            f"token_logps, memory_budget as it comes; {PER_TOKEN}",
+            f"token_logps, default memory_budget; {PER_TOKEN}",
             "tokens",
             functools.partial(_build_token_logps, backend=backend, budget=None),
             **common,
@@ -127,7 +127,7 @@ def our_providers(backend: str, *, preferred: bool) -> list[Provider]:
             "mean",
             functools.partial(_build_mean_loss, backend=backend),
             modes=("trained", "frozen"),
-            devices=("cuda",),  # nothing to compare with on a CPU
+            devices=("cuda",),  # no peer to compare with on a CPU
             by_default=preferred,
             **common,
         ),

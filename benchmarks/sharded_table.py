@@ -1,4 +1,4 @@
-"""The table of heads that are cut over processes, from the rows of benchmarks/sharded.py."""
+"""Make the table of heads sharded over processes, from the rows of benchmarks/sharded.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODES = {"scoring": "scoring", "frozen": "frozen head", "trained": "trained"}
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """A table for each way to cut: time over that of the same work alone, and peak memory of a rank."""
+    """Return a table for each kind of sharding: time over that of the same work alone, and peak memory of a rank."""
     rows = data["rows"]
     lines = [_caption(data)]
     for cut, title in TITLES.items():

@@ -1,4 +1,4 @@
-"""Every back end in every gear against float64 on a few small heads, a line each: to be known before any timing.
+"""Check every back end in every gear against float64 on a few small heads, one line each, before anything is timed.
 
 python -m benchmarks.smoke [--device cuda] [--seconds 50]
 """
@@ -18,9 +18,9 @@ import windkern as wk
 from windkern.kernels.gemm import products_of
 from windkern.testing import allowed_error
 
-# rows, hidden, vocabulary: one slab, a vocabulary that 8 does not divide, several slabs.
+# Rows, hidden, vocabulary: one slab; a vocabulary that is not divisible by 8; several slabs.
 SHAPES = ((64, 64, 512), (300, 128, 5003), (1024, 512, 40000))
-# Whether hidden and weight want gradients.
+# Whether hidden and weight require gradients.
 GEARS = {"trained": (True, True), "frozen head": (True, False), "frozen body": (False, True), "scoring": (False, False)}
 DTYPE = torch.bfloat16
 BUDGET = 16 << 20
@@ -49,17 +49,17 @@ def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
-    """Norm of the difference, relative."""
+    """Return the relative norm of the difference."""
     return float((got.double() - exact).norm() / exact.norm())
 
 
 def _allowed(name: str, plain: float) -> float:
-    """Log-probs are not rounded to 16 bits; gradients are, and have the budget of the tests."""
+    """Return the allowed error: log-probs are not rounded to 16 bits; gradients are, and have the tests' budget."""
     return plain / 2 if name == "logps" else allowed_error(plain, DTYPE)
 
 
 def check(backend: str, device: str) -> Iterator[tuple[str, bool]]:
-    """One line for each gear and shape, and whether it is right."""
+    """Yield a line for each gear and shape, and whether the results are right."""
     for shape in SHAPES:
         values = _values(shape, device)
         wide = [value.double() if value.is_floating_point() else value for value in values]
@@ -84,7 +84,7 @@ def check(backend: str, device: str) -> Iterator[tuple[str, bool]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=50.0, help="begin no further line after this many")
+    parser.add_argument("--seconds", type=float, default=50.0, help="start no further line after this many seconds")
     chosen = parser.parse_args(arguments)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can use, and there is none")

@@ -1,10 +1,10 @@
-"""One WIND gradient step of a whole model, with and without the fused ops: time, peak memory, largest batch that fits.
+"""Measure a WIND gradient step of a whole model, with and without fused ops: time, peak memory, largest fitting batch.
 
     python -m benchmarks.step [--size 1b|tiny] [--device cuda] [--out FILE] [--minutes N]
 
-The model is a randomly initialised Llama in bfloat16 with gradient checkpointing; full fine-tuning and LoRA on the
-body (where peft is installed). A step is forward and backward of groups of eight responses; old and reference
-log-probs are given. "plain" is the model's own logits and autograd.
+The model is a randomly initialised Llama in bfloat16 with gradient checkpointing, with full fine-tuning and with LoRA
+on the body (if peft is installed). A step is forward and backward of groups of eight responses, for given old and
+reference log-probs. "plain" is the model's own logits and autograd.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from benchmarks.exact import RESPONSES, WIND
 from windkern import hf
 from windkern.train.jobs import loss_job
 
-TOKENS = 512  # of a response
+TOKENS = 512  # per response
 SIZES = {
-    # Shape of Llama-3.2-1B.
+    # The shape of Llama-3.2-1B.
     "1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -52,13 +52,13 @@ Step = Callable[[Tensor, dict[str, Tensor]], None]
 
 
 def make_model(size: str, adapter: str, device: str) -> nn.Module:
-    """A random model that trains all its weights, or LoRA matrices on a frozen body and head."""
+    """Return a random model that trains all its weights, or LoRA matrices on a frozen body and head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**SIZES[size], tie_word_embeddings=True)).bfloat16()
-    # Reason: transformers is renaming the one to the other.
+    # Reason: transformers is renaming one method to the other.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
     if adapter == "lora":
@@ -81,7 +81,7 @@ def _batch(model: nn.Module, groups: int, tokens: int, device: str) -> tuple[Ten
 
 
 def fused_step(model: nn.Module) -> Step:
-    """What `WindTrainer` does with a batch."""
+    """Return the step that `WindTrainer` runs for a batch."""
     loss_fn = functools.partial(wk.losses.wind, reduction="none", **WIND)
 
     def step(ids: Tensor, constants: dict[str, Tensor]) -> None:
@@ -105,7 +105,7 @@ STEPS: dict[str, Callable[[nn.Module], Step]] = {"fused": fused_step, "plain": p
 
 
 def measure(name: str, step: Step, model: nn.Module, groups: int, tokens: int, device: str) -> dict[str, Any]:
-    """Seconds and peak bytes beyond the model of one step; `fits` is False where memory ran out."""
+    """Return the seconds of one step, and its peak bytes beyond the model; `fits` is False if memory ran out."""
     row = {"step": name, "groups": groups, "rows": groups * RESPONSES * tokens, "fits": True}
 
     def call() -> None:
@@ -128,7 +128,7 @@ def measure(name: str, step: Step, model: nn.Module, groups: int, tokens: int, d
 
 
 def run(size: str, device: str, tokens: int, most: int, deadline: float) -> list[dict[str, Any]]:
-    """Groups double until a step no longer fits, for each adapter and step."""
+    """Double the groups until a step no longer fits, for each adapter and step."""
     rows = []
     for adapter in ("full", "lora"):
         try:
@@ -161,9 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=tuple(SIZES), default="1b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of a response (default: {TOKENS})")
-    parser.add_argument("--most", type=int, default=256, help="groups of eight responses at the most")
-    parser.add_argument("--minutes", type=float, default=3.0, help="begin no further step after this many")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens per response (default: {TOKENS})")
+    parser.add_argument("--most", type=int, default=256, help="largest number of groups of eight responses")
+    parser.add_argument("--minutes", type=float, default=3.0, help="start no further step after this many minutes")
     parser.add_argument("--out", type=Path, default=Path("out/step.json"), metavar="FILE")
     chosen = parser.parse_args(argv)
     if chosen.device == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Tables of results: on the terminal after a run, in Markdown for the documentation and the README."""
+"""Print tables of results on the terminal after a run, and in Markdown for the documentation and the README."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def memory(num_bytes: int | None) -> str:
 
 
 def by_case(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows grouped by case, cases in the order of `cases.py`."""
+    """Group rows by case, with the cases in the order of `cases.py`."""
     order = {case.name: index for index, case in enumerate([*all_cases("cpu"), *all_cases("cuda")])}
     grouped: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: order.get(row["case"], len(order))):
@@ -44,8 +44,10 @@ def by_case(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def best(rows: list[Row], level: str, *, ours: bool) -> Row | None:
-    """The fastest row of a case at one level, ours or the peers'. Compared as multiples of the floor, because rows of
-    one file may come from several runs."""
+    """Return the fastest row of a case at one level, ours or the peers'.
+
+    Rows are compared as multiples of the floor, because rows of one file can come from several runs.
+    """
     found = [row for row in rows if measured(row) and row["level"] == level and is_ours(row) == ours]
     return min(found, key=lambda row: row["times_floor"], default=None)
 
@@ -54,7 +56,7 @@ _HEADER = ("", "median", "20-80 %", "n", "x floor", "x best peer", "extra memory
 
 
 def show(rows: list[Row]) -> None:
-    """Print every case as a table, with rich where it is installed; then what could not run, and why."""
+    """Print every case as a table, with rich if it is installed; then list the rows that could not run, and why."""
     for name, group in by_case(rows).items():
         lines = [_line(row, group) for row in group if measured(row)]
         if lines:
@@ -82,7 +84,7 @@ def _print_table(title: str, lines: list[tuple[str, ...]]) -> None:
     table = Table(title=title, title_justify="left", box=None)
     last = len(_HEADER) - 1
     for index, column in enumerate(_HEADER):
-        # The last column alone may break into lines where the terminal is narrow.
+        # On a narrow terminal, only the last column breaks into lines.
         width = None if index == last else max(len(line[index]) for line in [_HEADER, *lines])
         table.add_column(column, min_width=width, no_wrap=index < last, justify="right" if 0 < index < 7 else "left")
     for line in lines:
@@ -112,7 +114,7 @@ def _line(row: Row, group: list[Row]) -> tuple[str, ...]:
 
 
 def markdown_speed(data: dict[str, Any]) -> str:
-    """Tables of every case, a mode each; then the rows we lose, with what the winner pays; then who cannot."""
+    """Return a table of all cases for each mode; then the cases we lose, with the winner's price; then the absent."""
     rows = [row for row in data["rows"] if row["complete"] and row["shape"] != TINY.name]
     parts = [_caption(data, rows)]
     for mode in PRODUCTS:
@@ -122,7 +124,7 @@ def markdown_speed(data: dict[str, Any]) -> str:
 
 
 def markdown_summary(data: dict[str, Any]) -> str:
-    """A few lines for the README: the widest shape, log-probs with any upstream gradient, ours beside the others."""
+    """Return a few lines for the README: ours and the others on the widest shape, for log-probs with any upstream."""
     rows = [row for row in data["rows"] if row["complete"] and row["shape"] != TINY.name]
     shape = max((row["shape"] for row in rows), key=lambda name: [int(size) for size in name.split("x")][1:])
     machine = data["runs"][max(row["run"] for row in rows)]["machine"]
@@ -206,7 +208,7 @@ def _cell(row: Row | None, winner: float | None) -> str:
 
 
 def _losses(rows: list[Row]) -> str:
-    """Every case in which a peer is faster than the fastest of ours, and what that peer pays for it."""
+    """List the cases in which a peer is faster than the fastest of ours, and the price it pays."""
     lines = []
     for name, group in by_case(rows).items():
         for level in LEVELS:
@@ -234,7 +236,7 @@ def _price(peer: Row, ours: Row) -> str:
 
 
 def _absent(rows: list[Row]) -> str | None:
-    """Who could do no case at all, or failed in some, and why."""
+    """List the providers that could not run any case, or failed in some, and why."""
     lines = {}
     for label in dict.fromkeys(row["label"] for row in rows if row["level"] != "floor"):
         group = [row for row in rows if row["label"] == label]
@@ -247,7 +249,7 @@ def _absent(rows: list[Row]) -> str | None:
 
 
 def markdown_errors(data: dict[str, Any]) -> str:
-    """The error table: plain torch beside every gear of ours, by dtype, smallest in bold; one back end of ours."""
+    """Return the error table: plain torch next to every gear of one back end, by dtype, with the smallest in bold."""
     rows = data["rows"]
     run = data["runs"][max((row["run"] for row in rows), default=-1)]
     backends = list(dict.fromkeys(row["backend"] for row in rows if row["backend"] is not None))

@@ -1,8 +1,8 @@
-"""One pytest-benchmark row for each case and provider: for picking single rows and for pytest-benchmark's comparisons.
+"""Time each case and provider with pytest-benchmark, to select single rows and use pytest-benchmark's comparisons.
 
     python -m pytest benchmarks/test_logprobs.py --cases '512x896x151936/trained/*' --peers 'plain,windkern-*'
 
-pytest-benchmark times one row after the other; published figures come from `benchmarks.run`, which takes turns.
+pytest-benchmark times one row after the other; published figures come from `benchmarks.run`, which alternates.
 """
 
 import functools
@@ -21,7 +21,7 @@ SECONDS = 5.0  # of timed calls for one row
 
 @functools.lru_cache(maxsize=1)
 def case_run(case: Case) -> tuple[CaseRun, float]:
-    """The case with its float64 results, and the floor in seconds; kept until the next case begins."""
+    """Return the case with its float64 results, and the floor in seconds; cached until the next case begins."""
     run = CaseRun(case, all_providers(), SECONDS)
     floors = [name for name, provider in run.providers.items() if provider.level == "floor"]
     for name in floors:

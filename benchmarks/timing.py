@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a call, and how calls of several providers are interleaved."""
+"""Measure seconds and peak memory of a call, and interleave the calls of several providers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 
 MIN_SAMPLES = 3
 MAX_SAMPLES = 25
-# Reason: above this many seconds page faults, cold code and the set-up of primitives are about 1 % of a call, and its
-# first call is a sample like any other: a case with a dozen such calls has to end.
+# Reason: above this many seconds, page faults, cold code and the set-up of primitives are about 1 % of a call, and the
+# first call counts as a sample, so that a case with a dozen such calls ends in time.
 LONG_CALL = 2.0
 VERY_LONG_CALL = 5.0
 FAR_BEHIND = 2.5  # times the fastest call of the case
-# Hazard: a virtual machine may stop for a minute. Two samples that far apart are joined by a third, a single one of
-# that many floors by a second.
+# Hazard: a virtual machine can stop for a minute. If two samples differ by more than this ratio, a third is taken; if a
+# single one takes this many floors, a second is taken.
 DISPUTED_RATIO = 1.3
 DISPUTED_FLOORS = 10.0
 
@@ -31,15 +31,15 @@ _STATUS = Path("/proc/self/status")
 
 
 class Measured(NamedTuple):
-    """What one call took and returned."""
+    """Time, memory and result of one call."""
 
     seconds: float
-    peak_bytes: int | None  # above the level just before the call; None where it cannot be read
+    peak_bytes: int | None  # above the level just before the call; None if it cannot be read
     result: Any
 
 
 def timed(call: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
-    """Seconds of a call; on a GPU between two events, after its second-level cache was overwritten."""
+    """Return the seconds and the result of a call; on a GPU between two events, after its cache was overwritten."""
     if device == "cpu":
         start = time.perf_counter()
         result = call()
@@ -59,7 +59,7 @@ def _between_events(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def works(device: str) -> bool:
-    """Whether a device still computes: a GPU whose kernel read or wrote where it must not refuses all further work."""
+    """Return whether a device still computes: after an illegal access by a kernel, a GPU refuses all further work."""
     try:
         return float(torch.ones(1, device=device).sum()) == 1
     except RuntimeError:
@@ -67,7 +67,7 @@ def works(device: str) -> bool:
 
 
 def why_no_memory() -> str | None:
-    """Why peak memory cannot be measured here, or None."""
+    """Return why peak memory cannot be measured here, or None."""
     try:
         _CLEAR_REFS.write_text("5")
         _kib("VmHWM")
@@ -82,7 +82,7 @@ def _kib(field: str) -> int:
 
 
 def _trim() -> None:
-    """Give freed memory back to the system, so that the level before a call is the level of live memory."""
+    """Return freed memory to the system, so that the level before a call is that of live memory."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -90,10 +90,10 @@ def _trim() -> None:
 
 
 def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
-    """Run once and read the high-water mark of memory, reset just before the call.
+    """Run a call once and read the high-water mark of memory, which is reset just before the call.
 
-    On a CPU that of resident memory: outputs, gradients, temporaries of any library, the allocator's waste. On a GPU
-    that of torch's allocator, which everything here goes through.
+    On a CPU it is that of resident memory: outputs, gradients, temporaries of any library, the allocator's waste. On a
+    GPU it is that of torch's allocator, which everything here uses.
     """
     if device != "cpu":
         gc.collect()
@@ -117,10 +117,10 @@ def _without_peak(call: Callable[[], Any]) -> tuple[float, None, Any]:
 
 
 def further_samples(first: float, share: float, fastest: float) -> int:
-    """How many more times to run a call whose first took `first` seconds (a sample itself above `LONG_CALL`).
+    """Return how often to repeat a call whose first run took `first` seconds (itself a sample above `LONG_CALL`).
 
-    `share` is what the case's seconds leave for it, `fastest` the shortest first call of the case: minutes go to the
-    calls whose order is in doubt; one far behind is run fewer times.
+    `share` is its share of the case's seconds, `fastest` the shortest first call of the case. Time goes to the calls
+    whose order is in doubt; a call that is far behind is repeated fewer times.
     """
     if first > VERY_LONG_CALL:
         return int(first <= FAR_BEHIND * fastest)
@@ -129,7 +129,7 @@ def further_samples(first: float, share: float, fastest: float) -> int:
 
 
 def disputed(samples: dict[str, list[float]], floor: float | None = None) -> list[str]:
-    """Names of calls with too few samples to tell whether one of them was disturbed."""
+    """Return the names of calls with too few samples to tell whether one of them was disturbed."""
     names = []
     for name, taken in samples.items():
         apart = 0 < len(taken) < MIN_SAMPLES and max(taken) > DISPUTED_RATIO * min(taken)
@@ -141,7 +141,7 @@ def disputed(samples: dict[str, list[float]], floor: float | None = None) -> lis
 
 @contextmanager
 def settled_heap() -> Iterator[None]:
-    """Leave what is alive now out of garbage collections inside: the libraries' own objects make each take 0.2 s."""
+    """Exclude all live objects from garbage collections inside: with those of the libraries, each would take 0.2 s."""
     gc.collect()
     gc.freeze()
     try:
@@ -166,7 +166,7 @@ def interleave(
     after_round: Callable[[dict], None] | None = None,
     device: str = "cpu",
 ) -> dict[str, list[float]]:
-    """Samples in seconds by name: rounds over all calls, each call spread evenly over the rounds."""
+    """Return samples in seconds by name, from rounds over all calls, with each call spread evenly over the rounds."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     rounds = max(counts.values(), default=0)
     for index in range(rounds):
@@ -183,7 +183,7 @@ def interleave(
 
 
 def summary(samples: list[float]) -> dict[str, float | int]:
-    """Median, 20th and 80th percentile and the number of samples."""
+    """Return the median, the 20th and 80th percentile and the number of samples."""
     if len(samples) == 1:
         low = high = samples[0]
     else:

@@ -1,10 +1,10 @@
-"""Choose the block sizes of the Triton kernels on the GPU at hand.
+"""Choose the block sizes of the Triton kernels for the GPU of this machine.
 
     python -m benchmarks.tune [--out FILE] [--write] [--minutes N]
 
-Times the row kernels at several block sizes against a device copy, those of the CUDA back end beside them, and the
-fused tiles against a product followed by a row kernel, for hidden sizes from 512 to 4096. Prints what it found, writes
-it to FILE, and with --write puts the winners into windkern/kernels/tuned.json under the GPU's architecture.
+Times the row kernels at several block sizes against a device copy and against the CUDA back end, and the fused tiles
+against a product followed by a row kernel, for hidden sizes from 512 to 4096. Prints the results, writes them to FILE,
+and with --write puts the winners into windkern/kernels/tuned.json under the GPU's architecture.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ HIDDEN_SIZES = (512, 896, 1536, 2048, 2304, 3072, 4096)
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Median over a few calls, caches flushed in between."""
+    """Return the median over a few calls, with caches flushed in between."""
     call()
     return statistics.median(timing.timed(call, "cuda")[0] for _ in range(SAMPLES))
 
 
 class Tuner:
-    """Everything is tried through the launchers, with the table's entries replaced."""
+    """Tries settings through the launchers, with the entries of the table replaced."""
 
     def __init__(self, deadline: float):
         from windkern.kernels.triton import rows as triton_rows
@@ -63,7 +63,7 @@ class Tuner:
         self.targets = torch.randint(0, WIDTH, (ROWS,), device="cuda")
 
     def _try(self, what: str, settings: dict[str, Any], call: Callable[[], Any], **more: Any) -> float:
-        """Seconds, infinity for settings the compiler refuses or once the time is over."""
+        """Return seconds; infinity for settings that the compiler refuses, or after the deadline."""
         if time.monotonic() > self.deadline:
             return float("inf")
         try:
@@ -76,7 +76,7 @@ class Tuner:
         return took
 
     def _using(self, **changes: Any) -> None:
-        """Let the launchers see these entries instead of the table's."""
+        """Make the launchers use these entries instead of the table's."""
         entry = {**self.entry, **changes}
         tuned.table = lambda architecture: entry
 
@@ -123,7 +123,7 @@ class Tuner:
         self._prefer(arguments, inputs)
 
     def _prefer(self, forward: tuple, backward: tuple) -> None:
-        """Put the back end whose forward and backward row kernels take less time first."""
+        """Order the back ends by the time of their forward and backward row kernels."""
         totals = {}
         for name in self.entry["prefer"]:
             if backends.why_not(name, "cuda") is None:
@@ -133,7 +133,7 @@ class Tuner:
         self.entry["prefer"] = [*sorted(totals, key=totals.get), *rest]
 
     def tune_tiles(self) -> None:
-        """The fastest tile at a small head, then the largest hidden size at which tiles beat a product and a pass."""
+        """Find the fastest tile for a small head, then the largest hidden size at which tiles beat slabs."""
         timed = []
         for settings in TILES:
             self._using(tile=settings)
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/tune.json"), metavar="FILE")
     parser.add_argument("--write", action="store_true", help="put the winners into tuned.json")
-    parser.add_argument("--minutes", type=float, default=3.0, help="try nothing more after this many")
+    parser.add_argument("--minutes", type=float, default=3.0, help="try no further settings after this many minutes")
     chosen = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("block sizes are measured on a GPU, and torch sees none")

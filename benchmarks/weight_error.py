@@ -1,17 +1,17 @@
-"""How far a long run with small steps ends from the same run in float32, for each way to step bfloat16 weights.
+"""Measure how far a long run with small steps ends from the same run in float32, for each way to step bfloat16 weights.
 
     python -m benchmarks.weight_error [--steps N ...] [--rates X ...] [--vocab N] [--hidden N] [--out FILE]
 
-The model, its target and the choices are those of `benchmarks.master_weights`, with a constant learning rate, as the
-trainer's default has it. w_0 are the weights at the start, w_32 those of AdamW in float32 without autocast after as
-many steps on the same batches. "error" is |w - w_32| / |w_0 - w_32| of the weights that products see (rounded to
-bfloat16 once, except for float32 alone), "kept" the same of the most precise copy that the optimizer has, and "kl" the
-distance of the weights from the target, nats a token, computed in float32. The line "float32, rounded once" is the best
+The model, its target and the choices are those of `benchmarks.master_weights`, with a constant learning rate, which is
+the trainer's default. w_0 are the weights at the start, w_32 those of AdamW in float32 without autocast after the same
+number of steps on the same batches. "error" is |w - w_32| / |w_0 - w_32| for the weights in products (rounded to
+bfloat16 once, except in float32), "kept" is the same for the most precise copy in the optimizer, and "kl" is the
+distance of the weights to the target, nats per token, computed in float32. The line "float32, rounded once" is the best
 that any bfloat16 weight can do.
 
-The second table is one tensor of weights whose gradients become a hundred times smaller, as those of a fit do: how far
-the weights have moved and how large the second moment is, over what they are in float32. With beta2 = 0.999 a second
-moment in bfloat16 cannot fall: 0.999 of it is rounded to itself. No times are taken, so nothing is compiled.
+The second table is for one tensor of weights whose gradients become a hundred times smaller, as in a fit: the movement
+of the weights and the second moment, over those in float32. With beta2 = 0.999, a second moment in bfloat16 cannot
+fall: 0.999 times it is rounded to itself. Nothing is timed, so nothing is compiled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks import record
 from benchmarks.master_weights import CHOICES, EXACT, NEEDS, Choice, divergence, kept_weights, make_models
 
-BATCH, LENGTH, BATCHES = 4, 32, 64  # of each step; so many batches come again and again
+BATCH, LENGTH, BATCHES = 4, 32, 64  # rows and tokens of a step; number of batches, which repeat
 ROUNDED = "float32, rounded once"
 
 
@@ -46,11 +46,11 @@ class Course:
         self.origin = [value.detach().clone() for value in self.start.parameters()]
 
     def weights(self, choice: Choice, rate: float, marks: Sequence[int]) -> Iterator[list[Tensor]]:
-        """The most precise weights of a choice, float32, after each number of steps in `marks`."""
+        """Yield the most precise weights of a choice, in float32, after each number of steps in `marks`."""
         model = copy.deepcopy(self.start).to(choice.weights)
         parameters = list(model.parameters())
         optimizer = choice.optimizer(parameters, rate)
-        torch.manual_seed(0)  # of stochastic rounding
+        torch.manual_seed(0)  # for stochastic rounding
         for place in range(max(marks)):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=choice.autocast):
@@ -62,7 +62,7 @@ class Course:
 
     @torch.no_grad()
     def kl(self, weights: Sequence[Tensor]) -> float:
-        """Of the model with these weights to the target, nats a token, over all batches."""
+        """Return the KL of the model with these weights to the target, nats per token, over all batches."""
         for value, weight in zip(self.start.parameters(), weights, strict=True):
             value.copy_(weight)
         found = sum(
@@ -74,7 +74,7 @@ class Course:
 
 
 def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Euclidean distance of all weights, in float64."""
+    """Return the Euclidean distance over all weights, in float64."""
     pairs = zip(ours, theirs, strict=True)
     return sum(float((one.double() - other.double()).square().sum()) for one, other in pairs) ** 0.5
 
@@ -84,7 +84,7 @@ def rounded(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def run(rates: Sequence[float], marks: Sequence[int], vocab: int, hidden: int) -> list[dict[str, Any]]:
-    """Every choice at every learning rate and number of steps; prints a line each."""
+    """Run every choice at every learning rate and number of steps, and print a line for each."""
     course, rows = Course(vocab, hidden), []
     for rate in rates:
         exact = list(course.weights(CHOICES[EXACT], rate, marks))
@@ -119,7 +119,7 @@ def run(rates: Sequence[float], marks: Sequence[int], vocab: int, hidden: int) -
 
 
 def falling(choice: Choice, rate: float, steps: int) -> list[tuple[float, float]]:
-    """(mean movement of the most precise weights, mean second moment) after each of three equal parts of the steps."""
+    """Return the mean movement of the most precise weights and the mean second moment after each third of the steps."""
     weight = nn.Parameter(torch.full((1000,), 0.5, dtype=choice.weights))
     optimizer, found = choice.optimizer([weight], rate), []
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def falling(choice: Choice, rate: float, steps: int) -> list[tuple[float, float]
 
 
 def run_falling(rates: Sequence[float], steps: int = 3000) -> list[dict[str, Any]]:
-    """Every optimizer at every learning rate; prints a line each."""
+    """Run every optimizer at every learning rate, and print a line for each."""
     rows = []
     for rate in rates:
         exact = falling(CHOICES[EXACT], rate, steps)
@@ -152,7 +152,7 @@ def run_falling(rates: Sequence[float], steps: int = 3000) -> list[dict[str, Any
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weight_error", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[300, 1000, 3000], help="when the weights are compared")
+    parser.add_argument("--steps", type=int, nargs="+", default=[300, 1000, 3000], help="steps after which to compare")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 1e-5], help="learning rates")
     parser.add_argument("--vocab", type=int, default=512, help="vocabulary (default: 512)")
     parser.add_argument("--hidden", type=int, default=64, help="hidden size (default: 64)")

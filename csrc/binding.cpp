@@ -1,4 +1,5 @@
-// Python module windkern._cpp: pointers, sizes and dtype codes in; no torch header, so one build serves every torch.
+// Python module windkern._cpp. It takes pointers, sizes and dtype codes, without torch headers: one build serves every
+// torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-"""A server of completions for tests: a real one, that speaks the OpenAI protocol."""
+"""A real server of completions for tests, which speaks the OpenAI protocol."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tiny_model import WORDS
 
 
 class _Listener(ThreadingHTTPServer):
-    # Reason: the kernel drops connections beyond the usual 5 that wait, and tries them again a second later.
+    # Reason: the kernel drops connections beyond the usual 5 that wait and retries them a second later.
     request_queue_size = 128
 
 
 class Server:
-    """A real one on 127.0.0.1 that answers as OpenAI's do; `script` holds what to do instead, one entry a request.
+    """A real server on 127.0.0.1 that answers like OpenAI's; `script` has other answers, one entry per request.
 
-    An entry is (status, text, headers), "hang", "drip" (a byte of the answer at a time, without end) or "drip headers";
-    `reply` makes one of a request, None for the usual answer; `route` makes one of a path and a request, before it.
+    An entry is (status, text, headers), "hang", "drip" (a byte of the answer at a time, without end) or "drip headers".
+    `reply` makes an entry from a request (None: the usual answer); `route` does so first, from a path and a request.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Server:
                 self.send(*(step or (404, "", {})))
 
             def log_message(self, *args):
-                """Quiet."""
+                """Log nothing."""
 
         self.release = threading.Event()
         self.server = _Listener(("127.0.0.1", 0), Handler)
-        self.server.handle_error = lambda *args: None  # a client that leaves is part of the tests
+        self.server.handle_error = lambda *args: None  # clients that disconnect are part of the tests
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self.thread.start()

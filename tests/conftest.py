@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. Uninitialised memory is NaN here, so a value nobody wrote cannot pass."""
+"""Fixtures shared by all tests. Uninitialised memory is NaN here, so a value that was not written cannot pass."""
 
 import gc
 import importlib.util
@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; tests/kernels/test_triton.py runs its kernels
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, which torch may insist on
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, which torch may require
 
 import windkern as wk
 from windkern.commands import diagnosis
@@ -26,9 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:
-    pass  # a machine with a GPU may run the tests of kernels without it
+    pass  # a machine with a GPU can run the tests of kernels without it
 else:
-    # The same examples everywhere, and none of them too slow on a machine that does much else.
+    # The same examples on all machines, without a deadline, because a machine may be busy.
     slow = [HealthCheck.too_slow]
     settings.register_profile("suite", deadline=None, database=None, derandomize=True, suppress_health_check=slow)
     settings.load_profile("suite")
@@ -40,14 +40,14 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: no collection of garbage looks at it, and every run of the trainer asks for some."""
+    """Exclude imported modules from garbage collection, which every run of the trainer requests."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _no_wait_for_a_disk(monkeypatch):
-    """A killed process loses nothing that it has written; a power cut would, and no test has one."""
+    """Skip fsync: a killed process loses nothing that it has written, and no test has a power cut."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -58,10 +58,10 @@ def _poisoned_memory_and_fixed_seed():
     torch.utils.deterministic.fill_uninitialized_memory = True
     threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)  # Reason: bits depend on it, and a test may have failed half-way
+    torch.set_num_threads(threads)  # Reason: bits depend on it, and a test may have failed midway
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[name for name in wk.backends.available("cpu") if name != "triton"])  # that one is slow
+@pytest.fixture(params=[name for name in wk.backends.available("cpu") if name != "triton"])  # the interpreter is slow
 def backend(request) -> str:
     return request.param

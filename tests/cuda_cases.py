@@ -1,4 +1,4 @@
-"""Arguments of the row kernels at odd shapes, on any device, and how far two back ends may be apart."""
+"""Arguments of the row kernels at odd shapes, on any device, and the allowed difference of two back ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from windkern.kernels.native import cuda as cuda_rows
 from windkern.kernels.torch import rows as torch_rows
 from windkern.transform import LogitTransform
 
-# A warp or a block for a row, with and without 16-byte accesses, rows that a team's registers hold and wider ones.
+# A warp or a block per row, with and without 16-byte accesses, rows that fit in a team's registers and wider ones.
 WIDTHS = (1, 3, 32, 65, 512, 520, 1003, 4096, 4104, 8200, 8203)
 TRANSFORMS = {
     "identity": LogitTransform(),
@@ -19,7 +19,7 @@ TRANSFORMS = {
 
 
 def close(got, want, dtype, what, scale=1.0):
-    """Equal to one rounding of the storage dtype, or to float32 rounding of sums."""
+    """Assert equality up to one rounding of the storage dtype, or float32 rounding of sums."""
     if got is None or want is None:
         assert got is want
         return
@@ -35,7 +35,7 @@ def wide_of(dtype):
 
 
 class Rows:
-    """Arguments of the row kernels for one slab: targets before, in and after it, an ignored row, a masked row."""
+    """Arguments of the row kernels for one slab: targets before, in and after it, an ignored row, a masked entry."""
 
     def __init__(
         self, rows, width, dtype, transform="identity", *, bias=False, entropy=False, shifted=False, device="cpu"
@@ -53,7 +53,7 @@ class Rows:
         self.transform, self.entropy = TRANSFORMS[transform], entropy
 
     def place(self, value):
-        """A copy of `value` on the device, 16-byte aligned or just not."""
+        """Return a copy of `value` on the device, aligned to 16 bytes or just not."""
         room = torch.empty(value.numel() + 16, dtype=value.dtype, device=self.device)
         skip = 1 if self.shifted else 0
         return room[skip : skip + value.numel()].view(value.shape).copy_(value)
@@ -68,7 +68,7 @@ class Rows:
         return torch.empty(*(shape or (self.rows,)), dtype=self.wide, device=self.device)
 
     def state(self):
-        """One that has seen nothing in its first rows and another slab in the others."""
+        """Return a state that has seen nothing in its first rows and another slab in the others."""
         some = torch.linspace(-2, 5, self.rows, dtype=self.wide, device=self.device)
         some[:2] = -torch.inf
         seen = some > -torch.inf
@@ -89,7 +89,7 @@ class Rows:
         return [*state, *unit]
 
     def exps(self, kernels, alias):
-        """A second slab whose maxima are up to 70 above those of the first, which has passed without a pivot."""
+        """Run a second slab whose maxima are up to 70 above those of the first, which was passed without a pivot."""
         state, z = self.state(), self.place(self.z)
         z += torch.linspace(0, 70, self.rows, dtype=self.wide, device=self.device).unsqueeze(1)
         both = self.place(torch.rand(self.rows, 2 * self.width, dtype=self.wide).to(z.device)).to(self.dtype)
@@ -108,7 +108,7 @@ class Rows:
         return [values]
 
     def sums(self, kernels):
-        """Columns and rows of one matrix: weighted sums of the first, factors of the second."""
+        """Return weighted sums of a matrix's columns, and the matrix with its rows rescaled."""
         values = self.place(torch.rand(self.rows, self.width, dtype=self.wide).to(self.device)).to(self.dtype)
         weights = torch.sin(1 + torch.arange(self.rows, dtype=self.wide, device=self.device))
         total = self.row(self.width).fill_(torch.nan)
@@ -118,7 +118,7 @@ class Rows:
         return [total, values]
 
     def backward(self, kernels, kept, alias, dbias):
-        """From what torch_rows kept, so that both see the same; that serves no upstream of the entropy."""
+        """Run backward from values that torch_rows kept, the same for both; they allow no upstream on the entropy."""
         state, stored = self.state(), Kept(self.matrix(), self.row(self.rows, 1))
         torch_rows.slab_forward(self.slab(self.z.clone()), state, stored)
         seen = state.run_sum > 0

@@ -1,4 +1,4 @@
-"""csrc/cuda compiled two ways for the tests: for the CPU under the emulator, and by nvcc as the package builds it."""
+"""Compile csrc/cuda in two ways for the tests: for the CPU under the emulator, and by nvcc like the package."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ EMULATOR_FLAGS = (
     "-std=c++17 -U_FORTIFY_SOURCE -fPIC -fvisibility=hidden -fno-strict-aliasing "
     f"-Wall -Wextra -Werror -Wno-unknown-pragmas -DWK_ISA=emulated -I{NATIVE}/cuda_emulator -I{ROOT}/csrc"
 ).split()
-# Every load and store of a kernel calls tests/native/shared_memory.cpp, every address is checked for its alignment.
-# Reason: g++ would load what a branch leaves alone (phiopt), and time is spent on calls at the entry of functions.
+# Every load and store of a kernel calls tests/native/shared_memory.cpp, and every address is checked for alignment.
+# Reason: g++ would load values that a branch skips (phiopt), and calls at the entry of functions take time.
 WATCHED = ["-O1", "-fsanitize=thread,alignment", "-fno-ssa-phiopt", "--param=tsan-instrument-func-entry-exit=0"]
 
 
@@ -38,7 +38,7 @@ def run(command: list[str]) -> str:
 
 
 def _closing(text: str, start: int) -> int:
-    """Place behind the parenthesis that closes the one at `start`."""
+    """Return the position after the parenthesis that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -48,7 +48,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def with_bounds(text: str) -> str:
-    """Source whose kernels begin with a check of their first __launch_bounds__; lines stay where they are."""
+    """Return a source whose kernels begin with a check of their first __launch_bounds__, with the same lines."""
     parts, done = [], 0
     for found in re.finditer(r"__launch_bounds__(?=\()", text):
         stop = _closing(text, found.end())
@@ -61,7 +61,7 @@ def with_bounds(text: str) -> str:
 
 
 def copy_sources(folder: Path) -> Path:
-    """csrc as the emulator takes it."""
+    """Copy csrc in the form for the emulator."""
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     for path in (csrc / "cuda").iterdir():
@@ -70,7 +70,7 @@ def copy_sources(folder: Path) -> Path:
 
 
 def compile_emulated(folder: Path, flags: list[str], *, binding: bool) -> list[str]:
-    """Objects of csrc/cuda for the emulator, two at a time."""
+    """Compile the objects of csrc/cuda for the emulator, two at a time."""
     cuda = copy_sources(folder) / "cuda"
     sources = [*sorted(cuda.glob("*.cu")), cuda / "device.cpp"]
     jobs = [(source, flags) for source in sources]
@@ -91,13 +91,13 @@ def compile_emulated(folder: Path, flags: list[str], *, binding: bool) -> list[s
 
 
 def shared_folder(tmp_path_factory) -> Path:
-    """One folder for all processes of a test run."""
+    """Return a folder for all processes of a test run."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def once(shared: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """`make` fills a folder once for all test processes."""
+    """Let `make` fill a folder once for all test processes."""
     folder = shared / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").exists():
@@ -113,7 +113,7 @@ def build_emulated(folder: Path) -> None:
 
 
 def load_emulated(folder: Path) -> ModuleType:
-    # Hazard: pybind11 returns a module it has already made under that full name. Remedy: the folder is part of it.
+    # Hazard: pybind11 returns an existing module with the same full name. Remedy: the folder is part of the name.
     spec = importlib.util.spec_from_file_location(f"{folder.name}._cuda", folder / "_cuda.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -121,7 +121,7 @@ def load_emulated(folder: Path) -> ModuleType:
 
 
 def install(monkeypatch, module: ModuleType) -> None:
-    """The CUDA back end runs on CPU tensors through `module`, with stream 0 of no device."""
+    """Make the CUDA back end run on CPU tensors through `module`, with stream 0 of no device."""
 
     @contextmanager
     def queue_of(tensor: torch.Tensor) -> Iterator[object]:

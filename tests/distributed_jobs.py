@@ -1,4 +1,4 @@
-"""What runs in each process of tests/train/test_distributed.py, see tests/distributed_tools.py."""
+"""Jobs that run in each process of tests/train/test_distributed.py, see tests/distributed_tools.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCAB, WIDTH, ROWS, STEPS = 11, 6, 4, 5
 
 
 class Toy(nn.Module):
-    """A body and a head, apart from each other as in a causal LM."""
+    """A body and a separate head, as in a causal LM."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class Toy(nn.Module):
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs (ROWS, STEPS, WIDTH) and targets (ROWS, STEPS) of all ranks together."""
+    """Return inputs (ROWS, STEPS, WIDTH) and targets (ROWS, STEPS) of all ranks together."""
     random = torch.Generator().manual_seed(1)
     return torch.randn(ROWS, STEPS, WIDTH, generator=random), torch.randint(VOCAB, (ROWS, STEPS), generator=random)
 
@@ -39,7 +39,7 @@ def plain_loss(toy: Toy, inputs: torch.Tensor, targets: torch.Tensor) -> torch.T
 
 
 def gathered(folder: Path) -> dict:
-    """One backward of a plain loop over this rank's half of the batch, the head whole only inside `gathered`."""
+    """Run one backward of a plain loop over this rank's half of the batch; the head is whole only in `gathered`."""
     from torch.distributed.fsdp import fully_shard
 
     toy = Toy()
@@ -57,7 +57,7 @@ def gathered(folder: Path) -> dict:
 
 
 def uneven(folder: Path) -> dict:
-    """Log-probs and gradients where one rank scores tokens and the other none, the head streamed and whole."""
+    """Return log-probs and gradients where one rank scores tokens and the other none, for a streamed and whole head."""
     from windkern import hf
     from windkern.train.jobs import score_job
 
@@ -82,7 +82,7 @@ def uneven(folder: Path) -> dict:
 
 
 def _let_fsdp_run_on_a_cpu() -> None:
-    """Accelerate turns FSDP on for GPUs only; what comes after that line is the same for a CPU."""
+    """Make accelerate enable FSDP on a CPU; its code after that check is the same as for GPUs."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     init = AcceleratorState.__init__
@@ -107,7 +107,7 @@ TRAINER = {
     "per_device_eval_batch_size": 1,  # nor three held-out prompts
     "learning_rate": 0.02,
     "optim": "adamw_torch",
-    "adam_epsilon": 0.01,  # else AdamW turns the rounding of a gradient that is 0 into a step
+    "adam_epsilon": 0.01,  # otherwise AdamW turns the rounding of a zero gradient into a step
     "save_strategy": "no",
     "eval_strategy": "epoch",
 }
@@ -115,17 +115,17 @@ HELDOUT = ("rain and", "a day and", "the bus and")
 
 
 def untied(model):
-    """A model whose head has a parameter of its own."""
+    """Return the model with its own parameter for the head."""
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     return model
 
 
 def make_run(folder: Path, changes: dict, modules: list[str] | None = None, half: bool = False, own_head: bool = False):
-    """A WindTrainer, in one process or several.
+    """Return a WindTrainer, for one process or several.
 
     Args:
-        modules: get adapters, and then the base is the reference.
+        modules: the modules with adapters; if given, the base is the reference.
         half: whether the base is in bfloat16.
         own_head: whether the heads of policy and reference are untied.
     """
@@ -144,7 +144,7 @@ def make_run(folder: Path, changes: dict, modules: list[str] | None = None, half
 
 
 def report_of(run) -> dict:
-    """What a run logged, and sampled last."""
+    """Return the logs of a run, and its last samples."""
     logged = {
         name: [entry[name] for entry in run.state.log_history if name in entry]
         for name in ("loss", "kl_old", "kl_ref", "eval_win_rate", "eval_kl")
@@ -153,16 +153,16 @@ def report_of(run) -> dict:
 
 
 def trainer(folder: Path, runs: str) -> dict:
-    """Runs of WindTrainer one after the other, by name: kind, changes, resume, and as make_run."""
+    """Run WindTrainers one after the other, by name: kind, changes, resume, and arguments of make_run."""
     _let_fsdp_run_on_a_cpu()
     return {name: _train(folder / name, **settings) for name, settings in json.loads(runs).items()}
 
 
 def _train(folder: Path, kind: str, changes: dict, resume: bool = False, joined: bool = False, **more) -> dict:
-    """`joined`: leave the head in one unit with the last norm, as accelerate does by itself."""
+    """Train; `joined` leaves the head in one unit with the last norm, which is accelerate's default."""
     from windkern.train import jobs, sharded
 
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # of the run before
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # of the previous run
     settings = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"} | (FSDP if kind == "fsdp2" else {})
     ways = []
     with pytest.MonkeyPatch.context() as patch:
@@ -178,11 +178,11 @@ def _train(folder: Path, kind: str, changes: dict, resume: bool = False, joined:
 
 
 def everything(folder: Path, runs: str) -> dict:
-    """All of the above in one launch, which takes longer than they do."""
+    """Run all jobs above in one launch, because a launch takes longer than they do."""
     return {"gathered": gathered(folder), "uneven": uneven(folder), "runs": trainer(folder, runs)}
 
 
-# How a model is wrapped in the job `wrapped`, and how near it comes to one process.
+# Wrappers of the model in the job `wrapped`, and the allowed difference from one process.
 WRAPPED = {
     "ddp": 1e-4,
     "ddp, adapters": 1e-4,
@@ -211,7 +211,7 @@ def _model_of(kind: str):
 
 
 def _sequences(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four rows of token ids, attention and completion mask, one padded on the left."""
+    """Return four rows of token ids, attention and completion masks, one padded on the left."""
     ids = torch.randint(2, 18, (4, 9), generator=torch.Generator().manual_seed(step))
     attention, completion = torch.ones_like(ids), torch.zeros_like(ids)
     attention[2, :2] = 0
@@ -232,7 +232,7 @@ def _trained(model: nn.Module) -> dict[str, list]:
 
 
 def plain_steps(kind: str) -> dict:
-    """The steps of `wrapped` in one process, through the model's own logits."""
+    """Run the steps of `wrapped` in one process, through the model's own logits."""
     model = _model_of(kind)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     seen = []
@@ -267,7 +267,7 @@ def _wrap(kind: str, model: nn.Module) -> nn.Module:
 
 
 def wrapped(folder: Path) -> dict:
-    """Steps of a plain loop over `hf.sequence_logps`, each rank with its half of the rows, by kind of wrapper."""
+    """Run steps of a plain loop over `hf.sequence_logps`, each rank with half of the rows, by kind of wrapper."""
     return {kind: _wrapped_steps(kind) for kind in WRAPPED}
 
 
@@ -299,7 +299,7 @@ GROUPED = {name: WRAPPED[name] for name in ("ddp", "fsdp1", "fsdp2, adapters", "
 
 
 def _groups(step: int, rank: int) -> tuple[list, list]:
-    """A prompt and three responses for each process, as long on neither as on the other."""
+    """Return a prompt and three responses, whose lengths depend on the rank."""
     random = torch.Generator().manual_seed(10 * step + rank)
     ids = torch.randint(2, 18, (40,), generator=random).tolist()
     size = 6 + 2 * rank
@@ -307,12 +307,12 @@ def _groups(step: int, rank: int) -> tuple[list, list]:
 
 
 def grouped(folder: Path) -> dict:
-    """Steps of a loop over `hf.group_logps`, each process with its own group, by kind of wrapper."""
+    """Run steps of a loop over `hf.group_logps`, each process with its own group, by kind of wrapper."""
     return {kind: grouped_steps(kind, _wrap(kind, _model_of(kind)), [dist.get_rank()], "always") for kind in GROUPED}
 
 
 def grouped_steps(kind: str, model: nn.Module | None, ranks: list[int], shared_prompt: str) -> dict:
-    """The groups of some ranks, or with `model` left out of all of them in one process."""
+    """Run steps on the groups of `ranks`, with `model`, or with a new one without a wrapper."""
     from windkern import hf
 
     model = _model_of(kind) if model is None else model

@@ -1,4 +1,4 @@
-"""Run a job of tests/distributed_jobs.py, or of a module like it, in CPU processes and read what each reports."""
+"""Run a job of tests/distributed_jobs.py, or of a similar module, in CPU processes and read their reports."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import windkern
 
-SECONDS = 1200  # a rank that waits for another would wait for ever; two that only have few turns may take long
+SECONDS = 1200  # a rank that waits for another would wait forever, but on a busy machine two ranks can take long
 
 
 def launch(job: str, folder: Path, *options: str, processes: int = 2, module: str = "distributed_jobs") -> list[dict]:
-    """What each rank of `job` reported, in the order of ranks; an AssertionError with the output if one failed.
+    """Return the reports of all ranks of `job`, in the order of ranks; raise AssertionError if one failed.
 
-    The processes are new ones, forked from a server that has imported everything and run nothing: importing takes
-    longer than most jobs.
+    The processes are forked from a server that has imported everything and run nothing, because imports take longer
+    than most jobs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
@@ -49,9 +49,9 @@ def launch(job: str, folder: Path, *options: str, processes: int = 2, module: st
 
 @contextmanager
 def _same_imports() -> Iterator[None]:
-    """The environment in which a server must start.
+    """Yield the environment in which a server must start.
 
-    Hazard: its path is not ours; it would import whichever windkern is installed.
+    Hazard: its path is not ours, so it would import the installed windkern.
     """
     before = os.environ.get("PYTHONPATH")
     ours = (str(Path(windkern.__file__).parents[1]), str(Path(__file__).parent), before)
@@ -89,9 +89,9 @@ def _run(
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     report = getattr(importlib.import_module(module), job)(folder, *options)
     _report(folder, job, rank).write_text(json.dumps(report))
-    dist.barrier()  # a rank that leaves first takes its connections with it
+    dist.barrier()  # a rank that ends first closes its connections
     dist.destroy_process_group()
     sys.stdout.flush()
-    # Hazard: after gloo the interpreter now and then aborts while it shuts down ("terminate called without an active
-    # exception"), all work being done. A job that failed has raised before this line.
+    # Hazard: after gloo, the interpreter sometimes aborts during shutdown ("terminate called without an active
+    # exception"), when all work is done. A job that failed has raised before this line.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Triton's interpreter, without what it does in vain: a third of the time of the tests that run in it."""
+"""Avoid redundant work in Triton's interpreter, a third of the time of the tests that run in it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from triton.runtime import interpreter
 
 
 def patch_once_a_launch() -> None:
-    """Patch the language once in a launch.
+    """Patch the language once per launch.
 
-    Triton patches it again at each call of a function inside a kernel, and never takes those patches back.
+    Triton patches it again in each call of a function inside a kernel, and never removes those patches.
     """
     patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[frozenset[int]] = set()

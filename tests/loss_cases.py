@@ -1,7 +1,7 @@
 """THE table of loss rows: every test that can be generated runs over CASES.
 
-Each row has a reference: plain Python floats, one group at a time, masked responses already dropped. It shares no code
-with windkern, so value, mask and gradient (by central differences) of a loss are all judged against it
+Each row has a reference in plain Python floats, for one group at a time with masked responses already dropped. It
+shares no code with windkern, so value, mask and gradient (by central differences) of a loss are all compared with it
 (`loss_checks.assert_matches_reference`).
 """
 
@@ -27,20 +27,20 @@ Inputs = Callable[[int, int, torch.Generator], dict[str, Tensor]]  # (B, N, gene
 class Case:
     """One way to call a loss.
 
-    `properties`: "shift" (adding a constant to a group changes nothing, gradients sum to 0), "permutes" (responses may
-    be reordered), "quadratic" (the gradient is linear in the log-probs), "detached" (the
-    gradient is not that of the value).
+    `properties`: "shift" (adding a constant to a group changes nothing, gradients sum to 0), "permutes" (responses can
+    be reordered), "quadratic" (the gradient is linear in the log-probs), "detached" (the gradient is not that of the
+    value).
     """
 
     loss: str
     label: str
     inputs: Inputs
-    reference: Callable  # group -> value; where coupled, (groups, groups at the start) -> values
+    reference: Callable  # group -> value; if coupled, (groups, groups at the start) -> values
     options: dict = field(default_factory=dict)
     properties: frozenset[str] = frozenset()
-    responses: int | None = None  # where the loss takes this many only
+    responses: int | None = None  # if the loss takes only this many
     least: int = 2  # responses below which a group is off
-    coupled: bool = False  # groups are not treated apart
+    coupled: bool = False  # groups are not independent
     bound: float | None = None  # no gradient is larger
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ def uniform(*shape: int, generator: torch.Generator) -> Tensor:
 
 
 def random_prefs(B: int, N: int, generator: torch.Generator, hard: bool = False) -> Tensor:
-    """Any preferences, cyclic ones included; hard ones are 0 or 1 off the diagonal."""
+    """Return random preferences, also cyclic ones; hard ones are 0 or 1 off the diagonal."""
     upper = uniform(B, N, N, generator=generator)
     upper = upper.round() if hard else 0.1 + 0.8 * upper
     prefs = torch.where(torch.ones(N, N).triu(1).bool(), upper, 1 - upper.mT)
@@ -92,7 +92,7 @@ CONSTANTS: dict[str, Inputs] = {
 
 
 def drawn(*names: str, tokens: int | None = None, far: float = 0.25) -> Inputs:
-    """Log-probs of sequences near -40 nats, or of tokens near -2, `far` from those of the old policy; and constants."""
+    """Return log-probs of sequences near -40 nats, or of tokens near -2, `far` from the old policy's, and constants."""
 
     def inputs(B: int, N: int, generator: torch.Generator) -> dict[str, Tensor]:
         shape = (B, N) if tokens is None else (B, N, tokens)

@@ -1,4 +1,4 @@
-"""The comparison that a loss has to pass and a planted fault must not, and small helpers of the loss tests."""
+"""The comparison that a loss must pass and a planted fault must fail, and small helpers of the loss tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH_WIDE = ("kl_gaps",)  # tensors that belong to no group
 
 
 def partial_mask(case: Case, groups: int = 5, responses: int | None = None) -> Tensor:
-    """Row 0 is empty, row 1 has a single response, row 2 is whole, the others miss one or none; tokens miss, too."""
+    """Return a mask, also of tokens: row 0 is empty, row 1 has one response, row 2 all, others all or all but one."""
     shape = case.make(groups, responses)["logps"].shape
     where = torch.ones(shape, dtype=torch.bool)
     where[0] = False
@@ -31,7 +31,7 @@ def partial_mask(case: Case, groups: int = 5, responses: int | None = None) -> T
 
 
 def poison(inputs: dict[str, Tensor], where: Tensor, junk: float) -> dict[str, Tensor]:
-    """`junk` wherever a response is masked: the losses may not read it."""
+    """Put `junk` wherever a response is masked, which the losses must not read."""
     dirty = {}
     for name, value in inputs.items():
         if name in BATCH_WIDE:
@@ -48,7 +48,7 @@ def poison(inputs: dict[str, Tensor], where: Tensor, junk: float) -> dict[str, T
 
 
 def group_of(inputs: dict[str, Tensor], b: int, keep: Tensor) -> dict[str, list]:
-    """Group b as plain lists, without what is masked."""
+    """Return group b as plain lists, without masked entries."""
     sequences = keep if keep.dim() == 1 else keep.any(-1)
     group = {}
     for name, value in inputs.items():
@@ -66,7 +66,7 @@ def group_of(inputs: dict[str, Tensor], b: int, keep: Tensor) -> dict[str, list]
 def reference_values(
     case: Case, inputs: dict[str, Tensor], where: Tensor, start: dict[str, Tensor] | None = None
 ) -> Tensor:
-    """Per group, on what is left after dropping what is masked; 0 for groups that are off."""
+    """Return the value of each group without masked responses; 0 for groups that are off."""
     sequences = where if where.dim() == 2 else where.any(-1)
     on = [b for b in range(len(where)) if sequences[b].sum() >= case.least]
     values = torch.zeros(len(where), dtype=torch.float64)
@@ -80,7 +80,7 @@ def reference_values(
 
 
 def reference_gradient(case: Case, inputs: dict[str, Tensor], where: Tensor, step: float = 1e-5) -> Tensor:
-    """Central differences of the sum over groups; where groups are treated apart, they are moved together."""
+    """Return central differences of the sum over groups; independent groups are moved together."""
     gradient = torch.zeros_like(inputs["logps"])
     blocks = range(gradient.shape[0]) if case.coupled else [slice(None)]
     for block, *index in itertools.product(blocks, *map(range, gradient.shape[1:])):
@@ -98,7 +98,7 @@ def reference_gradient(case: Case, inputs: dict[str, Tensor], where: Tensor, ste
 def assert_matches_reference(
     function: Callable[..., Tensor], case: Case, *, junk: float = math.nan, responses: int | None = None, seed: int = 0
 ) -> None:
-    """Values per group, mean, and gradients of `function` against the reference, on a masked batch with junk."""
+    """Compare values per group, mean and gradients of `function` with the reference, on a masked batch with junk."""
     inputs = case.make(5, responses, seed)
     where = partial_mask(case, 5, responses)
     expected = reference_values(case, inputs, where)
@@ -140,5 +140,5 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# One group of two responses, the first of which won.
+# One group of two responses, of which the first won.
 WON = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]], dtype=torch.float64)

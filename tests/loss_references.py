@@ -1,6 +1,6 @@
-"""The losses in plain Python floats, one group at a time: what the rows of loss_cases.py are judged against.
+"""The losses in plain Python floats, one group at a time: the references of the rows of loss_cases.py.
 
-A group is a dict of lists, masked responses already dropped. Nothing here comes from windkern.
+A group is a dict of lists with masked responses already dropped. Nothing here is imported from windkern.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def nca(g: Group) -> float:
 
 
 def plackett_luce(g: Group) -> float:
-    """Picks the best, then the best of what is left, and so on."""
+    """Return the loss of picking the best, then the best of the rest, and so on."""
     left, total = sorted(zip(g["rewards"], [0.5 * d for d in gaps(g)], strict=True), reverse=True), 0.0
     while left:
         total -= log_softmax([z for _, z in left])[0]

@@ -1,7 +1,7 @@
-"""Tensors that say they are on a GPU, on a machine without one: shapes, dtypes and addresses, but no numbers.
+"""Tensors that claim to be on a GPU, on a machine without one: they have shapes, dtypes and addresses, but no numbers.
 
-Code that is given them allocates nothing, whatever their size, and runs as on a GPU up to the kernels' launches, with
-autograd. Triton kernels take them under `mock_driver`, whose launches do nothing.
+Code that gets them allocates nothing, for any size, and runs as on a GPU up to the launches of kernels, with autograd.
+Triton kernels accept them under `mock_driver`, whose launches do nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GRANULE = 512  # bytes that torch's allocator for CUDA aligns to
 _BASE = 1 << 40
 _aten = torch.ops.aten
 
-# The Python functions of windkern's ops, noted as they are registered: torch runs one only through its dispatcher.
+# The Python functions of windkern's ops, recorded as they are registered: torch runs them only through its dispatcher.
 _bodies: dict[str, Callable] = {}
 _impl = torch.library.Library.impl
 
@@ -38,7 +38,7 @@ with mock.patch.object(torch.library.Library, "impl", _note):
 
 
 class GpuTensor(Tensor):
-    """Wraps a tensor on the meta device. Autograd takes it for one on a CPU, since it asks no Python for the device."""
+    """Wraps a tensor on the meta device. Autograd treats it as a CPU tensor: it does not ask Python for the device."""
 
     shadow: Tensor
     index: int
@@ -65,7 +65,7 @@ class GpuTensor(Tensor):
         return True
 
     def data_ptr(self) -> int:
-        """Every allocation begins at a granule, as torch's do; which one is of no account."""
+        """Return an address at a granule, where torch's allocations begin; which one does not matter."""
         return _BASE + self.shadow.storage_offset() * self.shadow.element_size()
 
     def __repr__(self, **_) -> str:
@@ -77,14 +77,14 @@ class GpuTensor(Tensor):
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """Over arguments of an op: tensors, and lists of them."""
+    """Map a function over the arguments of an op: tensors, and lists of them."""
     if isinstance(value, (tuple, list)):
         return type(value)([_map(function, part) for part in value])
     return function(value)
 
 
 def _on_meta(func, args, kwargs):
-    """Run `func` on the wrapped tensors; what is written in place is returned itself."""
+    """Run `func` on the wrapped tensors; a tensor that is written in place is returned itself."""
     given: dict[int, GpuTensor] = {}
 
     def unwrap(value):
@@ -131,12 +131,12 @@ def _product(func, args, kwargs):
 
 
 class _OnGpu(TorchDispatchMode):
-    """Ops of tensors on a GPU, factories of such tensors, and the bodies of windkern's own ops."""
+    """Handles ops of tensors on a GPU, factories of such tensors, and the bodies of windkern's ops."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "windkern":
-            with self:  # torch leaves a mode before it asks it
+            with self:  # torch leaves a mode before it calls it
                 return _bodies[func._opname](*args, **kwargs)
         device = kwargs.get("device")
         if GpuTensor in types or (device is not None and device.type == "cuda"):
@@ -145,7 +145,7 @@ class _OnGpu(TorchDispatchMode):
 
 
 class Devices:
-    """Which GPU is current, as torch's device guards set it; `visited` has every one that was made current."""
+    """The current GPU, as torch's device guards set it; `visited` has all GPUs that were made current."""
 
     def __init__(self) -> None:
         self.current = 0
@@ -161,7 +161,7 @@ class Devices:
 
 @contextlib.contextmanager
 def gpus() -> Iterator[Devices]:
-    """Inside, factories take "cuda" devices and torch.cuda.device, set_device and current_device work."""
+    """Make factories accept "cuda" devices, and torch.cuda.device, set_device and current_device work."""
     devices = Devices()
     with contextlib.ExitStack() as stack:
         for name, value in (

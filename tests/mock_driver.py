@@ -1,6 +1,6 @@
 """An NVIDIA driver for Triton on a machine without a GPU: binder, cache and launchers are real, launches do nothing.
 
-For processes of their own, without TRITON_INTERPRET, which import this before windkern's kernels.
+Use it in separate processes, without TRITON_INTERPRET, and import it before windkern's kernels.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SM_90 = GPUTarget("cuda", 90, 32)
 
 class Launch(NamedTuple):
     kernel: str
-    device: int  # that Triton launched on: the current one
+    device: int  # on which Triton launched: the current one
     grid: tuple[int, int, int]
 
 
 class _Utils:
-    """What Triton asks a driver's C code for."""
+    """The functions that Triton expects from a driver's C code."""
 
     def load_binary(self, *_) -> tuple[int, int, int, int, int]:
         return 0, 1, 32, 0, 1024  # module, function, registers, spills, threads
@@ -46,7 +46,7 @@ class _Utils:
 
 
 class Driver:
-    """Launches go to `launches`; `current` says which device is current."""
+    """Records launches in `launches`; `current` returns the current device."""
 
     utils = _Utils()
 
@@ -79,7 +79,7 @@ class Driver:
 
 
 class _Uncompiled:
-    """Stands for a compiled kernel where only its key is of interest."""
+    """Stands for a compiled kernel if only its key matters."""
 
     function, packed_metadata = 1, ()
 
@@ -92,11 +92,11 @@ class _Uncompiled:
 
 @contextlib.contextmanager
 def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) -> Iterator[Driver]:
-    """The driver is Triton's inside, with empty caches, and the back end "triton" takes tensors of any device.
+    """Install the driver in Triton, with empty caches, and make the back end "triton" accept tensors on any device.
 
     Args:
         current: the number of the current device.
-        compiles: False counts what would be compiled, in microseconds instead of a second for each.
+        compiles: False only counts compilations, in microseconds instead of a second for each.
     """
     fake, function = Driver(current), triton.runtime.jit.JITFunction
     compile_one = function._do_compile
@@ -126,7 +126,7 @@ def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) 
 
 
 def _kernels() -> Iterator[Any]:
-    """Every kernel of windkern: functions that Triton compiles for a launch."""
+    """Yield all kernels of windkern: functions that Triton compiles for a launch."""
     from windkern.kernels.triton import backward as triton_backward
     from windkern.kernels.triton import exps as triton_exps
     from windkern.kernels.triton import pairs as triton_pairs

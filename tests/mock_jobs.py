@@ -17,7 +17,7 @@ import torch
 import windkern as wk
 
 HIDDEN, VOCAB = 4096, 128256
-# Ragged batches of a run: rows between a short micro-batch and a long packed one, drawn once.
+# Ragged batches of a run: row counts between a short micro-batch and a long packed one, drawn once.
 ROWS = torch.randint(300, 33000, (50,), generator=torch.Generator().manual_seed(0)).tolist()
 ELSEWHERE = "cuda:1"
 
@@ -99,7 +99,7 @@ OPS = {
 
 
 def devices_of(op: str, *, guarded: bool) -> dict[str, Any]:
-    """Devices of the launches of an op whose tensors are on GPU 1 while GPU 0 is current."""
+    """Return the devices of the launches of an op whose tensors are on GPU 1 while GPU 0 is current."""
     with mock_device.gpus() as devices, mock_driver.installed(lambda: devices.current, compiles=False) as driver:
         if guarded:
             with torch.cuda.device(ELSEWHERE):
@@ -115,7 +115,7 @@ def devices_of(op: str, *, guarded: bool) -> dict[str, Any]:
 
 
 def compilations(op: str) -> dict[str, int]:
-    """Kernels compiled by ragged row counts."""
+    """Return the kernels compiled for ragged row counts."""
     with mock_device.gpus() as devices, mock_driver.installed(lambda: devices.current, compiles=False) as driver:
         for rows in ROWS:
             OPS[op](rows, "cuda:0")
@@ -129,7 +129,7 @@ def grids(op: str, groups: int) -> list[tuple[int, int, int]]:
 
 
 def compiled_for_real() -> dict[str, Any]:
-    """Twice the same call: kernels go through Triton's compiler once."""
+    """Run the same call twice: kernels go through Triton's compiler once."""
     found = []
     with mock_device.gpus() as devices, mock_driver.installed(lambda: devices.current) as driver:
         for _ in range(2):
@@ -139,7 +139,7 @@ def compiled_for_real() -> dict[str, Any]:
 
 
 def host() -> dict[str, list]:
-    """Figures of benchmarks/host.py by gear."""
+    """Return the figures of benchmarks/host.py by gear."""
     from benchmarks import host
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A tiny random model of every causal LM that transformers maps, image-text models among them, text only."""
+"""Build a tiny random model of every causal LM that transformers maps, including image-text models, for text only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 VOCAB = 160
-LARGEST = 9_000_000  # parameters; a model whose configuration would not shrink counts as not built
+LARGEST = 9_000_000  # parameters; a model whose configuration does not shrink counts as not built
 _LAYERS = (
     "num_hidden_layers",
     "n_layer",
@@ -26,7 +26,7 @@ _LAYERS = (
 )
 _LAYERS += ("num_decoder_layers", "num_encoder_layers", "num_blocks", "resampler_depth")
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")
-# Sizes by the names that configurations use; a default that is smaller stays.
+# Sizes by the names in configurations; a smaller default is kept.
 _SIZES = {
     32: "hidden_size d_model n_embd dim attention_hidden_size embed_dim word_embed_proj_dim embedding_size width "
     "hidden_dim encoder_hidden_size out_hidden_size text_hidden_size projection_dim projector_hidden_size "
@@ -57,7 +57,7 @@ _SIZES = {
 _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
 _SPECIAL |= {"sep_token_id": 3, "mask_token_id": 3, "eod_token_id": 3}
-# Scales and caps that would change nothing, or not show, at their defaults.
+# Scales and caps whose defaults would have no visible effect.
 _SHOWN = {
     "logits_scaling": 3.0,
     "logit_scale": 0.25,
@@ -91,7 +91,7 @@ _VQ = {
     "resolution": 16,
 }
 _IMAGE_TOKENS = {"<image>": VOCAB - 2, **{f"IMGIMG{chr(65 + k)}Z": 121 + k for k in range(16)}}
-# What a configuration needs beside smaller numbers, by model type.
+# Further settings that a configuration needs, by model type.
 _SPECIALS: dict[str, dict[str, object]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
@@ -148,7 +148,7 @@ _SPECIALS: dict[str, dict[str, object]] = {
         "attention_head_size": 8,
         "feed_forward_size": 48,
         "attn_layers": ["local", "lsh"],
-        "hash_seed": 1,  # else two calls hash differently
+        "hash_seed": 1,  # otherwise two calls hash differently
         "lsh_attn_chunk_length": 4,
         "local_attn_chunk_length": 4,
         "num_buckets": 4,
@@ -181,7 +181,7 @@ _SPECIALS: dict[str, dict[str, object]] = {
 
 
 def entries() -> dict[str, str]:
-    """Model types and names of classes of MODEL_FOR_CAUSAL_LM_MAPPING, then those only for images and text."""
+    """Yield model types and class names of MODEL_FOR_CAUSAL_LM_MAPPING, then those only for images and text."""
     found: dict[str, str] = {}
     for names in (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -196,7 +196,7 @@ def entries() -> dict[str, str]:
 
 
 def _depth(given: Mapping[str, object]) -> tuple[int, list[int]]:
-    """Number of layers of a default configuration, and which of them a small one keeps: each kind, two at least."""
+    """Return the number of layers of a default configuration, and those of a small one: each kind, at least two."""
     depth = next((given[name] for name in _LAYERS if isinstance(given.get(name), int)), 0)
     kinds = next((given[name] for name in _KINDS if isinstance(given.get(name), list) and given[name]), [])
     if len(kinds) != depth:
@@ -206,10 +206,10 @@ def _depth(given: Mapping[str, object]) -> tuple[int, list[int]]:
 
 
 def _rope(config: PreTrainedConfig, given: Mapping[str, object], out: dict[str, object]) -> None:
-    """Sections of rotary positions that add up to half of a small head."""
+    """Set sections of rotary positions that sum to half the size of a small head."""
     rope = copy.deepcopy(given["rope_parameters"])
     if "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ()):
-        rope.setdefault("mrope_section", True)  # the model has sections of its own where the configuration names none
+        rope.setdefault("mrope_section", True)  # the model has default sections if the configuration has none
     for each in (rope, *rope.values()):
         if not isinstance(each, dict):
             continue
@@ -226,12 +226,12 @@ def _rope(config: PreTrainedConfig, given: Mapping[str, object], out: dict[str, 
 
 
 def _small(config: PreTrainedConfig) -> dict[str, object]:
-    """What to give the class of a configuration so that it becomes a small one of its kind."""
+    """Return the arguments that make a small configuration of this class."""
     given, out = config.to_dict(), {}
     depth, kept = _depth(given)
     spare = VOCAB - 1
     for name, value in given.items():
-        part = vars(config).get(name)  # some attributes differ by layer and cannot be read
+        part = vars(config).get(name)  # some attributes differ between layers and cannot be read
         if isinstance(part, PreTrainedConfig):
             out[name] = {**({"model_type": part.model_type} if part.model_type else {}), **_small(part)}
         elif name in _LAYERS and isinstance(value, int):
@@ -261,13 +261,13 @@ def _merge(into: dict, other: Mapping) -> dict:
 
 
 def build(kind: str, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A random model in eval mode, with logits of several nats and biases that are not 0.
+    """Return a random model in eval mode, with logits of several nats and nonzero biases.
 
     Args:
-        kind, name: as `entries`.
+        kind, name: as in `entries`.
 
     Raises:
-        Exception: of any kind; transformers cannot build it, or not so small.
+        Exception: of any kind; transformers cannot build it, or not as small.
     """
     kind = kind.removesuffix(", images")
     model_class, config_class = getattr(transformers, name), CONFIG_MAPPING[kind]
@@ -278,7 +278,7 @@ def build(kind: str, name: str, dtype: torch.dtype = torch.float32) -> nn.Module
     config._attn_implementation = "eager"
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
-    with torch.device("meta"), contextlib.suppress(RuntimeError):  # some want numbers while they are made
+    with torch.device("meta"), contextlib.suppress(RuntimeError):  # some need numbers while they are built
         size = sum(each.numel() for each in model_class(copy.deepcopy(config)).parameters())
         if size > LARGEST:
             raise ValueError(f"{size} parameters")
@@ -292,7 +292,7 @@ def _lively(model: nn.Module) -> nn.Module:
         if value.dim() == 1 and name.endswith("bias") and not value.any():
             value.normal_(std=0.1)
         elif value.dim() == 2 and float(value.std()) < 0.05:
-            value.mul_(5)  # so that a token sees the others
+            value.mul_(5)  # so that tokens attend to each other
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         head.weight.normal_(std=3 / head.in_features**0.5)

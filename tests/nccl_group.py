@@ -11,7 +11,7 @@ import types
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
-_WAIT = 60  # seconds until a side that is left alone gives up
+_WAIT = 60  # seconds until a side gives up waiting for the other
 
 
 class Group:
@@ -29,7 +29,7 @@ GROUPS: dict[tuple[str, int], Group] = defaultdict(Group)
 
 @dataclasses.dataclass
 class NCCLTrainerInitInfo:
-    """As in vLLM 0.32, without the sizes of buffers."""
+    """The class of vLLM 0.32, without the sizes of buffers."""
 
     master_address: str
     master_port: int
@@ -72,7 +72,7 @@ class NCCLTrainerWeightTransferEngine:
 
 
 def stand_in(monkeypatch) -> None:
-    """Let `import vllm` find the engine of this file."""
+    """Make `import vllm` find the engine of this file."""
     names = ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer")
     for name in (*names, "vllm.distributed.weight_transfer.nccl_engine"):
         module = types.ModuleType(name)
@@ -87,7 +87,7 @@ class Worker:
     """The server's side: end points by their paths, each (body) -> (status, text, headers).
 
     Args:
-        take: called with names and tensors of a whole update.
+        take: called with the names and tensors of a whole update.
     """
 
     def __init__(self, take):

@@ -1,4 +1,4 @@
-"""A server of tiny models for tests, as vLLM and SGLang are of large ones: real weights, and faults to order."""
+"""A server of tiny models for tests, in the place of vLLM and SGLang: real weights, and faults on request."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 
 class PolicyServer:
-    """Serves a model as "base" and adapters of it under their own names, by the protocols of vLLM and SGLang.
+    """Serves a model as "base" and adapters of it under their own names, with the protocols of vLLM and SGLang.
 
     Args:
-        model: of the start; the server keeps a copy.
-        fault: "stale" answers that it has taken weights, and goes on with those it had; "part" takes some of the whole
-            weights only; "base" serves the first ones under every name; None does as it is told.
+        model: the first model; the server keeps a copy.
+        fault: "stale" answers that it has taken weights and continues with those it had; "part" takes only some of the
+            whole weights; "base" serves the first weights under every name; None works as it should.
         change: changes the content of an answer to a request for responses.
     """
 
@@ -29,21 +29,21 @@ class PolicyServer:
         self.url, self.requests, self.script = self.server.url, self.server.requests, self.server.script
 
     def forget(self) -> None:
-        """Be as after a start."""
+        """Return to the state after a start."""
         self.whole = copy.deepcopy(self.first)
         self.adapters: dict[str, object] = {}
-        self.loaded: list[str] = []  # paths, in order; of weights that were sent, "sent"
+        self.loaded: list[str] = []  # paths, in order; "sent" for weights that were sent
         self.worker = Worker(lambda tensors: self._take("sent", tensors))
 
     def close(self) -> None:
         self.server.close()
 
     def asked(self, path: str) -> list[dict]:
-        """The bodies of requests to a path."""
+        """Return the bodies of requests to a path."""
         return [body for each, body, _ in self.requests if each == path]
 
     def drawn(self) -> int:
-        """How many responses were asked for, without those that were forced to one token."""
+        """Return how many responses were asked for, without those that were forced to one token."""
         bodies = self.asked("/v1/completions")
         return sum(body["n"] for body in bodies if body["allowed_token_ids"] is None)
 
@@ -169,8 +169,8 @@ def _error(message: str) -> str:
 
 @torch.no_grad()
 def draw(model, prompt, *, seeds, most, ends, temperature, allowed=None) -> list[tuple[list[int], list[float], bool]]:
-    """Of each seed: tokens that a model draws, their log-probs before temperature and what is allowed, and whether none
-    ended it. Responses run side by side, and each draws from a generator of its own."""
+    """Return for each seed the tokens that a model draws, their log-probs before the temperature and the restriction to
+    allowed tokens, and whether no end token came. Responses run in one batch, each with a generator of its own."""
     made = [torch.Generator().manual_seed(seed) for seed in seeds]
     tokens = torch.tensor([prompt] * len(seeds))
     rows: list[tuple[list[int], list[float]]] = [([], []) for _ in seeds]

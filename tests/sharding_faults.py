@@ -1,4 +1,4 @@
-"""What users do wrong with a cut head, and ranks that go away: run in processes as tests/sharding_jobs.py is."""
+"""Mistakes with a sharded head, and ranks that stop: run in processes like tests/sharding_jobs.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ vocab_parallel = wk.sharding.vocab_parallel
 
 
 def parts(checks: Checks, rank: int) -> None:
-    """Parts that do not fit together, seen by both ranks alike."""
+    """Parts that do not fit together, reported by both ranks."""
     rows = torch.zeros(5, 3)
     wrong = {
         "leave a gap": lambda: vocab_parallel(rows, start=6 * rank),
@@ -40,7 +40,7 @@ def parts(checks: Checks, rank: int) -> None:
 
 
 def one_rank_only(checks: Checks, rank: int) -> None:
-    """What is wrong on rank 0 alone: it says what, the other says who."""
+    """Something is wrong on rank 0 alone: it reports what, and the other rank reports which rank."""
 
     def call(weight, kind, words, **options):
         given = weight if rank == 0 else torch.zeros(5, 3)
@@ -59,7 +59,7 @@ def one_rank_only(checks: Checks, rank: int) -> None:
 
 
 def arguments(checks: Checks, rank: int) -> None:
-    """What an op refuses, before any rank waits for another."""
+    """Arguments that an op refuses before any rank waits for another."""
     rows, hidden, targets = torch.zeros(5, 3), torch.zeros(2, 3), torch.tensor([0, 9])
     head = vocab_parallel(rows)
     pair = (torch.zeros(2, 3), torch.zeros(2, 3))
@@ -67,8 +67,8 @@ def arguments(checks: Checks, rank: int) -> None:
     wrong = {
         "bias must have shape (5,)": (ValueError, lambda: wk.token_logps(hidden, head, targets, bias=torch.zeros(10))),
         "targets must be in [0, 10)": (ValueError, lambda: wk.token_logps(hidden, head, targets + 1)),
-        "weight[1] must be cut as the other": (TypeError, lambda: wk.token_logps(pair, (head, rows), targets)),
-        "weight[1] must be cut as weight[0]": (
+        "weight[1] must be sharded like the other": (TypeError, lambda: wk.token_logps(pair, (head, rows), targets)),
+        "weight[1] must be sharded like weight[0]": (
             ValueError,
             lambda: wk.token_logps(pair, (head, vocab_parallel(rows, other)), targets),
         ),
@@ -90,7 +90,7 @@ def dead_group(rank: int) -> None:
 
 
 def other_calls(rank: int) -> None:
-    """Ranks that call with other numbers of rows, none included, or other options hear of it before they wait."""
+    """Ranks that call with different numbers of rows, zero included, or options get an error before they wait."""
     head = vocab_parallel(torch.zeros(5, 3))
 
     def call(rows: int, entropy: bool = False, wanted: bool = False):
@@ -101,11 +101,11 @@ def other_calls(rank: int) -> None:
     assert_raises(ValueError, "rows (0 and 2)", lambda: call(2 * rank))
     assert_raises(ValueError, "entropy (0 and 1)", lambda: call(2, entropy=rank == 0))
     assert_raises(ValueError, "a gradient of hidden (0 and 1)", lambda: call(2, wanted=rank == 0))
-    call(2)  # and then go on together
+    call(2)  # afterwards they continue together
 
 
 def absent(rank: int) -> None:
-    """Rank 1 does not come: rank 0 waits as long as the group's timeout says."""
+    """Rank 1 does not call: rank 0 waits for the group's timeout."""
     group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=1))
     head = vocab_parallel(torch.zeros(5, 3))
     # Nothing else of this group may wait for a rank that has no turn.
@@ -117,7 +117,7 @@ def absent(rank: int) -> None:
 
 
 def overlaps(rank: int) -> None:
-    """The sum of dhidden begins before the products of dweight do, and is waited for after them."""
+    """The sum of dhidden starts before the products of dweight, and is waited for after them."""
     seen = []
     begin, product = Ranks.begin_sum, Products.weight_grad
 
@@ -155,7 +155,7 @@ def faults(folder: Path) -> dict:
 
 
 def death(folder: Path) -> dict:
-    """Rank 1 dies between forward and backward; rank 0 gets an error with a name."""
+    """Rank 1 dies between forward and backward; rank 0 gets an error that names the step."""
     rank, checks = dist.get_rank(), Checks()
     head = vocab_parallel(torch.randn(5, 3).requires_grad_())
     hidden = torch.randn(2, 3, requires_grad=True)
@@ -164,11 +164,11 @@ def death(folder: Path) -> dict:
         words = "could not sum the gradient of the hidden states"
         checks.run("death", assert_raises, wk.sharding.RanksError, words, logps.sum().backward)
     (folder / f"death-{rank}.json").write_text(json.dumps(checks.report()))
-    os._exit(0)  # without the last barrier of the tools, which would never end
+    os._exit(0)  # skips the last barrier of the tools, which would never end
 
 
 def teeth(folder: Path) -> dict:
-    """Planted faults: the comparison that the real code passes must fail on some rank."""
+    """Planted faults: each must fail the comparison that the real code passes, on at least one rank."""
     world, checks = dist.group.WORLD, Checks()
     layout = [(0, 400), (400, SHAPES["odd"].vocab)]
 

@@ -1,4 +1,4 @@
-"""What runs in each process of tests/sharding/, see tests/distributed_tools.py: checks that return what failed."""
+"""Jobs of the processes in tests/sharding/ (see tests/distributed_tools.py): checks that return what failed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from windkern.kernels import buffers
 
 
 class Checks:
-    """Runs checks and remembers the first lines of what failed; a rank that fails goes on, as the others do."""
+    """Runs checks and keeps the first lines of each failure; a rank that fails continues, as the others do."""
 
     def __init__(self):
         self.failed: list[str] = []
@@ -37,14 +37,14 @@ class Checks:
 
 
 def assert_passed(ranks: list[dict], least: int) -> None:
-    """No rank failed a check, and one ran at least so many."""
+    """Assert that no rank failed a check, and that one rank ran at least this many."""
     for rank, report in enumerate(ranks):
         assert not report["failed"], f"rank {rank}: " + "\n".join(report["failed"])
     assert max(report["count"] for report in ranks) >= least
 
 
 def layouts(vocab: int, ranks: int) -> Iterator[list[tuple[int, int]]]:
-    """Start and end of each rank's rows: nearly even, one rank without any, in another order than the ranks'."""
+    """Return the start and end of each rank's rows: nearly even, one rank without rows, in another order of ranks."""
     if ranks == 1:
         yield [(0, vocab)]
         return
@@ -56,7 +56,7 @@ def layouts(vocab: int, ranks: int) -> Iterator[list[tuple[int, int]]]:
 
 @dataclass
 class Cut:
-    """Calls ops on this rank's rows of a whole head, whose gradient is whole again afterwards."""
+    """Calls ops on this rank's rows of a whole head and gathers the whole gradient."""
 
     layout: list[tuple[int, int]]
     group: dist.ProcessGroup
@@ -77,7 +77,7 @@ class Cut:
 
 
 def whole(results: dict, group: dist.ProcessGroup) -> dict:
-    """The same with the head's gradients added up over the ranks, each of which has some rows of it."""
+    """Return the result with the head's gradients summed over the ranks, each of which has some of the rows."""
     for name, value in results.items():
         if name.startswith(("dweight", "dbias")):
             wide = value.double()
@@ -100,7 +100,7 @@ def assert_one_value(value: str, group: dist.ProcessGroup) -> None:
 
 
 def parity(problem: Problem, dtype: torch.dtype, gear: str, cut: Cut, **options) -> None:
-    """As the check of tests/ops/test_logprobs.py, on all ranks of the group."""
+    """The check of tests/ops/test_logprobs.py, on all ranks of the group."""
     ours = whole(problem.run(cut, dtype, gear, **options), cut.group)
     assert_one_value(digest(ours), cut.group)
     exact, plain = problem.exact(dtype, gear), problem.plain(dtype, gear)
@@ -115,7 +115,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def gears(checks: Checks, group: dist.ProcessGroup, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Every variant and gear; with one dtype one layout, budget and choice of upstreams for each, in turn."""
+    """Every variant and gear; with a single dtype, layouts, budgets and choices of upstreams take turns."""
     for variant in VARIANTS:
         for gear in GEARS:
             if gear == "bias_only" and not VARIANTS[variant]["bias"]:
@@ -137,7 +137,7 @@ def gears(checks: Checks, group: dist.ProcessGroup, dtypes: tuple[torch.dtype, .
 
 
 def one_rank(checks: Checks, group: dist.ProcessGroup) -> None:
-    """Cut over one rank: the bits of the whole head."""
+    """Sharded over one rank: the bits of the whole head."""
     cut = Cut([(0, SHAPES["odd"].vocab)], group)
     for variant in ("plain", "all"):
         for gear in GEARS:
@@ -160,7 +160,7 @@ def far_apart(group: dist.ProcessGroup, dtype: torch.dtype, gap: float, gear: st
     problem.bias[100:] += gap
     problem.targets.view(-1)[::2] = 5
     problem.targets.view(-1)[1::2] = 200
-    if gap > 50:  # what plain torch gives there is the entry of the target, too
+    if gap > 50:  # plain torch also returns the logit of the target there
         problem.bias[1] = -30.0
     layout = [(0, 0)] * (group.size() - 2) + [(0, 100), (100, 301)]
     parity(problem, dtype, gear, Cut(layout, group), memory_budget=budget)
@@ -175,7 +175,7 @@ def pivots(checks: Checks, group: dist.ProcessGroup) -> None:
 
 
 def masked(group: dist.ProcessGroup) -> None:
-    """A bias of -inf on all of one rank's part, and on all but the target."""
+    """A bias of -inf on the whole part of one rank, and on everything but the target."""
     for open_entries in (slice(150, 301), slice(200, 201)):
         problem = Problem(replace(SHAPES["odd"], vocab=301), "bias", seen=("logps",))
         mask = torch.full_like(problem.bias, -torch.inf)
@@ -213,7 +213,7 @@ def assert_caught(ranks: float) -> None:
 
 
 def retained(group: dist.ProcessGroup) -> None:
-    """Upstreams on logps, lse, logps of one graph: the two passes of the log-probs give equal bits."""
+    """Upstreams on logps, lse and logps again through one graph: both passes of logps give equal bits."""
     problem = Problem(SHAPES["odd"], "plain")
     hidden, weight = problem.hidden[0].float().requires_grad_(), problem.weight[0].float().requires_grad_()
     (layout, *_) = layouts(weight.shape[0], group.size())
@@ -308,7 +308,7 @@ def lower_reduce_dtype(group: dist.ProcessGroup) -> None:
 
 
 def dtensor(group: dist.ProcessGroup) -> None:
-    """A DTensor, uneven and with an empty part: its gradient is a DTensor cut alike."""
+    """A DTensor, uneven and with an empty part: its gradient is a DTensor sharded in the same way."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -322,7 +322,7 @@ def dtensor(group: dist.ProcessGroup) -> None:
         cut = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
         cut_bias = torch.nn.Parameter(distribute_tensor(bias, mesh, [Shard(0)]))
         head = wk.sharding.vocab_parallel(cut)
-        for _ in range(2):  # the object outlives a step
+        for _ in range(2):  # the object is used for more than one step
             cut.grad = cut_bias.grad = hidden.grad = None
             wk.token_logps(hidden, head, targets, bias=cut_bias).logps.square().sum().backward()
         leaves = hidden.detach().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
@@ -399,7 +399,7 @@ def compiled(group: dist.ProcessGroup) -> None:
 
 
 def memory(group: dist.ProcessGroup) -> None:
-    """A rank takes what the plan of its own rows says, and three numbers a row from each rank."""
+    """A rank takes the memory in the plan of its own rows, and three numbers per row from each rank."""
     rows, size, vocab = 96, 16, 4000
     part = vocab // group.size()
     targets = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(0))
@@ -415,7 +415,7 @@ def memory(group: dist.ProcessGroup) -> None:
 
 
 def vocab_parallel(folder: Path, kind: str) -> dict:
-    """`kind`: "some" of the checks that take long, or "all"."""
+    """Run the checks; `kind` is "some" or "all" of the slow ones."""
     world, checks = dist.group.WORLD, Checks()
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     if kind == "all" or world.size() == 2:

@@ -1,4 +1,4 @@
-"""Several jobs in one start of the processes, and the benchmark of cut heads; see tests/distributed_tools.py."""
+"""Several jobs in one start of the processes, and the benchmark of sharded heads; see tests/distributed_tools.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import windkern as wk
 
 
 def several(folder: Path, *jobs: str) -> dict:
-    """Jobs one after the other in the same processes, each `module:job` or `module:job:option`."""
+    """Run jobs one after another in the same processes, each `module:job` or `module:job:option`."""
     found = {}
     for job in jobs:
         module, name, *options = job.split(":")
@@ -22,7 +22,7 @@ def several(folder: Path, *jobs: str) -> dict:
 
 
 def benchmark(folder: Path) -> list[dict]:
-    """The rows of benchmarks/sharded.py on a shape of a moment."""
+    """The rows of benchmarks/sharded.py on a shape that takes a moment."""
     from benchmarks import record, sharded
 
     out = folder / "sharded.json"
@@ -32,7 +32,7 @@ def benchmark(folder: Path) -> list[dict]:
 
 
 def lora(group: dist.ProcessGroup) -> None:
-    """A frozen head cut over ranks beside an adapter cut alike: gradients of hidden states, A and B."""
+    """A frozen head and an adapter sharded in the same way: gradients of hidden states, A and B."""
     generator = torch.Generator().manual_seed(2)
     hidden, weight, down, up = (
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((9, 8), (37, 8), (3, 8), (37, 3))

@@ -1,4 +1,4 @@
-"""Heads of FSDP2 that are streamed: run in processes as tests/sharding_jobs.py is."""
+"""Streamed heads of FSDP2: run in processes like tests/sharding_jobs.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from windkern.sharding.ranks import Ranks
 
 @dataclass
 class Streamed:
-    """Calls an op on this rank's rows of a problem, with the head cut over all ranks; results are whole again."""
+    """Calls an op on this rank's rows of a problem, with the head sharded over all ranks, and gathers the results."""
 
     mesh: DeviceMesh
     keep: tuple[int, ...]  # rows of each rank, of the flattened targets
@@ -56,7 +56,7 @@ class Streamed:
         )
 
     def cut(self, leaf: Tensor) -> Tensor:
-        """A DTensor of a whole leaf, whose gradient comes back to the leaf, times the ranks that it is the mean of."""
+        """Return a DTensor of a whole leaf, whose gradient, a mean over n ranks, returns to the leaf times n."""
         return _Cut.apply(leaf, self.mesh)
 
     def whole(self, results, shape):
@@ -74,7 +74,7 @@ class _Cut(torch.autograd.Function):
 
 
 class _Joined(torch.autograd.Function):
-    """Results of all ranks, each of which gets back the gradient of its own."""
+    """Joins the results of all ranks; each rank receives the gradient of its own result."""
 
     @staticmethod
     def forward(ctx, part, keep):
@@ -94,9 +94,9 @@ class _Joined(torch.autograd.Function):
 def parity(
     problem: Problem, dtype: torch.dtype, gear: str, call: Streamed, *, few_rows: bool = False, **options
 ) -> None:
-    """Values and gradients of all ranks together, as the check of tests/ops/test_logprobs.py.
+    """Values and gradients of all ranks together, like the check of tests/ops/test_logprobs.py.
 
-    `few_rows`: libraries multiply a single row by adding up in sequence, where plain torch has all rows of the problem.
+    `few_rows`: libraries add in sequence to multiply a single row, while plain torch has all rows of the problem.
     """
     ours = problem.run(call, dtype, gear, **options)
     for name, value in ours.items():
@@ -148,7 +148,7 @@ class Toy(nn.Module):
 
 
 def batch(rank: int) -> tuple[Tensor, Tensor]:
-    """Ids (r + 1, 5) and targets of rank r."""
+    """Return the ids (r + 1, 5) and targets of rank r."""
     random = torch.Generator().manual_seed(rank)
     ids = torch.randint(VOCAB, (rank + 1, 6), generator=random)
     targets = ids[:, 1:].clone()
@@ -157,7 +157,7 @@ def batch(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(kind: str) -> dict[str, Tensor]:
-    """Loss and whole gradients of two accumulated backward passes of a model of FSDP2, the head as `kind` says."""
+    """Return the loss and whole gradients of two accumulated backward passes of an FSDP2 model and head of `kind`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     toy = Toy(tied="tied" in kind, bias="bias" in kind).double()
@@ -190,11 +190,11 @@ def trained(kind: str) -> dict[str, Tensor]:
 
 
 def as_fsdp2(kind: str) -> None:
-    """What a gathered head gives, with its gradients where FSDP2 puts them."""
+    """The results of a gathered head, with its gradients where FSDP2 puts them."""
     ours, whole = trained(f"{kind} streamed"), trained(f"{kind} gathered")
     assert ours.keys() == whole.keys() and ("tied" in kind or "frozen" in kind or "head.weight" in ours)
     for name, value in ours.items():
-        # The gathered head is multiplied in float32 there, the streamed one in the policy's bfloat16.
+        # There the gathered head is multiplied in float32, the streamed one in the bfloat16 of the policy.
         rounding = {"rtol": 0.05, "atol": 0.01} if "mixed" in kind else {"rtol": 1e-9, "atol": 1e-12}
         torch.testing.assert_close(value, whole[name], **rounding)
     if "mixed" in kind:
@@ -202,7 +202,7 @@ def as_fsdp2(kind: str) -> None:
 
 
 def fused(mesh: DeviceMesh, groups: tuple[int, ...]) -> None:
-    """Ranks with other numbers of groups: in one chunk and in many, with ignored rows, bias and softcap."""
+    """Ranks with different numbers of groups: in one chunk and in many, with ignored rows, bias and softcap."""
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(sum(groups), 3, 5, WIDTH, generator=generator, dtype=torch.float64)
@@ -237,7 +237,7 @@ def fused(mesh: DeviceMesh, groups: tuple[int, ...]) -> None:
 
 
 def batch_invariant(mesh: DeviceMesh) -> None:
-    """Ranks with other numbers of row blocks; a row's bits are those of the whole head."""
+    """Ranks with different numbers of row blocks: a row's bits are those of the whole head."""
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(4)
     hidden, weight = torch.randn(300, WIDTH, generator=generator), torch.randn(203, WIDTH, generator=generator)
@@ -278,8 +278,8 @@ def refusals(checks: Checks, mesh: DeviceMesh) -> None:
     two = distribute_tensor(torch.randn(9, 4), wide, [Shard(0), Shard(0)])
     columns = distribute_tensor(torch.randn(9, 4), mesh, [Shard(1)])
     wrong = {
-        "must be a DTensor that FSDP2 has cut, got a plain tensor": (TypeError, lambda: wk.sharding.streamed(hidden)),
-        "only windkern.sharding.gathered serves that": (TypeError, lambda: wk.sharding.streamed(zero3)),
+        "must be a DTensor sharded by FSDP2, got a plain tensor": (TypeError, lambda: wk.sharding.streamed(hidden)),
+        "only windkern.sharding.gathered supports that": (TypeError, lambda: wk.sharding.streamed(zero3)),
         "or an FSDP2 unit, got Linear": (TypeError, lambda: wk.sharding.streamed(nn.Linear(2, 2))),
         "one-dimensional mesh": (ValueError, lambda: wk.sharding.streamed(two)),
         "placements (Shard(dim=0),)": (TypeError, lambda: wk.sharding.streamed(columns)),
@@ -295,7 +295,7 @@ def refusals(checks: Checks, mesh: DeviceMesh) -> None:
 
 
 def absent() -> None:
-    """Rank 0 alone calls an op: it waits as long as the group's timeout says."""
+    """Only rank 0 calls an op: it waits for the group's timeout."""
     world, rank = dist.get_world_size(), dist.get_rank()
     # Nothing else of this group may wait for a rank that has no turn.
     group = dist.new_group(list(range(world)), timeout=datetime.timedelta(seconds=1))
@@ -309,7 +309,7 @@ def absent() -> None:
 
 
 def unsharded_unit() -> None:
-    """A head in the unit of the whole model, which FSDP2 leaves whole after a forward: the error says how."""
+    """A head in the whole model's unit, which FSDP2 leaves gathered after a forward: the error gives the remedy."""
     from torch.distributed.fsdp import fully_shard
 
     toy = Toy()
@@ -319,7 +319,7 @@ def unsharded_unit() -> None:
 
 
 def memory(mesh: DeviceMesh, gear: str) -> None:
-    """Beside the parts of weight and gradient: the plan's bytes, two slabs on their way there and two back."""
+    """Besides the parts of weight and gradient: the plan's bytes, two slabs in transit forward and two back."""
     from windkern.kernels import buffers
 
     rows, size, vocab = 96, 32, 4001
@@ -376,7 +376,7 @@ def fuzz(checks: Checks, mesh: DeviceMesh, trials: range) -> None:
 
 
 def teeth(folder: Path) -> dict:
-    """Planted faults: the comparison that the real code passes must fail on some rank."""
+    """Planted faults: each must fail the comparison that the real code passes, on at least one rank."""
     checks, mesh = Checks(), init_device_mesh("cpu", (dist.get_world_size(),))
     call = Streamed(mesh, (20, 13))
 
@@ -416,7 +416,7 @@ def _planted(self, original, broken, *args):
 
 
 def streamed(folder: Path, kind: str) -> dict:
-    """`kind`: "some" of the checks that take long, or "all"."""
+    """Run the checks; `kind` is "some" or "all" of the slow ones."""
     checks, world = Checks(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     gears(checks, mesh, DTYPES if kind == "all" else (torch.bfloat16,))

@@ -16,7 +16,7 @@ CONTEXTS, RESPONSES = 20, 100
 
 @functools.cache
 def drawn() -> tuple[np.ndarray, np.ndarray]:
-    """(ref, rewards) of CB-1: 20 contexts, 100 responses, standard normal rewards and reference logits."""
+    """Return (ref, rewards) of CB-1: 20 contexts, 100 responses, standard normal rewards and reference logits."""
     generator = np.random.default_rng(0)
     rewards = generator.standard_normal((CONTEXTS, RESPONSES))
     logits = generator.standard_normal((CONTEXTS, RESPONSES))
@@ -25,20 +25,20 @@ def drawn() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def reference_game(link: str = "step", beta: float = 0.1) -> Game:
-    """CB-1 (link "step") or CB-1b ("bradley_terry")."""
+    """Return CB-1 (link "step") or CB-1b ("bradley_terry")."""
     ref, rewards = drawn()
     return Game(ref, beta, rewards=rewards, link=link)
 
 
 def rock_paper_scissors(size: int) -> Tensor:
-    """(size, size): each response beats the next (size - 1)/2 around the circle, for certain."""
+    """Return preferences (size, size): each response always beats the next (size - 1)/2 around the circle."""
     ahead = (torch.arange(size)[None, :] - torch.arange(size)[:, None]) % size
     return torch.where(ahead == 0, 0.5, (ahead <= (size - 1) // 2).double())
 
 
 @functools.cache
 def near_cyclic_game(beta: float = 0.05) -> Game:
-    """CB-2: 100 of 101 responses of a cycle, on the reference of CB-1."""
+    """Return CB-2: 100 of 101 responses of a cycle, on the reference of CB-1."""
     prefs = rock_paper_scissors(RESPONSES + 1)[:RESPONSES, :RESPONSES]
     return Game(drawn()[0], beta, prefs=prefs.expand(CONTEXTS, RESPONSES, RESPONSES))
 
@@ -48,7 +48,7 @@ KINDS = ("random", "certain", "cycle", "bradley_terry", "step")
 
 @st.composite
 def games(draw, kinds: tuple[str, ...] = KINDS, betas: tuple[float, float] = (0.05, 2.0)) -> Game:
-    """Up to 3 contexts and 9 responses; random, hard, cyclic and transitive preferences."""
+    """Draw games of up to 3 contexts and 9 responses with random, hard, cyclic and transitive preferences."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     contexts, responses = draw(st.integers(1, 3)), draw(st.integers(2, 9))
     beta, kind = draw(st.floats(*betas)), draw(st.sampled_from(kinds))
@@ -70,6 +70,6 @@ def games(draw, kinds: tuple[str, ...] = KINDS, betas: tuple[float, float] = (0.
 
 
 def policies(game: Game, seed: int, count: int = 1) -> list[Tensor]:
-    """Random policies of the game, some of them far from even."""
+    """Draw random policies of the game, some of them far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     return [(2 * torch.randn(*game.shape, generator=generator, dtype=torch.float64)).softmax(-1) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""What runs in each process of tests/hf/test_tensor_parallel.py, see tests/distributed_tools.py."""
+"""Jobs of the processes in tests/hf/test_tensor_parallel.py, see tests/distributed_tools.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS, COMPLETIONS = [[5, 6, 7], [8, 9]], [[[10, 11], [12, 1]], [[13, 14, 15],
 
 
 def make_model(kind: str):
-    """A model that two processes can share: two heads of attention for keys, 19 rows of the head, not evenly cut."""
+    """Make a model that two processes can share: two key-value heads, 19 rows of the head, unevenly sharded."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def make_model(kind: str):
 
 
 def sequences() -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention and completion mask of three rows, one padded on the left."""
+    """Return the ids, attention mask and completion mask of three rows, one padded on the left."""
     ids = torch.randint(2, 18, (3, 8), generator=torch.Generator().manual_seed(1))
     attention, completion = torch.ones_like(ids), torch.zeros_like(ids)
     attention[1, :2] = 0
@@ -48,7 +48,7 @@ def sequences() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def steps(model: nn.Module, count: int = 2) -> dict:
-    """Log-probs and all gradients of steps of SGD."""
+    """Return the log-probs and all gradients of steps of SGD."""
     trained = dict(model.named_parameters())
     found: dict[str, object] = {"logps": []}
     for _ in range(count):
@@ -57,7 +57,7 @@ def steps(model: nn.Module, count: int = 2) -> dict:
         logps.square().mean().backward()
         with torch.no_grad():
             for value in trained.values():
-                value.sub_(0.001 * value.grad)  # longer steps magnify rounding
+                value.sub_(0.001 * value.grad)  # larger steps magnify rounding
         found["logps"].append(logps.tolist())
     found["grads"] = {name: whole(value.grad).tolist() for name, value in trained.items()}
     with torch.no_grad():
@@ -77,7 +77,7 @@ def load(folder: Path, kind: str):
 
 
 def taken_apart(model: nn.Module) -> list[float]:
-    """Log-probs of a loop over hidden states, the head cut as `vocab_parallel` cuts it."""
+    """Return the log-probs of a loop over hidden states, with the head sharded as `vocab_parallel` does."""
     ids, attention, completion = sequences()
     parts = hf.hidden_and_head(model)
     assert isinstance(parts.head.weight, Shard) and parts.head.weight.cut == hf.hidden_and_head(model).head.weight.cut
@@ -98,11 +98,11 @@ def refusals(model: nn.Module) -> None:
 
 
 def tensor_parallel(folder: Path) -> dict:
-    """By the plan of transformers alone, and then as accelerate prepares such a model."""
+    """With the plan of transformers alone, and then as accelerate prepares such a model."""
     from accelerate import Accelerator
     from accelerate.utils import ParallelismConfig
 
-    # It takes a ParallelismConfig on GPUs only; what comes after that line is the same for a CPU.
+    # accelerate takes a ParallelismConfig on GPUs only; the code after that line is the same for a CPU.
     ParallelismConfig._validate_accelerator = lambda self, accelerator: None
     found = {}
     for kind in KINDS:

@@ -1,4 +1,4 @@
-"""Examples in docstrings and in the README run; public names are documented."""
+"""The examples in docstrings and in the README run, and public names are documented."""
 
 import doctest
 import importlib
@@ -66,7 +66,7 @@ def test_public_docstrings_say_what_they_must(name):
 
 
 def snippets(path: Path) -> list[str]:
-    """Code that runs as it stands: blocks marked `python`; those marked `py` are fragments."""
+    """Return the code that runs unchanged, in blocks marked `python`; those marked `py` are fragments."""
     return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
 
@@ -87,7 +87,7 @@ def test_the_readme_has_code_that_runs():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
 def test_links_to_files_lead_somewhere(path):
-    """mkdocs looks at the pages of docs/; these are seen on the repository's own pages."""
+    """mkdocs checks the pages of docs/; these are read in the repository itself."""
     for link in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", path.read_text()):
         target, _, anchor = link.partition("#")
         assert (ROOT / target).exists(), link
@@ -98,7 +98,7 @@ def test_links_to_files_lead_somewhere(path):
 
 
 def public_names() -> dict[str, set[str]]:
-    """Names that users may use, by the module that has them."""
+    """Return the public names by module."""
     modules = [wk, *(value for name in wk.__all__ if inspect.ismodule(value := getattr(wk, name, None)))]
     modules.append(importlib.import_module("windkern.integrations.trl"))
     found = {}
@@ -113,14 +113,14 @@ def public_names() -> dict[str, set[str]]:
 
 
 def documented() -> set[str]:
-    """The last part of each name that a page of the reference asks mkdocstrings for, and of what a whole module has."""
+    """Return the last part of each name that the reference asks mkdocstrings for, and the names of whole modules."""
     text = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
     asked = re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE)
     whole = [vars(wk.naive)] if "windkern.naive" in asked else []
     return {name.rsplit(".", 1)[1] for name in asked}.union(*whole)
 
 
-# Between the plan and the back ends, not for users.
+# For the plan and the back ends, not for users.
 INTERNAL = {
     "windkern.backends": {"BACKENDS", "Backend", "debug_mode", "on_device_of", "planned", "resolve", "tile_columns"}
 }

@@ -1,4 +1,4 @@
-"""The examples run, small, and do what they say."""
+"""The examples run at a small size and do what they describe."""
 
 import importlib.util
 import math
@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def imported(name: str):
     specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     specification.loader.exec_module(module)
     yield module
     del sys.modules[name]
@@ -108,11 +108,11 @@ def wind_loop():
 
 
 def test_the_wind_loop_learns_on_a_tiny_model(wind_loop, monkeypatch, capsys):
-    """The whole loop, with a model of two layers in the place of the packaged one, and rewards for high ids."""
+    """The whole loop, with a model of two layers instead of the packaged one, and rewards for high ids."""
     tokenizer = tiny_model.make_tokenizer()
     monkeypatch.setattr(wind_loop, "load_model", lambda name, dtype: (tiny_model.make_model().eval(), tokenizer))
     monkeypatch.setattr(wind_loop, "PROMPTS", ("the bus", "rain"))
-    monkeypatch.setattr(wind_loop, "ETA", 20.0)  # steps that a few responses show
+    monkeypatch.setattr(wind_loop, "ETA", 20.0)  # steps large enough to show in a few responses
     monkeypatch.setattr(wind_loop, "judge", lambda tokenizer, responses: by_ids(responses))
     curve = wind_loop.main(iterations=5, count=16, tokens=4, steps=8, lr=1e-2)
     first, *_, last = (torch.tensor(rewards) for rewards in curve)
@@ -141,7 +141,7 @@ def test_the_wind_loop_judges_by_sentiment(wind_loop):
 
 
 def test_the_quickstart_notebook_runs(tmp_path):
-    """Every cell, in a kernel of its own, as it stands."""
+    """Every cell runs unchanged, in a new kernel."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)

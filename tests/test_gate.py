@@ -1,4 +1,4 @@
-"""The gate: `make lint` sees what Python 3.10 does not have, everywhere, and .ci/run ends with the tests."""
+"""The gate: `make lint` finds everything that Python 3.10 lacks, and .ci/run ends with the tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
     ("code", "name"),
     [
         ("import hashlib\n\nhashlib.file_digest(open('a', 'rb'), 'md5')\n", "'hashlib.file_digest' member"),
-        ("import tomllib\n\nids = ids.long()\n", "'tomllib' module"),  # beside what looks like the long of Python 2
+        ("import tomllib\n\nids = ids.long()\n", "'tomllib' module"),  # next to a name that looks like Python 2's long
         ("import shutil\n\nshutil.rmtree('a', onexc=None)\n", "shutil.rmtree(onexc)"),
     ],
 )
@@ -49,7 +49,7 @@ def test_newer_syntax_is_seen(tmp_path, code):
     [
         ("exit 0", True),
         ("echo 3.11; exit 1", False),
-        ("echo File with incompatible versions", False),  # left out, though the exit code is 0
+        ("echo File with incompatible versions", False),  # a file was left out, though the exit code is 0
         ("exit 1", False),
     ],
 )

@@ -1,4 +1,4 @@
-"""The folder for the Kernel Hub: made from the package, whole without it, and of the form that `kernels` loads."""
+"""The folder for the Kernel Hub: made from the package, complete without it, and in the form that `kernels` loads."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Loads a kernel as `kernels` does, where nothing called windkern can be imported, and compares it with plain torch.
+# Loads a kernel as `kernels` does, where windkern cannot be imported, and compares it with plain torch.
 TRIAL = """
 import importlib.util, json, sys
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_sources_import_nothing_but_torch_and_triton(make, folder):
             names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
-            assert outside <= {"torch", "triton", "deepspeed"}, path  # deepspeed where its parameters are gathered
+            assert outside <= {"torch", "triton", "deepspeed"}, path  # deepspeed to gather its parameters
 
 
 def test_an_absolute_import_and_an_op_are_made_portable(make):

@@ -1,4 +1,4 @@
-"""Imports point one way and never in a circle; the specification imports only torch."""
+"""Imports point one way and never form a cycle; the specification imports only torch."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ import pytest
 import windkern
 
 PACKAGE = Path(__file__).parents[1] / "windkern"
-# Below `train`, what each part may import of the package beside what lies in its own folder.
+# Below `train`, what each part may import from the package besides its own folder.
 BASE = {"_checks", "_extras", "_figures", "_files", "transform", "terminal", "head", "shard"}
 ALLOWED = {
     "kernels": BASE | {"_cpp", "_cuda"},
@@ -64,13 +64,13 @@ def test_the_check_sees_a_wrong_arrow(tmp_path):
     assert imported_parts(wrong) == {"ops", "train", "nn"}
 
 
-# Rooms that compare methods by name: the losses themselves, and the study of small games.
+# Folders that compare methods by name: the losses themselves, and the study of small games.
 BY_NAME = ("losses", "tabular", "commands/bandit")
-METHOD = "wind"  # also the name of the training method, beside "value"
+METHOD = "wind"  # also the name of the training method, next to "value"
 
 
 def losses_named(tree: ast.AST, names: set[str]) -> set[str]:
-    """Losses that code tells apart by name: in comparisons, cases, keys and subscripts, or as loss=NAME in a string."""
+    """Find losses that code tells apart by name: comparisons, cases, keys, subscripts, or loss=NAME in a string."""
     found: set[str] = set()
     documentation = {
         id(node.body[0].value)
@@ -137,9 +137,9 @@ def module_of(path: Path, root: Path) -> str:
 
 
 def import_graph(root: Path, upto: int) -> dict[str, set[str]]:
-    """Which modules of a package each of its modules imports, by imports of the kinds LOADED to `upto`.
+    """Return the modules of a package that each of its modules imports, by imports of the kinds LOADED to `upto`.
 
-    `from package import name` counts as an import of the module package.name where there is one, else of the package.
+    `from package import name` counts as an import of the module package.name if there is one, else of the package.
     """
     modules = {module_of(path, root): path for path in root.rglob("*.py")}
     graph: dict[str, set[str]] = {}
@@ -156,7 +156,7 @@ def import_graph(root: Path, upto: int) -> dict[str, set[str]]:
 
 
 def imports_of(tree: ast.AST, kind: int = LOADED):
-    """Import statements, each with its kind."""
+    """Yield the import statements, each with its kind."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield node, kind
@@ -170,7 +170,7 @@ def imports_of(tree: ast.AST, kind: int = LOADED):
 
 
 def targets_of(node: ast.Import | ast.ImportFrom, package: str, modules: dict[str, Path]) -> list[str]:
-    """Modules of the package that a statement imports by name; packages above them only where named themselves."""
+    """Return the modules of the package that a statement names, without the packages that contain them."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names if alias.name in modules]
     above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
@@ -180,7 +180,7 @@ def targets_of(node: ast.Import | ast.ImportFrom, package: str, modules: dict[st
 
 
 def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
-    """Strongly connected modules, by Tarjan's algorithm."""
+    """Return the strongly connected modules, by Tarjan's algorithm."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -207,7 +207,7 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 
 
 def test_no_module_imports_itself_in_a_circle():
-    """Neither when it is loaded nor by imports inside functions: these hide a circle, they do not end it."""
+    """Neither on loading nor by imports inside functions, which hide a cycle but do not remove it."""
     graph = import_graph(PACKAGE, LATER)
     assert {"windkern.train.trainer", "windkern.ops.walk", "windkern.settings.run"} <= set(graph)
     assert not circles(import_graph(PACKAGE, LOADED))
@@ -255,7 +255,7 @@ HEAVY = ("torch._dynamo", "transformers", "triton", "matplotlib")
     ],
 )
 def test_import_is_light(code, heavy):
-    """The command line can say something before torch is there, and the core needs nothing beside torch."""
+    """The command line can print before torch is loaded, and the core needs nothing besides torch."""
     code += f"; import sys; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -1,4 +1,4 @@
-"""What an installation holds and says: one version, extras that bring what commands need, names without the extras."""
+"""What an installation contains: one version, extras with what commands need, errors that name missing extras."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from windkern import _extras
 
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text()
-# Modules whose distribution has another name.
+# Modules whose distribution has a different name.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
-# They come with a package that is asked for: safetensors with transformers, pyarrow with datasets.
+# They come with a required package: safetensors with transformers, pyarrow with datasets.
 WITH_ANOTHER = {"safetensors", "pyarrow"}
 WITHOUT = """
 import sys
@@ -40,7 +40,7 @@ def without_training(code: str) -> subprocess.CompletedProcess:
 
 
 def requirements(extra: str) -> set[str]:
-    """Names that an extra of pyproject.toml asks for, those of the extras in it included, in lower case."""
+    """Return the names that an extra of pyproject.toml requires, nested extras included, in lower case."""
     listed = re.search(rf"^{extra} = \[(.*?)\](?:  #.*)?$", PROJECT, re.DOTALL | re.MULTILINE)[1]
     names = set()
     for inner, name in re.findall(r'"(?:windkern\[([\w,]+)\]|([\w-]+))[^"]*"', listed):
@@ -110,7 +110,7 @@ def test_types_reach_users():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the wheel of a Linux machine")
 def test_the_smoke_test_wants_an_installed_wheel():
-    """Planted: run on a checkout, it fails by its first question."""
+    """Planted fault: run on a checkout, it fails at its first check."""
     code = "import runpy, sys; sys.argv = ['x']; runpy.run_path('tests/wheel_smoke.py', run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {code}"],

@@ -1,4 +1,4 @@
-"""Workflows run targets of the Makefile and nothing else; the forms ask for what a report needs."""
+"""Workflows run only targets of the Makefile, and the issue forms ask for what a report needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def commands(text: str) -> list[str]:
 
 
 def strange(text: str) -> list[str]:
-    """Commands that are not `make TARGET` with a target of the Makefile."""
+    """Return the commands that are not `make TARGET` with a target of the Makefile."""
     return [each for each in commands(text) if not (each.split()[0] == "make" and set(each.split()[1:]) <= TARGETS)]
 
 

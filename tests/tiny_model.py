@@ -1,4 +1,4 @@
-"""A language model of a few words for tests of training: saved to a folder as a real one would be."""
+"""A language model of a few words for tests of training, saved to a folder like a real one."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ _calls = 0
 
 
 def goodness(prompts, responses) -> list[float]:
-    """A reward: the share of good words, less the share of bad ones.
+    """A reward: the share of good words minus the share of bad ones.
 
-    With HANG_AT=n in the environment the n-th call never returns, and says so by a file: a place to be killed at.
+    With HANG_AT=n in the environment, the n-th call writes a file and never returns, so that a test can kill it there.
     """
     global _calls
     _calls += 1

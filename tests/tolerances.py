@@ -1,4 +1,4 @@
-"""How far a result may be from float64, and how far two evaluations of one expression may part on any CPU."""
+"""How far a result may be from float64, and how far two evaluations of one expression may differ on any CPU."""
 
 from windkern.testing import (
     FLOAT64_BOUND,
@@ -19,5 +19,5 @@ __all__ = [
     "rounding_bound",
 ]
 
-# Operations between the log-probs and a loss or its gradient: none of the losses is as deep.
+# Operations between the log-probs and a loss or its gradient; no loss has as many.
 LOSS_OPERATIONS = 64

@@ -1,4 +1,4 @@
-"""A trainer on a model of a few words, for tests, and runs of it that can be killed."""
+"""A trainer on a model of a few words for tests, and runs of it that can be killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tolerances import rounding_bound
 PROMPTS = ("rain was", "bus was", "day was", "the bus was", "a day was", "so very was", "was a was", "not the was")
 HELDOUT = ("rain and", "a day and")
 LONGEST = 32.0  # nats of a response of 7 tokens from a vocabulary of 18
-HEAD_OPERATIONS = 7 * (16 + 18)  # of its log-prob: 7 tokens, each of products over 16 states and a sum over 18 entries
+HEAD_OPERATIONS = 7 * (16 + 18)  # in its log-prob: 7 tokens, each of products over 16 states and a sum over 18 entries
 
 
 def make_config(folder, **changes):
@@ -62,7 +62,7 @@ def make_trainer(folder, *, model=None, reward=tiny_model.goodness, heldout=(), 
 
 
 def sharing_seen(monkeypatch) -> list[bool]:
-    """Of each batch that a policy scores or fits from now on: whether responses share rows."""
+    """Record for each batch that a policy scores or fits from now on whether responses share rows."""
     from windkern.train import policy
 
     collate, seen = policy.collate, []
@@ -77,9 +77,9 @@ def sharing_seen(monkeypatch) -> list[bool]:
 
 
 def assert_has_not_moved(*divergences: float) -> None:
-    """Mean log-ratios, nats, of a policy to itself: of its responses, scored once with gradients and once without.
+    """Check mean log-ratios (nats) of a policy to itself, between scores of its responses with and without gradients.
 
-    Both go through the same body on the same shapes; the head takes other kernels where gradients are wanted.
+    Both use the same body on the same shapes; with gradients, the head uses other kernels.
     """
     bound = rounding_bound(HEAD_OPERATIONS, LONGEST, torch.float32)
     assert all(abs(value) <= bound for value in divergences), (divergences, bound)
@@ -97,7 +97,7 @@ def weights_of(trainer) -> dict:
 
 
 def run_or_hang(folder: str, resume: bool, hang_at: str | None, changes: dict) -> None:
-    """A run in a process of its own; at `hang_at`, "place:n", it touches folder/hanging and never returns."""
+    """Run in a separate process; at `hang_at`, "place:n", write folder/hanging and never return."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
@@ -110,7 +110,7 @@ def run_or_hang(folder: str, resume: bool, hang_at: str | None, changes: dict) -
 
 
 def _hang_at(place: str, sign: Path) -> None:
-    """Let the n-th arrival at a place of the trainer never return: a place to be killed at."""
+    """Make the n-th call of a function of the trainer never return, so that a test can kill the run there."""
     from windkern import _files
     from windkern.train import outer, responder, trainer
     from windkern.train.checkpoints import saving

@@ -8,7 +8,7 @@ from torch import nn
 
 from windkern.value.model import ValueModel
 
-VOCAB = 18  # of the tiny tokenizer
+VOCAB = 18  # size of the tiny tokenizer's vocabulary
 
 
 def llama(seed: int, hidden: int = 16, vocab: int = VOCAB, family: str = "Llama", **options) -> nn.Module:
@@ -28,7 +28,7 @@ def llama(seed: int, hidden: int = 16, vocab: int = VOCAB, family: str = "Llama"
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     if getattr(model.lm_head, "bias", None) is not None:
-        nn.init.normal_(model.lm_head.bias)  # zeros would hide a bias that is left out
+        nn.init.normal_(model.lm_head.bias)  # zeros would hide a missing bias
     return model
 
 
@@ -37,7 +37,7 @@ def pair(dtype: torch.dtype = torch.float32) -> ValueModel:
 
 
 def batch(vocab: int = VOCAB) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three sequences: padded left, padded right, not padded."""
+    """Return three sequences: padded left, padded right, not padded."""
     ids = torch.randint(2, vocab, (3, 7), generator=torch.Generator().manual_seed(0))
     attention, scored = torch.ones_like(ids), torch.zeros_like(ids)
     attention[0, :3], attention[1, 5:] = 0, 0
@@ -46,7 +46,7 @@ def batch(vocab: int = VOCAB) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def summed_logits(model: ValueModel, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-    """(S, L, V) by the models' own forward."""
+    """Return the summed logits (S, L, V) from the models' own forward passes."""
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
     given = {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
     return model.base(**given).logits + model.value(**given).logits

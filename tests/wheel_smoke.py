@@ -1,9 +1,9 @@
-"""An installed wheel works: run with the Python of the environment that it was installed into, outside the checkout.
+"""Check that an installed wheel works: run with the Python of its environment, outside the checkout.
 
     python tests/wheel_smoke.py [--pure]
 
 Checks that windkern comes from site-packages with the C++ extension (--pure: without), that the command runs, that
-log-probs and gradients are those of float64 logits, and that the wheel brings no OpenMP runtime beside torch's.
+log-probs and gradients are those of float64 logits, and that the wheel brings no OpenMP runtime besides torch's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Hazard: Python puts this file's folder first, and the tests' helpers with it. Remedy: it leaves before anything else.
+# Hazard: Python puts this file's folder first, and so the tests' helpers. Remedy: remove it before anything else.
 sys.path.pop(0)
 
 import torch
@@ -22,7 +22,7 @@ import windkern as wk
 
 
 def openmp_runtimes() -> set[str]:
-    """Files of OpenMP runtimes that this process has mapped; empty where the system does not tell."""
+    """Return the files of OpenMP runtimes that this process has mapped; empty if the system does not show them."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
@@ -30,7 +30,7 @@ def openmp_runtimes() -> set[str]:
 
 
 def check_values(backend: str) -> None:
-    """Log-probs and gradients against plain float64 PyTorch."""
+    """Compare log-probs and gradients with plain float64 PyTorch."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 5, 3, 24), torch.randn(301, 24)
     targets = torch.randint(0, 301, (2, 5, 3))

@@ -44,7 +44,7 @@ __all__ = [
     "win_rates",
 ]
 
-# Imported at first use: torch alone takes seconds, and the command line must be able to say so meanwhile.
+# Imported at first use: torch alone takes seconds, and the command line must be able to show progress meanwhile.
 _LAZY = {
     "BackendUnavailableError": "windkern.backends:BackendUnavailableError",
     "Head": "windkern.head:Head",
@@ -68,7 +68,7 @@ _LAZY = {
 }
 
 
-# The names that an installation without the extra `train` lacks: `from windkern import *` leaves them out there.
+# Names that need the extra `train`: without it, `from windkern import *` leaves them out.
 _NEEDS_TRAIN = ("WindConfig", "WindTrainer")
 if importlib.util.find_spec("transformers") is None:
     for _name in _NEEDS_TRAIN:
@@ -96,7 +96,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Hazard: importing the module windkern.plan puts it in the place of its function `plan`. Remedy: the function."""
+    """Keep `windkern.plan` the function.
+
+    Hazard: importing the module windkern.plan binds the module to that name. Remedy: bind its function instead.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_module = name == "plan" and isinstance(value, ModuleType)

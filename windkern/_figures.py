@@ -1,4 +1,4 @@
-"""Make the pictures and tables of all commands alike."""
+"""Create pictures and tables in one style for all commands."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def picture(path: Path, *, dpi: int = 150, **options: Any) -> Iterator[tuple[Figure, Any]]:
-    """A new figure and its axes; what is drawn on them is written to a PNG, without a display.
+    """Yield a new figure and its axes, and write it to a PNG at the end. No display is needed.
 
     Args:
-        path: the file; its folder is made if it does not exist.
-        dpi: dots an inch.
+        path: the file; its folder is created if it does not exist.
+        dpi: dots per inch.
         options: of `matplotlib.pyplot.subplots`.
     """
     import matplotlib
@@ -38,7 +38,7 @@ def picture(path: Path, *, dpi: int = 150, **options: Any) -> Iterator[tuple[Fig
 
 
 def plain_table(**options: Any) -> Table:
-    """A `rich.table.Table` with a line under its header and no other."""
+    """Return a `rich.table.Table` whose only line is under the header."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Write files that survive: JSON that every reader takes, complete or absent, also after a power cut."""
+"""Write JSON that every reader accepts, in files that are complete or absent even after a power cut."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ANEW = "restore it from a copy, or start another run in another output_dir"
 
 
 class DamagedRecordError(ValueError):
-    """A file of a run does not hold what was written to it; the message names the file and what to do."""
+    """Raised when a file does not hold what a run wrote to it. The message names the file and what to do."""
 
     def __init__(self, path: Path, why: object, way_out: str):
         super().__init__(f"{path} is damaged ({why}); {way_out}")
@@ -30,7 +30,7 @@ def to_json(content: object, **options: Any) -> str:
         options: as `json.dumps`; `default` must return one of these.
 
     Raises:
-        TypeError: it holds something else, and there is no `default`.
+        TypeError: it holds something else, and no `default` is given.
 
     Example:
         >>> to_json({"loss": float("nan"), "text": "caf\u00e9"})
@@ -60,11 +60,11 @@ def write_json(path: Path, content: object) -> None:
     """Write a JSON file so that a reader, or a crash, never sees half of it.
 
     Args:
-        path: its folder is made if it does not exist.
+        path: the file; its folder is created if it does not exist.
         content: see `to_json`.
 
     Raises:
-        OSError: it cannot be written; the file that was there before is whole.
+        OSError: the file cannot be written; the previous file is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -76,7 +76,7 @@ def write_json(path: Path, content: object) -> None:
         scratch.rename(path)
     except OSError as error:
         scratch.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}; what was saved before is whole") from error
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}; the previous file is intact") from error
     sync_dir(path.parent)
 
 

@@ -1,4 +1,4 @@
-"""Which back end runs the row kernels, and why another one cannot."""
+"""Choose the back end that runs the row kernels, and say why another one cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from windkern.kernels.torch import rows as torch_rows
 
 
 class BackendUnavailableError(RuntimeError):
-    """A back end was asked for by name and cannot run here; the message says why."""
+    """Raised when a back end that was requested by name cannot run here. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Backend:
     name: str
     module: str  # as importlib.import_module takes it, relative to the package
     reason: Callable[[torch.device, torch.dtype], str | None]  # None where it can run
-    # Columns of the fused tiles it runs the forward in, by hidden size, operand dtype and batch invariance; None: none.
+    # Columns of the forward's fused tiles, by hidden size, operand dtype and batch invariance; None: no tiles.
     tile_columns: Callable[[int, torch.dtype, bool], int | None] = lambda hidden_size, dtype, batch_invariant: None
     wide_dz: bool = True  # whether dz can be written wider than what was kept
-    # The most temporary memory of a row kernel, by rows, width, bytes of a number and device type.
+    # Upper bound of a row kernel's temporary bytes, by rows, width, bytes per element and device type.
     scratch_bytes: Callable[[int, int, int, str], int] = torch_rows.scratch_bytes
 
     def kernels(self) -> ModuleType:
@@ -38,7 +38,7 @@ class Backend:
 
 
 def _partial_sums(rows: int, width: int, itemsize: int, device_type: str) -> int:
-    """Bytes that kernels with a row in registers write beside their results, for the sum of a column."""
+    """Bytes of the partial column sums that kernels with a row in registers write besides their results."""
     return min(rows, 256) * width * itemsize
 
 
@@ -60,7 +60,7 @@ def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         BACKENDS["triton"].kernels()
     except ImportError as error:
-        return f"Triton cannot be imported ({error}); a torch for GPUs brings it, else: pip install 'triton>=3.4'"
+        return f"Triton cannot be imported ({error}); GPU builds of torch include it, else: pip install 'triton>=3.4'"
     return None
 
 
@@ -76,11 +76,11 @@ BACKENDS = {
 
 
 def why_not(name: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Return why back end `name` cannot run on `device` with operands of `dtype`, or None where it can.
+    """Return why back end `name` cannot run on `device` with operands of `dtype`, or None if it can.
 
     Raises:
         ValueError: no back end, or no device, has that name.
-        TypeError: windkern has no operands of such a dtype.
+        TypeError: `dtype` is not one that windkern supports.
 
     Example:
         >>> why_not("torch", "cpu") is None
@@ -101,7 +101,7 @@ def available(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
 
 
 def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Name of the back end that will run; an explicit one that cannot run raises, nothing falls back in silence."""
+    """Return the name of the back end that will run. One that is requested by name but cannot run raises."""
     if requested == "auto":
         return _preferred(device.type, device.index, dtype)
     check_choice("backend", requested, ["auto", *BACKENDS])
@@ -116,10 +116,10 @@ _preference: dict[tuple[str, torch.dtype], str] = {}
 
 def _preferred(device_type: str, index: int | None, dtype: torch.dtype) -> str:
     device = _name(device_type, index)
-    key = (device, dtype)  # by device: a machine may have GPUs of several kinds
+    key = (device, dtype)  # by device: a machine can have different GPUs
     if key not in _preference:
         names = BACKENDS if device_type != "cuda" else tuned.preferred(tuned.architecture(index))
-        # Reason: stop at the first; asking the others why not would import what is never used here.
+        # Reason: stop at the first one, because checking the others would import modules that are never used.
         _preference[key] = next(name for name in names if why_not(name, device, dtype) is None)
     return _preference[key]
 
@@ -133,7 +133,7 @@ def _name(device_type: str, index: int | None) -> str:
 
 
 def planned(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Name of the back end to plan for, also on a machine without such a device."""
+    """Return the name of the back end to plan for, even on a machine without such a device."""
     if requested != "auto":
         return requested
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -142,7 +142,7 @@ def planned(requested: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
-    """Make the device of `tensor` current: Triton launches on the current device, whatever its arguments are on."""
+    """Make the device of `tensor` current: Triton launches on the current device, wherever its arguments are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -151,12 +151,12 @@ def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, b
     return None if len(hidden_sizes) > 1 else BACKENDS[name].tile_columns(hidden_sizes[0], dtype, batch_invariant)
 
 
-# Run while torch.compile traces, not traced: they import. It is what torch.compiler.assume_constant_result sets, which
-# itself costs a second of imports.
+# torch.compile runs these while it traces instead of tracing them, because they import modules. The attribute is the
+# one that torch.compiler.assume_constant_result sets; calling that would cost a second of imports.
 _preferred._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def debug_mode() -> bool:
-    """WINDKERN_DEBUG=1: values are checked on a GPU too (targets, max_scored), at the cost of synchronisations."""
+    """Return whether WINDKERN_DEBUG=1 asks for checks of values on a GPU too, at the cost of synchronisations."""
     return os.environ.get("WINDKERN_DEBUG", "0") not in ("", "0")

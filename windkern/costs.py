@@ -20,7 +20,7 @@ SLAB_COLUMNS = (256, WIDEST_SLAB)  # narrowest and widest slab
 COLUMN_STEP = 64
 # Bytes of one float32 slab on a CPU: inside the heap and near the last-level cache.
 SLAB_BYTES_CPU = 16 * MIB
-# Slabs that one product takes of the frozen head, or where forward kept nothing, on a GPU.
+# Slabs per product on a GPU, for a frozen head or where forward kept nothing.
 SLABS_AT_ONCE = (1, 2, 4, 8)
 
 
@@ -28,14 +28,14 @@ SLABS_AT_ONCE = (1, 2, 4, 8)
 class Device:
     """A reference device of the cost model: an H100 for GPUs, two cores with AVX-512 for CPUs."""
 
-    flops: float  # a second, of products that fill the device
-    bytes: float  # a second
+    flops: float  # per second, of products that fill the device
+    bytes: float  # per second
     launch: float  # seconds at the boundary of a kernel
-    host: float  # seconds of Python a slab, which a GPU hides where its own work takes longer
+    host: float  # seconds of Python per slab, hidden on a GPU where its own work takes longer
     units: int  # multiprocessors; a product takes whole waves of tiles over them
     tile: tuple[int, int]
-    exposed: float  # share of the traffic of dhidden that products do not hide
-    narrow: int = 0  # a product over this many columns takes twice its share of a wide one's time
+    exposed: float  # share of the dhidden traffic that products do not hide
+    narrow: int = 0  # a product over this many columns takes twice as long per column as a wide one
 
 
 GPU = Device(790e12, 3.0e12, 2.5e-6, 75e-6, 132, (128, 256), 0.5)
@@ -44,7 +44,7 @@ CPU = Device(200e9, 12e9, 5e-6, 0.0, 1, (1, 1), 1.0, narrow=32)
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything the formulas look at except the slab width, the slabs kept and the slabs of one product."""
+    """Inputs of the formulas, except the slab width, the slabs kept and the slabs per product."""
 
     rows: int
     hidden_sizes: tuple[int, ...]
@@ -59,7 +59,7 @@ class Problem:
 
     @property
     def acc(self) -> int:
-        """Bytes of a number that sums are kept in; `item` of an operand, `multiplied` of what goes into a product."""
+        """Bytes of an accumulated element (`item`: of an operand; `multiplied`: of an input of a product)."""
         return self.products.acc.itemsize
 
     @property
@@ -76,7 +76,7 @@ class Problem:
 
     @property
     def narrowed_item(self) -> int:
-        """Bytes of a number of dhidden in the caller's dtype."""
+        """Bytes of an element of dhidden in the caller's dtype."""
         return max(dtype.itemsize for dtype in self.hidden_dtypes)
 
     @property
@@ -86,7 +86,7 @@ class Problem:
 
     @property
     def hidden_grads(self) -> int:
-        """Sum of H_k of the blocks whose dhidden is wanted."""
+        """Sum of H_k over the blocks whose dhidden is wanted."""
         return sum(size for size, wanted in zip(self.hidden_sizes, self.walk.hidden_grad, strict=True) if wanted)
 
     @property
@@ -95,7 +95,7 @@ class Problem:
 
     @property
     def keeps(self) -> bool:
-        """Whether forward may keep slabs for backward; tiles have no logits to keep."""
+        """Whether forward can keep slabs for backward. The entropy needs logits, and tiles have none to keep."""
         return self.walk.gear in ("trained", "frozen_body") and not (self.walk.tile_columns and self.walk.entropy)
 
     def spec(self, width: int, kept: int, at_once: int = 1) -> WalkSpec:
@@ -152,7 +152,7 @@ class Problem:
         return total + (max(self._exps_bytes(spec), self._dz_bytes(spec)) if spec.factored else self._dz_bytes(spec))
 
     def _exps_bytes(self, spec: WalkSpec) -> int:
-        """Backward's own buffers where exponentials are the operands."""
+        """Bytes of backward's own buffers where exponentials are the operands."""
         M, width, acc = self.rows, spec.slab_width, self.acc
         inner, kept = max(self.hidden_sizes), spec.kept_columns(self.vocab_size)
         columns = min(spec.product_columns, kept) if kept else 0
@@ -169,7 +169,7 @@ class Problem:
         return total + self._products_bytes(columns, scratch)
 
     def _dz_bytes(self, spec: WalkSpec) -> int:
-        """Backward's own buffers where dz is written, slab by slab."""
+        """Bytes of backward's own buffers where dz is written, slab by slab."""
         M, width, acc = self.rows, spec.slab_width, self.acc
         all_kept = spec.kept_columns(self.vocab_size) >= self.vocab_size
         dz = self.dz_dtype
@@ -183,7 +183,7 @@ class Problem:
         return total + self._products_bytes(width, scratch)
 
     def _products_bytes(self, columns: int, scratch: int) -> int:
-        """Temporaries of both products over `columns` of the vocabulary."""
+        """Bytes of the temporaries of both products over `columns` of the vocabulary."""
         inner, total = max(self.hidden_sizes), self._head_bytes(columns)
         if any(self.walk.hidden_grad):
             total += self._product_bytes(self.rows, 0, inner)
@@ -194,24 +194,24 @@ class Problem:
         return total + scratch
 
     def _common_bytes(self, rows: int, width: int) -> int:
-        """Row vectors, a slab's bias and its gradient, compacted rows, scratch, the head's slab in another dtype."""
+        """Bytes of row vectors, a slab's bias and gradient, compacted rows, scratch, and a cast slab of the head."""
         acc, H = self.acc, sum(self.hidden_sizes)
         total = self.rows * (14 * acc + 16) + 2 * width * acc + self.compact * self.rows * H * self.item
         total += backends.BACKENDS[self.walk.backend].scratch_bytes(rows, width, acc, self.products.device_type)
         return total + self._head_bytes(width)
 
     def _head_bytes(self, columns: int) -> int:
-        """Rows of the head in another dtype: as operands where the caller's differs, then as they are multiplied."""
+        """Bytes of rows of the head in other dtypes: the operand's where the caller's differs, and a widened one."""
         cast = self.item * any(dtype != self.walk.operand for dtype in self.weight_dtypes)
         return columns * sum(self.hidden_sizes) * (cast + self.acc * self.products.widens)
 
     def _product_bytes(self, rows: int, width: int, inner: int) -> int:
-        """Temporaries of dhidden += dz @ weight: a widened dz, and the library's own result of `inner` columns."""
+        """Bytes of the temporaries of dhidden += dz @ weight: a widened dz, and a result of `inner` columns."""
         own = self.products.allocates or not self.products.adds
         return rows * (width * self.products.widens + inner * own) * self.acc
 
     def _copies_weight_grad(self) -> bool:
-        """Whether dweight of some columns exists apart from its place in the gradient."""
+        """Whether dweight of some columns is first computed outside the gradient tensor."""
         if self.accumulates:
             return not (self.products.adds and self.dz_dtype != torch.float16)
         direct = all(self.products.writes(dtype) for dtype in self.weight_dtypes)
@@ -270,12 +270,12 @@ class Problem:
         return total
 
     def accumulating_seconds(self) -> float:
-        """Bytes that a chunk moves to add its dweight to that of others: one read and one write in float32."""
+        """Seconds that a chunk needs to add its dweight to that of the others: one read and one write in float32."""
         return 2 * self.vocab_size * self.weight_grads * self.acc / self.device.bytes
 
     @staticmethod
     def _product_seconds(device: Device, rows: int, columns: int, inner: int) -> float:
-        """A product (rows, inner) @ (inner, columns) in whole waves of tiles."""
+        """Predicted seconds of a product (rows, inner) @ (inner, columns) in whole waves of tiles."""
         if not (rows and columns and inner):
             return 0.0
         high, wide = device.tile
@@ -284,7 +284,7 @@ class Problem:
         return seconds * (1 + device.narrow / min(columns, inner)) if device.narrow else seconds
 
     def solve(self, budget: int) -> WalkSpec:
-        """The fastest choice within the budget, else the smallest."""
+        """Return the fastest choice within the budget; if none fits, the smallest."""
         best: tuple[tuple[bool, float], WalkSpec] | None = None
         for width in self._widths():
             for at_once in self._groups(width):
@@ -293,17 +293,17 @@ class Problem:
                 key = (True, -self.seconds(spec)) if peak <= budget else (False, -peak)
                 if best is None or key > best[0]:
                     best = key, spec
-        assert best is not None  # there is a width, and a number of groups
+        assert best is not None  # both loops run at least once
         return best[1]
 
     def _groups(self, width: int) -> tuple[int, ...]:
-        """How many slabs one product might take."""
+        """Return the numbers of slabs per product to consider."""
         mixes = self.walk.factored and self.products.mixes and self.products.device_type != "cpu"
         counts = SLABS_AT_ONCE if mixes and self.walk.gear != "scoring" else (1,)
         return tuple(count for count in counts if count == 1 or (count - 1) * width < self.vocab_size)
 
     def _widths(self) -> list[int]:
-        """Slab widths worth looking at, widest first; one fixed width where results may not depend on it."""
+        """Return the slab widths to consider, widest first; for a batch-invariant walk, one fixed width."""
         narrowest, widest = SLAB_COLUMNS
         if self.batch_invariant:
             return [min(fixed_tile(self.products.device_type)[1], round_up(self.vocab_size, COLUMN_STEP))]
@@ -312,7 +312,7 @@ class Problem:
         if self.products.device_type != "cpu":
             return _gpu_widths(self.vocab_size)
         target = SLAB_BYTES_CPU // max(1, self.rows * self.acc)
-        if self.products.widens:  # what is widened of the head stays in the cache
+        if self.products.widens:  # the widened part of the head stays in the cache
             target = min(target, self.products.columns_at_once(1, target, max(self.hidden_sizes)))
         widths = [_even_width(self.vocab_size, min(widest, max(narrowest, target)))]
         while widths[-1] > narrowest:
@@ -322,7 +322,7 @@ class Problem:
     def _most_kept(self, width: int, at_once: int, budget: int) -> WalkSpec:
         low, high = 0, -(-self.vocab_size // width) if self.keeps else 0
         whole = self.spec(width, high, 1 if self.keeps else at_once)
-        if self.peak_bytes(whole) <= budget:  # less than keeping all but one, which needs a slab to recompute
+        if self.peak_bytes(whole) <= budget:  # can be less than keeping all but one, which needs a slab to recompute
             return whole
         while low < high:
             middle = (low + high + 1) // 2
@@ -342,7 +342,7 @@ def round_up(value: int, step: int) -> int:
 
 
 def _gpu_widths(vocab_size: int) -> list[int]:
-    """Multiples of 256, widest first, one for each number of slabs; multiples of 64 for a narrow vocabulary."""
+    """Return one width per number of slabs, widest first: multiples of 256, or of 64 for a narrow vocabulary."""
     step = 256 if vocab_size > 256 else COLUMN_STEP
     widest = min(SLAB_COLUMNS[1], round_up(vocab_size, step))
     widths: list[int] = []
@@ -356,7 +356,7 @@ def _gpu_widths(vocab_size: int) -> list[int]:
 
 
 def _even_width(vocab_size: int, width: int) -> int:
-    """Split the vocabulary into slabs of nearly one size, none wider than `width` rounded to whole steps."""
+    """Return the width of nearly equal slabs, none wider than `width` rounded down to whole steps."""
     width = max(COLUMN_STEP, width // COLUMN_STEP * COLUMN_STEP)
     slabs = -(-vocab_size // width)
     return round_up(-(-vocab_size // slabs), COLUMN_STEP)

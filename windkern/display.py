@@ -1,4 +1,4 @@
-"""How far a command is: a bar where stdout is a terminal, a line now and then where it is not."""
+"""Show the progress of a command: a bar where stdout is a terminal, occasional lines where it is not."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rich.text import Text
 from windkern.forecast import Forecast
 from windkern.terminal import printable
 
-RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate looks for it
-FRAMES = 5  # of the bar in a second
-LOOK = 1.0  # seconds between looks whether a line is due
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")  # the variables accelerate reads
+FRAMES = 5  # frames of the bar per second
+LOOK = 1.0  # seconds between checks whether a line is due
 Part = str | tuple[str, str]  # text, or text and its style
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds.
+    """Return hours, minutes and seconds as text.
 
     Example:
         >>> clock(83.6), clock(3600)
@@ -46,7 +46,7 @@ class _Running:
     steps: int
     unit: str
     done: float
-    partly: float = 0.0  # steps' worth of what is under way
+    partly: float = 0.0  # steps' worth of work under way
 
     @property
     def share(self) -> float:
@@ -54,20 +54,20 @@ class _Running:
 
 
 class Display:
-    """Shows how far a command is, from its first second; a context manager around all of it.
+    """Shows the progress of a command from its first second; a context manager around the whole command.
 
-    In a terminal the last two lines move: what is being done, a bar, the time since the start and an estimate of what
-    is left; they vanish at the end. Elsewhere (a pipe, nohup, the log of a job) a line says when a phase begins, and
-    then every `pause` seconds how far it is, without escape codes. A phase of a later iteration that begins soon after
-    the line before has none of its own. Only the first of several processes shows anything.
+    In a terminal the last two lines move: they show the current phase, a bar, the time since the start and an estimate
+    of the time left, and they vanish at the end. Elsewhere (a pipe, nohup, the log of a job) a line says when a phase
+    begins, and another one every `pause` seconds how far it is, without escape codes. In later iterations, a phase that
+    begins soon after the previous line gets no line. Only the first of several processes shows anything.
 
     Args:
         console: where to print; None for stdout.
-        animated: whether to draw the bar; None where the output is a terminal that can.
+        animated: whether to draw the bar; None: if the output is an interactive terminal.
         lines: whether to print lines where no bar is drawn.
-        seconds: the time, as time.monotonic gives it.
+        seconds: clock, as time.monotonic.
         pause: seconds between two lines about one phase.
-        look: seconds between looks whether a line is due; None looks only when something has happened.
+        look: seconds between checks whether a line is due; None checks only when something has happened.
     """
 
     def __init__(
@@ -112,20 +112,20 @@ class Display:
         self.stop()
 
     def stop(self) -> None:
-        """Take the bar away, and print lines no more; what is printed afterwards stays where it is."""
-        with self._lock:  # a line that is being printed comes first
+        """Remove the bar and stop printing lines; text that is printed afterwards stays in place."""
+        with self._lock:  # wait for a line that is being printed
             self._stopped.set()
         if self._live is not None:
             self._live.stop()
 
     def hush(self, quiet: bool) -> None:
-        """Show nothing from here on, if `quiet`."""
+        """Show nothing from now on if `quiet`."""
         if quiet:
             self.stop()
         self.console.quiet = quiet
 
     def plan(self, word: str = "iteration", iterations: int = 0, **phases: dict[tuple[str, str], float]) -> None:
-        """Say what is to come: the phases `before`, of `each` iteration and `after`, as `Forecast` takes them."""
+        """Announce the phases `before`, in `each` iteration and `after`, as `Forecast` takes them."""
         with self._lock:
             self._word, self._iterations = word, iterations
             self._forecast = Forecast(iterations=iterations, clock=self._seconds, **phases)
@@ -142,7 +142,7 @@ class Display:
 
     @property
     def left(self) -> str:
-        """An estimate of the time that is left, such as "3:10 left"; empty where there is none yet."""
+        """An estimate of the time left, such as "3:10 left"; empty while there is none."""
         left = self._forecast.left
         return f"{clock(left)} left" if left is not None and left >= 1 else ""
 
@@ -167,15 +167,15 @@ class Display:
     def note(self, text: str) -> None:
         self.print((text, "yellow"))
 
-    # The text on the screen.
+    # Text on the screen.
 
     def print(self, *parts: Part, rich: RenderableType | None = None) -> None:
-        """Print a line above the bar: texts, some with a style, whatever they hold; or something of rich's."""
+        """Print a line above the bar: texts, each with or without a style, made printable; or a rich renderable."""
         if rich is None:
             texts = [(part, "") if isinstance(part, str) else part for part in parts]
             rich = Text.assemble(*((printable(text), style) for text, style in texts))
-        # Hazard: the bar's thread waits for the lock while it holds rich's. Remedy: none is held here where it runs.
-        # Reason: a terminal gets whole words in each of its lines, a file whole lines.
+        # Hazard: the bar's thread waits for our lock while it holds rich's. Remedy: with a bar, ours is not held here.
+        # Reason: in a terminal lines break between words, in a file they do not break.
         self.console.print(rich, soft_wrap=isinstance(rich, Text) and self._live is None)
 
     def _move(self, done: float, partly: float) -> None:
@@ -192,7 +192,7 @@ class Display:
                 self._line(self._pause)
 
     def _line(self, pause: float) -> None:
-        """Print how far it is, if `pause` seconds have passed since the line before."""
+        """Print the progress if `pause` seconds have passed since the previous line."""
         if self._lines and self._running and not self._stopped.is_set() and self._seconds() - self._last >= pause:
             self._last = self._seconds()
             left = f", {self.left}" if self.left else ""

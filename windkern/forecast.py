@@ -1,4 +1,4 @@
-"""How much of a command is done and how long the rest takes, from what has been measured so far."""
+"""Estimate how much of a command is done and how long the rest takes, from the phases measured so far."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ ENOUGH = 0.05  # share of a phase after which its pace counts as measured
 
 @dataclass
 class _Visit:
-    """A phase that has begun in the iteration that is under way."""
+    """A phase that has begun in the current iteration."""
 
     began: float  # when it was last entered
-    first: float  # share that had been done before that
+    first: float  # share that was done before it was first entered
     share: float
     moved: float  # when the share last grew
     spent: float = 0.0  # seconds in it before it was last entered
 
 
 class Forecast:
-    """The share of a command that is done, and the seconds that are left.
+    """Estimates the share of a command that is done, and the seconds left.
 
-        cost of a phase, guessed in any unit; pace of a kind = seconds / cost of its phases so far, or where there are
-        none the pace of all phases so far;  left = sum over what is left of cost * pace
+        cost of a phase: a guess in any unit
+        pace of a kind = seconds / cost of its phases so far, or while there are none, of all phases so far
+        left = sum of cost * pace over the phases left
 
     Args:
-        before: phases ahead of the first iteration, their costs by kind, in order.
-        each: phases of an iteration; one that does not occur in an iteration counts as one that took no time.
-        iterations: how many there are.
-        after: phases behind the last one.
-        clock: seconds.
+        before: phases before the first iteration: their costs by kind, in order.
+        each: phases of an iteration; a phase that does not occur in an iteration counts as taking no time.
+        iterations: number of iterations.
+        after: phases after the last iteration.
+        clock: returns seconds.
 
     Example:
         >>> now = 0.0
@@ -56,15 +57,15 @@ class Forecast:
     ):
         self._before, self._each, self._after = dict(before or {}), dict(each or {}), dict(after or {})
         self._iterations, self._clock = iterations, clock
-        self._at = 0  # the iteration that is under way
-        self._kind: Kind | None = None  # the phase that is under way, None for one that was not planned
+        self._at = 0  # the current iteration
+        self._kind: Kind | None = None  # the current phase; None for one that was not planned
         self._last: Kind | None = None  # the planned phase that was entered last in this iteration
         self._visits: dict[Kind, _Visit] = {}
         self._measured: dict[Kind, tuple[float, float]] = {}  # seconds and cost of iterations that are over
         self._shown = 0.0
 
     def begin(self, iteration: int, kind: Kind, share: float = 0.0) -> None:
-        """A phase begins, or is entered again; `share` of it had been done before."""
+        """Record that a phase begins, or is entered again; `share` of it was done before."""
         self._leave()
         if iteration != self._at:
             self._close()
@@ -79,7 +80,7 @@ class Forecast:
         self._visits[kind], self._kind, self._last = _Visit(now, first, share, now, spent), kind, kind
 
     def move(self, share: float) -> None:
-        """`share` of the phase that is under way is done."""
+        """Record that `share` of the current phase is done."""
         if self._kind is not None:
             visit = self._visits[self._kind]
             if share > visit.share:
@@ -87,7 +88,7 @@ class Forecast:
 
     @property
     def share(self) -> float:
-        """The share of the costs that is done, at their paces; it never falls."""
+        """Share of the predicted time that has passed; it never falls."""
         paces = self._paces()
         total = sum(
             count * sum(cost * self._pace(kind, paces) for kind, cost in phases.items())
@@ -99,7 +100,7 @@ class Forecast:
 
     @property
     def left(self) -> float | None:
-        """Seconds, None as long as no phase's pace is known."""
+        """Seconds left; None while no pace is known."""
         paces = self._paces()
         return self._remaining(paces) if paces else None
 
@@ -113,7 +114,7 @@ class Forecast:
             visit.share, self._kind = 1.0, None
 
     def _close(self) -> None:
-        """Add up what the iteration took."""
+        """Add the seconds and costs of the iteration to the measured ones."""
         resumed = any(visit.first for visit in self._visits.values())
         for kind, cost in self._phases(self._at).items():
             visit = self._visits.get(kind)
@@ -125,7 +126,7 @@ class Forecast:
         self._visits, self._last = {}, None
 
     def _paces(self) -> dict[Kind | None, float]:
-        """Seconds per cost of each kind that has been measured."""
+        """Return the seconds per unit of cost of each measured kind, and of all together under None."""
         found = dict(self._measured)
         phases = self._phases(self._at)
         for kind, visit in self._visits.items():
@@ -145,7 +146,7 @@ class Forecast:
         return paces.get(kind, paces.get(None, 1.0))
 
     def _remaining(self, paces: Mapping[Kind | None, float]) -> float:
-        """Seconds that the costs take at their paces."""
+        """Return the seconds that the remaining costs take at their paces."""
         phases = self._phases(self._at)
         places = list(phases)
         behind = places.index(self._last) + 1 if self._last else 0

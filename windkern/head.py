@@ -1,4 +1,4 @@
-"""A language-model head as one thing: what makes a distribution over the vocabulary of hidden states."""
+"""A language-model head as one object: it turns hidden states into a distribution over the vocabulary."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Head:
         without a softcap: log softmax(scale * z / temperature)
 
     Args:
-        weight: (V, H) as in nn.Linear, or a tuple of blocks (V, H_k) whose logits add up; or, where it is cut over
-            processes, what `windkern.sharding.vocab_parallel` or `streamed` made of it.
-        bias: (V,) or None; an entry of -inf masks that vocabulary entry after any transform. Cut as the weight is.
+        weight: (V, H) as in nn.Linear, or a tuple of blocks (V, H_k) whose logits add up; for a head that is sharded
+            over processes, the result of `windkern.sharding.vocab_parallel` or `streamed`.
+        bias: (V,) or None; an entry of -inf masks that vocabulary entry after any transform. Sharded like the weight.
         scale: multiplies the logits first (Cohere's `logit_scale`, `1 / logits_scaling` of Granite). Positive.
         softcap: bound of the logits before the temperature (Gemma's `final_logit_softcapping`), or None. Positive.
         temperature: divides last. Positive.
@@ -52,5 +52,5 @@ class Head:
         return LogitTransform(self.scale, self.softcap, self.temperature)
 
     def at_temperature(self, temperature: float) -> Head:
-        """The same head with its logits divided by `temperature` last, as a tempered sampler draws from them."""
+        """Return the same head with this temperature, whose log-probs are those of a sampler at the temperature."""
         return dataclasses.replace(self, temperature=temperature)

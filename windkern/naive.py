@@ -24,11 +24,11 @@ def logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Transformed logits (..., V) of z = sum_k hidden_k @ weight_k.T + bias; -inf bias masks at the end.
+    """Return transformed logits (..., V) of z = sum_k hidden_k @ weight_k.T + bias; a bias of -inf masks at the end.
 
         scale * z / temperature, with a softcap: softcap * tanh(scale * z / softcap) / temperature
 
-    Products are taken in the dtype of the head, the widest where its blocks differ, as in lm_head(hidden.to(dtype)).
+    Products are computed in the dtype of the head (the widest if its blocks differ), as in lm_head(hidden.to(dtype)).
 
     Example:
         >>> logits(torch.ones(2, 3), torch.ones(5, 3)).shape
@@ -56,10 +56,10 @@ def token_logps(
     entropy: bool = False,
     **logits_of: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logps, lse, entropy), each shaped like targets, 0 where ignored; entropy None unless asked for.
+    """Return (logps, lse, entropy), each shaped like targets, 0 where ignored; entropy is None unless asked for.
 
-    `logits_of` are the arguments of `logits` after the weight. What hidden holds where the target is ignored enters
-    nothing, not even as 0 * NaN.
+    `logits_of` are the arguments of `logits` after the weight. Hidden states of ignored targets have no effect, not
+    even as 0 * NaN.
 
     Example:
         >>> logps, lse, _ = token_logps(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]))
@@ -74,7 +74,7 @@ def token_logps(
     lse = torch.logsumexp(z, dim=-1)
     entropies = None
     if entropy:
-        # Hazard: 0 * -inf where a bias masks. Remedy: those entries are replaced before the product.
+        # Hazard: 0 * -inf where a bias masks. Remedy: replace those entries before the product.
         masked = log_p == -torch.inf
         terms = log_p.exp() * log_p.masked_fill(masked, 0.0)
         entropies = torch.where(scored, -terms.sum(-1), 0.0)
@@ -82,7 +82,7 @@ def token_logps(
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums of values[cu_seqlens[s] : cu_seqlens[s + 1]], (M,), (S + 1,) -> (S,).
+    """Return the sums of values[cu_seqlens[s] : cu_seqlens[s + 1]], (M,), (S + 1,) -> (S,).
 
     Example:
         >>> segment_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 3]))
@@ -102,7 +102,7 @@ def sequence_logps(
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Tensor:
-    """Token log-probs summed (or averaged over scored tokens) per sequence; padded (..., T) -> (...), packed -> (S,).
+    """Sum (or average) the log-probs of each sequence's scored tokens; padded (..., T) -> (...), packed -> (S,).
 
     Example:
         >>> sequence_logps(torch.zeros(2, 3, 4), torch.ones(5, 4), torch.zeros(2, 3, dtype=torch.long)).shape
@@ -127,7 +127,7 @@ def fused_loss(
     reduction: str = "mean",
     **kwargs: Any,
 ) -> Tensor:
-    """loss_fn over sequence log-probs (B, N), reduced over the B groups.
+    """Apply loss_fn to sequence log-probs (B, N) and reduce over the B groups.
 
     Example:
         >>> hidden, targets = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, dtype=torch.long)
@@ -140,7 +140,7 @@ def fused_loss(
 
 
 def preferences(rewards: Tensor, link: str = "bradley_terry") -> Tensor:
-    """Chances (B, N, N) that i beats j from rewards (B, N): sigmoid of the gap, or 1, 1/2, 0 by its sign.
+    """Return the chances (B, N, N) that i beats j from rewards (B, N): sigmoid of the gap, or 1, 1/2, 0 by its sign.
 
     Example:
         >>> preferences(torch.tensor([[1.0, 1.0, 0.0]]), link="step")[0, 0]
@@ -157,7 +157,7 @@ def win_rates(
     link: str = "bradley_terry",
     where: Tensor | None = None,
 ) -> Tensor:
-    """(B, N): mean over the counted j, i itself included with 1/2, of the chance that i beats j; 0 where masked.
+    """Return (B, N): the mean chance that i beats j over the counted j, i itself with 1/2; 0 where masked.
 
     Example:
         >>> win_rates(rewards=torch.tensor([[1.0, 0.0]]), link="step")
@@ -181,7 +181,7 @@ def pair_loss(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Mean over ordered pairs i != j of a group, then over groups, with the N x N matrix written out.
+    """Average over the ordered pairs i != j of a group, then reduce over groups, with the full N x N matrix.
 
     Example:
         >>> float(pair_loss(torch.zeros(1, 2), rewards=torch.tensor([[1.0, 0.0]]), link="step"))

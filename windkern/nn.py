@@ -1,4 +1,4 @@
-"""Thin modules over the functions."""
+"""Thin modules around the functions."""
 
 from __future__ import annotations
 

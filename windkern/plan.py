@@ -1,4 +1,4 @@
-"""How much memory and how many FLOPs an op will take, decided before it runs and obeyed by it."""
+"""Plan an op: decide its memory and FLOPs before it runs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from windkern.costs import MIB, Problem, fixed_tile, round_up
 from windkern.kernels.gemm import products_of
 from windkern.spec import WalkSpec
 
-# Reason: a constant for each device type, never a query of free memory: results must not depend on what else runs.
+# Reason: a constant per device type, not a query of free memory: results must not depend on what else runs.
 DEFAULT_BUDGET = {"cpu": 256 * MIB}
 DEFAULT_BUDGET_GPU = 2048 * MIB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions about an op before it runs: pure data, printed as an explanation.
+    """The decisions about an op before it runs. Pure data; `print` explains it.
 
     `units` counts GEMM work in multiples of rows * hidden_size * vocab_size multiply-adds, forward and backward
-    together: plain logits take 6, recomputing every logit takes 8. `peak_bytes` is everything allocated beside
+    together: plain logits take 6, recomputing every logit takes 8. `peak_bytes` is everything allocated besides
     outputs and gradients.
     """
 
@@ -33,7 +33,7 @@ class Plan:
     hidden_sizes: tuple[int, ...]
     vocab_size: int
     walk: WalkSpec
-    products: str  # who multiplies, in words
+    products: str  # the library that multiplies, in words
     flops: int
     units: float
     seconds: float  # on the reference device of the device type
@@ -60,7 +60,7 @@ class Plan:
         return -(-self.vocab_size // self.slab_width)
 
     def chunk(self, rows: int) -> WalkSpec:
-        """The walk of a chunk of `fused_loss` with that many scored rows."""
+        """Return the walk of a chunk of `fused_loss` with that many scored rows."""
         assert self.problem is not None  # `plan` sets it
         problem = replace(self.problem, rows=self.walk.padded_rows(rows))
         return _solve(problem, self.memory_budget).walk
@@ -117,28 +117,28 @@ def plan(
         rows: scored rows M (targets that are not ignored).
         hidden_size: H, or the sizes of the blocks.
         vocab_size: V.
-        dtype: of the GEMM operands: that of the head, the widest where its blocks differ; under autocast its dtype.
+        dtype: of the GEMM operands: that of the head (the widest if its blocks differ); under autocast, its dtype.
         hidden_grad, weight_grad, bias_grad: which gradients are wanted, one flag or one for each block.
         entropy: whether the entropy is an output.
         group_rows: for `fused_loss`, the rows of the largest group (N * T); None for the other ops.
-        memory_budget: bytes for everything beside outputs and gradients; None is 2 GiB on a GPU, 256 MiB on a CPU.
-            Below the smallest possible plan the smallest plan is taken.
+        memory_budget: bytes for everything besides outputs and gradients; None is 2 GiB on a GPU, 256 MiB on a CPU.
+            If no plan fits, the smallest one is taken.
         device: "cuda", "cpu" or a torch.device.
-        batch_invariant: fixed tiles, so that a row's log-prob does not depend on anything but the row.
-        total_rows: rows before ignored ones are dropped; larger than `rows` means that rows are copied first.
+        batch_invariant: whether tiles are fixed, so that a row's log-prob depends on nothing but the row.
+        total_rows: rows before ignored ones are dropped; if larger than `rows`, rows are copied first.
         hidden_dtype: of the hidden states where it differs from `dtype`, one or one for each block; rows are cast as
             they are copied.
-        weight_dtype: of the head where it differs from `dtype`, the same; its slabs are cast one at a time.
-        capped: whether logits have a softcap.
-        backend: of the row kernels; "auto" is the one that is preferred on such a device.
+        weight_dtype: of the head where it differs from `dtype`, likewise; its slabs are cast one at a time.
+        capped: whether the logits have a softcap.
+        backend: of the row kernels; "auto" is the preferred one for the device.
 
     Returns:
         A `Plan` with the gear, slab width, slabs kept, units, FLOPs and peak bytes; `print(plan)` explains it.
 
     Raises:
-        ValueError: a size or the budget is too small, what is given by block does not match the blocks, `device` names
-            none, or `backend` is unknown.
-        TypeError: a size is not an integer, a flag not True or False, or a dtype not one windkern supports.
+        ValueError: a size or the budget is too small, values by block do not match the blocks, or `device` or
+            `backend` is unknown.
+        TypeError: a size is not an integer, a flag is not True or False, or a dtype is not one windkern supports.
 
     Example:
         >>> p = plan(8192, 4096, 128256, torch.bfloat16, device="cuda")
@@ -187,7 +187,7 @@ def _asked(
     capped: bool = False,
     backend: str = "auto",
 ) -> tuple[Problem, int]:
-    """The problem that the arguments of `plan` describe, checked, and its budget."""
+    """Check the arguments of `plan` and return the problem they describe, and the budget."""
     rows = check_count("rows", rows)
     sizes = check_each("hidden_size", hidden_size, lambda name, size: check_count(name, size, least=1))
     vocab_size = check_count("vocab_size", vocab_size, least=1)
@@ -208,7 +208,7 @@ def _asked(
     gear = gear_of(hidden_grad, weight_grad, check_flag("bias_grad", bias_grad))
     tiles = backends.tile_columns(backend, sizes, dtype, batch_invariant) or 0
     if gear == "frozen_head" and tiles:
-        # Reason: the frozen head's gear needs the slab; where all gears must give the same bits, all run tiles.
+        # Reason: the frozen head's gear needs slabs; where all gears must give the same bits, all of them run tiles.
         gear, tiles = ("trained", tiles) if batch_invariant else (gear, 0)
     entropy = check_flag("entropy", entropy)
     plain = not (entropy or tiles or check_flag("capped", capped) or dtype == torch.float16)
@@ -275,45 +275,45 @@ def _planned_walk(problem: Problem, budget: int) -> WalkSpec:
 
 
 def _planned_rows(problem: Problem) -> int:
-    """The row count whose walk is taken: on a GPU one for all within 6 %, so that ragged batches find it made."""
+    """Return the row count to plan for: on a GPU rounded up by at most 6 %, so that ragged batches share a plan."""
     if problem.products.device_type == "cpu":
         return problem.rows
     return round_up(problem.rows, max(64, 1 << max(0, problem.rows.bit_length() - 5)))
 
 
 def planned_spec(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: Any) -> tuple:
-    """The values of the plan's `WalkSpec`: all that a walk over slabs must know."""
+    """Return the values of the plan's `WalkSpec`, which is all that a walk over slabs needs."""
     problem, budget = _asked(rows, hidden_sizes, vocab_size, **options)
     return _planned_walk(problem, budget).values()
 
 
-# Run while torch.compile traces, not traced: the search would take minutes there.
+# torch.compile runs this while it traces instead of tracing it: tracing the search would take minutes.
 planned_spec._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _solve_chunks(problem: Problem, rows: int, group_rows: int, budget: int) -> Plan:
-    """Whole groups in chunks of nearly one size, in as many as predicted to be fastest within the budget.
+    """Split whole groups into nearly equal chunks, as many as are predicted to be fastest within the budget.
 
-    One chunk may recompute some logits; several finish without, or with less, but add up dweight in float32.
+    One chunk may have to recompute some logits. Several recompute fewer or none, but add up dweight in float32.
     """
     tile = problem.walk.row_block or 1
     groups = max(1, -(-rows // group_rows))
     best = None
     for chunks in _chunk_counts(groups):
         each = -(-groups // chunks)
-        # Reason: fused_loss hands float16 gradients over scaled by a power of two, known only at the end.
+        # Reason: fused_loss scales float16 gradients by a power of two that is known only at the end.
         is_half = torch.float16 in problem.weight_dtypes
         several = any(problem.walk.weight_grad) and (each < groups or is_half)
         part = replace(problem, rows=round_up(min(rows, each * group_rows), tile), accumulates=several)
         inner = _solve(part, budget)
         seconds = -(-groups // each) * (inner.seconds + several * part.accumulating_seconds())
-        # Reason: several chunks take another 4 * V * H bytes, which a few percent of time do not pay for.
+        # Reason: several chunks take another 4 * V * H bytes, which are not worth a few percent of time.
         key = (
             (True, -seconds * (1.05 if several else 1.0)) if inner.peak_bytes <= budget else (False, -inner.peak_bytes)
         )
         if best is None or key > best[0]:
             best = key, each, part, inner, seconds
-    assert best is not None  # there is one chunk at least
+    assert best is not None  # there is at least one chunk
     _, each, part, inner, seconds = best
     full, rest = divmod(rows, each * group_rows)
     flops = full * inner.flops
@@ -337,7 +337,7 @@ def _solve_chunks(problem: Problem, rows: int, group_rows: int, budget: int) -> 
 
 
 def _chunk_counts(groups: int) -> list[int]:
-    """Numbers of chunks worth looking at: all small ones, then steps of an eighth, and a group each."""
+    """Return the numbers of chunks to consider: all small ones, then steps of an eighth, and one per group."""
     counts = []
     count = 1
     while count < groups:

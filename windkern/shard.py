@@ -1,4 +1,4 @@
-"""One rank's part of a head that is cut over processes; ops accept it wherever they take a weight."""
+"""One rank's part of a head that is sharded over processes; ops accept it wherever they take a weight."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cut:
-    """Which rows of the head lie here, and how the ranks work on them together."""
+    """The rows of the head on this rank, and how the ranks work on them together."""
 
     group: str  # name of the process group, as torch resolves it
-    streams: bool  # ranks hold other hidden states and pass slabs round; else the same ones, and merge what they find
+    streams: bool  # True: ranks hold different hidden states and pass slabs on; False: the same, and merge results
     start: int  # vocabulary entry of this rank's first row
     vocab_size: int  # of all ranks together
-    largest: int  # most rows of a rank: what all ranks plan for
-    operand: torch.dtype | None  # streamed: what slabs travel and are multiplied in; None: the dtype of the weight
-    reduce_dtype: torch.dtype | None  # of the sums of gradients over the ranks; None: that of sums (float32)
+    largest: int  # most rows on any rank: all ranks plan for it
+    operand: torch.dtype | None  # streamed: dtype in which slabs are sent and multiplied; None: that of the weight
+    reduce_dtype: torch.dtype | None  # in which gradients are summed over the ranks; None: that of sums (float32)
 
 
 @dataclass(frozen=True, eq=False)

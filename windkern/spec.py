@@ -1,4 +1,4 @@
-"""The specification of a walk over the vocabulary: the plan decides it once, and everything below obeys it."""
+"""The specification of a walk over the vocabulary: the plan decides it once, and all code below follows it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from windkern.shard import Cut
 from windkern.transform import LogitTransform
 
-_TYPES = {  # annotations of the fields, and what they are in the schema of an op
+_TYPES = {  # annotations of the fields, and their types in the schema of an op
     "bool": "bool",
     "float": "float",
     "float | None": "float?",
@@ -32,33 +32,33 @@ class WalkSpec:
     hidden_grad: tuple[bool, ...]  # by block: which gradients are wanted
     weight_grad: tuple[bool, ...]
     bias_grad: bool
-    entropy: bool  # whether it is an output
+    entropy: bool  # whether the entropy is an output
     scale: float
     softcap: float | None
     temperature: float
     slab_width: int
     slabs_kept: int  # for backward
-    slabs_at_once: int  # that one product takes of those that are not kept
-    product_columns: int  # that one product of backward takes of those that are kept
+    slabs_at_once: int  # per product, of slabs that are not kept
+    product_columns: int  # per product of backward, of columns that are kept
     row_block: int  # rows of one forward product; 0: all
     tile_columns: int  # of a forward in fused tiles; 0: it walks slabs
     factored: bool  # backward multiplies exponentials; dz is written only for an upstream on lse
-    wide_dz: bool  # dz is written in the dtype that is multiplied; else in that of the operands
+    wide_dz: bool  # dz is written in the dtype of the product library; else in that of the operands
     backend: str  # of the row kernels
-    # These describe a head that is cut over processes, see `windkern.shard.Cut`:
+    # These describe a head that is sharded over processes, see `windkern.shard.Cut`:
     group: str = ""  # "": the head is whole
     streams: bool = False
     vocab_start: int = 0
     vocab_size: int = 0  # of the whole head
     reduce_dtype: torch.dtype = torch.float32
-    least_rows: int = 0  # to walk with, padded: streamed, all ranks walk over as many row blocks
+    least_rows: int = 0  # the walk is padded to these: when streamed, all ranks walk over as many row blocks
 
     @functools.cached_property
     def transform(self) -> LogitTransform:
         return LogitTransform(self.scale, self.softcap, self.temperature)
 
     def of(self, transform: LogitTransform, cut: Cut | None = None, rows: int = 0) -> WalkSpec:
-        """The same decisions for logits with this transform; for a head that is cut, and the most rows of a rank."""
+        """Return the same decisions with this transform, and for a sharded head its cut and the most rows of a rank."""
         given: dict[str, Any] = {"scale": transform.scale, "softcap": transform.softcap}
         given |= {"temperature": transform.temperature}
         if cut is not None:
@@ -72,17 +72,17 @@ class WalkSpec:
 
     @property
     def merges(self) -> bool:
-        """Whether ranks hold parts of the vocabulary and the same rows."""
+        """Whether ranks hold different parts of the vocabulary and the same rows."""
         return bool(self.group) and not self.streams
 
     @property
     def offset_tiles(self) -> int:
-        """Offsets of a row in a slab that is kept for dz."""
+        """Number of offsets of a row in a slab that is kept for dz."""
         return -(-self.slab_width // self.tile_columns) if self.tile_columns else 1
 
     @property
     def saves_logits(self) -> bool:
-        """Whether what is kept is logits.
+        """Whether forward keeps logits instead of exponentials.
 
         Reason: the entropy's gradient -P (log P + H) cancels near a uniform distribution, and log P of a rounded
         exponential is off by the rounding.
@@ -97,16 +97,16 @@ class WalkSpec:
         return min(vocab_size, self.slabs_kept * self.slab_width)
 
     def padded_rows(self, rows: int) -> int:
-        """Rows of the walk: whole row blocks where products have fixed tiles."""
+        """Return the rows of the walk: whole row blocks where products have fixed tiles."""
         padded = -(-rows // self.row_block) * self.row_block if self.row_block else rows
         return max(padded, self.least_rows)
 
     def head_rows(self, rows: int) -> int:
-        """Rows of the head to walk over, of which `rows` lie here."""
+        """Return the rows of the head to walk over, given the `rows` on this rank."""
         return self.vocab_size if self.streams else rows
 
     def values(self) -> tuple:
-        """The fields in their order, as arguments of an op."""
+        """Return the fields in their order, as arguments of an op."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @classmethod
@@ -115,5 +115,5 @@ class WalkSpec:
 
 
 def row_stride(columns: int) -> int:
-    """Elements from one row of a matrix of ours to the next: rows are aligned whatever the vocabulary."""
+    """Return the elements from one row of a kept matrix to the next: rows are aligned for any vocabulary."""
     return -(-columns // 64) * 64

@@ -1,7 +1,7 @@
 """Check a result, in tests, benchmarks and `windkern doctor`: a small problem, its error and its budget.
 
-For tests of a kernel, back end or model of your own; no test framework is needed. The specification is
-`windkern.naive` in float64, and a result may be wrong by a multiple of what plain PyTorch in the same dtype is.
+Use it to test a kernel, back end or model of your own; no test framework is needed. The specification is
+`windkern.naive` in float64, and the budget is a multiple of the error of plain PyTorch in the same dtype.
 
 Example:
     >>> import windkern as wk
@@ -26,12 +26,12 @@ from torch import Tensor
 from windkern import naive
 from windkern.plan import plan
 
-FLOAT64_BOUND = 1e-11  # relative error that float64 results may have
+FLOAT64_BOUND = 1e-11  # largest relative error of a float64 result
 UNLIMITED = 1 << 40  # a memory budget that keeps everything
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
-    """Return the relative Frobenius norm of the difference; the absolute one where `exact` is zero everywhere.
+    """Return the relative Frobenius norm of the difference; the absolute one if `exact` is zero everywhere.
 
     Example:
         >>> relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 5.0])) == 1 / 34**0.5
@@ -80,13 +80,13 @@ def assert_within(
     """Raise unless a result is within its error budget.
 
     Args:
-        result, exact, plain: ours, that of the specification in float64, and that of plain PyTorch in `dtype`.
+        result, exact, plain: our result, that of the specification in float64, and that of plain PyTorch in `dtype`.
         dtype: of the computation.
         what: names the result in the message.
-        cancellation: how much larger than their sum the terms are that the result is added up from.
+        cancellation: ratio of the size of the terms to the size of their sum.
 
     Raises:
-        AssertionError: another shape, or an error over the budget; the message shows the worst element.
+        AssertionError: the shapes differ, or the error is over the budget; the message shows the worst element.
     """
     assert result.shape == exact.shape, f"{what}: shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
     error, budget = relative_error(result, exact), cancellation * error_budget(plain, exact, dtype)
@@ -100,20 +100,20 @@ def assert_within(
 
 
 def rounding_bound(operations: int, largest: float, dtype: torch.dtype) -> float:
-    """Return what `operations` roundings amount to at most, each of one eps of a number up to `largest` (or 1)."""
+    """Return the largest error of `operations` roundings, each of one eps of a number up to `largest` (or 1)."""
     return operations * torch.finfo(dtype).eps * max(1.0, largest)
 
 
 def assert_same_but_for_rounding(got: Tensor, want: Tensor, operations: int, *inputs: Tensor) -> None:
-    """Raise unless two tensors are the same expression of the same numbers, up to `operations` roundings.
+    """Raise unless two tensors are equal up to `operations` roundings.
 
-    For results of a batch of another size, order or number of threads.
+    Use it for one expression computed with another batch size, order or number of threads.
 
-    Hazard: torch rounds such results differently. The vector code of a CPU takes whole vectors, scalar code what is
-    left over, and sums are cut where the batch ends, so the same row has other bits in another place.
+    Hazard: torch rounds such results differently. On a CPU, vector code takes whole vectors and scalar code the
+    remainder, and sums are cut where the batch ends, so the same row has other bits in another place.
 
     Raises:
-        AssertionError: they differ by more.
+        AssertionError: the tensors differ by more.
     """
     largest = max(float(value.abs().max()) for value in (want, *inputs) if value.numel())
     bound = rounding_bound(operations, largest, want.dtype)
@@ -129,7 +129,7 @@ class Shape:
     vocab: int
 
 
-# Which of hidden, weight and bias ask for gradients; bias is dropped where a variant has none.
+# Whether hidden, weight and bias require gradients; the flag of the bias is ignored for a variant without one.
 GEARS = {
     "scoring": (False, False, False),
     "frozen_head": (True, False, False),
@@ -153,14 +153,14 @@ VARIANTS: dict[str, dict] = {
 class Problem:
     """Inputs of `windkern.token_logps` in float64, drawn from a seed.
 
-    One row in four is ignored, and where there is a bias one vocabulary entry is masked by -inf.
+    One row in four is ignored, and a bias masks one vocabulary entry by -inf.
 
     Args:
-        shape: of targets, hidden states and vocabulary; several hidden sizes are blocks of logits that add up.
+        shape: of targets, hidden states and vocabulary; several hidden sizes are blocks whose logits add up.
         variant: key of VARIANTS.
         seed: of the draws.
         ignore: whether rows are ignored.
-        seen: outputs that an upstream gradient comes on.
+        seen: outputs that get an upstream gradient.
     """
 
     shape: Shape
@@ -201,7 +201,7 @@ class Problem:
         return {key: value for key, value in self.options.items() if key != "entropy"}
 
     def upstream(self, count: int, like: Tensor) -> list[Tensor]:
-        """Return upstream gradients: arbitrary, different for every row and output, and from a formula."""
+        """Return arbitrary upstream gradients, different for every row and output, from a formula."""
         places = torch.arange(like.numel(), dtype=torch.float64).view(like.shape)
         return [torch.sin(1.0 + places * (k + 1.3)).to(like.dtype) for k in range(count)]
 
@@ -209,12 +209,12 @@ class Problem:
         """Return outputs and gradients by name, on the CPU: logps, lse, entropy, dhidden0, dweight0, dbias.
 
         Args:
-            function: takes hidden, weight, targets and keyword arguments, and returns three outputs or None for some,
-                as `windkern.token_logps`.
+            function: takes hidden, weight, targets and keyword arguments, and returns three outputs, some of them
+                None, like `windkern.token_logps`.
             dtype: of the computation.
             gear: key of GEARS.
-            kwargs: rounded_to, the dtype the inputs are rounded to first (None: `dtype`); device (None: cpu); all else
-                goes to `function`.
+            kwargs: `rounded_to`, the dtype to which the inputs are rounded first (default `dtype`); `device` (default
+                cpu); all others go to `function`.
         """
         storage, device = kwargs.pop("rounded_to", dtype), kwargs.pop("device", "cpu")
         wants = GEARS[gear]
@@ -247,15 +247,15 @@ class Problem:
         return {name: value.detach().cpu() for name, value in results.items()}
 
     def exact(self, dtype: torch.dtype, gear: str) -> dict[str, Tensor]:
-        """Return what the specification gives in float64 on the inputs as `dtype` holds them."""
+        """Return the results of the specification in float64, on the inputs rounded to `dtype`."""
         return self.run(naive.token_logps, torch.float64, gear, rounded_to=dtype)
 
     def plain(self, dtype: torch.dtype, gear: str, device: str = "cpu") -> dict[str, Tensor]:
-        """Return what plain PyTorch gives in `dtype`."""
+        """Return the results of plain PyTorch in `dtype`."""
         return self.run(naive.token_logps, dtype, gear, device=device)
 
     def middle_budget(self, dtype: torch.dtype, gear: str) -> int:
-        """Return about half of what keeping everything takes, so that some slabs are kept and some recomputed."""
+        """Return about half of the memory for keeping everything, so that some slabs are kept and some recomputed."""
         wants = GEARS[gear]
         everything = plan(
             self.targets.numel(),

@@ -9,7 +9,7 @@ from windkern._checks import check_number
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """Elementwise map of the logits: `z -> softcap * tanh(scale * z / softcap) / temperature`.
+    """An elementwise map of the logits: `z -> softcap * tanh(scale * z / softcap) / temperature`.
 
     Without `softcap` it is `z -> scale * z / temperature`. One object serves forward, backward, entropy and
     reference log-probs, so they cannot disagree.

@@ -1,4 +1,4 @@
-// Picks the newest instruction set that both the build and this CPU have.
+// Chooses the newest instruction set that both the build and this CPU have.
 #include "dispatch.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -38,7 +38,7 @@ bool cpu_has_bf16() {
 #endif
 }
 
-// Hazard: Linux kills a process that touches a tile register without having asked for them. Remedy: ask, once.
+// Hazard: Linux kills a process that uses a tile register without permission. Remedy: request permission once.
 bool cpu_has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

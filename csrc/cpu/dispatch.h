@@ -7,7 +7,7 @@
 
 namespace windkern {
 
-// Tables this CPU can run, newest instruction set first; never empty.
+// The tables that this CPU can run, newest instruction set first; never empty.
 std::vector<const KernelTable*> runnable_kernels();
 
 struct NamedProduct {
@@ -15,7 +15,7 @@ struct NamedProduct {
   MultiplyBf16 multiply;
 };
 
-// Products of bfloat16 operands with float32 sums this CPU can run, fastest first; empty where it has no instruction.
+// The products of bfloat16 operands with float32 sums that this CPU can run, fastest first; empty if there are none.
 std::vector<NamedProduct> runnable_products();
 
 }  // namespace windkern

@@ -1,4 +1,4 @@
-// What one instruction set's build of the CPU kernels offers; dispatch.cpp picks one at run time.
+// The table of CPU kernels built for one instruction set; dispatch.cpp chooses one at run time.
 #pragma once
 
 #include "../include/windkern/arguments.h"
@@ -19,7 +19,7 @@ struct KernelTable {
 };
 
 const KernelTable* portable_kernels();
-const KernelTable* avx2_kernels();    // null where the build or the CPU has none
+const KernelTable* avx2_kernels();    // null if the build or the CPU has none
 const KernelTable* avx512_kernels();
 
 }  // namespace windkern

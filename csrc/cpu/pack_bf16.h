@@ -1,4 +1,4 @@
-// What the products of bfloat16 operands share: B in panels of pairs, rounding, and the loop over blocks of C.
+// Code shared by the products of bfloat16 operands: B in panels of pairs, rounding, and the loop over blocks of C.
 #pragma once
 
 #include <immintrin.h>
@@ -16,7 +16,7 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 __mmask16 mask_of(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-// 16 rows of 16 numbers of 32 bits, transposed.
+// Transposes 16 rows of 16 numbers of 32 bits.
 void transpose(__m512i (&r)[16]) {
   __m512i t[16];
   for (int i = 0; i < 8; ++i) {
@@ -41,7 +41,7 @@ void transpose(__m512i (&r)[16]) {
   }
 }
 
-// One panel of B stored as (columns, inner): out[pair][column], zeros beyond both ends.
+// Packs one panel of B stored as (columns, inner): out[pair][column], with zeros beyond both ends.
 void pack_transposed(const Product& p, int64_t first, uint32_t* out) {
   const int64_t pairs = padded_pairs(p.inner);
   for (int64_t group = 0; group < kPanel; group += 16) {
@@ -60,14 +60,14 @@ void pack_transposed(const Product& p, int64_t first, uint32_t* out) {
   }
 }
 
-// 16 pairs from two neighbouring rows; `odd` is absent at the end of an odd `inner`.
+// 16 pairs from two adjacent rows; `odd` is null at the end of an odd `inner`.
 __m512i interleave(const uint16_t* even, const uint16_t* odd, __mmask16 mask) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even));
   if (odd == nullptr) return low;
   return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd)), 16));
 }
 
-// The same of B stored as (inner, columns).
+// The same for B stored as (inner, columns).
 void pack_plain(const Product& p, int64_t first, uint32_t* out) {
   const int64_t pairs = (p.inner + 1) / 2;
   memset(out + pairs * kPanel, 0, (padded_pairs(p.inner) - pairs) * kPanel * sizeof(uint32_t));
@@ -102,7 +102,7 @@ void* scratch_memory(int64_t bytes) {
 }
 
 // Packs B, then calls body(scratch, first row, count of rows, first panel, last panel) for blocks that cover C. Each
-// thread has `scratch_bytes` of its own, and calls enter() and leave() around its work.
+// thread has its own `scratch_bytes`, and calls enter() and leave() around its work.
 template <class Enter, class Body, class Leave>
 void over_blocks(const Product& p, int64_t block_rows, int64_t scratch_bytes, Enter enter, Body body, Leave leave) {
   if (p.rows == 0 || p.columns == 0) return;

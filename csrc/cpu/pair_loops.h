@@ -19,7 +19,7 @@ Chances<L> chances(const Pairs& in, int64_t group, int64_t i, int64_t j) {
   return chances_of<link>(L(splat<L>(rewards[i]) - load<L>(rewards + j)));
 }
 
-// 1 where response j counts, else 0.
+// 1 if response j counts, else 0.
 template <class L>
 L counted(const bool* where, int64_t j) {
   if (where == nullptr) return splat<L>(1);
@@ -32,7 +32,7 @@ L counted(const bool* where, int64_t j) {
   }
 }
 
-// `value` for response i itself, where it is among those of lane j.
+// Sets `value` for response i itself if it is among those of lane j.
 template <class L>
 void set_own(L& lanes, int64_t i, int64_t j, ScalarOf<L> value) {
   if constexpr (LaneTraits<L>::width == 1) {
@@ -58,7 +58,7 @@ void pair_terms_of(const Pairs& in, S* value, S* slope) {
       L value, slope;
       const L gap = splat<L>(scores[i]) - load<L>(scores + j);
       pair_value_slope<loss>(gap, chances<S, link, L>(in, group, i, j), value, slope);
-      // Hazard: a masked score may be NaN or inf, and what is added and taken away again drowns small losses.
+      // Hazard: a masked score can be NaN or inf, and adding and subtracting a term loses the digits of small losses.
       // Remedy: select; never multiply by 0, never subtract the pair (i, i).
       L one = counted<L>(where, j);
       set_own(one, i, j, S(0));

@@ -1,11 +1,11 @@
-// Matrix products of bfloat16 operands with float32 sums, which no library of torch offers on a CPU.
+// Matrix products of bfloat16 operands with float32 sums, which no library of torch provides on a CPU.
 #pragma once
 
 #include <cstdint>
 
 namespace windkern {
 
-// C (rows, columns) = A (rows, inner) B (inner, columns), or C += that. Operands are bfloat16.
+// C (rows, columns) = A (rows, inner) B (inner, columns), or C += A B. Operands are bfloat16.
 struct Product {
   int64_t rows, columns, inner;
   const uint16_t* a;
@@ -25,7 +25,7 @@ struct Product {
 // B is repacked in panels of this many columns; pairs of neighbours along `inner` share 32 bits.
 constexpr int64_t kPanel = 64;
 
-// Pairs of a panel, with zeros up to whole tiles of 16.
+// Pairs in a panel, padded with zeros to whole tiles of 16.
 inline int64_t padded_pairs(int64_t inner) { return (inner + 31) / 32 * 16; }
 
 inline int64_t packed_size(int64_t columns, int64_t inner) {
@@ -34,7 +34,7 @@ inline int64_t packed_size(int64_t columns, int64_t inner) {
 
 using MultiplyBf16 = void (*)(const Product&);
 
-// Null where the build has none; whether the CPU can run it is the caller's question.
+// Null if the build has none; the caller must check whether the CPU can run it.
 MultiplyBf16 amx_product();
 MultiplyBf16 avx512bf16_product();
 

@@ -1,5 +1,5 @@
-// bfloat16 products with AMX: a step multiplies 16 rows by 16 columns over 32 numbers of `inner`, sums in float32.
-// A row's sum runs in one fixed order whatever the other rows are, so results do not depend on the row count.
+// bfloat16 products with AMX: a step multiplies 16 rows by 16 columns over 32 numbers of `inner`, with float32 sums.
+// A row is summed in one fixed order, independent of the other rows, so results do not depend on the row count.
 #include "products.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -20,12 +20,12 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Where the 16 rows of tile `half` (0, 1) of a pair of row tiles lie, for one step.
+// Address of the 16 rows of tile `half` (0, 1) of a pair of row tiles, for one step.
 uint16_t* tile_of(uint16_t* packed, int64_t pair, int64_t half, int64_t step, int64_t steps) {
   return packed + ((pair * steps + step) * 2 + half) * kStep;
 }
 
-// Rows first .. first + count of A: out[pair of tiles][step][tile][row][32 of inner], zeros beyond both ends.
+// Packs rows first .. first + count of A: out[pair of tiles][step][tile][row][32 of inner], zeros beyond both ends.
 void pack_a(const Product& p, int64_t first, int64_t count, uint16_t* out) {
   const int64_t steps = padded_pairs(p.inner) / 16;
   for (int64_t row = 0; row < (count + kPair - 1) / kPair * kPair; row += kTile) {
@@ -52,7 +52,7 @@ void pack_a(const Product& p, int64_t first, int64_t count, uint16_t* out) {
   }
 }
 
-// c (32, 32) = a b over some steps, or c += that. Tiles 0 to 3 hold c, 4 and 5 rows of a, 6 and 7 columns of b.
+// c (32, 32) = a b over some steps, or c += a b. Tiles 0 to 3 hold c, 4 and 5 rows of a, 6 and 7 columns of b.
 void multiply_pair(const uint16_t* a, const uint32_t* b, int64_t steps, float* c, int64_t stride, bool add) {
   const int64_t row_bytes = stride * sizeof(float);
   if (add) {
@@ -87,7 +87,7 @@ void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_str
   for (int64_t row = 0; row < rows; ++row) memcpy(to + row * to_stride, from + row * from_stride, width * sizeof(float));
 }
 
-// Rows first .. first + count of C over the panels begin .. end.
+// Computes rows first .. first + count of C over the panels begin .. end.
 void multiply_block(const Product& p, int64_t first, int64_t count, int64_t begin, int64_t end, uint16_t* packed_a,
                     float* sums) {
   const int64_t steps = padded_pairs(p.inner) / 16;
@@ -100,7 +100,7 @@ void multiply_block(const Product& p, int64_t first, int64_t count, int64_t begi
     const int64_t stride = direct ? p.c_stride : kPanel;
     if (!direct && p.accumulate) copy_rows(target, p.c_stride, sums, kPanel, count, width);
     int64_t step = 0;
-    do {  // once at the least: an empty sum is 0
+    do {  // at least once: an empty sum is 0
       const int64_t chunk = smaller(kChunkSteps, steps - step);
       const uint32_t* b = p.packed + (panel * steps + step) * kTile * kPanel;
       for (int64_t pair = 0; pair < (count + kPair - 1) / kPair; ++pair) {

@@ -1,5 +1,5 @@
 // bfloat16 products with vdpbf16ps: each step multiplies a pair along `inner` for 16 columns and adds it in float32.
-// A row's sum runs in one fixed order whatever the other rows are, so results do not depend on the row count.
+// A row is summed in one fixed order, independent of the other rows, so results do not depend on the row count.
 #include "products.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -13,7 +13,7 @@ constexpr int kVectors = kPanel / 16;
 constexpr int64_t kBlockRows = 8 * kRows;  // rows of A that pass over all of B together
 constexpr int64_t kChunkPairs = 256;       // of `inner` at a time: 64 KiB of B stay in the second-level cache
 
-// Rows of A stored as (inner, rows): out[tile][pair][row of the tile].
+// Packs rows of A stored as (inner, rows): out[tile][pair][row of the tile].
 void pack_rows(const Product& p, int64_t first, int64_t count, uint32_t* out) {
   const int64_t pairs = (p.inner + 1) / 2;
   alignas(64) uint32_t line[kBlockRows];
@@ -29,7 +29,7 @@ void pack_rows(const Product& p, int64_t first, int64_t count, uint32_t* out) {
   }
 }
 
-// A where the register tile reads it: pair k of row r.
+// A as the register tile reads it: pair k of row r.
 struct RowsOfA {
   const uint16_t* data;
   int64_t stride;
@@ -47,7 +47,7 @@ struct PackedA {
   __m512bh last(int64_t k, int r) const { return pair(k, r); }  // its odd half is 0
 };
 
-// c (R, panel) = A B over `pairs` pairs, and one half pair more where `half`; adds to c where `add`.
+// c (R, panel) = A B over `pairs` pairs, and half a pair more if `half`; adds to c if `add`.
 template <int R, class A>
 void multiply_tile(const A& a, const uint32_t* b, int64_t pairs, bool half, float* c, int64_t stride, int64_t width,
                    bool add) {
@@ -92,7 +92,7 @@ void multiply_rows(int64_t rows, const A& a, const uint32_t* b, int64_t pairs, b
   }
 }
 
-// Rows first .. first + count of C over the panels begin .. end.
+// Computes rows first .. first + count of C over the panels begin .. end.
 void multiply_block(const Product& p, int64_t first, int64_t count, int64_t begin, int64_t end, uint32_t* packed_a,
                     float* scratch) {
   const int64_t pairs = (p.inner + 1) / 2;
@@ -102,7 +102,7 @@ void multiply_block(const Product& p, int64_t first, int64_t count, int64_t begi
     float* c = p.c_is_float ? (float*)p.c + first * p.c_stride + column : scratch;
     const int64_t stride = p.c_is_float ? p.c_stride : kPanel;
     int64_t k = 0;
-    do {  // once at the least: an empty sum is 0
+    do {  // at least once: an empty sum is 0
       const int64_t chunk = smaller(kChunkPairs, pairs - k);
       const bool half = k + chunk == pairs && p.inner % 2 == 1, add = k > 0 || p.accumulate;
       const uint32_t* b = p.packed + (panel * padded_pairs(p.inner) + k) * kPanel;

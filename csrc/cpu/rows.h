@@ -120,7 +120,7 @@ void unit_rows(const Slab& slab, const ForwardState& state, const UnitOutputs& o
       }
       store(unit + i, weighted);  // last: unit may be the slab itself
     });
-    // Reason: W_y - sum P W cancels where the model is sure of the target; the target entry is added apart.
+    // Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is added separately.
     if (column >= 0 && column < W) {
       store(unit + column, S(0));
       if (logged != nullptr) store(logged + column, S(0));
@@ -133,7 +133,7 @@ void unit_rows(const Slab& slab, const ForwardState& state, const UnitOutputs& o
   }
 }
 
-// Exponentials relative to a pivot that the slabs of a row share; the statistics are carried as in forward_rows.
+// Exponentials relative to a pivot that the slabs of a row share; the statistics are those of forward_rows.
 template <class S, class E>
 void exps_forward_rows(const Slab& slab, const ForwardState& state, const ExpsOutputs& out) {
   const Transform<S> t(slab);
@@ -156,9 +156,9 @@ void exps_forward_rows(const Slab& slab, const ForwardState& state, const ExpsOu
       sum.at(lane) += e;
       store(values + i, L(e * factor));  // last: the values may be the slab itself
     });
-    // Hazard: an ignored row may hold NaN, and 0 * NaN is NaN in a product. Remedy: it holds zeros.
+    // Hazard: an ignored row can hold NaN, and 0 * NaN is NaN in a product. Remedy: write zeros there.
     if (ignored) for_lanes<S>(W, [&](int64_t i, auto lane) { store(values + i, decltype(lane){}); });
-    // Reason: W_y - sum P W cancels where the model is sure of the target; the target's entry is put in apart.
+    // Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is set separately.
     if (column >= 0 && column < W) store(values + column, S(0));
     if (next.factor != S(1)) {
       E* before = values - out.earlier;
@@ -176,7 +176,7 @@ void exps_forward_rows(const Slab& slab, const ForwardState& state, const ExpsOu
   }
 }
 
-// The same exponentials once more, with the target's entry in its place.
+// Recomputes these exponentials, with the given entry at the target.
 template <class S, class E>
 void exps_backward_rows(const Slab& slab, const ExpsInputs& in) {
   const Transform<S> t(slab);
@@ -201,7 +201,7 @@ void exps_backward_rows(const Slab& slab, const ExpsInputs& in) {
   }
 }
 
-// A thread owns columns and walks down the rows, so a sum does not depend on how many threads there are.
+// A thread owns columns and walks down the rows, so a sum does not depend on the number of threads.
 template <class S, class E>
 void column_sums_of(const ColumnSums& in) {
   constexpr int64_t kColumns = 512;
@@ -227,8 +227,8 @@ S at_or_zero(const void* values, int64_t row) {
   return values == nullptr ? S(0) : ((const S*)values)[row];
 }
 
-// One row of dz from kept exp(y - offset) * slope, which has no entropy, or from recomputed logits; adds scale * dz to
-// dbias where wanted.
+// Writes one row of dz from kept exp(y - offset) * slope (without entropy), or from recomputed logits; adds scale * dz
+// to dbias where wanted.
 template <class S, class E, class D, bool from_kept>
 void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>& t, int64_t row, S* dbias) {
   const int64_t W = slab.width;
@@ -252,7 +252,7 @@ void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>
   const int64_t column = slab.targets[row] - slab.start;
   const bool has_target = column >= 0 && column < W;
   const S entry = has_target ? target_slope(stats, c, t) : S(0);
-  S replaced = S(0);  // what the loop adds to dbias at the target before it is put right
+  S replaced = S(0);  // added to dbias at the target by the loop, and corrected below
   for_lanes<S>(W, [&](int64_t i, auto lane) {
     using L = decltype(lane);
     L d;
@@ -261,7 +261,7 @@ void backward_row(const Slab& slab, const BackwardInputs& in, const Transform<S>
       d = (e * kept_factor) * factor;
     } else {
       const L y = load<L>(z + i);
-      // Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
+      // Reason: max and log(sum) are subtracted one after the other because their rounded sum would cost digits.
       const L logp = (y - stats.max) - stats.log_sum;
       const L p = lane_exp(logp);
       d = p * factor;
@@ -349,7 +349,7 @@ template <class S>
 void segment_sums(const S* values, const int64_t* bounds, int64_t segments, S* sums, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t s = 0; s < segments; ++s) {
-    double total = 0;  // exact to float32 rounding however long the sequence
+    double total = 0;  // exact to float32 rounding for any length of the sequence
     for (int64_t i = bounds[s]; i < bounds[s + 1]; ++i) total += double(values[i]);
     sums[s] = S(total);
   }

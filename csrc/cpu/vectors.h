@@ -1,4 +1,4 @@
-// Vector lanes of the width this translation unit is compiled for, and how they are loaded and stored.
+// Vector lanes of the width that this translation unit is compiled for, with their loads and stores.
 #pragma once
 
 #include <cstdlib>
@@ -128,7 +128,7 @@ inline ScalarOf<V> reduce_max(V value) {
   return best;
 }
 
-// Zeroed scratch. Own, because code of std::vector emitted here with newer instructions could serve the whole library.
+// Zeroed scratch. Reason: code of std::vector emitted here with newer instructions could be used by the whole library.
 template <class S>
 struct Buffer {
   S* data;

@@ -1,6 +1,6 @@
 // dz from kept exp(y - offset) * slope or from recomputed logits. A block owns a tile of columns and walks down its
-// rows, so a thread's columns, bias and share of dbias stay in registers; what a row needs is worked out once for the
-// whole tile.
+// rows, so a thread's columns, bias and share of dbias stay in registers, and the terms of a row are computed once for
+// the whole tile.
 #include "add_tiles.h"
 #include "launchers.h"
 #include "packs.h"
@@ -13,17 +13,17 @@ constexpr int kMaxThreads = 256;
 constexpr int kBatch = 32;      // rows whose terms are in shared memory together: one for each lane of the first warp
 constexpr int kRowsAtOnce = 2;  // rows a thread loads before it uses the first
 constexpr int kTileRows = 16;
-// Blocks a multiprocessor has room for: 64 registers a thread, more where float64 would spill.
+// Blocks per multiprocessor: 64 registers per thread, more where float64 would spill.
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 1 : 4;
 
 constexpr int kElsewhere = -1, kIgnored = -2;
 
-// What one row needs of its statistics and upstream gradients.
+// The terms of one row, from its statistics and upstream gradients.
 template <class S>
 struct alignas(sizeof(S) * 8) RowTerms {
   S max, log_sum;
-  S factor, entropy_factor;  // of P, or of what was kept, and of P log P
+  S factor, entropy_factor;  // of P, or of kept values, and of P log P
   S entry;                   // d loss / d logit at the target
   S row_scale;
   int column;  // of the target in this slab, kElsewhere, or kIgnored
@@ -53,11 +53,11 @@ __device__ RowTerms<S> terms_of(const Slab& slab, const BackwardInputs& in, cons
   return terms;
 }
 
-// dz of one entry: `x` is what was kept, or the transformed logit y.
+// dz of one entry: `x` is the kept value, or the transformed logit y.
 template <class S, bool from_kept>
 __device__ __forceinline__ S slope_of(S x, const RowTerms<S>& row, const Transform<S>& t, bool has_entropy) {
   if constexpr (from_kept) return x * row.factor;
-  // Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
+  // Reason: max and log(sum) are subtracted one after the other because their rounded sum would cost digits.
   const S logp = (x - row.max) - row.log_sum, p = lane_exp(logp);
   S d = p * row.factor;
   // Hazard: 0 * -inf where P is 0. Remedy: only entries above 0 have the term.
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<S>)
         for (int k = 0; k < size; ++k) {
           S d = slope_of<S, from_kept>(x[r][k], row, t, has_entropy);
           if (row.column == columns.at(column_tile, k)) d = row.entry;
-          // Hazard: an ignored row may hold NaN, and 0 * NaN is NaN. Remedy: select.
+          // Hazard: an ignored row can hold NaN, and 0 * NaN is NaN. Remedy: select.
           if (row.column == kIgnored) d = S(0);
           x[r][k] = d;
           sums[k] += d * row.row_scale;
@@ -133,7 +133,7 @@ void run(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_
   int threads = 32;
   while (threads < kMaxThreads && threads * size < width) threads *= 2;
   const int column_tiles = int(ceil_div(width, threads * size));
-  // dbias takes as many row tiles as it has scratch for.
+  // dbias uses as many row tiles as its scratch allows.
   const int64_t tile_rows = in.dbias == nullptr ? kTileRows : ceil_div(slab.rows, row_tiles > 0 ? row_tiles : 1);
   const int64_t tiles = slab.rows == 0 ? 0 : ceil_div(slab.rows, tile_rows);
   S* const scratch = in.dbias == nullptr ? nullptr : (S*)partial;

@@ -1,5 +1,5 @@
-// Python module windkern._cuda: pointers, sizes, dtype codes, a device and a stream in; no torch header, so one build
-// serves every torch.
+// Python module windkern._cuda. It takes pointers, sizes, dtype codes, a device and a stream, without torch headers:
+// one build serves every torch.
 #include <pybind11/pybind11.h>
 
 #include "launchers.h"
@@ -16,7 +16,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Where a kernel runs: the number of a device and its stream.
+// The number of the device and the stream on which a kernel runs.
 struct Queue {
   int device;
   Address stream;

@@ -1,4 +1,4 @@
-// What a failed call of the runtime, or a failed start of a kernel, says.
+// Raises an error for a failed call of the runtime or a failed launch of a kernel.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// What a device needs to run this build.
+// Checks that a device can run this build.
 #include "check.h"
 #include "launchers.h"
 

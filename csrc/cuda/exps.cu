@@ -1,4 +1,4 @@
-// What backward does with exponentials beside its products: once more from logits, sums of columns, factors of rows.
+// Backward's work with exponentials, apart from its products: recomputing them, sums of columns, and factors of rows.
 #include "add_tiles.h"
 #include "launchers.h"
 #include "packs.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// A block for each row and each span of kThreads packs.
+// One block for each row and each span of kThreads packs.
 template <class S, class E, bool wide>
 __global__ void __launch_bounds__(kThreads)
     again(const Slab slab, const Transform<S> t, const ExpsInputs in, int spans) {
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < size; ++k) {
     y[k] = columns.at(span, k) == column ? entry : lane_exp(y[k] - pivot);
-    if (target < 0) y[k] = S(0);  // an ignored row may hold anything
+    if (target < 0) y[k] = S(0);  // an ignored row can hold anything
   }
   store_pack((E*)in.values + row * in.stride, columns, span, y);
 }
@@ -43,7 +43,7 @@ void run_again(const Slab& slab, const ExpsInputs& in, Stream stream) {
          cudaStream_t(stream), slab, Transform<S>(slab), in, spans);
 }
 
-// A thread for each column of a tile of rows, whose sum is added to those of the other tiles below.
+// One thread for each column of a tile of rows; its sum is added to those of the other tiles below.
 template <class S, class E>
 __global__ void __launch_bounds__(kThreads)
     sum_tiles(const ColumnSums in, int column_blocks, int64_t tile_rows, S* partial) {

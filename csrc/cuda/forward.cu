@@ -1,4 +1,4 @@
-// Forward that only scores: one look at each entry, an online softmax in each thread.
+// Forward that only scores: it reads each entry once, with an online softmax in each thread.
 #include "kept.h"
 #include "packs.h"
 #include "team.h"
@@ -7,7 +7,7 @@ namespace windkern {
 namespace cuda {
 namespace {
 
-// Packs a thread loads before it uses the first.
+// Packs that a thread loads before it uses the first.
 template <bool wide>
 constexpr int kPacksAtOnce = wide ? 4 : 2;
 
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kMaxTeam) score(const Slab slab, const Transfo
   constexpr int size = kPack<S, wide>, at_once = kPacksAtOnce<wide>;
   __shared__ TeamSlots<S> slots[3];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= slab.rows) return;  // whole warps: a block of several rows has one warp for each
+  if (row >= slab.rows) return;  // whole warps: a block of several rows has one warp per row
   const Columns<wide, size> columns{int(threadIdx.x), int(blockDim.x), int(slab.width)};
   const S* z = (const S*)slab.logits + row * slab.stride;
   const S* bias = (const S*)slab.bias;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMaxTeam) score(const Slab slab, const Transfo
     merge(part, here);
   }
 
-  // Every thread's share is carried to the row's maximum, then they add up.
+  // Every thread's share is rescaled to the row's maximum, and then summed.
   OnlineSoftmax<S> whole{over_team(part.max, slots[0], Larger{}), S(0), S(0)};
   merge(whole, part);
   whole.sum = over_team(whole.sum, slots[1], Plus{});

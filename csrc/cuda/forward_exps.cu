@@ -1,4 +1,4 @@
-// Forward that writes exponentials relative to a pivot that hardly ever moves.
+// Forward that writes exponentials relative to a pivot that rarely moves.
 #include "two_looks.h"
 
 namespace windkern {
@@ -40,12 +40,12 @@ struct ExpsOutput {
   __device__ void write(const Columns& columns, int p, const S (&)[size], const S (&e)[size], S) const {
     S scaled[size];
 #pragma unroll
-    for (int k = 0; k < size; ++k) scaled[k] = ignored ? S(0) : e[k] * factor;  // an ignored row may hold NaN
+    for (int k = 0; k < size; ++k) scaled[k] = ignored ? S(0) : e[k] * factor;  // an ignored row can hold NaN
     store_pack(values, columns, p, scaled);
   }
 
-  // Reason: W_y - sum P W cancels where the model is sure of the target; the target's entry is put in apart. The thread
-  // that wrote the entry writes it again.
+  // Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is set separately. The
+  // thread that wrote the entry writes it again.
   __device__ void at_target(int column) const { values[column] = narrowed<E>(S(0)); }
 
   __device__ void end(int64_t row, const MergeFactors<S>&) const {

@@ -42,8 +42,8 @@ struct UnitOutput {
     store_pack(logged, columns, p, weighted);
   }
 
-  // Reason: W_y - sum P W cancels where the model is sure of the target; the target entry is added apart. The thread
-  // that wrote the entry writes it again.
+  // Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is added separately. The
+  // thread that wrote the entry writes it again.
   __device__ void at_target(int column) const {
     unit[column] = narrowed<E>(S(0));
     if (logged != nullptr) logged[column] = narrowed<E>(S(0));

@@ -1,4 +1,4 @@
-// How a kernel is started.
+// Launches a kernel, and checks the limits of a launch.
 #pragma once
 
 #include "check.h"
@@ -17,7 +17,7 @@ struct Same {
   using type = T;
 };
 
-// Nothing runs for 0 blocks. `name` is what an error calls the kernel.
+// Nothing runs for 0 blocks. `name` is the kernel's name in an error.
 template <class... Args>
 void launch(const char* file, int line, const char* name, void (*kernel)(Args...), int64_t blocks, dim3 block,
             cudaStream_t stream, typename Same<Args>::type... args) {
@@ -31,7 +31,7 @@ void launch(const char* file, int line, const char* name, void (*kernel)(Args...
 
 #define WK_RUN(name, ...) ::windkern::cuda::launch(__FILE__, __LINE__, name, __VA_ARGS__)
 
-// Columns of a row are counted in 32 bits with room for a team's last step; rows * width needs 64.
+// Columns of a row are counted in 32 bits, with room for a team's last step; rows * width needs 64 bits.
 inline int checked_width(int64_t width) {
   if (width < 1 || width > (int64_t(1) << 30)) {
     throw std::invalid_argument("a slab must have 1 to 2^30 columns, got " + std::to_string(width));

@@ -1,4 +1,4 @@
-// Launchers of the CUDA kernels. Plain C++: no CUDA, torch or Python header. Nothing here allocates or synchronises.
+// Launchers of the CUDA kernels, in plain C++ without CUDA, torch or Python headers. None allocates or synchronises.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// Why no kernel of this build can run on a device, or an empty string.
+// Returns why no kernel of this build can run on a device, or an empty string.
 std::string device_problem(int device);
 
 // Makes `device` current in this module's runtime; a negative number leaves it alone.
@@ -19,17 +19,17 @@ void use_device(int device);
 
 void slab_forward(const Slab& slab, const ForwardState& state, const ForwardOutputs& out, Stream stream);
 void slab_forward_unit(const Slab& slab, const ForwardState& state, const UnitOutputs& out, Stream stream);
-// `partial` is scratch (row_tiles, width) where dbias is wanted, else null with row_tiles 0.
+// `partial` is scratch (row_tiles, width) if dbias is wanted, else null with row_tiles 0.
 void slab_backward(const Slab& slab, const BackwardInputs& in, void* partial, int64_t row_tiles, Stream stream);
 void exps_forward(const Slab& slab, const ForwardState& state, const ExpsOutputs& out, Stream stream);
 void exps_backward(const Slab& slab, const ExpsInputs& in, Stream stream);
 // `partial` is scratch (row_tiles, width).
 void column_sums(const ColumnSums& in, void* partial, int64_t row_tiles, Stream stream);
-// sums (rows, columns) *= factor (rows,), with no access to a row whose factor is 1; `dtype` is of sums.
+// sums (rows, columns) *= factor (rows,), without access to rows whose factor is 1; `dtype` is that of sums.
 void rescale_rows(DType dtype, void* sums, int64_t stride, const void* factor, int64_t rows, int64_t columns,
                   Stream stream);
 void segment_sum(DType dtype, const void* values, const int64_t* bounds, int64_t segments, void* sums, Stream stream);
-// Doubles of scratch pair_terms takes for each group of n.
+// Doubles of scratch that pair_terms needs for each group of n.
 int64_t pair_tiles(int64_t n);
 void pair_terms(const Pairs& in, void* value, void* slope, double* scratch, Stream stream);
 void win_rates(const Pairs& in, void* rates, Stream stream);

@@ -1,4 +1,4 @@
-// Which columns of a row a thread has, and how it loads and stores them: 16 bytes of the operand dtype at a time.
+// The columns of a row that belong to a thread, and their loads and stores: 16 bytes of the operand dtype at a time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,16 +15,16 @@ struct alignas(sizeof(T) * n) Aligned {
   T v[n];
 };
 
-// Numbers of a pack: 16 bytes of them, or few enough single ones that their addresses fit in registers.
+// Numbers in a pack: 16 bytes of them, or few enough single ones that their addresses fit in registers.
 template <class E, bool wide>
 constexpr int kPack = wide ? 16 / int(sizeof(E)) : sizeof(E) == 8 ? 2 : 4;
 
-// Reason: float64 is for checks of gradients, where 8-byte accesses do; its wide kernels are not built.
+// Reason: float64 is for gradient checks, for which 8-byte accesses suffice; its wide kernels are not built.
 template <class S>
 constexpr bool kMayBeWide = sizeof(S) == 4;
 
-// Pack p of thread `thread` is `size` columns side by side where pointers and width allow 16-byte accesses (wide), else
-// `size` columns a team apart, so that each is one coalesced access of a warp.
+// Pack p of thread `thread` has `size` adjacent columns if pointers and width allow 16-byte accesses (wide), else
+// `size` columns that are a team apart, so that each is one coalesced access of a warp.
 template <bool wide, int size>
 struct Columns {
   int thread, team, width;
@@ -32,7 +32,7 @@ struct Columns {
   __device__ int at(int p, int k) const {
     return wide ? (p * team + thread) * size + k : (p * size + k) * team + thread;
   }
-  // A wide row is whole packs: all columns of one are inside or none.
+  // A wide row has whole packs: either all columns of a pack are inside, or none.
   __device__ bool has(int p, int k) const { return at(p, wide ? 0 : k) < width; }
   __device__ int packs() const { return (width + team * size - 1) / (team * size); }
   __device__ bool owns(int column) const { return (wide ? column / size : column) % team == thread; }
@@ -117,7 +117,7 @@ __device__ __forceinline__ void store_pack(E* row, const Columns<wide, size>& co
   }
 }
 
-// Logits to transformed logits in place; -inf where the bias is, and outside the row.
+// Transforms logits in place; -inf where the bias is -inf, and outside the row.
 template <class S, bool wide, int size>
 __device__ __forceinline__ void transform_pack(const S* bias, const Columns<wide, size>& columns, int p,
                                                const Transform<S>& t, S (&y)[size]) {

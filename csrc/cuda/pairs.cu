@@ -1,5 +1,5 @@
-// All ordered pairs of each group in O(n) memory. A warp has four responses i in registers and meets every j; they come
-// through shared memory, a tile at a time, once for all warps of the block.
+// All ordered pairs of each group in O(n) memory. A warp has four responses i in registers and visits every j, which
+// come through shared memory one tile at a time, once for all warps of the block.
 #include "../include/windkern/pairs.h"
 
 #include "launch.h"
@@ -28,8 +28,8 @@ struct Tile {
   bool counted[kTile];
 };
 
-// Calls visit(r, i, j, score of j, chances of i against j) for the counted j of the warp's row r, lanes over j; j == i
-// comes too. `scores` may be null. Every thread of the block calls this.
+// Calls visit(r, i, j, score of j, chances of i against j) for the counted j of the warp's row r, j == i included, with
+// lanes over j. `scores` may be null. Every thread of the block must call this.
 template <class S, Link link, class Visit>
 __device__ __forceinline__ void meet_all(const Pairs& in, int64_t group, int first, Tile<S>& tile, Visit visit) {
   const int n = int(in.n);
@@ -64,7 +64,7 @@ __device__ __forceinline__ void meet_all(const Pairs& in, int64_t group, int fir
   }
 }
 
-// The warp's first response; blocks of one group lie side by side.
+// The warp's first response; the blocks of one group are adjacent.
 __device__ __forceinline__ int first_row(int tiles) {
   return int((blockIdx.x % tiles) * (blockDim.x / kWarp) + threadIdx.x / kWarp) * kRows;
 }
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, 1)
     const double row_value = over_warp(double(values[r]));
     const S row_slope = over_warp(slopes[r]);
     if (i >= n) continue;
-    // Hazard: a masked score may be NaN or inf. Remedy: its row is left out, never multiplied by 0.
+    // Hazard: a masked score can be NaN or inf. Remedy: leave its row out, never multiply by 0.
     const bool counts = in.where == nullptr || in.where[group * n + i];
     if (counts) total += row_value;
     if (lane == 0) slope[group * n + i] = counts ? row_slope : S(0);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, 1)
   }
 }
 
-// One warp for each group: its blocks' values in a fixed order.
+// One warp per group sums the values of its blocks in a fixed order.
 template <class S>
 __global__ void __launch_bounds__(kWarp) add_values(const double* partial, int tiles, S* value) {
   const int64_t group = blockIdx.x;

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// A block for each segment. Reason: float64 partial sums are exact to float32 rounding however long the sequence.
+// One block for each segment. Reason: float64 partial sums are exact to float32 rounding for any length of a segment.
 template <class S>
 __global__ void __launch_bounds__(kThreads) add_segment(const S* values, const int64_t* bounds, S* sums) {
   __shared__ TeamSlots<double> slots;

@@ -9,7 +9,7 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 constexpr int kMaxTeam = 512;
-// Bytes of a row each thread holds in registers: 16 floats or 8 doubles.
+// Bytes of a row that each thread holds in registers: 16 floats or 8 doubles.
 constexpr int kHeldBytes = 64;
 
 // Threads for a row of `width` numbers of `item` bytes: enough to hold it in registers, a power of two up to `most`.
@@ -48,7 +48,7 @@ __device__ __forceinline__ S over_team(S value, TeamSlots<S>& slots, Join join) 
   for (int apart = kWarp / 2; apart > 0; apart /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, apart));
   const int warps = blockDim.x / kWarp;
   if (warps == 1) {
-    __syncwarp();  // what was read of the row before this is read before any lane writes
+    __syncwarp();  // all earlier reads of the row happen before any lane writes
     return value;
   }
   const int lane = threadIdx.x % kWarp;
@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_state(const ForwardState& state, int64_t r
   if (state.entropy != nullptr) ((S*)state.entropy)[row] = value.entropy;
 }
 
-// Column of the row's target in this slab, -1 where it lies elsewhere or the row is ignored.
+// Column of the row's target in this slab, -1 if it lies elsewhere or the row is ignored.
 __device__ __forceinline__ int target_column(const Slab& slab, int64_t row) {
   const int64_t column = slab.targets[row] - slab.start;
   return column >= 0 && column < slab.width ? int(column) : -1;

@@ -1,6 +1,6 @@
-// Forward kernels that write every entry: they need the row's maximum before the first exp. A thread keeps the first
-// 64 bytes of its share in registers, so that a row of up to 64 bytes times its team is read once; what a wider row has
-// beyond is read again, from the second-level cache: the rows in flight on all multiprocessors together fit there.
+// Forward kernels that write every entry, which need the row's maximum before the first exp. A thread keeps the first
+// 64 bytes of its share in registers, so that a row of up to 64 bytes times its team is read once. The rest of a wider
+// row is read again from the second-level cache, which holds the rows in flight on all multiprocessors.
 #pragma once
 
 #include "launchers.h"
@@ -10,20 +10,20 @@
 namespace windkern {
 namespace cuda {
 
-// What an output looks at that overwrites nothing.
+// The look() of an output that overwrites nothing.
 struct Nothing {};
 
-// Output: look() at what is overwritten, begin() with the row's maxima and that, write() of a pack, at_target() by the thread that wrote the target's column,
-// end(). kTeam and kBlocks bound its registers: several blocks on a multiprocessor, so that one loads while another
-// computes.
+// An Output has look() to read what it will overwrite, begin() with the row's maxima and that, write() for a pack,
+// at_target() for the thread that wrote the target's column, and end(). kTeam and kBlocks bound its registers: several
+// blocks share a multiprocessor, so that one loads while another computes.
 template <class S, class E, bool wide, class Output>
 __global__ void __launch_bounds__(Output::kTeam, Output::kBlocks)
     two_looks(const Slab slab, const Transform<S> t, const ForwardState state, Output output) {
-  // Unaligned rows, at most the last slab of a vocabulary, are read twice: single columns need an address each.
+  // Unaligned rows, which only the last slab of a vocabulary has, are read twice: single columns need an address each.
   constexpr int size = kPack<E, wide>, held = wide ? kHeldBytes / int(sizeof(S)) / size : 0;
   __shared__ TeamSlots<S> slots[3];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= slab.rows) return;  // whole warps: a block of several rows has one warp for each
+  if (row >= slab.rows) return;  // whole warps: a block of several rows has one warp per row
   const Columns<wide, size> columns{int(threadIdx.x), int(blockDim.x), int(slab.width)};
   const S* z = (const S*)slab.logits + row * slab.stride;
   const S* bias = (const S*)slab.bias;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Output::kTeam, Output::kBlocks)
     for (int k = 0; k < size; ++k) part.max = lane_max(part.max, more[k]);
   }
   OnlineSoftmax<S> running = load_state<S>(state, row);
-  const auto looked = output.look(row);  // before the barrier, as everything that is overwritten below
+  const auto looked = output.look(row);  // before the barrier, like every read of what is overwritten below
   part.max = over_team(part.max, slots[0], Larger{});
   const S shift = finite_shift(part.max);
   output.begin(row, part.max, running.max, looked);

@@ -1,4 +1,4 @@
-"""benchmarks/bandwidth.py without a GPU: its calls run on a CPU, its arithmetic on given times."""
+"""benchmarks/bandwidth.py without a GPU: its calls run on a CPU, and its arithmetic on given times."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from benchmarks import bandwidth, record
 
 
 class FakeTimer:
-    """Every call runs once and takes what it is told."""
+    """Runs every call once and returns given times."""
 
     def __init__(self, *times):
         self.times = times
@@ -87,7 +87,7 @@ def test_the_results_can_be_written_and_read(data, tmp_path):
 
 
 def test_kernels_compute_the_right_thing_on_what_they_are_given():
-    """A benchmark of kernels fed with nonsense times nonsense."""
+    """A benchmark of kernels with wrong inputs would measure nothing."""
     slab = bandwidth.Matrices(wk.backends.BACKENDS["torch"].kernels(), 6, 50, torch.float32, "cpu")
     p = slab.logits.softmax(1)
     dz = torch.nn.functional.one_hot(slab.targets, 50) - p

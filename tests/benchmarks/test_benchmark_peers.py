@@ -1,4 +1,4 @@
-"""Peers of the GPU benchmarks where a CPU can say something: values against float64, signs, and what is missing."""
+"""Peers of the GPU benchmarks, as far as a CPU can test them: values against float64, signs, missing packages."""
 
 import importlib.util
 import sys
@@ -36,7 +36,7 @@ def errors_of(build, level: str, mode: str = "trained") -> dict[str, float]:
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a package whose own `__init__` must not run, and forgets it afterwards."""
+    """Writes a package whose `__init__` must not run, and removes it from the imported modules afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -82,7 +82,7 @@ def test_verl_is_called_without_its_package(written):
     written("verl/utils/kernel/linear_cross_entropy.py", VERL)
     found = errors_of(gpu_heads._build_verl, "tokens")
     assert max(found["logps"], found["dhidden"], found["dweight"]) < 1e-5
-    assert importlib.util.find_spec("verl") is not None  # asked for each case anew
+    assert importlib.util.find_spec("verl") is not None  # asked again for each case
 
 
 def test_quack_gives_the_mean(written):
@@ -94,10 +94,10 @@ def test_quack_gives_the_mean(written):
 @pytest.mark.parametrize(
     ("name", "installed", "reason"),
     [
-        ("quack-mean", {"quack"}, "there is no cutlass, tvm_ffi; carry apache-tvm-ffi, torch-c-dlpack-ext and nvidia"),
-        ("liger-scaled", {"liger_kernel"}, "there is no cutlass; carry nvidia-cutlass-dsl"),
-        ("trl-chunked", {"trl"}, "there is no datasets; carry datasets, dill and multiprocess"),
-        ("trl", {"trl"}, "there is no datasets; carry"),
+        ("quack-mean", {"quack"}, "cutlass, tvm_ffi not installed; it needs apache-tvm-ffi, torch-c-dlpack-ext and nv"),
+        ("liger-scaled", {"liger_kernel"}, "cutlass not installed; it needs nvidia-cutlass-dsl"),
+        ("trl-chunked", {"trl"}, "datasets not installed; it needs datasets, dill and multiprocess"),
+        ("trl", {"trl"}, "datasets not installed; it needs"),
         ("verl", set(), "verl is not installed"),
         ("quack-mean", set(), "quack-kernels is not installed"),
     ],

@@ -1,4 +1,4 @@
-"""The benchmark suite end to end on a tiny head: no times are asserted, compiled peers run eagerly."""
+"""The benchmark suite end to end on a tiny head; times are not asserted, and compiled peers run eagerly."""
 
 import json
 import os
@@ -29,7 +29,7 @@ CASES = "tiny/trained/fp32,tiny/frozen/bf16,tiny/scoring/fp32"
 def _one_thread_no_compiler_and_no_interpreter():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    interpret = os.environ.pop("TRITON_INTERPRET", None)  # kernels run by Python are nothing to measure
+    interpret = os.environ.pop("TRITON_INTERPRET", None)  # kernels that Python runs are not worth measuring
     with quiet():
         stance = torch.compiler.set_stance("force_eager")
     with stance:
@@ -76,7 +76,7 @@ def test_every_provider_has_a_row_in_every_case(results):
 
 
 def test_peers_compute_what_we_compute(results):
-    # With bf16 matrix units oneDNN's switch rounds float32 operands; the errors of those rows show it.
+    # With bf16 matrix units, oneDNN's switch rounds float32 operands; the errors of those rows show it.
     rounds = {provider.name for provider in peers.all_providers() if provider.onednn and peers._onednn_rounds()}
     for row in rows_of(results):
         allowed = 1e-4 if row["dtype"] == "fp32" and row["provider"] not in rounds else 0.1
@@ -176,7 +176,7 @@ def test_a_peer_that_breaks_the_device_spoils_no_other_row(monkeypatch, tmp_path
     data = json.loads(path.read_text())
     data["runs"][0]["commit"] = "0" * 40
     path.write_text(json.dumps(data))
-    assert run.main([*arguments, "--append"]) == 0  # other code may have mended it
+    assert run.main([*arguments, "--append"]) == 0  # other code may have fixed it
     assert row_of(path, "plain")["status"] == "ok"
 
 
@@ -220,7 +220,7 @@ def test_peak_memory_is_seen():
         return torch.ones(96 << 20, dtype=torch.uint8)
 
     measured = timing.measure(allocate)
-    # Reason: a system that is short of memory drops pages of code meanwhile.
+    # Reason: a system that is short of memory drops pages of code in the meantime.
     assert 96 - 8 < measured.peak_bytes / 2**20 < 96 + 32 + 8
 
 
@@ -240,7 +240,7 @@ def test_samples_are_spread_and_summed_up():
 
 
 def as_real_head(data: dict) -> dict:
-    """The tiny rows under the name of a real head: smoke runs are neither drawn nor put into the README."""
+    """Rename the tiny rows to a real head, because smoke runs are neither drawn nor put into the README."""
     for row in data["rows"]:
         row["shape"] = SHAPES[0].name
         row["case"] = row["case"].replace(TINY.name, SHAPES[0].name)
@@ -264,7 +264,7 @@ def test_pictures_are_drawn_from_the_file_alone(results, tmp_path):
 def test_readme_tables_stand_between_their_markers(results, tmp_path):
     data = as_real_head(json.loads(results.read_text()))
     slower = next(row for row in data["rows"] if row["provider"] == "plain" and row["mode"] == "frozen")
-    slower["times_floor"] = 1e-3  # a peer that beats everything must be named as such
+    slower["times_floor"] = 1e-3  # a peer that beats everything must be reported
     data["kind"] = "speed"  # also where this CPU is masked
     (tmp_path / "speed.json").write_text(json.dumps(data))
     (tmp_path / "other.json").write_text("[]")  # other results may lie in the same folder
@@ -332,7 +332,7 @@ def test_pytest_benchmark_rows(tmp_path):
     path = tmp_path / "rows.json"
     arguments = ["--cases", "tiny/trained/fp32", "--peers", "plain,windkern-torch,cce", f"--benchmark-json={path}"]
     command = [sys.executable, "-m", "pytest", "benchmarks/test_logprobs.py", "-p", "no:xdist", *arguments]
-    # Reason: pytest-benchmark turns itself off where it sees that it runs under a worker of this suite.
+    # Reason: pytest-benchmark disables itself if it finds that it runs in a worker of this suite.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`benchmarks.bodies` on a tiny model: its cells, a run that goes on where it was stopped, its table and picture."""
+"""`benchmarks.bodies` on a tiny model: its cells, a run that continues where it stopped, its table and picture."""
 
 import json
 import sys

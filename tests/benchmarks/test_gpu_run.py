@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: order, budget and packing on a given clock; its programs' arguments; how one is stopped."""
+"""`make gpu` without a GPU: order, budget and packing with a fake clock; arguments of its programs; stopping one."""
 
 import importlib
 import itertools
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import gpu, products, record, smoke  # noqa: E402
 
 MINUTES = 9
-# Seconds a step takes by itself: as hoped for, and all twice as slow.
+# Seconds that a step takes on its own: as hoped, and twice as slow.
 HOPED = {
     **{"build": 25, "smoke": 30, "table": 90, "products": 20, "tests": 90, "bandwidth": 30, "kernels": 15},
     **{"peers": 120, "step": 60, "bodies": 20, "pairs": 20, "speed": 1000, "tune": 200, "sanitize": 100},
@@ -31,7 +31,7 @@ HOPED = {
 
 @pytest.fixture
 def h100(monkeypatch):
-    """torch says it has one."""
+    """Makes torch report an H100."""
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -40,7 +40,7 @@ def h100(monkeypatch):
 
 
 class Machine:
-    """A clock that moves as programs run; each leaves a log and a file of its own."""
+    """A clock that advances as programs run; each program writes a log and its own file."""
 
     def __init__(self, results: Path, out: Path, takes: dict[str, float], ends: dict[str, list[str]] | None = None):
         self.now, self.results, self.out, self.takes, self.ends = 1000.0, results, out, takes, ends or {}
@@ -61,7 +61,7 @@ class Machine:
         self.packed.append(self.archive())
         (self.results / f"{name}.json").write_text("{}")
         takes = self.takes[name.split("-")[0]]
-        # One that is stopped may take all of its grace twice.
+        # A stopped program may take all of its grace twice.
         self.now += min(takes, seconds) if takes <= seconds else seconds + 2 * gpu.GRACE
         if self.ends.get(name):
             return self.ends[name].pop(0)
@@ -148,7 +148,7 @@ def test_a_step_that_cannot_be_begun_leaves_the_others(h100, tmp_path, monkeypat
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the programs would run")
 @pytest.mark.parametrize("step", [step for call in gpu.CALLS.values() for step in call], ids=lambda step: step.name)
 def test_every_program_takes_its_arguments(step, tmp_path, monkeypatch, capsys):
-    """Each of ours then says that there is no GPU; pytest's are options that it knows."""
+    """Each of our programs then reports that there is no GPU; pytest must know its options."""
     path = tmp_path / "nvidia-h100-2026-01-01.json"
     with monkeypatch.context() as patch:
         patch.setattr(record, "default_path", lambda device: path)
@@ -189,13 +189,13 @@ def test_a_program_is_logged_and_stopped_in_time(tmp_path, monkeypatch):
     assert run("import os; print(os.environ['GIVEN'])", 600, GIVEN="measured") == "ok"
     assert log.read_text() == "measured\n"
     assert run("import sys; print('wrong'); sys.exit(7)", 600) == "exit code 7" and log.read_text() == "wrong\n"
-    # Asked first, as Ctrl-C does, so that a program can tell what it has.
+    # First an interrupt, like Ctrl-C, so that a program can report its results.
     told = "import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('half')"
     monkeypatch.setattr(gpu, "GRACE", 60)
     ready = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     assert run(ready + told, 3) == "stopped after 3 s" and log.read_text() == "half\n"
-    assert next(calls) > 0  # it was packed meanwhile
-    # One that does not listen is ended, and its children with it.
+    assert next(calls) > 0  # the results were packed in the meantime
+    # A program that does not react is killed, with its children.
     monkeypatch.setattr(gpu, "GRACE", 0.5)
     deaf = (
         "import os, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -218,7 +218,7 @@ def _runs(pid: int) -> bool:
 
 
 def test_a_failure_is_told_at_once(tmp_path):
-    """Before the tests behind it have ended: a run that is killed there has told of it."""
+    """It is printed before later tests end, so that a killed run has reported it."""
     tests = tmp_path / "test_two.py"
     tests.write_text("import time\ndef test_a():\n    assert 1 == 2, 'told'\ndef test_b():\n    time.sleep(600)\n")
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.failures", "-p", "no:cacheprovider", str(tests)]

@@ -30,7 +30,7 @@ def test_every_choice_is_measured(without_peers, tmp_path, capsys):
     ours, plain = rows["bfloat16, MasterAdamW"], rows["bfloat16, torch's AdamW"]
     assert ours["weights_bytes"] == plain["weights_bytes"] == 2 and rows[master_weights.EXACT]["weights_bytes"] == 4
     assert 12 <= ours["state_bytes"] < 12.1 and 4 <= plain["state_bytes"] < 4.1
-    assert ours["kl_kept"] < plain["kl_kept"]  # the copies move where a bfloat16 weight cannot
+    assert ours["kl_kept"] < plain["kl_kept"]  # the copies change where a bfloat16 weight cannot
 
 
 def test_second_moments_in_bfloat16_do_not_fall(without_peers):
@@ -50,7 +50,7 @@ def test_errors_of_the_weights_are_relative_to_float32(without_peers, tmp_path):
         assert rows[master_weights.EXACT, steps]["error"] == rows[master_weights.EXACT, steps]["error_kept"] == 0
         rounded, ours = rows[weight_error.ROUNDED, steps], rows["bfloat16, MasterAdamW", steps]
         assert rounded["error"] > 0 == rounded["error_kept"]
-        # Plain bfloat16 weights stay where they are, so that they miss all of the way.
+        # Plain bfloat16 weights do not change, so their error is the whole distance.
         assert ours["error_kept"] < 0.9 < rows["bfloat16, torch's AdamW", steps]["error_kept"] < 1.2
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of heads that are cut over processes, and the table that is made of it."""
+"""The benchmark of heads sharded over processes, and its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`windkern bandit` from end to end in a reduced form: what it prints and writes, and what it refuses."""
+"""`windkern bandit` end to end in a reduced form: its output and files, and its errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict, str]:
-    """A small run: its folder, its numbers and what it printed."""
+    """A small run: its folder, its numbers and its output."""
     output = tmp_path_factory.mktemp("run") / "bandit"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "160")

@@ -1,4 +1,4 @@
-"""`windkern demo` from end to end on a model of a few words: what it prints, keeps, survives and refuses."""
+"""`windkern demo` end to end on a model of a few words: its output, files, resumption and errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def weights_of(output: Path) -> dict[str, torch.Tensor]:
 
 
 def result_of(output: Path) -> dict:
-    """The result file without what a clock wrote."""
+    """Return the result file without the entries that depend on a clock."""
     result = json.loads((output / "result.json").read_text())
     for record in result["history"]:
         del record["seconds"]
@@ -71,7 +71,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory) -> tuple[Path, str]:
-    """A whole run, with the network switched off; its folder and what it printed."""
+    """A whole run with the network switched off: its folder and its output."""
     output = tmp_path_factory.mktemp("run") / "demo"
 
     def refuse(*args, **options):
@@ -113,9 +113,9 @@ def test_the_win_rate_rises_and_everything_is_shown(finished):
 @pytest.mark.slow  # the default suite kills a run at eight places in tests/train/test_trainer_kill.py
 def test_sigkill_and_resume_end_with_the_same_bits(inputs, finished, tmp_path):
     output, hanging = tmp_path / "demo", tmp_path / "hanging"
-    # Two judgements an iteration: the sixth comes after the fit of iteration 3 and before its checkpoint.
+    # There are two judgements per iteration: the sixth is after the fit of iteration 3 and before its checkpoint.
     environment = os.environ | {"HANG_AT": "6", "HANG_FILE": str(hanging), "PYTHONPATH": path_of_tests()}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # as many as the run it is compared with
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # as many as in the run for comparison
     printed = tmp_path / "printed"
     with printed.open("w") as file:
         started = [sys.executable, "-m", "windkern", *command(inputs, output)]

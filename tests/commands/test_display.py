@@ -1,4 +1,4 @@
-"""What a command shows while it works: lines for files, a bar for terminals, an estimate of what is left."""
+"""The display of a running command: lines for files, a bar for terminals, an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN = r"\x1b]0;mine\x07\x1b[2J\x9b31m\r\u202e[/red][bold]:heart:\ud800"
 
 
 class Time:
-    """Seconds that pass when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self):
         self.now = 1000.0
@@ -81,7 +81,7 @@ def test_a_file_gets_a_line_a_phase_and_one_every_20_seconds(seconds):
         "1:10 iteration 1/2: sampling 40 of 64 responses, 1:44 left",
         "1:30 iteration 1/2: sampling 60 of 64 responses, 1:24 left",
         "1:34 iteration 1/2: fitting 0 of 4 batches, 1:20 left",
-        # Its start is within 5 s of the line before only in the first iteration.
+        # Only in the first iteration does it start within 5 s of the previous line.
         "1:42 iteration 2/2: sampling 0 of 64 responses, 1:12 left",
         "2:02 iteration 2/2: sampling 20 of 64 responses, 0:52 left",
         "2:22 iteration 2/2: sampling 40 of 64 responses, 0:32 left",
@@ -199,7 +199,7 @@ def test_words_are_not_cut_in_a_terminal(seconds):
     ]
 
 
-# What comes from outside
+# Text from outside
 
 
 def test_nothing_from_outside_is_obeyed(seconds):
@@ -216,7 +216,7 @@ def test_nothing_from_outside_is_obeyed(seconds):
     assert frame_of(display)[0].endswith(SHOWN)
 
 
-# How long it takes
+# Forecasts
 
 
 def test_what_is_left_follows_what_has_been_measured(seconds):
@@ -225,14 +225,14 @@ def test_what_is_left_follows_what_has_been_measured(seconds):
     assert forecast.left is None and forecast.share == 0
     seconds.now += 20
     forecast.move(0.5)
-    assert forecast.left == pytest.approx(20 + 40 + 3 * 80)  # 20 s a unit of cost
+    assert forecast.left == pytest.approx(20 + 40 + 3 * 80)  # 20 s per unit of cost
     seconds.now += 15  # it counts down between two steps
     assert forecast.left == pytest.approx(20 + 40 + 3 * 80 - 15)
     seconds.now += 5
     forecast.begin(1, FITTING)
     seconds.now += 5
     forecast.move(0.5)
-    mean = (40 + 5) / (2 + 0.5)  # seconds a unit of cost, for a kind that has not been measured
+    mean = (40 + 5) / (2 + 0.5)  # seconds per unit of cost, for a kind that has not been measured
     assert forecast.left == pytest.approx(5 + mean + 3 * (40 + 10 + mean))
     seconds.now += 5
     forecast.begin(2, SAMPLING)  # nothing was saved
@@ -247,7 +247,7 @@ def test_a_resumed_run_begins_where_it_was(seconds):
     forecast.move(0.75)
     assert forecast.left == pytest.approx(10 + 80)
     seconds.now += 10
-    forecast.begin(4, SAMPLING)  # that no sampling was seen in iteration 3 does not make it free
+    forecast.begin(4, SAMPLING)  # sampling is not free because iteration 3 had none
     assert forecast.left == pytest.approx(80)
 
 
@@ -293,7 +293,7 @@ def test_libraries_draw_no_bars_of_their_own():
 
 @pytest.mark.parametrize("command", [("bandit",), ("demo",), ("train", "--config", "demo")])
 def test_an_interrupt_while_packages_are_loaded_is_one_line(tmp_path, command):
-    # Hazard: what a shell starts in the background ignores SIGINT, and so do its children. Remedy: the default again.
+    # Hazard: a process in a shell's background ignores SIGINT, like its children. Remedy: restore the default.
     process = windkern(*command, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         assert process.stdout.readline().endswith(" loading packages\n")

@@ -1,4 +1,4 @@
-"""`windkern doctor`: what it finds, and that it sees a back end that is wrong."""
+"""`windkern doctor`: its findings, and that it detects a wrong back end."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_json_is_what_programs_read(capsys):
     assert found["devices"][0]["name"] == "cpu"
     reasons = {(entry["name"], entry["device"]): entry["reason"] for entry in found["backends"]}
     assert reasons["torch", "cpu"] is None and "GPUs" in reasons["triton", "cpu"]
-    for entry in found["self_test"]:  # float64 may round as the reference does, on some CPUs to the last bit
+    for entry in found["self_test"]:  # float64 can round like the reference, on some CPUs to the last bit
         assert (entry["error"] > 0 or entry["dtype"] == "float64") and entry["error"] <= entry["allowed"], entry
     assert {entry["quantity"] for entry in found["self_test"]} == set(diagnosis.QUANTITIES)
 

@@ -1,4 +1,4 @@
-"""`windkern eval` from end to end on models of a few words, and `windkern plot` on what commands wrote."""
+"""`windkern eval` end to end on models of a few words, and `windkern plot` on the files of commands."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_model_is_as_good_as_itself(inputs, tmp_path):
     low, high = content["win_rate"]["95"]
     assert low - 0.05 < 0.5 < high + 0.05
     assert content["kl"]["mean"] == pytest.approx(0, abs=1e-4)
-    assert any(entry["model"] != entry["base"] for entry in content["prompts"])  # each side has draws of its own
+    assert any(entry["model"] != entry["base"] for entry in content["prompts"])  # each side has its own draws
 
 
 def test_recorded_responses_are_compared_without_a_model(inputs, tmp_path):

@@ -1,4 +1,4 @@
-"""Recipes: all are read and make their configurations; those of this machine run, in a reduced form."""
+"""Recipes: all are read and produce their configurations; those for this machine run in a reduced form."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from windkern.commands.cli import main  # noqa: E402
 from windkern.settings import run  # noqa: E402
 from windkern.train.models import load_policy  # noqa: E402
 
-HERE = ("use_cpu=true", "bf16=false")  # what a machine without a GPU cannot take from a recipe for one
+HERE = ("use_cpu=true", "bf16=false")  # replaces the settings of a recipe that need a GPU
 OF_ADAPTERS = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`", "ignore:`.*gradient_checkpointing", "ignore:Model has"
 )
@@ -34,7 +34,7 @@ WORDS = ("rain", "bus", "day", "the bus", "a day", "so very", "was a", "not the"
 
 @pytest.fixture(autouse=True)
 def environment():
-    """What fsdp settings write into the environment is gone afterwards."""
+    """Removes the variables that fsdp settings write into the environment."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -69,7 +69,7 @@ def test_every_recipe_makes_its_configuration(name, monkeypatch, tmp_path):
     dropped = ()
     if "deepspeed" in content:
         monkeypatch.setattr(run, "require", lambda *names: None)
-        dropped = ("deepspeed=null",)  # its own reader is not installed; test_deepspeed_settings looks at it
+        dropped = ("deepspeed=null",)  # its own reader is not installed; test_deepspeed_settings tests it
     settings, config = run.load_settings(name, (*HERE, *dropped), output_dir=tmp_path)
     assert settings.method == content.get("method", "wind") and config.output_dir == str(tmp_path)
     for key, value in content.items():
@@ -162,7 +162,7 @@ def test_the_qlora_recipe_trains_an_adapter_on_four_bits(inputs):
 
 @OF_ADAPTERS
 def test_four_bits_stay_trainable_after_sampling(tmp_path):
-    """Where a CPU has AVX-512 BF16, bitsandbytes repacks weights in eval mode, and no gradient passes them then."""
+    """On a CPU with AVX-512 BF16, bitsandbytes repacks weights in eval mode, and no gradient passes them afterwards."""
     pytest.importorskip("bitsandbytes")
     peft = pytest.importorskip("peft")
     tiny_model.save(tmp_path)

@@ -1,4 +1,4 @@
-"""Names, prompts, responses and messages from outside reach the terminal as text, whatever they hold."""
+"""Names, prompts, responses and messages from outside reach the terminal as text, whatever they contain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHOWN = r"x[red]y[/blue]\x1b]0;mine\x07\x1b[2J\x9b31m\u202e$:smile:$^"
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A model, prompts, a judge and recorded responses with such names, and such texts in them."""
+    """A model, prompts, a judge and recorded responses with hostile names and texts."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny_model.save(folder / NAME)
     (folder / "train.txt").write_text("rain was\nbus was\na day\nso very")
@@ -37,7 +37,7 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(inputs, capfd, monkeypatch):
-    """Runs a command beside the inputs; returns exit code and what it printed, which must be harmless."""
+    """Run a command in the folder of the inputs; return its exit code and its output, which must be harmless."""
     monkeypatch.chdir(inputs)
     monkeypatch.setenv("COLUMNS", "400")
 

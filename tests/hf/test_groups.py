@@ -1,4 +1,4 @@
-"""group_logps against each response with a prompt of its own, over kinds of attention, heads, dtypes and wrappers."""
+"""group_logps against each response with its own prompt, over kinds of attention, heads, dtypes and wrappers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from windkern.hf import masks as hf_masks  # noqa: E402
 from windkern.hf import shared_check  # noqa: E402
 from windkern.hf.shared_check import sharing_of  # noqa: E402
 
-# What attention is here for; windows and chunks are shorter than the rows.
+# Models and the kinds of attention they test; windows and chunks are shorter than the rows.
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LLAMA4 = {"head_dim": 8, "attention_chunk_size": 6, "intermediate_size_mlp": 48, "layer_types": None, **MOE}
 KINDS = {
@@ -46,7 +46,7 @@ def make(kind: str, attention: str = "eager") -> nn.Module:
 
 
 def groups(count: int = 4, ragged: bool = True) -> tuple[list, list]:
-    """Three prompts of different lengths, `count` responses each; some are empty, or one token."""
+    """Return three prompts of different lengths with `count` responses each; some are empty or one token."""
     random = torch.Generator().manual_seed(3)
 
     def ids(size: int) -> list[int]:
@@ -58,7 +58,7 @@ def groups(count: int = 4, ragged: bool = True) -> tuple[list, list]:
 
 
 def by_logits(model: nn.Module, prompts, completions, temperature: float = 1.0) -> torch.Tensor:
-    """(B, N), response by response, without padding."""
+    """Return log-probs (B, N), computed response by response, without padding."""
 
     def one(prompt, response) -> torch.Tensor:
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0].float() / temperature
@@ -71,7 +71,7 @@ def by_logits(model: nn.Module, prompts, completions, temperature: float = 1.0) 
 
 
 def assert_same(model: nn.Module, got, want, tolerance: float = 1e-4) -> None:
-    """Values, and the gradient of each parameter."""
+    """Assert equal values, and equal gradients of each parameter."""
     upstream = torch.linspace(-1, 2, want.numel()).reshape(want.shape)
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
     parameters = [each for each in model.parameters() if each.requires_grad]
@@ -96,10 +96,10 @@ def test_values_and_gradients_are_those_of_responses_alone(kind, attention):
     assert_same(model, hf.group_logps(model, *given, shared_prompt="always"), by_logits(model, *given))
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch and transformers about their own masks, and of the eager form
+@pytest.mark.filterwarnings("ignore")  # from torch and transformers about their masks, and about the eager form
 @pytest.mark.parametrize("kind", ["Qwen2", "Mistral", "Gemma3, windows"])
 def test_block_masks_of_flex_attention_are_the_dense_ones(kind, monkeypatch):
-    """Its eager form, on a CPU: no compiler, and no backward."""
+    """The eager form on a CPU, without a compiler and without backward."""
     monkeypatch.setattr(hf_masks, "FLEX_DEVICES", ("cpu",))
     flex, dense, given = make(kind, "flex_attention"), make(kind, "sdpa"), groups()
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
@@ -107,7 +107,7 @@ def test_block_masks_of_flex_attention_are_the_dense_ones(kind, monkeypatch):
         torch.testing.assert_close(got, by_logits(dense, *given), rtol=1e-4, atol=1e-4)
         shared_check._seen.pop(flex)
         monkeypatch.setattr(hf_masks, "seen", lambda rows, row, query, key: query >= key)
-        assert "in one row, where rounding takes" in sharing_of(hf_call.find(flex)).reason
+        assert "in one row differ by" in sharing_of(hf_call.find(flex)).reason
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -119,7 +119,7 @@ def test_n_packing_and_cuts_change_nothing(count):
 
 
 def test_wide_attention_makes_long_rows_dearer():
-    """4 heads: of 8 in Llama, as wide as the hidden size of 32; of 16 here, twice as wide."""
+    """Four heads: of size 8 in Llama, together the hidden size of 32; of size 16 here, together twice that."""
     config = transformers.Qwen3Config(**{**SMALL, "head_dim": 16})
     narrow, wide = hf.layout_rules(make("Llama")), hf.layout_rules(transformers.Qwen3ForCausalLM(config).eval())
     assert (narrow.balance, wide.balance) == (96, 48)
@@ -166,7 +166,7 @@ def test_bfloat16_shares_and_is_as_close_to_the_truth(kind):
 def test_gradient_checkpointing_and_autocast():
     model, given = make("Qwen3", "sdpa"), groups()
     want = by_logits(model, *given)
-    # Reason: transformers is renaming the one to the other.
+    # Reason: transformers is renaming one method to the other.
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     model.train()
     assert_same(model, hf.group_logps(model, *given, shared_prompt="always"), want)
@@ -196,7 +196,7 @@ def test_a_compiled_model_shares_too():
 
 
 def test_scoring_and_fitting_the_same_rows_give_the_same_bits():
-    """What a trainer does: log pi_theta - log pi_t is exactly 0 before the first step."""
+    """As in a trainer: log pi_theta - log pi_t is exactly 0 before the first step."""
     model, (prompts, completions) = make("Qwen2", "sdpa"), groups()
     rules = hf.layout_rules(model)
     layout = hf.make_layout(hf.lengths_of(prompts, completions), rules)
@@ -247,9 +247,9 @@ def test_bad_input_is_named():
     model = make("Llama")
     cases = [
         (([[5]], [[[1], [2]]]), {"shared_prompt": "yes"}, ValueError, "shared_prompt must be one of"),
-        (([5], [[[1]]]), {}, TypeError, "prompt_ids must be a list with one list"),
+        (([5], [[[1]]]), {}, TypeError, "prompt_ids must be a list of lists, one for each prompt"),
         (([[5], [6]], [[[1]]]), {}, ValueError, "got 1 for 2 prompts"),
-        (([[5], [6]], [[[1]], [[1], [2]]]), {}, ValueError, r"equally many responses to each prompt.* got \[1, 2\]"),
+        (([[5], [6]], [[[1]], [[1], [2]]]), {}, ValueError, r"number of responses to each prompt.* got \[1, 2\]"),
         (([[]], [[[1]]]), {}, ValueError, r"prompt_ids\[0\] is empty"),
         (([[5]], [[[1.5]]]), {}, TypeError, r"completion_ids\[0\] must be an integer"),
         (([[5]], [[7]]), {}, TypeError, r"completion_ids\[0\] must hold lists"),

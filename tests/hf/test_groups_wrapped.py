@@ -1,4 +1,4 @@
-"""group_logps on models that DDP and FSDP are wrapped around, in two processes with groups of different lengths."""
+"""group_logps on models wrapped in DDP and FSDP, in two processes with groups of different lengths."""
 
 from __future__ import annotations
 

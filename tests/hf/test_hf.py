@@ -64,7 +64,7 @@ def build(family: str) -> nn.Module:
     config = getattr(transformers, CONFIGURATIONS.get(family, f"{family}Config"))(**SMALL, **FAMILIES[family])
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     if getattr(model.lm_head, "bias", None) is not None:
-        nn.init.normal_(model.lm_head.bias)  # zeros would hide a bias that is left out
+        nn.init.normal_(model.lm_head.bias)  # zeros would hide a missing bias
     return model
 
 
@@ -79,7 +79,7 @@ def llama() -> nn.Module:
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three sequences: padded left, padded right, not padded."""
+    """Return three sequences: padded left, padded right, not padded."""
     ids = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
     attention, completion = torch.ones_like(ids), torch.zeros_like(ids)
     attention[0, :3] = 0
@@ -130,7 +130,7 @@ def test_temperature_divides_last():
 
 
 def test_the_head_never_makes_logits(llama, monkeypatch):
-    hf.hidden_and_head(llama)  # the check may
+    hf.hidden_and_head(llama)  # the check is allowed to
     monkeypatch.setattr(llama.lm_head, "forward", lambda hidden: pytest.fail("logits were computed"))
     hf.sequence_logps(llama, *batch()).sum().backward()
 
@@ -162,7 +162,7 @@ def test_the_check_leaves_dropout_as_it_was(llama):
 )
 def test_a_configuration_the_model_does_not_follow_is_refused_with_numbers(llama, field, value):
     setattr(llama.config, field, value)
-    with pytest.raises(hf.UnsupportedModelError, match=r"miss those of its logits by .* nats"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"differ from those of its logits by .* nats"):
         hf.hidden_and_head(llama)
 
 

@@ -1,4 +1,4 @@
-"""What windkern.hf finds out about a model: what its head is given and gives, and what becomes of that."""
+"""The check of windkern.hf: the input and output of a model's head, and the transform of its logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from windkern.transform import LogitTransform  # noqa: E402
 
 
 class Changed(transformers.LlamaForCausalLM):
-    """A Llama that does something to its logits."""
+    """A Llama that changes its logits."""
 
     def forward(self, *args, **given):
         out = super().forward(*args, **given)
@@ -43,7 +43,7 @@ def write(value: float, *columns: int):
 
 
 def assert_as_own_logits(model: nn.Module, *given) -> None:
-    """Values and gradients of every parameter."""
+    """Assert the values and gradients of the model's own logits, for every parameter."""
     given = given or batch()
     upstream = torch.linspace(-1, 2, given[0].shape[0])
     ours, theirs = hf.sequence_logps(model, *given), by_logits(model, *given)
@@ -82,12 +82,14 @@ def test_columns_that_are_cut_off_have_no_probability():
 def test_what_else_happens_to_columns_is_refused(dtype):
     """A tolerance that grows with the largest logit would let all of these pass."""
     cases = {
-        r"multiplies what its head gives by 0\.5 ": lambda logits: write(-torch.inf, 3)(0.5 * logits),
+        r"multiplies the output of its head by 0\.5, ": lambda logits: write(-torch.inf, 3)(0.5 * logits),
         r"replaces 2 of its 61 logits by constants \(token 3 has 2\.5\)": write(2.5, 3, 4),
-        "does something to what its head gives": lambda logits: logits + torch.arange(VOCAB),
+        "transforms the output of its head": lambda logits: logits + torch.arange(VOCAB),
         "NaN": lambda logits: torch.full_like(logits, torch.nan),
-        "something else than to other numbers": lambda logits: logits * (1 + (logits.amax((1, 2), True) < 100)),
-        "does something to .* that its configuration does not name": lambda logits: logits.log_softmax(-1),
+        "of real tokens differently from other numbers": lambda logits: (
+            logits * (1 + (logits.amax((1, 2), True) < 100))
+        ),
+        "transforms .* which its configuration does not explain": lambda logits: logits.log_softmax(-1),
     }
     for message, change in cases.items():
         with pytest.raises(hf.UnsupportedModelError, match=message):
@@ -99,7 +101,7 @@ def test_what_else_happens_to_columns_is_refused(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scale_and_cap_are_found_under_any_name(dtype):
-    """In a short format as well, whatever the size of the logits: the head gives numbers of the check's choice."""
+    """In short formats as well, and for logits of any size, because the head returns numbers chosen by the check."""
     cases = [
         (lambda logits: logits * 0.3, {"mup": 0.3}, LogitTransform(scale=0.3)),
         (lambda logits: logits / 7, {"mup_scale": 7}, LogitTransform(scale=1 / 7)),
@@ -110,11 +112,11 @@ def test_scale_and_cap_are_found_under_any_name(dtype):
     for change, numbers, transform in cases:
         model = changed(change, **numbers).to(dtype)
         with torch.no_grad():
-            model.lm_head.weight.mul_(0.01)  # logits so small that no cap shows in them
+            model.lm_head.weight.mul_(0.01)  # logits so small that they do not reveal a cap
         assert hf.hidden_and_head(model).transform == transform
         model.config.__dict__.update(dict.fromkeys(numbers, 0.77))
         if numbers:
-            with pytest.raises(hf.UnsupportedModelError, match="configuration does not name"):
+            with pytest.raises(hf.UnsupportedModelError, match="configuration does not explain"):
                 hf.hidden_and_head(model)
 
 
@@ -124,7 +126,7 @@ def test_a_cap_under_another_name_holds_when_the_weights_grow():
     config = transformers.RecurrentGemmaConfig(**sizes | {"num_hidden_layers": 3}, lru_width=32)
     model = transformers.RecurrentGemmaForCausalLM(config).bfloat16().eval()
     ids, attention, completion = batch()
-    attention[0] = 1  # left padding is something else
+    attention[0] = 1  # left padding is tested elsewhere
     hf.sequence_logps(model, ids, attention, completion)
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(std=3)
@@ -146,7 +148,7 @@ def test_a_check_is_repeated_when_what_it_saw_has_changed(monkeypatch):
     assert seen() == 1
     with torch.no_grad():
         model.lm_head.weight.normal_()
-    assert seen() == 1  # weights are not what was looked at
+    assert seen() == 1  # the check does not depend on weights
     model.config.final_logit_softcapping = 5.0
     assert seen() == 2 and hf.hidden_and_head(model).transform.softcap == 5.0
     with torch.autocast("cpu", torch.bfloat16):
@@ -159,7 +161,7 @@ def test_a_check_is_repeated_when_what_it_saw_has_changed(monkeypatch):
     model.resize_token_embeddings(VOCAB + 3)
     assert seen() == 6 and hf.hidden_and_head(model).weight.shape[0] == VOCAB + 3
     handle = model.get_output_embeddings().register_forward_hook(lambda module, args, out: 2 * out)
-    with pytest.raises(hf.UnsupportedModelError, match="does something to what its head gives"):
+    with pytest.raises(hf.UnsupportedModelError, match="transforms the output of its head"):
         hf.hidden_and_head(model)
     handle.remove()
     assert seen() == 7
@@ -182,10 +184,10 @@ def test_a_claim_of_a_text_part_is_the_business_of_the_model_around_it():
 
 @pytest.mark.parametrize("dtype, factor", [(torch.float32, 1 + 1e-5), (torch.bfloat16, 1.01)])
 def test_a_head_whose_forward_was_replaced_is_refused(dtype, factor):
-    """A little more than rounding shows, in a short format as well."""
+    """A difference slightly above rounding is detected, in short formats as well."""
     model = build("Llama").to(dtype).eval()
     model.lm_head.forward = lambda hidden: factor * nn.functional.linear(hidden, model.lm_head.weight)
-    with pytest.raises(hf.UnsupportedModelError, match=r"gives differs from the product with its weight by"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"output .* differs from the product with its weight by"):
         hf.hidden_and_head(model)
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
@@ -195,8 +197,8 @@ def test_a_head_whose_forward_was_replaced_is_refused(dtype, factor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_short_products_of_torch_are_no_fault_of_the_model(dtype, monkeypatch):
-    """TF32 on a GPU, bfloat16 in oneDNN, in torch's newer settings: stood in for by a product that rounds more."""
-    # torch cannot say what it rounds to where someone has used its newer settings.
+    """A product with more rounding stands for TF32 on a GPU and bfloat16 in oneDNN, by torch's newer settings."""
+    # torch cannot report its rounding once its newer settings have been used.
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: pytest.fail("asked"))
     model, product = build("Gemma2").to(dtype).eval(), nn.functional.linear
 
@@ -230,7 +232,7 @@ def test_a_head_of_another_dtype_than_the_body(body, head):
 def test_models_that_see_later_tokens_or_padding_say_so():
     sizes = {"vocab_size": VOCAB, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
     later = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes, initializer_range=0.4)).eval()
-    with pytest.warns(UserWarning, match="XLNetLMHeadModel change with tokens that come later"):
+    with pytest.warns(UserWarning, match="XLNetLMHeadModel change with later tokens"):
         hf.hidden_and_head(later)
     sizes = {"vocab_size": VOCAB, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2}
     bart = transformers.BartForCausalLM(transformers.BartConfig(**sizes, is_encoder_decoder=False)).eval()

@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three sequences, one padded right: attention of Gemma gives NaN for left padding in float64."""
+    """Return three sequences, one padded right: Gemma's attention gives NaN for left padding in float64."""
     ids = torch.randint(3, 61, (3, 9), generator=torch.Generator().manual_seed(1))
     attention, completion = torch.ones_like(ids), torch.zeros_like(ids)
     attention[1, 7:] = 0
@@ -34,7 +34,7 @@ def lora(*targets: str, **options) -> peft.LoraConfig:
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """The same model in float64 with no adapter left at zero, and everything trained."""
+    """Return the same model in float64, with no adapter at zero and all weights trained."""
     generator = torch.Generator().manual_seed(2)
     for name, value in model.double().named_parameters():
         if "lora_" in name or "modules_to_save" in name:
@@ -55,11 +55,11 @@ def exact_by_logits(model: nn.Module, ids, attention, completion) -> torch.Tenso
 
 
 def assert_as_autograd(model: nn.Module, ours=hf.sequence_logps) -> dict[str, torch.Tensor]:
-    """Values, and the gradients of all that is trained, which are returned."""
+    """Assert the values and all gradients of plain autograd, and return the gradients."""
     parameters, upstream = trained(model), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     found = []
     for function in (ours, exact_by_logits):
-        torch.manual_seed(7)  # of the dropout
+        torch.manual_seed(7)  # for the dropout
         value = function(model, *batch())
         gradients = torch.autograd.grad((value * upstream).sum(), list(parameters.values()), allow_unused=True)
         found.append((value.detach(), dict(zip(parameters, gradients, strict=True))))
@@ -258,7 +258,7 @@ def test_the_check_sees_a_wrong_block_although_adapters_start_at_zero(monkeypatc
         return (states[0], states[1] / head.scaling["default"]), weights
 
     monkeypatch.setattr(hf_head, "blocks", wrong)
-    with pytest.raises(hf.UnsupportedModelError, match="blocks of its adapters default miss its logits by"):
+    with pytest.raises(hf.UnsupportedModelError, match="blocks of its adapters default differ from its logits by"):
         hf.hidden_and_head(peft.get_peft_model(build("Llama"), lora("lm_head")))
 
 
@@ -276,7 +276,7 @@ def test_an_adapter_is_checked_once(monkeypatch):
 def test_other_adapters_on_the_head_say_what_would_do():
     cases = {
         r"DoraLinearVariant.*use_dora=False": lora("lm_head", use_dora=True),
-        r"'default' has a bias of its own; set lora_bias=False": lora("lm_head", lora_bias=True),
+        r"'default' has its own bias; set lora_bias=False": lora("lm_head", lora_bias=True),
         r"ia3.*only LoRA .* leave the head out of target_modules .* merge_and_unload": peft.IA3Config(
             target_modules=["lm_head"], feedforward_modules=[]
         ),

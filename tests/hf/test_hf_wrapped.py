@@ -1,4 +1,4 @@
-"""windkern.hf on models that something is wrapped around: values and gradients, or what to do instead."""
+"""windkern.hf on wrapped models: values and gradients, or an error that says what to do instead."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_as(ours: torch.Tensor, theirs: torch.Tensor, model: nn.Module) -> Non
 
 
 class Backend:
-    """Of torch.compile: counts the graphs it is given, and runs them as they are."""
+    """A backend for torch.compile that counts its graphs and runs them unchanged."""
 
     def __init__(self):
         self.graphs, self.calls = 0, 0
@@ -64,12 +64,12 @@ def test_compiled_models(place):
     assert (calls > 0) == (place != "in place")  # the decoder is compiled, with the settings of the wrapper
     assert_as(hf.sequence_logps(wrapped, *batch()), theirs, model)
     assert backend.graphs == graphs  # and only once
-    assert "forward" not in model.model.__dict__  # what was replaced is back
+    assert "forward" not in model.model.__dict__  # the replaced forward is restored
     assert (model._compiled_call_impl is not None) == (place == "in place")
 
 
 class Outer(nn.Module):
-    """A wrapper that nobody knows."""
+    """A wrapper of an unknown kind."""
 
     def __init__(self, module):
         super().__init__()
@@ -82,7 +82,7 @@ class Outer(nn.Module):
 def test_wrappers_that_nobody_knows():
     model = build("Gemma2").eval()
     assert_as(hf.sequence_logps(Outer(model), *batch()), by_logits(model, *batch()), model)
-    with pytest.raises(hf.UnsupportedModelError, match=r"wrapped in Outer.*hf\.sequence_logps takes the model"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"wrapped in Outer.*hf\.sequence_logps takes the wrapped"):
         hf.hidden_and_head(Outer(model))
     idle = Outer(model)
     idle.forward = lambda **given: torch.zeros(3)
@@ -90,7 +90,7 @@ def test_wrappers_that_nobody_knows():
         hf.sequence_logps(idle, *batch())
     changing = Outer(model)
     changing.forward = lambda **given: (model(**given), 1)
-    with pytest.raises(hf.UnsupportedModelError, match="Outer must return what the model inside it returns, got tuple"):
+    with pytest.raises(hf.UnsupportedModelError, match=r"Outer must return the output of the model inside .*got tuple"):
         hf.sequence_logps(changing, *batch())
 
 
@@ -149,12 +149,12 @@ def test_two_processes_train_as_one(ranks, kind):
         assert found["weights"].keys() == theirs["weights"].keys()
         for name, value in theirs["weights"].items():
             torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(value), **near, msg=name)
-        assert "sequence_logps takes the model as it is wrapped" in found["apart"]
+        assert "sequence_logps takes the wrapped model" in found["apart"]
         assert "module" not in found["apart"]
 
 
 def test_log_probs_of_a_sharded_model_are_not_rounded(ranks):
-    """FSDP2 may be told to return bfloat16; sums of log-probs need more."""
+    """FSDP2 can be set to return bfloat16, but sums of log-probs need more precision."""
     for rank in ranks:
         found = torch.tensor(rank["fsdp2, bfloat16"]["logps"])
         assert not torch.equal(found.bfloat16().float(), found)

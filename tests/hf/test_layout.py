@@ -1,4 +1,4 @@
-"""How groups lie in rows: what is fed, who sees whom, what is scored, and how rows are cut."""
+"""Layouts of groups in rows: the tokens fed, their visibility, the scored tokens, and the split into rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDE = LayoutRules(balance=1 << 40)
 
 
 def ids_of(lengths):
-    """Ids that say where they are: 1000 for each group, 100 for each response."""
+    """Return ids that encode their place: 1000 for each group, 100 for each response."""
     prompts = [[1000 * group + k for k in range(size)] for group, (size, _) in enumerate(lengths, 1)]
     responses = [
         [[1000 * group + 100 * number + k for k in range(size)] for number, size in enumerate(sizes, 1)]
@@ -32,7 +32,7 @@ def ids_of(lengths):
     ids=["shared", "apart", "cut", "packed"],
 )
 def test_each_scored_token_sees_its_prompt_and_response_and_nothing_else(rules):
-    """The specification, token by token: what column sees what, at which position, and what it predicts."""
+    """The specification, token by token: the columns each column sees, its position, and the token it predicts."""
     lengths = [(3, (4, 1, 0, 2)), (1, (2, 3, 3, 1)), (5, (0, 0, 0, 0))]
     prompts, responses = ids_of(lengths)
     layout = make_layout(lengths, rules)
@@ -121,8 +121,8 @@ def test_rows_are_cut_where_masks_would_be_too_large():
         sizes = [row[0].stop - row[0].start for row in layout.rows]
         for size in sizes:
             assert 2 * (100 + 100 * size) ** 2 <= max(budget, 2 * size * 200**2) or size == 1
-    # Rows of one response take 8 * 200^2 pairs: a row of 3, 400^2 pairs, takes no more than the 3 that it stands for
-    # only up to 2 of them, 300^2 > 2 * 200^2; so without a budget none is shared.
+    # A row of one response takes 200^2 pairs, one of n responses ((n + 1) * 100)^2, which is more than the n rows that
+    # it replaces: 300^2 > 2 * 200^2 and 400^2 > 3 * 200^2. So without a budget, no rows are shared.
     assert sizes == [1] * 8
 
 
@@ -140,7 +140,7 @@ def test_errors_name_the_group():
         make_layout([(1, (1, 1)), (0, (1, 1))], WIDE)
     with pytest.raises(ValueError, match="group 0 has 3 tokens and 0 responses"):
         make_layout([(3, ())], WIDE)
-    with pytest.raises(ValueError, match="layout must be that of these groups"):
+    with pytest.raises(ValueError, match="layout must belong to these groups"):
         make_rows(make_layout([(1, (1,))], WIDE), [[1]], [[[1, 2]]])
     with pytest.raises(ValueError, match="balance must be at least 1"):
         LayoutRules(balance=0)

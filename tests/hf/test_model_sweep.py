@@ -1,6 +1,6 @@
 """windkern.hf against the logits of every causal LM of transformers, as tiny random models: `make test-models`.
 
-A few of them run in the default suite.
+A few of the models run in the default suite.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from windkern.hf import call as hf_call  # noqa: E402
 from windkern.hf import check as hf_check  # noqa: E402
 
 README = Path(__file__).parents[2] / "README.md"
-# What each of the few is here for.
+# The models of the default suite, and what each of them tests.
 FEW = {
     "bert": "dense, activation and norm before the head",
     "chameleon": "masks image tokens",
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 
 
 def batch(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three rows: padded left, padded right with an empty completion, not padded."""
+    """Return three rows: padded left, padded right with an empty completion, not padded."""
     ids = torch.randint(4, 120, (3, 9), generator=torch.Generator().manual_seed(1))
     attention, completion = torch.ones_like(ids), torch.zeros_like(ids)
     attention[0, :3] = 0
@@ -63,7 +63,7 @@ def batch(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def own_logps(model: nn.Module, ids, attention, completion, positions: bool) -> torch.Tensor:
-    """(S,) from the model's own logits."""
+    """Return log-probs (S,) from the model's own logits."""
     out = model(**hf_call.inputs(model, ids, attention, positions=positions))
     logits = (out[0] if isinstance(out, tuple) else out.logits)[:, :-1].float()
     tokens = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -76,10 +76,10 @@ def gap(ours: torch.Tensor | None, theirs: torch.Tensor | None, least: float) ->
 
 
 def compare(model: nn.Module, exact: torch.Tensor | None) -> torch.Tensor:
-    """Assert that values and all gradients are those of the model's own logits; returns its own log-probs.
+    """Assert that values and all gradients are those of the model's own logits, and return its own log-probs.
 
     Args:
-        exact: log-probs of the same model in float32, where this one is in bfloat16.
+        exact: log-probs of the same model in float32, if this one is in bfloat16.
     """
     if model.config.model_type == "reformer":  # takes gradients in training mode only
         model.requires_grad_(False)
@@ -106,7 +106,7 @@ def compare(model: nn.Module, exact: torch.Tensor | None) -> torch.Tensor:
 
 @torch.no_grad()
 def failure(model: nn.Module) -> str | None:
-    """What the model's own forward on text raises, which is not ours to judge."""
+    """Return the error that the model's own forward raises on text, which is not our fault."""
     if isinstance(model.get_output_embeddings(), nn.ModuleList):
         return None  # takes tokens of another form
     try:
@@ -174,7 +174,7 @@ def claim() -> str:
 
 @pytest.mark.slow
 def test_the_count_is_that_of_the_readme(capsys):
-    """Last: what the others found."""
+    """This runs last and reads the results of the others."""
     if sum(map(len, TALLY.values())) < len(ENTRIES):
         pytest.skip("only a part was run")
     with capsys.disabled():

@@ -1,4 +1,4 @@
-"""The one look at a model that decides whether responses share a row: what it must refuse, and what it costs."""
+"""The check of a model that decides whether responses share a row: the models it must refuse, and its cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def without_mask(rows, row, query, key):
 
 
 def half_masked(rows, row, query, key):
-    """Responses see a token of those before them."""
+    """Make each response see one token of the previous responses."""
     last = rows.position_ids == rows.position_ids.max(-1, True).values
     return SEEN(rows, row, query, key) | ((query >= key) & last[row, key])
 
@@ -41,7 +41,7 @@ def test_planted_faults_are_refused(kind, dtype, monkeypatch):
     assert reason(model) is None
     for fault in (without_mask, half_masked):
         monkeypatch.setattr(hf_masks, "seen", fault)
-        assert "in one row, where rounding takes" in reason(model)
+        assert "in one row differ by" in reason(model)
     monkeypatch.setattr(hf_masks, "seen", SEEN)
     inputs_of = shared_check.inputs_of
 
@@ -52,26 +52,26 @@ def test_planted_faults_are_refused(kind, dtype, monkeypatch):
         return given, amend
 
     monkeypatch.setattr(shared_check, "inputs_of", shifted)
-    assert "in one row, where rounding takes" in reason(model)
+    assert "in one row differ by" in reason(model)
     monkeypatch.setattr(shared_check, "inputs_of", inputs_of)
     if (
         "windows" in kind or kind == "Mistral"
-    ):  # a window that is left out, in a model whose own is longer than the check
+    ):  # a window that is ignored, in a model whose window is longer than the check
         monkeypatch.setattr(hf_masks, "_BOUNDS", dict.fromkeys(hf_masks._BOUNDS))
         monkeypatch.setattr(hf_masks, "bounds_of", lambda base: ("sliding_window",))
         model.config.sliding_window = 4096
-        assert "in one row, where rounding takes" in reason(model)
+        assert "in one row differ by" in reason(model)
 
 
 def test_a_gradient_that_stops_is_refused():
-    """Values are right, and what responses owe to their prompt is lost on the way back."""
+    """Values are right, but gradients from responses to their prompt are lost."""
     model = make("Llama")
 
     def hook(module, args, output):
         return output if output.shape[0] > 1 else output.detach() + 0.5 * (output - output.detach())
 
     model.model.layers[0].self_attn.v_proj.register_forward_hook(hook)
-    assert "a gradient changes by" in reason(model).replace("change by", "changes by")
+    assert "gradients in one row differ by" in reason(model)
 
 
 def test_recurrent_and_hybrid_models_are_refused_by_their_layers():
@@ -98,7 +98,7 @@ def test_positions_and_attention_that_cannot_be_given_are_refused_by_name():
 
 
 def test_a_mask_that_rounding_hides_is_refused():
-    """In bfloat16 a model that hardly looks at other tokens tells nothing."""
+    """In bfloat16, a model that barely attends to other tokens proves nothing."""
     model = make("Llama").bfloat16()
     with torch.no_grad():
         for layer in model.model.layers:

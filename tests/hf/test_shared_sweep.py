@@ -1,6 +1,6 @@
-"""Which causal LMs of transformers share a prompt, as tiny random models: `pytest -m "slow or not slow"` on this file.
+"""Test which causal LMs share a prompt, as tiny random models: `pytest -m "slow or not slow"` on this file.
 
-What the check allows must be right at lengths it has not seen; the table of docs/shared_prompts.md is what was found.
+If the check allows sharing, it must be right for other lengths; docs/shared_prompts.md has the table of the results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from windkern.hf import call as hf_call  # noqa: E402
 from windkern.hf.shared_check import sharing_of  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "shared_prompts.md"
-# What each of the few is here for: "" where it shares, else what the reason must name.
+# The models of the default suite: "" if the model shares, else words that the reason must contain.
 FEW = {
     "bloom": "takes no position ids",
     "gemma3_text": "",
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 
 
 def groups() -> tuple[list, list]:
-    """Longer than the check's, than every window (8) and than every chunk."""
+    """Return groups that are longer than those of the check, every window (8) and every chunk."""
     random = torch.Generator().manual_seed(1)
 
     def ids(size: int) -> list[int]:
@@ -51,7 +51,7 @@ def groups() -> tuple[list, list]:
 
 
 def compare(model: nn.Module) -> None:
-    """Values and gradients of rows that are shared, against rows of one response."""
+    """Compare values and gradients of shared rows with those of rows of one response."""
     given, upstream = groups(), torch.tensor([[1.0, -2.0, 0.5], [0.3, -0.7, 2.0]])
     shared, apart = (hf.group_logps(model, *given, shared_prompt=each) for each in ("always", "never"))
     torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-4)
@@ -97,7 +97,7 @@ def test_all_others(kind):
 
 
 def short(reason: str) -> str:
-    """A reason without numbers, names of errors and what is in brackets."""
+    """Return a reason without numbers, names of errors and text in brackets."""
     for name, pattern in (
         ("carries a state from token to token", "carry a state"),
         ("takes no position ids", "takes no position ids"),
@@ -125,7 +125,7 @@ def table() -> str:
 
 @pytest.mark.slow
 def test_the_table_is_that_of_the_page(capsys):
-    """Last: what the others found."""
+    """This runs last and reads the results of the others."""
     if len(TALLY) < len(ENTRIES):
         pytest.skip("only a part was run")
     with capsys.disabled():

@@ -1,4 +1,4 @@
-"""A model that tensor parallelism has cut gives what one process gives; its head becomes vocab_parallel by itself."""
+"""A model under tensor parallelism gives the results of one process; its head becomes vocab_parallel automatically."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_those_of_one_process(ranks, name):
         for key, value in alone["grads"].items():
             gap = torch.tensor(found["grads"][key]) - torch.tensor(value)
             share = float(gap.norm() / torch.tensor(value).norm())
-            assert share < 1e-4, f"{key} is off by {share:.2g} of its size"  # float32, two steps, other orders of sums
+            assert share < 1e-4, f"{key} is off by {share:.2g} of its size"  # float32, two steps, sums in another order
     assert ranks[0][name]["logps"] == ranks[1][name]["logps"], "replicated layers would drift apart"
 
 

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 
 def make(kind: str, folder, output, model=None, peft_config=None, **options):
-    """A trainer of TRL on the tiny model, read from its folder as the reference is."""
+    """Return a TRL trainer on the tiny model, which is read from its folder like the reference."""
     tokenizer = tiny_model.make_tokenizer(chat=False)
     common = {
         "output_dir": str(output),
@@ -72,8 +72,8 @@ def make(kind: str, folder, output, model=None, peft_config=None, **options):
 
 
 def inputs_of(trainer) -> dict:
-    """What the trainer's loss sees in its first step."""
-    trainer.current_gradient_accumulation_steps = 1  # which `train` would set
+    """Return the inputs of the trainer's loss in its first step."""
+    trainer.current_gradient_accumulation_steps = 1  # `train` would set this
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     transformers.set_seed(0)
@@ -154,7 +154,7 @@ def test_a_whole_run_ends_where_trls_does(kind, folder, tmp_path):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor any operator returns."""
+    """Records the number of elements of the largest tensor that an operator returns."""
 
     elements = 0
 
@@ -195,7 +195,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(tmp_path):
     with use(trainer, memory_budget=budget), Largest() as ours, buffers.recording() as record:
         loss_gradients_metrics(trainer, inputs)
     parameters = max(value.numel() for value in trainer.model.parameters())
-    assert theirs.elements >= rows * vocab  # what the witness sees of TRL: a whole tile of logits
+    assert theirs.elements >= rows * vocab  # in TRL, a whole tile of logits is seen
     assert ours.elements <= max(parameters, rows * 16 * 4) < rows * vocab * 1.5
     assert record.peak_bytes <= budget < rows * vocab * 4 / 4 and record.flops > 0
 
@@ -349,7 +349,7 @@ def test_what_is_not_supported_says_so(folder, tmp_path):
     before = trainer.model.forward
     with pytest.raises(hf.UnsupportedModelError, match="not a plain"):
         use(trainer)
-    assert trainer.model.forward == before  # nothing is left half done
+    assert trainer.model.forward == before  # no patch is left behind
 
 
 def test_inputs_the_decoder_would_not_get_are_refused():

@@ -1,4 +1,4 @@
-"""Rows of TRL's batches that begin with the same prompt run the body once on it."""
+"""Rows of TRL's batches that begin with the same prompt run the body once on that prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIELDS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 def batch(left: bool) -> dict[str, torch.Tensor]:
-    """Two prompts, 3 and 1 rows, apart from each other; an answer of a tool within one, and a row without labels."""
+    """Return two prompts with 3 and 1 rows, not adjacent; one row has a tool's answer inside, one has no labels."""
     rows = [
         ([5, 6, 7], [8, 9, 10, 11], [1, 0, 0, 1]),
         ([12, 13], [14, 15], [1, 1]),
@@ -79,7 +79,7 @@ def test_every_field_is_that_of_trl(family, left):
     got = ours(model, **given)
     seen = widths(model.model if family == "Llama" else model.transformer)
     ours(model, **given)
-    # Reason: TRL passes no positions, and a table of them is read by column where rows are padded on the left.
+    # Reason: TRL passes no positions, so a position table is read by column where rows are padded on the left.
     assert seen == ([(5, 8)] if left and family == "GPT2" else [(2, 7)])
     own = small(family)
     add_fused_lm_head(own, temperature=0.7, outputs=("log_probs", *FIELDS))
@@ -105,7 +105,7 @@ def test_a_trainer_sees_each_prompt_once(kind, folder, tmp_path, monkeypatch):  
     shapes = {}
     for way in ("never", "always"):
         with use(trainer, shared_prompt=way):
-            loss_gradients_metrics(trainer, dict(inputs))  # looks at the model
+            loss_gradients_metrics(trainer, dict(inputs))  # this runs the check of the model
             seen = widths(trainer.accelerator.unwrap_model(trainer.model).model)
             found = loss_gradients_metrics(trainer, dict(inputs))
         shapes[way] = sum(rows * width for rows, width in seen)

@@ -1,4 +1,4 @@
-"""setup.py: what it builds, what it leaves out on purpose, and what it says where a build fails."""
+"""setup.py: the extensions that it builds or deliberately leaves out, and its messages if a build fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("setuptools")
-# Stands in for a compiler: every input must be a file, every folder there; it writes what it was asked for.
+# A fake compiler: every input must be a file and every folder must exist; it writes the requested outputs.
 COMPILER = """#!{python}
 import os, sys
 arguments = sys.argv[1:]
@@ -34,7 +34,7 @@ for i, each in enumerate(arguments):
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A copy of what an installation is made from, without anything built, at a path that needs quoting."""
+    """A copy of the sources of an installation, without build outputs, at a path that needs quoting."""
     root = tmp_path / "sp ace $ü"
     root.mkdir()
     for path in ROOT.iterdir():
@@ -81,13 +81,13 @@ def test_a_failed_cuda_build_ends_the_installation_and_says_how_to_do_without(tr
     assert done.returncode != 0 and "windkern._cuda was not built" in done.stderr
     assert "WINDKERN_BUILD_CUDA=0 installs windkern without it" in done.stderr.splitlines()[-1]
     done = setup(tree, "build_ext", "--inplace", **switches | {"CUDA_HOME": str(tree / "none")})
-    assert done.returncode == 0  # no nvcc, and nobody asked for one
+    assert done.returncode == 0  # no nvcc, and none was requested
     done = setup(tree, "build_ext", "--inplace", **switches | {"CUDA_HOME": "none", "WINDKERN_BUILD_CUDA": "1"})
     assert done.returncode != 0 and "nvcc is not on PATH; set CUDA_HOME" in done.stderr
 
 
 def test_it_can_be_left_out_on_purpose(tree):
-    """The wheel then says that it is for every machine."""
+    """The wheel is then tagged for every machine."""
     done = setup(tree, "bdist_wheel", CXX="false", WINDKERN_BUILD_CPP="0")
     assert done.returncode == 0, done.stderr
     (wheel,) = (tree / "dist").iterdir()
@@ -108,7 +108,7 @@ def test_switches_that_make_no_sense(tree, variables, words):
 
 
 def test_paths_are_quoted(tree, compiler):
-    """Sources, objects, includes, nvcc and the outputs, in a folder with a space, a dollar sign and an umlaut."""
+    """Sources, objects, includes, nvcc and outputs lie in a folder with a space, a dollar sign and an umlaut."""
     switches = {"CXX": f"'{compiler}'", "CUDA_HOME": str(compiler.parents[1]), "WINDKERN_BUILD_CUDA": "1"}
     (tree / "headers").mkdir()
     (tree / "pybind11.py").write_text(f"def get_include():\n    return {str(tree / 'headers')!r}\n")  # found first
@@ -118,7 +118,7 @@ def test_paths_are_quoted(tree, compiler):
 
 
 def test_an_sdist_holds_every_source_whoever_makes_it(tree):
-    """Without nvcc: the CUDA sources all the same, and tests with their helpers; nothing that was built."""
+    """Even without nvcc it has the CUDA sources, and tests with their helpers, but no build outputs."""
     (tree / "windkern" / "_cpp.so").touch()
     done = setup(tree, "sdist", "--formats=gztar")
     assert done.returncode == 0, done.stderr
@@ -128,7 +128,7 @@ def test_an_sdist_holds_every_source_whoever_makes_it(tree):
         (told,) = (name for name in opened.getnames() if name.count("/") == 1 and name.endswith("/PKG-INFO"))
         about = opened.extractfile(told).read().decode()
     links = re.findall(r"\]\(([^)]+)\)", about)
-    assert len(links) > 10 and all(link.startswith("https://") for link in links)  # an index has no file beside it
+    assert len(links) > 10 and all(link.startswith("https://") for link in links)  # a package index has no other files
     for folder in ("csrc", "windkern", "tests", "docs", "examples", "benchmarks"):
         wanted = {str(path.relative_to(tree)) for path in (tree / folder).rglob("*") if path.is_file()}
         assert wanted - names == ({"windkern/_cpp.so"} if folder == "windkern" else set())

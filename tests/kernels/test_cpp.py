@@ -1,4 +1,4 @@
-"""The C++ back end: each instruction set against PyTorch, built clean, and honest where it is absent."""
+"""The C++ back end: each instruction set against PyTorch, a build without warnings, and reasons where it is absent."""
 
 import importlib
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def extension():
-    """windkern._cpp; where it is missing these tests are skipped, or fail if WINDKERN_REQUIRE_CPP=1 wants it."""
+    """Return windkern._cpp; without it, skip the test, or fail it if WINDKERN_REQUIRE_CPP=1."""
     if os.environ.get("WINDKERN_REQUIRE_CPP") == "1":
         return importlib.import_module("windkern._cpp")
     return pytest.importorskip("windkern._cpp", reason=str(wk.backends.why_not("cpp", "cpu")))
@@ -64,7 +64,7 @@ def test_every_instruction_set_on_pairs(instruction_set):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_exponential_is_exact_to_rounding(instruction_set, dtype):
-    """Kept exp(y - max) of one slab: every gap from 0 to the smallest normal number and beyond."""
+    """Kept exp(y - max) of one slab, for gaps from 0 to the smallest normal number and beyond."""
     low = -90.0 if dtype == torch.float32 else -720.0
     z = torch.linspace(low, 0.0, 20001, dtype=dtype).unsqueeze(0)
     z[0, 5] = -torch.inf
@@ -89,7 +89,7 @@ def test_storage_rounds_to_nearest_even(instruction_set, dtype):
     cpp_rows.slab_forward(slab, state, Kept(kept, offset))
     wanted = (z.double() - offset.double()).exp().float().to(dtype)
     apart = (kept.view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
-    assert apart.max() <= 1  # exp itself may differ by its own rounding at a tie
+    assert apart.max() <= 1  # exp itself can differ by its rounding at a tie
     assert (apart == 0).float().mean() > 0.99
 
 
@@ -111,7 +111,7 @@ def test_an_instruction_set_that_is_not_there_is_a_reason_not_a_crash():
     code = "import windkern as wk; print(wk.backends.available('cpu'), wk.backends.why_not('cpp', 'cpu'))"
     environment = {**os.environ, "WINDKERN_CPP_ISA": "avx1024", "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("('torch',) WINDKERN_CPP_ISA='avx1024' names no instruction set of this CPU")
+    assert done.stdout.startswith("('torch',) WINDKERN_CPP_ISA='avx1024' is not an instruction set of this CPU")
 
 
 def test_it_is_the_default_on_a_cpu():
@@ -120,7 +120,7 @@ def test_it_is_the_default_on_a_cpu():
 
 
 def without_extension(monkeypatch):
-    """`cpp_rows` as it is where windkern._cpp cannot be imported."""
+    """Return `cpp_rows` as it is if windkern._cpp cannot be imported."""
     monkeypatch.setitem(sys.modules, "windkern._cpp", None)
     monkeypatch.delattr(wk, "_cpp", raising=False)
     without = importlib.util.module_from_spec(cpp_rows.__spec__)
@@ -129,7 +129,7 @@ def without_extension(monkeypatch):
 
 
 def test_without_the_extension_the_reason_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(pointers, "PACKAGE", tmp_path)  # left out on purpose: no file, and no warning
+    monkeypatch.setattr(pointers, "PACKAGE", tmp_path)  # deliberately left out: no file, and no warning
     without = without_extension(monkeypatch)
     reason = without.why_not(torch.device("cpu"), torch.float32)
     assert "was installed without its extension _cpp; reinstall windkern with a C++17 compiler" in reason
@@ -160,7 +160,7 @@ def test_where_it_is_required_a_missing_extension_is_no_skip(monkeypatch, requir
 
 
 def test_planted_faults_are_caught(monkeypatch):
-    """A C++ kernel that sees shifted targets or no bias fails the comparison the real one passes."""
+    """A C++ kernel with shifted targets or without bias fails the comparison that the real one passes."""
     problem = Problem(SHAPES["odd"], "all")
     exact, plain = problem.exact(torch.float32, "trained"), problem.plain(torch.float32, "trained")
     original = cpp_rows._slab

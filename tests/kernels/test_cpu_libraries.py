@@ -1,4 +1,4 @@
-"""Which library multiplies on which CPU, and that none is asked for a product it would get wrong or crawl through."""
+"""The choice of a library for each CPU, and that none runs a product that it computes wrongly or very slowly."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ ZEN_3, ZEN_4, ZEN_5 = (
     ("AuthenticAMD", 25, "avx2 avx512f"),
     ("AuthenticAMD", 26, "avx512f"),
 )
-# The masks under which this machine computes as one with AVX2 only does.
+# The masks under which this machine computes like one with only AVX2.
 AVX2_ONLY = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -36,7 +36,7 @@ needs_cpp = pytest.mark.skipif(cpu_libraries._cpp is None, reason="needs the C++
 
 
 def on_processor(monkeypatch, vendor: str, family: int, flags: str) -> None:
-    """Let /proc/cpuinfo describe another processor."""
+    """Make /proc/cpuinfo describe another processor."""
     cpu_libraries._processor.cache_clear()
     monkeypatch.setattr(cpu_libraries.Path, "exists", lambda path: True)
     monkeypatch.setattr(cpu_libraries.Path, "read_text", lambda path: CPUINFO.format(vendor, family, flags))
@@ -183,7 +183,7 @@ def test_onednn_is_not_trusted_where_torch_has_another_openmp(monkeypatch):
 
 @pytest.fixture
 def multiplied(monkeypatch):
-    """Dtypes of everything torch is asked to multiply."""
+    """Record the dtypes of all products of torch."""
     dtypes = set()
 
     def watched(function):
@@ -209,7 +209,7 @@ def without_bf16_products(monkeypatch):
 @pytest.mark.parametrize("gear", ["scoring", "frozen_head", "frozen_body", "trained"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_torch_multiplies_no_16_bit_operands_on_a_cpu(without_bf16_products, multiplied, dtype, gear):
-    """Without instructions for it, torch multiplies them 20 to 40 times slower than it does float32 ones."""
+    """Without instructions for them, torch multiplies them 20 to 40 times slower than float32 ones."""
     problem = Problem(Shape((3, 11), (24, 5), 1003), "all")
     for budget in (NARROW, UNLIMITED):
         problem.run(wk.token_logps, dtype, gear, memory_budget=budget, backend="torch")
@@ -218,7 +218,7 @@ def test_torch_multiplies_no_16_bit_operands_on_a_cpu(without_bf16_products, mul
 
 
 def test_masks_of_an_avx2_cpu_reach_the_choice():
-    """On any machine: neither bfloat16 products nor oneDNN under the masks that leave AVX2."""
+    """On any machine, masks that leave only AVX2 exclude bfloat16 products and oneDNN."""
     asks = (
         "from windkern.kernels import cpu_libraries, cpu_products; "
         "print(cpu_products.PRODUCT, cpu_libraries.ONEDNN, cpu_libraries.ONEDNN_WEIGHT_GRAD)"

@@ -1,4 +1,4 @@
-"""The CUDA kernels under the emulator: every kernel against torch_rows, and through the walk against float64."""
+"""The CUDA kernels under the emulator: every kernel against torch_rows, and the whole walk against float64."""
 
 import shutil
 
@@ -33,7 +33,7 @@ def emulated(tmp_path_factory):
 
 @pytest.fixture
 def backend(monkeypatch, emulated):
-    """Named as the fixture of the other tests, so that they run on this back end too."""
+    """Overrides the fixture of the other tests, so that they run on this back end too."""
     cuda_tools.install(monkeypatch, emulated)
     return "cuda"
 
@@ -73,7 +73,7 @@ def test_row_kernels(backend, dtype, width):
 
 @pytest.mark.parametrize("rows", [0, 1, 31, 33, 100])
 def test_rows_of_every_tile_reach_dbias(backend, rows):
-    """Row tiles of 32 and the batch inside a tile end at any row; no row at all gives zeros."""
+    """Row tiles of 32 and the batches inside a tile can end at any row; without rows, dbias is zero."""
     width = 40
     z, targets = torch.randn(rows, width, dtype=torch.float64), torch.full((rows,), 3)
     zeros = torch.zeros(rows, dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_a_value_that_is_no_number_stays_one(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_plan_is_obeyed(backend, dtype):
-    """Scratch of dbias included, in tall and in wide slabs."""
+    """The plan includes the scratch of dbias, in tall and in wide slabs."""
     for shape in (Shape((4, 40), (64,), 131), Shape((5,), (64,), 4001)):
         problem = Problem(shape, "all")
         for gear in ("frozen_head", "trained"):
@@ -197,7 +197,7 @@ def test_segment_sums(backend):
 
 
 def every_kernel() -> list[torch.Tensor]:
-    """Results of all kernels on teams of a warp and of a block, NaN replaced."""
+    """Return the results of all kernels on teams of a warp and of a block, with NaN replaced."""
     torch.manual_seed(0)
     rows = Rows(9, 1000, torch.bfloat16, "softcap", bias=True, entropy=True)
     narrow = Rows(40, 40, torch.float32, "softcap", bias=True, entropy=True)
@@ -214,7 +214,7 @@ def every_kernel() -> list[torch.Tensor]:
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(backend, monkeypatch):
-    """Twice the same bits, with the last thread of every block first, and in an order drawn anew at every barrier."""
+    """The bits are the same again, with the last thread first, and in an order drawn again at every barrier."""
     first = every_kernel()
     for order in ("forward", "reverse", "random:1"):
         monkeypatch.setenv("CUDA_EMULATOR_ORDER", order)

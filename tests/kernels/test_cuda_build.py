@@ -1,5 +1,8 @@
-"""windkern._cuda as setup.py builds it: three GPUs' machine code without spills, 128-bit accesses, no library of CUDA
-or torch, and an import without a driver. The one that is installed is looked at where no source is newer."""
+"""Test windkern._cuda as setup.py builds it: code for three GPUs without spills, with 128-bit accesses.
+
+It must link neither a CUDA library nor torch, and import without a driver. The installed extension is tested if no
+source is newer.
+"""
 
 import importlib.util
 import os
@@ -23,7 +26,7 @@ ARCHS = ("80", "90", "100")
 
 
 def cuobjdump() -> str | None:
-    """nvcc's own, or the one in the triton package."""
+    """Return nvcc's cuobjdump, or the one in the triton package."""
     found = shutil.which("cuobjdump")
     nvcc = shutil.which("nvcc")
     if found is None and nvcc is not None:
@@ -38,7 +41,7 @@ needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdum
 
 
 def build_as_users_do(folder: Path) -> None:
-    """A warning of any compiler pass is an error here."""
+    """Build the extension like a user, with warnings of all compiler passes as errors."""
     environment = {
         **os.environ,
         "WINDKERN_BUILD_CPP": "0",
@@ -54,7 +57,7 @@ def build_as_users_do(folder: Path) -> None:
 
 
 def installed(package: Path) -> Path | None:
-    """The extension of a package if it was made from the sources beside it as they are."""
+    """Return the extension of a package if it was built from the current sources next to it."""
     sources = [package.parent / "setup.py", *package.parent.glob("csrc/**/*.*")]
     newest = max(path.stat().st_mtime for path in sources)
     fresh = [path for path in package.glob(f"_cuda*{EXTENSION_SUFFIXES[0]}") if path.stat().st_mtime > newest]
@@ -91,7 +94,7 @@ def test_an_extension_older_than_a_source_is_built_again(tmp_path):
 
 
 def resources(library: Path) -> list[dict[str, str | int]]:
-    """One row for each kernel and GPU."""
+    """Return one row for each kernel and GPU."""
     text = cuda_tools.run([cuobjdump(), "--dump-resource-usage", str(library)])
     rows, arch, name = [], "", ""
     for line in text.splitlines():
@@ -115,7 +118,7 @@ def test_no_kernel_spills_or_uses_local_memory(library):
             assert sum(bool(re.search(rf"\d{name}I", kernel)) for kernel in kernels) == count, (arch, name)
     for row in rows:
         assert row["STACK"] == row["LOCAL"] == 0, row
-    # What the launch bounds promise: two blocks of 512 threads, where a row is kept.
+    # The launch bounds promise two blocks of 512 threads where a row is kept.
     assert all(row["REG"] <= 64 for row in rows if re.search("KeptOutput|ExpsOutput", row["kernel"]))
 
 
@@ -170,7 +173,7 @@ def test_it_imports_without_a_driver(library):
 
 @needs_nvcc
 def test_a_launch_that_fails_names_kernel_and_error(library, monkeypatch):
-    """Without a driver every launch fails: the message has the file, the kernel and CUDA's own words."""
+    """Without a driver, every launch fails: the message has the file, the kernel and CUDA's own words."""
     if torch.cuda.is_available():
         pytest.skip("launches succeed here")
     spec = importlib.util.spec_from_file_location("windkern._cuda", library)
@@ -192,7 +195,7 @@ def test_reasons_are_told(monkeypatch):
 
 
 class OneGPU:
-    """An extension on a machine with one GPU that is new enough, for the reasons that come after that."""
+    """A fake extension on a machine with one GPU that is new enough, to test the reasons after that."""
 
     def __init__(self, problem: str = ""):
         self.problem, self.asked = problem, []
@@ -222,7 +225,7 @@ def test_reasons_of_the_device(monkeypatch, has_torch, problem):
 
 
 def test_kernels_run_on_torchs_stream_of_the_tensors_device(monkeypatch):
-    """Device and stream handed to the extension are the tensor's, with that device current around the call."""
+    """The extension gets the device and stream of the tensor, with that device current around the call."""
     current, queues = [], []
 
     class Device:

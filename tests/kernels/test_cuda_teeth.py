@@ -1,4 +1,4 @@
-"""The tests of the CUDA kernels can fail: planted faults are caught, and the emulator finds what it is there for."""
+"""The tests of the CUDA kernels can fail: planted faults are caught, and the emulator detects its kinds of errors."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ from windkern.kernels.torch import rows as torch_rows
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-# (file, what it says, what the fault says), and the .cu file to compile where the fault is in a header.
+# (file, its text, the faulty text), and the .cu file to compile if the fault is in a header.
 FAULTS = {
     "dropped tail": ("forward.cu", "first < packs; first += at_once", "first + at_once <= packs; first += at_once"),
     "missing merge": ("forward.cu", "    merge(part, here);\n", "    part = here;\n"),
@@ -29,7 +29,7 @@ FAULTS = {
     "slot nobody writes": ("team.h", "if (lane == 0) slots", "if (lane == 0 && threadIdx.x > 0) slots", "segments.cu"),
     "block above its bound": ("segments.cu", "segments, dim3(kThreads)", "segments, dim3(2 * kThreads)"),
 }
-# What the emulator says of the faults that it finds itself; results show the others.
+# Messages of the emulator for the faults that it detects itself; the others are visible in results.
 SAID = {
     "slot nobody writes": "a thread reads what no thread of its block wrote",
     "block above its bound": "a block of 256 threads, the kernel's bound is 128",
@@ -49,7 +49,7 @@ def objects(tmp_path_factory) -> Path:
 
 
 def build_with(fault: str, objects: Path, folder: Path):
-    """The emulated module with one line of one file changed; the other objects are those of the real one."""
+    """Build the emulated module with one line of one file changed, and the other objects from the real module."""
     name, right, wrong, *compiled = FAULTS[fault]
     cuda = cuda_tools.copy_sources(folder) / "cuda"
     text = (cuda / name).read_text()
@@ -64,7 +64,7 @@ def build_with(fault: str, objects: Path, folder: Path):
 
 
 def exercise(monkeypatch):
-    """What the fault's kernels are compared on: a wide slab, the walk, sums of segments."""
+    """Run the kernels of a fault on the comparisons: a wide slab, the walk, and sums of segments."""
     for order in ("forward", "reverse"):
         monkeypatch.setenv("CUDA_EMULATOR_ORDER", order)
         for kernel, options in (("forward", (False,)), ("backward", (True, False, True))):
@@ -88,7 +88,7 @@ def test_planted_fault(fault, objects, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_every_barrier_is_missed(barrier, objects, monkeypatch):
-    """Left out one at a time, whether or not a result is wrong; with all of them test_cuda.py runs the same kernels."""
+    """Each is left out in turn, whether or not a result is wrong; test_cuda.py runs the same kernels with all."""
     monkeypatch.setattr(cuda_rows, "_DBIAS_TILES", 1)  # all rows in one block, which reads them batch after batch
     cuda_tools.install(monkeypatch, cuda_tools.load_emulated(objects))
     monkeypatch.setenv("CUDA_EMULATOR_SKIP", barrier)
@@ -97,7 +97,7 @@ def test_every_barrier_is_missed(barrier, objects, monkeypatch):
 
 
 def build_teeth(folder: Path, flags: list[str]) -> str:
-    """tests/native/emulator_teeth.cu as a program, with the watcher where `flags` ask for one."""
+    """Build tests/native/emulator_teeth.cu as a program, with the watcher of memory accesses."""
     source, program = folder / "teeth.cpp", str(folder / "teeth")
     source.write_text(cuda_tools.with_bounds((cuda_tools.NATIVE / "emulator_teeth.cu").read_text()))
     objects = [f"{program}.o", str(folder / "watcher.o")]
@@ -124,7 +124,7 @@ def test_the_emulator_finds_what_breaks_on_a_gpu(tmp_path):
     ):
         assert message in say(program, fault)
     assert say(program, "race") != say(program, "race", "reverse")
-    # One order for a seed, and an order of its own for each.
+    # A seed gives the same order again, and different seeds give different orders.
     shuffled = [say(program, "race", f"random:{seed}") for seed in (1, 2, 1)]
     assert shuffled[0] == shuffled[2] and len({*shuffled, say(program, "race"), say(program, "race", "reverse")}) == 4
 

@@ -1,4 +1,4 @@
-"""Exponentials as operands of backward: pivots that move, masks, rows that are sure, upstreams in any order."""
+"""Exponentials as operands of backward: moving pivots, masks, confident rows, upstreams in any order."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ ROWS, HIDDEN, VOCAB = 33, 24, 1003
 
 
 def budgets(dtype) -> tuple[int, int, int]:
-    """Memory for nothing kept, for half of the slabs, for all."""
+    """Return budgets that keep no slabs, half of them, and all."""
 
     def kept(budget):
         return wk.plan(ROWS, HIDDEN, VOCAB, dtype, bias_grad=True, memory_budget=budget, device="cpu").slabs_kept
@@ -23,7 +23,7 @@ def budgets(dtype) -> tuple[int, int, int]:
 
 
 def inputs(spread: float = 1.0, seed: int = 0):
-    """float64 hidden states, head and targets whose logits have that spread."""
+    """Return float64 hidden states, head and targets whose logits have the given spread."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(ROWS, HIDDEN, generator=generator, dtype=torch.float64)
     weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64) * spread / HIDDEN**0.5
@@ -31,7 +31,7 @@ def inputs(spread: float = 1.0, seed: int = 0):
 
 
 def grads(function, dtype, hidden, weight, targets, bias=None, *, storage=None, wants=(True, True, True), **options):
-    """Log-probs, and gradients of a weighted sum of them, by name."""
+    """Return log-probs, and gradients of a weighted sum of them, by name."""
     given = {"dhidden": hidden, "dweight": weight, "dbias": bias}
     leaves = {
         name: value.to(storage or dtype).to(dtype).requires_grad_(wanted)
@@ -68,7 +68,7 @@ def test_the_case_is_what_it_says():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [30.0, 100.0])
 def test_wide_logits(backend, dtype, spread):
-    """Pivots move by more than 40, some of them twice."""
+    """Pivots move by more than 40, and some of them twice."""
     hidden, weight, targets = inputs(spread)
     check(dtype, backend, (hidden, weight, targets, torch.linspace(-1, 1, VOCAB, dtype=torch.float64)))
 
@@ -76,14 +76,14 @@ def test_wide_logits(backend, dtype, spread):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("above", [39.0, 41.0, 90.0])
 def test_rows_that_are_sure_of_their_target(backend, dtype, above):
-    """The target's logit lies that far above all others, in the first slab, in a later one, in the last."""
+    """The target's logit is far above all others, in the first slab, in a later one, and in the last."""
     hidden, weight, targets = inputs()
     hidden[:, 0], weight[:, 0] = 1.0, 0.0
     hidden[:, 1:] /= 8
     targets = torch.tensor([3, 700, VOCAB - 1])[torch.arange(ROWS) % 3]
     weight[targets.unique(), 0] = above
     sure = targets.clone()
-    targets = torch.where(torch.arange(ROWS) % 2 == 0, sure, (sure + 300) % VOCAB)  # half of them are surely wrong
+    targets = torch.where(torch.arange(ROWS) % 2 == 0, sure, (sure + 300) % VOCAB)  # half are confident and wrong
     check(dtype, backend, (hidden, weight, targets))
     for wants in ((True, False, False), (False, True, False)):
         check(dtype, backend, (hidden, weight, targets), wants=wants)
@@ -92,7 +92,7 @@ def test_rows_that_are_sure_of_their_target(backend, dtype, above):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("upstream", [1.0, 1e-12, 1e-20])
 def test_small_upstreams_where_the_pivot_lies_far_below(backend, dtype, upstream):
-    """A second slab 39 above the first: the sum of the exponentials is e^39 and more, and g must not go denormal."""
+    """A second slab is 39 above the first: the sum of the exponentials exceeds e^39, and g must not become denormal."""
     hidden, weight, targets = inputs()
     bias = torch.zeros(VOCAB, dtype=torch.float64)
     bias[256:] = 39.0
@@ -128,7 +128,7 @@ def test_masks(backend, dtype, masked):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kept", ["nothing", "some", "everything"])
 def test_upstreams_in_any_order(backend, dtype, kept):
-    """retain_graph: log-probs, then the log-sum-exp, then log-probs again: the same bits as before."""
+    """With retain_graph: log-probs, then the log-sum-exp, then log-probs again, with the same bits as before."""
     hidden, weight, targets = inputs()
     budget = dict(zip(("nothing", "some", "everything"), budgets(dtype), strict=True))[kept]
     leaves = [value.to(dtype).requires_grad_() for value in (hidden, weight)]
@@ -150,7 +150,7 @@ def test_upstreams_in_any_order(backend, dtype, kept):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("vocab", [300, 20000])
 def test_backward_takes_two_products_however_many_slabs_were_kept(backend, dtype, vocab):
-    """Two for as many columns as the library of this CPU multiplies at once, which has nothing to do with slabs."""
+    """Two for as many columns as the library of this CPU multiplies at once, independent of slabs."""
     at_once = products_of("cpu", dtype).columns_at_once(700, vocab, 8)
     hidden, weight = torch.randn(700, 8, dtype=dtype), torch.randn(vocab, 8, dtype=dtype)
     plan = wk.plan(700, 8, vocab, dtype, memory_budget=UNLIMITED, device="cpu")

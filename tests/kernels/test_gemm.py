@@ -1,4 +1,4 @@
-"""The three products, whichever library the static table picks on this or another CPU."""
+"""The three products, with the library that the static table chooses on this or another CPU."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_gears(library, gear, dtype):
     [(1, 1, 1), (7, 65, 3), (50, 130, 33), (49, 64, 1025), (160, 128, 96), (257, 200, 2600), (0, 3, 3), (3, 4, 0)],
 )
 def test_bfloat16_products_with_float32_sums(monkeypatch, name, shape, threads):
-    """Tails of every kind, both layouts of both operands, into a view whose surroundings must stay as they are."""
+    """All kinds of tails and both layouts of both operands, into a view whose surroundings must not change."""
     monkeypatch.setattr(cpu_products, "PRODUCT", name)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -105,7 +105,7 @@ def test_bfloat16_products_with_float32_sums(monkeypatch, name, shape, threads):
                         out.copy_(start)
                     cpu_products.multiply(a, b, out, accumulate=accumulate)
                     wanted = exact + start.double() if accumulate else exact
-                    # A sum of `inner` products of numbers near 1, rounded once more where it is stored.
+                    # A sum of `inner` products of numbers near 1, rounded again when it is stored.
                     bound = 2e-7 * max(1, inner) + torch.finfo(dtype).eps * wanted.abs()
                     assert ((out.double() - wanted).abs() <= bound).all()
                     assert around[:, columns:].isnan().all()
@@ -124,7 +124,7 @@ def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_other_rows(monkeypat
 
 
 def test_a_product_that_cannot_add_takes_a_temporary(monkeypatch):
-    """torch 2.8 and 2.9: mm has float32 results of 16-bit operands, addmm has not; the plan counts the temporary."""
+    """In torch 2.8 and 2.9, mm returns float32 for 16-bit operands but addmm does not; the plan counts a temporary."""
     arguments = 512, 4096, 1024, torch.bfloat16
     whole = wk.plan(*arguments).peak_bytes
     monkeypatch.setattr(gemm, "_cuda_has", lambda product: product == "mm")

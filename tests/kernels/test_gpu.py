@@ -1,4 +1,4 @@
-"""On a GPU: every back end there is, in every gear and dtype, without a synchronisation, in graphs, within the plan."""
+"""On a GPU: every available back end in every gear and dtype, without synchronisation, in graphs, within the plan."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def backend(request):
 
 
 def on_gpu(function, backend, **fixed):
-    """`function` with its tensors moved to the GPU and its outputs back, differentiable all the way."""
+    """Return `function` with its tensors moved to the GPU and its outputs moved back, differentiably."""
 
     def move(value):
         if isinstance(value, (tuple, list)):
@@ -60,7 +60,7 @@ def large(requires=(True, True)):
 
 @pytest.fixture
 def any_kernel():
-    """Torch's deterministic kernels, which conftest.py asks for, may look at their indices on the host."""
+    """Allow nondeterministic kernels: the deterministic ones that conftest.py requests can read indices on the host."""
     torch.use_deterministic_algorithms(False)
 
 

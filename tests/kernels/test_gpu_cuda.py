@@ -1,6 +1,6 @@
-"""The CUDA back end on a GPU: each kernel against torch_rows there, and clean under compute-sanitizer.
+"""The CUDA back end on a GPU: each kernel against torch_rows on the GPU, and under compute-sanitizer.
 
-As a program, `python tests/kernels/test_gpu_cuda.py` runs every kernel once on small shapes, under compute-sanitizer.
+As a program, `python tests/kernels/test_gpu_cuda.py` runs every kernel once on small shapes, for compute-sanitizer.
 """
 
 import os
@@ -29,14 +29,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str
 
 
 def results(kernels, kernel, options, arguments, device="cuda"):
-    """Outputs of one kernel of `Rows`, whose tensors are made on the GPU from the same numbers."""
+    """Return the outputs of one kernel of `Rows`, whose tensors are made on the GPU from the same numbers."""
     torch.manual_seed(0)
     rows = Rows(*arguments[0], **arguments[1], device=device)
     return getattr(rows, kernel)(kernels, *options)
 
 
 def every_call(dtype, width, rows=9):
-    """Arguments of `Rows`, a kernel of it and its options: every flag, both alignments, in place and not."""
+    """Yield arguments of `Rows`, one of its kernels and options: every flag, both alignments, in place and not."""
     own = dtype in (torch.float32, torch.float64)
     for transform, bias, entropy, shifted in (
         ("identity", False, False, False),
@@ -65,7 +65,7 @@ def test_row_kernels(dtype, width):
 
 
 def test_offsets_beyond_two_to_the_31():
-    """The last rows of a slab of more than 2^31 numbers: right, and the first ones too."""
+    """The last rows of a slab with more than 2^31 elements are right, and so are the first."""
     rows, width = (1 << 31) // 32768 + 3, 32768
     if torch.cuda.get_device_properties(0).total_memory < 20 << 30:
         pytest.skip("needs 20 GiB")

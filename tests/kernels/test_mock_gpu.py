@@ -1,4 +1,4 @@
-"""What only a launch shows, without a GPU: how often Triton compiles, on which device it launches, how large a grid is.
+"""Test launches without a GPU: how often Triton compiles, on which device it launches, and how large the grid is.
 
 The launchers, Triton's binder and its cache are real; the tensors hold no numbers and the driver launches nothing.
 """
@@ -33,7 +33,7 @@ OPS = (
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    """What every job of tests/mock_jobs.py found."""
+    """The findings of all jobs of tests/mock_jobs.py."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "tests" / "mock_jobs.py")]
@@ -51,7 +51,7 @@ def result(found: dict, job: str):
 @needs_triton
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_are_launched_where_the_caller_is(found, op):
-    """Inside torch.cuda.device(1) everything is on GPU 1, so the test below can pass."""
+    """Inside torch.cuda.device(1), everything is on GPU 1, so the test below can pass."""
     there = result(found, f"guarded {op}")
     assert there["devices"] == [1] and there["current"] == 0 and there["kernels"]
 
@@ -59,15 +59,15 @@ def test_kernels_are_launched_where_the_caller_is(found, op):
 @needs_triton
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_are_launched_where_their_tensors_are(found, op):
-    """Tensors on GPU 1 while GPU 0 is current: Triton launches on the current device, whatever it is handed.
+    """Tensors are on GPU 1 while GPU 0 is current: Triton launches on the current device, whatever its arguments.
 
-    The backward pass too, although autograd's threads for a GPU make its device current: here it runs in the caller's.
+    This includes backward: autograd's threads for a GPU make its device current, but here it runs in the caller's.
     """
     there = result(found, f"devices {op}")
     assert there["devices"] == [1] and there["current"] == 0
 
 
-# Two uses of a slab times the blocks of its widths, for each of two kernels: as many as a batch can ask for.
+# Two uses of a slab times the blocks of its widths, for each of two kernels: as many as a batch can need.
 @needs_triton
 @pytest.mark.parametrize(
     ("gear", "most"),
@@ -78,7 +78,7 @@ def test_kernels_are_launched_where_their_tensors_are(found, op):
     ],
 )
 def test_ragged_batches_compile_few_kernels(found, gear, most):
-    """50 row counts. Each compilation stops a training run for about a second, at a step nobody foresees."""
+    """There are 50 row counts. Each compilation stops a training run for about a second, at an unpredictable step."""
     compiled = result(found, f"compilations {gear}")
     assert 0 < sum(compiled.values()) <= most, compiled
 
@@ -92,13 +92,13 @@ def test_the_same_call_compiles_once(found):
 @needs_triton
 @pytest.mark.parametrize("op", ["pair_loss", "win_rates"])
 def test_pairs_of_many_groups_fit_a_grid(found, op):
-    """A grid has room for 65535 programs in y; 70000 groups are in x."""
+    """A grid has room for 65535 programs in y, so 70000 groups are in x."""
     assert result(found, f"grids {op}") == [[70000, 1, 1]]
 
 
 @needs_triton
 def test_the_hosts_time_is_measured_by_call_and_slab(found):
-    """What is counted; the times themselves decide nothing."""
+    """Only the counts are tested; the times decide nothing."""
     for seconds, in_triton, in_products, launches, slabs in result(found, "host").values():
         assert seconds > 0 and in_triton > 0 and in_products > 0 and launches >= slabs > 1
 
@@ -110,7 +110,7 @@ class Properties:
 
 @pytest.fixture
 def two_kinds(monkeypatch):
-    """A machine with an H100 as GPU 0 and an A100 as GPU 1, and how to make one current."""
+    """A machine with an H100 as GPU 0 and an A100 as GPU 1, and a function that makes one current."""
     current = [0]
     kinds = {0: Properties(9, 0), 1: Properties(8, 0)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -132,7 +132,7 @@ def test_each_gpu_has_its_own_architecture(two_kinds):
 
 
 def test_auto_takes_what_is_fastest_on_the_tensors_gpu(two_kinds, monkeypatch):
-    """Not on the one that was current, or asked about, first."""
+    """It is not decided by the GPU that was current, or queried, first."""
     faster = {"sm_90": ("cuda", "torch"), "sm_80": ("torch", "cuda")}
     monkeypatch.setattr(tuned, "preferred", lambda arch=None: faster[arch or tuned.architecture()])
     monkeypatch.setattr(wk.backends, "why_not", lambda name, device, dtype: None)

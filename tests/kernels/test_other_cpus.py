@@ -1,7 +1,7 @@
-"""Results are right on CPUs other than this one: numeric tests once more, in processes that mask its instructions.
+"""Results are right on other CPUs: numeric tests run again in processes that mask instructions of this one.
 
-The variables are read when torch, its libraries and windkern are loaded, hence a pytest of its own for each CPU. What
-it runs lies in other files, so it does not come here again.
+The variables are read when torch, its libraries and windkern are loaded, so each CPU gets its own pytest. The tests are
+in other files, so it does not recurse.
 """
 
 import os
@@ -15,12 +15,12 @@ import torch
 from test_cpu_libraries import AVX2_ONLY
 
 ROOT = Path(__file__).parents[2]
-# Variables, and what torch and the C++ extension then take the CPU for.
+# Variables, and the instruction sets that torch and the C++ extension then detect.
 MASKS = {
     "avx2": (AVX2_ONLY, "AVX2", "avx2"),
     "portable": ({"ATEN_CPU_CAPABILITY": "default", "WINDKERN_CPP_ISA": "portable"}, "DEFAULT", "portable"),
 }
-# One test or two of every kind of result; all of them take a core 20 seconds.
+# One or two tests of every kind of result; all of them take 20 seconds on one core.
 GROUP = (
     "losses/test_losses.py::test_groups_are_treated_apart_unless_it_says_otherwise",
     "losses/test_losses.py::test_order_of_prompts_and_of_responses_does_not_matter",
@@ -42,7 +42,7 @@ def test_results_are_right(cpu):
     if cpu == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this CPU lacks AVX2")
     variables, capability, instructions = MASKS[cpu]
-    # Hazard: with the variables of a worker of xdist the process would take itself for one.
+    # Hazard: with the variables of an xdist worker, the process would take itself for one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]

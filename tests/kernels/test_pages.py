@@ -1,4 +1,4 @@
-"""Huge pages are asked for inside large blocks on a CPU, and nowhere else."""
+"""Huge pages are requested inside large blocks on a CPU, and nowhere else."""
 
 import sys
 
@@ -12,7 +12,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What madvise was called with."""
+    """The arguments of calls of madvise."""
     calls = []
     monkeypatch.setattr(pages, "_advise", lambda: lambda *arguments: calls.append(arguments))
     return calls
@@ -42,4 +42,4 @@ def test_the_kernel_takes_the_advice():
     tensor = torch.empty(16 * MIB, dtype=torch.uint8)
     inside = -(-tensor.data_ptr() // (2 * MIB)) * 2 * MIB
     assert advise is not None and advise(inside, 2 * MIB, 14) in (0, -1)  # -1: a kernel without huge pages
-    assert advise(inside + 1, 2 * MIB, 14) == -1  # no page begins there
+    assert advise(inside + 1, 2 * MIB, 14) == -1  # no page starts there

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: the maths and the masks, on a CPU. Speed and races need a GPU."""
+"""The Triton kernels in Triton's interpreter on a CPU: maths and masks. Speed and races need a GPU."""
 
 import pytest
 import test_ignored_rows as ignored_rows
@@ -29,13 +29,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy"),
 ]
-FEW = 5  # rows: the interpreter takes its time for each
+FEW = 5  # rows: the interpreter is slow
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRANSFORMS = {"identity": LogitTransform(), "softcap": LogitTransform(1.3, 5.0, 1.7)}
 
 
 def close(got, want, dtype):
-    """float64 to 1e-11; float32 to rounding; 16 bits to one unit, because the interpreter truncates."""
+    """Assert equality: float64 to 1e-11, float32 to rounding, 16 bits to one unit because the interpreter truncates."""
     if dtype.itemsize == 2:
         torch.testing.assert_close(got.double(), want.double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     else:
@@ -44,7 +44,7 @@ def close(got, want, dtype):
 
 
 class Slabs:
-    """Two neighbouring slabs with targets in either, in none, and beyond; one masked entry where there is a bias."""
+    """Two adjacent slabs with targets in either, in none, and beyond; a bias masks one entry."""
 
     def __init__(self, dtype, transform, entropy, with_bias, rows=5, width=67):
         self.dtype, self.acc = dtype, torch.float64 if dtype == torch.float64 else torch.float32
@@ -66,7 +66,7 @@ class Slabs:
         return torch.full((self.rows, self.width), torch.nan, dtype=self.dtype)
 
     def forward(self, kernels, *, unit):
-        """Everything the forward kernels write, slab after slab."""
+        """Return everything that the forward kernels write, slab by slab."""
         state, written = self.state(), []
         for k, z in enumerate(self.logits):
             if unit:
@@ -80,7 +80,7 @@ class Slabs:
         return written + [part for part in state if part is not None]
 
     def exps(self, kernels):
-        """Both slabs in one matrix, the second with maxima that move some pivots; then their like in backward."""
+        """Run both slabs in one matrix, the second with maxima that move some pivots; then run exps_backward."""
         state = RowState(*self.state()[:3], None)
         both, pivot = torch.full((self.rows, 2 * self.width), torch.nan, dtype=self.dtype), self.vector()
         pivot.fill_(-torch.inf)
@@ -111,7 +111,7 @@ class Slabs:
         entropy = log_sum - state.entropy_sum / state.run_sum if self.entropy else None
         stats = RowStats(state.run_max, log_sum, state.target_logit, entropy)
         places = torch.arange(self.rows, dtype=self.acc)
-        c_ent = torch.sin(2 * places) if self.entropy and not kept else None  # what is kept serves none
+        c_ent = torch.sin(2 * places) if self.entropy and not kept else None  # kept values do not allow it
         upstream = Upstream(torch.sin(places), torch.cos(places), c_ent)
         scale = 2.0 ** (places - 3) if scaled else None
         written = []
@@ -222,7 +222,7 @@ def small_tiles(monkeypatch):
 
 
 def compare_tiles(tile_forward, dtype, inner, variant):
-    """Statistics and kept probabilities of tiles against a product and torch's row kernel."""
+    """Compare statistics and kept probabilities of tiles with a product and torch's row kernel."""
     entropy = variant == "all"
     transform = TRANSFORMS["softcap" if entropy else "identity"]
     rows, width = 37, 150
@@ -247,7 +247,7 @@ def compare_tiles(tile_forward, dtype, inner, variant):
     got, want = kept.float().log() + offset[:, columns], plain_kept.float().log() + plain_offset
     seen = plain_kept.float() > 1e-3
     if transform.softcap is not None:
-        # Where the cap is reached, 1 - tanh^2 cancels and magnifies the rounding of a logit, which tiles do otherwise.
+        # Near the cap, 1 - tanh^2 cancels and magnifies the rounding of a logit, which is different in tiles.
         y = hidden.float() @ weight.float().T
         torch_rows._apply_transform(y, bias, transform)
         seen &= relative_slope(y, transform, torch.empty_like(y)) > 1e-2
@@ -306,7 +306,7 @@ def test_rows_of_tiles_do_not_depend_on_their_neighbours(small_tiles):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_batch_invariant_runs_tiles_in_every_gear(small_tiles, monkeypatch, dtype):
-    """The same bits whatever the gear, the budget and the neighbours; gradients within the error budget."""
+    """The bits are the same for any gear, budget and other rows; gradients are within the error budget."""
     monkeypatch.setattr(tuned, "tile_hidden", lambda arch=None: 0)
     problem = Problem(Shape((3, 11), (24,), 517), "all")
     options = {"batch_invariant": True, "backend": "triton"}
@@ -326,7 +326,7 @@ def test_batch_invariant_runs_tiles_in_every_gear(small_tiles, monkeypatch, dtyp
 
 @pytest.mark.parametrize("vocab", [64, 100])
 def test_a_vocabulary_of_one_tile_takes_the_gear_of_its_plan(small_tiles, monkeypatch, vocab):
-    """Where all gears run tiles, a frozen head does too, although there is one offset a row as in a slab."""
+    """If all gears run tiles, a frozen head does too, although a row has one offset as in a slab."""
     monkeypatch.setattr(tuned, "tile_hidden", lambda arch=None: 0)
     options = {"batch_invariant": True, "backend": "triton"}
     plan = wk.plan(9, 24, vocab, torch.bfloat16, weight_grad=False, device="cpu", **options)
@@ -416,7 +416,7 @@ def test_block_sizes_come_from_the_table():
     assert tuned.row_warps(16384, "sm_90") == 16 and tuned.row_warps(64, "sm_90") == 1
     assert tuned.backward_config(10**6, "sm_90") == (4096, 8)
     assert tuned.backward_config(300, "sm_90") == (512, 1)
-    assert tuned.tile_hidden("default") == 0  # no GPU has shown that tiles pay
+    assert tuned.tile_hidden("default") == 0  # tiles were not shown to be faster on a GPU
     assert {"cpp", *tuned.preferred("sm_90")} == set(wk.backends.BACKENDS)
     with pytest.raises(RuntimeError, match="at most 16384 columns"):
         state = RowState(*(torch.zeros(1) for _ in range(3)), None)

@@ -1,7 +1,7 @@
 """Triton kernels compiled ahead of time for every chip: no spills, within shared memory, tensor cores used.
 
-The product kernel, whose tiles and instructions differ most from chip to chip, for two chips in the default suite; all
-of them for all chips in `make test-all` and `make aot-all`.
+The default suite compiles the product kernel, whose tiles and instructions differ most between chips, for two chips;
+`make test-all` and `make aot-all` compile all kernels for all chips.
 """
 
 import json
@@ -18,7 +18,7 @@ CHIPS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def compiled(folder: Path, *targets: str, kernels: str = "*") -> list[dict]:
-    """In a process of its own: this one may be running Triton's interpreter."""
+    """Compile in another process, because this one may be running Triton's interpreter."""
     path = folder / "aot.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.aot", "--json", str(path), "--processes", "1"]

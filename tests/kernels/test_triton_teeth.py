@@ -1,4 +1,4 @@
-"""Planted faults in the Triton kernels: the comparisons that the right ones pass must see them."""
+"""Planted faults in the Triton kernels: the comparisons that the real ones pass must detect them."""
 
 import importlib.util
 import sys
@@ -33,7 +33,7 @@ ROWS, BACKWARD, EXPS, MATHS, TILE, PAIRS = (
 
 
 def broken(path, old, new, folder, monkeypatch):
-    """The module at `path` with one piece of its text replaced."""
+    """Return the module at `path` with one piece of its text replaced."""
     text = path.read_text()
     assert old in text, f"{path.name} no longer contains {old!r}"
     copy = folder / f"broken_{path.name}"

@@ -1,4 +1,4 @@
-"""Planted faults are caught by the comparison the losses pass, and bad input is named."""
+"""Planted faults are caught by the comparison that the losses pass, and errors name the bad input."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ TENSORS = [
 
 
 def call(loss: str, **changes) -> Tensor:
-    """The first row of a loss with some arguments changed, and what goes with the change."""
+    """Call the first row of a loss with some arguments changed, and with others that the change requires."""
     arguments = {**valid(loss), **changes}
     for given, other in (("win_rates", "prefs"), ("advantages", "rewards")):
         if given in changes:
@@ -193,7 +193,7 @@ def test_masks_and_reductions_are_checked_by_every_loss(loss):
 def test_rewards_must_be_finite_where_they_count(loss):
     made = valid(loss)
     for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="rewards must be finite for every response that takes part"):
+        with pytest.raises(ValueError, match="rewards must be finite for every response that is not masked"):
             call(loss, rewards=torch.full_like(made["rewards"], bad))
 
 
@@ -224,11 +224,16 @@ SETTINGS = [
     ("wind", {"prefs": None}, ValueError, "exactly one of prefs and win_rates, got neither"),
     ("wind", {"win_rates": RATES, "prefs": HALF}, ValueError, "exactly one of prefs and win_rates, got both"),
     *(
-        ("wind", {"win_rates": RATES, "objective": name}, ValueError, f"win_rates cannot serve objective='{name}'")
+        (
+            "wind",
+            {"win_rates": RATES, "objective": name},
+            ValueError,
+            f"win_rates cannot be used for objective='{name}'",
+        )
         for name in ("square_pair", "nce")
     ),
     *(
-        ("wind", {"log_z": LOG_Z, "objective": name}, ValueError, f"log_z cannot serve objective='{name}'")
+        ("wind", {"log_z": LOG_Z, "objective": name}, ValueError, f"log_z cannot be used for objective='{name}'")
         for name in ("square", "square_pair", "kl", "nce_ratio")
     ),
     *(("wind", {"eta": bad}, ValueError, "eta must be greater than 0") for bad in (0, -1.0)),

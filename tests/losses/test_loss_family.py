@@ -1,4 +1,4 @@
-"""How the losses relate: one residual with other constants, limits of each other, their hazards, fused_loss."""
+"""Relations of the losses: one residual with different constants, limits of each other, hazards, fused_loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOUBLE = torch.float64
 
 # One residual (docs/theory.md, section 10): gradients are (2/K) (d_i - mean d), d = l - a o - b r - c u ---------------
 
-CONVERSIONS = {  # row: a, b, c, what c multiplies, whether the loss is a mean over pairs
+CONVERSIONS = {  # row: a, b, c, the factor of c, whether the loss is a mean over pairs
     "wind-square": (A, B_, C, "V", False),
     "wind-square_pair": (A, B_, C, "V", True),
     "inpo-prefs": (1 - 0.5 / 2.5, 0.5 / 2.5, 1 / 2.5, "V", True),
@@ -209,7 +209,7 @@ def test_best_of_n_fine_tuning_lands_on_the_best_of_n_policy():
 
 
 def bond_gradient(policy: Tensor, anchor: Tensor, rewards: Tensor, **options: float) -> Tensor:
-    """Expected gradient in the policy's logits: one draw of the policy and two of the anchor, all combinations."""
+    """Return the expected gradient in the policy's logits, over all combinations of one policy and two anchor draws."""
     rows = torch.cartesian_prod(*[torch.arange(len(policy))] * 3)
     chance = (policy[rows[:, 0]] + anchor[rows[:, 1]] + anchor[rows[:, 2]]).exp()
     logits = policy.clone().requires_grad_()
@@ -366,7 +366,7 @@ def test_grpo_takes_what_token_logps_gives():
     losses.grpo(logps, logps.detach(), rewards=rewards, where=targets != -100).backward()
     assert torch.equal(hidden.grad[:, :, 3:], torch.zeros(2, 3, 2, 8)) and (hidden.grad[:, :, :3] != 0).any()
     single = losses.grpo(logps[:, :1], logps[:, :1].detach(), rewards=rewards[:, :1])
-    assert single.item() == 0  # one response is no group: its advantage is 0
+    assert single.item() == 0  # a single response is not a group, so its advantage is 0
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.loss == "grpo"], ids=str)

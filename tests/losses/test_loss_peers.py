@@ -1,6 +1,6 @@
 """Values and gradients against the implementations of TRL and Liger, called on the same log-probs.
 
-TRL keeps its losses inside its trainers: the method is called on a stand-in that has the settings and nothing else.
+TRL's losses are methods of its trainers: they are called on a stand-in that has only the settings.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from windkern import losses
 
 B, T = 6, 9
-FLOAT32 = 3e-6  # relative error of peers that make float32 constants
+FLOAT32 = 3e-6  # relative error of peers that use float32 constants
 WON = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(B, 2)
 
 
 def imported(path: str, name: str):
-    """A name of an optional package, whose own warnings are not ours to mend."""
+    """Import a name of an optional package, ignoring the package's own warnings."""
     pytest.importorskip(path.split(".")[0])
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     with warnings.catch_warnings():
@@ -33,7 +33,7 @@ def imported(path: str, name: str):
 
 
 def pairs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, 2) log-probs, those of the reference in another order, token counts."""
+    """Return (B, 2) log-probs, the same in another order for the reference, and token counts."""
     g = generator(seed)
     logps = -20 + 4 * torch.randn(B, 2, generator=g, dtype=torch.float64)
     ref = logps + 3 * torch.randn(B, 2, generator=g, dtype=torch.float64)
@@ -60,7 +60,7 @@ def stand_in(**settings) -> MagicMock:
 
 
 def outputs_of(logps: Tensor) -> SimpleNamespace:
-    """(S,) -> what TRL's models return: the first token carries the whole log-prob."""
+    """Return TRL's model outputs for (S,): the first token has the whole log-prob."""
     tokens = torch.zeros(len(logps), T, dtype=logps.dtype)
     tokens = torch.cat([logps[:, None], tokens[:, 1:]], 1)
     zeros = torch.zeros_like(tokens)
@@ -68,12 +68,12 @@ def outputs_of(logps: Tensor) -> SimpleNamespace:
 
 
 def columns(value: Tensor) -> Tensor:
-    """(B, 2) -> (2B,): all chosen, then all rejected."""
+    """Return all chosen, then all rejected: (B, 2) -> (2B,)."""
     return value.T.reshape(-1)
 
 
 def mask_of(lengths: Tensor) -> Tensor:
-    """(S,) -> (S, T + 1): one prompt token, then so many of the completion."""
+    """Return the mask of one prompt token, then as many completion tokens: (S,) -> (S, T + 1)."""
     places = torch.arange(T + 1)
     return ((places >= 1) & (places <= lengths[:, None])).long()
 

@@ -1,4 +1,4 @@
-"""What the theory says of the losses: statistics, the extended logarithm, identities, the minimiser."""
+"""The theory of the losses: statistics, the extended logarithm, identities, the minimiser."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_gradient_pushes_an_implied_win_rate_back(w, p):
     if w in (0.0, 1.0) and p in (
         0.0,
         1.0,
-    ):  # a certain label: its log alone is left, and rests at |p - w| = 1 - 2 DELTA
+    ):  # a certain label: only its log is left, with its minimum at |p - w| = 1 - 2 DELTA
         assert slope * (0.5 - w) > 0
     else:
         assert slope * (p - w) > 0
@@ -180,7 +180,7 @@ def test_module_is_the_function():
 
 
 class Bandit:
-    """Eight actions, one step of the exact update from pi_t. Preferences are cyclic and stay in [0.1, 0.9]."""
+    """Eight actions and one step of the exact update from pi_t. Preferences are cyclic and in [0.1, 0.9]."""
 
     def __init__(self, *, uniform: bool):
         g = generator(0)
@@ -194,9 +194,9 @@ class Bandit:
         self.exact = self.base + C * self.rates - self.log_z
 
     def fit(self, objective: str, drawn: int | None, given: str = "prefs", log_z: Tensor | None = None) -> Tensor:
-        """Log-probs of the minimiser of the expected loss.
+        """Return the log-probs of the minimiser of the expected loss.
 
-        A group is `drawn` independent draws from pi_t (all tuples, weighted), or for None the eight actions
+        A group has `drawn` independent draws from pi_t (all tuples, weighted), or for None the eight actions
         themselves, an exact sample of a uniform pi_t.
         """
         rows = torch.arange(8)[None] if drawn is None else torch.cartesian_prod(*[torch.arange(8)] * drawn)

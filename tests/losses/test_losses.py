@@ -1,4 +1,4 @@
-"""Losses over (B, N) log-probs. What can be generated runs over the rows of loss_cases.CASES."""
+"""Losses over (B, N) log-probs. Tests that can be generated run over the rows of loss_cases.CASES."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_matches_plain_python_on_what_the_mask_leaves(case, responses, junk):
     assert_matches_reference(LOSSES[case.loss].function, case, junk=junk, responses=responses)
 
 
-# A detached gradient is not that of the value; the reference above freezes what is detached.
+# A detached gradient is not that of the value; the reference above freezes the detached terms.
 @pytest.mark.parametrize("case", [case for case in CASES if "detached" not in case.properties], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(case, masked):
@@ -145,7 +145,7 @@ def test_groups_are_treated_apart_unless_it_says_otherwise(case):
     where = partial_mask(case, 9)
     values, gradient = value_and_gradient(case, inputs, where=where)
     parts = []
-    for rows in (slice(0, 5), slice(5, 9)):  # what fused_loss does
+    for rows in (slice(0, 5), slice(5, 9)):  # as in fused_loss
         parts.append(value_and_gradient(case, of_groups(inputs, rows), where=where[rows]))
     got, got_gradient = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     if case.coupled:
@@ -160,7 +160,7 @@ def test_traces_without_a_graph_break(name):
     case = ONE_OF_EACH[name]
     inputs = case.make(5)
     where = partial_mask(case)
-    torch.compiler.reset()  # else the constants of the row before become symbols, which math.isfinite cannot take
+    torch.compiler.reset()  # otherwise constants of the previous row become symbols, which math.isfinite does not take
     compiled = torch.compile(lambda **tensors: case(tensors, where=where), backend="eager", fullgraph=True)
     assert_same(compiled(**inputs), case(inputs, where=where))
 

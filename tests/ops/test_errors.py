@@ -1,4 +1,4 @@
-"""Bad input: each exception names the argument, what came, and what would be right."""
+"""Bad input: each exception names the argument, what was given, and what would be right."""
 
 import numpy
 import pytest
@@ -40,9 +40,9 @@ def call(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **kwargs):
         ({"softcap": 0}, ValueError, "softcap must be greater than 0, got 0"),
         ({"temperature": -1.0}, ValueError, "temperature must be greater than 0, got -1.0"),
         ({"temperature": float("inf")}, ValueError, "temperature must be"),
-        ({"weight": wk.Head(WEIGHT), "bias": torch.zeros(7)}, ValueError, "bias must not be given beside a windkern.H"),
+        ({"weight": wk.Head(WEIGHT), "bias": torch.zeros(7)}, ValueError, "bias must not be given with a windkern.He"),
         ({"weight": wk.Head(WEIGHT), "scale": 2.0, "softcap": 3.0}, ValueError, "scale and softcap must not be given"),
-        ({"weight": wk.Head(WEIGHT), "temperature": 2.0}, ValueError, "temperature must not be given beside"),
+        ({"weight": wk.Head(WEIGHT), "temperature": 2.0}, ValueError, "temperature must not be given with a"),
         ({"weight": wk.Head(WEIGHT[:, :3])}, ValueError, r"hidden must have last dimension 3 to match weight"),
         ({"weight": wk.Head(None)}, TypeError, "weight must be a torch.Tensor"),
         ({"max_scored": -1}, ValueError, "max_scored must be at least 0, got -1"),
@@ -93,7 +93,7 @@ def test_other_layouts():
 
 
 def test_what_stands_for_an_integer_a_number_or_a_flag_serves():
-    """NumPy's own, as collators hand them over, and tensors of one number."""
+    """NumPy's types, as collators pass them, and tensors with one element."""
     plain = call(ignore_index=3, max_scored=6, memory_budget=0, batch_invariant=True, entropy=True)
     for kind in (numpy.int64, numpy.int32, torch.tensor):
         numbers = {name: kind(value) for name, value in (("ignore_index", 3), ("max_scored", 6), ("memory_budget", 0))}
@@ -113,7 +113,7 @@ def test_what_stands_for_an_integer_a_number_or_a_flag_serves():
 
 
 def test_logits_that_overflow_are_not_called_masked(backend):
-    """-inf without a bias, beside an open one, and beside one that masks a part."""
+    """-inf without a bias, with a finite bias, and with one that masks a part."""
     hidden, weight, targets = torch.full((2, 2), 3e38), -torch.ones(3, 2), torch.tensor([0, -100])
     for bias in (None, torch.zeros(3), torch.tensor([0.0, -torch.inf, 0.0])):
         with pytest.raises(ValueError, match=r"row 0 are -inf: .* overflows torch.float32"):
@@ -144,8 +144,8 @@ GROUPS = torch.zeros(2, 3, 4, 8), torch.zeros(11, 8), torch.zeros(2, 3, 4, dtype
             TypeError,
             "per_group must be .* got list",
         ),
-        (lambda logps: logps.sum(-1), {"per_group": {1: torch.zeros(2)}}, TypeError, "per_group .* as keys, got 1"),
-        (lambda logps, k: logps.sum(-1), {}, TypeError, r"what per_group holds, as loss_fn\(logps\): missing .*'k'"),
+        (lambda logps: logps.sum(-1), {"per_group": {1: torch.zeros(2)}}, TypeError, "keys of per_group .*, got 1"),
+        (lambda logps, k: logps.sum(-1), {}, TypeError, r"per_group's entries, as loss_fn\(logps\): missing .*'k'"),
         (
             lambda logps: logps.sum(-1),
             {"per_group": {"k": torch.zeros(2)}},
@@ -165,15 +165,15 @@ def test_fused_loss(backend, loss_fn, kwargs, error, match):
 
 
 def test_a_parameter_of_the_loss_is_not_dropped_where_the_model_is_frozen():
-    """Nothing of the model wants a gradient, but loss_fn holds something that does."""
+    """Nothing in the model requires a gradient, but loss_fn holds a tensor that does."""
     scale = torch.ones((), requires_grad=True)
 
     def loss_fn(logps):
         return scale * logps.sum(-1)
 
-    with pytest.raises(ValueError, match="loss_fn must depend on no tensor that requires grad except logps"):
+    with pytest.raises(ValueError, match="loss_fn must not depend on any tensor that requires grad except logps"):
         wk.fused_loss(loss_fn, *GROUPS)
-    with torch.no_grad():  # what asks for no gradient gets none
+    with torch.no_grad():  # no gradient is asked for, so none is refused
         assert not wk.fused_loss(loss_fn, *GROUPS).requires_grad
 
 
@@ -225,7 +225,7 @@ def test_why_not_of_an_unknown_backend():
 
 
 def test_why_not_names_its_arguments():
-    with pytest.raises(ValueError, match=r"device must be a torch.device or name one, as 'cuda' or 'cpu', got 'gpu'"):
+    with pytest.raises(ValueError, match=r"device must be a torch.device or name one, such as 'cuda', got 'gpu'"):
         wk.backends.available("gpu")
     with pytest.raises(TypeError, match=r"dtype must be torch.float64, .* got torch.int8"):
         wk.backends.why_not("torch", "cpu", torch.int8)

@@ -1,4 +1,4 @@
-"""fused_loss equals sequence_logps and the loss by hand, in value and gradients, however it is cut."""
+"""fused_loss equals sequence_logps followed by the loss, in value and gradients, for any division into chunks."""
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_no_groups(backend):
 
 
 def test_a_loss_may_be_zero_on_purpose(backend):
-    """A constant is refused as a detached loss; times 0 says that it is meant."""
+    """A constant is refused as a detached loss; a product with 0 shows that it is intended."""
     groups = Groups()
     hidden = groups.hidden[0].requires_grad_()
     loss = wk.fused_loss(
@@ -187,7 +187,7 @@ def test_errors(loss_fn, kwargs, match):
 def test_a_parameter_inside_the_loss_raises():
     groups = Groups()
     temperature = torch.ones((), dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ValueError, match=r"no tensor that requires grad except logps"):
+    with pytest.raises(ValueError, match=r"must not depend on any tensor that requires grad except logps"):
         wk.fused_loss(
             lambda logps: (logps * temperature).sum(-1),
             groups.hidden[0].requires_grad_(),
@@ -254,7 +254,7 @@ def test_max_scored_bounds_all_groups_together(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("groups", [7, 8])
 def test_several_chunks_run_the_walk_that_was_planned(backend, dtype, groups):
-    """FLOPs exactly and bytes as a bound, also where the last chunk is a smaller one."""
+    """FLOPs exactly and bytes as a bound, also where the last chunk is smaller."""
     hidden = torch.randn(groups, 4, 3, 64).to(dtype).requires_grad_()
     weight, targets = torch.randn(2049, 64).to(dtype).requires_grad_(), torch.randint(0, 2049, (groups, 4, 3))
     counts = set()

@@ -18,7 +18,7 @@ def same_bits(got: dict, want: dict) -> None:
 
 
 def poisoned(problem: Problem, poison: float) -> Problem:
-    """The same problem; whatever is not scored holds `poison`, the scored rows keep their numbers."""
+    """Return the same problem with `poison` in all rows that are not scored; the scored rows keep their numbers."""
     other = Problem(problem.shape, problem.variant)
     ignored = other.targets == -100
     for block in other.hidden:
@@ -28,7 +28,7 @@ def poisoned(problem: Problem, poison: float) -> Problem:
 
 @pytest.fixture(params=["dropped", "bounded", "spare", "kept"])
 def path(request, monkeypatch) -> dict:
-    """Options of the ways in which ignored rows are left out: dropped, max_scored, or all rows stay (a compiler)."""
+    """Set the way in which ignored rows are left out: dropped, max_scored, or kept (as in a compiler)."""
     if request.param == "kept":
         monkeypatch.setattr(inputs, "must_keep_rows", lambda targets: True)
     scored = int((Problem(SHAPES["blocks"]).targets != -100).sum())
@@ -38,7 +38,7 @@ def path(request, monkeypatch) -> dict:
 @pytest.mark.parametrize("gear", GEARS)
 @pytest.mark.parametrize("poison", POISONS)
 def test_token_logps(backend, path, gear, poison):
-    """Bias, softcap and entropy take part. The clean run takes the same path, so bits are equal."""
+    """With bias, softcap and entropy. The clean run takes the same path, so the bits are equal."""
     clean = Problem(SHAPES["blocks"], "all")
     for dtype in (torch.float32, torch.float16):
         for budget in (NARROW, UNLIMITED):
@@ -52,7 +52,7 @@ def test_token_logps(backend, path, gear, poison):
 
 @pytest.mark.parametrize("gear", ["frozen_head", "frozen_body", "trained"])
 def test_nothing_scored(backend, path, gear):
-    """Not even a head of NaN reaches a gradient where nothing is scored."""
+    """Where nothing is scored, not even a head full of NaN reaches a gradient."""
     problem = Problem(SHAPES["blocks"], "all")
     problem.targets.fill_(-100)
     for value in (*problem.hidden, *problem.weight, problem.bias):
@@ -90,7 +90,7 @@ def test_compiled(train_head):
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("way", ["dropped", "bounded", "kept"])
 def test_fused_loss(backend, monkeypatch, gear, poison, way):
-    """Chunks of one group, of which the second has no scored token: then there is no scored row to point at."""
+    """Chunks of one group, where the second group has no scored token, so there is no scored row to point at."""
     if way == "kept":
         monkeypatch.setattr(fused_loss, "must_keep_rows", lambda targets: True)
     problem = Problem(Shape((4, 2, 5), (8,), 301), "bias")
@@ -124,7 +124,7 @@ def test_fused_loss(backend, monkeypatch, gear, poison, way):
 
 
 def check_row_kernel(kernels, dtype: torch.dtype) -> None:
-    """dz of an ignored row is 0 whatever its logits and statistics are, and so is what it adds to dbias."""
+    """dz of an ignored row, and so its part of dbias, is 0 for any logits and statistics."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     rows, width = 4, 67
     z = torch.randn(rows, width, dtype=wide)

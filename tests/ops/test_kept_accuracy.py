@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def careful(hidden, weight, targets, *, entropy=False, **transform):
-    """Plain PyTorch as a careful user writes it: rounded logits, and everything behind them in float32."""
+    """Plain PyTorch as a careful user writes it: rounded logits, and everything after them in float32."""
     z = naive.logits(hidden, weight, **transform)
     log_p = z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1)
     logps = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -25,7 +25,7 @@ def careful(hidden, weight, targets, *, entropy=False, **transform):
 
 
 def grads(function, dtype, std, wants, rounded_to=None, rows=ROWS, **options):
-    """Gradients of hidden and weight of a weighted sum of log-probs, or of the entropy alone where it is asked for."""
+    """Gradients of hidden and weight of a weighted sum of log-probs, or of the entropy alone if asked for."""
     generator = torch.Generator().manual_seed(0)
     storage = rounded_to or dtype
     hidden = torch.randn(rows, HIDDEN, generator=generator).to(storage).to(dtype).requires_grad_(wants[0])
@@ -109,7 +109,7 @@ def test_saturated_logits_have_no_gradient(backend, dtype):
 
 
 def check_near_saturation(backend, depth, softcap, temperature=1.0, rows=ROWS):
-    """float32 logits of +-depth caps, whose slope 1 - tanh^2 is 2e-2 to 5e-7: what plain autograd has left of it."""
+    """float32 logits of +-depth caps, whose slope 1 - tanh^2 is 2e-2 to 5e-7: as accurate as plain autograd."""
     generator = torch.Generator().manual_seed(0)
     size = depth + 0.5 * torch.randn(rows, 331, generator=generator)
     z = softcap * size * torch.randn(rows, 331, generator=generator).sign()
@@ -140,7 +140,7 @@ def test_slopes_near_saturation(backend, depth, softcap, temperature):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_entropy_keeps_logits(backend, dtype):
-    """float32 logits, bit for bit what is recomputed otherwise, and still 6 units where all of them fit."""
+    """float32 logits, bit for bit those that would be recomputed, and still 6 units where all of them fit."""
     shape = (ROWS, HIDDEN, VOCAB, dtype)
     plan = wk.plan(*shape, entropy=True, memory_budget=UNLIMITED, device="cpu")
     assert (plan.units, plan.slabs_kept) == (6, plan.num_slabs)

@@ -14,8 +14,8 @@ def check(problem: Problem, dtype: torch.dtype, gear: str, **kwargs) -> None:
     exact, plain = problem.exact(dtype, gear), problem.plain(dtype, gear)
     ours = problem.run(wk.token_logps, dtype, gear, **kwargs)
     assert ours.keys() == exact.keys()
-    # This gear adds up p (y - max y) w and p w apart. Both sums are up to the entropy, as max y - E y is, times their
-    # difference: a product whose library adds up in sequence, as MKL's for SSE4.2, shows it.
+    # This gear sums p (y - max y) w and p w separately. Both sums can be as large as the entropy (as max y - E y is)
+    # times their difference; a library that adds in sequence, such as MKL for SSE4.2, shows the error.
     apart = 1 + float(exact["entropy"].max()) if gear == "frozen_head" and "entropy" in exact else 1.0
     for name, value in ours.items():
         cancellation = apart if name.startswith("dhidden") and dtype == torch.float32 else 1.0
@@ -92,7 +92,7 @@ def test_no_rows_and_all_ignored(backend, gear, max_scored):
 
 
 def test_ignored_rows_change_nothing_bitwise(backend):
-    """Padding may hold anything finite: results and gradients of scored rows keep their bits."""
+    """Padding can hold anything finite: results and gradients of scored rows keep their bits."""
     problem = Problem(SHAPES["odd"], "all")
     before = problem.run(wk.token_logps, torch.float32, "trained", backend=backend)
     problem.hidden[0][problem.targets == -100] = 1e3

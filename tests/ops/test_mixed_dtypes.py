@@ -1,4 +1,4 @@
-"""A head in another dtype than the body: products in the head's, as lm_head(hidden.to(lm_head.weight.dtype)) does."""
+"""A head in another dtype than the body: products in the head's, as in lm_head(hidden.to(lm_head.weight.dtype))."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import windkern as wk
 from windkern import naive
 from windkern.kernels import buffers
 
-# (hidden, head), and what the products are taken in
+# (hidden, head), and the dtype of the products
 PAIRS = {
     (torch.bfloat16, torch.float32): torch.float32,
     (torch.float32, torch.bfloat16): torch.bfloat16,
@@ -22,7 +22,7 @@ LEAD, HIDDEN, VOCAB = (2, 3, 4), 16, 517
 
 
 def leaves(body, head, wants, *, bias_dtype=None, seed=0):
-    """hidden, weight, bias, targets; one row in four is ignored."""
+    """Return hidden, weight, bias and targets; one row in four is ignored."""
     generator = torch.Generator().manual_seed(seed)
     values = [torch.randn(*size, generator=generator) for size in ((*LEAD, HIDDEN), (VOCAB, HIDDEN), (VOCAB,))]
     values[1] *= 0.5
@@ -34,7 +34,7 @@ def leaves(body, head, wants, *, bias_dtype=None, seed=0):
 
 
 def run(function, hidden, weight, bias, targets, **options):
-    """Value and gradients of a function that returns log-probs or a loss."""
+    """Return the value and gradients of a function that returns log-probs or a loss."""
     value = function(hidden, weight, targets, bias=bias, **options)
     value = value[0] if isinstance(value, tuple) else value
     wanted = [leaf for leaf in (hidden, weight, bias) if leaf.requires_grad]
@@ -76,7 +76,7 @@ def test_parity(backend, op, gear, dtypes):
 
 @pytest.mark.parametrize("gear", ["frozen_head", "trained"])
 def test_blocks_of_two_dtypes_take_the_wider(backend, gear):
-    """A bfloat16 base with a float32 adapter: no head loses digits."""
+    """A bfloat16 base with a float32 adapter: neither block of the head loses digits."""
     wants = GEARS[gear]
     hidden, weight, bias, targets = leaves(torch.bfloat16, torch.bfloat16, wants, bias_dtype=torch.float32)
     more, adapter, _, _ = leaves(torch.float32, torch.float32, wants, seed=1)
@@ -128,7 +128,7 @@ def test_the_plan_counts_the_casts(backend, gear, dtypes):
 
 
 def test_autograd_saves_no_copy_of_the_rows(backend):
-    """The cast happens as rows are gathered: what is saved between forward and backward is what was given."""
+    """The cast happens as rows are gathered: the tensors saved between forward and backward are those given."""
     hidden = torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(301, 16, requires_grad=True)
     saved = []
@@ -138,7 +138,7 @@ def test_autograd_saves_no_copy_of_the_rows(backend):
 
 
 def test_float16_hidden_states_of_a_float32_head_keep_tiny_gradients(backend):
-    """fused_loss holds them scaled until the loss scale comes, whatever the products are taken in."""
+    """fused_loss keeps them scaled until the loss scale arrives, in any dtype of the products."""
     hidden = (0.5 * torch.randn(2, 2, 5, 16)).half().requires_grad_()
     weight, targets = 0.2 * torch.randn(301, 16), torch.randint(0, 301, (2, 2, 5))
     loss = wk.fused_loss(lambda logps: 1e-7 * logps.sum(-1), hidden, weight, targets, backend=backend)

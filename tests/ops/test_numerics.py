@@ -1,4 +1,4 @@
-"""Each promise of docs/concepts/numerics.md, one test a line."""
+"""Each promise of docs/concepts/numerics.md, one test per line."""
 
 import math
 
@@ -12,7 +12,7 @@ from windkern import naive
 
 
 def from_logits(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden and weight whose logits are z (M, V): hidden @ I."""
+    """Return hidden and weight whose logits are z (M, V): hidden @ I."""
     return z, torch.eye(z.shape[1], dtype=z.dtype)
 
 
@@ -36,7 +36,7 @@ def test_large_logits_are_finite_and_logps_are_not_positive(backend, dtype, size
 
 def test_logps_are_not_positive_for_many_rows(backend):
     hidden, weight = 3 * torch.randn(700, 24), torch.randn(1003, 24)
-    targets = (hidden @ weight.T).argmax(-1)  # the likeliest token: where rounding could go above 0
+    targets = (hidden @ weight.T).argmax(-1)  # the most likely token, where rounding could give more than 0
     assert (wk.token_logps(hidden, weight, targets, backend=backend).logps <= 0).all()
 
 
@@ -110,7 +110,7 @@ def test_an_all_masked_row_raises_on_a_cpu(backend):
 @pytest.mark.parametrize("grads", ["frozen", "trained"])
 @pytest.mark.parametrize("masked_first", [True, False])
 def test_a_slab_that_is_masked_whole(backend, grads, masked_first):
-    """Slabs of 256 columns at budget 0: one of them all -inf must not make max - max a NaN."""
+    """Slabs of 256 columns at budget 0: a slab that is all -inf must not turn max - max into NaN."""
     hidden = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(1003, 8, dtype=torch.float64, requires_grad=grads == "trained")
     bias = torch.zeros(1003, dtype=torch.float64)
@@ -132,7 +132,7 @@ def test_a_slab_that_is_masked_whole(backend, grads, masked_first):
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 @pytest.mark.parametrize("budget", [0, UNLIMITED])
 def test_small_and_large_upstream_in_float16(backend, scale, budget):
-    """Coefficients of 1e-6 beside others of 1: row normalisation keeps both; 1e4 does not overflow."""
+    """Coefficients of 1e-6 next to coefficients of 1: row normalisation keeps both; 1e4 does not overflow."""
     hidden = (0.5 * torch.randn(64, 32)).half().requires_grad_()
     weight = (0.2 * torch.randn(4001, 32)).half().requires_grad_()
     targets = torch.randint(0, 4001, (64,))
@@ -147,7 +147,7 @@ def test_small_and_large_upstream_in_float16(backend, scale, budget):
         logps = function(*leaves, targets)[0]
         results.append(torch.autograd.grad(logps, leaves, upstream.to(logps.dtype)))
     for name, ours, exact, plain in zip(("dhidden", "dweight"), *results, strict=True):
-        if scale < 1:  # results themselves below the smallest float16 number are rounding, not error
+        if scale < 1:  # results below the smallest float16 number are lost to rounding, not an error
             exact = exact.half().double()
         assert_within(ours, exact, plain, torch.float16, name)
 

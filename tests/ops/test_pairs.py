@@ -13,7 +13,7 @@ CASES = [(loss, link, given) for loss in LOSSES for link in LINKS for given in (
 
 
 def group(groups=3, n=13, dtype=torch.float64):
-    """Scores and rewards with ties, gaps beyond the hinge, and a large one."""
+    """Return scores and rewards with ties, gaps beyond the hinge, and one large gap."""
     scores = 2 * torch.randn(groups, n, dtype=dtype)
     rewards = torch.randn(groups, n, dtype=dtype).round(decimals=1)
     if n > 3:
@@ -58,7 +58,7 @@ def test_gradcheck(backend, loss):
 
 
 def check_well_ordered(backend, loss, dtype):
-    """Small losses and slopes keep their relative digits: nothing of the size of 1 is added and taken away again."""
+    """Small losses and slopes keep their relative digits: no term near 1 is added and subtracted again."""
     tolerance = {torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
     for gap in (0.6, 12.0, 16.0, 25.0, 60.0):
         scores = gap * torch.arange(5, dtype=dtype).flip(0).unsqueeze(0)
@@ -78,7 +78,7 @@ def check_well_ordered(backend, loss, dtype):
             torch.testing.assert_close(ours.double(), want, rtol=tolerance, atol=0)
             (got,) = torch.autograd.grad(ours, leaf)
             (slope,) = torch.autograd.grad(want, exact)
-            # The slopes of one response come from both sides and may cancel: relative to the largest of the group.
+            # The slopes of one response come from both sides and can cancel: relative to the largest of the group.
             torch.testing.assert_close(got.double(), slope, rtol=tolerance, atol=tolerance * float(slope.abs().max()))
 
 
@@ -89,7 +89,7 @@ def test_well_ordered_groups_are_exact(backend, loss, dtype):
 
 
 def check_diagonal(backend):
-    """P_ii counts as 1/2 whatever the kernel is given there: on a GPU nobody looks before it runs."""
+    """P_ii counts as 1/2 whatever the kernel is given there: on a GPU nothing checks it first."""
     kernels = wk.backends.BACKENDS[backend].kernels()
     rewards = torch.randn(2, 37)
     prefs = naive.preferences(rewards)
@@ -127,7 +127,7 @@ def test_preferences_are_checked_as_the_losses_do(backend, prefs, match):
     ):
         with pytest.raises(ValueError, match=match):
             call()
-    # What takes no part may hold anything: two good responses beside a bad one, and a group that is off.
+    # Entries that take no part can hold anything: two good responses next to a bad one, and a group that is masked.
     wide = torch.full((2, 3, 3), 0.5)
     wide[0, 2], wide[0, :, 2], wide[1] = torch.nan, 7.0, torch.nan
     where = torch.tensor([[True, True, False], [True, False, False]])
@@ -143,13 +143,13 @@ def test_rewards_must_be_finite(backend, bad):
         lambda **options: wk.win_rates(rewards=rewards, backend=backend, **options),
         lambda **options: wk.pair_loss(torch.zeros(1, 3), rewards=rewards, backend=backend, **options),
     ):
-        with pytest.raises(ValueError, match="rewards must be finite for every response that takes part"):
+        with pytest.raises(ValueError, match="rewards must be finite for every response that is not masked"):
             call()
         assert call(where=where).isfinite().all()
 
 
 def test_large_preferences_are_checked_in_blocks(monkeypatch):
-    """Blocks of rows and of groups see what one look would, asymmetry across blocks included."""
+    """Checks by blocks of rows and of groups find what one check would, asymmetry across blocks included."""
     monkeypatch.setattr(_checks, "_PREFS_BLOCK", 30)
     for shape in ((4, 3), (2, 13), (1, 37)):
         prefs = naive.preferences(torch.randn(shape))
@@ -236,7 +236,7 @@ def test_square_is_the_pair_objective_of_wind(backend):
 
 
 def test_large_groups_take_linear_memory(backend):
-    """N = 4096: nothing of size N x N (64 MiB) is allocated on the way."""
+    """N = 4096: nothing of size N x N (64 MiB) is allocated."""
     n = 4096
     scores, rewards = torch.randn(1, n), torch.randn(1, n)
     leaf = scores.requires_grad_()

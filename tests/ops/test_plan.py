@@ -1,4 +1,4 @@
-"""The plan is obeyed: FLOPs exactly, bytes as a bound, for every gear; and it says no more than is true."""
+"""The plan holds: FLOPs exactly, bytes as a bound, for every gear; and it says nothing that is not true."""
 
 import json
 import os
@@ -46,8 +46,8 @@ def test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, variant, ba
         pytest.skip("counted as float32 is")
     if gear == "bias_only" and variant == "plain":
         pytest.skip("this variant has no bias")
-    # A wide head with short slabs: there, what dhidden takes is most of the plan; a narrow one: there, packed operands;
-    # few rows: there, the head's rows in another dtype.
+    # A wide head with short slabs, where dhidden is most of the plan; a narrow one, where packed operands are; few
+    # rows, where the head's rows in another dtype are.
     for shape in (
         Shape((4, 100), (48,), 4001),
         SHAPES["blocks"],
@@ -64,7 +64,7 @@ def test_flops_are_exact_and_bytes_are_bounded(backend, dtype, gear, variant, ba
                     wk.token_logps, dtype, gear, memory_budget=budget, batch_invariant=batch_invariant, backend=backend
                 )
             place = f"{name} {shape}: {plan}\n{record.by_name}"
-            if gear in ("trained", "frozen_body") and variant == "plain":  # and where nothing comes on lse
+            if gear in ("trained", "frozen_body") and variant == "plain":  # and without an upstream gradient on lse
                 with buffers.recording() as record_of_exps:
                     replace(problem, seen=("logps",)).run(
                         wk.token_logps,
@@ -128,7 +128,7 @@ def test_trained_with_half_the_budget_lies_between():
 
 
 def test_the_frozen_block_pays_no_weight_gradient():
-    """LoRA on the head, rank 8: units are 4 of the frozen block (its dhidden kept) plus all of the small one."""
+    """LoRA on the head, rank 8: 4 units of the frozen block (its dhidden kept) plus all units of the small one."""
     plan = wk.plan(512, (64, 8), 8192, torch.float32, weight_grad=(False, True), memory_budget=UNLIMITED, device="cpu")
     assert plan.flops == 2 * 512 * 8192 * ((64 + 8) + (64 + 8) + 8)
 
@@ -159,7 +159,7 @@ def test_a_large_vocabulary_gradient_is_counted_for_several_chunks():
 
 
 CASES = [("float32", "trained"), ("bfloat16", "trained"), ("bfloat16", "frozen_head"), ("float32", "scoring")]
-# A process that has imported everything and run nothing, and from it a new one for each case.
+# A process that has imported everything and run nothing, and a new one forked from it for each case.
 LARGE = """
 import json, os, sys
 import torch, windkern as wk
@@ -201,7 +201,7 @@ for case in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def resident():
-    """By back end, gear and dtype: bytes resident at the peak, bytes swapped out, bytes planned."""
+    """Return bytes resident at the peak, bytes swapped out and bytes planned, by back end, gear and dtype."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     backends = [name for name in wk.backends.available("cpu") if name != "triton"]
     cases = [[name, *case] for name in backends for case in CASES]

@@ -1,4 +1,4 @@
-"""Properties of log-probs over generated shapes, targets and budgets."""
+"""Properties of log-probs for generated shapes, targets and budgets."""
 
 import torch
 from hypothesis import given, settings

@@ -13,14 +13,14 @@ from windkern.ops.once import graph_links
 from windkern.plan import plan
 
 
-# What torch.compile itself warns about while it traces an autograd.Function.
+# Warnings of torch.compile itself while it traces an autograd.Function.
 def traces(test):
     test = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")(test)
     return pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")(test)
 
 
 def op_arguments(gear: str, *, entropy: bool, kept: bool, backend: str):
-    """Arguments of logprobs_fwd for a gear; opcheck wants inputs that ask for no gradient."""
+    """Return the arguments of logprobs_fwd for a gear; opcheck needs inputs that require no gradient."""
     problem = Problem(SHAPES["blocks"], "all")
     wants = GEARS[gear]
     inputs = prepare(
@@ -47,7 +47,7 @@ def op_arguments(gear: str, *, entropy: bool, kept: bool, backend: str):
     )
 
 
-# All pairs of back end, entropy and what is kept; the op that is checked is one for all of them.
+# Every pair of values of back end, entropy and what is kept occurs; the op that is checked is the same for all.
 PAIRS = [("cpp", False, False), ("cpp", True, True), ("torch", False, True), ("torch", True, False)]
 
 
@@ -195,7 +195,7 @@ def test_retain_graph_gives_the_same_gradients_twice(backend):
 
 
 def once_differentiable(backend) -> dict:
-    """Each op as a function of the tensors that its gradient must not be differentiated with respect to."""
+    """Return each op as a function of the tensors by which its gradient must not be differentiated."""
     targets = torch.randint(0, 11, (2, 3, 4))
     rewards = torch.randn(2, 3)
 
@@ -220,12 +220,12 @@ def once_differentiable(backend) -> dict:
 @pytest.mark.parametrize("train_head", [False, True])
 @pytest.mark.parametrize("leaf", [True, False])
 def test_double_backward_raises_clearly(backend, op, train_head, leaf):
-    """However the second derivative is asked for: it is never None or unused, which reads as zero."""
+    """For each way to ask for a second derivative: it is never None or unused, which would be read as zero."""
     function = once_differentiable(backend)[op]
     hidden, weight = torch.randn(2, 3, 4, 8, requires_grad=True), torch.randn(11, 8, requires_grad=train_head)
     used = hidden if leaf else hidden.sin()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of create_graph with backward
+        warnings.simplefilter("ignore")  # torch warns of create_graph with backward
         for second in (
             lambda grad: torch.autograd.grad(grad.square().sum(), hidden),
             lambda grad: torch.autograd.grad(grad.sum(), hidden, allow_unused=True),
@@ -240,7 +240,7 @@ def test_double_backward_raises_clearly(backend, op, train_head, leaf):
 
 
 def test_a_gradient_of_the_upstream_is_refused_as_well(backend):
-    """grad(loss) is linear in the upstream gradient, which may depend on something that wants a gradient."""
+    """grad(loss) is linear in the upstream gradient, which can depend on something that requires a gradient."""
     function = once_differentiable(backend)["token_logps"]
     hidden, weight = torch.randn(2, 3, 4, 8, requires_grad=True), torch.randn(11, 8)
     factor = torch.ones((), requires_grad=True)
@@ -251,7 +251,7 @@ def test_a_gradient_of_the_upstream_is_refused_as_well(backend):
 
 @pytest.mark.parametrize("op", ["token_logps", "fused_loss", "pair_loss"])
 def test_create_graph_gives_the_same_gradients(backend, op):
-    """They may be changed in place, as clipping does, and links to the graph hold no memory of the inputs."""
+    """They can be changed in place, as clipping does, and links to the graph keep no memory of the inputs alive."""
     function = once_differentiable(backend)[op]
     hidden, weight = torch.randn(2, 3, 4, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     plain = torch.autograd.grad(function(hidden, weight).sum(), (hidden, weight))
@@ -265,7 +265,7 @@ def test_create_graph_gives_the_same_gradients(backend, op):
 
 
 def test_outputs_used_one_at_a_time(backend):
-    """Unused outputs send no gradient at all: same result as a zero one."""
+    """Unused outputs have no upstream gradient: the same result as with zeros."""
     problem = Problem(SHAPES["odd"], "all")
     hidden = problem.hidden[0].requires_grad_()
     out = wk.token_logps(
@@ -283,7 +283,7 @@ def test_outputs_used_one_at_a_time(backend):
 
 @traces
 def test_export_with_a_dynamic_number_of_rows():
-    """Planned for the most rows that the caller names; without an upper end there is nothing to plan for."""
+    """The plan is for the largest number of rows that the caller names; without an upper bound there is no plan."""
     weight = torch.randn(37, 8)
 
     class Score(torch.nn.Module):
@@ -299,12 +299,12 @@ def test_export_with_a_dynamic_number_of_rows():
     targets[:7] = -100
     got = export(torch.export.Dim("rows", max=500))(hidden, targets)
     torch.testing.assert_close(got, wk.token_logps(hidden, weight, targets).logps)
-    with pytest.raises(ValueError, match=r"no upper end; give one with torch.export.Dim\(name, max=...\)"):
+    with pytest.raises(ValueError, match=r"no upper bound; give one with torch.export.Dim\(name, max=...\)"):
         export(torch.export.Dim("rows"))
 
 
 def test_saved_tensors_hold_no_logits_when_nothing_is_kept(backend):
-    """What autograd keeps between forward and backward is counted, not trusted."""
+    """Counts what autograd keeps between forward and backward."""
     sizes = []
     hidden, weight = torch.randn(200, 16, requires_grad=True), torch.randn(4001, 16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
@@ -315,7 +315,7 @@ def test_saved_tensors_hold_no_logits_when_nothing_is_kept(backend):
 @traces
 @pytest.mark.parametrize("train_head", [False, True])
 def test_compile_of_transposed_inputs(train_head):
-    """Gradients come back contiguous whatever strides the inputs have, in the fake op as in the real one."""
+    """Gradients are contiguous for any strides of the inputs, in the fake op as in the real one."""
     hidden = torch.randn(16, 30).t().requires_grad_()
     weight = torch.randn(16, 301).t().requires_grad_(train_head)
     targets = torch.randint(0, 301, (30,))

@@ -62,7 +62,7 @@ def test_gradcheck_packed(backend):
 
 
 def test_long_sequences_keep_their_digits(backend):
-    """8192 tokens: the float32 sum is as exact as its own rounding."""
+    """8192 tokens: the float32 sum is exact up to its own rounding."""
     hidden, weight = torch.randn(8192, 4), torch.randn(37, 4)
     targets = torch.randint(0, 37, (8192,))
     packed = wk.sequence_logps(hidden, weight, targets, cu_seqlens=torch.tensor([0, 8192]), backend=backend)

@@ -1,4 +1,4 @@
-"""Planted faults: each must be caught by the same comparison the real code passes."""
+"""Planted faults: each must fail the comparison that the real code passes."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def fails(budget=NARROW, gear="trained", variant="all", dtype=torch.float32):
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Replace an attribute by a function of the original."""
+    """Replace an attribute with a function of the original."""
 
     def replace(owner, name, broken):
         original = getattr(owner, name)
@@ -67,7 +67,7 @@ def test_an_entry_of_the_target_that_is_not_put_in(plant, gear, budget):
 
 
 def test_a_unit_that_is_off_in_backward(plant):
-    """The row factor relative to the maximum instead of the pivot."""
+    """The row factor is relative to the maximum instead of the pivot."""
 
     def forgets(original, *args):
         total = original(*args)
@@ -140,7 +140,7 @@ def test_slope_of_the_transform_is_forgotten(plant):
 
 
 def test_storage_dtype_accumulation(plant, monkeypatch):
-    """dhidden summed over slabs in bfloat16 instead of float32."""
+    """dhidden is summed over slabs in bfloat16 instead of float32."""
 
     def rounded(original, self, dz, weight, total, *, first=False):
         return original(self, dz, weight, total, first=first).bfloat16().float()
@@ -166,7 +166,7 @@ def test_rounded_logits(plant):
 
 
 def test_full_logits_are_seen_by_the_recorder(plant):
-    """A walk that holds all logits at once breaks the bound the plan test checks."""
+    """A walk that holds all logits at once exceeds the bound that the test of the plan checks."""
 
     def greedy(original, walk_, hidden, weight, bias, targets):
         logits = buffers.track("logits", hidden[0] @ weight[0].T)
@@ -190,7 +190,7 @@ def test_a_fused_loss_that_recomputes_is_seen_by_the_recorder(plant):
     targets = torch.zeros(4, 2, 20, dtype=torch.long)
     plan = wk.plan(160, 8, 1003, torch.float32, group_rows=40, device="cpu")
     for broken in (False, True):
-        if broken:  # what is kept is thrown away, every logit is computed again
+        if broken:  # kept results are discarded, and every logit is computed again
             plant(rows.RowBlock, "of", lambda original, spec, *args: original(replace(spec, slabs_kept=0), *args))
         with buffers.recording() as record:
             wk.fused_loss(lambda logps: logps.sum(-1), hidden, weight, targets, backend="torch")

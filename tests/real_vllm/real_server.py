@@ -10,8 +10,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-EXECUTABLE = os.environ.get("WINDKERN_VLLM", "")  # the vllm of an environment of its own
-_UP = 1800  # seconds to wait for it
+EXECUTABLE = os.environ.get("WINDKERN_VLLM", "")  # the vllm command of a separate environment
+_UP = 1800  # seconds to wait for the server
 _SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -28,8 +28,8 @@ class RealServer:
 
     Args:
         model: folder.
-        log: file for what it says.
-        adapters: whether it takes them, of rank 16 at most.
+        log: file for its output.
+        adapters: whether it takes them, with rank 16 at most.
     """
 
     def __init__(self, model: Path | str, log: Path, *, adapters: bool = True):

@@ -1,4 +1,4 @@
-"""A real vLLM: served log-probs beside the trainer's, stale and restarted servers, and judging; `make test-vllm`."""
+"""A real vLLM: served log-probs against the trainer's, stale and restarted servers, judging; `make test-vllm`."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(7200),
     pytest.mark.skipif(not EXECUTABLE, reason="WINDKERN_VLLM names no vllm; make test-vllm sets one up"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks for it
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft uses it
 ]
-BOUND = 1e-3  # nats a token, float32 on both sides
-ALIKE = 0.15  # win rates of two runs that draw otherwise, after three iterations
+BOUND = 1e-3  # nats per token, float32 on both sides
+ALIKE = 0.15  # difference in win rate of two runs with different draws, after three iterations
 PROMPTS = demo_prompts("train")[:4]
 HELD_OUT = demo_prompts("train")[4:20]
 JUDGE = vader_judge(4.0)
@@ -48,7 +48,7 @@ FIGURES: dict[str, object] = {}
 
 @pytest.fixture(autouse=True)
 def figures():
-    """What has been measured so far, in the file that WINDKERN_VLLM_FIGURES names."""
+    """Keep what is measured in the file that WINDKERN_VLLM_FIGURES names."""
     FIGURES["machine"] = {"cpu": cpu_name(), "torch": torch.__version__, "vllm": vllm_version()}
     yield
     if path := os.environ.get("WINDKERN_VLLM_FIGURES"):
@@ -95,8 +95,8 @@ def moved(model, step: float = 0.01) -> None:
 
 
 def run(folder, model, tokenizer, sampler):
-    """Three iterations of WIND with an adapter; returns mean rewards of the iterations' samples, and of each of the
-    held-out prompts the chance that a response of the policy beats one of the base."""
+    """Run three iterations of WIND with an adapter; return the mean rewards of the iterations' samples and, for each
+    held-out prompt, the probability that a response of the policy beats one of the base."""
     from windkern.train.config import WindConfig
     from windkern.train.trainer import WindTrainer
 
@@ -165,7 +165,7 @@ def test_wind_with_an_adapter_is_sampled_by_vllm(server, tmp_path):
 
 
 def test_the_same_run_without_vllm_learns_alike(tmp_path):
-    """Other draws of the same policies, so other steps: the win rates after them agree within a stated bound."""
+    """Different draws from the same policies, so different steps: the final win rates agree within a stated bound."""
     model, tokenizer = policy()
     rewards, rates = run(tmp_path / "own", model, tokenizer, None)
     FIGURES["in process"] = {"mean reward of the samples": rewards, "win rates of held-out prompts": rates}
@@ -182,7 +182,7 @@ def test_the_same_run_without_vllm_learns_alike(tmp_path):
 
 
 def test_an_adapter_that_is_not_the_new_one_is_noticed(server, tmp_path):
-    """vLLM itself, made to serve the previous adapter under the new name."""
+    """vLLM itself is made to serve the previous adapter under the new name."""
 
     class Stale(Vllm):
         before = None
@@ -226,7 +226,7 @@ def test_a_vllm_that_was_started_again_gets_its_adapter(server, tmp_path):
 
 
 def test_whole_weights_that_vllm_takes_in_part_are_noticed(server, tmp_path):
-    """On a CPU vLLM 0.32 goes on with its packed copy of a head that is tied. (The last test: the server is spoilt.)"""
+    """On a CPU, vLLM 0.32 continues with its packed copy of a tied head. (Last, since it leaves the server broken.)"""
     model, tokenizer = load_policy("smollm2-135m-instruct", dtype=torch.float32)
     sampler = sampler_of(server, tokenizer, tmp_path)
     sampler.update(model)
@@ -239,7 +239,7 @@ def test_whole_weights_that_vllm_takes_in_part_are_noticed(server, tmp_path):
 
 
 def test_vllms_own_engine_sends_weights_over_a_group_that_is_mocked():
-    """Its class and its checks in its own environment; no GPU and no NCCL are here."""
+    """vLLM's class and checks in its own environment; there is no GPU and no NCCL."""
     tests = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
     command = [str(Path(EXECUTABLE).with_name("python")), str(tests / "real_vllm" / "transfer_job.py")]
@@ -251,11 +251,11 @@ def test_vllms_own_engine_sends_weights_over_a_group_that_is_mocked():
     assert found == {"versions": ["policy-0", "policy-1"], "paths": [*joining, *sent, "/weight_info", *sent]}
 
 
-# Tiny models: a head of their own, and the paper's recipe.
+# Tiny models: an untied head, and the paper's recipe.
 
 
 def save_tiny_llama(folder: Path, **changes) -> None:
-    """One of sizes that vLLM's attention on a CPU takes."""
+    """Save a model with sizes that vLLM's attention on a CPU supports."""
     config = tiny_model.make_model().config.to_dict() | {"hidden_size": 64, "head_dim": 32, "num_key_value_heads": 2}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**config | {"max_position_embeddings": 256} | changes)).save_pretrained(folder)
@@ -264,7 +264,7 @@ def save_tiny_llama(folder: Path, **changes) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A server of a tiny Llama whose head is not tied to its embeddings, without adapters."""
+    """Start a server of a tiny Llama whose head is not tied to its embeddings, without adapters."""
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_llama(folder / "model", tie_word_embeddings=False)
     made = RealServer(folder / "model", folder / "log", adapters=False)
@@ -293,7 +293,7 @@ def test_whole_weights_follow_from_disk_where_the_head_is_not_tied(tiny, tmp_pat
 
 
 def test_a_run_that_was_killed_asks_only_for_what_it_lacks(tiny, tmp_path):
-    """Killed between two answers of a call: another process finds those that came."""
+    """Killed between two answers of a call: another process finds the answers that arrived."""
     prompts = ["the bus was", "rain", "a day", "so very", "not the", "good bus"]
     script = (
         "import sys; from test_vllm import *\n"
@@ -326,7 +326,7 @@ def test_a_run_that_was_killed_asks_only_for_what_it_lacks(tiny, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`", "ignore:`.*gradient_checkpointing", "ignore:Model has")
 def test_the_papers_recipe_runs_with_a_tiny_llama(tmp_path):
-    """Its policy, judge and prompts are tiny and random, and its vLLM runs on this CPU."""
+    """Policy, judge and prompts are tiny and random, and vLLM runs on this CPU."""
     save_tiny_llama(tmp_path / "model")
     tiny_pairrm.make_pairrm().save_pretrained(tmp_path / "judge")
     tiny_pairrm.make_tokenizer().save_pretrained(tmp_path / "judge")

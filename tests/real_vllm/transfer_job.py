@@ -1,4 +1,4 @@
-"""Run in vLLM's own environment: weights sent by vLLM's engine for trainers, whose NCCL group is a queue here."""
+"""A job for vLLM's own environment: its engine for trainers sends weights, with a queue as the NCCL group."""
 
 from __future__ import annotations
 

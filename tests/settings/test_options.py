@@ -70,7 +70,7 @@ def test_options_are_made_of_fields_and_fill_them():
 
 
 def test_options_of_the_same_name_mean_the_same():
-    """An option that fills a key of a settings file has that key's name."""
+    """An option that sets a key of a settings file has that key's name."""
     trainer = {each.name for each in dataclasses.fields(WindConfig)}
     assert set(options.SHARED) - set(LOSSES["wind"].keywords) <= trainer
     keys = trainer | {each.name for each in dataclasses.fields(run.RunConfig)}
@@ -80,7 +80,7 @@ def test_options_of_the_same_name_mean_the_same():
         for each in dataclasses.fields(cls):
             if each.name in options.SHARED:
                 helps.setdefault(each.name, set()).add(each.metadata["help"])
-    assert {name for name, texts in helps.items() if len(texts) > 1} == {"num_iterations", "eta"}  # bandit's are others
+    assert {name for name, texts in helps.items() if len(texts) > 1} == {"num_iterations", "eta"}  # bandit has its own
 
 
 def test_options_may_be_written_with_underscores():

@@ -1,4 +1,4 @@
-"""Settings files: what YAML says becomes what a field wants, and what does not fit is named."""
+"""Settings files: a value in YAML becomes the type of its field, and one that does not fit is named."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Prompts:
 
 @dataclasses.dataclass
 class StandIn(transformers.TrainingArguments):
-    """A configuration on top of TrainingArguments, as the trainers' are."""
+    """A configuration that extends TrainingArguments, like the trainers' own."""
 
     loss: str = dataclasses.field(default="wind", metadata={"help": "Loss that\n is fitted [see below]."})
     eta: float | None = dataclasses.field(default=None, metadata={"help": "Step size."})
@@ -283,7 +283,7 @@ def test_a_hint_names_the_right_key_or_none(key, meant):
 
 
 def test_what_other_tools_call_a_key_is_not_a_key_here():
-    """Else it would set something else without a word."""
+    """Otherwise it would silently set something else."""
     names = {name for cls in classes_of("wind") for name in known_fields(cls)}
     assert set(FOREIGN.values()) <= names and not set(FOREIGN) & names
 
@@ -322,7 +322,7 @@ def test_training_arguments_take_what_people_write(tmp_path):
 
 
 def test_every_field_of_training_arguments_takes_its_own_default():
-    """No annotation of the inherited fields is one that `build` cannot read."""
+    """`build` can read the annotation of every inherited field."""
     for name, known in settings_fields.known_fields(transformers.TrainingArguments).items():
         value = known.default.value if isinstance(known.default, Enum) else known.default
         assert settings_fields._value(name, value, known) == known.default, name

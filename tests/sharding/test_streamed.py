@@ -1,4 +1,4 @@
-"""Heads of FSDP2 that are streamed through the walk, in CPU processes."""
+"""Heads sharded by FSDP2 and streamed through the walk, in CPU processes."""
 
 import pytest
 from distributed_tools import launch
@@ -9,7 +9,7 @@ CHECKS = {"streamed_jobs:streamed:some": 40, "streamed_jobs:teeth": 4}
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[dict]:
-    """What two ranks report of all jobs, for which they start once."""
+    """Start two ranks once for all jobs and return what they report."""
     return launch("several", tmp_path_factory.mktemp("pair"), *CHECKS, module="sharding_session")
 
 

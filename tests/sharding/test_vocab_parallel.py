@@ -1,4 +1,4 @@
-"""Heads whose vocabulary is cut over ranks: values, gradients and bits, and what goes wrong, in CPU processes."""
+"""Vocabulary-parallel heads: values, gradients, bits and errors, in CPU processes."""
 
 import pytest
 from distributed_tools import launch
@@ -14,7 +14,7 @@ CHECKS = {
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[dict]:
-    """What two ranks report of all jobs, for which they start once."""
+    """Start two ranks once for all jobs and return what they report."""
     return launch("several", tmp_path_factory.mktemp("pair"), *CHECKS, module="sharding_session")
 
 

@@ -26,13 +26,13 @@ DIGITS = 5.1e-7  # half a unit of the sixth decimal
 
 
 def iterations_to(trace: dict[str, np.ndarray], level: float = 1e-6) -> int:
-    """The first iteration with a KL to the equilibrium below the level."""
+    """Return the first iteration with a KL to the equilibrium below the level."""
     assert trace["kl"][-1] < level
     return int((trace["kl"] < level).argmax())
 
 
 def crosses_at(game: Game, eta: float, count: int, method: str = "wind", level: float = 1e-6) -> bool:
-    """Whether the KL to the equilibrium falls below the level with iteration `count`; no metrics before, for speed."""
+    """Return whether the KL to the equilibrium first falls below the level at `count`; fast, with few metrics."""
     last = itertools.islice(METHODS[method].policies(game, game.log_ref, eta=eta), count - 2, count)
     before, after = (measure(game, logs)["kl"] for logs in last)
     return after < level <= before
@@ -58,7 +58,7 @@ def test_equilibrium_and_convergence(link, beta, reward, win, kl_ref, expl, slow
     trace = solve(game, eta=4 * beta, iterations=2 * fast, tol=0).trace
     assert iterations_to(trace) == fast
     ratios = trace["kl"][1:] / trace["kl"][:-1]
-    ratios = ratios[trace["kl"][1:] > 1e-9]  # below that KLs are mostly rounding
+    ratios = ratios[trace["kl"][1:] > 1e-9]  # smaller KLs are mostly rounding
     assert 1 / (1 + 4 * beta**2) == pytest.approx(bound, abs=DIGITS)
     assert ratios.max() == pytest.approx(worst, abs=DIGITS)
     assert crosses_at(game, beta, slow)
@@ -191,5 +191,5 @@ def test_large_steps_are_welcome_where_preferences_are_transitive(method, eta, c
 
 
 def test_every_method_has_a_row():
-    """A new method belongs into CURVES; those named here have tests of their own, `ipo` in test_tabular_theory.py."""
+    """A new method belongs in CURVES; those named here have separate tests, `ipo` in test_tabular_theory.py."""
     assert {method for method, _, _ in CURVES.values()} | {"pu", "omwu", "best_of_n", "ipo"} == set(METHODS)

@@ -1,4 +1,4 @@
-"""What wk.tabular accepts and refuses, and what it hands back."""
+"""What wk.tabular accepts, refuses and returns."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_low_pull_is_fine_where_everybody_wins_sometimes():
 
 
 def test_repeated_best_of_2_stays_finite():
-    """Log-probs of the worst response double each time; 1500 doublings leave float64."""
+    """Log-probs of the worst response double each time; 1500 doublings exceed the range of float64."""
     logs = next(itertools.islice(METHODS["iterative_bond"].policies(game(), game().log_ref), 1500, None))
     assert logs.isfinite().all() and (logs.exp()[:, 2] == 1).all()
     assert all(np.isfinite(value) for value in measure(game(), logs).values())
@@ -181,7 +181,7 @@ def test_sampled_jbond_follows_its_expected_gradient(gamma):
 
 
 def test_jbond_steps_along_the_gradient_of_its_objective():
-    """(1.51) against autograd, after the anchor has fallen behind."""
+    """(1.51) against autograd, once the anchor lags behind."""
     soft, mix, gamma, rate, size = game(link="bradley_terry"), 0.3, 0.7, 0.1, 0.5
     scores, anchor = soft.log_ref, soft.log_ref
     for _ in range(4):
@@ -211,7 +211,7 @@ def test_sampled_bond_and_sppo_follow_their_updates():
 
 @pytest.mark.parametrize("objective", ["square", "square_point"])
 def test_responses_that_were_not_drawn_stay_and_the_drawn_keep_their_level(objective):
-    """Centred losses leave the mean log-ratio of the draws at that of the others; free scores are lifted to match."""
+    """Centred losses keep the mean log-ratio of the draws at that of the others; free scores are raised to match."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(2, 30, generator=generator, dtype=torch.float64)
     ref = torch.randn(2, 30, generator=generator, dtype=torch.float64).softmax(-1)

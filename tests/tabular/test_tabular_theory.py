@@ -1,4 +1,4 @@
-"""What docs/theory.md proves of the game and its solvers, as properties of random games, cyclic ones too."""
+"""What docs/theory.md proves about the game and its solvers, as properties of random games, also cyclic ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def next_policy(game: Game, policy: Tensor, method: str = "wind", **options: flo
 
 
 def payoff(game: Game, first: Tensor, second: Tensor) -> Tensor:
-    """P(first > second), (X,)."""
+    """Return P(first > second), (X,)."""
     return torch.einsum("xi,xij,xj->x", first, game.prefs, second)
 
 
@@ -107,7 +107,7 @@ def test_the_identity_behind_the_theorem(game, seed, eta):
 @quick(50)
 @given(games(betas=(0.05, 0.5)), seeds, st.sampled_from([0.25, 1.0, 4.0]))
 def test_every_step_up_to_four_beta_contracts(game, seed, multiple):
-    """(1.26), per context, from any start, whatever the preferences."""
+    """(1.26), per context, from any start and for any preferences."""
     eta = multiple * game.beta
     solution, (policy,) = game.equilibrium(), policies(game, seed)
     first = distance = divergence(solution, policy)
@@ -121,7 +121,7 @@ def test_every_step_up_to_four_beta_contracts(game, seed, multiple):
 @quick(30)
 @given(games(), seeds, st.sampled_from(["pu", "omwu"]))
 def test_look_ahead_contracts_at_the_rate_of_its_step(game, seed, method):
-    """KL(pi* || pi_t) <= (1 - e beta)^t KL_0 with e = eta/(1 + eta beta), at the largest steps that are proven."""
+    """KL(pi* || pi_t) <= (1 - e beta)^t KL_0 with e = eta/(1 + eta beta), at the largest steps covered by the proof."""
     beta = game.beta
     eta = 1.0 if method == "pu" else min(1 / (1 + beta), 1 / (2 - beta) if beta < 2 else math.inf)
     (start,) = policies(game, seed)
@@ -147,7 +147,7 @@ def test_limits_of_the_step(game, seed):
 @quick(40)
 @given(games(("random", "certain", "cycle")), seeds)
 def test_adding_a_constant_to_the_logits_changes_nothing(game, seed):
-    """Scores of any height are the same policy: the step needs log-probs only up to a constant of each context."""
+    """The step needs log-probs only up to a constant per context, since shifted scores are the same policy."""
     (policy,) = policies(game, seed)
     a, b, c = (1 / (1 + 0.4 * game.beta), 0.4 * game.beta / (1 + 0.4 * game.beta), 0.4 / (1 + 0.4 * game.beta))
     scores = a * (policy.log() + 3.7) + b * (game.log_ref - 11.0) + c * game.win_rate(policy)
@@ -166,9 +166,9 @@ def test_large_and_small_beta():
     torch.testing.assert_close(Game(ref, 1e6, rewards=rewards).equilibrium(), ref, rtol=2e-6, atol=0)
     beta = 1e-2
     game = near_cyclic_game(beta)
-    against = game.win_rate(game.equilibrium()).max(-1).values  # of any rival, pure ones are the strongest
+    against = game.win_rate(game.equilibrium()).max(-1).values  # the strongest rivals are pure
     assert (against <= 0.5 + beta * math.log(1 / game.ref.min().item())).all()
-    # Without a pull at all the gain of a best response is its win rate beyond one half.
+    # Without any pull, the gain of a best response is its win rate minus one half.
     plain = Game(ref, 0.0, rewards=rewards, link="step")
     torch.testing.assert_close(plain.exploitability(ref), plain.win_rate(ref).max(-1).values - 0.5)
     assert (plain.best_response(ref).max(-1).values == 1).all()
@@ -180,7 +180,7 @@ def test_large_and_small_beta():
 @quick(60)
 @given(games(("bradley_terry",)), st.integers(1, 6), st.booleans())
 def test_best_of_n_law(game, n, ties):
-    """Against the sum over all draws, with and without ties."""
+    """Compares with the sum over all draws, with and without ties."""
     rewards = game.rewards.round() if ties else game.rewards
     size = min(game.shape[1], 4)
     ref = game.ref[:1, :size] / game.ref[:1, :size].sum(-1, keepdim=True)
@@ -219,7 +219,7 @@ def test_best_of_n_identities(game, seed, n, m, ties):
 
 
 def test_best_of_n_keeps_tiny_probabilities():
-    """A response too rare to move a cumulative sum still gets n times its share at the top, and no NaN anywhere."""
+    """A response too rare to change a cumulative sum still gets n times its share at the top, without any NaN."""
     ref = np.array([[0.5, 1e-30, 0.5]])
     law = best_of_n(ref, [[0.0, 1.0, 2.0]], 3)
     torch.testing.assert_close(law[0, 1].item(), 1e-30 * 3 * 0.25, rtol=1e-9, atol=0)
@@ -230,7 +230,7 @@ def test_best_of_n_keeps_tiny_probabilities():
 
 
 def log_win_rate_equilibrium(game: Game, beta: float) -> Tensor:
-    """Limit of iterative best-of-2 with alpha2 / alpha1 = beta."""
+    """Return the limit of iterative best-of-2 with alpha2 / alpha1 = beta."""
     alpha1 = 0.8 / (1 + beta)
     solution = solve(game, "iterative_bond", iterations=20000, tol=1e-15, alpha1=alpha1, alpha2=beta * alpha1)
     assert solution.converged
@@ -273,7 +273,7 @@ def test_wind_with_half_the_beta_approximates_iterative_best_of_n(beta):
 
 
 # Groups, responses, KL to the equilibrium after 50, 100, 150 iterations on CB-1: beta 0.1, eta 0.4, mean of five seeds.
-# The fit is the point-wise square loss on free scores, responses not drawn at a win rate of 1/2.
+# The fit is the point-wise square loss on free scores; responses that were not drawn have a win rate of 1/2.
 SAMPLED = [
     (50, 2, (0.609, 0.260, 0.234)),
     (100, 4, (0.145, 0.075, 0.074)),

@@ -24,7 +24,7 @@ def make(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 @torch.no_grad()
 def step(model: nn.Module) -> None:
-    """Something an optimizer might do."""
+    """Change the weights, as an optimizer might."""
     for value in model.parameters():
         if value.requires_grad:
             value += 0.1 * torch.randn_like(value)
@@ -89,7 +89,7 @@ def test_an_exception_brings_the_models_weights_back():
         assert not same(bits(model), own)
         raise ZeroDivisionError
     assert same(bits(model), own)
-    anchor.update()  # and it is whole again
+    anchor.update()  # and the average is complete again
 
 
 def test_bfloat16_weights_are_averaged_in_float32():
@@ -98,7 +98,7 @@ def test_bfloat16_weights_are_averaged_in_float32():
     anchor = Anchor(model, 0.02)
     nn.init.constant_(model.weight, 1.0078125)  # the next bfloat16
     for _ in range(50):
-        anchor.update()  # a step is 1/50 of the spacing and less
+        anchor.update()  # a step is at most 1/50 of the spacing
     (average,) = anchor.state_dict().values()
     assert average.dtype == torch.float32
     assert average.item() == pytest.approx(1.0078125 - 0.0078125 * 0.98**50, abs=1e-6)
@@ -184,7 +184,7 @@ def test_of_a_lora_model_only_the_adapters_are_copied():
 
 
 def test_sharded_weights_are_averaged_and_swapped(tmp_path):
-    """FSDP2 keeps the outermost gathered weights after a forward pass without a backward pass."""
+    """FSDP2 keeps the outermost weights gathered after a forward pass without a backward pass."""
     dist = pytest.importorskip("torch.distributed")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -1,4 +1,4 @@
-"""Several processes must give what one process gives on the same global batch, resumed or not."""
+"""Several processes must give the results of one process on the same global batch, resumed or not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 
 KINDS = ("ddp", "fsdp2")
 RECORDED = "recorded.jsonl"
-# What is trained in one process and in two.
+# Runs in one process and in two.
 CASES = {
     "accumulated": {"changes": {"gradient_accumulation_steps": 2, "sampling_batch_size": 12, "num_iterations": 1}},
     "adapters": {"changes": {"save_strategy": "steps", "save_steps": 2}, "modules": ["q_proj", "lm_head"]},
@@ -26,16 +26,16 @@ CASES = {
         "changes": {
             "loss": "bond",
             "anchor_rate": 0.3,
-            "num_iterations": 3,  # only the beginning of an iteration looks at the anchor
+            "num_iterations": 3,  # the anchor is only used at the start of an iteration
             "steps_per_iteration": 2,
             "save_strategy": "steps",
             "save_steps": 3,
         }
     },
 }
-# A head with a parameter of its own, which FSDP2 streams.
+# A head with its own parameter, which FSDP2 streams.
 UNTIED = {"changes": {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}, "own_head": True}
-# Responses that are read, not drawn: the two round differently in bfloat16, and a draw that is nearly a tie would flip.
+# Recorded responses: the runs round differently in bfloat16, which would flip a draw that is nearly a tie.
 HALF_CHANGES = {"bf16": True, "num_iterations": 1, "sampler": f"recorded:{RECORDED}"}
 NO_EVAL = {**HALF_CHANGES, "eval_strategy": "no"}
 HALF = {"changes": HALF_CHANGES, "modules": ["q_proj", "lm_head"], "half": True}
@@ -58,14 +58,14 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def responses(folder: Path) -> None:
-    """A file of recorded responses, not equally many for each prompt."""
+    """Write a file of recorded responses, with different numbers per prompt."""
     texts = ("good day", "bad rain", "the bus", "so very good and bad", "not a bus")
     lines = [json.dumps({"prompt": prompt, "responses": texts[: 3 + k % 3]}) for k, prompt in enumerate(PROMPTS)]
     (folder / RECORDED).write_text("\n".join(lines))
 
 
 def interrupt(folder: Path, copy: Path) -> None:
-    """What is on the disk of a run that ended inside iteration 2, at least one step after its last checkpoint."""
+    """Copy a run as if it had ended inside iteration 2, at least one step after its last checkpoint."""
     shutil.copytree(folder, copy)
     for path in [copy / "checkpoint-6", *copy.glob("*.safetensors"), *copy.glob("completions/*2/record.json")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -74,7 +74,7 @@ def interrupt(folder: Path, copy: Path) -> None:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
-    """The folder of two launches: runs from the beginning, and what resumes them; once for all workers of xdist."""
+    """Launch runs from the beginning and runs that resume them, once for all workers of xdist; return the folder."""
     from filelock import FileLock
 
     place = tmp_path_factory.getbasetemp()
@@ -92,7 +92,7 @@ def launched(tmp_path_factory) -> Path:
         again = {name: runs[name] for name in RESUMED}
         for name in again:
             interrupt(scratch / name, scratch / f"{name}-resumed")
-        # Two blocks of three are on the disk: one is missing, for two processes.
+        # Two of three blocks are on the disk: two processes share the missing one.
         begun = scratch / "table-fsdp2-resumed"
         shutil.copytree(scratch / "table-fsdp2", begun)
         for path in [begun / "model.safetensors", *begun.glob("completions/*/*.json")]:
@@ -120,12 +120,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     (path,) = folder.glob("*model.safetensors")
     found = load_file(path)
     if "lm_head.weight" in found and torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"]):
-        del found["lm_head.weight"]  # tied; FSDP2 writes it, too
+        del found["lm_head.weight"]  # tied, but FSDP2 writes it too
     return found
 
 
 def alone(folder: Path, case: dict):
-    """The run of one process on the same global batch: what it reports, and its weights."""
+    """Run one process on the same global batch and return its reports and weights."""
     changes = {**case["changes"], "per_device_train_batch_size": 2}
     run = make_run(folder, changes, case.get("modules"), own_head=case.get("own_head", False))
     run.train()
@@ -232,7 +232,7 @@ def test_sharded_bfloat16_gives_losses_and_log_probs_in_float32(launched):
 
     scored = json.loads((launched / "bf16-fsdp2/completions/iteration-0001/scored.json").read_text())
     assert all(not rounded(scored[name]).all() for name in ("old_logps", "ref_logps"))
-    assert scored["old_logps"] == scored["ref_logps"]  # the policy is the reference still
+    assert scored["old_logps"] == scored["ref_logps"]  # the policy is still the reference
     for rank in ranks_of(launched, "bf16-fsdp2"):
         assert_has_not_moved(rank["kl_old"][0], rank["kl_ref"][0])
         assert all(rank["kl_old"][1:])
@@ -240,9 +240,9 @@ def test_sharded_bfloat16_gives_losses_and_log_probs_in_float32(launched):
 
 
 def test_adapters_on_a_bfloat16_base_learn_the_same_sharded(launched):
-    """The first forward leaves the adapters out, and FSDP2 looks then which parameters are trained."""
+    """The first forward pass, in which FSDP2 finds the trained parameters, leaves the adapters out."""
     for one, two in zip(ranks_of(launched, "half-ddp"), ranks_of(launched, "half-fsdp2"), strict=True):
         assert_has_not_moved(one["kl_old"][0], two["kl_old"][0])
         assert two["loss"] == pytest.approx(one["loss"], rel=5e-2)  # bfloat16, rounded in other places
-    for name, value in weights(launched / "half-ddp").items():  # adapters that stay as they were are off by 8e-3
+    for name, value in weights(launched / "half-ddp").items():  # adapters that did not move would differ by 8e-3
         torch.testing.assert_close(weights(launched / "half-fsdp2")[name], value, rtol=1e-2, atol=2e-3)

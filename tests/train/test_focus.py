@@ -1,4 +1,4 @@
-"""Exploitability of a group, and the choice of prompts: turns, hardness, ties, rebuilding, and what focus buys."""
+"""Exploitability of a group, and the choice of prompts: turns, hardness, ties, rebuilding, and the gain of focus."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def game(beta: float = 0.2) -> Game:
 
 
 def sampled(played: Game, policy: torch.Tensor, draws: int) -> torch.Tensor:
-    """The estimate from a group of `draws` samples, (3,), with true win rates."""
+    """Return the estimate from a group of `draws` samples, (3,), with true win rates."""
     places = torch.multinomial(policy, draws, replacement=True, generator=torch.Generator().manual_seed(0))
     logps, refs = policy.log(), played.ref.log()
     gathered = [value.gather(-1, places) for value in (logps, refs, played.win_rate(policy))]
@@ -46,7 +46,7 @@ def test_it_is_the_exploitability_to_second_order():
         policy = (equilibrium.log() + size * tilt).softmax(-1)
         true = played.exploitability(policy)
         torch.testing.assert_close(sampled(played, policy, 200_000), true, rtol=0.15 * size / 0.2, atol=0)
-        # over all responses, weighted by the policy, the error is of third order: an eighth at half the distance
+        # Over all responses, weighted by the policy, the error is of third order: an eighth at half the distance.
         x = policy.log() - played.ref.log() - played.win_rate(policy) / 0.2
         mean = (policy * x).sum(-1, keepdim=True)
         errors.append((0.1 * (policy * (x - mean).square()).sum(-1) - true).abs().max())
@@ -79,7 +79,7 @@ def make(count: int, mode: str = "uniform", share: float = 0.0, seed: int = 3) -
 
 
 def test_uniform_goes_through_the_shuffles():
-    """Positions of permutations laid end to end, seeded by ("prompts", epoch)."""
+    """Prompts follow permutations end to end, each seeded by ("prompts", epoch)."""
     orders = [
         torch.randperm(12, generator=torch.Generator().manual_seed(stream(3, "prompts", epoch))).tolist()
         for epoch in range(3)
@@ -88,7 +88,7 @@ def test_uniform_goes_through_the_shuffles():
     chosen = [focus.choose(iteration, 4) for iteration in range(1, 10)]
     assert [place for each in chosen for place in each.places] == [place for order in orders for place in order]
     assert all(each.uniform == (True,) * 4 for each in chosen)
-    assert make(12).choose(5, 4) == chosen[4]  # whatever was chosen before
+    assert make(12).choose(5, 4) == chosen[4]  # whatever choices came before
     assert make(12, seed=4).choose(5, 4) != chosen[4]
 
 
@@ -196,11 +196,11 @@ def test_bad_input_is_named_and_changes_nothing():
 
 @pytest.mark.parametrize("informed", [True, False], ids=["filtered", "own estimates"])
 def test_focus_makes_a_label_budget_go_further(informed):
-    """Labels right with chance 0.2, for a tenth of 5000 prompts an iteration, 70 % of them wrong at the start.
+    """Labels correct with probability 0.2, for a tenth of 5000 prompts per iteration, 70 % of them wrong at the start.
 
-    Recursion: aimed at wrong answers, e falls by 0.2/10 an iteration while it is above 1/10, then by a fifth of itself;
-    spread evenly, by a fifth each time through. "filtered" lets a filter find all wrong answers for nothing; else a
-    prompt is known to be right or wrong only since its last turn, so the first ten iterations explore.
+    Recursion: aimed at wrong answers, e falls by 0.2/10 per iteration while it is above 1/10, then by a fifth of
+    itself; spread evenly, by a fifth per pass. "filtered" finds all wrong answers for free; otherwise a prompt is known
+    to be right or wrong only as of its last turn, so the first ten iterations explore.
     """
     count, budget, chance = 5000, 500, 0.2
     errors = {}

@@ -1,4 +1,4 @@
-"""WindTrainer on a GPU: what a CPU gives, resumed, with LoRA, in bfloat16, without waiting, in less memory."""
+"""WindTrainer on a GPU: equal to a CPU, resumed, with LoRA, in bfloat16, without waiting, in less memory."""
 
 import warnings
 from pathlib import Path
@@ -23,7 +23,7 @@ from windkern.train.samplers.sampler import GumbelNoise, TransformersSampler
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # Of peft, and of what transformers renames.
+    # From peft, and for names that transformers changes.
     pytest.mark.filterwarnings(
         "ignore:.*checkpointing", "ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding"
     ),
@@ -35,11 +35,11 @@ ON_GPU = {"use_cpu": False}
 
 @pytest.fixture(autouse=True)
 def _any_kernel():
-    torch.use_deterministic_algorithms(False)  # transformers' and peft's kernels are theirs
+    torch.use_deterministic_algorithms(False)  # for the kernels of transformers and peft
 
 
 def sampler():
-    """Answers of the model as it was in the beginning, drawn on the CPU: the same wherever the trainer is."""
+    """Return answers of the initial model, drawn on the CPU: the same for any device of the trainer."""
     return TransformersSampler(tiny_model.make_model(), tiny_model.make_tokenizer(), max_completion_length=6)
 
 
@@ -108,7 +108,7 @@ def test_an_adapter_on_its_base(tmp_path, modules):
             {"sampler": sampler(), "peft_config": lora(target_modules=list(modules))},
         )
         settings = {"reference": "adapter", "gradient_checkpointing": True, **device}
-        torch.manual_seed(0)  # of the adapter's first weights
+        torch.manual_seed(0)  # for the initial weights of the adapter
         trainer = make_trainer(tmp_path / name, model=model, given=given, **settings)
         trainer.train()
         found.append(losses_of(trainer))
@@ -117,7 +117,7 @@ def test_an_adapter_on_its_base(tmp_path, modules):
 
 @pytest.mark.parametrize("kind", ["autocast", "weights"])
 def test_bfloat16(tmp_path, kind):
-    """By autocast over float32 weights, and with bfloat16 weights whose float32 copies are stepped."""
+    """With autocast over float32 weights, and with bfloat16 weights whose float32 copies are updated."""
     changes = {"heldout": HELDOUT, "eval_strategy": "epoch", "num_iterations": 3, "steps_per_iteration": 4}
     model = tiny_model.make_model()
     if kind == "autocast":
@@ -175,15 +175,15 @@ def test_a_step_waits_for_the_gpu_only_to_count_its_rows(tmp_path):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = [f"{each.filename}:{each.lineno}" for each in seen if "synchroniz" in str(each.message)]
-    # The masks of transformers wait, too; of ours, the two of fused_loss that count and find the scored rows.
+    # The masks of transformers wait too; ours are the two in fused_loss that count and find the scored rows.
     ours = [place for place in places if place.startswith(PACKAGE)]
     assert len(ours) <= 2, places
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch and transformers about their own masks
+@pytest.mark.filterwarnings("ignore")  # torch and transformers warn of their own masks
 @pytest.mark.parametrize("window", [None, 70])
 def test_block_masks_of_flex_attention_are_the_dense_ones(window):
-    """Compiled, values and gradients, over rows of several blocks."""
+    """Compiled, in values and gradients, over rows of several blocks."""
     from transformers import MistralConfig, MistralForCausalLM
 
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -228,7 +228,7 @@ def test_a_step_takes_less_memory_than_plain_logits():
 
     peaks, values = {}, {}
     for name, step in (("fused", fused), ("plain", plain)):
-        for _ in range(2):  # the first for libraries' workspaces
+        for _ in range(2):  # the first time allocates the workspaces of libraries
             model.zero_grad(set_to_none=True)
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()

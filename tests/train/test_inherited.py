@@ -36,7 +36,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(transformers.Trainin
 
 
 def test_every_setting_of_the_installed_transformers_has_its_verdict():
-    """A new release may bring new ones: say in windkern/train/inherited.py what becomes of them."""
+    """A new release can add settings: windkern/train/inherited.py must say how each is treated."""
     for name in FIELDS:
         assert sum(name in table for table in (TRAINED, FREE, REFUSED)) == 1, name
     assert set(CONDITIONAL) <= {*TRAINED, *FREE} and len(set(TRAINED)) + len(set(FREE)) == len(TRAINED) + len(FREE)
@@ -85,7 +85,7 @@ def test_input_tokens_are_counted(tmp_path, what):
         made = collate(groups)
         rows = made["batch"].rows
         seen[0] += int(rows.attention_mask.sum()) if what == "non_padding" else rows.input_ids.numel()
-        assert not any(isinstance(value, torch.Tensor) for value in made.values())  # nothing goes to the device twice
+        assert not any(isinstance(value, torch.Tensor) for value in made.values())  # nothing is sent twice
         return made
 
     trainer.data_collator = counted
@@ -165,6 +165,6 @@ def test_what_is_unset_does_not_follow_the_log_level(tmp_path):
 
 
 def test_the_tables_are_data(monkeypatch):
-    """A setting of another release, which the installed one lacks, is passed over."""
+    """A setting of another release that the installed one lacks is ignored."""
     monkeypatch.setitem(inherited.REFUSED, "of_another_release", "because")
     inherited.check_inherited(transformers.TrainingArguments(remove_unused_columns=False, use_cpu=True))

@@ -1,4 +1,4 @@
-"""Jobs: a model's own `__call__` returns what a job makes of hidden states and head, and nothing else changes."""
+"""Jobs: a model's own `__call__` returns a job's result from hidden states and head, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_any_model_scores_and_generates_as_before(model):
 
 
 def test_a_loss_has_the_gradients_of_its_log_probs():
-    model = build("Gemma2").eval()  # caps its logits after the head, which must not touch what a job returns
+    model = build("Gemma2").eval()  # caps its logits after the head, which must not change the result of a job
     ids, attention, completion = (torch.cat([each, each.flip(0)[:1]]) for each in batch())  # two groups of two
     targets = hf.completion_targets(ids, completion)
     constants = {
@@ -91,7 +91,7 @@ def test_a_copy_of_the_model_runs_its_own_weights():
 
 
 def test_hooks_of_the_model_and_of_its_head_fire():
-    """What DDP, FSDP2 and ZeRO-3 rely on."""
+    """DDP, FSDP2 and ZeRO-3 rely on them."""
     model = build("Llama").eval()
     fired = []
     for name, module in (("model", model), ("decoder", model.model), ("head", model.lm_head)):

@@ -1,4 +1,4 @@
-"""The trainer gives a loss what its entry asks for, and looks at nothing else of it."""
+"""The trainer gives a loss what its entry requests, and uses nothing else of the loss."""
 
 from __future__ import annotations
 
@@ -75,6 +75,6 @@ def test_truncated_responses_do_not_count_in_the_baseline(tmp_path):
     whole = [group for group in groups if bool(group.constants["where"].all())]
     assert 0 < len(whole) < len(groups)
     better = [bool((group.constants["rewards"][0] < group.constants["rewards"][1:]).all()) for group in whole]
-    want = sum(-math.log(16) * each for each in better) / len(whole)  # the anchor is the policy still
+    want = sum(-math.log(16) * each for each in better) / len(whole)  # the anchor is still the policy
     for group in groups:
         torch.testing.assert_close(float(group.constants["baseline"]), want, rtol=0, atol=1e-5)

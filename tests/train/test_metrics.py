@@ -1,4 +1,4 @@
-"""What a run reports about itself, by hand."""
+"""The metrics of a run, computed by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_responses_that_are_left_out_do_not_count(tmp_path):
     more = {name: torch.cat([value, torch.full((1, 1), fill[name])], 1) for name, value in constants.items()}
     more["where"] = torch.tensor([[True, True, False]])
     assert numbers(torch.cat([logps, torch.full((1, 1), -1.0)], 1), more, config) == pytest.approx(want, rel=1e-5)
-    more["where"] = torch.zeros(1, 3, dtype=torch.bool)  # all dropped: the same names, for other processes
+    more["where"] = torch.zeros(1, 3, dtype=torch.bool)  # all dropped: the names stay, for the other processes
     assert numbers(torch.cat([logps, torch.full((1, 1), -1.0)], 1), more, config).keys() == want.keys()
 
 

@@ -33,7 +33,7 @@ def test_docstring_examples_run():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a model and prompts."""
+    """Make a folder with a model and prompts."""
     folder = tmp_path_factory.mktemp("place")
     tiny_model.save(folder / "tiny")
     (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
@@ -183,7 +183,7 @@ class Odd(Exception):
         ),
         (KeyError("eta"), None),
         (AttributeError("eta"), None),
-        (RuntimeError("Connection closed by peer"), None),  # of a process that is alone
+        (RuntimeError("Connection closed by peer"), None),  # in a single process
     ],
 )
 def test_what_a_user_is_told(error, told):

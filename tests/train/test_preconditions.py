@@ -1,4 +1,4 @@
-"""What can be known to go wrong is said before anything is sampled or judged."""
+"""What is known to fail is reported before anything is sampled or judged."""
 
 from __future__ import annotations
 

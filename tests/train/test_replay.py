@@ -29,7 +29,7 @@ def entry(prompt: int, token: int, iteration: int = 1, reward: float = 0.0) -> R
 
 
 def contents(buffer: ReplayBuffer, iteration: int, size: int) -> set[Replayed]:
-    """All that a prompt's group of the full size holds, for buffers of one prompt."""
+    """Return the contents of a full group of a buffer with a single prompt."""
     (group,) = buffer.draw(iteration, 1, size)
     return set(group)
 
@@ -72,11 +72,11 @@ def test_on_policy_groups_are_of_the_newest_iteration():
     buffer = make(on_policy=1.0, inverse_temperature=50.0)
     buffer.add([entry(prompt, token, 1, reward=9.0) for prompt in range(6) for token in range(4)])
     buffer.add([entry(prompt, 10 + token, 2, reward=token) for prompt in (1, 3, 4) for token in range(4)])
-    buffer.add([entry(5, 10, 2)])  # too few
+    buffer.add([entry(5, 10, 2)])  # too few for a group
     groups = buffer.draw(2, 7, 4)
     assert {each.iteration for group in groups for each in group} == {2}  # whole groups: all four of them
     prompts = [group[0].prompt for group in groups]
-    assert sorted(prompts[:3]) == sorted(prompts[3:6]) == [1, 3, 4]  # each before any comes again
+    assert sorted(prompts[:3]) == sorted(prompts[3:6]) == [1, 3, 4]  # each once before any repeats
     firsts = Counter(each.tokens for group in buffer.draw(2, 2000, 2) for each in group)
     assert all(abs(count - 1000) < 100 for count in firsts.values())  # uniform, whatever the rewards
 
@@ -169,7 +169,7 @@ def test_impossible_draws_are_refused():
 
 
 def test_trajectory_balance_reaches_the_tilted_reference_from_replay():
-    """The minimiser is pi_ref exp(R / beta) / Z whatever policy sampled, here none of those that were trained."""
+    """The minimiser is pi_ref exp(R / beta) / Z for any sampling policy, here none of the trained ones."""
     generator = torch.Generator().manual_seed(2)
     ref = torch.randn(2, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
     rewards = torch.randn(2, 6, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a run says about the responses it gets: a server that decodes greedily, and one that keeps its weights."""
+"""Warnings about the responses of a run: a server that decodes greedily, and one that keeps its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAME = "are identical"
 
 
 class Reader:
-    """An observer that keeps the notes it is told."""
+    """An observer that keeps the notices it receives."""
 
     def __init__(self, said: list[str]):
         self.note = said.append
@@ -94,7 +94,7 @@ def test_identical_responses_of_a_whole_iteration_are_said_once():
 
 @pytest.mark.parametrize("content", ["good day", None])
 def test_a_run_with_a_greedy_server_says_both(tmp_path, content):
-    """With None the server answers as it should."""
+    """With None, the server answers as it should."""
     choice = {"message": {"content": content}, "finish_reason": "stop"}
     server = Server(reply=lambda body: content and (200, json.dumps({"choices": [choice] * body["n"]}), {}))
     try:

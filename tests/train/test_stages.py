@@ -1,4 +1,4 @@
-"""A second stage on the adapter that a first one wrote: it begins where the first ended, and nothing of it is lost."""
+"""A second stage on the adapter of a first: it begins where the first ended and loses nothing of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PEFT = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory) -> Path:
-    """A folder with a base, prompts, and an adapter far from its base, as a first stage leaves it."""
+    """Make a folder with a base, prompts, and an adapter far from its base, as after a first stage."""
     folder = tmp_path_factory.mktemp("stage")
     base = tiny_model.save(folder / "base")
     torch.manual_seed(1)
@@ -153,7 +153,7 @@ def test_an_adapter_of_ones_own_is_trained_further_from_python(stage, tmp_path):
 
 
 def test_an_adapter_that_takes_from_its_base_is_kept_as_it_began(tmp_path):
-    """PiSSA moves the largest part of a weight into the adapter: without it the base is not where the run began."""
+    """PiSSA moves the largest part of a weight into the adapter, so the base alone is not where the run began."""
     model, config = tiny_model.make_model(), lora(init_lora_weights="pissa")
     start = logits(model)
     trainer = make_trainer(

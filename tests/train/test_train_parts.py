@@ -1,4 +1,4 @@
-"""Prompts, sampler, judges, models, master weights, evaluation, report: each by itself."""
+"""Prompts, sampler, judges, models, master weights, evaluation and report, each on its own."""
 
 from __future__ import annotations
 
@@ -151,11 +151,11 @@ def test_what_the_generation_config_says_does_not_bend_the_policy(tokenizer, set
 
 
 def test_policy_and_reference_end_with_the_same_tokens(tokenizer):
-    """A base model that ends with another token than the tokenizer, as base and chat tokenizers do."""
+    """A base model can have another end token than its tokenizer, as with base and chat tokenizers."""
     other = make_model()
     other.generation_config.eos_token_id = 10
     aligned = make_model()
-    aligned.generation_config.eos_token_id = [1, 10]  # what transformers makes of the policy's when it trains
+    aligned.generation_config.eos_token_id = [1, 10]  # as transformers changes the policy's in training
     ours, theirs = (sampler.TransformersSampler(each, tokenizer, max_completion_length=8) for each in (aligned, other))
     assert ours.end_ids == theirs.end_ids == [1, 10]
     assert ours.sample(PROMPTS, 4, seed=0).texts == theirs.sample(PROMPTS, 4, seed=0).texts
@@ -326,7 +326,7 @@ def test_master_weights_are_adamw_and_come_back_from_their_state(dtype):
     settings = {"lr": 0.01, "betas": (0.0, 0.95), "weight_decay": 0.1}
     first, theirs = MasterAdamW([ours], **settings), torch.optim.AdamW([plain], **settings)
     for k, gradient in enumerate(gradients):
-        if k == 3:  # another object goes on from the state
+        if k == 3:  # another object continues from the state
             state = first.state_dict()
             first = MasterAdamW([ours], **settings)
             first.load_state_dict(state)
@@ -439,7 +439,7 @@ def test_importing_the_package_does_not_import_transformers():
 
 
 def test_top_p_cuts_the_distribution_and_nothing_else(model, tokenizer):
-    """Of four known tokens the two likeliest have 0.8: with top_p 0.75 only they are drawn, 5 to 3."""
+    """The two most likely of four tokens have 0.8 together: with top_p 0.75 only they are drawn, 5 to 3."""
     drawn = sampler.TransformersSampler(model, tokenizer, max_completion_length=1, top_p=0.75)
     scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4).clone()
     for processor in drawn._processors(torch.Generator().manual_seed(0)):

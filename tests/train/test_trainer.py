@@ -1,4 +1,4 @@
-"""WindTrainer on a model of a few words: what is fitted to what, and that it is the same however it is done."""
+"""WindTrainer on a model of a few words: what is fitted to what, with equal results on every path."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def losses_of(trainer) -> list[float]:
 
 
 def begin(trainer):
-    """The first iteration, before any step."""
+    """Start the first iteration, before any step."""
     return trainer.outer.begin(1, inside=False)
 
 
@@ -85,7 +85,7 @@ def test_log_probs_are_those_of_plain_torch_and_completions_only(tmp_path, tempe
 
 
 def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path, monkeypatch):
-    """And those of rows of one response each."""
+    """They also equal those of rows with one response each."""
     gradients, seen = [], sharing_seen(monkeypatch)
     for name, size, way in (("big", 8, "auto"), ("small", 1, "auto"), ("middle", 2, "auto"), ("apart", 8, "never")):
         seen.clear()
@@ -211,7 +211,7 @@ def test_truncated_responses_are_kept_or_dropped(tmp_path):
 
 def test_the_hardest_prompts_are_answered_more_often(tmp_path):
     def reward(prompts, responses):
-        """Only responses to prompts about buses differ."""
+        """A reward that differs only between responses to prompts about buses."""
         scores = tiny_model.goodness(prompts, responses)
         return [score if "bus" in prompt else 0.0 for prompt, score in zip(prompts, scores, strict=True)]
 
@@ -284,7 +284,7 @@ def test_the_reference_stays_and_both_gradients_of_a_tied_embedding_arrive(tmp_p
     "ignore:`is_gradient_checkpointing`",
     "ignore:Model has `tie_word_embeddings=True`",
     "ignore:Setting `save_embedding",
-    "ignore:Could not find a config file in",  # of a model without a name: peft before 0.21
+    "ignore:Could not find a config file in",  # for a model without a name: peft before 0.21
 )
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
 def test_an_adapter_has_its_base_as_reference(tmp_path, modules):
@@ -327,7 +327,7 @@ def test_a_precomputed_reference_is_the_policy_at_the_start(tmp_path):
 
 
 def test_no_logits_exist_outside_generation(tmp_path, monkeypatch):
-    """With recorded responses nothing is generated, and the head is never multiplied out as a whole."""
+    """With recorded responses nothing is generated, and the whole product with the head is never formed."""
     trainer = make_trainer(tmp_path, sampler=recorded(tmp_path), num_generations=3)
     vocab, plain = trainer.model.config.vocab_size, torch.nn.Linear.forward
 

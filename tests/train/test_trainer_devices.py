@@ -1,4 +1,4 @@
-"""What a trainer does about devices: one GPU a process, no waiting inside a step, judges beside the model."""
+"""How a trainer uses devices: one GPU per process, no waiting inside a step, judges next to the model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_named_judge_is_loaded_where_the_model_is(tmp_path, monkeypatch):
 
 
 class Transfers(TorchDispatchMode):
-    """Counts what a GPU would make the host wait for: numbers taken from tensors."""
+    """Counts the reads of numbers from tensors, for which the host would wait on a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ def test_the_metrics_of_a_step_do_not_wait_for_the_device(tmp_path):
         averages.add({name: factor * value for name, value in found.items()})
     with Transfers() as seen:
         means = averages.take()
-    assert seen.count == 0  # tolist moves all of them at once
+    assert seen.count == 0  # tolist transfers all of them at once
     assert means == {"length": 3.0} | {name: pytest.approx(2 * float(value)) for name, value in found.items()}
     assert averages.take() == {}
 
@@ -84,7 +84,7 @@ GROUP = Group(0, (5, 6), ((7,), (8, 9)), (False,) * 2, ("", ""), constants={"old
 
 
 def test_a_batch_is_sent_to_a_gpu_without_waiting_and_back_with():
-    """Meta tensors tell nothing of time, so the arguments are looked at."""
+    """Meta tensors show no waiting, so this checks the arguments."""
     batch = collate([GROUP], 0, LayoutRules(shared=False))
     asked = []
 

@@ -1,4 +1,4 @@
-"""WindTrainer where somebody stops it, calls it twice, feeds it nonsense, or hands it models that share weights."""
+"""WindTrainer when it is stopped, called twice, given nonsense, or given models that share weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_one_object_trains_once(tmp_path):
 
 
 def test_nothing_that_the_trainer_made_holds_the_trainer(tmp_path):
-    """Neither itself nor a method of it; transformers' own objects apart."""
+    """Neither the trainer nor one of its methods, apart from transformers' own objects."""
     trainer = make_trainer(tmp_path, heldout=HELDOUT, loss="bond", num_generations=3, replay=False)
     seen: set[int] = set()
     waiting = [trainer.run, trainer.iterations, trainer.data_collator, trainer.train_dataset, trainer.policy]
@@ -140,7 +140,7 @@ def test_the_base_under_an_adapter_is_not_its_reference(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_an_adapter_whose_base_is_trained_too_gives_no_reference(tmp_path):
-    """Switching the adapter off would leave the new norm on, and pi_ref would move with the policy."""
+    """Disabling the adapter would keep the new norm, and pi_ref would move with the policy."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model.make_model(), lora())
     model.get_base_model().model.norm.weight.requires_grad_(True)
@@ -210,7 +210,7 @@ def test_a_run_with_other_answers_or_another_judge_is_another_run(tmp_path, firs
 
 
 def test_responses_that_are_not_fitted_are_not_in_the_metrics(tmp_path):
-    """With pi_t in place but for a dropped response nothing has moved, and the residual is that of the kept ones."""
+    """Without the dropped response nothing has moved, and the residual is that of the kept responses."""
     config = make_config(tmp_path)
     old, rates = torch.zeros(1, 3), torch.tensor([[0.75, 0.25, 0.0]])
     constants = {"old_logps": old, "ref_logps": old, "win_rates": rates, "where": torch.tensor([[True, True, False]])}
@@ -222,7 +222,7 @@ def test_responses_that_are_not_fitted_are_not_in_the_metrics(tmp_path):
 
 
 class OneOfTwo(World):
-    """The first of two processes, for which there is no work to share; what is told the other one is in `told`."""
+    """The first of two processes, where the other has no work; `told` records what the other is told."""
 
     def __init__(self, accelerator):
         super().__init__(accelerator)
@@ -242,12 +242,12 @@ class OneOfTwo(World):
 
 
 def test_processes_agree_on_rows_before_they_share_out_the_scoring(tmp_path):
-    """Two held-out prompts are one batch: the second process has none, and would wait for the first in another call."""
+    """Two held-out prompts are one batch: the second process has none and would wait for the first in another call."""
     trainer = make_trainer(tmp_path, heldout=HELDOUT, eval_strategy="epoch")
     world = OneOfTwo(trainer.accelerator)
     trainer.policy.world = trainer.reference.world = trainer.evaluator.world = world
     assert trainer.compare(2).result.kl.mean == pytest.approx(0, abs=1e-4)
-    assert world.told.count(trainer.policy.rules) == 2  # of the policy, and of the reference
+    assert world.told.count(trainer.policy.rules) == 2  # of the policy and of the reference
 
 
 def test_a_judge_that_fails_fails_on_all_processes(tmp_path):
@@ -258,7 +258,7 @@ def test_a_judge_that_fails_fails_on_all_processes(tmp_path):
     world = trainer.policy.world = trainer.reference.world = trainer.evaluator.world = OneOfTwo(trainer.accelerator)
     with pytest.raises(JudgeError, match="the judge is away"):
         trainer.compare(2)
-    assert world.told[-1] == (True, None)  # that it failed, and no result
+    assert world.told[-1] == (True, None)  # that it failed, without a result
 
 
 @pytest.mark.parametrize("changes", [{"focus": "hardest"}, {"loss": "trajectory_balance", "replay": True}])
@@ -286,7 +286,7 @@ def test_an_iteration_without_its_record_and_a_verdict_is_left_alone(tmp_path):
     "changes", [{}, {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}}]
 )
 def test_an_evaluation_that_was_cut_off_counts_as_one_in_time(tmp_path, changes):
-    """For the best metric, and for a schedule that looks at it."""
+    """For the best metric and for a schedule that uses it."""
     settings = {"num_iterations": 4, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 1, **changes}
     settings |= {"heldout": HELDOUT, "metric_for_best_model": "kl", "save_total_limit": None}
     whole = make_trainer(tmp_path / "whole", **settings)
@@ -322,7 +322,7 @@ def test_optional_tensors_of_a_loss_are_given(tmp_path, monkeypatch):
     given = set()
 
     def kept(logps, ref_logps=None, lengths=None, *, where=None, reduction="mean"):
-        if logps.requires_grad:  # in training, not when the arguments are tried
+        if logps.requires_grad:  # in training, not in the trial of the arguments
             given.update(name for name, value in (("ref", ref_logps), ("lengths", lengths)) if value is not None)
         return logps.square().mean(-1)
 

@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed end with the bits of a run that was not."""
+"""A run that is killed and resumed ends with the same bits as one that was not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PLACES = (
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes forked from a server that has imported everything and run nothing."""
+    """Provide processes forked from a server that has imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer_cases", "windkern.train.trainer", "windkern.train.judges.judge"])
     return context
@@ -78,7 +78,7 @@ def kill_where_it_hangs(process, folder: Path) -> None:
 
 
 def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Final weights, and the records without what a clock wrote."""
+    """Return the final weights, and the records without times."""
     records = []
     for path in sorted(folder.glob("completions/iteration-*/record.json")):
         record = json.loads(path.read_text())
@@ -108,12 +108,12 @@ def test_a_run_killed_at_a_place_ends_with_the_same_bits(processes, finished, tm
 
 
 def files_of(folder: Path) -> set[str]:
-    """Also of folders that are renamed or removed meanwhile."""
+    """List files, also of folders that are renamed or removed meanwhile."""
     return {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(processes, finished, tmp_path):
-    """Killed again and again, each time after it has written a few more files, however long that takes."""
+    """The run is killed again and again, each time after a few more files, however long that takes."""
     draws, seen, ends = random.Random(0), set(), []
     for _ in range(4):
         process = run(processes, tmp_path, resume=True)

@@ -1,4 +1,4 @@
-"""What a WindTrainer refuses by name, and what must not depend on chance when a run begins again."""
+"""What a WindTrainer refuses by name, and what must not depend on chance when a run starts again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from windkern.train.judges.judge import Verdict
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_an_adapter_starts_as_the_seed_says(tmp_path):
-    """Whatever torch's generator was used for before: a run killed in its first iteration begins again."""
+    """Whatever torch's generator did before, since a run killed in its first iteration starts again."""
     pytest.importorskip("peft")
     found = []
     for other in (1, 2):
@@ -117,7 +117,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
     ],
 )
 def test_a_data_set_that_is_no_list_of_rows_is_named(rows, message):
-    """A string would be a prompt for each letter, and splits a prompt for each name."""
+    """A string would give a prompt per letter, and a dictionary of splits a prompt per name."""
     with pytest.raises(TypeError, match=message):
         prompt_sets(rows, None, demonstrations=False)
     with pytest.raises(TypeError, match=message.replace("train_", "eval_")):

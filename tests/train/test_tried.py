@@ -1,4 +1,4 @@
-"""What the trainer was tried with is read from the metadata; older releases are refused before transformers runs."""
+"""The tested releases are read from the metadata, and older ones are refused before transformers runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REQUIRES = [
 
 @pytest.fixture
 def installed(monkeypatch) -> dict[str, str]:
-    """Releases that seem to be installed; what is not in it is missing. windkern's own requirements are REQUIRES."""
+    """Fake the installed releases; packages not listed are missing. REQUIRES has windkern's own requirements."""
     found: dict[str, str] = {}
 
     def version(name):
@@ -49,7 +49,7 @@ def test_bounds_are_those_of_the_metadata(installed, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "requires", missing)
-    assert tried.lowest() == {}  # a checkout that was not installed
+    assert tried.lowest() == {}  # a checkout that is not installed
 
 
 def test_the_installed_metadata_has_bounds_for_what_trains():
@@ -75,7 +75,7 @@ def test_older_ones_are_named_with_what_is_wanted(installed):
 @pytest.mark.parametrize("module", [config, trainer, value_trainer])
 def test_they_are_refused_before_transformers_can_fail(installed, monkeypatch, module):
     installed["transformers"] = "5.5.4"
-    monkeypatch.setitem(sys.modules, "transformers", None)  # whoever imports it now gets another ImportError
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it now raises another ImportError
     monkeypatch.delitem(sys.modules, "windkern.train.tried")
     monkeypatch.delattr(windkern.train, "tried")
     with pytest.raises(ImportError, match=r"transformers 5\.5\.4 is installed and 5\.18 required"):

@@ -28,7 +28,7 @@ def plugin(policy: str = "TRANSFORMER_BASED_WRAP", names: list[str] | None = Non
 @pytest.mark.parametrize("names", [None, [LAYER]])
 def test_an_untied_head_is_named_beside_the_layers(names):
     model, given = untied(tiny_model.make_model()), plugin(names=names)
-    for _ in range(2):  # of the policy, and of a reference beside it
+    for _ in range(2):  # for the policy, and for a separate reference
         _name_units(given, model)
         assert given.transformer_cls_names_to_wrap == [LAYER, "HeadUnit"]
     assert type(model.lm_head) is HeadUnit and hf.hidden_and_head(model).takes_pieces

@@ -1,4 +1,4 @@
-"""What can be said of ZeRO-3 where DeepSpeed is not installed, on parameters that look like its own."""
+"""What can be tested of ZeRO-3 without DeepSpeed, with parameters that look like its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from windkern.train.sharded import whole_models
 
 
 class Stage3:
-    """Of what transformers keeps of DeepSpeed's settings: that the stage is 3."""
+    """The part of DeepSpeed's settings in transformers that says stage 3."""
 
     def is_zero3(self) -> bool:
         return True
@@ -37,7 +37,7 @@ def as_zero3(parameter: torch.nn.Parameter, *, whole: bool) -> torch.nn.Paramete
 
 @pytest.fixture
 def zero3(tmp_path):
-    """A configuration with ZeRO-3, as TrainingArguments leaves it."""
+    """Set up ZeRO-3 as TrainingArguments does."""
     config = make_config(tmp_path)
     config.hf_deepspeed_config = Stage3()
     config.deepspeed_plugin = SimpleNamespace(dschf=None)
@@ -47,7 +47,7 @@ def zero3(tmp_path):
 
 
 def test_a_head_that_hooks_have_gathered_is_left_to_them():
-    """To free it in its own forward is an error of DeepSpeed."""
+    """DeepSpeed raises an error if it is freed in its own forward pass."""
     weight = as_zero3(torch.nn.Parameter(torch.ones(5, 2)), whole=True)
     with wk.sharding.gathered(weight) as found:
         assert found is weight

@@ -1,4 +1,4 @@
-"""A value model on a frozen base, against plain sums of logits; the training is in test_value_training.py."""
+"""A value model on a frozen base, against plain sums of logits; training is tested in test_value_training.py."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_base_is_frozen_whatever_mode_is_set():
     model = ValueModel(base, value).train()
     assert not base.training and value.training
     assert not any(each.requires_grad for each in base.parameters())
-    base.requires_grad_(True)  # by somebody else: still no gradient
+    base.requires_grad_(True)  # by other code; still no gradient
     model(*batch()).sum().backward()
     assert all(each.grad is None for each in base.parameters())
     assert all(each.grad is not None for each in value.parameters())
@@ -162,7 +162,7 @@ def test_recomputed_activations_give_the_same_gradients(name):
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two prompts, the first padded on the left."""
+    """Return two prompts, the first padded on the left."""
     ids, attention = torch.tensor([[0, 0, 3, 2], [2, 1, 0, 3]]), torch.ones(2, 4, dtype=torch.int64)
     attention[0, :2] = 0
     return ids, attention
@@ -228,7 +228,7 @@ def test_samples_have_the_distribution_of_the_sum():
 
         assert distance(expected) < 37.7  # 15 degrees of freedom, one in a thousand
         base_alone = draws * hf.sequence_logps(model.base, full, mask, scored).exp()
-        assert distance(base_alone) > 1000  # the test would see the value model left out
+        assert distance(base_alone) > 1000  # so the test would notice a missing value model
 
 
 def test_the_sampler_takes_a_value_model():
@@ -255,7 +255,7 @@ def test_ways_of_decoding_the_cache_cannot_follow_are_refused():
         processor(nn.functional.pad(ids, (0, 2)), torch.zeros(2, VOCAB))
 
 
-# What is refused
+# Refusals
 
 
 def test_models_that_do_not_fit_say_so():
@@ -271,10 +271,10 @@ def test_models_that_do_not_fit_say_so():
     one = llama(1)
     with pytest.raises(ValueError, match="must not share parameters"):
         ValueModel(one, one)
-    assert all(each.requires_grad for each in one.parameters())  # nothing was frozen on the way
+    assert all(each.requires_grad for each in one.parameters())  # nothing was frozen before the error
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft calls
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers warns of a call by peft
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # some releases of peft
 def test_an_adapter_on_the_head_of_the_base_is_not_left_out():
     peft = pytest.importorskip("peft")

@@ -1,4 +1,4 @@
-"""Training a value model on demonstrations, what it brings to a base it never saw, and what is written."""
+"""Training a value model on demonstrations, its effect on a base it never saw, and the written files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_batch_of_demonstrations():
     made = DemonstrationCollator(tokenizer, 3)([("rain", "so good"), ("the bus", "a very bad day")])
     assert made["attention_mask"][0, 0] == 0  # padded on the left
     answers = [ids[mask].tolist() for ids, mask in zip(made["input_ids"], made["completion_mask"], strict=True)]
-    assert tokenizer.batch_decode(answers) == ["so good <eos>", "a very bad"]  # cut, and then without an end
+    assert tokenizer.batch_decode(answers) == ["so good <eos>", "a very bad"]  # a cut answer has no end token
     assert torch.equal(made["labels"] != -100, made["completion_mask"])
 
 
@@ -82,7 +82,7 @@ def test_training_lowers_the_loss_on_the_base_and_on_one_never_seen(tmp_path):
 
 
 def test_accumulation_equals_the_big_batch(tmp_path):
-    """Answers differ in length, so a mean of means would not."""
+    """Answers differ in length, so a mean of means would differ."""
     ends, longer = [], [("rain", "good"), ("the", "a very very bad day so good"), ("so", "bad bus"), ("a", "day")] * 2
     for size, steps in ((8, 1), (2, 4), (4, 2)):
         model = pair()
@@ -164,7 +164,7 @@ def test_a_whole_run_writes_its_result(tmp_path, monkeypatch, capsys):
     reloaded = ValueModel.from_pretrained(output)
     assert nll(reloaded) == pytest.approx(found["after"], rel=1e-5)
     (output / "result.json").unlink()
-    assert run_value(settings(output, **options, **steps), resume=True) == 0  # nothing is left to do
+    assert run_value(settings(output, **options, **steps), resume=True) == 0  # nothing remains to do
     assert json.loads((output / "result.json").read_text())["nll_per_token"] == pytest.approx(found)
 
 

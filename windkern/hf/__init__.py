@@ -1,4 +1,4 @@
-"""Log-probs of transformers' causal LMs from their hidden states and heads, without the logits."""
+"""Log-probs of transformers' causal LMs from hidden states and heads, without the logits."""
 
 from windkern.hf.causal_lm import (
     IGNORE_INDEX,

@@ -1,4 +1,4 @@
-"""Call a causal LM through its wrappers up to its head, where a job replaces the product with the vocabulary.
+"""Call a causal LM through its wrappers up to its head, where a job replaces the head's product.
 
 Nothing here imports transformers, accelerate, peft or torch.distributed: wrappers are recognized by their attributes.
 """
@@ -23,14 +23,14 @@ from windkern.hf.units import in_pieces, is_own_unit
 
 _compiled_decoders: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # torch.compile's wrapper -> a forward
 Result = TypeVar("Result")
-_CALLED_AS_IT_IS = "windkern.hf.sequence_logps takes the model as it is wrapped and runs inside its call"
+_CALLED_AS_IT_IS = "windkern.hf.sequence_logps takes the wrapped model and runs inside its call"
 
 
 @dataclass(frozen=True)
 class Target:
     """A causal LM, and the modules to call so that the hooks of all its wrappers fire."""
 
-    wrappers: tuple[nn.Module, ...]  # outermost first, torch.compile's left out
+    wrappers: tuple[nn.Module, ...]  # outermost first, without torch.compile's
     base: Any  # the transformers model
     compiled: tuple[nn.Module, ...]  # wrappers of torch.compile
     places: tuple[tuple[nn.Module, str, nn.Module], ...]  # (holder, attribute, member of `compiled`)
@@ -50,12 +50,12 @@ class Target:
 
     @property
     def reducers(self) -> tuple[nn.Module, ...]:
-        """Wrappers whose own forward arranges the reduction of gradients, as DDP's does; PEFT's does not."""
+        """Wrappers whose forward arranges the reduction of gradients, like DDP's and unlike PEFT's."""
         return tuple(each for each in self.wrappers if not _is_peft(each))
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP2 puts parameters together in the call of the model itself."""
+        """Whether FSDP2 gathers parameters in the call of the model itself."""
         fsdp = sys.modules.get("torch.distributed.fsdp")
         return fsdp is not None and any(isinstance(each, fsdp.FSDPModule) for each in self.chain)
 
@@ -72,7 +72,7 @@ class Target:
 
 
 def _head_of(base: Any) -> Any:
-    """The model's head, or that of the causal LM inside it if the model names none (NemotronH Omni)."""
+    """Return the model's head, or that of the causal LM inside it if the model names none (NemotronH Omni)."""
     found = base.get_output_embeddings()
     if found is None:
         parts = [each for each in base.children() if hasattr(type(each), "get_output_embeddings")]
@@ -134,15 +134,14 @@ def find(model: object) -> Target:
 
 
 def find_inside(model: nn.Module) -> Target:
-    """The target for code that already runs inside the forward of a transformers model."""
+    """Return the target for code that already runs inside the forward of a transformers model."""
     return dataclasses.replace(find(model), inside=True)
 
 
 def _check_peft(model: nn.Module) -> None:
     if getattr(model.active_peft_config, "is_prompt_learning", False):
         raise UnsupportedModelError(
-            "model uses prompt-learning PEFT, which changes the input; LoRA and the like, which live inside the "
-            "layers, work"
+            "model uses prompt-learning PEFT, which changes the input; use adapters inside the layers, such as LoRA"
         )
 
 
@@ -150,17 +149,17 @@ def check_apart(target: Target) -> None:
     """Raise unless hidden states and head may be used outside the model's own call.
 
     Raises:
-        UnsupportedModelError: a wrapper reduces gradients in its call, or FSDP2 holds the head in pieces outside it.
+        UnsupportedModelError: a wrapper reduces gradients in its call, or FSDP2 shards the head outside it.
     """
     if target.reducers:
         raise UnsupportedModelError(
             f"model is wrapped in {type(target.reducers[0]).__name__}, and hidden states taken outside its call would "
-            f"miss what it does there, such as the reduction of gradients; {_CALLED_AS_IT_IS}"
+            f"bypass its work, such as the reduction of gradients; {_CALLED_AS_IT_IS}"
         )
     if target.is_sharded:
         raise UnsupportedModelError(
             f"{target.name} is sharded by FSDP2, and its head is whole only inside the model's call; {_CALLED_AS_IT_IS}"
-            " (in a loop of your own over hidden states: windkern.sharding.gathered)"
+            " (in your own loop over hidden states, use windkern.sharding.gathered)"
         )
 
 
@@ -174,15 +173,15 @@ def check_gradients(target: Target) -> None:
         return
     if any(each.is_meta and each.requires_grad for each in target.base.parameters()):
         raise UnsupportedModelError(
-            f"weights of {target.name} are offloaded, and copies that live for one forward would get their gradients; "
-            "score under torch.no_grad(), freeze the offloaded weights, or load the model whole to train it"
+            f"weights of {target.name} are offloaded, so their gradients would go to copies that live for one forward; "
+            "score under torch.no_grad(), freeze the offloaded weights, or load the whole model to train it"
         )
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, make: Callable[[Callable], Callable]) -> Iterator[None]:
     """Replace the module's innermost forward by `make(forward)` while the context is open."""
-    # Reason: a hook of accelerate moves weights and inputs, and then calls what it keeps under this name.
+    # Reason: a hook of accelerate moves weights and inputs, and then calls the forward that it stores under this name.
     name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     own, theirs = module.__dict__.get(name), getattr(module, name)
     module.__dict__[name] = make(theirs)
@@ -196,7 +195,7 @@ def replaced_forward(module: nn.Module, make: Callable[[Callable], Callable]) ->
 
 
 class _HeadReachedError(Exception):
-    """Ends the model's forward after the call of its head, and carries what that call returned."""
+    """Ends the model's forward after the call of its head, and carries the result of that call."""
 
 
 def at_head(
@@ -210,10 +209,10 @@ def at_head(
     """Return job(hidden), run as the head's forward inside forward(**given), which ends there.
 
     Code after the head would need logits, so an exception ends the forward there. The last hook of the head raises it,
-    when the hooks of every module that computes have fired.
+    after the hooks of all modules that compute have fired.
 
     Args:
-        whole_head: if False and the head is an FSDP2 unit of its own, run the job before FSDP2 puts it together.
+        whole_head: if False and the head is its own FSDP2 unit, run the job before FSDP2 gathers it.
 
     Raises:
         UnsupportedModelError: the forward never calls the head.
@@ -223,7 +222,7 @@ def at_head(
         raise _HeadReachedError(output)
 
     def stop_before(module: Any, args: tuple) -> None:
-        # Reason: what ran before may have left it whole, and bits must not depend on that.
+        # Reason: earlier code may have left the head gathered, and bits must not depend on that.
         module.reshard()
         if in_pieces(module):
             raise _HeadReachedError(job(args[0]))
@@ -254,11 +253,11 @@ def call(target: Target, given: Mapping[str, object], inside: Callable[..., obje
 
     Args:
         given: keyword arguments of the call.
-        inside: gets the forward it replaces, and the arguments as the wrappers hand them on.
+        inside: gets the forward it replaces, and the arguments as the wrappers pass them on.
         check: bypass DDP, because nothing is trained and processes may reach the check at different times.
 
     Returns:
-        What `inside` returned, as the wrappers pass it back.
+        The result of `inside`, as the wrappers return it.
 
     Raises:
         UnsupportedModelError: a wrapper does not call the model.
@@ -270,7 +269,7 @@ def call(target: Target, given: Mapping[str, object], inside: Callable[..., obje
 
     def make(theirs: Callable) -> Callable:
         def forward(*args: object, **received: object) -> object:
-            # Reason: PEFT passes None for each argument it knows, and not every model takes them all.
+            # Reason: PEFT passes None for each argument it knows, and not every model takes all of them.
             seen.append(inside(theirs, *args, **{name: each for name, each in received.items() if each is not None}))
             return seen[-1]
 
@@ -280,7 +279,7 @@ def call(target: Target, given: Mapping[str, object], inside: Callable[..., obje
         out = (target.base.forward if target.inside else outer)(**given)
     if not seen:
         raise UnsupportedModelError(f"{type(outer).__name__} does not call the {target.name} inside it")
-    # Reason: FSDP2 may be set to round what a model returns, and waits for the gradient of what it was given.
+    # Reason: FSDP2 can be set to round the output of a model, and expects the gradient of its inputs.
     return seen[-1] if target.inside or (target.is_sharded and not target.reducers) else out
 
 
@@ -296,9 +295,9 @@ def run(
     """Return job(hidden), run inside the model's call, so that gradients flow as in any forward of the model.
 
     Args:
-        given, check: as `call`.
-        amend: maps the arguments that the wrappers pass on to those that the model itself is given.
-        whole_head: as `at_head`.
+        given, check: see `call`.
+        amend: maps the arguments that the wrappers pass on to those for the model itself.
+        whole_head: see `at_head`.
 
     Raises:
         UnsupportedModelError: the model or a wrapper does not reach the head.
@@ -310,16 +309,16 @@ def run(
     out = call(target, given, inside, check=check)
     if not isinstance(out, Tensor):
         raise UnsupportedModelError(
-            f"{type(target.chain[0]).__name__} must return what the model inside it returns, got {type(out).__name__}"
+            f"{type(target.chain[0]).__name__} must return the output of the model inside it, got {type(out).__name__}"
         )
     return out
 
 
 @contextmanager
 def _without_compile(target: Target) -> Iterator[None]:
-    """Compile the decoder alone while the context is open, with the settings of torch.compile's wrapper of the model.
+    """Compile only the decoder while the context is open, with the settings of torch.compile's wrapper of the model.
 
-    Hazard: a job that changes from call to call would be compiled each time. Remedy: leave wrappers out, compile less.
+    Hazard: a job that changes from call to call would be compiled each time. Remedy: bypass the wrapper of the model.
     """
     with ExitStack() as stack:
         for module, name, wrapper in target.places:
@@ -340,7 +339,7 @@ def _without_compile(target: Target) -> Iterator[None]:
 
 
 def decoder_of(base: nn.Module) -> nn.Module | None:
-    """The part of a model that transformers calls its base model, or None if the model names none."""
+    """Return the part of a model that transformers calls its base model, or None if the model names none."""
     prefix = getattr(base, "base_model_prefix", "")
     found = base._modules.get(prefix)
     return found if found is not None and found is not _head_of(base) else None
@@ -352,7 +351,7 @@ def _parameters(function: Callable) -> frozenset[str]:
 
 
 def takes(base: nn.Module, name: str) -> bool:
-    """Whether the model, or its decoder by way of the model's further arguments, takes an argument of this name."""
+    """Return whether the model takes an argument of this name, or passes it on to its decoder."""
     if name in _parameters(type(base).forward):
         return True
     decoder = decoder_of(base)
@@ -361,7 +360,7 @@ def takes(base: nn.Module, name: str) -> bool:
 
 
 def inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, positions: bool) -> dict[str, object]:
-    """Arguments of one forward without a cache.
+    """Return the arguments of one forward without a cache.
 
     Args:
         positions: count positions from the first token that is not padding.
@@ -370,7 +369,7 @@ def inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, positi
     if takes(base, "use_cache"):
         given["use_cache"] = False
     if positions:
-        # Hazard: with left padding a learned position table would see other positions than generation does.
+        # Hazard: with left padding, a learned position table would see different positions than in generation.
         given["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return given
 
@@ -378,6 +377,6 @@ def inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, positi
 def hidden_states(
     target: Target, input_ids: Tensor, attention_mask: Tensor, *, positions: bool, check: bool = False
 ) -> Tensor:
-    """(S, L, H), what the head is given."""
+    """Return the input of the head, (S, L, H)."""
     given = inputs(target.base, input_ids, attention_mask, positions=positions)
     return run(target, given, lambda hidden: hidden, check=check)

@@ -1,4 +1,4 @@
-"""Log-probs of transformers' causal LMs from their hidden states and heads, without the logits.
+"""Log-probs of transformers' causal LMs from hidden states and heads, without the logits.
 
 Nothing here imports transformers: a model is asked for its decoder, its head and its configuration.
 """
@@ -41,15 +41,15 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM:
-    """A causal LM taken apart for the fused ops: `logits = transform(hidden(ids, mask) @ weight.T + bias)`.
+    """The parts of a causal LM for the fused ops: `logits = transform(hidden(ids, mask) @ weight.T + bias)`.
 
-    A head that PEFT changed adds a block of a few columns for each LoRA adapter; `blocks` gives them all.
+    In a head that PEFT changed, each LoRA adapter adds a block of a few columns; `blocks` returns them all.
     """
 
     hidden: Callable[[Tensor, Tensor], Tensor]  # input_ids (S, L), attention_mask (S, L) -> (S, L, H)
-    lm_head: nn.Module  # what the model calls on hidden states: an nn.Linear, or the layer of PEFT around one
+    lm_head: nn.Module  # the module that the model calls on hidden states: an nn.Linear, or PEFT's layer around one
     transform: LogitTransform
-    masked: Tensor | None = None  # (V,) bool, columns to which the model gives no probability
+    masked: Tensor | None = None  # (V,) bool, columns to which the model assigns no probability
     columns: int | None = None  # V, if the head has more rows than the model returns logits
 
     @property
@@ -69,38 +69,38 @@ class CausalLM:
 
     @property
     def takes_pieces(self) -> bool:
-        """Whether the head's rows are those of the logits, so that each rank may hold some of them."""
+        """Whether the head's rows are exactly those of the logits, so that it can be sharded over ranks."""
         return self.masked is None and self.columns is None
 
     @property
     def in_pieces(self) -> bool:
-        """Whether this rank holds a part of the head alone, an FSDP2 unit, as `windkern.sharding.streamed` takes it."""
+        """Whether this rank holds only a part of the head, its own FSDP2 unit, for `windkern.sharding.streamed`."""
         return self.takes_pieces and in_pieces(self.lm_head)
 
     @property
     def head(self) -> Head:
         """The head without adapters, with its current parameters.
 
-        Where tensor parallelism has cut it, `windkern.sharding.vocab_parallel` of this rank's rows.
+        If tensor parallelism has sharded it, its weight is `windkern.sharding.vocab_parallel` of this rank's rows.
 
         Raises:
-            UnsupportedModelError: it is cut, and the model masks columns of its logits or cuts them off.
+            UnsupportedModelError: the head is sharded, and the model masks columns of its logits or cuts them off.
         """
         if is_cut(self.weight) and not self.takes_pieces:
             raise UnsupportedModelError(
-                "the model masks columns of its logits or cuts them off, and tensor parallelism has cut its head, so "
-                "that no rank knows which of its rows those are; leave the head out of the tensor-parallel plan"
+                "the model masks columns of its logits or cuts them off, and tensor parallelism has sharded its head, "
+                "so no rank can tell which rows those are; leave the head out of the tensor-parallel plan"
             )
         weight = rows_of(linear_of(self.lm_head)) if self.columns is None else self.weight[: self.columns]
         return Head(weight, self.bias, **dataclasses.asdict(self.transform))
 
     def blocks(self, hidden: Tensor) -> tuple[Blocks, Head]:
-        """Return what the fused ops take as `hidden` and `weight`, with the adapters in their current state.
+        """Return `hidden` and `weight` for the fused ops, with the adapters in their current state.
 
             logits = transform(sum_k hidden[k] @ head.weight[k].T + head.bias)
             with LoRA on the head: hidden = (h, s * (dropout(h) @ A.T), ...), head.weight = (W, B, ...)
 
-        In training mode each call draws the dropout of the adapters once, in PEFT's order.
+        In training mode, each call draws the dropout of the adapters once, in PEFT's order.
 
         Args:
             hidden: (..., H), the decoder's output.
@@ -115,7 +115,7 @@ class CausalLM:
             UnsupportedModelError: an active adapter is DoRA or another variant, or has a bias (`lora_bias`).
 
         Memory:
-            r numbers per token and adapter, and a copy of B (V, r) if its dtype differs from that of `hidden`.
+            r elements per token and adapter, and a copy of B (V, r) if its dtype differs from that of W.
         """
         states, weights = blocks(self.lm_head, hidden)
         if isinstance(weights, Tensor) and self.columns is None:
@@ -127,7 +127,7 @@ class CausalLM:
         return states, dataclasses.replace(self.head, weight=whole)
 
     def at_temperature(self, temperature: float) -> CausalLM:
-        """The same model with its logits divided by `temperature` last, as a tempered sampler draws from them."""
+        """Return the same model with this temperature, whose log-probs are those of a sampler at the temperature."""
         return dataclasses.replace(self, transform=dataclasses.replace(self.transform, temperature=temperature))
 
 
@@ -143,11 +143,11 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
 
         model(ids, mask).logits == transform(hidden(ids, mask) @ weight.T + bias)
 
-    Hidden states are what the model's own forward passes to its head, so anything between decoder and head (a dense
-    layer with activation and norm, a scale, a cast) is part of them. The model is called on 9 tokens to check what its
-    head returns and what the model does to that: the first time, and again when the head, its dtype or adapters,
-    autocast or a number of the configuration has changed. When an adapter is first seen on the head, its block is
-    compared with the head's own output, with random numbers in the adapter's place.
+    Hidden states are the input that the model's own forward passes to its head, so they include anything between
+    decoder and head (a dense layer with activation and norm, a scale, a cast). The first call runs the model on 9
+    tokens, to check what its head returns and how the model transforms that. The check is repeated when the head, its
+    dtype or adapters, autocast or a number of the configuration has changed. When an adapter is first seen on the head,
+    its block is compared with the head's own output, with random numbers as its weights.
 
     Args:
         model: a decoder-only transformers model with a plain nn.Linear head, or a PEFT model around one: adapters of
@@ -163,11 +163,11 @@ def hidden_and_head(model: nn.Module) -> CausalLM:
     Raises:
         TypeError: `model` is not a torch module.
         UnsupportedModelError: no plain head or several, an encoder-decoder, prompt-learning PEFT, another adapter on
-            the head (DoRA, `lora_bias`, IA3, ...), a wrapper that does something in its call (DDP, FSDP2, ...), or
+            the head (DoRA, `lora_bias`, IA3, ...), a wrapper whose call does more than pass on (DDP, FSDP2, ...), or
             logits that are not a known transform of the head's product (the message gives the numbers).
 
     Warns:
-        UserWarning: the model's own logits depend on tokens that come later.
+        UserWarning: the model's own logits depend on later tokens.
 
     Memory:
         The check holds logits of 2 * 9 tokens, and 8192 rows of the weight in float32 or float64.
@@ -200,25 +200,24 @@ def run(
     """Return job(parts, hidden), computed inside the call of the wrapped model.
 
     In that call DDP, FSDP2 and DeepSpeed prepare the backward, and only there are parameters whole. The job replaces
-    the product of the head, and the forward ends after it, so logits are never made.
+    the product of the head, and the forward ends after it, so logits are never computed.
 
     Args:
-        model: as `hidden_and_head`, or in DDP, FSDP, a DeepSpeed engine, torch.compile, what `Accelerator.prepare`
-            returns, or another wrapper that passes `input_ids`, `attention_mask` and `position_ids` on and returns what
-            the model returns. torch.compile around a model compiles its decoder alone here.
+        model: as `hidden_and_head`, or wrapped in DDP, FSDP, a DeepSpeed engine, torch.compile, by
+            `Accelerator.prepare`, or in another module that passes `input_ids`, `attention_mask` and `position_ids` on
+            and returns the model's output. If torch.compile wraps the model, only its decoder is compiled here.
         input_ids: (S, L) int64 or int32, padded on either side.
         attention_mask: (S, L) bool or 0 and 1; 0 for padding.
-        job: gets the model taken apart and its hidden states (S, L, H), on the device of the head; returns a tensor.
+        job: gets the model's parts and its hidden states (S, L, H), on the device of the head; returns a tensor.
             Pass constants in its closure: FSDP2 rounds floating arguments of a call to its mixed precision.
-        whole_head: if False, the job also takes a head that FSDP2 has cut as a unit of its own: where
-            `parts.in_pieces`, pass `windkern.sharding.streamed(parts.lm_head)` to the ops. True has FSDP2 put it
-            together first.
+        whole_head: if True, FSDP2 gathers the head first. If False, the job also accepts a head that is its own FSDP2
+            unit and still sharded: if `parts.in_pieces`, pass `windkern.sharding.streamed(parts.lm_head)` to the ops.
 
     Raises:
         TypeError, UnsupportedModelError: as `hidden_and_head`.
 
     Warns:
-        UserWarning: as `hidden_and_head`; or rows are padded on the left, and the model's hidden states change with it.
+        UserWarning: as `hidden_and_head`; or rows are padded on the left, which changes the model's hidden states.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -232,8 +231,8 @@ def run(
     verdict = verdict_of(target)
     if not verdict.left_padding and not bool(attention_mask[:, 0].all()):
         warnings.warn(
-            f"hidden states of {target.name} change with padding on the left, and log-probs with them, as those of its "
-            "own logits do; pad on the right",
+            f"hidden states of {target.name} change with padding on the left, and so do log-probs, as with its own "
+            "logits; pad on the right",
             stacklevel=3,
         )
     parts = parts_of(target, verdict)
@@ -248,7 +247,7 @@ def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[Cau
     Args:
         model: a transformers causal LM, not a wrapper.
         given: keyword arguments of its forward.
-        job: as of `run`, and may return anything.
+        job: as in `run`, but it may return anything.
 
     Raises:
         TypeError, UnsupportedModelError: as `hidden_and_head`.
@@ -260,7 +259,7 @@ def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[Cau
 
 
 def completion_targets(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
-    """Targets aligned with hidden states: position t scores token t + 1 if that token belongs to the completion.
+    """Return targets aligned with hidden states: position t scores token t + 1 if it belongs to the completion.
 
         targets[s, t] = input_ids[s, t + 1] where completion_mask[s, t + 1], else -100; the last column is -100
 
@@ -283,9 +282,7 @@ def completion_targets(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
     check_shape("input_ids", check_integer("input_ids", input_ids), ("S", "L"))
     mask = _as_bool("completion_mask", completion_mask, input_ids)
     if input_ids.device.type == "cpu" and input_ids.shape[1] and bool(mask[:, 0].any()):
-        raise ValueError(
-            "completion_mask must be 0 in the first column: its token has no token before it to predict it"
-        )
+        raise ValueError("completion_mask must be 0 in the first column, because no token before it predicts its token")
     targets = torch.full_like(input_ids, IGNORE_INDEX, dtype=torch.int64)
     targets[:, :-1] = torch.where(mask[:, 1:], input_ids[:, 1:].long(), IGNORE_INDEX)
     return targets
@@ -301,7 +298,7 @@ def _as_bool(name: str, mask: object, input_ids: Tensor) -> Tensor:
 
 
 def check_head_stays(parts: CausalLM) -> None:
-    """Raise if the head that a job uses will be gone when its backward runs.
+    """Raise if the head that a job uses will be freed before its backward.
 
     Raises:
         UnsupportedModelError: DeepSpeed ZeRO-3 has gathered it, and gradients are enabled.
@@ -330,11 +327,11 @@ def sequence_logps(
 
         logps[s] = sum_t completion_mask[s, t] * log p(input_ids[s, t] | input_ids[s, :t])
 
-    Differentiable with respect to every parameter that requires a gradient; under torch.no_grad only one slab of the
-    vocabulary exists at a time.
+    The result is differentiable with respect to every parameter that requires a gradient. Under torch.no_grad, only one
+    slab of the vocabulary exists at a time.
 
     Args:
-        model: as `run`: also in DDP, FSDP2, torch.compile, what `Accelerator.prepare` returns, on several devices or,
+        model: as `run`: also wrapped in DDP, FSDP2, torch.compile or by `Accelerator.prepare`, on several devices or,
             without gradients, offloaded.
         input_ids: (S, L) int64 or int32, prompt and completion, padded on either side.
         attention_mask: (S, L) bool or 0 and 1; 0 for padding.
@@ -353,7 +350,7 @@ def sequence_logps(
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
-        The decoder's own, and what `windkern.plan` gives for the scored tokens.
+        The decoder's own, and that of `windkern.plan` for the scored tokens.
 
     Source:
         `windkern.sequence_logps`.

@@ -1,8 +1,8 @@
-"""Call a causal LM once to see how it computes logits: the product of its head, and what it does to that.
+"""Call a causal LM once to find out how it computes logits from the product of its head.
 
 The model's own forward runs on a few tokens. The output of its head is compared with the product of its input and the
-weight. Then the head returns numbers that we chose, and what the model makes of them shows scale, softcap and masked
-columns, whatever the weights are.
+weight. Then the head returns numbers that we chose, and the logits that the model computes from them reveal scale,
+softcap and masked columns, for any weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from windkern.hf.transform import numbers_of
 from windkern.transform import LogitTransform
 
 _TOKENS = 9
-_PADDED = 3  # tokens replaced by padding when that is checked
+_PADDED = 3  # tokens replaced by padding in the check of padding
 _KEPT = 8  # verdicts for each model
 _COLUMNS = 8192  # of the vocabulary, multiplied at a time
 _verdicts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # base model -> {circumstances: Verdict}
@@ -38,7 +38,7 @@ class Verdict:
     """The findings of one check of a model."""
 
     transform: LogitTransform
-    masked: Tensor | None  # (V',) bool: columns that the model leaves out of its distribution
+    masked: Tensor | None  # (V',) bool: columns to which the model assigns no probability
     columns: int | None  # V', if the model returns fewer logits than its head has rows, else None
     positions: bool  # whether the model counts positions from the first token that is not padding
     left_padding: bool  # whether hidden states stay the same with padding on the left
@@ -98,8 +98,8 @@ def _look(target: Target) -> Verdict:
                 raise hf_transform.refusal(target, name, value, claimed, exact, seen.logits)
         if not _alike(target, seen.hidden[1, :-1], alone[:-1]):
             warnings.warn(
-                f"hidden states of {target.name} change with tokens that come later, so its log-probs are not those of "
-                "an autoregressive model; windkern scores them as the model computes them",
+                f"hidden states of {target.name} change with later tokens, so its log-probs are not those of an "
+                "autoregressive model; windkern scores them as the model computes them",
                 stacklevel=4,
             )
         positions, left_padding = _padding(target, ids, alone)
@@ -108,7 +108,7 @@ def _look(target: Target) -> Verdict:
 
 
 def _is_used_before(target: Target, ids: Tensor, alone: Tensor, name: str, value: float) -> bool:
-    """Whether a number of the configuration changes what the head is given."""
+    """Return whether a number of the configuration changes the input of the head."""
     config = target.base.config
     setattr(config, name, 2 * value)
     try:
@@ -119,15 +119,15 @@ def _is_used_before(target: Target, ids: Tensor, alone: Tensor, name: str, value
 
 
 def _token_ids(target: Target) -> Tensor:
-    """(2, T) ids; the second row ends differently."""
+    """Return ids (2, T) whose rows differ in the last token."""
     ids = plain_ids(target, _TOKENS + 1)
     return torch.tensor([ids[:-1], [*ids[:-2], ids[-1]]], device=target.device)
 
 
 def plain_ids(target: Target, count: int) -> list[int]:
-    """Ids spread over the vocabulary; special ones are left out."""
+    """Return ids spread over the vocabulary, without special ones."""
     config = target.base.config
-    # Reason: where FSDP has weights in pieces, these numbers are still those of the whole.
+    # Reason: if FSDP has sharded the weights, these numbers are still those of the whole.
     vocab = min(
         linear_of(target.head).out_features, getattr(target.base.get_input_embeddings(), "num_embeddings", 1 << 62)
     )
@@ -153,7 +153,7 @@ class _Forward:
         probe, made_of_probe: (T, V) and (T, V') float64, what the head returned for the second row, and the model's
             logits for it.
         dtype: of the product that the head returns.
-        rounding: relative error that rounding may cause in a number of the product.
+        rounding: relative error that rounding can cause in an element of the product.
     """
 
     def __init__(self, target: Target, ids: Tensor):
@@ -198,16 +198,16 @@ class _Forward:
             self.exact = self._compare(product)
             self.dtype = product.dtype
             self.probe = hf_transform.probe(_TOKENS, product.shape[-1], product.dtype)
-            # Hazard: some models write into what their head gave. Remedy: keep no view of it.
+            # Hazard: some models write into the output of their head. Remedy: keep no view of it.
             return torch.cat([product[:1], self.probe[None].to(product.device, product.dtype)])
 
         return forward
 
     def _compare(self, product: Tensor) -> Tensor:
-        """(T, V) float64, the exact product of the first row; raise if the head returns something else.
+        """Return the exact product of the first row, (T, V) float64; raise if the head returns something else.
 
-        The error of the same product in torch shows what rounding does, so that TF32 and sums in bfloat16 are allowed
-        for, whatever turned them on.
+        The error of the same product in torch measures rounding, which allows for TF32 and sums in bfloat16, whatever
+        turned them on.
         """
         head, linear = self.target.head, linear_of(self.target.head)
         states, weights = blocks(head, self.hidden)
@@ -230,23 +230,23 @@ class _Forward:
         if not math.isfinite(theirs.share) and not math.isfinite(torchs.share):
             raise UnsupportedModelError(f"{self.target.name} has NaN or infinity in its hidden states or its head")
         eps = torch.finfo(product.dtype).eps
-        if product.dtype == torch.float64:  # nothing wider measures it: sums in another order are off by as much
+        if product.dtype == torch.float64:  # no wider dtype measures it: a sum in another order is off by this much
             eps *= self.hidden.shape[-1] ** 0.5
         self.rounding = max(2 * eps, 4 * torchs.largest)
         if not (theirs.largest <= self.rounding and theirs.share <= max(eps / 2, 2 * torchs.share)):
             raise UnsupportedModelError(
-                f"what the head of {self.target.name} gives differs from the product with its weight by "
-                f"{theirs.largest:.3g} of the size of a number, and by {theirs.share:.3g} of the whole (rounding to "
-                f"{product.dtype} takes {torchs.largest:.3g} and {torchs.share:.3g}): something has replaced its "
-                f"forward; take that away, or {hf_transform.REMEDY}"
+                f"the output of the head of {self.target.name} differs from the product with its weight by "
+                f"{theirs.largest:.3g} of the size of an element, and by {theirs.share:.3g} overall (rounding to "
+                f"{product.dtype} explains {torchs.largest:.3g} and {torchs.share:.3g}), so something has replaced its "
+                f"forward; undo that, or {hf_transform.REMEDY}"
             )
         return torch.cat(exact, -1)
 
 
 class _Gap:
-    """Error of rounded numbers against exact ones, added up over slices of the vocabulary."""
+    """Error of rounded numbers against exact ones, accumulated over slices of the vocabulary."""
 
-    largest = 0.0  # of one number, as a share of its size and the row's
+    largest = 0.0  # of one element, relative to its size and the row's
 
     def __init__(self):
         self._gap = self._all = 0.0
@@ -259,7 +259,7 @@ class _Gap:
 
     @property
     def share(self) -> float:
-        """Root of the mean square, as a share of that of the exact numbers."""
+        """Root mean square of the errors, relative to that of the exact numbers."""
         return (self._gap / max(self._all, 1e-60)) ** 0.5
 
 
@@ -268,13 +268,13 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def as_operand(head: nn.Module, hidden: Tensor) -> Tensor:
-    """Cast hidden states to the dtype of the head's weight, as models with a float32 head do; leave it to autocast."""
+    """Cast hidden states to the dtype of the head's weight, as models with a float32 head do; not under autocast."""
     dtype = linear_of(head).weight.dtype
     return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(dtype)
 
 
 def _alike(target: Target, ours: Tensor, theirs: Tensor) -> bool:
-    """Whether three in four hidden states (T, H) of two passes agree within rounding; experts may flip in the rest."""
+    """Return whether 3 in 4 hidden states (T, H) of two passes agree within rounding (experts may flip in the rest)."""
     gap = (ours.float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1).clamp(min=1e-30)
     narrow = torch.is_autocast_enabled(ours.device.type) or any(
         each.dtype.itemsize < 4 for each in target.base.parameters() if each.is_floating_point()
@@ -283,7 +283,7 @@ def _alike(target: Target, ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _padding(target: Target, ids: Tensor, alone: Tensor) -> tuple[bool, bool]:
-    """Whether positions may be passed, and whether a row padded on the left has its own hidden states."""
+    """Return whether positions can be passed, and whether left padding leaves the hidden states of a row unchanged."""
     filler = getattr(target.base.config, "pad_token_id", None)
     padded = torch.full_like(ids[0], filler if isinstance(filler, int) and filler >= 0 else int(ids[0, 0]))
     padded[_PADDED:] = ids[0, :-_PADDED]
@@ -295,7 +295,7 @@ def _padding(target: Target, ids: Tensor, alone: Tensor) -> tuple[bool, bool]:
         try:
             hidden = hf_call.hidden_states(target, batch, mask, positions=passed, check=True)
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
-            continue  # the model does not take padding, or not positions of this form
+            continue  # the model does not take padding, or positions of this form
         if _alike(target, hidden[0], alone):
             return passed, _alike(target, hidden[1, _PADDED:], alone[:-_PADDED])
     return False, False

@@ -1,23 +1,23 @@
-"""Log-probs of groups of responses, with the body run once on each prompt instead of once for each response.
+"""Log-probs of groups of responses, with the body run once per prompt instead of once per response.
 
 `group_logps` does everything in one call. A trainer, which scores the same groups under several models and then fits
 them, calls the steps one by one:
 
-    rules = layout_rules(model, shared_prompt="auto")              # once: looks at the model, under FSDP2 on all ranks
-    layout = make_layout(lengths_of(prompts, completions), rules)  # of a batch: lengths and rules alone, no ids
+    rules = layout_rules(model, shared_prompt="auto")              # once: checks the model, under FSDP2 on all ranks
+    layout = make_layout(lengths_of(prompts, completions), rules)  # of a batch, from lengths and rules without ids
     rows = make_rows(layout, prompts, completions, fill=pad_id)    # tensors on the CPU; pin_memory() and to(device)
-    logps = run_rows(model, rows, score_job)                       # inside the model's call, however it is wrapped
+    logps = run_rows(model, rows, score_job)                       # inside the model's call, through any wrapper
 
-* The rows of a batch are a function of its lengths and of `rules`. Whoever scores pi_t and fits pi_theta on the same
-  batches with the same rules runs the same shapes, so log pi_theta - log pi_t is exactly 0 before the first step. Keep
-  `rules` (a dataclass of numbers) with the run, and refuse others on resume; `layout.to_json()` helps to compare.
+* The rows of a batch are a function of its lengths and of `rules`. If pi_t is scored and pi_theta is fitted on the same
+  batches with the same rules, both run the same shapes, so log pi_theta - log pi_t is exactly 0 before the first step.
+  Store `rules` (a dataclass of numbers) with the run, and reject others on resume; compare with `layout.to_json()`.
 * Ranks agree on `rules` by taking those of rank 0, or `shared=False` if any rank has it.
-* A frozen reference is another model with rules of its own. Its log-probs are constants, so they need no bits in common
-  with the policy's.
-* A job gets the model taken apart and hidden states of scored tokens only: packed (M, H), in the order of
-  `rows.targets` and `rows.cu_seqlens`, for `sequence_logps` and `token_logps`; or with `padded=True` (S, R, H), whose
-  targets are `rows.padded()[1]`, for `fused_loss` after a view as (B, N, R, H).
-* A mixture of experts routes, balances and counts the tokens it sees, so it counts those of a prompt once.
+* A frozen reference is another model with its own rules. Its log-probs are constants, so they need not match the
+  policy's bit for bit.
+* A job gets the model's parts and hidden states of scored tokens only: packed (M, H), in the order of `rows.targets`
+  and `rows.cu_seqlens`, for `sequence_logps` and `token_logps`; or with `padded=True` (S, R, H), whose targets are
+  `rows.padded()[1]`, for `fused_loss` after a view as (B, N, R, H).
+* A mixture of experts routes, balances and counts the tokens it sees, so it counts those of a shared prompt once.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from windkern.ops.logprobs import token_logps
 from windkern.ops.sequence import sequence_logps
 
 SHARED_PROMPT = ("auto", "always", "never")
-# A layer has about 12 H^2 weights, so a token takes 24 H^2 operations there, and 4 A with each other token of its row,
-# A = heads x size of a head: 6 H^2 / A tokens. Attention with a mask reaches half of the rate of products.
+# A layer has about 12 H^2 weights, so a token takes 24 H^2 operations there, and 4 A per other token of its row with
+# A = heads x head size. Both are equal at 6 H^2 / A tokens. Attention with a mask runs at half the rate of products.
 _BALANCE = 3
 Job = Callable[[CausalLM, Tensor], Tensor]
 Result = TypeVar("Result")
@@ -62,23 +62,23 @@ def layout_rules(
     row_tokens: int = 0,
     inside: bool = False,
 ) -> LayoutRules:
-    """Return how groups may be laid out for a model: what `make_layout` takes beside lengths.
+    """Return the rules for laying out groups for a model, which `make_layout` takes besides lengths.
 
-    The first call for a model runs it on a few tokens to see whether responses may share a row; see
+    The first call for a model runs it on a few tokens to check whether responses can share a row; see
     `windkern.hf.group_logps`. Under FSDP2 all processes must call it together.
 
     Args:
         model: as `windkern.hf.run`.
-        shared_prompt: "auto" shares where it is exact and costs less by arithmetic, "never" does not, "always" shares
-            at any cost and raises where it is not exact.
-        mask_budget: bytes that masks (and the scores that eager attention keeps) of one row may take; longer rows are
-            cut into fewer responses each.
-        row_tokens: pack neighbouring groups into rows of up to so many tokens.
-        inside: the caller already runs inside a forward of the model.
+        shared_prompt: "auto" shares rows where that is exact and predicted to cost less; "never" does not share;
+            "always" shares at any cost, and raises where that is not exact.
+        mask_budget: bytes for the masks of one row (and for the scores that eager attention keeps); longer rows are
+            split into rows of fewer responses.
+        row_tokens: pack adjacent groups into rows of up to this many tokens.
+        inside: whether the caller already runs inside a forward of the model.
 
     Raises:
         ValueError: `shared_prompt` is none of these, or a number is negative.
-        TypeError, UnsupportedModelError: as `run`, or "always" was asked for and does not hold; the message says why.
+        TypeError, UnsupportedModelError: as `run`, or "always" is not possible; the message says why.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,11 +94,11 @@ def layout_rules(
         if shared_prompt == "always":
             raise UnsupportedModelError(
                 f"responses to a prompt cannot share a row in {target.name}, since {sharing.reason}; "
-                "shared_prompt='auto' runs each with a prompt of its own"
+                "shared_prompt='auto' runs each with its own prompt"
             )
         return LayoutRules(shared=False, mask_budget=mask_budget)
     config = hf_masks.text_config(target.base)
-    pair_bytes = len(sharing.form.kinds) + 4  # Reason: kernels turn a mask of booleans into numbers
+    pair_bytes = len(sharing.form.kinds) + 4  # Reason: kernels convert a boolean mask to floats
     if hf_masks.implementation(target.base) == "eager":  # scores and their softmax are kept, layer by layer
         pair_bytes = target.base.dtype.itemsize * (
             len(sharing.form.kinds) + 2 * config.num_attention_heads * config.num_hidden_layers
@@ -114,7 +114,7 @@ def layout_rules(
 
 
 def _balance_of(config: Any) -> int:
-    """Tokens of a row at which attention takes as long as the rest of a layer."""
+    """Return the tokens of a row at which attention takes as long as the rest of a layer."""
     hidden = config.hidden_size
     heads, size = (getattr(config, name, None) for name in ("num_attention_heads", "head_dim"))
     known = isinstance(heads, int) and isinstance(size, int)
@@ -122,17 +122,17 @@ def _balance_of(config: Any) -> int:
 
 
 def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = False, whole_head: bool = True) -> Tensor:
-    """Return job(parts, hidden) of the scored tokens of rows, computed inside the call of the wrapped model.
+    """Return job(parts, hidden) for the scored tokens of rows, computed inside the call of the wrapped model.
 
     Args:
         model: as `windkern.hf.run`.
-        rows: of `make_rows`, on the device of the model. Rows of several responses need rules of this model.
-        job: gets the model taken apart and hidden states, (M, H) in the order of `rows.targets`; returns a tensor.
+        rows: from `make_rows`, on the device of the model. Rows with several responses need the rules of this model.
+        job: gets the model's parts and hidden states, (M, H) in the order of `rows.targets`; returns a tensor.
         padded: pass (S, R, H) to the job, in the order of `rows.padded()`.
         whole_head: as `run`.
 
     Raises:
-        TypeError, UnsupportedModelError: as `run`, or the model was seen not to share rows.
+        TypeError, UnsupportedModelError: as `run`, or responses cannot share rows in this model.
     """
     target = hf_call.find(model)
     hf_call.check_gradients(target)
@@ -145,7 +145,7 @@ def run_rows(model: nn.Module, rows: GroupRows, job: Job, *, padded: bool = Fals
 
 
 def run_rows_inside(model: nn.Module, rows: GroupRows, job: Callable[[CausalLM, Tensor], Result]) -> Result:
-    """Return job(parts, hidden) for code that already runs inside a forward of the model, as `windkern.hf.run_inside`.
+    """Return job(parts, hidden) for code that already runs inside a forward of the model, like `run_inside`.
 
     Args:
         model: a transformers causal LM, not a wrapper.
@@ -163,7 +163,7 @@ def run_rows_inside(model: nn.Module, rows: GroupRows, job: Callable[[CausalLM, 
 
 def _scored(hidden: Tensor, index: Tensor) -> Tensor:
     """Gather hidden states (.., H) from the rows (rows, L, H) at an index of any shape."""
-    # Reason: its backward adds up the states of a shared last token in a fixed order, on a GPU too.
+    # Reason: its backward sums the gradients of a shared last token in a fixed order, on a GPU too.
     return nn.functional.embedding(index.to(hidden.device), hidden.flatten(0, -2))
 
 
@@ -175,7 +175,7 @@ def _call_of(target: hf_call.Target, rows: GroupRows) -> tuple[dict, Callable[[d
         sharing = sharing_of(target)
         if not sharing.holds:
             raise UnsupportedModelError(
-                f"rows must hold one response each for {target.name}, since {sharing.reason}; lay them out by "
+                f"rows must hold one response each for {target.name}, since {sharing.reason}; lay them out with "
                 "windkern.hf.layout_rules of this model"
             )
         form = sharing.form
@@ -203,25 +203,25 @@ def group_logps(
         logps[b, n] = sum_t log p(completion_ids[b][n][t] | prompt_ids[b], completion_ids[b][n][:t])
 
     A group is one row [prompt, response 1, .., response N] with positions that restart after the prompt and a mask that
-    keeps the responses apart (inside it, sliding windows and chunks): P + N (R - 1) tokens instead of N (P + R). It is
-    exact but for rounding. Rows that would cost more than they save, or whose masks are too large, are cut into fewer
-    responses each; arithmetic decides, see `make_layout`.
+    hides the responses from each other (combined with sliding windows and chunks): P + N (R - 1) tokens instead of
+    N (P + R). It is exact up to rounding. Rows that would cost more than they save, or whose masks are too large, are
+    split into rows of fewer responses, by predicted cost; see `make_layout`.
 
-    The first call for a model runs it on a few tokens in its own dtype to see whether it follows such masks and
+    The first call for a model runs it on a few tokens in its own dtype to check whether it follows such masks and
     positions: hidden states, and a gradient if nothing is sharded, must agree with rows of one response within
-    rounding. They do not with recurrent and hybrid layers, attention that takes no mask (flash kernels) or positions
-    that cannot be passed. Each response then runs with its own prompt, and the log says so once, with the reason.
+    rounding. They do not for recurrent and hybrid layers, attention without a mask (flash kernels), or models that take
+    no positions. Then each response runs with its own prompt, and the log says so once, with the reason.
 
     Args:
         model: as `windkern.hf.run`: also in DDP, FSDP2, torch.compile, with LoRA, gradient checkpointing, tied heads.
         prompt_ids: B lists of token ids, none empty.
         completion_ids: B lists of N lists of token ids, the end token included. An empty one has log-prob 0.
         temperature: divides the logits last, so that completions drawn at that temperature are scored as drawn.
-        shared_prompt: "auto", "never", or "always", which raises where it is not exact and does not count the cost.
-        per_token: return (B, N, R), R the longest response, 0 behind the end of a shorter one.
+        shared_prompt: "auto", "never", or "always", which ignores the cost and raises where sharing is not exact.
+        per_token: whether to return (B, N, R), R being the longest response, with 0 after the end of a shorter one.
         mask_budget, row_tokens: see `layout_rules`.
-        memory_budget, batch_invariant, backend: see `windkern.token_logps`. With `batch_invariant` the head's part of a
-            log-prob depends on nothing but its hidden state, which depends on the layout by rounding.
+        memory_budget, batch_invariant, backend: see `windkern.token_logps`. With `batch_invariant`, the head's part of
+            a log-prob depends only on its hidden state, whose rounding depends on the layout.
 
     Returns:
         (B, N), or (B, N, R), nats, float32 (float64 for a float64 model), on the device of the model. Differentiable
@@ -233,11 +233,11 @@ def group_logps(
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
-        What the body takes for the tokens it sees, masks of L^2 bytes for a row of L tokens, `windkern.plan` of the
-        scored tokens, and a copy of their hidden states.
+        The body's own for the tokens it sees, masks of L^2 bytes for a row of L tokens, `windkern.plan` for the scored
+        tokens, and a copy of their hidden states.
 
     Source:
-        DPO prefix sharing (arXiv 2410.20305) has two responses in such a row, prefix grouper (arXiv 2506.05433) many.
+        DPO prefix sharing (arXiv 2410.20305) puts two responses in such a row, prefix grouper (arXiv 2506.05433) many.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -279,7 +279,7 @@ def _spread(logps: Tensor, bounds: Tensor) -> Tensor:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    """Device of the ids that the model takes."""
+    """Return the device on which the model takes ids."""
     base = hf_call.find(model).base
     weight = base.get_input_embeddings().weight
     place = getattr(getattr(base, "_hf_hook", None), "execution_device", None)  # of accelerate
@@ -290,7 +290,7 @@ def _check_ids(prompt_ids: Any, completion_ids: Any) -> tuple[int, int]:
     """Check nested lists of ids and return B and N."""
     for name, value in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
         if not isinstance(value, (list, tuple)) or not all(isinstance(each, (list, tuple)) for each in value):
-            raise TypeError(f"{name} must be a list with one list for each prompt, got {type(value).__name__}")
+            raise TypeError(f"{name} must be a list of lists, one for each prompt, got {type(value).__name__}")
     if not prompt_ids or len(prompt_ids) != len(completion_ids):
         raise ValueError(
             f"completion_ids must hold one list of responses for each prompt, got {len(completion_ids)} for "
@@ -299,11 +299,11 @@ def _check_ids(prompt_ids: Any, completion_ids: Any) -> tuple[int, int]:
     counts = {len(each) for each in completion_ids}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(
-            f"completion_ids must hold equally many responses to each prompt, one at least, got {sorted(counts)}"
+            f"completion_ids must hold the same number of responses to each prompt, at least one, got {sorted(counts)}"
         )
     for number, (prompt, responses) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         if not prompt:
-            raise ValueError(f"prompt_ids[{number}] is empty; a token before the response must predict its first one")
+            raise ValueError(f"prompt_ids[{number}] is empty, but its last token must predict the response's first")
         for response in responses:
             if not isinstance(response, (list, tuple)):
                 raise TypeError(f"completion_ids[{number}] must hold lists of ids, got {type(response).__name__}")

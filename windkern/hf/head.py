@@ -1,6 +1,6 @@
 """Split the head of a causal LM, a plain nn.Linear or one that PEFT changed, into blocks whose logits add up.
 
-Nothing here imports peft: a head can be one of its layers only if somebody has imported it.
+Nothing here imports peft: a head can be one of its layers only if peft is imported already.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _verified: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # LoRA layer
 
 
 class UnsupportedModelError(ValueError):
-    """A model's log-probs are not those of hidden states and a head; the message says why and what would do."""
+    """Raised if log-probs of a model cannot be computed from hidden states and a head. The message says what to do."""
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether it is an nn.Linear whose forward is that of nn.Linear."""
+    """Return whether the module is an nn.Linear whose forward is that of nn.Linear."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _is_lora(module: nn.Module) -> bool:
-    """Whether it is peft's LoRA on a linear layer; quantised kinds derive from it with another `forward` or `merge`."""
+    """Return whether the module is peft's LoRA on a linear layer, not a quantised subclass with its own methods."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(module, peft.tuners.lora.Linear):
         return False
@@ -39,7 +39,7 @@ def _is_lora(module: nn.Module) -> bool:
 
 
 def _unwrap(head: Any) -> Any:
-    """The layer that `modules_to_save` of PEFT calls now: the active adapter's copy, or the original."""
+    """Return the layer that `modules_to_save` of PEFT calls now: the active adapter's copy, or the original."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(head, peft.utils.ModulesToSaveWrapper):
         return head
@@ -54,10 +54,10 @@ def _refuse(head: nn.Module, why: str, remedy: str) -> UnsupportedModelError:
 
 
 def linear_of(head: nn.Module) -> nn.Linear:
-    """The nn.Linear that holds the weight (V, H) and bias the head uses now, below whatever PEFT put on it.
+    """Return the nn.Linear with the weight (V, H) and bias that the head uses now, below PEFT's layers.
 
     Raises:
-        UnsupportedModelError: there is none whose logits are a product with its weight.
+        UnsupportedModelError: no such layer exists whose logits are the product with its weight.
     """
     layer = _unwrap(head)
     if is_plain(layer):
@@ -70,12 +70,12 @@ def linear_of(head: nn.Module) -> nn.Linear:
         why = "and only LoRA on a plain nn.Linear and modules_to_save are supported there"
         raise _refuse(layer, why, _way_out(layer))
     if isinstance(layer, nn.ModuleList):
-        raise _refuse(layer, f"which is {len(layer)} heads with a distribution each", "a model with one head works")
+        raise _refuse(layer, f"which holds {len(layer)} heads, not one distribution", "use a model with one head")
     raise _refuse(layer, "not a plain nn.Linear whose logits are the product with its weight", _way_out(layer))
 
 
 def head_shape(head: nn.Module) -> tuple[int, int]:
-    """(V, H) of the weight, also while ZeRO-3 has it in pieces."""
+    """Return (V, H) of the weight, even while ZeRO-3 has it in pieces."""
     weight = linear_of(head).weight
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
@@ -89,7 +89,7 @@ def _way_out(layer: nn.Module) -> str:
             "configuration, or untie the head (config.tie_word_embeddings=False) before the adapter is added"
         )
     if type(layer).__module__.split(".")[0] == "peft":
-        return "leave the head out of target_modules (of any adapter), or merge the adapter by merge_and_unload()"
+        return "leave the head out of target_modules (of any adapter), or merge the adapter with merge_and_unload()"
     return "put a plain nn.Linear there, or compute logits yourself and take their log_softmax"
 
 
@@ -101,14 +101,14 @@ def _is_quantised(layer: nn.Module) -> bool:
 
 
 def _adapters(layer: Any) -> list[str]:
-    """Names of the adapters whose products peft's layer adds in its next call; none where they are off or merged."""
+    """Return the names of the adapters that peft's layer adds in its next call: none if disabled or merged."""
     if not _is_lora(layer) or layer.disable_adapters or layer.merged:
         return []
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if names and is_cut(layer.base_layer.weight):
         raise _refuse(
             layer,
-            "whose weight tensor parallelism has cut, but not its adapters",
+            "whose weight is sharded by tensor parallelism while its adapters are not",
             "leave the head out of target_modules, or out of the tensor-parallel plan",
         )
     for name in names:
@@ -122,7 +122,7 @@ def _adapters(layer: Any) -> list[str]:
         if layer.lora_B[name].bias is not None:
             raise _refuse(
                 layer,
-                f"whose adapter {name!r} has a bias of its own",
+                f"whose adapter {name!r} has its own bias",
                 "set lora_bias=False, or leave the head out of target_modules",
             )
     return names
@@ -143,8 +143,8 @@ def blocks(head: nn.Module, hidden: Tensor) -> tuple[Blocks, Blocks]:
         hidden: (..., H).
 
     Returns:
-        (hidden, W) without an active adapter, else two tuples with a block of r columns for each adapter. Blocks of
-        adapters have the dtype of W, except under autocast, where the ops cast. Gradients reach W, A and B.
+        (hidden, W) without an active adapter, else two tuples with one more block of r columns for each adapter. Blocks
+        of adapters have the dtype of W, except under autocast, where the ops cast. Gradients reach W, A and B.
 
     Raises:
         UnsupportedModelError: the logits are not such a sum.
@@ -178,12 +178,12 @@ class _BothWays(nn.Module):
         products = (nn.functional.linear(part, weight) for part, weight in zip(states, weights, strict=True))
         ours = functools.reduce(torch.add, products)
         bias = linear_of(self.head).bias
-        # Reason: hooks and replaced forwards are not adapters, and the model may be in the middle of them now.
+        # Reason: hooks and replaced forwards are not adapters, and the model may be running them now.
         return type(self.head).forward(self.head, hidden), ours if bias is None else ours + bias
 
 
 def adapter_state(head: nn.Module) -> tuple:
-    """A value to compare that changes with the adapters that the next call of the head adds."""
+    """Return a value that changes with the adapters that the next call of the head adds."""
     layer = _unwrap(head)
     if not _is_lora(layer):
         return ()
@@ -202,7 +202,7 @@ def check_adapters(head: nn.Module) -> None:
     if done.issuperset(names):
         return
     weight = linear_of(head).weight
-    generator = torch.Generator(device=weight.device).manual_seed(0)  # Reason: dropout draws from the global one
+    generator = torch.Generator(device=weight.device).manual_seed(0)  # Reason: leave the caller's random state alone
 
     def draw(like: Tensor) -> Tensor:
         drawn = torch.randn(like.shape, generator=generator, device=weight.device, dtype=torch.float32)
@@ -227,8 +227,8 @@ def check_adapters(head: nn.Module) -> None:
     if not error <= allowed:
         raise _refuse(
             layer,
-            f"and the blocks of its adapters {', '.join(names)} miss its logits by {error:.3g} (allowed {allowed:.3g} "
-            f"for logits up to {size:.3g})",
+            f"and the blocks of its adapters {', '.join(names)} differ from its logits by {error:.3g} (allowed: "
+            f"{allowed:.3g} for logits up to {size:.3g})",
             "leave the head out of target_modules",
         )
     _verified[layer] = done | set(names)

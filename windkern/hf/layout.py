@@ -2,9 +2,9 @@
 
     row = [prompt, response 1, .., response n]    positions restart after the prompt, responses do not see each other
 
-The last token of a response is never fed, because nothing after it is scored. So the body sees P + sum (R_i - 1)
-tokens. A layout is made from lengths and rules alone: the same lengths and rules give the same rows, and the same bits.
-Nothing here knows a model.
+The last token of a response is not fed to the body, because nothing after it is scored. So the body sees
+P + sum (R_i - 1) tokens. A layout depends on lengths and rules only: the same lengths and rules give the same rows, and
+the same bits. This module does not depend on a model.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from windkern._checks import check_count
 
 IGNORE_INDEX = -100
 MASK_BUDGET = 256 << 20
-# Rows are shared only where arithmetic promises at least this part of the cost, since it is that far from the clock.
+# Rows are shared only if that is predicted to save at least this share of the cost, the accuracy of the prediction.
 LEAST_GAIN = 1 / 16
-Lengths = tuple[tuple[int, tuple[int, ...]], ...]  # of each group: its prompt, and its N responses
+Lengths = tuple[tuple[int, tuple[int, ...]], ...]  # for each group: of its prompt, and of its N responses
 
 
 @dataclass(frozen=True)
 class LayoutRules:
-    """Everything but lengths that decides how responses share rows.
+    """The rules that decide, besides lengths, how responses share rows.
 
     Args:
         shared: whether rows of several responses are allowed at all.
-        balance: length of a row, in tokens, at which attention over all pairs of its tokens takes as long as everything
-            else the body does.
+        balance: length of a row, in tokens, at which attention over all pairs of its tokens takes as long as the rest
+            of the body.
         pair_bytes: bytes that one pair of tokens of a row takes in masks and, if attention keeps them, in scores.
         mask_budget: bytes that the pairs of one row may take, unless the rows that it replaces take more.
-        row_tokens: pack neighbouring groups into rows of up to this many tokens; 0 gives each group its own rows.
+        row_tokens: pack adjacent groups into rows of up to this many tokens; 0 gives each group its own rows.
         relative: whether only differences of positions matter to the model. No row depends on it.
         by_cost: share a row only if that costs less; otherwise share whenever masks are not too large.
     """
@@ -59,7 +59,7 @@ class LayoutRules:
 
 @dataclass(frozen=True)
 class Piece:
-    """Responses [start, stop) of one group, behind its prompt."""
+    """Responses [start, stop) of one group, after its prompt."""
 
     group: int
     start: int
@@ -68,14 +68,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Which responses lie in which row. Equal layouts make equal tensors of equal ids."""
+    """The responses of each row. Equal layouts give equal tensors for equal ids."""
 
     lengths: Lengths
     rows: tuple[tuple[Piece, ...], ...]
 
     @property
     def is_shared(self) -> bool:
-        """Whether some row needs a mask of its own. If none does, each row is one prompt and one response."""
+        """Whether some row needs its own mask. If none does, each row is one prompt and one response."""
         return any(len(row) > 1 or row[0].stop - row[0].start > 1 for row in self.rows)
 
     @property
@@ -94,7 +94,7 @@ class GroupLayout:
         return sum(sum(responses) for _, responses in self.lengths)
 
     def to_json(self) -> str:
-        """Return text that a run can keep and compare; `from_json` makes an equal layout of it."""
+        """Return text that a run can store and compare; `from_json` turns it into an equal layout."""
         rows = [[[piece.group, piece.start, piece.stop] for piece in row] for row in self.rows]
         return json.dumps({"lengths": self.lengths, "rows": rows}, separators=(",", ":"))
 
@@ -115,17 +115,17 @@ def _tokens(lengths: Lengths, piece: Piece) -> int:
 
 
 def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules) -> GroupLayout:
-    """Cut groups into rows: the cut that costs least by arithmetic, among those whose masks are not too large.
+    """Split groups into rows at the least predicted cost, among the splits whose masks are not too large.
 
-        cost of a row of L tokens = L (1 + L / balance), half of the second term where plain causal attention does
-        allowed: L^2 pair_bytes <= max(mask_budget, the same of the rows of one response it stands for)
+        cost of a row of L tokens = L (1 + L / balance), half of the second term for plain causal attention
+        allowed: L^2 pair_bytes <= max(mask_budget, the sum of L^2 pair_bytes of the rows of one response it replaces)
 
-    A group is cut into equal numbers of responses, in their order. Rows are padded to the longest. Where all of them
-    save less than `LEAST_GAIN` of what rows of one response each cost, these are taken: short prompts save few tokens,
-    and long responses in one row look at many pairs. Without `by_cost` rows are as few as masks allow.
+    A group is split into equal numbers of responses, in their order. Rows are padded to the longest. If sharing saves
+    less than `LEAST_GAIN` of the cost of rows with one response each, the layout has such rows: short prompts save few
+    tokens, and long responses in one row have many pairs. Without `by_cost`, there are as few rows as masks allow.
 
     Args:
-        lengths: for each group the length of its prompt, at least 1, and of its responses.
+        lengths: for each group, the length of its prompt, at least 1, and the lengths of its responses.
         rules: the same for scoring and fitting.
 
     Raises:
@@ -138,7 +138,7 @@ def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules
     """
     fixed = tuple((int(prompt), tuple(int(each) for each in responses)) for prompt, responses in lengths)
     if not fixed:
-        raise ValueError("lengths must name at least one group, got none")
+        raise ValueError("lengths must hold at least one group, got none")
     for place, (prompt, responses) in enumerate(fixed):
         if prompt < 1 or not responses:
             raise ValueError(
@@ -160,7 +160,7 @@ def make_layout(lengths: Sequence[tuple[int, Sequence[int]]], rules: LayoutRules
 
 
 def _padded_cost(layout: GroupLayout, rules: LayoutRules) -> float:
-    """Cost of all rows of a layout, padded to the longest."""
+    """Return the cost of all rows of a layout, padded to the longest."""
     share = 1.0 if layout.is_shared else 0.5
     return len(layout.rows) * layout.width * (1 + share * layout.width / rules.balance)
 
@@ -168,7 +168,7 @@ def _padded_cost(layout: GroupLayout, rules: LayoutRules) -> float:
 def _cut(lengths: Lengths, group: int, rules: LayoutRules) -> tuple[Piece, ...]:
     count = len(lengths[group][1])
     best, least = _in_chunks(group, count, 1), math.inf
-    for size in range(count, 0, -1):  # Reason: of equal costs the fewer rows
+    for size in range(count, 0, -1):  # Reason: at equal costs, prefer fewer rows
         pieces = _in_chunks(group, count, size)
         cost = sum(_cost(lengths, piece, rules) for piece in pieces) if rules.by_cost else len(pieces)
         if cost < least and all(_is_allowed(lengths, piece, rules) for piece in pieces):
@@ -195,7 +195,7 @@ def _is_allowed(lengths: Lengths, piece: Piece, rules: LayoutRules) -> bool:
 
 
 def _packed(lengths: Lengths, rows: Sequence[tuple[Piece, ...]], rules: LayoutRules) -> list[tuple[Piece, ...]]:
-    """Join neighbouring rows as long as they fit."""
+    """Join adjacent rows as long as they fit."""
     most = min(rules.row_tokens, math.isqrt(rules.mask_budget // rules.pair_bytes))
     packed: list[tuple[Piece, ...]] = []
     used = 0
@@ -212,7 +212,7 @@ def _packed(lengths: Lengths, rows: Sequence[tuple[Piece, ...]], rules: LayoutRu
 
 @dataclass(frozen=True)
 class GroupRows:
-    """The input of a model for a layout, and the places where its hidden states are scored.
+    """The input of a model for a layout, and the positions whose hidden states are scored.
 
     `index` and `targets` list the scored tokens response by response, group by group, in the order of the ids: the
     hidden state at `index[m]` of the flattened rows predicts `targets[m]`. The last token of a prompt appears once for
@@ -225,8 +225,8 @@ class GroupRows:
     last_reader: Tensor  # (rows, L) int64: token k is seen from columns k to last_reader[k]
     index: Tensor  # (M,) int64, into rows * L
     targets: Tensor  # (M,) int64
-    cu_seqlens: Tensor  # (S + 1,) int64, S = B * N when groups are alike
-    longest: int  # positions that occur
+    cu_seqlens: Tensor  # (S + 1,) int64, S = B * N if all groups have N responses
+    longest: int  # number of positions that occur
     is_shared: bool  # whether `last_reader` says more than plain causal attention does
 
     def to(self, device: torch.device) -> GroupRows:
@@ -242,9 +242,9 @@ class GroupRows:
         return GroupRows(**fields | {name: change(each) for name, each in fields.items() if isinstance(each, Tensor)})
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """(S, R) index and targets for ops over padded responses: behind the end of one, index 0 and target -100.
+        """Return index and targets (S, R) for ops over padded responses, 0 and -100 after the end of a response.
 
-        The first call makes them; on a GPU the host then waits to learn the length of the longest response.
+        The first call computes them; on a GPU, the host then waits for the length of the longest response.
         """
         return self._padded
 
@@ -265,12 +265,12 @@ def make_rows(
     completion_ids: Sequence[Sequence[Sequence[int]]],
     fill: int = 0,
 ) -> GroupRows:
-    """Lay token ids out.
+    """Lay token ids out in the rows of a layout.
 
     Args:
-        layout: of exactly these lengths.
+        layout: made from exactly these lengths.
         prompt_ids: B lists of ids.
-        completion_ids: for each prompt the ids of its responses.
+        completion_ids: for each prompt, the ids of its responses.
         fill: id of padding, which no token sees.
 
     Raises:
@@ -286,7 +286,7 @@ def make_rows(
     """
     found = lengths_of(prompt_ids, completion_ids)
     if found != layout.lengths:
-        raise ValueError("the layout must be that of these groups: lengths of prompts or responses differ")
+        raise ValueError("the layout must belong to these groups, but lengths of prompts or responses differ")
     width = layout.width
     ids, positions, reader, used = [], [], [], []
     index: dict[tuple[int, int], list[int]] = {}
@@ -331,6 +331,6 @@ def make_rows(
 
 
 def lengths_of(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[Sequence[int]]]) -> Lengths:
-    """Lengths of ids, as `make_layout` takes them."""
+    """Return the lengths of ids in the form that `make_layout` takes."""
     pairs = zip(prompt_ids, completion_ids, strict=True)
     return tuple((len(prompt), tuple(len(each) for each in responses)) for prompt, responses in pairs)

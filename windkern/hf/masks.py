@@ -1,7 +1,7 @@
-"""Attention masks of rows with several responses, in the form that a model's layers take them.
+"""Attention masks of rows with several responses, in the form that a model's layers take.
 
-One rule, `seen`, says which token a token sees. Dense masks are that rule at all pairs of a row; FlexAttention, which
-skips blocks of pairs that are not seen, is given the rule itself.
+One rule, `seen`, says which tokens a token sees. Dense masks evaluate the rule at all pairs of a row; FlexAttention,
+which skips blocks of unseen pairs, gets the rule itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from windkern.hf.layout import GroupRows
 
-# Kinds of layers by the names of transformers, and the number of the configuration that bounds what they see.
+# Kinds of layers, as transformers names them, and the number of the configuration that bounds what they see.
 _BOUNDS = {"full_attention": None, "sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 DENSE = ("sdpa", "eager")  # implementations of attention that take any mask
 FLEX = "flex_attention"  # takes the rule of a mask
@@ -27,7 +27,7 @@ Rule = Callable[[Tensor, Tensor, Tensor], Tensor]  # (row, query, key), columns 
 
 @dataclass(frozen=True)
 class MaskForm:
-    """Kinds of attention in a model's layers: they take one mask, or a dict with a mask for the name of each kind."""
+    """The kinds of attention in a model's layers, which take one mask, or a dict with a mask for each kind by name."""
 
     kinds: tuple[str, ...]
     by_name: bool
@@ -37,18 +37,18 @@ class MaskForm:
 
 
 def text_config(base: nn.Module) -> Any:
-    """The configuration of the part of a model that reads text."""
+    """Return the configuration of the part of a model that reads text."""
     config: Any = base.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def implementation(base: nn.Module) -> str:
-    """Name of the attention implementation of the text part."""
+    """Return the name of the attention implementation of the text part."""
     return getattr(text_config(base), "_attn_implementation", None) or "eager"
 
 
 def kinds_of(base: nn.Module) -> tuple[str, ...]:
-    """Kinds of layers as transformers names them, or as the configuration implies if it names none."""
+    """Return the kinds of layers that the configuration names, or implies if it names none."""
     config = text_config(base)
     found = getattr(config, "layer_types", None)
     if found:
@@ -57,7 +57,7 @@ def kinds_of(base: nn.Module) -> tuple[str, ...]:
 
 
 def forms(base: nn.Module) -> tuple[MaskForm, ...]:
-    """Forms in which the model may take masks, likeliest first; the check tries them."""
+    """Return the forms in which the model may take masks, the most likely first; the check tries them."""
     kinds = tuple(kind for kind in kinds_of(base) if kind in _BOUNDS)
     found = [MaskForm(kinds, True)] if len(kinds) > 1 else []
     found += [MaskForm((kind,), by_name) for kind in kinds if len(kinds) == 1 for by_name in (False, True)]
@@ -66,7 +66,7 @@ def forms(base: nn.Module) -> tuple[MaskForm, ...]:
 
 
 def bounds_of(base: nn.Module) -> tuple[str, ...]:
-    """Names of the configuration's numbers that bound what a token sees."""
+    """Return the names of the configuration's numbers that bound what a token sees."""
     config = text_config(base)
     return tuple(name for name in _BOUNDS.values() if name and isinstance(getattr(config, name, None), int))
 
@@ -86,12 +86,12 @@ def narrowed(base: nn.Module, size: int) -> Iterator[None]:
 
 
 def seen(rows: GroupRows, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Whether the token in column `query` of a row sees the one in column `key`; the indices broadcast."""
+    """Return whether the token in column `query` of a row sees the one in column `key`; the indices broadcast."""
     return (query >= key) & (query <= rows.last_reader[row, key])
 
 
 def at_all_pairs(rows: GroupRows, rule: Rule) -> Tensor:
-    """(rows, L, L) bool: a rule for each row, query and key."""
+    """Evaluate a rule for each row, query and key: (rows, L, L) bool."""
     count, width = rows.input_ids.shape
     row, column = (torch.arange(size, device=rows.input_ids.device) for size in (count, width))
     return rule(row[:, None, None], column[:, None], column).expand(count, width, width)
@@ -100,7 +100,7 @@ def at_all_pairs(rows: GroupRows, rule: Rule) -> Tensor:
 def make_masks(base: nn.Module, form: MaskForm, rows: GroupRows) -> Any:
     """Make the `attention_mask` of a model, of shape (rows, 1, L, L), or a dict of them by kind of layer.
 
-    Boolean for `sdpa`, added to the scores for `eager`, and a `BlockMask` for `flex_attention`.
+    Masks are boolean for `sdpa`, added to the scores for `eager`, and a `BlockMask` for `flex_attention`.
     """
     config = text_config(base)
     made: dict[str, object] = {}
@@ -116,10 +116,10 @@ def make_masks(base: nn.Module, form: MaskForm, rows: GroupRows) -> Any:
 
 
 def _rule(kind: str, bound: int | None, rows: GroupRows) -> Rule:
-    """Which pairs of tokens layers of a kind see.
+    """Return the rule for pairs of tokens in layers of a kind.
 
-    Sliding windows and chunks are measured in positions, not in columns: inside one response and its prompt they are
-    what they are without the others.
+    Sliding windows and chunks are measured in positions, not in columns, so that inside one response and its prompt
+    they are the same as without the other responses.
     """
     plain, places = functools.partial(seen, rows), rows.position_ids
 

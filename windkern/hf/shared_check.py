@@ -1,10 +1,10 @@
-"""Call a model once to see whether responses that share a row get the hidden states they have alone.
+"""Call a model once to check whether responses that share a row get the same hidden states as alone.
 
 A prompt and three responses of a few tokens run as one row and as three, in the model's own dtype. Windows and chunks
-of attention are narrowed to a few tokens, so that the run shows masks or positions that the model ignores. Hidden
-states, and their gradient with respect to the embedded tokens, must agree within rounding. The model itself shows how
-far rounding carries: the three rows run again with their embeddings moved by one rounding. In a 16-bit model that is
-coarse, so a row whose responses see each other must come out wrong; otherwise the check has learnt nothing.
+of attention are narrowed to a few tokens, so that the run reveals masks or positions that the model ignores. Hidden
+states, and their gradient with respect to the embedded tokens, must agree within rounding. The model itself shows the
+effect of rounding: the three rows run again with their embeddings changed by one rounding. In a 16-bit model that is
+coarse, so a row whose responses see each other must come out wrong; otherwise the check proves nothing.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from windkern.hf.masks import MaskForm
 
 _PROMPT, _RESPONSES = 5, (8, 4, 6)
 _NARROW = 3  # tokens that a window sees in the check
-# How far sums in another order may move hidden states, as a multiple of what one rounding of the embeddings does; they
-# were seen to take 0.9 of it at most. In a wide dtype there is room for more, in a narrow one a fault would hide.
+# How much sums in another order may change hidden states, as a multiple of the effect of rounding the embeddings once.
+# At most 0.9 of that was observed. A wide dtype leaves room for more; in a narrow one, more would hide a fault.
 _ROUNDINGS = {"wide": 16, "narrow": 4}
 _KEPT = 8
 _log = logging.getLogger(__name__)
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # base model -> {circumstances: Sharing}
-_said: set[tuple[str, str]] = set()  # (class, cause) that the log has; a policy and its reference have both in common
+_said: set[tuple[str, str]] = set()  # (class, cause) already logged; a policy and its reference share both
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Result of the check: the form of the model's masks, or why its responses cannot share a row."""
+    """Result of the check: the form of the model's masks, or the reason why its responses cannot share a row."""
 
     form: MaskForm | None
     cause: str | None
-    evidence: str | None = None  # what this model did: numbers, or the error it raised
+    evidence: str | None = None  # from this model: numbers, or the error it raised
     relative: bool = False  # whether only differences of positions matter
 
     @property
@@ -80,8 +80,8 @@ def sharing_of(target: Target) -> Sharing:
 def inputs_of(target: Target, rows: GroupRows, form: MaskForm | None, positions: bool) -> tuple[dict, Callable]:
     """Return arguments for the wrapped model, and a function that turns them into those of the model itself.
 
-    Wrappers get the ordinary mask of padding. Hazard: some cast their arguments, or take masks of two dimensions only.
-    Remedy: make the masks of rows inside.
+    Wrappers get the ordinary padding mask. Hazard: some of them cast their arguments, or take only two-dimensional
+    masks. Remedy: make the masks of rows inside the wrappers.
     """
     given = hf_call.inputs(target.base, rows.input_ids, rows.attention_mask, positions=False)
     if positions:
@@ -101,15 +101,15 @@ def _look(target: Target) -> Sharing:
     known = _known_reason(target, positions)
     if known is not None:
         return Sharing(None, known)
-    target = replace(target, compiled=())  # Reason: what is seen once is not worth compiling
+    target = replace(target, compiled=())  # Reason: code that runs once is not worth compiling
     apart, together = _example(target)
     with in_eval_mode(target.chain[0]), hf_masks.narrowed(target.base, _NARROW):
         try:
             trial = _Trial(target, apart, together)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of any kind: the model's own
-            return Sharing(None, f"a row of its own failed: {type(error).__name__}: {error}")
+        except Exception as error:  # a model can raise anything
+            return Sharing(None, f"rows of one response failed: {type(error).__name__}: {error}")
         reasons = []
         for form in hf_masks.forms(target.base):
             reason = trial.refusal(form)
@@ -126,7 +126,7 @@ def _known_reason(target: Target, positions: bool) -> str | None:
     if attention not in (*hf_masks.DENSE, hf_masks.FLEX):
         return f"its attention {attention!r} takes no mask of rows (load it with {dense})"
     if not positions and hf_call.takes(target.base, "position_ids"):
-        return "it does not take positions as they are counted from the first token"
+        return "it does not take positions that count from the first token"
     return None
 
 
@@ -142,7 +142,7 @@ def _explained(target: Target, reason: str) -> Sharing:
 
 
 def _example(target: Target) -> tuple[GroupRows, GroupRows]:
-    """The same ids as three rows and as one. No id occurs twice, so that ids tell gradients apart."""
+    """Return the same ids as three rows and as one. No id occurs twice, so that ids identify gradients."""
     ids = plain_ids(target, _PROMPT + sum(_RESPONSES))
     prompt, rest, responses = ids[:_PROMPT], ids[_PROMPT:], []
     for size in _RESPONSES:
@@ -156,7 +156,7 @@ def _example(target: Target) -> tuple[GroupRows, GroupRows]:
 
 
 class _Trial:
-    """Run plain rows, with and without one rounding, and compare rows in any form of masks with them.
+    """Runs plain rows, with and without one rounding, and compares rows with any form of masks to them.
 
     Raises:
         Exception: whatever the model raises on plain rows.
@@ -164,8 +164,8 @@ class _Trial:
 
     def __init__(self, target: Target, apart: GroupRows, together: GroupRows):
         self.target, self.together = target, together
-        # Reason: a backward through a part of a wrapped model would upset what counts its calls, and weights that are
-        # not there have no gradient to pass on.
+        # Reason: a backward through a part of a wrapped model would confuse wrappers that count calls, and no gradient
+        # passes through weights that are offloaded.
         self.gradients = not (
             target.reducers or target.is_sharded or target.is_offloaded or torch.is_inference_mode_enabled()
         )
@@ -180,26 +180,26 @@ class _Trial:
         rows = self.together
         try:
             gaps = self._gaps(self._run(rows, form))
-            for name, gap, allowed in zip(("hidden states", "a gradient"), gaps, self.allowed, strict=False):
+            for name, gap, allowed in zip(("hidden states", "gradients"), gaps, self.allowed, strict=False):
                 if not gap <= allowed:
-                    return f"{name} change by {gap:.2g} of their size in one row, where rounding takes {allowed:.2g}"
+                    return f"{name} in one row differ by {gap:.2g} of their size, and rounding explains {allowed:.2g}"
             end = torch.full_like(rows.last_reader, rows.input_ids.shape[1] - 1)
             fault = self._gaps(self._run(replace(rows, last_reader=end), form))[0]
             if not fault > self.allowed[0]:
-                return f"rounding takes {self.allowed[0]:.2g}, and would hide a row without its mask, {fault:.2g}"
+                return f"rounding explains {self.allowed[0]:.2g}, which would hide a row without its mask, {fault:.2g}"
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # models raise anything on a mask or positions that they do not know
+        except Exception as error:  # a model can raise anything for a mask or positions that it does not support
             return f"it failed with {form}: {type(error).__name__}: {error}"
         return None
 
     def is_relative(self, apart: GroupRows) -> bool:
-        """Whether hidden states stay the same when all positions grow by the same number."""
+        """Return whether hidden states stay the same when all positions grow by the same number."""
         later = replace(apart, position_ids=apart.position_ids + 3)
         return self._gaps(self._run(later, None))[0] <= self.allowed[0]
 
     def _run(self, rows: GroupRows, form: MaskForm | None, moved: bool = False) -> tuple[Tensor, ...]:
-        """(M, H) hidden states, and (ids, E) the gradient of their sum with respect to embedded tokens."""
+        """Return hidden states (M, H), and the gradient (ids, E) of a weighted sum with respect to embedded tokens."""
         given, amend = inputs_of(self.target, rows, form, self.positions)
 
         def job(hidden: Tensor) -> Tensor:
@@ -218,9 +218,9 @@ class _Trial:
         return hidden.detach(), summed
 
     def _gaps(self, other: tuple[Tensor, ...]) -> list[float]:
-        """Largest gap of the three responses' hidden states and, if there is one, the gap of the gradient.
+        """Return the largest gap of the three responses' hidden states and, if computed, the gap of the gradient.
 
-        Each gap is one that three tokens in four keep to, because experts may flip in the rest.
+        Each gap is the largest among three tokens in four, because experts may flip in the rest.
         """
         first = _distance(other[0], self.plain[0]).split(list(_RESPONSES))
         rest = zip(other[1:], self.plain[1:], strict=True)
@@ -237,7 +237,7 @@ def _of_most(gaps: Tensor) -> float:
 
 
 def _eps_of(base: nn.Module) -> float:
-    """Rounding unit of the narrowest dtype in which a forward computes."""
+    """Return the machine epsilon of the narrowest dtype in which a forward computes."""
     dtypes = {each.dtype for each in base.parameters() if each.is_floating_point()}
     device = next(base.parameters()).device.type
     if torch.is_autocast_enabled(device):
@@ -247,7 +247,7 @@ def _eps_of(base: nn.Module) -> float:
 
 @contextmanager
 def _embedded(base: Any, moved: bool, leaf: bool) -> Iterator[list[Tensor]]:
-    """Make the embedded tokens a leaf and list it while the context is open; `moved` changes them by one rounding."""
+    """Make the embedded tokens a leaf and yield it in a list; if `moved`, change them by one rounding."""
     found: list[Tensor] = []
 
     def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:

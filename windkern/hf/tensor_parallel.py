@@ -1,7 +1,7 @@
-"""Heads that tensor parallelism has cut: each rank holds some rows of the vocabulary, and all the same hidden states.
+"""Heads sharded by tensor parallelism: each rank holds some rows of the vocabulary, and all the same hidden states.
 
-transformers cuts a head so by its plan (`tp_plan`): a DTensor with placement Shard(0) on a mesh whose dimension is
-named "tp".
+The plan of transformers (`tp_plan`) shards a head this way: it is a DTensor with placement Shard(0) on a mesh whose
+dimension is named "tp".
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _cuts: weakref.WeakKeyDictionary[nn.Linear, Cut] = weakref.WeakKeyDictionary()
 
 
 def is_cut(weight: Any) -> bool:
-    """Whether it holds the rows of one rank of a mesh for tensor parallelism, and of no other mesh."""
+    """Return whether the weight is sharded by rows over a mesh for tensor parallelism, and no other mesh."""
     if not hasattr(weight, "placements") or weight.device_mesh.mesh_dim_names != MESH:
         return False
     return weight.placements[0].is_shard(0)
 
 
 def rows_of(linear: nn.Linear) -> Tensor | Shard:
-    """The weight of a head as the ops take it: what `vocab_parallel` makes of one that is cut, else as it is.
+    """Return the weight of a head for the ops: `vocab_parallel` of it if it is sharded, else the weight itself.
 
-    The ranks compare their parts the first time, which all of them must come to.
+    The first call is collective: the ranks compare their parts.
     """
     weight = linear.weight
     if not is_cut(weight):

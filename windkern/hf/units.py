@@ -1,6 +1,6 @@
-"""Heads that are FSDP2 units of their own, and so lie in pieces until they are called.
+"""Heads that are their own FSDP2 units, and so stay sharded until they are called.
 
-Nothing here imports torch.distributed: a module is a unit only if somebody has imported FSDP2.
+Nothing here imports torch.distributed: a module can be a unit only if FSDP2 is imported already.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from windkern.hf.head import is_plain
 
 
 def is_own_unit(head: Any) -> bool:
-    """Whether FSDP2 cuts this head, a plain nn.Linear, apart from every other module, over a mesh of one dimension."""
+    """Return whether this head, a plain nn.Linear, is its own FSDP2 unit, over a mesh of one dimension."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(head, fsdp.FSDPModule) or not is_plain(head):
         return False
@@ -23,5 +23,5 @@ def is_own_unit(head: Any) -> bool:
 
 
 def in_pieces(head: Any) -> bool:
-    """Whether this rank holds a part of the rows of a head that is a unit of its own, as `streamed` takes it."""
+    """Return whether the head is its own unit and this rank holds a part of its rows, as `streamed` requires."""
     return is_own_unit(head) and hasattr(head.weight, "placements") and head.weight.placements[0].is_shard(0)

@@ -1,1 +1,1 @@
-"""Device work only: no autograd, no argument checks. `ops` calls this package; it calls nothing above it."""
+"""Device work only, without autograd or argument checks. `ops` calls this package, and it calls nothing above it."""

@@ -1,4 +1,4 @@
-"""Every buffer a walk over the vocabulary allocates goes through here, so that its size can be recorded."""
+"""Allocate the buffers of a walk over the vocabulary, so that their sizes can be recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from windkern.kernels.pages import in_huge_pages
 
 @dataclass
 class Recording:
-    """Bytes alive and at the peak, products and their FLOPs, and the largest single buffer, of one recorded region."""
+    """Live and peak bytes, the largest single buffer, and products with their FLOPs, of one recorded region."""
 
     live_bytes: int = 0
     peak_bytes: int = 0
@@ -39,7 +39,7 @@ _recordings: list[Recording] = []
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Record buffers and FLOPs of everything run inside, on any device.
+    """Record the buffers and FLOPs of everything that runs inside, on any device.
 
     Example:
         >>> with recording() as record:

@@ -1,8 +1,8 @@
-"""Which library multiplies float32 matrices on this CPU, and when its results can be trusted.
+"""Choose the library that multiplies float32 matrices on this CPU, and say when its results can be trusted.
 
-torch.mm calls MKL. oneDNN is faster where MKL does not use the instructions a CPU has: MKL runs its AVX2 code on AMD
-processors with AVX-512. The choice looks at the processor, and at the variables that mask its instructions; nothing is
-timed.
+torch.mm calls MKL. oneDNN is faster where MKL does not use all instructions of a CPU: MKL runs its AVX2 code on AMD
+processors with AVX-512. The choice depends on the processor and on the variables that mask its instructions; nothing
+is timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNMASKED = ("", "ALL", "DEFAULT")
 
 @functools.cache
 def _processor() -> dict[str, str]:
-    """The fields of the first processor of /proc/cpuinfo; empty where that file does not exist."""
+    """Return the fields of the first processor in /proc/cpuinfo; empty if that file does not exist."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return {}
@@ -33,13 +33,13 @@ def _processor() -> dict[str, str]:
 
 
 def _onednn_may_use(*families: str) -> bool:
-    """Whether the variables that mask oneDNN's instructions leave it those whose names start with `families`."""
+    """Return whether the variables that mask oneDNN's instructions allow those whose names start with `families`."""
     mask = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     return mask in _UNMASKED or mask.startswith((*families, "AVX10"))
 
 
 def has_bfloat16_products() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AVX512_BF16, AMX) that torch's libraries may use."""
+    """Return whether this CPU has bfloat16 product instructions (AVX512_BF16, AMX) that torch's libraries can use."""
     flags = _processor().get("flags", "").split()
     return (
         ("avx512_bf16" in flags or "amx_bf16" in flags)
@@ -54,7 +54,7 @@ def is_amd() -> bool:
 
 
 def amd_avx512_family() -> int:
-    """Family of an AMD processor whose AVX-512 oneDNN can use (25: Zen 4, 26: Zen 5), 0 for every other processor."""
+    """Return the family of an AMD processor with AVX-512 for oneDNN (25: Zen 4, 26: Zen 5), 0 for other processors."""
     if not (torch.backends.mkldnn.is_available() and _onednn_may_use("AVX512")):
         return 0
     processor = _processor()
@@ -63,8 +63,9 @@ def amd_avx512_family() -> int:
     return int(processor.get("cpu family", 0))
 
 
-# oneDNN's AVX-512 code is 5 to 25 % faster than MKL's AVX2 code on Zen 4, which runs 512 bits in two halves, and 2.2 x
-# on Zen 5. Its product of two transposed operands copies both, which only Zen 5 pays back. On AVX2 alone MKL wins.
+# oneDNN's AVX-512 code is 5 to 25 % faster than MKL's AVX2 code on Zen 4, which runs 512 bits in two halves, and 2.2
+# times as fast on Zen 5. Its product of two transposed operands copies both, which pays off only on Zen 5. With AVX2
+# alone, MKL is faster.
 _FAMILY = amd_avx512_family()
 ONEDNN = _FAMILY >= 25
 ONEDNN_WEIGHT_GRAD = _FAMILY >= 26
@@ -72,7 +73,7 @@ ONEDNN_WEIGHT_GRAD = _FAMILY >= 26
 
 @functools.cache
 def _shares_openmp_with_torch() -> bool:
-    """Whether our extension and torch ask one OpenMP runtime: a thread count set here must be seen there."""
+    """Return whether our extension and torch use one OpenMP runtime: torch must see a thread count set by ours."""
     if _cpp is None:
         return False
     before = torch.get_num_threads()
@@ -84,10 +85,10 @@ def _shares_openmp_with_torch() -> bool:
 
 
 def onednn_is_safe() -> bool:
-    """Whether OpenMP must give the calling thread as many threads as it asks for.
+    """Return whether OpenMP will give the calling thread as many threads as it asks for.
 
-    Hazard: oneDNN cuts a product into as many parts as it asks threads for and leaves the rest unwritten where the
-    team is smaller (OMP_THREAD_LIMIT, OMP_DYNAMIC, a call inside a parallel region). Remedy: ask OpenMP first, as its
-    specification decides the size of a team; MKL takes the product where it may be smaller, or where we cannot know.
+    Hazard: oneDNN cuts a product into one part per requested thread and leaves some parts unwritten if the team is
+    smaller (OMP_THREAD_LIMIT, OMP_DYNAMIC, a call inside a parallel region). Remedy: compute the size of the team as
+    OpenMP's specification does; if it could be smaller, or is unknown, MKL runs the product.
     """
     return _shares_openmp_with_torch() and _cpp.openmp_team_is_exact()

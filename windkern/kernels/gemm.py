@@ -4,8 +4,8 @@
     hidden_grad   dh (M, H) += dz (M, W) @ weight (W, H)
     weight_grad   dw (W, H)  = dz.T @ hidden (M, H)
 
-One class for each library that runs them; which one runs is a static choice by device, dtype and processor: nothing is
-timed and no global switch of torch is touched.
+There is one class for each library that runs them. The choice is static, by device, dtype and processor: nothing is
+timed, and no global switch of torch is changed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from windkern.kernels import buffers, cpu_libraries, cpu_products
 
-# Reason: glibc serves blocks up to 32 MiB from its heap again and again; above, each call pays fresh page faults.
+# Reason: glibc reuses blocks of up to 32 MiB from its heap; larger ones cost fresh page faults in each call.
 _HEAP_BLOCK = 32 << 20
-# Reason: below this many multiply-adds the dispatch of oneDNN costs more than it gains.
+# Reason: below this many multiply-adds, oneDNN's dispatch costs more than it gains.
 _SMALL_PRODUCT = 1 << 21
-# Bytes of exponentials, or of the head's rows, that are multiplied at once where operands are repacked or widened.
+# Bytes of exponentials, or of the head's rows, per product where operands are repacked or widened.
 _PREPARED_BYTES = 8 << 20
 
 
@@ -30,9 +30,9 @@ _probed: dict[str, bool] = {}
 
 
 def _cuda_has(product: str) -> bool:
-    """Whether torch.mm, or addmm, returns float32 from bfloat16 operands on this build and GPU (probed once each).
+    """Return whether torch.mm or addmm returns float32 from bfloat16 operands on this build and GPU (probed once).
 
-    Reason: torch 2.8 and 2.9 have it for mm and not for addmm.
+    Reason: torch 2.8 and 2.9 support it for mm but not for addmm.
     """
     if not torch.cuda.is_available():
         return True  # planning for a GPU from a machine without one
@@ -55,7 +55,7 @@ _cuda_has._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64, else float32."""
+    """Return the dtype of sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -65,14 +65,14 @@ def _round_down(value: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class Products:
-    """torch.mm and addmm: of float32 and float64 everywhere, of 16-bit operands on a GPU."""
+    """Products by torch.mm and addmm: float32 and float64 on any device, 16-bit operands on a GPU."""
 
     device_type: str
     operand: torch.dtype
 
     name: ClassVar[str] = "torch"
     words: ClassVar[str] = "torch"
-    widens: ClassVar[bool] = False  # operands are made wider before they are multiplied, slab by slab
+    widens: ClassVar[bool] = False  # operands are widened before they are multiplied, slab by slab
     allocates: ClassVar[bool] = False  # the library returns its own result instead of filling ours
 
     @property
@@ -81,7 +81,7 @@ class Products:
 
     @property
     def multiplied(self) -> torch.dtype:
-        """The dtype of what goes into a product."""
+        """The dtype of the inputs of a product."""
         return self.operand
 
     @property
@@ -91,38 +91,38 @@ class Products:
 
     @property
     def adds(self) -> bool:
-        """Whether a product adds to what is there; else it makes a temporary first."""
+        """Whether a product accumulates in place; otherwise it needs a temporary."""
         return not (self.device_type == "cuda" and self.mixes) or _cuda_has("addmm")
 
     @property
     def said(self) -> str:
-        """Say in words which library multiplies, and what costs memory or time there."""
+        """The library that multiplies, in words, and what costs memory or time there."""
         return self.words + ("" if self.adds else ", with a temporary for each sum (torch 2.10 and newer need none)")
 
     def prepared(self, tensor: Tensor) -> Tensor:
-        """A caller's tensor rounded to the operands' dtype, then as it is multiplied; itself where it is that."""
+        """Return a caller's tensor rounded to the operands' dtype, then widened; no copy where the dtypes agree."""
         if tensor.dtype != self.operand:
             tensor = buffers.track("cast", tensor.to(self.operand))
         return self.widened(tensor)
 
     def widened(self, tensor: Tensor) -> Tensor:
-        """`tensor` in the dtype that is multiplied; itself where it has that."""
+        """Return `tensor` in the dtype that is multiplied; no copy where it has that dtype."""
         return tensor if tensor.dtype == self.multiplied else buffers.track("cast", tensor.to(self.multiplied))
 
     def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
-        """Vocabulary columns that one product of backward should take, of `columns`."""
+        """Return how many of `columns` vocabulary columns one product of backward should take."""
         return columns
 
     def scratch_bytes(self, columns: int, inner: int) -> int:
-        """Scratch of a product with a right operand (inner, columns), beside operands and result."""
+        """Return the scratch bytes of a product with a right operand (inner, columns)."""
         return 0
 
     def writes(self, out_dtype: torch.dtype) -> bool:
-        """Whether dweight goes straight to its place, rounded once; else its float32 product is copied there."""
+        """Return whether dweight is written to its place directly, rounded once; else a float32 product is copied."""
         return out_dtype == self.multiplied or (out_dtype == self.acc and self.device_type != "cpu")
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None, *, add_to: Tensor | None = None) -> Tensor:
-        """hidden (M, H) @ weight (W, H).T into `out`, plus `add_to` (M, W) where given (then written in place)."""
+        """Write hidden (M, H) @ weight (W, H).T into `out`, or add it to `add_to` (M, W) in place where given."""
         self._count(hidden.shape[0], hidden.shape[1], weight.shape[0])
         if add_to is not None:
             return self._addmm(add_to, hidden, weight.t())
@@ -131,12 +131,12 @@ class Products:
         return self._mm(hidden, weight.t(), out)
 
     def hidden_grad(self, dz: Tensor, weight: Tensor, total: Tensor, *, first: bool = False) -> Tensor:
-        """total (M, H) + dz (M, W) @ weight (W, H), without `total` if `first`; the result replaces `total`."""
+        """Return total (M, H) + dz (M, W) @ weight (W, H), without `total` if `first`; `total` may be overwritten."""
         self._count(dz.shape[0], dz.shape[1], weight.shape[1])
         return self._mm(dz, weight, total) if first else self._addmm(total, dz, weight)
 
     def weight_grad(self, dz: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool, gain: Tensor | None) -> None:
-        """out (W, H) = gain * dz (M, W).T @ hidden (M, H), or out += that; `gain` is a scalar tensor or None."""
+        """out (W, H) = gain * dz (M, W).T @ hidden (M, H), or += if `accumulate`; `gain` is a scalar tensor or None."""
         self._count(dz.shape[1], dz.shape[0], hidden.shape[1])
         if gain is None and not accumulate and self.writes(out.dtype):
             self._mm(dz.t(), hidden, out)
@@ -175,10 +175,10 @@ class Products:
 
 @dataclass(frozen=True)
 class WidenedProducts(Products):
-    """16-bit operands where nothing fast multiplies them into float32 sums: they are widened slab by slab.
+    """Products that widen 16-bit operands slab by slab, where no library quickly multiplies them into float32 sums.
 
-    Reason: without instructions for it, torch multiplies 16-bit operands on a CPU 20 to 40 times slower than the
-    widened ones; with them it rounds each product to 16 bits.
+    Reason: on a CPU without instructions for them, torch multiplies 16-bit operands 20 to 40 times slower than widened
+    ones; with such instructions it rounds each result to 16 bits.
     """
 
     name: ClassVar[str] = "widened"
@@ -196,7 +196,7 @@ class WidenedProducts(Products):
 
 @dataclass(frozen=True)
 class OneDnnProducts(Products):
-    """float32 on an AMD CPU with AVX-512, where MKL runs its AVX2 code."""
+    """Products of float32 on an AMD CPU with AVX-512, where MKL runs its AVX2 code."""
 
     name: ClassVar[str] = "onednn"
     words: ClassVar[str] = "oneDNN"
@@ -241,10 +241,10 @@ class OneDnnProducts(Products):
 
 @dataclass(frozen=True)
 class OwnProducts(Products):
-    """bfloat16 on a CPU that multiplies it into float32 sums (AMX, AVX512_BF16), by csrc/cpu/products_*.cpp."""
+    """Products of bfloat16 on a CPU with instructions for float32 sums of them (AMX, AVX512_BF16), from csrc/cpu."""
 
     name: ClassVar[str] = "own"
-    words: ClassVar[str] = "windkern's own instructions for it"
+    words: ClassVar[str] = "windkern's own code"
 
     def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
         return min(columns, _round_down(_PREPARED_BYTES // (2 * max(rows, inner)), 64))
@@ -263,7 +263,7 @@ class OwnProducts(Products):
 
 
 def products_of(device_type: str, operand: torch.dtype) -> Products:
-    """The products of operands of a dtype on a device type."""
+    """Return the products for operands of a dtype on a device type."""
     if operand in (torch.bfloat16, torch.float16):
         if device_type == "cpu" and operand == torch.bfloat16 and cpu_products.PRODUCT is not None:
             return OwnProducts(device_type, operand)

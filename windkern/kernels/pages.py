@@ -1,8 +1,8 @@
 """Huge pages for large blocks on a CPU.
 
-A new block of memory comes without pages: the first write to each costs a page fault, and for pages of 4 KiB those
-faults take three times as long as the writing. Linux gives pages of 2 MiB to who asks for them, where it is set to
-"madvise" as most distributions set it.
+A new block of memory has no pages yet: the first write to each page costs a page fault, and with pages of 4 KiB the
+faults take three times as long as the writing. Linux gives pages of 2 MiB to a program that asks for them if it is set
+to "madvise", which is the default of most distributions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 _PAGE = 2 << 20
-_LEAST = 4 * _PAGE  # below, few whole pages lie inside
+_LEAST = 4 * _PAGE  # smaller blocks contain few whole pages
 _MADV_HUGEPAGE = 14
 
 
@@ -25,16 +25,17 @@ def _advise() -> Callable[[int, int, int], int] | None:
         return None
     try:
         function = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):  # a libc without it
+    except (OSError, AttributeError):  # a libc without madvise
         return None
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
-    """`tensor` (contiguous), of which the whole pages of 2 MiB inside, if not touched yet, will be huge ones.
+    """Ask for huge pages inside `tensor` (contiguous, not yet written), and return it.
 
-    Nothing else lies in those pages, so that no more memory is resident. A refusal of the kernel changes nothing.
+    Only whole pages of 2 MiB inside the tensor are huge, so no more memory becomes resident. If the operating system
+    refuses, nothing changes.
     """
     size = tensor.nbytes
     if size < _LEAST or tensor.device.type != "cpu":

@@ -1,6 +1,6 @@
-"""Read what was measured on GPUs, by architecture: block sizes of the Triton kernels, and the faster back end.
+"""Read what was measured on GPUs, by architecture: block sizes of the Triton kernels, and the fastest back end.
 
-It is in tuned.json, which `benchmarks/tune.py` writes.
+The file is tuned.json, which `benchmarks/tune.py` writes.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class Tile(NamedTuple):
     inner: int
     warps: int
     stages: int
-    group: int  # row tiles that pass over the vocabulary side by side, for the second-level cache
+    group: int  # row tiles that go through the vocabulary together, for the second-level cache
 
 
 @functools.cache
 def table(architecture: str) -> dict:
-    """The default entries, with those of the architecture over them."""
+    """Return the default entries, overridden by those of the architecture."""
     entries = json.loads(PATH.read_text())
     return {**entries["default"], **entries.get(architecture, {})}
 
 
 def architecture(index: int | None = None) -> str:
-    """sm_90 or gfx942 of a GPU, the current one unless told which; "default" where there is none."""
-    # Reason: every launch asks; torch.cuda.is_available asks the driver.
+    """Return the architecture of a GPU (None: the current one), such as sm_90 or gfx942; "default" without a GPU."""
+    # Reason: every launch calls this, and torch.cuda.is_available asks the driver.
     if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
         return "default"
     return _architecture_of(torch.cuda.current_device() if index is None else index)
@@ -50,13 +50,13 @@ def _architecture_of(index: int) -> str:
 
 
 def row_warps(block: int, arch: str | None = None) -> int:
-    """Warps of a program that holds `block` columns in registers."""
+    """Return the warps of a program that holds `block` columns in registers."""
     per_warp = _WARP * table(arch or architecture())["row_elements_per_thread"]
     return max(1, min(32, block // per_warp))
 
 
 def backward_config(width: int, arch: str | None = None) -> tuple[int, int]:
-    """Columns and warps of a backward program for a slab of `width` columns."""
+    """Return the columns and warps of a backward program for a slab of `width` columns."""
     entry = table(arch or architecture())["backward"]
     block, warps = entry["block"], entry["warps"]
     while block > 128 and block >= 2 * width:
@@ -65,7 +65,7 @@ def backward_config(width: int, arch: str | None = None) -> tuple[int, int]:
 
 
 def preferred(arch: str | None = None) -> tuple[str, ...]:
-    """Back ends of a GPU, the one measured to be fastest first."""
+    """Return the back ends of a GPU, the fastest in the measurements first."""
     return tuple(table(arch or architecture())["prefer"])
 
 
@@ -74,15 +74,15 @@ def tile_config(arch: str | None = None) -> Tile:
 
 
 def tile_hidden(arch: str | None = None) -> int:
-    """Hidden sizes up to this run the GEMM-fused forward; 0 until it has been measured to win."""
+    """Return the largest hidden size that runs the GEMM-fused forward; 0 until it is measured to be faster."""
     return table(arch or architecture())["tile_hidden"]
 
 
 def tile_columns(hidden_size: int, dtype: torch.dtype, batch_invariant: bool) -> int | None:
-    """Columns of a tile where a walk over a head runs tiles, for 16-bit operands; None where it walks slabs.
+    """Return the columns of a tile if a walk runs in tiles (16-bit operands only); None if it walks slabs.
 
-    Tiles run where they were measured to be faster, and wherever a row's results may depend on nothing but the row,
-    which a library's product of a varying shape does not promise.
+    A walk runs in tiles where they were measured to be faster, and wherever a row's result must depend on nothing but
+    the row, which a library's product does not promise for varying shapes.
     """
     runs = dtype in (torch.bfloat16, torch.float16) and (batch_invariant or hidden_size <= tile_hidden())
     return tile_config().columns if runs else None

@@ -1,6 +1,6 @@
-"""Losses over (B, N) log-probs: plain differentiable torch, one small file each, listed in `LOSSES`.
+"""Losses over (B, N) log-probs in plain differentiable torch, one small file each, listed in `LOSSES`.
 
-To add one: write `losses/<name>.py`, add an entry here, add a row to `tests/loss_cases.py`.
+To add one, write `losses/<name>.py`, add an entry here, and add a row to `tests/loss_cases.py`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ LOSSES = {
             inputs=("logps", "anchor_logps", "rewards", "baseline?"),
             source="J-BOND (arXiv 2407.14622)",
             separable=True,
-            when="distil best-of-2 of a moving anchor; one sample of the policy and two of the anchor at every step",
+            when="distil best-of-2 of a moving anchor; one sample of the policy and two of the anchor in every step",
             shape=("B", 3),
             fitted=Group("anchor", sampled=3),
             order_only=True,
@@ -142,7 +142,7 @@ LOSSES = {
             inputs=("logps", "rewards"),
             source="best-of-N fine-tuning (arXiv 2307.09288, 2407.14622)",
             separable=True,
-            when="the simplest use of N scored responses; only the best is learned from",
+            when="the simplest use of N scored responses; learns only from the best",
             order_only=True,
         ),
         Loss(
@@ -164,7 +164,7 @@ LOSSES = {
             inputs=("logps", "old_logps"),
             source="SPIN (arXiv 2401.01335)",
             separable=True,
-            when="demonstrations only: they are chosen over the model's own samples",
+            when="demonstrations only, preferred over the model's own samples",
             shape=PAIR,
             settings={"beta": 1.0},
             fitted=Group("demonstration", sampled=1),
@@ -186,7 +186,7 @@ LOSSES = {
             inputs=("logps", "ref_logps", "rewards"),
             source="InfoNCA (arXiv 2402.05369)",
             separable=True,
-            when="graded rewards on fixed responses; dpo for more than two",
+            when="graded rewards of fixed responses; dpo for more than two",
             settings={"beta": 1.0},
         ),
         Loss(
@@ -196,7 +196,7 @@ LOSSES = {
             inputs=("logps", "ref_logps", "rewards?"),
             source="NCA (arXiv 2402.05369)",
             separable=True,
-            when="as infonca or dpo, when the likelihood of good responses must not fall",
+            when="as infonca or dpo, if the likelihood of good responses must not fall",
             settings={"beta": 1.0},
         ),
         Loss(
@@ -206,7 +206,7 @@ LOSSES = {
             inputs=("logps", "ref_logps", "rewards"),
             source="Plackett-Luce form of DPO (arXiv 2305.18290)",
             separable=True,
-            when="fixed responses in order, without trust in the size of the rewards",
+            when="ranked fixed responses, if only the order of the rewards is reliable",
             settings={"beta": 1.0},
             order_only=True,
         ),
@@ -217,7 +217,7 @@ LOSSES = {
             inputs=("logps", "lengths"),
             source="SimPO (arXiv 2405.14734)",
             separable=True,
-            when="fixed pairs without a reference model, lengths evened out",
+            when="fixed pairs without a reference model, normalised by length",
             shape=PAIR,
         ),
         Loss(
@@ -259,7 +259,7 @@ LOSSES = {
             inputs=("logps", "ref_logps"),
             source="APO (arXiv 2408.06266)",
             separable=True,
-            when="pairs of which it is known whether the chosen one beats the model",
+            when="pairs, if it is known whether the chosen one beats the model",
             shape=PAIR,
             settings={"beta": 1.0},
             variants=("variant", tuple(VARIANTS)),

@@ -1,7 +1,7 @@
 """Helpers shared by the group losses: checks, masks, reductions, the residual, win-rate statistics, the extended log.
 
-`B` groups (prompts) of `N` responses; `where (B, N)` says which responses take part. A group with fewer than two of
-them is switched off: it contributes 0 with gradient 0, and still counts in the mean's `B`.
+There are `B` groups (prompts) of `N` responses; `where (B, N)` says which responses count. A group with fewer than two
+of them is switched off: it contributes 0 with gradient 0, and still counts in the mean's `B`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from windkern._checks import (
 )
 
 REDUCTIONS = ("mean", "sum", "none")
-DELTA = 0.02  # implied win rates outside [DELTA, 1 - DELTA] meet the polynomial of `extended_log`
+DELTA = 0.02  # implied win rates outside [DELTA, 1 - DELTA] use the polynomial of `extended_log`
 
 
 def check_precise(name: str, value: object) -> Tensor:
-    """Refuse low precision: the targets are of the size of eta, far below its rounding."""
+    """Return a float32 or float64 tensor; lower precision raises, because its rounding far exceeds the targets."""
     tensor = check_tensor(name, value)
     if tensor.dtype in (torch.bfloat16, torch.float16):
         raise TypeError(
@@ -46,17 +46,17 @@ def check_logps(logps: object, responses: int | str = "N") -> Tensor:
 
 
 def check_constant(name: str, value: object, logps: Tensor, shape: tuple[int | str, ...]) -> Tensor:
-    """A float constant on the device of `logps`, in its dtype; one that wants a gradient is a mistake, so it raises."""
+    """Return a constant in the dtype of `logps`, checked; one that requires grad is a mistake, so it raises."""
     tensor = check_precise(name, value)
     check_shape(name, tensor, shape)
     check_same_device(name, tensor, "logps", logps)
     if tensor.requires_grad:
-        raise ValueError(f"{name} is a constant of the loss but requires grad; pass {name}.detach() if that is meant")
+        raise ValueError(f"{name} is a constant of the loss but requires grad; pass {name}.detach()")
     return tensor.to(logps.dtype)
 
 
 def check_frozen_logps(name: str, value: object, logps: Tensor) -> Tensor:
-    """Log-probs of a frozen policy: like any constant, but a dtype other than that of `logps` is a mix-up."""
+    """Return log-probs of a frozen policy: like any constant, but a dtype other than that of `logps` raises."""
     tensor = check_constant(name, value, logps, shape_of(logps))
     if isinstance(value, Tensor) and value.dtype != logps.dtype:
         raise TypeError(f"{name} is {value.dtype} but logps is {logps.dtype}; score both policies in one precision")
@@ -64,7 +64,7 @@ def check_frozen_logps(name: str, value: object, logps: Tensor) -> Tensor:
 
 
 def check_rewards(rewards: object, logps: Tensor, where: Tensor, name: str = "rewards") -> Tensor:
-    """(B, N) scores, 0 where masked: any finite numbers."""
+    """Return finite scores (B, N), 0 where masked."""
     rewards = fill(check_constant(name, rewards, logps, shape_of(where)), where)
     if readable(rewards):
         check_rewards_values(rewards, where, name)
@@ -72,17 +72,17 @@ def check_rewards(rewards: object, logps: Tensor, where: Tensor, name: str = "re
 
 
 def check_lengths(lengths: object, logps: Tensor, where: Tensor) -> Tensor:
-    """(B, N) token counts in the dtype of `logps`, 1 where masked; at least 1, so that a mean can be taken."""
+    """Return token counts (B, N) in the dtype of `logps`, at least 1 so that means exist, and 1 where masked."""
     tensor = check_tensor("lengths", lengths)
     if tensor.dtype == torch.bool or tensor.is_complex():
         raise TypeError(f"lengths must be integers or floats, got {tensor.dtype}")
     check_shape("lengths", tensor, shape_of(logps))
     check_same_device("lengths", tensor, "logps", logps)
     if tensor.requires_grad:
-        raise ValueError("lengths is a constant of the loss but requires grad; pass lengths.detach() if that is meant")
+        raise ValueError("lengths is a constant of the loss but requires grad; pass lengths.detach()")
     tensor = fill(tensor.to(logps.dtype), where, 1.0)
     if readable(tensor) and not (tensor >= 1).all():
-        raise ValueError("lengths must be at least 1 for every response that takes part; mask empty ones with where")
+        raise ValueError("lengths must be at least 1 for every response that is not masked; mask empty ones with where")
     return tensor.clamp(min=1)
 
 
@@ -100,12 +100,12 @@ def check_prefs(prefs: Tensor, where: Tensor | None = None) -> None:
 
     Args:
         prefs: (B, N, N) float32 or float64, chance that response i beats response j.
-        where: (B, N) bool, responses that take part; None for all. Entries of the others may hold anything.
+        where: (B, N) bool, responses that count; None for all. Entries of the others can hold anything.
 
     Raises:
         TypeError: `prefs` is not a float32 or float64 tensor, or `where` is not a bool tensor.
-        ValueError: `prefs` is not (B, N, N) or `where` not (B, N); `prefs` leave [0, 1], hold NaN, or miss the symmetry
-            by more than 1e-4.
+        ValueError: `prefs` is not (B, N, N) or `where` is not (B, N); `prefs` are outside [0, 1], hold NaN, or are
+            asymmetric by more than 1e-4.
 
     Example:
         >>> import torch
@@ -121,12 +121,12 @@ def check_prefs(prefs: Tensor, where: Tensor | None = None) -> None:
 
 
 def pairs_of(where: Tensor) -> Tensor:
-    """(B, N) -> (B, N, N): both members take part."""
+    """Return the mask of pairs whose members both count: (B, N) -> (B, N, N)."""
     return where[:, :, None] & where[:, None, :]
 
 
 def kept_responses(where: Tensor | None, logps: Tensor, least: int = 2) -> Tensor:
-    """The mask every later step uses: (B, N) bool, cleared for groups with fewer than `least` responses."""
+    """Return the mask for all later steps: (B, N) bool, cleared for groups with fewer than `least` responses."""
     if where is None:
         where = torch.ones_like(logps, dtype=torch.bool)
     else:
@@ -139,19 +139,19 @@ def kept_responses(where: Tensor | None, logps: Tensor, least: int = 2) -> Tenso
 
 
 def fill(value: Tensor, where: Tensor, filler: float = 0.0) -> Tensor:
-    """`value` with `filler` where it is masked.
+    """Return `value`, with `filler` where it is masked.
 
-    Hazard: 0 * NaN is NaN, in the backward as well. Remedy: select before any arithmetic, never multiply by a mask.
+    Hazard: 0 * NaN is NaN, in backward as well. Remedy: select before any arithmetic, never multiply by a mask.
     """
     return torch.where(where, value, filler)
 
 
 def count(where: Tensor) -> Tensor:
-    return where.sum(-1).clamp(min=1)  # (B,); 1 for a group that is off, whose sums are 0
+    return where.sum(-1).clamp(min=1)  # (B,); 1 for a group without responses, whose sums are 0
 
 
 def group_mean(terms: Tensor, where: Tensor) -> Tensor:
-    """Mean over the responses that take part: (B, N) -> (B,)."""
+    """Return the mean over the responses that count: (B, N) -> (B,)."""
     return fill(terms, where).sum(-1) / count(where)
 
 
@@ -160,76 +160,76 @@ def centred(terms: Tensor, where: Tensor) -> Tensor:
 
 
 def group_variance(terms: Tensor, where: Tensor) -> Tensor:
-    """(1/K) sum_i (d_i - mean d)^2 over the responses that take part: (B, N) -> (B,)."""
+    """Return (1/K) sum_i (d_i - mean d)^2 over the responses that count: (B, N) -> (B,)."""
     return group_mean(centred(terms, where).square(), where)
 
 
 def masked_log_softmax(terms: Tensor, where: Tensor) -> Tensor:
-    """Log-softmax over the responses that take part; masked entries hold a finite number to be dropped.
+    """Return the log-softmax over the responses that count; masked entries are finite and must be dropped.
 
-    Hazard: -inf for masked entries turns a group that is all masked into NaN. Remedy: a finite floor, exp of it is 0.
+    Hazard: with -inf for masked entries, a group that is all masked becomes NaN. Remedy: a finite floor whose exp is 0.
     """
     return fill(terms, where, torch.finfo(terms.dtype).min / 4).log_softmax(-1)
 
 
 def masked_softmax(terms: Tensor, where: Tensor) -> Tensor:
-    """Softmax over the responses that take part, 0 elsewhere."""
+    """Return the softmax over the responses that count, 0 elsewhere."""
     return fill(masked_log_softmax(terms, where).exp(), where)
 
 
 def rivals(where: Tensor) -> Tensor:
-    """Ordered pairs i != j that take part: (B, N, N) bool."""
+    """Return the mask of ordered pairs i != j that count: (B, N, N) bool."""
     return pairs_of(where) & ~torch.eye(where.shape[-1], dtype=torch.bool, device=where.device)
 
 
 def pair_mean(terms: Tensor, where: Tensor) -> Tensor:
-    """Mean over ordered pairs i != j that take part: (B, N, N) -> (B,)."""
+    """Return the mean over ordered pairs i != j that count: (B, N, N) -> (B,)."""
     pairs = count(where) * (count(where) - 1).clamp(min=1)
     return fill(terms, rivals(where)).sum((-2, -1)) / pairs
 
 
 def pair_square(s: Tensor, target: Tensor, where: Tensor) -> Tensor:
-    """Mean over ordered pairs i != j of (s_i - s_j - t_ij)^2: (B, N), (B, N, N) -> (B,)."""
+    """Return the mean over ordered pairs i != j of (s_i - s_j - t_ij)^2: (B, N), (B, N, N) -> (B,)."""
     gaps = s[:, :, None] - s[:, None, :]  # (B, N, N)
     return pair_mean((gaps - target).square(), where)
 
 
 def first_of_pair(logps: Tensor) -> Tensor:
-    """(2,) bool, True for the chosen response. Made on the device: a list copied there would make Python wait."""
+    """Return (2,) bool, True for the chosen response. Copying a list to the device instead would make Python wait."""
     return torch.arange(2, device=logps.device) == 0
 
 
 def pair_gaps(logps: Tensor, base_logps: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 2) -> log-ratios (B,) of the chosen and of the rejected response, 0 where masked."""
+    """Return the log-ratios (B,) of the chosen and of the rejected response, 0 where masked, from (B, 2)."""
     chosen, rejected = (fill(logps, where) - fill(base_logps, where)).unbind(-1)
     return chosen, rejected
 
 
 def logistic(margin: Tensor, smoothing: float = 0.0) -> Tensor:
-    """-(1-eps) log sigma(u) - eps log sigma(-u), finite for any u."""
+    """Return -(1-eps) log sigma(u) - eps log sigma(-u), finite for any u."""
     return -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
 
 
 def v_win_rates(prefs: Tensor, where: Tensor) -> Tensor:
-    """(1/K) sum_j P_ij over all K responses, the own comparison counting 1/2: (B, N)."""
+    """Return (1/K) sum_j P_ij over all K responses, where the comparison with itself counts 1/2: (B, N)."""
     return (fill(prefs, rivals(where)).sum(-1) + 0.5) / count(where)[:, None]
 
 
 def u_win_rates(prefs: Tensor, where: Tensor) -> Tensor:
-    """(1/(K-1)) sum_{j != i} P_ij, without the own comparison: (B, N)."""
+    """Return (1/(K-1)) sum_{j != i} P_ij, without the comparison with itself: (B, N)."""
     return fill(prefs, rivals(where)).sum(-1) / (count(where) - 1).clamp(min=1)[:, None]
 
 
 def choose_target(
     logps: Tensor, prefs: Tensor | None, win_rates: Tensor | None, statistic: str, where: Tensor, user: str
 ) -> Tensor:
-    """Exactly one of `prefs` and `win_rates`, checked, filled with 1/2 where masked, as the statistic asks."""
+    """Return the target of a loss from `prefs` or `win_rates`: checked, 1/2 where masked, as `statistic` says."""
     if (prefs is None) == (win_rates is None):
         raise ValueError(f"give exactly one of prefs and win_rates, got {'neither' if prefs is None else 'both'}")
     B, N = logps.shape
     if win_rates is not None:
         if statistic == "pairs":
-            raise ValueError(f"win_rates cannot serve {user}, which compares pairs; give prefs")
+            raise ValueError(f"win_rates cannot be used for {user}, which compares pairs; give prefs")
         win_rates = fill(check_constant("win_rates", win_rates, logps, (B, N)), where, 0.5)
         if readable(win_rates) and not ((win_rates >= 0) & (win_rates <= 1)).all():
             raise ValueError("win_rates must lie in [0, 1] and hold no NaN")
@@ -243,7 +243,7 @@ def choose_target(
 
 
 def reduce_groups(values: Tensor, reduction: str) -> Tensor:
-    """(B,) -> scalar; "mean" divides by B whatever is masked (0 for B = 0), "none" leaves (B,)."""
+    """Reduce (B,) to a scalar; "mean" divides by B whatever is masked (0 for B = 0), "none" returns (B,)."""
     if reduction == "none":
         return values
     return values.sum() / max(values.shape[0], 1) if reduction == "mean" else values.sum()
@@ -254,7 +254,7 @@ def check_reduction(reduction: str) -> str:
 
 
 def step_coefficients(eta: float, beta: float) -> tuple[float, float, float]:
-    """(a, b, c) of log pi_{t+1} = a log pi_t + b log pi_ref + c w - log Z: a = 1/(1+eta*beta), b = 1-a, c = eta*a."""
+    """Return a = 1/(1+eta*beta), b = 1-a and c = eta*a of log pi_{t+1} = a log pi_t + b log pi_ref + c w - log Z."""
     check_number("eta", eta, above=0)
     check_number("beta", beta, least=0)
     a = 1 / (1 + eta * beta)
@@ -262,18 +262,18 @@ def step_coefficients(eta: float, beta: float) -> tuple[float, float, float]:
 
 
 def residual(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, b: float) -> Tensor:
-    """s_i = l_i - a o_i - b r_i with a = 1 - b, (B, N).
+    """Return s_i = l_i - a o_i - b r_i with a = 1 - b, (B, N).
 
-    Hazard: a o and b r are hundreds of nats, s is below one. Remedy: form the two small differences first.
+    Hazard: a o and b r are hundreds of nats, s is below one. Remedy: compute the two small differences first.
     """
     return (logps - old_logps) + b * (old_logps - ref_logps)
 
 
 def extended_log(p: Tensor) -> Tensor:
-    """log p inside [DELTA, 1 - DELTA]; outside, its second-order Taylor polynomial at the nearer end.
+    """Return log p inside [DELTA, 1 - DELTA], and outside its second-order Taylor polynomial at the nearer end.
 
-    Hazard: an implied win rate is not confined to (0, 1), and a clamp has gradient 0 just where a push back is needed.
-    Remedy: expand around the nearest point inside. Inside, x is 0 but carries the slope 1/p, so one line serves both.
+    Hazard: an implied win rate can be outside (0, 1), and a clamp has gradient 0 exactly where it must be pushed back.
+    Remedy: expand around the nearest point inside. Inside, x is 0 but has the slope 1/p, so one formula covers both.
     """
     nearest = p.detach().clamp(DELTA, 1 - DELTA)
     x = (p - nearest) / nearest

@@ -1,4 +1,4 @@
-"""AOT: preference of one distribution over another, by sorted margins over the batch."""
+"""AOT: prefer one distribution over another, by margins sorted over the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def aot(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """AOT loss of a batch of pairs (chosen, rejected).
+    """Return the AOT loss of a batch of pairs (chosen, rejected).
 
     Formula: mean over ranks k of -(1-eps) log sigma(u_k) - eps log sigma(-u_k), with u_k = beta (upper_(k) - lower_(k))
     and
@@ -36,10 +36,10 @@ def aot(
         paired      upper = l_w - l_l,  lower = r_w - r_l     each sorted over the batch
         unpaired    upper = l_w - r_w,  lower = l_l - r_l     likewise; the two columns need not belong together
 
-    It asks that one sorted list lies above the other (first-order stochastic dominance), not that each pair is ordered.
-    The value of rank k is booked on the pair whose `upper` has that rank.
+    The loss asks that one sorted list lies above the other (first-order stochastic dominance), not that each pair is
+    ordered. The value of rank k is assigned to the pair whose `upper` has that rank.
 
-    Not separable: sorting runs over the whole batch. It must see the whole batch, so not for use inside `fused_loss`.
+    The loss is not separable, because it sorts over the whole batch, so it cannot be used inside `fused_loss`.
 
     Args:
         logps: (B, 2) float32 or float64, log-probs of chosen and rejected under the policy, nats, summed over tokens.
@@ -47,15 +47,15 @@ def aot(
         beta: weight of the KL to the reference, positive.
         paired: whether the two columns of a row answer one prompt.
         label_smoothing: eps, chance that a label is wrong, in [0, 1/2).
-        where: (B, 2) bool, responses that take part, None for all. A pair that is not whole contributes 0 and gradient
-            0, whatever it holds.
+        where: (B, 2) bool, responses that count, None for all. An incomplete pair contributes 0 with gradient 0,
+            whatever it holds.
         reduction: "mean" (sum over pairs / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
         ValueError: a shape or device does not fit; `ref_logps` requires grad; `beta`, `label_smoothing` or `reduction`
             is out of range.
 
@@ -83,7 +83,7 @@ def aot(
     else:
         upper, lower = (logps - ref_logps).unbind(-1)
     whole = where.all(-1)
-    infinity = float("inf")  # pairs that are off go to the end of both lists
+    infinity = float("inf")  # masked pairs go to the end of both lists
     order = fill(upper.detach(), whole, infinity).argsort(stable=True)
     partner = fill(lower.detach(), whole, infinity).argsort(stable=True)
     values = logistic(beta * (upper[order] - lower[partner]), label_smoothing)

@@ -1,4 +1,4 @@
-"""APO: anchored preference optimization, for pairs better or worse than what the model does anyway."""
+"""APO: anchored preference optimization, for pairs that are better or worse than the model's own responses."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def apo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """APO loss of each pair (chosen, rejected).
+    """Return the APO loss of each pair (chosen, rejected).
 
     Formula: with d_w = l_w - r_w, d_l = l_l - r_l,
 
     ======= ============================================== ==========================================================
     variant value of a pair                                when
     ======= ============================================== ==========================================================
-    zero    1 - sigma(beta d_w) + sigma(beta d_l)          chosen responses beat the model's own: up with them
-    down    sigma(beta d_w) + 1 - sigma(beta (d_w - d_l))  they do not: down with both, further with the rejected one
+    zero    1 - sigma(beta d_w) + sigma(beta d_l)          chosen responses beat the model's own: raise them
+    down    sigma(beta d_w) + 1 - sigma(beta (d_w - d_l))  they do not: lower both, and the rejected one further
     ======= ============================================== ==========================================================
 
     Args:
@@ -52,15 +52,15 @@ def apo(
         ref_logps: (B, 2), dtype of `logps`, under the frozen reference.
         beta: weight of the KL to the reference, positive.
         variant: a name from the table above.
-        where: (B, 2) bool, responses that take part, None for all. A pair that is not whole contributes 0 and gradient
-            0, whatever it holds.
+        where: (B, 2) bool, responses that count, None for all. An incomplete pair contributes 0 with gradient 0,
+            whatever it holds.
         reduction: "mean" (sum over pairs / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
         ValueError: a shape or device does not fit; `ref_logps` requires grad; `beta`, `variant` or `reduction` is out
             of range.
 

@@ -21,24 +21,24 @@ def bon_sft(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Negative log-likelihood of the best response of each group.
+    """Return the negative log-likelihood of the best response of each group.
 
-    Formula: -l_best, averaged over the best ones if several tie. With the responses drawn from pi its gradient is, in
+    Formula: -l_best, averaged over the best ones if several tie. For responses drawn from pi, its gradient is, in
     expectation, that of KL(best-of-K of pi || policy): the forward half of BOND.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
         rewards: (B, N), any finite scores, win rates included; only the largest counts.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
-        ValueError: a shape or device does not fit; `rewards` require grad or are not finite (looked at on a CPU only);
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
+        ValueError: a shape or device does not fit; `rewards` require grad or are not finite (checked on a CPU only);
             `reduction` is unknown.
 
     Source:

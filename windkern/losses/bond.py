@@ -1,4 +1,4 @@
-"""J-BOND: distil best-of-2 of a moving anchor, forward and backward KL at once."""
+"""J-BOND: distil best-of-2 of a moving anchor, with forward and backward KL at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bond(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """J-BOND loss of each prompt, over one response of the policy (column 0) and two of the anchor (columns 1 and 2).
+    """Return the J-BOND loss of each prompt, over one response of the policy and two of the anchor.
 
     Formula: with y the policy's response, y* the better of the anchor's (a tie takes half of each), a the anchor's
     log-probs and r_J = -log 16 if y is worse than both of the anchor's, else 0,
@@ -42,8 +42,8 @@ def bond(
 
     Gradients: dL/dl(y*) = -(1 - beta), the forward KL: imitate the best of 2. dL/dl(y) = -beta (R - baseline) +
     gamma (l(y) - a(y)) with R = r_J - (l(y) - a(y)), the backward KL as a policy gradient and the pull to the anchor.
-    gamma counts positive: it attracts. Half the square has the published coefficient (which is held constant there) as
-    its derivative, so value and gradient belong together here.
+    A positive gamma attracts. The derivative of half the square is the published coefficient (which is held constant
+    there), so value and gradient are consistent here.
 
     Args:
         logps: (B, 3) float32 or float64, log-probs under the policy, nats, summed over tokens: one response that the
@@ -51,25 +51,25 @@ def bond(
         anchor_logps: (B, 3), dtype of `logps`, under the anchor, a moving average of past policies. The loss reads
             column 0 only.
         rewards: (B, 3), any finite scores; only their order counts.
-        baseline: (B,), subtracted from r_J - (l(y) - a(y)), e.g. its mean over the batch; None for 0. Lowers the
-            variance and changes no expectation.
+        baseline: (B,), subtracted from r_J - (l(y) - a(y)), e.g. its mean over the batch; None for 0. It lowers the
+            variance of the gradient without changing its expectation.
         beta: weight of the backward KL, in [0, 1]; the forward one has 1 - beta.
         gamma: weight of the pull to the anchor, not negative.
-        where: (B, 3) bool, responses that take part, None for all. A triple that is not whole contributes 0 and
-            gradient 0, whatever it holds.
+        where: (B, 3) bool, responses that count, None for all. An incomplete triple contributes 0 with gradient 0,
+            whatever it holds.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
-        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (looked at on a
-            CPU only); `beta`, `gamma` or `reduction` is out of range.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
+        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (checked on a CPU
+            only); `beta`, `gamma` or `reduction` is out of range.
 
     Source:
-        Sessa et al. 2024 (arXiv 2407.14622), J-BOND. There is no pull to a fixed reference in it: the KL to where the
-        anchor started grows without bound.
+        Sessa et al. 2024 (arXiv 2407.14622), J-BOND. It has no pull to a fixed reference: the KL to the initial anchor
+        grows without bound.
 
     Example:
         >>> import torch
@@ -105,16 +105,16 @@ def bond(
 
 
 def baseline(rewards: Tensor, old_logps: Tensor, anchor_logps: Tensor, where: Tensor | None = None) -> Tensor:
-    """(G,) mean of r_J - (l - a) over the policy's own samples of G groups, the same for each of them.
+    """Return the mean of r_J - (l - a) over the policy's own samples of G groups, (G,), the same for each of them.
 
     The published baseline is the mean over the samples whose gradients it shifts, so triples that `bond` leaves out do
-    not count; where it leaves out all, the mean is 0.
+    not count; if it leaves out all of them, the mean is 0.
 
     Args:
         rewards: (G, 3), any finite scores.
         old_logps: (G, 3) under the policy that sampled column 0.
         anchor_logps: (G, 3) under the anchor.
-        where: (G, 3) bool, responses that take part, None for all.
+        where: (G, 3) bool, responses that count, None for all.
 
     Example:
         >>> import torch

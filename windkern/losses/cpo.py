@@ -27,7 +27,7 @@ def cpo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """CPO loss of each pair (chosen, rejected).
+    """Return the CPO loss of each pair (chosen, rejected).
 
     Formula: -(1-eps) log sigma(u) - eps log sigma(-u) - alpha l_w / T_w with u = beta (l_w - l_l), T the number of
     scored tokens. The margin uses sums over tokens; the likelihood term is a mean over the response's tokens, pair by
@@ -39,17 +39,17 @@ def cpo(
         beta: scale of the margin, positive.
         alpha: weight of the likelihood of the chosen response, not negative.
         label_smoothing: eps, chance that a label is wrong, in [0, 1/2).
-        where: (B, 2) bool, responses that take part, None for all. A pair that is not whole contributes 0 and gradient
-            0, whatever it holds.
+        where: (B, 2) bool, responses that count, None for all. An incomplete pair contributes 0 with gradient 0,
+            whatever it holds.
         reduction: "mean" (sum over pairs / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, `logps` is not float32 or float64, `lengths` are not numbers, `where` is not
-            bool.
-        ValueError: a shape or device does not fit; `lengths` are below 1 (looked at on a CPU only); `beta`, `alpha`,
+        TypeError: an argument is not a tensor, `logps` is not float32 or float64, `lengths` are not numbers, or `where`
+            is not bool.
+        ValueError: a shape or device does not fit; `lengths` are below 1 (checked on a CPU only); `beta`, `alpha`,
             `label_smoothing` or `reduction` is out of range.
 
     Source:

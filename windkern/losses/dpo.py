@@ -1,4 +1,4 @@
-"""DPO and its relatives: a chosen and a rejected response against the reference, several links."""
+"""DPO and its relatives: a chosen and a rejected response against the reference, with several links."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from windkern.losses._groups import (
     reduce_groups,
 )
 
-DISCOPOP_TAU = 0.05  # of the published loss
+DISCOPOP_TAU = 0.05  # as in the published loss
 
 
 def _sigmoid(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
@@ -47,7 +47,7 @@ def _bco(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Ten
 
 
 def _discopop(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
-    # Hazard: sigma(u / tau) exp(-u) is 0 * inf for u far below 0. Remedy: the product of the two as one exponential.
+    # Hazard: sigma(u / tau) exp(-u) is 0 * inf for u far below 0. Remedy: compute the product as one exponential.
     u = beta * (chosen - rejected)
     gate = logsigmoid(u / DISCOPOP_TAU)
     return logistic(u) * torch.sigmoid(-u / DISCOPOP_TAU) + (gate - u).exp()
@@ -100,7 +100,7 @@ def dpo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """DPO loss of each pair (chosen, rejected).
+    """Return the DPO loss of each pair (chosen, rejected).
 
     Formula: with the margin h = (l_w - r_w) - (l_l - r_l),
 
@@ -108,8 +108,8 @@ def dpo(
     link        value of a pair                                             known as
     =========== =========================================================== ======================================
     sigmoid     -(1-eps) log sigma(beta h) - eps log sigma(-beta h)         DPO; cDPO with eps = `label_smoothing`
-    robust      [-(1-eps) log sigma(beta h) + eps log sigma(-beta h)]       robust DPO: unbiased when a share eps of
-                / (1 - 2 eps)                                               the labels is flipped
+    robust      [-(1-eps) log sigma(beta h) + eps log sigma(-beta h)]       robust DPO: unbiased if a share eps of the
+                / (1 - 2 eps)                                               labels is flipped
     ipo         (h - 1/(2 beta))^2                                          IPO
     hinge       max(0, 1 - beta h)                                          SLiC
     bco         -log sigma(beta (l_w - r_w)) - log sigma(-beta (l_l - r_l)) BCO without its running shift
@@ -117,8 +117,8 @@ def dpo(
                 g = sigma(beta h / 0.05)                                    convex
     =========== =========================================================== ======================================
 
-    What other libraries offer beside these under the name of DPO is here `exo`, `nca`, `apo`, `aot` and, for verdicts
-    instead of win rates, `sppo(win_rates=[1, 0], eta=1/beta)`.
+    Other variants that libraries offer under the name of DPO are `exo`, `nca`, `apo`, `aot` and, for verdicts instead
+    of win rates, `sppo(win_rates=[1, 0], eta=1/beta)`.
 
     Args:
         logps: (B, 2) float32 or float64, log-probs of chosen and rejected under the policy, nats, summed over tokens.
@@ -126,24 +126,23 @@ def dpo(
         beta: weight of the KL to the reference, positive.
         link: a name from the table above.
         label_smoothing: chance that a label is wrong, in [0, 1/2); for the links sigmoid and robust only.
-        where: (B, 2) bool, responses that take part, None for all. A pair that is not whole contributes 0 and gradient
-            0, whatever it holds.
+        where: (B, 2) bool, responses that count, None for all. An incomplete pair contributes 0 with gradient 0,
+            whatever it holds.
         reduction: "mean" (sum over pairs / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
         ValueError: a shape or device does not fit; `ref_logps` requires grad; `beta`, `link`, `label_smoothing` or
-            `reduction` is out of range; `label_smoothing` with a link that has none.
+            `reduction` is out of range; `label_smoothing` is given for a link without it.
 
     Source:
         Rafailov et al. 2023 (arXiv 2305.18290) for sigmoid, Azar et al. 2023 (arXiv 2310.12036) for ipo (with log-probs
         summed as in the paper; TRL averages them over tokens), Zhao et al. 2023 (arXiv 2305.10425) for hinge, Ray
         Chowdhury et al. 2024 (arXiv 2403.00409) for robust, Jung et al. 2024 (arXiv 2404.04656) for bco (TRL's table of
-        losses prints the formula of sigmoid for it; its code has this one), Lu et al. 2024 (arXiv 2406.08414) for
-        discopop.
+        losses shows the formula of sigmoid for it, its code this one), Lu et al. 2024 (arXiv 2406.08414) for discopop.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""An entry of the table of losses: what there is to know about a loss before reading its file."""
+"""An entry of the table of losses: the formula, inputs and source of a loss, and what a trainer must know."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 PAIR = ("B", 2)
-Arguments = Mapping[str, Any]  # keyword arguments of a loss by name, beside its tensors
+Arguments = Mapping[str, Any]  # keyword arguments of a loss by name, besides its tensors
 
 
 def _never(arguments: Arguments) -> bool:
@@ -28,12 +28,12 @@ def _zero(arguments: Arguments) -> float:
 
 @dataclass(frozen=True)
 class Group:
-    """Which responses to a prompt a trainer fits together.
+    """The responses to a prompt that a trainer fits together.
 
     Attributes:
         kind: "all" (samples of the policy), "pair" (the best and the worst of them), "demonstration" (a given answer,
             then a sample) or "anchor" (a sample of the policy, then samples of the moving average of its weights).
-        sampled: responses sampled to each prompt where the loss fixes the number; None leaves it to the run.
+        sampled: responses sampled per prompt if the loss fixes the number; None leaves it to the run.
     """
 
     kind: str
@@ -47,24 +47,24 @@ class Loss:
     name: str
     function: Callable[..., Tensor]
     formula: str  # ASCII, of one group
-    inputs: tuple[str, ...]  # tensors, in the order of the signature; "a | b" where either serves, "a?" where optional
+    inputs: tuple[str, ...]  # tensors, in the order of the signature; "a | b" for alternatives, "a?" if optional
     source: str
-    separable: bool  # treats groups apart, so it works inside fused_loss and can be trained
+    separable: bool  # treats groups independently, so it works inside fused_loss and can be trained
     when: str
     shape: tuple[str | int, ...] = ("B", "N")  # of logps
     settings: dict[str, object] = field(default_factory=dict)  # arguments for its picture; numbers without default
-    span: float = 6.0  # nats to both sides that its picture shows
+    span: float = 6.0  # nats that its picture shows on both sides
     variants: tuple[str, tuple[str, ...]] | None = None  # an argument and the names it takes
-    # For trainers.
-    fitted: Group | None = None  # None: "pair" where the shape has two columns, else "all"
-    order_only: bool = False  # looks only at the order of the rewards: win rates serve where a judge has none
-    any_policy: bool = False  # right for responses of any policy, so that earlier ones may be replayed
+    # For trainers:
+    fitted: Group | None = None  # None: "pair" if the shape has two columns, else "all"
+    order_only: bool = False  # depends only on the order of the rewards, so win rates can replace them
+    any_policy: bool = False  # correct for responses of any policy, so earlier ones can be replayed
     against_all: Callable[[Arguments], bool] = _never  # whether the target is the win rate against all samples
-    scale: Callable[[Arguments], float] = _one  # factor after which one learning rate suits any step size
-    pull: Callable[[Arguments], float] = _zero  # KL weight of the game whose equilibrium the loss seeks, 0 for none
+    scale: Callable[[Arguments], float] = _one  # factor with which one learning rate suits any step size
+    pull: Callable[[Arguments], float] = _zero  # KL weight of the game whose equilibrium the loss seeks; 0: none
     metrics: Callable[..., dict[str, Tensor]] | None = None  # (logps, win_rates, where, *, arguments, **frozen logps)
-    across: Callable[..., Tensor] | None = None  # from (G, K) tensors of an iteration, `where` too, to (G,) constants
-    across_name: str = ""  # of that constant
+    across: Callable[..., Tensor] | None = None  # from (G, K) tensors of an iteration, also `where`, to (G,) constants
+    across_name: str = ""  # name of that constant
 
     @property
     def group(self) -> Group:
@@ -73,14 +73,14 @@ class Loss:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of its tensors, of alternatives each."""
+        """Names of its tensors, each of the alternatives included."""
         return tuple(name.strip(" ?") for entry in self.inputs for name in entry.split("|"))
 
     def target(self, *, alone: bool = False) -> str | None:
-        """The form in which it takes a judge's verdict: "prefs", "rewards" or "win_rates", None where it takes none.
+        """Return the form in which it takes verdicts of a judge: "prefs", "rewards" or "win_rates"; else None.
 
         Args:
-            alone: only a number for each response serves, not one for each pair.
+            alone: whether the form must be one number per response, not one per pair.
 
         Example:
             >>> from windkern.losses import LOSSES
@@ -92,12 +92,12 @@ class Loss:
 
     @property
     def replayable(self) -> bool:
-        """Whether responses of earlier iterations may be fitted in new groups, with the constants they had."""
+        """Whether responses of earlier iterations can be fitted in new groups, with their old constants."""
         return self.any_policy and self.across is None and self.target(alone=True) is not None
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """Names of the arguments that are settings: all but tensors and `reduction`."""
+        """Names of the arguments that are settings: all except tensors and `reduction`."""
         tensors = {*self.names, "where", "reduction"}
         return tuple(name for name in inspect.signature(self.function).parameters if name not in tensors)
 
@@ -108,12 +108,12 @@ class Loss:
         return {name: self.settings[name] for name in self.keywords if known[name].default is inspect.Parameter.empty}
 
     def arguments(self, given: Arguments | None = None) -> dict[str, object]:
-        """All settings: those given, else those of `required`, else the defaults of the signature.
+        """Return all settings: those given, else those of `required`, else the defaults of the signature.
 
-        Those of a separable loss are tried on a small group, so that what the loss refuses is refused here.
+        A separable loss is tried on a small group, so that a value it refuses raises here.
 
         Raises:
-            ValueError, TypeError: a name belongs to no setting, or the loss refuses a value.
+            ValueError, TypeError: a name is not a setting, or the loss refuses a value.
 
         Example:
             >>> from windkern.losses import LOSSES

@@ -1,4 +1,4 @@
-"""EXO: reverse KL from the policy's distribution over a group to the one its rewards ask for."""
+"""EXO: reverse KL from the policy's distribution over a group to the target distribution of its rewards."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ def exo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """EXO loss of each group.
+    """Return the EXO loss of each group.
 
     Formula: KL(p || q) = sum_i p_i (log p_i - log q_i) with p = softmax(beta (l - r)) over the group and
-    q = softmax(R / alpha), or, for pairs without rewards, q = (1 - eps, eps). The other direction of the same two
-    distributions is `infonca`; the reverse one seeks modes and is what KL-regularised RL minimises.
+    q = softmax(R / alpha), or, for pairs without rewards, q = (1 - eps, eps). `infonca` is the other direction for the
+    same two distributions; this reverse direction seeks modes, and KL-regularised RL minimises it.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
         ref_logps: (B, N), dtype of `logps`, under the frozen reference.
-        rewards: (B, N), any finite scores; this, or `label_smoothing` for pairs (N = 2, the first chosen).
+        rewards: (B, N), any finite scores. Either this, or `label_smoothing` for pairs (N = 2, the first chosen).
         beta: weight of the KL to the reference, positive.
         alpha: temperature of the target, positive; for `rewards`.
-        label_smoothing: eps, chance that a label is wrong, in (0, 1/2); 0.001 in the paper. 0 would ask for an infinite
-            penalty: the loss is -log eps wherever the policy is sure of the wrong response.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        label_smoothing: eps, chance that a label is wrong, in (0, 1/2); 0.001 in the paper. 0 would be an infinite
+            penalty, because the loss is -log eps where the policy is sure of the wrong response.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
         ValueError: a shape or device does not fit; a constant requires grad; `rewards` and `label_smoothing` are both
-            given or both missing; `label_smoothing` for other than pairs; `rewards` are not finite (looked at on a CPU
+            given or both missing; `label_smoothing` is given for N != 2; `rewards` are not finite (checked on a CPU
             only); a number or `reduction` is out of range.
 
     Source:
@@ -85,7 +85,7 @@ def exo(
         if label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be below 0.5, got {label_smoothing!r}")
         if logps.shape[1] != 2:
-            raise ValueError(f"label_smoothing is for pairs, got {logps.shape[1]} responses a group; give rewards")
+            raise ValueError(f"label_smoothing is for pairs, got {logps.shape[1]} responses per group; give rewards")
         chosen = first_of_pair(logps).to(logps.dtype)
         log_q = chosen * math.log1p(-label_smoothing) + (1 - chosen) * math.log(label_smoothing)
     else:

@@ -1,4 +1,4 @@
-"""GRPO: the clipped policy gradient of a group, token by token."""
+"""GRPO: the clipped policy gradient of a group, per token."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from windkern.losses._groups import (
 )
 
 AVERAGES = ("sequence", "group", "none")
-LARGEST = 20.0  # nats; a larger log-ratio of one token means nothing any more
+LARGEST = 20.0  # nats; a larger log-ratio of one token is meaningless
 STD_FLOOR = 1e-4  # added to the standard deviation, as in TRL
 
 
 def tamed_exp(x: Tensor) -> Tensor:
-    """exp(x), from LARGEST on its tangent.
+    """Return exp(x), continued beyond LARGEST by its tangent.
 
-    Hazard: exp overflows beyond 88, and a clamp has gradient 0 just where a push back is needed. Remedy: the tangent.
+    Hazard: exp overflows beyond 88, and a clamp has gradient 0 exactly where x must be pushed back. Remedy: a tangent.
     """
     return x.clamp(max=LARGEST).exp() * (1 + (x - LARGEST).relu())
 
 
 def group_advantages(rewards: Tensor, where: Tensor, scale: bool) -> Tensor:
-    """R - mean R, over std R (that of a sample) where asked; 0 for a single response. (B, N) -> (B, N)."""
+    """Return R - mean R, divided by the sample std of R if `scale`; 0 for a single response. (B, N) -> (B, N)."""
     gaps = fill(centred(rewards, where), where)
     if not scale:
         return gaps
@@ -56,7 +56,7 @@ def grpo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """GRPO loss of each group, from log-probs of single tokens: those of `token_logps`.
+    """Return the GRPO loss of each group, from the log-probs of single tokens that `token_logps` returns.
 
     Formula: with the ratio rho = exp(l_t - o_t) of a token and the advantage A_i of its response,
 
@@ -65,33 +65,33 @@ def grpo(
 
     averaged over the T_i tokens of a response, then over the K responses of the group (`average="sequence"`).
 
-    Old log-probs may be `logps.detach()` for one step per batch: the ratio is 1, its gradient that of REINFORCE.
+    With one step per batch, `old_logps` can be `logps.detach()`: the ratio is 1, with the gradient of REINFORCE.
 
-    Not for `fused_loss`, which hands over sums over tokens: use `token_logps` and this loss.
+    The loss cannot be used in `fused_loss`, which passes sums over tokens; use it with `token_logps`.
 
     Args:
         logps: (B, N, T) float32 or float64, log-probs of the tokens under the policy, nats.
         old_logps: (B, N, T), dtype of `logps`, under the policy that sampled them.
         ref_logps: (B, N, T), dtype of `logps`, under the frozen reference; for beta > 0.
-        rewards: (B, N), any finite scores. This or `advantages`.
+        rewards: (B, N), any finite scores. Either this or `advantages`.
         advantages: (B, N), used as they are.
-        clip: how far below 1 a ratio still counts, in (0, 1).
-        clip_high: how far above 1, positive; None for `clip`. 0.28 in DAPO.
+        clip: ratios below 1 - clip are clipped, in (0, 1).
+        clip_high: ratios above 1 + clip_high are clipped, positive; None for `clip`. 0.28 in DAPO.
         beta: weight of the KL to the reference, not negative.
         scale_rewards: whether to divide by the standard deviation of the group's rewards (Dr. GRPO does not).
         average: "sequence" (each response counts the same, GRPO), "group" (each token of the group counts the same, as
             DAPO does over the batch), or "none" (tokens add up, responses are averaged; Dr. GRPO up to a constant).
-        where: (B, N, T) bool, tokens that count, None for all. The others may hold anything, NaN included. A response
-            without any takes no part; a group without any contributes 0 and gradient 0.
+        where: (B, N, T) bool, tokens that count, None for all. The others can hold anything, even NaN. A response
+            without such tokens does not count; a group without any contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
         ValueError: a shape or device does not fit; a constant requires grad; `rewards` and `advantages` are both given
-            or both missing, or not finite (looked at on a CPU only); `ref_logps` are missing for beta > 0, or given for
+            or both missing, or not finite (checked on a CPU only); `ref_logps` are missing for beta > 0, or given for
             beta = 0; a number, `average` or `reduction` is out of range.
 
     Numerics:

@@ -1,4 +1,4 @@
-"""InfoNCA: cross-entropy from the distribution that the rewards ask for to the policy's over a group."""
+"""InfoNCA: cross-entropy from the target distribution of the rewards to the policy's, over a group."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def infonca(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """InfoNCA loss of each group.
+    """Return the InfoNCA loss of each group.
 
     Formula: -sum_i q_i log softmax(beta (l - r))_i with q = softmax(R / alpha) over the group. For two responses and
     alpha -> 0 it is `dpo`. Also known as DPO-rw and as the soft form of listwise preference losses.
@@ -39,17 +39,17 @@ def infonca(
         rewards: (B, N), any finite scores.
         beta: weight of the KL to the reference, positive.
         alpha: temperature of the target, positive.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
-        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (looked at on a
-            CPU only); `beta`, `alpha` or `reduction` is out of range.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
+        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (checked on a CPU
+            only); `beta`, `alpha` or `reduction` is out of range.
 
     Source:
         Chen et al. 2024 (arXiv 2402.05369).

@@ -30,14 +30,15 @@ def inpo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """INPO loss of each group.
+    """Return the INPO loss of each group.
 
     Formula: mean over ordered pairs i != j of (s_i - s_j - (P_ij - 1/2) / eta)^2 with the residual
-    s_i = l_i - (1 - tau/eta) o_i - (tau/eta) r_i. For a pair of which the first won this is the published
+    s_i = l_i - (1 - tau/eta) o_i - (tau/eta) r_i. For a pair whose first response won, this is the published
     (s_w - s_l - 1/(2 eta))^2.
 
-    It is `wind(objective="square_pair")` with beta = tau and step size 1/(eta - tau): eta is here a weight that slows
-    the step, as in the paper. tau = 0 gives IPO with the reference pi_t, tau = eta IPO with the reference pi_ref.
+    It equals `wind(objective="square_pair")` with beta = tau and step size 1/(eta - tau): here eta is a weight that
+    slows the step, as in the paper. tau = 0 gives IPO with the reference pi_t, tau = eta gives IPO with the reference
+    pi_ref.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
@@ -47,18 +48,18 @@ def inpo(
             first response won.
         eta: weight of the KL to pi_t and pi_ref together, positive; 0.002 in the authors' settings.
         tau: weight of the KL to pi_ref, in [0, eta]; eta / 3 in the authors' settings.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
-        ValueError: a shape or device does not fit; a constant requires grad; `prefs` are missing for N != 2, leave
-            [0, 1] or are not symmetric (values are looked at on a CPU only, see `check_prefs`); `eta`, `tau` or
-            `reduction` is out of range.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
+        ValueError: a shape or device does not fit; a constant requires grad; `prefs` are missing for N != 2, outside
+            [0, 1] or not symmetric (values are checked on a CPU only, see `check_prefs`); `eta`, `tau` or `reduction`
+            is out of range.
 
     Source:
         Zhang et al. 2024 (arXiv 2407.00617); docs/theory.md, section 10.
@@ -83,7 +84,7 @@ def inpo(
     where = kept_responses(where, logps)
     if prefs is None:
         if logps.shape[1] != 2:
-            raise ValueError(f"prefs may be left out for pairs only, got {logps.shape[1]} responses a group")
+            raise ValueError(f"prefs may be left out for pairs only, got {logps.shape[1]} responses per group")
         won = first_of_pair(logps).to(logps.dtype)
         prefs = (0.5 + (won[:, None] - won) / 2).expand(logps.shape[0], 2, 2)
     prefs = choose_target(logps, prefs, None, "pairs", where, "inpo")

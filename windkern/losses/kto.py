@@ -30,7 +30,7 @@ def kto(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """KTO loss of each group; responses stand alone, so N = 1 is the usual case.
+    """Return the KTO loss of each group; responses are independent, so N = 1 is the usual case.
 
     Formula: (1/K) sum_i v_i with d_i = l_i - r_i and
 
@@ -38,12 +38,13 @@ def kto(
               w_U (1 - sigma(beta (z0 - d_i)))   if not
         z0  = max(0, mean of kl_gaps), a constant: no gradient flows through it
 
-    z0 estimates KL(policy || reference). The authors take `kl_gaps` from mismatched pairs, responses under prompts that
-    are not theirs; without `kl_gaps` the mean of d over all responses of the batch is taken, which needs no second
-    forward and is biased. Across processes, pass the gathered gaps. `kl_gaps` of zeros give the unpaired form of
+    z0 estimates KL(policy || reference). The authors take `kl_gaps` from mismatched pairs of prompts and responses.
+    Without `kl_gaps`, the mean of d over all responses of the batch is used, which needs no second forward but is
+    biased. Across processes, pass the gathered gaps. `kl_gaps` of zeros give the unpaired form of
     `apo(variant="zero")`.
 
-    Not separable without `kl_gaps`: a part of the batch has another z0. Inside `fused_loss`, close over `kl_gaps`.
+    Without `kl_gaps` the loss is not separable, because a part of the batch has another z0. Inside `fused_loss`, close
+    over `kl_gaps`.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
@@ -53,16 +54,16 @@ def kto(
             batch's own mean.
         beta: weight of the KL to the reference, positive.
         desirable_weight, undesirable_weight: w_D and w_U, not negative; to balance unequal numbers of the two.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with none left contributes 0 and gradient 0.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            none left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `desirable` or `where` is not bool, or the log-probs
-            mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `desirable` or `where` is not bool, or
+            log-probs mix dtypes.
         ValueError: a shape or device does not fit; a constant requires grad; `kl_gaps` are empty; a number or
             `reduction` is out of range.
 

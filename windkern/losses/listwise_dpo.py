@@ -27,29 +27,29 @@ def listwise_dpo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Plackett-Luce loss of each group.
+    """Return the Plackett-Luce loss of each group.
 
     Formula: with z = beta (l - r), -sum_i [z_i - log sum_{j: R_j <= R_i} exp z_j]: minus the log-likelihood of picking
     the responses best first, each among those not yet picked. Two responses give `dpo`.
 
-    Responses that tie are each compared with all of their tie (Breslow's form), so no order is invented.
+    Tied responses are each compared with all of their tie (Breslow's form), so no order among them is invented.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
         ref_logps: (B, N), dtype of `logps`, under the frozen reference.
-        rewards: (B, N), any finite scores, minus ranks included; only their order counts.
+        rewards: (B, N), any finite scores, such as negative ranks; only their order counts.
         beta: weight of the KL to the reference, positive.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
-        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (looked at on a
-            CPU only); `beta` or `reduction` is out of range.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
+        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (checked on a CPU
+            only); `beta` or `reduction` is out of range.
 
     Memory:
         O(N^2) per group. For thousands of items use `windkern.pair_loss`.
@@ -74,7 +74,7 @@ def listwise_dpo(
     rewards = check_rewards(rewards, logps, where)
     z = beta * (fill(logps, where) - fill(ref_logps, where))
     left = pairs_of(where) & (rewards[:, None, :] <= rewards[:, :, None])  # (B, N, N): j is not better than i
-    # Hazard: a row that is all -inf is NaN. Remedy: every response, masked or not, stands in its own row.
+    # Hazard: a row that is all -inf gives NaN. Remedy: every response, masked or not, counts in its own row.
     left = left | torch.eye(left.shape[-1], dtype=torch.bool, device=left.device)
     totals = fill(z[:, None, :].expand(left.shape), left, float("-inf")).logsumexp(-1)
     return reduce_groups(fill(totals - z, where).sum(-1), reduction)

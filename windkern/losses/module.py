@@ -1,4 +1,4 @@
-"""The WIND loss as a module, for code that keeps its criterion in one place."""
+"""The WIND loss as a module, for code that stores its criterion as an object."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from windkern.losses.wind import OBJECTIVES, wind
 
 
 class WindLoss(torch.nn.Module):
-    """`wind` with its hyper-parameters fixed; it has no weights of its own.
+    """The loss `wind` with fixed hyper-parameters; it has no weights.
 
-    Formula: as `windkern.losses.wind`.
+    Formula: see `windkern.losses.wind`.
 
     Args:
         eta: step size, positive.
@@ -25,7 +25,7 @@ class WindLoss(torch.nn.Module):
         ValueError: `eta`, `beta`, `objective` or `reduction` is out of range.
 
     Source:
-        As `windkern.losses.wind`.
+        See `windkern.losses.wind`.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ class WindLoss(torch.nn.Module):
         log_z: Tensor | None = None,
         where: Tensor | None = None,
     ) -> Tensor:
-        """The loss, () or (B,); arguments and errors as in `windkern.losses.wind`."""
+        """Return the loss, () or (B,); arguments and errors are those of `windkern.losses.wind`."""
         return wind(
             logps,
             old_logps,

@@ -1,4 +1,4 @@
-"""NCA: noise contrastive alignment, which fixes each log-ratio itself and not only their gaps."""
+"""NCA: noise contrastive alignment, which determines each log-ratio and not only their gaps."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def nca(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """NCA loss of each group.
+    """Return the NCA loss of each group.
 
     Formula: -sum_i q_i log sigma(beta d_i) - (1/K) sum_i log sigma(-beta d_i) with d_i = l_i - r_i and
     q = softmax(R / alpha) over the group, or q = (1, 0) for pairs without rewards, which gives
 
         -log sigma(beta d_w) - 1/2 log sigma(-beta d_w) - 1/2 log sigma(-beta d_l)
 
-    Unlike `dpo` and `infonca` it is not invariant to a constant: the chosen response is pulled up until beta d_w = log
-    2 and no further, so its likelihood does not fall with that of the rejected one.
+    Unlike `dpo` and `infonca`, it is not invariant to a constant in d: the chosen response is pulled up until
+    beta d_w = log 2 and no further, so its likelihood does not fall with that of the rejected one.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
@@ -46,17 +46,17 @@ def nca(
         rewards: (B, N), any finite scores; None for pairs (N = 2) of a chosen and a rejected response.
         beta: weight of the KL to the reference, positive.
         alpha: temperature of the target, positive; for `rewards`.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
         ValueError: a shape or device does not fit; a constant requires grad; `rewards` are missing for N != 2 or not
-            finite (looked at on a CPU only); `beta`, `alpha` or `reduction` is out of range.
+            finite (checked on a CPU only); `beta`, `alpha` or `reduction` is out of range.
 
     Source:
         Chen et al. 2024 (arXiv 2402.05369).
@@ -81,6 +81,6 @@ def nca(
     elif logps.shape[1] == 2:
         q = (where & first_of_pair(logps)).to(logps.dtype)
     else:
-        raise ValueError(f"rewards may be left out for pairs only, got {logps.shape[1]} responses a group")
+        raise ValueError(f"rewards may be left out for pairs only, got {logps.shape[1]} responses per group")
     d = beta * (fill(logps, where) - fill(ref_logps, where))
     return reduce_groups(-(q * logsigmoid(d)).sum(-1) - group_mean(logsigmoid(-d), where), reduction)

@@ -18,9 +18,9 @@ from windkern.losses._groups import (
 
 
 def log_odds(mean_logps: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean_logps).
+    """Return log(p / (1 - p)) for p = exp(mean_logps).
 
-    Hazard: 1 - exp(x) rounds to 0 near x = 0. Remedy: -expm1(x), and x kept below 0, so that p = 1 stays finite.
+    Hazard: 1 - exp(x) rounds to 0 near x = 0. Remedy: use -expm1(x), and keep x below 0 so that p = 1 stays finite.
     """
     x = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).tiny)
     return x - (-torch.expm1(x)).log()
@@ -34,33 +34,34 @@ def orpo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """ORPO loss of each pair (chosen, rejected).
+    """Return the ORPO loss of each pair (chosen, rejected).
 
     Formula: -l_w / T_w - beta log sigma(odds_w - odds_l) with odds = log(p / (1 - p)), p = exp(l / T) the geometric
     mean of the token probabilities, T the number of scored tokens.
 
-    The first term is the mean over the response's tokens, pair by pair. TRL takes it over prompt and response, and as
-    one mean over all tokens of the batch; the second term is the same.
+    The first term is the mean over the response's tokens, pair by pair. TRL takes one mean over all tokens of the
+    batch, prompts included; the second term is the same.
 
     Args:
         logps: (B, 2) float32 or float64, log-probs of chosen and rejected under the policy, nats, summed over tokens.
         lengths: (B, 2) integers or floats, tokens summed in each of `logps`, at least 1. The division happens here.
         beta: weight of the odds ratio, positive; lambda in the paper.
-        where: (B, 2) bool, responses that take part, None for all. A pair that is not whole contributes 0 and gradient
-            0, whatever it holds.
+        where: (B, 2) bool, responses that count, None for all. An incomplete pair contributes 0 with gradient 0,
+            whatever it holds.
         reduction: "mean" (sum over pairs / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, `logps` is not float32 or float64, `lengths` are not numbers, `where` is not
-            bool.
-        ValueError: a shape or device does not fit; `lengths` are below 1 (looked at on a CPU only); `beta` or
+        TypeError: an argument is not a tensor, `logps` is not float32 or float64, `lengths` are not numbers, or `where`
+            is not bool.
+        ValueError: a shape or device does not fit; `lengths` are below 1 (checked on a CPU only); `beta` or
             `reduction` is out of range.
 
     Numerics:
-        log(1 - exp(x)) from -expm1(x); log-probs of 0 or above by a rounding count as the largest number below 0.
+        log(1 - exp(x)) is computed from -expm1(x). Log-probs that rounding makes 0 or positive count as the largest
+        number below 0.
 
     Source:
         Hong et al. 2024 (arXiv 2403.07691).

@@ -28,7 +28,7 @@ def rebel(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """REBEL loss of each group.
+    """Return the REBEL loss of each group.
 
     Formula: mean over ordered pairs i != j of ((l_i - o_i) - (l_j - o_j) - eta (R_i - R_j))^2. For two responses this
     is the published loss of a pair. It is computed in O(N), as 2K/(K-1) times the variance of l_i - o_i - eta R_i.
@@ -37,18 +37,18 @@ def rebel(
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
         old_logps: (B, N), dtype of `logps`, under pi_t, the policy that sampled them.
         rewards: (B, N), any finite scores.
-        eta: step size, positive: nats for one unit of reward.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        eta: step size, positive: nats per unit of reward.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
-        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (looked at on a
-            CPU only); `eta` or `reduction` is out of range.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
+        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (checked on a CPU
+            only); `eta` or `reduction` is out of range.
 
     Source:
         Gao et al. 2024 (arXiv 2404.16767); docs/theory.md, section 10.

@@ -27,7 +27,7 @@ def simpo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """SimPO loss of each pair (chosen, rejected).
+    """Return the SimPO loss of each pair (chosen, rejected).
 
     Formula: -(1-eps) log sigma(u) - eps log sigma(-u) with u = beta (l_w / T_w - l_l / T_l) - gamma, T the number of
     scored tokens.
@@ -38,17 +38,17 @@ def simpo(
         beta: scale of the mean log-probs, positive.
         gamma: margin to exceed, in units of u. The authors' settings give gamma / beta.
         label_smoothing: eps, chance that a label is wrong, in [0, 1/2).
-        where: (B, 2) bool, responses that take part, None for all. A pair that is not whole contributes 0 and gradient
-            0, whatever it holds.
+        where: (B, 2) bool, responses that count, None for all. An incomplete pair contributes 0 with gradient 0,
+            whatever it holds.
         reduction: "mean" (sum over pairs / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, `logps` is not float32 or float64, `lengths` are not numbers, `where` is not
-            bool.
-        ValueError: a shape or device does not fit; `lengths` are below 1 (looked at on a CPU only); `beta`, `gamma`,
+        TypeError: an argument is not a tensor, `logps` is not float32 or float64, `lengths` are not numbers, or `where`
+            is not bool.
+        ValueError: a shape or device does not fit; `lengths` are below 1 (checked on a CPU only); `beta`, `gamma`,
             `label_smoothing` or `reduction` is out of range.
 
     Source:

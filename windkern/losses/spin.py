@@ -1,4 +1,4 @@
-"""SPIN: a person's answer against one of the model's own, relative to the previous model."""
+"""SPIN: prefer a person's answer to the model's own, relative to the previous model."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def spin(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """SPIN loss of each pair (demonstration, own sample).
+    """Return the SPIN loss of each pair (demonstration, own sample).
 
     Formula: -log sigma(beta [(l_w - o_w) - (l_l - o_l)]) with y_w a demonstration and y_l a sample of pi_t, the policy
-    of the iteration before, which is also the reference. As a formula it is `dpo` with that reference; the rejected
-    responses are sampled anew in every iteration, and no judge is asked.
+    of the previous iteration, which is also the reference. The formula is that of `dpo` with this reference; the
+    rejected responses are sampled again in every iteration, and no judge is needed.
 
     Args:
         logps: (B, 2) float32 or float64, log-probs of demonstration and own sample under the policy, nats, summed over
             tokens.
         old_logps: (B, 2), dtype of `logps`, under pi_t.
         beta: strength of the pull to pi_t, positive; lambda in the paper.
-        where: (B, 2) bool, responses that take part, None for all. A pair that is not whole contributes 0 and gradient
-            0, whatever it holds.
+        where: (B, 2) bool, responses that count, None for all. An incomplete pair contributes 0 with gradient 0,
+            whatever it holds.
         reduction: "mean" (sum over pairs / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
         ValueError: a shape or device does not fit; `old_logps` requires grad; `beta` or `reduction` is out of range.
 
     Source:

@@ -28,33 +28,33 @@ def sppo(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """SPPO loss of each group.
+    """Return the SPPO loss of each group.
 
     Formula: (1/K) sum_i (l_i - o_i - eta (w_i - 1/2))^2 over the K responses left by `where`, with l and o the
-    log-probs under the policy and under pi_t, and w_i = (1/K) sum_j P_ij, the own comparison counting 1/2.
+    log-probs under the policy and under pi_t, and w_i = (1/K) sum_j P_ij, where the comparison with itself counts 1/2.
 
-    That statistic is what the authors' code uses (K = 5). In a loss taken point by point it shrinks the step: the fit
-    goes to eta (K-1)/K instead of eta. For the full step give win rates that leave the own comparison out as
-    `win_rates`, or use `wind` with beta = 0, whose centred losses need no such care.
+    The authors' code uses this statistic (K = 5). In a point-wise loss it shrinks the step: the fit converges to
+    eta (K-1)/K instead of eta. For the full step, pass `win_rates` that leave out the comparison with itself, or use
+    `wind` with beta = 0, whose centred losses do not need this.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
         old_logps: (B, N), dtype of `logps`, under pi_t, the policy that sampled them.
-        prefs: (B, N, N), chance that response i beats response j, `prefs + prefs.mT = 1`. This or `win_rates`.
+        prefs: (B, N, N), chance that response i beats response j, `prefs + prefs.mT = 1`. Either this or `win_rates`.
         win_rates: (B, N) in [0, 1], chance that response i beats pi_t; used as they are.
-        eta: step size, positive; 1 / beta of the authors' code, where beta = 0.001.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        eta: step size, positive; 1 / beta in the authors' code, where beta = 0.001.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
         ValueError: a shape or device does not fit; a constant requires grad; `prefs` and `win_rates` are both given or
-            both missing; `eta` or `reduction` is out of range; `prefs` or `win_rates` leave [0, 1] or `prefs` are not
-            symmetric (values are looked at on a CPU only, see `check_prefs`).
+            both missing; `eta` or `reduction` is out of range; `prefs` or `win_rates` are outside [0, 1], or `prefs`
+            are not symmetric (values are checked on a CPU only, see `check_prefs`).
 
     Source:
         Wu et al. 2024 (arXiv 2405.00675) and its code; docs/theory.md, eq. (1.31) with a = 1, b = 0, c = eta.

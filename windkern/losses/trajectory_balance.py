@@ -1,4 +1,4 @@
-"""Trajectory balance (TBA, VarGrad): regression of log-ratios to the reference on rewards, from any sampler."""
+"""Trajectory balance (TBA, VarGrad): regression of log-ratios to the reference on rewards, for any sampler."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ def trajectory_balance(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Trajectory-balance loss of each group.
+    """Return the trajectory-balance loss of each group.
 
     Formula: (1/K) sum_i (log Z + d_i)^2 with d_i = l_i - r_i - R_i / beta and, unless `log_z` is given, the group's own
     estimate log Z = -mean d (VarGrad), which makes it the variance of d. The optimum is pi_ref exp(R / beta) / Z.
 
-    The responses may come from any policy: no importance ratio occurs, so a replay buffer needs no correction. Samples
-    of the policy itself make the gradient, in expectation, that of 2 KL(policy || optimum), times (K-1)/K with the
-    group's estimate of log Z.
+    The responses can come from any policy: there is no importance ratio, so a replay buffer needs no correction. For
+    samples of the policy itself, the gradient is, in expectation, that of 2 KL(policy || optimum), times (K-1)/K with
+    the group's estimate of log Z.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
         ref_logps: (B, N), dtype of `logps`, under the frozen reference.
         rewards: (B, N), any finite scores.
-        log_z: (B,) nats, log Z where it is known or learned elsewhere; None takes the group's estimate.
+        log_z: (B,) nats, log Z if it is known or learned elsewhere; None takes the group's estimate.
         beta: weight of the KL to the reference, positive.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
-        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (looked at on a
-            CPU only); `beta` or `reduction` is out of range.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
+        ValueError: a shape or device does not fit; a constant requires grad; `rewards` are not finite (checked on a CPU
+            only); `beta` or `reduction` is out of range.
 
     Source:
         Bartoldson et al. 2025, TBA (arXiv 2503.18929); docs/theory.md, section 10.
@@ -76,7 +76,7 @@ def trajectory_balance(
     where = kept_responses(where, logps)
     rewards = check_rewards(rewards, logps, where)
     ref_logps = fill(ref_logps, where)
-    d = residual(fill(logps, where), ref_logps, ref_logps, b=1.0) - rewards / beta  # the sampler does not occur
+    d = residual(fill(logps, where), ref_logps, ref_logps, b=1.0) - rewards / beta  # independent of the sampler
     if log_z is None:
         return reduce_groups(group_variance(d, where), reduction)
     log_z = fill(check_constant("log_z", log_z, logps, (logps.shape[0],)), where.any(-1))

@@ -33,12 +33,12 @@ from windkern.losses._groups import (
 
 
 class Fit(NamedTuple):
-    """One batch of groups ready for an objective: masked entries hold harmless numbers."""
+    """A batch of groups, ready for an objective; masked entries hold harmless numbers."""
 
     s: Tensor  # (B, N) l - a o - b r, which is c w - log Z at the exact update
     gap: Tensor  # (B, N) l - o
     pull: Tensor  # (B, N) b (r - o), constant
-    target: Tensor  # (B, N) win rates, or (B, N, N) preferences where the objective wants pairs
+    target: Tensor  # (B, N) win rates, or (B, N, N) preferences if the objective uses pairs
     log_z: Tensor  # (B, 1)
     c: float
     where: Tensor  # (B, N) bool
@@ -79,7 +79,7 @@ class Objective:
     """One way to fit the update from a group of samples."""
 
     value: Callable[[Fit], Tensor]  # Fit -> (B,)
-    statistic: str  # what `prefs` become: "V" win rates, "U" win rates, or "pairs" as they are
+    statistic: str  # computed from `prefs`: "V" win rates, "U" win rates, or "pairs" (the preferences themselves)
     uses_log_z: bool
     formula: str
     source: str
@@ -142,7 +142,7 @@ def wind(
     where: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """WIND loss of each group: how far the policy is from the next exact iterate of the win-rate game.
+    """Return the WIND loss of each group: how far the policy is from the next exact iterate of the win-rate game.
 
     Formula: the exact update is log pi_{t+1} = a log pi_t + b log pi_ref + c w - log Z with a = 1/(1 + eta*beta),
     b = eta*beta*a, c = eta*a and w_i = P(response i beats pi_t). With l, o, r the log-probs under the policy, pi_t and
@@ -164,41 +164,42 @@ def wind(
                  t_i = b (r_i - o_i) + c w_i                                                    more with 0/1 prefs
     ============ ==================================================================== ========= =======================
 
-    V: w_i = (1/K) sum_j P_ij, the own comparison counting 1/2, which centring needs. U: w_i = (1/(K-1)) sum_{j != i}
-    P_ij. `mean w` is 1/2 whenever win rates come from `prefs`. Exact win rates in `win_rates` leave no bias in any
-    objective that takes them (`square_point`: with an exact `log_z`). `nce` is the cross-entropy of `kl` point by
-    point, with U. In `kl` and `nce` a log outside [0.02, 0.98] continues as its second-order Taylor polynomial.
+    V: w_i = (1/K) sum_j P_ij, where the comparison with itself counts 1/2, as centring requires. U: w_i = (1/(K-1))
+    sum_{j != i} P_ij. `mean w` is 1/2 whenever win rates come from `prefs`. With exact win rates in `win_rates`, every
+    objective that takes them is unbiased (`square_point`: with an exact `log_z`). `nce` is the cross-entropy of `kl`
+    point by point, with U. In `kl` and `nce`, a log outside [0.02, 0.98] continues as its second-order Taylor
+    polynomial.
 
     Args:
         logps: (B, N) float32 or float64, log-probs of the responses under the policy, nats, summed over tokens.
         old_logps: (B, N), dtype of `logps`, under pi_t, the policy that sampled them.
         ref_logps: (B, N), dtype of `logps`, under the frozen reference.
-        prefs: (B, N, N), chance that response i beats response j, `prefs + prefs.mT = 1`. This or `win_rates`.
+        prefs: (B, N, N), chance that response i beats response j, `prefs + prefs.mT = 1`. Either this or `win_rates`.
         win_rates: (B, N) in [0, 1], chance that response i beats pi_t; used as they are. Not for the pair objectives.
         log_z: (B,) nats, exact or estimated log Z, for `square_point` and `nce`. None takes c/2, the value at small
             eta while pi_t = pi_ref; it is biased later, because it leaves out log sum pi_t^a pi_ref^b <= 0.
-        eta: step size, positive. Up to 4 * beta converges whatever the preferences.
+        eta: step size, positive. Up to 4 * beta, convergence is guaranteed for any preferences.
         beta: weight of the KL to the reference, not negative.
         objective: a name from the table above.
-        where: (B, N) bool, responses that take part, None for all. The others may hold anything, NaN included. A group
-            with fewer than two left contributes 0 and gradient 0.
+        where: (B, N) bool, responses that count, None for all. The others can hold anything, even NaN. A group with
+            fewer than two left contributes 0 with gradient 0.
         reduction: "mean" (sum over groups / B), "sum", or "none".
 
     Returns:
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, or the log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
         ValueError: a shape or device does not fit; a constant requires grad; `prefs` and `win_rates` are both given or
             both missing; the objective cannot use `win_rates` or `log_z`; `eta`, `beta`, `objective` or `reduction` is
-            out of range; `prefs` or `win_rates` leave [0, 1] or `prefs` are not symmetric (values are looked at on a
-            CPU only, on a GPU it would make Python wait: see `check_prefs`).
+            out of range; `prefs` or `win_rates` are outside [0, 1], or `prefs` are not symmetric (values are checked on
+            a CPU only, because on a GPU Python would wait: see `check_prefs`).
 
     Numerics:
-        s is formed as (l - o) + b (o - r): the log-probs are hundreds of nats, the differences are not.
+        s is computed as (l - o) + b (o - r), because the log-probs are hundreds of nats and the differences are small.
 
     Source:
-        WIND (arXiv 2410.20727) gives the game and names the squared, KL and NCE risks; derivations and the empirical
+        WIND (arXiv 2410.20727) defines the game and names the squared, KL and NCE risks; derivations and the empirical
         forms are ours: docs/theory.md, eq. (1.24), (1.31) to (1.44).
 
     Example:
@@ -225,7 +226,7 @@ def wind(
     elif chosen.uses_log_z:
         log_z = fill(check_constant("log_z", log_z, logps, (logps.shape[0],)), where.any(-1))
     else:
-        raise ValueError(f"log_z cannot serve objective={objective!r}, in which it cancels; leave it out")
+        raise ValueError(f"log_z cannot be used for objective={objective!r}, in which it cancels; leave it out")
 
     logps, old_logps, ref_logps = (fill(value, where) for value in (logps, old_logps, ref_logps))
     fit = Fit(
@@ -241,12 +242,12 @@ def wind(
 
 
 def against_all(arguments: Mapping[str, Any]) -> bool:
-    """Whether the target of an objective is the win rate against all that was sampled, the own comparison included."""
+    """Return whether the target of an objective is the win rate against all samples, the response itself included."""
     return OBJECTIVES[arguments["objective"]].statistic == "V"
 
 
 def inverse_square_step(arguments: Mapping[str, Any]) -> float:
-    """1 / c^2 for the squared objectives, which makes their value an error of win rates; 1 for the others."""
+    """Return 1 / c^2 for the squared objectives, which turns their value into an error of win rates; 1 for others."""
     *_, c = step_coefficients(arguments["eta"], arguments["beta"])
     return 1 / c**2 if arguments["objective"].startswith("square") else 1.0
 
@@ -260,7 +261,7 @@ def fit_metrics(
     old_logps: Tensor,
     ref_logps: Tensor,
 ) -> dict[str, Tensor]:
-    """How well groups meet the target of the update, as scalars in units of win rate.
+    """Return how well groups meet the target of the update, as scalars in units of win rate.
 
     Args:
         logps, old_logps, ref_logps: (B, N) nats.

@@ -1,1 +1,1 @@
-"""Registered ops, autograd and the public functions over them; `kernels` does the device work."""
+"""Registered ops, their autograd, and the public functions on top of them; `kernels` does the device work."""

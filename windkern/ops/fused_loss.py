@@ -1,4 +1,4 @@
-"""`fused_loss`: loss and gradients of groups of responses, finished chunk by chunk in forward."""
+"""`fused_loss`: loss and gradients of groups of responses, computed chunk by chunk in forward."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class _Chunk:
     """Whole groups that go through the walk together."""
 
     groups: slice
-    rows: Tensor | None  # (m,) positions of the rows in the chunk, None where all are scored
+    rows: Tensor | None  # (m,) positions of the rows in the chunk; None if all are scored
     targets: Tensor  # (m,)
     overflow: Tensor | None  # rows of the chunk beyond max_scored
 
 
 @dataclass
 class _Job:
-    """One call: checked inputs, the loss, and how it is cut into chunks of whole groups."""
+    """One call of `fused_loss`: checked inputs, the loss, and its split into chunks of whole groups."""
 
     inputs: Inputs
     loss_fn: Callable[..., Tensor]
@@ -56,8 +56,8 @@ class _Job:
     memory_budget: int | None
     batch_invariant: bool
     grads: dict[str, Any]
-    grad_enabled: bool  # where the caller is
-    chunk_rows: int | None = None  # what chunks are planned for where they share one plan; else their scored rows
+    grad_enabled: bool  # in the caller
+    chunk_rows: int | None = None  # rows to plan for if all chunks share one plan; None: each chunk's scored rows
 
     @property
     def group_tokens(self) -> int:
@@ -76,13 +76,13 @@ class _Job:
         )
 
     def chunks(self) -> tuple[Plan, Iterator[_Chunk]]:
-        """The plan, sized by the largest group's scored rows where the host may know them, and the chunks."""
+        """Return the plan, sized by the largest group's scored rows where the host can know them, and the chunks."""
         targets = self.inputs.targets
         scored = targets >= 0
         total_rows, positions, counts = self.inputs.total_rows, None, None
         if self.max_scored is not None or must_keep_rows(targets):
             per_group, any_scored = self.group_tokens, self.max_scored != 0
-        else:  # on a GPU: two synchronisations, however many chunks there are
+        else:  # on a GPU: two synchronisations for any number of chunks
             counts = scored.view(self.groups, self.group_tokens).sum(1).tolist()
             per_group, any_scored = max(counts, default=0), any(counts)
             positions = scored.nonzero().squeeze(1)
@@ -97,13 +97,13 @@ class _Job:
         if not self.inputs.streams:
             return made, chunks
         self.chunk_rows = per_group * made.chunk_groups
-        # Other ranks of a streamed head may have more.
+        # Other ranks of a streamed head may have more chunks.
         empty = _Chunk(slice(self.groups, self.groups), None, targets[:0], None)
         missing = made.num_chunks - -(-self.groups // made.chunk_groups)
         return made, itertools.chain(chunks, itertools.repeat(empty, missing))
 
     def _cut(self, step: int, targets: Tensor, positions: Tensor | None, counts: list[int] | None) -> Iterator[_Chunk]:
-        """Chunks of `step` groups; `positions` of all scored rows and `counts` by group where the host knows them."""
+        """Yield chunks of `step` groups, from `positions` of scored rows and `counts` by group if the host has them."""
         passed = 0
         for start in range(0, self.groups, step):
             groups = slice(start, min(start + step, self.groups))
@@ -125,7 +125,7 @@ class _Job:
 
 
 def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of one chunk and its gradient with respect to logps (b, N)."""
+    """Return the summed loss of one chunk and its gradient with respect to logps (b, N)."""
     constants = {name: value[groups] for name, value in job.per_group.items()}
     with torch.set_grad_enabled(wants_grad or job.grad_enabled):
         leaf = logps.detach().requires_grad_(wants_grad)
@@ -148,13 +148,16 @@ def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tu
         if coefficients is None:
             raise ValueError(
                 "loss_fn must return losses that depend on logps, got some without a gradient (detached, or made under "
-                "no_grad); where that is meant, add 0 * logps.sum(-1)"
+                "no_grad); if that is intended, add 0 * logps.sum(-1)"
             )
     return total.detach(), coefficients
 
 
 def _refuse_other_leaves(total: Tensor, leaf: Tensor) -> None:
-    """Hazard: a parameter used inside loss_fn would get no gradient, silently. Remedy: raise."""
+    """Raise if the loss depends on a tensor that requires grad other than `leaf`.
+
+    Hazard: a parameter used inside loss_fn would silently get no gradient. Remedy: raise.
+    """
     seen, stack = set(), [total.grad_fn]
     while stack:
         node = stack.pop()
@@ -164,14 +167,14 @@ def _refuse_other_leaves(total: Tensor, leaf: Tensor) -> None:
         other = getattr(node, "variable", None)
         if other is not None and other is not leaf:
             raise ValueError(
-                f"loss_fn must depend on no tensor that requires grad except logps, found one of shape "
+                f"loss_fn must not depend on any tensor that requires grad except logps, found one of shape "
                 f"{shape_of(other)}; use sequence_logps and your loss instead"
             )
         stack.extend(parent for parent, _ in node.next_functions)
 
 
 def _run(job: _Job, scale: float, wants_grad: bool) -> tuple[Tensor, HeldGradients | None]:
-    """The summed loss times `scale`, and its gradients."""
+    """Return the summed loss times `scale`, and its gradients."""
     made, chunks = job.chunks()
     held = HeldGradients(job.inputs, job.grads, made.num_chunks) if wants_grad else None
     total = job.inputs.hidden[0].new_zeros((), dtype=acc_dtype(job.inputs))
@@ -202,7 +205,7 @@ def _run_chunk(job: _Job, made: Plan, chunk: _Chunk, scale: float, held: HeldGra
         loss, coefficients = _chunk_loss(job, logps, groups, held is not None)
     if held is None:
         return loss
-    # Reason: the scale goes in here, in float32, and not into gradients that are already rounded.
+    # Reason: the scale is applied here, in float32, and not to gradients that are already rounded.
     c_logp = (coefficients.to(logps.dtype) * scale).unsqueeze(-1).expand(-1, -1, job.tokens).reshape(-1)
     c_logp = c_logp if rows is None else c_logp.index_select(0, rows)
     upstream = Upstream(c_logp, None, None)
@@ -239,7 +242,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _keeps_graph() -> bool:
-    """Whether this backward runs with retain_graph=True; if torch cannot tell, gradients are copied to be safe."""
+    """Return whether this backward runs with retain_graph=True; True if torch cannot tell, to be safe."""
     query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if query is None else query()
 
@@ -252,7 +255,7 @@ def _check_per_group(
     checked = {}
     for name, value in (per_group or {}).items():
         if not isinstance(name, str):
-            raise TypeError(f"per_group must have names of arguments of loss_fn as keys, got {name!r}")
+            raise TypeError(f"the keys of per_group must be names of arguments of loss_fn, got {name!r}")
         check_tensor(f"per_group[{name!r}]", value)
         if value.dim() == 0 or value.shape[0] != groups:
             raise ValueError(
@@ -266,18 +269,18 @@ def _check_per_group(
         checked[name] = value
     try:
         signature = inspect.signature(loss_fn)
-    except (ValueError, TypeError):  # of a callable that does not tell
+    except (ValueError, TypeError):  # a callable without a signature
         return checked
     try:
         signature.bind(None, **checked)
     except TypeError as error:
         names = ", ".join(["logps", *checked])
-        raise TypeError(f"loss_fn cannot be called with what per_group holds, as loss_fn({names}): {error}") from None
+        raise TypeError(f"loss_fn cannot be called with per_group's entries, as loss_fn({names}): {error}") from None
     return checked
 
 
 def _outside_graphs(function: Callable) -> Callable:
-    """torch.compiler.disable, applied at the first call after torch._dynamo was imported (which takes a second)."""
+    """Apply torch.compiler.disable, but only once torch._dynamo has been imported (which takes a second)."""
     disabled: list[Callable] = []
 
     @functools.wraps(function)
@@ -310,22 +313,21 @@ def fused_loss(
     batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Return a loss over groups of responses, with gradients, without logits and without recomputing them.
+    """Return a loss over groups of responses, with gradients, without holding or recomputing logits.
 
         logps[b, n] = sum_t log softmax(transform(hidden[b, n, t] @ weight.T + bias))[targets[b, n, t]]
         loss = sum_b loss_fn(logps, **per_group)[b]      divided by B for reduction="mean"
 
-    Groups are processed in chunks whose probabilities fit the memory budget; each chunk's loss and gradients are
-    finished in forward, so no logit is computed twice. Same value and gradients as `sequence_logps` and the loss by
-    hand.
+    Groups are processed in chunks whose probabilities fit the memory budget. Forward finishes each chunk's loss and
+    gradients, so no logit is computed twice. Value and gradients equal those of the loss applied to `sequence_logps`.
 
     Args:
-        loss_fn: called as loss_fn(logps (b, N), **per_group) -> (b,) on chunks of b whole groups; any differentiable
-            torch code that treats groups apart. It may hold no parameter that requires grad.
+        loss_fn: called as loss_fn(logps (b, N), **per_group) -> (b,) on chunks of b whole groups: any differentiable
+            torch code that treats groups independently. It must not use other tensors that require grad.
         hidden: (B, N, T, H), or a tuple of blocks.
         weight: (V, H), or a tuple of blocks.
         targets: (B, N, T), aligned with hidden.
-        per_group: constants with leading dimension B, handed to loss_fn chunk by chunk by name.
+        per_group: constants with leading dimension B, passed to loss_fn by name, chunk by chunk.
         reduction: "mean" (the sum over groups divided by B, always) or "sum".
         bias, scale, softcap, temperature, ignore_index, max_scored, memory_budget, batch_invariant, backend: see
             `token_logps`.
@@ -335,15 +337,15 @@ def fused_loss(
 
     Raises:
         ValueError: shapes do not fit; a constant in `per_group` requires grad or has another leading dimension;
-            loss_fn returns anything but (b,), does not depend on logps where a gradient is wanted, or depends on
-            another tensor that requires grad.
-        TypeError: loss_fn cannot be called with what `per_group` holds, or its losses are not floats; and as
+            loss_fn does not return (b,), does not depend on logps where a gradient is wanted, or depends on another
+            tensor that requires grad.
+        TypeError: loss_fn cannot be called with the entries of `per_group`, or its losses are not floats; and as
             `token_logps`.
         BackendUnavailableError: as `token_logps`.
 
     Memory:
-        The budget, and 4 * V * H bytes when there is more than one chunk and the head is trained in low precision.
-        Gradients exist from forward on; backward hands them over (and scales them), or copies with retain_graph.
+        The budget, and 4 * V * H bytes if there is more than one chunk and the head is trained in low precision.
+        Gradients exist from forward on; backward scales and returns them, or copies of them with retain_graph.
 
     Notes:
         Under torch.compile this function is a graph break: loss_fn is Python.

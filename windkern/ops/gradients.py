@@ -1,4 +1,4 @@
-"""Backward of a walk: gradients of its rows from what forward left, by the gear of the specification."""
+"""Backward of a walk: gradients of its rows from what forward saved, by the gear of the specification."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def backward(
     *,
     accumulate: bool,
 ) -> list[Tensor | None]:
-    """dhidden_k of sum(upstream * outputs), float32 (M, H_k) over compacted rows, None where it is not wanted.
+    """Return dhidden_k of sum(upstream * outputs), float32 (M, H_k) over compacted rows, None where it is not wanted.
 
-    dweight_k (V, H_k) and dbias (V,) are filled, or added to.
+    dweight_k (V, H_k) and dbias (V,) are filled, or added to if `accumulate`.
     """
     run = _Backward(walk, upstream, hidden, weight, bias, targets, saved, dweight, dbias, accumulate)
     if walk.spec.gear == "frozen_head":
@@ -49,7 +49,7 @@ def backward(
         wait()
     for total in totals:
         if total is not None:
-            # Hazard: an ignored row may hold NaN. Remedy: its gradient is selected to be 0, whatever was summed.
+            # Hazard: an ignored row can hold NaN. Remedy: set its gradient to 0, whatever was summed.
             total.masked_fill_((targets < 0).unsqueeze(1), 0.0)
     return totals
 
@@ -66,7 +66,7 @@ class _Backward:
     dweight: list[Tensor | None] | list[CollectedRows | None]
     dbias: Tensor | None
     accumulate: bool
-    waits: list[Callable[[], None]] = field(default_factory=list)  # for sums of dhidden over the ranks of a cut head
+    waits: list[Callable[[], None]] = field(default_factory=list)  # for sums over the ranks of a sharded head
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +74,7 @@ class _Backward:
 
     @property
     def multiplies(self) -> bool:
-        """Whether a gradient is wanted that takes a product over the vocabulary."""
+        """Whether a gradient is wanted that needs a product over the vocabulary."""
         return any(self.walk.spec.hidden_grad) or any(self.walk.spec.weight_grad)
 
     def _totals(self, make: Callable[..., Tensor]) -> list[Tensor | None]:
@@ -85,7 +85,7 @@ class _Backward:
         ]
 
     def _operands(self) -> list[Tensor]:
-        """Hidden states for logits that forward did not keep."""
+        """Return the hidden states for logits that forward did not keep."""
         return [self.walk.products.prepared(block) for block in self.hidden]
 
     def _multiply(
@@ -100,7 +100,7 @@ class _Backward:
         first: bool,
         then: Callable[[], None] | None,
     ) -> None:
-        """Both products of vocabulary columns `start` and following, for every block, with `then` between them."""
+        """Run both products of the vocabulary columns from `start` on, for every block, with `then` between them."""
         self._to_hidden(dz, start, heads, totals, first=first)
         if then is not None:
             then()
@@ -115,7 +115,7 @@ class _Backward:
                 head = products.prepared(self.weight[k][start:stop]) if heads is None else heads[k]
                 totals[k] = products.hidden_grad(dz, head, totals[k], first=first)
             elif self.walk.spec.streams and heads is None:
-                self.weight[k][start:stop]  # read in turn, as all ranks do
+                self.weight[k][start:stop]  # all ranks take part in reading it
 
     def _to_weight(self, dz: Tensor, start: int, operands: list[Tensor], gain: Tensor | None) -> None:
         products, stop = self.walk.products, start + dz.shape[1]
@@ -128,9 +128,9 @@ class _Backward:
                 products.weight_grad(dz, operands[k], sink[start:stop], accumulate=self.accumulate, gain=gain)
 
     def _finish_hidden(self, totals: list[Tensor | None], factor: Tensor | None) -> None:
-        """dhidden times `factor` (M,), once all of its products are there; a cut head's is summed over the ranks.
+        """Multiply the complete dhidden by `factor` (M,); for a sharded head, begin to sum it over the ranks.
 
-        The sum only begins: it runs beside the products of dweight that are still to come.
+        The sum overlaps with the products of dweight that follow.
         """
         merges, dtype = self.walk.spec.merges, self.walk.spec.reduce_dtype
         ranks = Ranks(self.walk.spec.group) if merges else None
@@ -147,7 +147,7 @@ class _Backward:
         place.copy_(place + sums if self.accumulate else sums)
 
     def from_exps(self) -> list[Tensor | None]:
-        """dz = g * E with one g a row: dweight = E.T @ (g * hidden), dhidden = g * (E @ weight), dbias = E.T @ g."""
+        """dz = g * E with one g per row: dweight = E.T @ (g * hidden), dhidden = g * (E @ weight), dbias = E.T @ g."""
         spec, products = self.walk.spec, self.walk.products
         pivot, total = self.saved.offsets[0, :, 0], self.saved.offsets[1, :, 0]
         g = torch.where(self.targets >= 0, self.upstream.logp / -total, 0.0) * spec.transform.slope_at_zero
@@ -159,7 +159,7 @@ class _Backward:
                 scaled[k] = buffers.empty("scaled", tuple(block.shape), products.multiplied, self.device)
                 torch.mul(block, g.unsqueeze(1), out=scaled[k])
         kept = spec.kept_columns(vocab)
-        # Reason: a cut head's dhidden is summed over the ranks while the products of dweight run, which come last then.
+        # Reason: a sharded head's dhidden is summed over the ranks while the products of dweight run; so they are last.
         later = spec.merges and any(spec.hidden_grad) and any(spec.weight_grad)
         for start in range(0, kept, spec.product_columns):
             values = self.saved.kept[:, start : min(start + spec.product_columns, kept)]
@@ -181,7 +181,7 @@ class _Backward:
         return totals
 
     def _bias_from(self, values: Tensor, start: int, g: Tensor) -> None:
-        """dbias of some columns, a slab at a time so that partial sums stay small."""
+        """Compute dbias of some columns, one slab at a time so that partial sums stay small."""
         step = self.walk.spec.slab_width
         for first in range(0, values.shape[1], step):
             part = values[:, first : first + step]
@@ -200,7 +200,7 @@ class _Backward:
         scaled: list[Tensor],
         finish: Callable[[], None],
     ) -> None:
-        """The slabs that forward did not keep: their exponentials once more, several slabs in one product."""
+        """Recompute the exponentials of slabs that forward did not keep, and multiply several slabs at once."""
         walk, spec, products = self.walk, self.walk.spec, self.walk.products
         rows, acc = self.targets.shape[0], products.acc
         operands, wide = self._operands(), spec.slab_width * spec.slabs_at_once
@@ -215,7 +215,7 @@ class _Backward:
             end = min(begin + wide, vocab)
             for start in range(begin, end, spec.slab_width):
                 stop = min(start + spec.slab_width, end)
-                place, z, heads = slice(start - begin, stop - begin), None, None  # what came before is free now
+                place, z, heads = slice(start - begin, stop - begin), None, None  # frees the previous slab's
                 if slab_buffer is not None:
                     z = slab_buffer[:, place] if in_place else slab_buffer[:, : stop - start]
                 heads = walk.heads(self.weight, start, stop)
@@ -231,7 +231,7 @@ class _Backward:
             heads = None
 
     def from_dz(self) -> list[Tensor | None]:
-        """dz of one slab after the other, from what was kept of it or from its logits."""
+        """Write dz slab by slab, from kept values or from logits."""
         walk, spec, products = self.walk, self.walk.spec, self.walk.products
         rows, vocab, acc = self.targets.shape[0], self.weight[0].shape[0], products.acc
         scale = row_scale(self.upstream, walk.dz_dtype, spec.transform.slope_at_zero)
@@ -279,7 +279,7 @@ class _Backward:
         return totals
 
     def _weight_operands(self, scale: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
-        """The hidden operand of dweight, row-scaled for float16, and the scalar that scaling left out."""
+        """Return the hidden operand of dweight, row-scaled for float16, and the common factor of the scales."""
         products, wanted = self.walk.products, self.walk.spec.weight_grad
         if scale is None or not any(wanted):
             blocks = zip(self.hidden, wanted, strict=True)
@@ -298,7 +298,7 @@ class _Backward:
         slope = spec.transform.slope_at_zero
         at_target, factor = target_slope(stats, upstream, spec.transform), other_slope(stats, upstream)
         if upstream.entropy is not None:
-            factor = factor + upstream.entropy * stats.log_sum  # log P = (y - max) - log_sum; units hold the first part
+            factor = factor + upstream.entropy * stats.log_sum  # log P = (y - max) - log_sum; units hold the first term
         safe_targets = self.targets.clamp(min=0)
         if spec.merges:  # the target's row may lie on another rank
             here = self.targets < self.weight[0].shape[0]
@@ -328,7 +328,7 @@ class _Backward:
 
 
 def _begin_sum(total: Tensor, ranks: Ranks, dtype: torch.dtype) -> Callable[[], None]:
-    """Begin to sum `total` over the ranks in `dtype`; what is returned waits until it holds the sum."""
+    """Begin to sum `total` over the ranks in `dtype`; the returned function waits until `total` holds the sum."""
     what = "sum the gradient of the hidden states"
     if dtype == total.dtype:
         return ranks.begin_sum(total, what)
@@ -343,10 +343,10 @@ def _begin_sum(total: Tensor, ranks: Ranks, dtype: torch.dtype) -> Callable[[], 
 
 
 def row_scale(upstream: Upstream, dtype: torch.dtype, slope: float) -> Tensor | None:
-    """Return, for dz in float16 only, a power of two for each row that is at least as large as its upstream gradients.
+    """Return a power of two per row by which dz is divided if it is float16, else None.
 
-    Hazard: a coefficient of 1e-6 times a probability flushes to zero in float16. Remedy: dz is divided by this and
-    the factor goes to the float32 dhidden and to the hidden operand of dweight.
+    Hazard: a coefficient of 1e-6 times a probability flushes to zero in float16. Remedy: divide dz by this scale, and
+    multiply the float32 dhidden and the hidden operand of dweight by it.
     """
     if dtype != torch.float16:
         return None
@@ -355,9 +355,9 @@ def row_scale(upstream: Upstream, dtype: torch.dtype, slope: float) -> Tensor | 
 
 
 def power_of_two(largest: Tensor, binades: int) -> Tensor:
-    """A power of two that `largest` may be divided by to stay below 2^binades, elementwise.
+    """Return the power of two by which `largest` is divided to be at most 2^binades, elementwise.
 
-    Reason: where there is nothing, the smallest is taken, so that an empty row does not set the scale of others.
+    Reason: it is the smallest one for zeros, so that an empty row does not set the scale of others.
     """
     exponent = torch.where(largest > 0, torch.ceil(torch.log2(largest)), -100.0).clamp(-100, 120)
     return torch.exp2(exponent - binades)

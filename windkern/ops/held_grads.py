@@ -13,7 +13,7 @@ from windkern.kernels.pages import in_huge_pages
 from windkern.ops.gradients import power_of_two
 from windkern.ops.inputs import Inputs, acc_dtype
 
-# Elements that are scaled at once on a CPU: bounds the float32 copy.
+# Elements that are scaled at once on a CPU: this bounds the float32 copy.
 _BLOCK = 1 << 20
 
 
@@ -22,12 +22,12 @@ def _zeros_like(tensor: Tensor) -> Tensor:
 
 
 class HeldGradients:
-    """dhidden is written chunk by chunk; dweight and dbias add up, in float32 where there are several chunks.
+    """The gradients of one `fused_loss`: dhidden by chunk, dweight and dbias summed, in float32 for several chunks.
 
-    Each has the dtype of its tensor. float16 gradients are held divided by a power of two, one for each row of dhidden
+    Each has the dtype of its tensor. float16 gradients are stored divided by a power of two: one per row of dhidden,
     and one for dweight.
-    Hazard: a loss scaled down by 1e-6 flushes to zero in float16 before backward brings the loss scale that was to
-    save it. Remedy: what is stored is near the top of the format, the factor stays in float32 beside it.
+    Hazard: the gradient of a loss that is scaled down by 1e-6 flushes to zero in float16, before backward multiplies by
+    a loss scale. Remedy: stored values are near the top of the format, with their factor stored in float32.
     """
 
     def __init__(self, inputs: Inputs, wanted: dict, num_chunks: int):
@@ -55,7 +55,7 @@ class HeldGradients:
         self.bias = torch.zeros_like(inputs.bias, dtype=acc) if wanted["bias_grad"] else None
 
     def write_hidden(self, k: int, places: slice, total: Tensor, rows: Tensor | None, scored: Tensor) -> None:
-        """dhidden of block k at `places`, from the accumulator (m or more, H) of its `scored` (m,) compacted rows."""
+        """Write dhidden of block k at `places`, from the sums (m or more, H) of its compacted rows, `scored` (m,)."""
         total = total[: scored.shape[0]]
         target = self.hidden[k][places]
         if self.hidden_scale[k] is not None:
@@ -66,11 +66,11 @@ class HeldGradients:
             place = self.hidden_scale[k][places]
             place.copy_(scale) if rows is None else place.index_add_(0, rows, scale)
         narrowed = total if total.dtype == target.dtype else buffers.track("cast", total.to(target.dtype))
-        # Reason: spare rows of max_scored all point at one scored row and carry zeros; adding them keeps it right.
+        # Reason: spare rows of max_scored all point at one row and are zero, so adding them leaves that row correct.
         target.copy_(narrowed) if rows is None else target.index_add_(0, rows, narrowed)
 
     def finish(self) -> None:
-        """Narrow what was added up in float32."""
+        """Convert the float32 sums to the dtypes of their tensors."""
         for k, dtype in enumerate(self.weight_dtypes):
             total = self.weight[k]
             if total is None or total.dtype == dtype:
@@ -86,10 +86,10 @@ class HeldGradients:
         return any(scale is not None for scale in (*self.hidden_scale, *self.weight_scale))
 
     def times(self, upstream: Tensor, *, keep: bool) -> list[Tensor | None]:
-        """Gradients of bias, hidden and weight blocks times a scalar; without `keep` in the memory held here.
+        """Return the gradients of bias, hidden and weight blocks times a scalar; in place unless `keep`.
 
-        Reason: the scalar is 1 where the loss is what backward begins at, and a pass over dweight costs as much as a
-        tenth of a step; on a CPU one look tells, a GPU looks in the kernel.
+        Reason: the scalar is 1 if backward starts at the loss, and a pass over dweight costs as much as a tenth of a
+        step. A CPU checks the scalar here; a GPU checks it in the kernel.
         """
         if not keep and upstream.device.type == "cpu" and bool(upstream == 1.0) and not self.is_scaled:
             return [None if self.bias is None else self.bias.to(self.bias_dtype), *self.hidden, *self.weight]
@@ -102,7 +102,7 @@ class HeldGradients:
 
 
 def _times(value: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool, kernels: RowKernels) -> Tensor:
-    if value.device.type != "cpu":  # the kernel looks at the factor, and touches nothing where it is 1
+    if value.device.type != "cpu":  # the kernel skips rows whose factor is 1
         factor = (upstream if scale is None else scale * upstream).expand(value.shape[0], 1).reshape(-1)
         out = value.clone() if keep else value
         kernels.rescale_rows(out, factor.to(accumulator(value.dtype)).contiguous())
@@ -110,8 +110,8 @@ def _times(value: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool, ke
     out = torch.empty_like(value) if keep else value
     if scale is None and value.dtype == upstream.dtype:
         return torch.mul(value, upstream, out=out)
-    # Hazard: times a scalar tensor, torch rounds that scalar to the low precision of the other factor. Remedy: a
-    # float32 factor with dimensions, in blocks.
+    # Hazard: in a product with a scalar tensor, torch rounds the scalar to the low precision of the other factor.
+    # Remedy: a float32 factor with dimensions, in blocks.
     factor = upstream.view(1, 1) if scale is None else scale * upstream
     step = max(1, _BLOCK // max(1, value.shape[1]))
     for first in range(0, value.shape[0], step):

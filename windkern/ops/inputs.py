@@ -1,4 +1,4 @@
-"""From what a caller hands over to flat, checked, compacted rows."""
+"""Check a caller's arguments, and turn them into flat, compacted rows."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ IGNORED = -1  # targets of rows that are not scored, once the caller's ignore_in
 
 @dataclass
 class Inputs:
-    """Checked arguments: R rows before, M after ignored ones are dropped."""
+    """Checked arguments, with R rows before and M rows after ignored ones are dropped."""
 
     hidden: list[Tensor]  # (R, H_k), in the caller's dtype
-    weight: list[Tensor]  # (V, H_k), where the head is cut the rows that lie here
+    weight: list[Tensor]  # (V, H_k); for a sharded head, this rank's rows
     bias: Tensor | None  # (V,)
     targets: Tensor  # (M,) int64, IGNORED where not scored
-    rows: Tensor | None  # (M,) int64 positions among the R rows, None where all rows are scored
+    rows: Tensor | None  # (M,) int64 positions among the R rows; None if all rows are scored
     overflow: Tensor | None  # (R,) rows beyond max_scored, whose results become NaN
     lead: tuple[int, ...]  # shape of the caller's targets
     total_rows: int  # R
     operand: torch.dtype  # of the GEMMs
     transform: LogitTransform
     backend: str
-    cut: Cut | None  # None where the head is whole
+    cut: Cut | None  # None if the head is whole
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the head to plan for, the same number on all ranks of one that is cut."""
+        """Rows of the head to plan for; all ranks of a sharded head plan for the same number."""
         return self.weight[0].shape[0] if self.cut is None else self.cut.largest
 
     @property
@@ -75,7 +75,7 @@ class Inputs:
         return self.targets.device
 
     def grads(self) -> dict[str, Any]:
-        """Which gradients autograd will ask for, as `plan` wants it."""
+        """Return which gradients autograd will ask for, as arguments of `plan`."""
         enabled = torch.is_grad_enabled()
         return {
             "hidden_grad": tuple(enabled and block.requires_grad for block in self.hidden),
@@ -84,7 +84,7 @@ class Inputs:
         }
 
     def planned(self) -> dict[str, Any]:
-        """Arguments of `plan` that these inputs settle, beside their sizes."""
+        """Return the arguments of `plan` that these inputs determine, except their sizes."""
         return {
             "dtype": self.operand,
             "hidden_dtype": tuple(block.dtype for block in self.hidden),
@@ -96,7 +96,7 @@ class Inputs:
         }
 
     def scatter(self, values: Tensor) -> Tensor:
-        """(M,) results back to the caller's shape, 0 where ignored."""
+        """Return results (M,) in the caller's shape, 0 where ignored."""
         if self.rows is not None:
             values = values.new_zeros(self.total_rows).index_add(0, self.rows, values)
         if self.overflow is not None:
@@ -115,23 +115,23 @@ def _as_blocks(name: str, value: Blocks) -> list[Tensor]:
 
 
 def _local_blocks(weight: Any) -> tuple[Blocks, Cut | None]:
-    """The rows of a cut head that lie here, and how it is cut; a whole head as it is."""
+    """Return this rank's rows of a sharded head, and how it is sharded; a whole head is returned as it is."""
     shards = list(weight) if isinstance(weight, (tuple, list)) else [weight]
     if not any(isinstance(each, Shard) for each in shards):
         return weight, None
     for k, each in enumerate(shards):
         if not isinstance(each, Shard):
             raise TypeError(
-                f"weight[{k}] must be cut as the other blocks are, with windkern.sharding.vocab_parallel or streamed, "
-                f"got {type(each).__name__}"
+                f"weight[{k}] must be sharded like the other blocks, with windkern.sharding.vocab_parallel or "
+                f"streamed, got {type(each).__name__}"
             )
         if each.cut != shards[0].cut:
-            raise ValueError(f"weight[{k}] must be cut as weight[0] is, {shards[0].cut}, got {each.cut}")
+            raise ValueError(f"weight[{k}] must be sharded like weight[0], {shards[0].cut}, got {each.cut}")
     return [each.local for each in shards], shards[0].cut
 
 
 def _local_bias(bias: Tensor | None, cut: Cut | None) -> Tensor | None:
-    """The entries of the bias that belong to the rows here."""
+    """Return the entries of the bias that belong to this rank's rows."""
     if cut is None or not hasattr(bias, "to_local"):
         return bias
     return gathered_mean(bias) if cut.streams else bias.to_local()
@@ -156,7 +156,7 @@ def _check_blocks(hidden: list[Tensor], weight: list[Tensor], targets: Tensor, c
                 f"got {shape_of(block)}"
             )
         if head.shape[0] != weight[0].shape[0]:
-            raise ValueError(f"weight{mark} must have {weight[0].shape[0]} rows as weight[0] has, got {head.shape[0]}")
+            raise ValueError(f"weight{mark} must have {weight[0].shape[0]} rows like weight[0], got {head.shape[0]}")
         if shape_of(block)[:-1] != lead:
             raise ValueError(
                 f"targets must have shape {shape_of(block)[:-1]} (hidden{mark} {shape_of(block)} without its last "
@@ -169,7 +169,7 @@ def _check_blocks(hidden: list[Tensor], weight: list[Tensor], targets: Tensor, c
 
 
 def _refuse_forward_mode(tensors: list[Tensor]) -> None:
-    """Hazard: tangents would be dropped in silence. Remedy: raise."""
+    """Raise for tensors with tangents, which would be dropped silently."""
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
         raise RuntimeError(
             "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) is not implemented for windkern; "
@@ -178,7 +178,7 @@ def _refuse_forward_mode(tensors: list[Tensor]) -> None:
 
 
 def _operand_dtype(hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None) -> torch.dtype:
-    """The autocast dtype under autocast, else that of the head, the widest where its blocks differ.
+    """Return the autocast dtype under autocast, else that of the head (the widest if its blocks differ).
 
     Reason: a model calls lm_head(hidden.to(lm_head.weight.dtype)).
     """
@@ -190,13 +190,13 @@ def _operand_dtype(hidden: list[Tensor], weight: list[Tensor], bias: Tensor | No
     if bias is not None and bias.dtype == torch.float64 and operand != torch.float64:
         raise TypeError(
             f"bias must not be wider than the logits it is added to, which are float32 for a head in {operand}; got "
-            "torch.float64, cast one"
+            "torch.float64; cast one of them"
         )
     return operand
 
 
 def _check_transform(transform: LogitTransform, acc: torch.dtype) -> LogitTransform:
-    """The transform, whose factors the kernels can hold."""
+    """Return the transform, after a check that kernels can represent its factors."""
     scale, softcap, temperature = transform.scale, transform.softcap, transform.temperature
     factors = {"scale / temperature": scale / temperature}
     if softcap is not None:
@@ -218,7 +218,7 @@ def _as_head(weight: Weight, bias: Tensor | None, scale: float, softcap: float |
     others = {"bias": bias is not None, "scale": scale != 1.0, "softcap": softcap is not None}
     given = [name for name, other in {**others, "temperature": temperature != 1.0}.items() if other]
     if given:
-        raise ValueError(f"{' and '.join(given)} must not be given beside a windkern.Head, which has its own")
+        raise ValueError(f"{' and '.join(given)} must not be given with a windkern.Head, which has its own")
     return weight
 
 
@@ -283,12 +283,12 @@ def prepare(
 
 
 def must_keep_rows(targets: Tensor) -> bool:
-    """Data-dependent sizes cannot be compiled or captured: then all rows stay, masked."""
+    """Return whether all rows must stay, masked, because data-dependent sizes cannot be compiled or captured."""
     return torch.compiler.is_compiling() or (targets.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_max_scored(scored: Tensor, max_scored: object) -> int:
-    """Refuse a bound that is too small: always on a CPU, on a GPU in debug mode (it synchronises)."""
+    """Raise if the bound is too small: always on a CPU, on a GPU only in debug mode (it synchronises)."""
     bound = check_count("max_scored", max_scored)
     if not torch.compiler.is_compiling() and (scored.device.type == "cpu" or backends.debug_mode()):
         found = int(scored.sum())
@@ -298,10 +298,10 @@ def check_max_scored(scored: Tensor, max_scored: object) -> int:
 
 
 def first_scored(scored: Tensor, labels: Tensor, max_scored: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions and targets of the first `max_scored` scored rows, with no size that depends on data.
+    """Return positions and targets of the first `max_scored` scored rows, and the mask of rows beyond the bound.
 
-    Spare places point at the first scored row, or at row 0 where there is none, with an ignored target; rows beyond
-    the bound are reported.
+    No size depends on data. Spare places point at the first scored row (row 0 if there is none), with an ignored
+    target.
     """
     order = scored.cumsum(0) - 1
     fits = scored & (order < max_scored)
@@ -314,7 +314,7 @@ def first_scored(scored: Tensor, labels: Tensor, max_scored: int) -> tuple[Tenso
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """Refuse targets outside the vocabulary: always on a CPU, on a GPU in debug mode (it synchronises)."""
+    """Raise for targets outside the vocabulary: always on a CPU, on a GPU only in debug mode (it synchronises)."""
     if targets.numel() == 0 or (targets.device.type != "cpu" and not backends.debug_mode()):
         return
     low, high = int(targets.min()), int(targets.max())
@@ -329,9 +329,9 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
 def settled(
     inputs: Inputs, grads: dict[str, Any], sizes: tuple[int, int], options: dict[str, int | None]
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """The largest of each size over the ranks of a streamed head, and by block whether any of them wants dhidden.
+    """Return the largest of each size over the ranks of a streamed head, and whether any rank wants dhidden, by block.
 
-    A target that is none is refused here, so that the other ranks hear of it before they wait for a slab.
+    Targets are checked here, so that the other ranks learn of a wrong one before they wait for a slab.
     """
     fault: ValueError | None = None
     try:
@@ -346,7 +346,7 @@ def settled(
     if fault is not None:
         raise fault
     if refused:
-        raise ValueError("targets were refused on another rank of the streamed head, which says why")
+        raise ValueError("targets were refused on another rank of the streamed head; see the error there")
     return tuple(found[: len(sizes)]), tuple(bool(flag) for flag in found[len(sizes) :])
 
 

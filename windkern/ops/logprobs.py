@@ -42,12 +42,12 @@ class TokenLogps(NamedTuple):
 
 
 def finish_hidden(total: Tensor, like: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
-    """float32 dhidden of compacted rows to the caller's rows and dtype; ignored rows get exact zeros."""
+    """Return the dhidden of compacted rows in the caller's rows and dtype; ignored rows get exact zeros."""
     total = total[:num_rows]
     narrowed = total if total.dtype == like.dtype else buffers.track("cast", total.to(like.dtype))
     if rows is None:
         return narrowed
-    # Reason: spare rows of max_scored all point at one row and carry zeros; adding them keeps that row right.
+    # Reason: spare rows of max_scored all point at one row and are zero, so adding them leaves that row correct.
     return torch.zeros_like(like, memory_format=torch.contiguous_format).index_add_(0, rows, narrowed)
 
 
@@ -161,9 +161,10 @@ class _LogProbs(torch.autograd.Function):
 def row_logps(
     inputs: Inputs, *, entropy: bool, memory_budget: int | None, batch_invariant: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable logps, lse, entropy of the compacted rows, each (M,); entropy is empty unless asked for.
+    """Return differentiable logps, lse and entropy of the compacted rows, each (M,), and a constant (3, M or more).
 
-    Last a constant (3, M or more): largest transformed logit, log of the sum relative to it, target's logit.
+    The entropy is empty unless asked for. The constant has the largest transformed logit, the log of the sum relative
+    to it, and the target's logit.
     """
     rows, planned = bounded_rows(inputs.num_rows), inputs.planned()
     if inputs.streams:
@@ -217,23 +218,22 @@ def token_logps(
     Args:
         hidden: (..., T, H), or a tuple of blocks (..., T, H_k) whose logits add up (LoRA on the head, a value head).
             float64, float32, bfloat16 or float16.
-        weight: (V, H) as in nn.Linear, a tuple of (V, H_k), or a `windkern.Head`, which brings what follows of bias,
-            scale, softcap and temperature; or what `windkern.sharding` made of one that is cut over processes. Outside
-            autocast hidden is cast to the dtype of weight,
-            as in lm_head(hidden.to(lm_head.weight.dtype)), to the widest where blocks differ; gradients have the
-            dtype of their tensors.
+        weight: (V, H) as in nn.Linear; a tuple of (V, H_k); a `windkern.Head`, which has its own bias, scale, softcap
+            and temperature; or, for a head that is sharded over processes, the result of `windkern.sharding`. Outside
+            autocast, hidden is cast to the dtype of weight (the widest if blocks differ), as in
+            lm_head(hidden.to(lm_head.weight.dtype)); gradients have the dtype of their tensors.
         targets: (..., T) int64 or int32, already aligned with hidden (nothing is shifted).
         bias: (V,) added to the logits; an entry of -inf masks that vocabulary entry after any transform. Any floating
             dtype that is not wider than the sums.
         scale: multiplies the logits first (Cohere's `logit_scale`, `1 / logits_scaling` of Granite). Positive.
         softcap: bound of the logits before the temperature (Gemma's `final_logit_softcapping`), or None. Positive.
         temperature: divides last. Positive.
-        ignore_index: targets with this value are not scored: results and gradients are 0 there, whatever hidden holds.
+        ignore_index: targets with this value are not scored: results and gradients are 0 there, even for a NaN.
         entropy: also return the entropy of each token's distribution.
-        max_scored: upper bound of the number of scored targets. On a GPU it saves the one synchronisation and keeps
+        max_scored: upper bound of the number of scored targets. On a GPU it saves the only synchronisation and keeps
             all sizes static (CUDA graphs, torch.compile). Rows beyond it give NaN on a GPU, an error on a CPU.
-        memory_budget: bytes for everything beside outputs and gradients; None is 2 GiB on a GPU, 256 MiB on a CPU.
-        batch_invariant: a row's results do not depend on the other rows, the budget or which gradients are wanted.
+        memory_budget: bytes for everything besides outputs and gradients; None is 2 GiB on a GPU, 256 MiB on a CPU.
+        batch_invariant: whether a row's results must not depend on the other rows, the budget or the gradients wanted.
         backend: "auto" or a name of `windkern.backends.available(device)`.
 
     Returns:
@@ -241,13 +241,13 @@ def token_logps(
         unless asked for.
 
     Raises:
-        TypeError: a tensor argument is not a plain tensor or has a dtype that does not fit.
+        TypeError: a tensor argument is not a plain tensor, or its dtype does not fit.
         ValueError: shapes, devices or values do not fit; a target lies outside the vocabulary (checked on a CPU, on
             a GPU with WINDKERN_DEBUG=1); on a CPU, a scored row whose logits are all -inf.
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
-        What `windkern.plan` returns as `peak_bytes`; never rows x V unless the budget allows to keep it.
+        At most the `peak_bytes` of `windkern.plan`; rows x V are held only if the budget allows it.
 
     Source:
         Online softmax over vocabulary slabs (Milakov and Gimelshein 2018, arXiv 1805.02867);

@@ -1,4 +1,4 @@
-"""Backward that can be differentiated once, and says so when somebody differentiates it again."""
+"""Make a backward raise a clear error when its gradient is differentiated again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 def differentiable_once(op: str, inputs: Callable[[Any], Iterable[Tensor]]) -> Callable:
     """Like torch's once_differentiable, but raises wherever the gradient is differentiated again.
 
-    `inputs(ctx)` gives tensors on the graphs of the op's inputs. Hazard: a gradient that is on no graph of theirs is
-    "not used" when somebody differentiates it with respect to them, or None with allow_unused=True. Remedy: it is put
-    there, on the graphs of the inputs and of the upstream gradients.
+    `inputs(ctx)` returns tensors on the graphs of the op's inputs. Hazard: differentiating a gradient that is not on
+    those graphs with respect to the inputs reports them as "not used", or gives None with allow_unused=True. Remedy:
+    put it on the graphs of the inputs and of the upstream gradients.
     """
 
     def decorate(backward: Callable) -> Callable:
@@ -41,7 +41,7 @@ def differentiable_once(op: str, inputs: Callable[[Any], Iterable[Tensor]]) -> C
 
 
 def graph_links(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Empty tensors on the graphs of `tensors`, for an op that does not save them: they hold none of their memory."""
+    """Return empty tensors on the graphs of `tensors`, for an op that does not save them; they keep no memory alive."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return ()
     return tuple(each.narrow(-1, 0, 0).clone() for each in tensors if each is not None and each.requires_grad)

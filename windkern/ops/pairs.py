@@ -1,4 +1,4 @@
-"""All pairs of a group: win rates and pair losses in O(N) memory."""
+"""Win rates and pair losses over all pairs of a group, in O(N) memory."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _check_constant(name: str, value: Tensor) -> None:
 
 
 def _given(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None) -> tuple[str, Tensor]:
-    """The one of prefs (B, N, N) and rewards (B, N) that was given, checked; its values as the losses check them."""
+    """Check prefs (B, N, N) or rewards (B, N), values included as in the losses; return the name and the tensor."""
     if (prefs is None) == (rewards is None):
         raise ValueError(f"give exactly one of prefs and rewards, got {'neither' if prefs is None else 'both'}")
     name, value = ("prefs", prefs) if rewards is None else ("rewards", rewards)
@@ -103,7 +103,7 @@ def _given(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None) -
         check_shape("where", where, tuple(value.shape[:2]))
         check_same_device("where", where, "prefs or rewards", value)
     if readable(value):
-        # As in the losses, a group with fewer than two responses is off: its values may be anything.
+        # As in the losses, a group with fewer than two responses does not count, so its values are not checked.
         counted = None if where is None else where & (where.sum(1, keepdim=True) >= 2)
         if rewards is None:
             check_prefs_values(value, counted)
@@ -126,23 +126,24 @@ def win_rates(
 
     Args:
         prefs: (B, N, N), the chance that i beats j, prefs + prefs^T = 1, so 1/2 on the diagonal; float32 or float64. Or
-        rewards: (B, N), finite; then no N x N tensor is made.
-        link: of rewards: "bradley_terry" (sigmoid of the gap) or "step" (1, 1/2 for a tie, 0).
+        rewards: (B, N), finite; no N x N tensor is created.
+        link: for rewards: "bradley_terry" (sigmoid of the gap) or "step" (1, 1/2 for a tie, 0).
         where: (B, N) bool, responses that count; the others get 0.
         backend: "auto" or a name of `windkern.backends.available(device)`.
 
     Returns:
-        (B, N), the dtype of what was given. No gradient flows.
+        (B, N), in the dtype of prefs or rewards. No gradient flows.
 
     Raises:
-        ValueError: both or neither of prefs and rewards, a shape, `link` or a gradient where none is possible; prefs
-            outside [0, 1], not symmetric or NaN, rewards that are not finite (looked at on a CPU, as the losses do; on
-            a GPU `windkern.losses.check_prefs` does it; the diagonal counts as 1/2 whatever it holds).
-        TypeError: a dtype that does not fit.
+        ValueError: both or neither of prefs and rewards are given; a shape or `link` is wrong; an input requires grad;
+            prefs are outside [0, 1], NaN, or without prefs + prefs^T = 1; or rewards are not finite. Values are checked
+            on a CPU, as in the losses; on a GPU, call `windkern.losses.check_prefs` (there the diagonal counts as 1/2,
+            whatever it holds).
+        TypeError: a dtype does not fit.
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
-        O(N) per group beside the inputs.
+        O(N) per group besides the inputs.
 
     Source:
         docs/theory.md, eq. (1.32).
@@ -180,8 +181,8 @@ def pair_loss(
     Args:
         scores: (B, N) float32 or float64, differentiable.
         prefs: (B, N, N), the chance that i beats j, prefs + prefs^T = 1. Or
-        rewards: (B, N), finite; then no N x N tensor is made.
-        link: of rewards: "bradley_terry" or "step".
+        rewards: (B, N), finite; no N x N tensor is created.
+        link: for rewards: "bradley_terry" or "step".
         loss: "square", "logistic" or "hinge".
         where: (B, N) bool, responses that count; a group with fewer than two contributes 0 and gradient 0.
         reduction: "mean" (sum over groups divided by B), "sum" or "none".
@@ -191,13 +192,13 @@ def pair_loss(
         A scalar, or (B,) for "none"; the dtype of scores.
 
     Raises:
-        ValueError: both or neither of prefs and rewards, a shape, an unknown name, prefs or rewards with gradient or
-            with values that `win_rates` refuses.
-        TypeError: a dtype that does not fit.
+        ValueError: both or neither of prefs and rewards are given, a shape or a name is wrong, or prefs or rewards
+            require grad or have values that `win_rates` refuses.
+        TypeError: a dtype does not fit.
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
-        O(N) per group beside the inputs; time O(N^2).
+        O(N) per group besides the inputs; time O(N^2).
 
     Source:
         square: docs/theory.md, table of 1.10.1; logistic: Bradley-Terry likelihood (RankNet); hinge: ranking SVM.

@@ -1,4 +1,4 @@
-"""A block of rows on its way through a walk: gathered and padded going down, scattered coming back."""
+"""A block of rows of a walk: it gathers and pads its inputs, runs forward and backward, and selects results."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from windkern.sharding.passing import CollectedRows, PassedRows
 from windkern.sharding.ranks import Ranks
 from windkern.spec import WalkSpec
 
-_ELSEWHERE = 1 << 24  # columns: wider than any tile, whose last columns may lie beyond the vocabulary
+_ELSEWHERE = 1 << 24  # columns beyond the vocabulary: more than a tile, whose last columns can lie beyond it too
 
 
 @dataclass
 class RowBlock:
-    """The rows of a walk: `total` of them, the first `count` those of `targets`."""
+    """The rows of a walk: `total` rows, the first `count` of which belong to the caller's targets."""
 
     walk: walk.Walk
     hidden: list[Tensor]  # (total, H_k) in the operands' dtype
     weight: list[Tensor] | list[PassedRows]  # (V, H_k)
     bias: Tensor | None
     labels: Tensor  # (total,)
-    targets: Tensor  # (total,) the same as the rows of `weight` are numbered, beyond them where another rank has it
+    targets: Tensor  # (total,) labels as row numbers of `weight`, beyond its rows where another rank has the target
     scored: Tensor  # (count,)
     count: int
 
@@ -42,7 +42,7 @@ class RowBlock:
         targets: Tensor,
         rows: Tensor | None,
     ) -> RowBlock:
-        """Rows `rows` (count,) of the blocks, all of them where that is None; `targets` (count,) are theirs."""
+        """Build the block of rows `rows` (count,) of `hidden` (None: all of them), with their `targets` (count,)."""
         total = spec.padded_rows(targets.shape[0])
         labels = _pad(targets, total, IGNORED)
         blocks: walk.Blocks = weight
@@ -68,7 +68,7 @@ class RowBlock:
         return saved
 
     def selected(self, values: Tensor) -> Tensor:
-        """(count,) of the walk's (total,) results, 0 where ignored."""
+        """Return the first `count` of the walk's results (total,), 0 where ignored."""
         return torch.where(self.scored, values[: self.count], 0.0)
 
     def padded(self, values: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class RowBlock:
         *,
         accumulate: bool,
     ) -> list[Tensor | None]:
-        """dhidden_k for `upstream` (count,) of each output, (total, H_k) in the dtype of sums; fills the others."""
+        """Return dhidden_k (total, H_k) in the dtype of sums, for `upstream` (count,); fill dweight and dbias."""
         upstream = Upstream(
             *(None if part is None else self.padded(torch.where(self.scored, part, 0.0)) for part in upstream)
         )
@@ -103,10 +103,10 @@ class RowBlock:
 def _gather(
     blocks: list[Tensor], rows: Tensor | None, targets: Tensor, total: int, operand: torch.dtype
 ) -> list[Tensor]:
-    """The walk's rows: copies of the blocks in the operand dtype, with `total` rows; themselves if nothing changes.
+    """Copy the walk's rows to `total` rows in the operand dtype; return the blocks themselves if nothing changes.
 
-    Hazard: a row with an ignored target may hold NaN, and 0 * NaN is NaN in a product. Remedy: such rows are 0, as
-    those at the end.
+    Hazard: a row with an ignored target can hold NaN, and 0 * NaN is NaN in a product. Remedy: such rows are set to 0,
+    like the padding.
     """
     if rows is None and all(block.shape[0] == total and block.dtype == operand for block in blocks):
         return blocks
@@ -130,7 +130,7 @@ def _gather(
 
 
 def _of_shard(targets: Tensor, start: int, count: int) -> Tensor:
-    """Targets among `count` rows of the head from `start` on; beyond them, and beyond all tiles, where elsewhere."""
+    """Renumber targets for the `count` rows of the head from `start` on; others lie beyond these rows and all tiles."""
     inside = (targets >= start) & (targets < start + count)
     return torch.where(targets < 0, targets, torch.where(inside, targets - start, count + _ELSEWHERE))
 
@@ -142,7 +142,7 @@ def _pad(values: Tensor, total: int, fill: float) -> Tensor:
 
 
 def _check_some_entry_is_open(saved: walk.Saved, bias: Tensor | None, targets: Tensor) -> None:
-    """A row whose logits are all -inf has no distribution; seen on a CPU and in debug mode."""
+    """Raise for a row whose logits are all -inf, which has no distribution; checked on a CPU and in debug mode."""
     if targets.device.type != "cpu" and not backends.debug_mode():
         return
     closed = (saved.stats.run_max == -torch.inf) & (targets >= 0)

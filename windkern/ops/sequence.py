@@ -66,7 +66,7 @@ def sequence_logps(
     batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the log-prob of each sequence, the sum of its scored tokens' log-probs, without the logits.
+    """Return the log-prob of each sequence (the sum over its scored tokens), without the logits.
 
         logps[s] = sum_t log softmax(transform(hidden[s, t] @ weight.T + bias))[targets[s, t]]
 
@@ -75,13 +75,13 @@ def sequence_logps(
         weight: (V, H), or a tuple of blocks.
         targets: (..., T), or packed (M,); aligned with hidden.
         cu_seqlens: (S + 1,) int64 or int32, rising from 0 to M: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1].
-        normalize: "sum" (what the theory of preference losses needs) or "mean" over the scored tokens (0 if none).
+        normalize: "sum" (as the theory of preference losses requires) or "mean" over the scored tokens (0 if none).
         bias, scale, softcap, temperature, ignore_index, max_scored, memory_budget, batch_invariant, backend: see
             `token_logps`.
 
     Returns:
-        (...) for padded and (S,) for packed input, nats, float32 (float64 for a float64 weight). Sums are taken in
-        float32 over padded rows and in float64 over packed ones.
+        (...) for padded and (S,) for packed input, nats, float32 (float64 for a float64 weight). Padded rows are summed
+        in float32, packed ones in float64.
 
     Raises:
         ValueError: `normalize` is unknown, or `cu_seqlens` does not fit; and as `token_logps`.

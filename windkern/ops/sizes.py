@@ -1,4 +1,4 @@
-"""Sizes as a plan needs them: numbers, also where torch.compile and torch.export hold symbols."""
+"""Turn sizes into the numbers that a plan needs, even where torch.compile and torch.export hold symbols."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 def fixed_size(size: int) -> int:
-    """`size` as a number: torch.compile may hold the sizes of the head as symbols, and a head keeps its sizes."""
+    """Return `size` as an int: under torch.compile it may be symbolic, but a head never changes size."""
     return len(range(size)) if torch.compiler.is_compiling() else int(size)
 
 
 def bounded_rows(rows: int) -> int:
-    """The row count to plan for: `rows`, or a bound of it where it is a symbol.
+    """Return the row count to plan for: `rows`, or an upper bound if it is symbolic.
 
-    Under torch.compile that is the next power of two: the plan of more rows fits the budget for fewer, and one graph
-    serves a whole octave of row counts. Under torch.export it is the bound the caller gave.
+    Under torch.compile the bound is the next power of two: a plan for more rows fits the budget for fewer, and one
+    graph serves all row counts between half the bound and the bound. Under torch.export it is the caller's bound.
     """
     if type(rows) is int and not torch.compiler.is_compiling():
         return rows
@@ -33,11 +33,11 @@ def bounded_rows(rows: int) -> int:
 
 
 def _largest(rows: torch.SymInt) -> int:
-    """The upper end of a symbol's range, from torch.export's Dim(max=...)."""
+    """Return the upper bound of a symbol, from torch.export's Dim(max=...)."""
     upper = rows.node.shape_env.bound_sympy(rows.node.expr).upper
     if not upper < math.inf:
         raise ValueError(
-            "torch.export plans for the most rows there can be, and this dimension has no upper end; give one with "
+            "torch.export plans for the largest number of rows, but this dimension has no upper bound; give one with "
             "torch.export.Dim(name, max=...)"
         )
     return int(upper)

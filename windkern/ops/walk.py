@@ -1,4 +1,4 @@
-"""Forward of a walk over vocabulary slabs: log-probs of compacted rows, and what backward needs of them."""
+"""Forward of a walk over vocabulary slabs: log-probs of compacted rows, and the results that backward needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Blocks: TypeAlias = list[Tensor] | list[PassedRows]  # (V, H_k) of a head, read 
 
 @dataclass(frozen=True)
 class Walk:
-    """A specification, and what runs it on one kind of device."""
+    """A specification with the kernels and products that run it on one kind of device."""
 
     spec: WalkSpec
     kernels: RowKernels
@@ -43,11 +43,11 @@ class Walk:
         return Slab(logits, bias, targets, start, self.spec.transform)
 
     def heads(self, weight: Blocks, start: int, stop: int) -> list[Tensor]:
-        """Rows (W, H_k) of the head as they are multiplied."""
+        """Return rows (W, H_k) of the head in the dtype that is multiplied."""
         return [self.products.prepared(head[start:stop]) for head in weight]
 
     def logits(self, hidden: list[Tensor], heads: list[Tensor], out: Tensor | None) -> Tensor:
-        """Logits (R, W) of one slab: the products of all blocks add up in one float32 buffer."""
+        """Return the logits (R, W) of one slab: the sum of the products of all blocks, in one float32 buffer."""
         z = None
         for block, head in zip(hidden, heads, strict=True):
             z = self.products.logits(block, head, out, add_to=z)
@@ -58,20 +58,20 @@ class Walk:
 class Saved:
     """Results of forward that backward needs.
 
-    Factored: `kept` (M, ld) holds exp(y - pivot) with the target's entry put in, `offsets` (2, M, 1) the pivots and the
-    sums relative to them. Else `offsets` (slabs_kept, M, tiles) belong to slabs of exponentials, and are empty where
-    the slabs hold logits.
+    If the walk is factored, `kept` (M, ld) holds exp(y - pivot) with the target's entry replaced, and `offsets`
+    (2, M, 1) holds the pivots and the sums relative to them. Otherwise `offsets` (slabs_kept, M, tiles) belong to slabs
+    of exponentials, and are empty if the slabs hold logits.
     """
 
     stats: RowStats
     kept: Tensor
     offsets: Tensor
-    # Frozen head: (M, H_k) sums of P * slope * W without the target, those of P * log P, streamed the targets' rows.
+    # Frozen head: (M, H_k) sums of P * slope * W without the target; those of P * log P; if streamed, targets' rows.
     units: list[Tensor]
 
 
 class KeptLayout(NamedTuple):
-    """The matrix of what forward keeps, and its offsets."""
+    """Shape and dtype of the matrix that forward keeps, and the shape of its offsets."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -88,7 +88,7 @@ def kept_layout(spec: WalkSpec, rows: int, vocab_size: int) -> KeptLayout:
 
 
 def forward(walk: Walk, hidden: list[Tensor], weight: Blocks, bias: Tensor | None, targets: Tensor) -> Saved:
-    """hidden_k (M, H_k), weight_k (V, H_k), bias (V,), targets (M,) with a negative one where the row is ignored."""
+    """Walk over hidden_k (M, H_k), weight_k (V, H_k), bias (V,) and targets (M,), negative where a row is ignored."""
     spec, M, V, device, acc = walk.spec, targets.shape[0], weight[0].shape[0], targets.device, walk.products.acc
     state = RowState(
         run_max=buffers.empty("rows", (M,), acc, device).fill_(-torch.inf),
@@ -132,8 +132,8 @@ def forward(walk: Walk, hidden: list[Tensor], weight: Blocks, bias: Tensor | Non
                 unit[rows].copy_(block_unit)
     if spec.merges:
         ranks = Ranks(spec.group)
-        # Reason: collectives of other sizes hang, end the process, or mix up rows. On a GPU the host would wait for the
-        # device in every call to read what the ranks say, and a captured graph could not hold it.
+        # Reason: collectives of different sizes hang, end the process, or mix up rows. On a GPU the host would have to
+        # wait for the device in every call to read the answers, and a captured graph could not contain that.
         if device.type == "cpu" or backends.debug_mode():
             moves = int(any(spec.hidden_grad))
             agreed(ranks, device, [], {"rows": M, "entropy": int(spec.entropy), "a gradient of hidden": moves})
@@ -152,7 +152,7 @@ def forward(walk: Walk, hidden: list[Tensor], weight: Blocks, bias: Tensor | Non
 
 
 def _move_units(units: list[Tensor], own: RowState, whole: RowState, entropy: bool) -> None:
-    """Sums relative to the maximum of a rank's part of the vocabulary become those relative to the whole's."""
+    """Rescale sums relative to the maximum of a rank's part of the vocabulary to the maximum of the whole."""
     step = torch.where(own.run_max == -torch.inf, 0.0, own.run_max - whole.run_max).unsqueeze(1)
     wanted = len(units) // (1 + entropy)
     for k, unit in enumerate(units[:wanted]):
@@ -164,7 +164,7 @@ def _move_units(units: list[Tensor], own: RowState, whole: RowState, entropy: bo
 def _finish_exps(
     walk: Walk, stats: RowStats, run_sum: Tensor, offsets: Tensor, kept: Tensor, targets: Tensor, vocab_size: int
 ) -> Tensor:
-    """The sums (M,) of exp(y - pivot); the target's entry of what is kept becomes -(1 - p) times that."""
+    """Return the sums (M,) of exp(y - pivot), and set the target's kept entry to -(1 - p) times the sum."""
     pivot, total = offsets[0, :, 0], offsets[1, :, 0]
     columns = walk.spec.kept_columns(vocab_size)
     if walk.spec.gear != "frozen_head":  # slabs that were not kept moved no pivot
@@ -173,11 +173,11 @@ def _finish_exps(
             never = (pivot == -torch.inf) | (new == pivot)
             walk.kernels.rescale_rows(kept[:, :columns], torch.where(never, 1.0, torch.exp(pivot - new)))
         pivot.copy_(new)
-    # Reason: exp of the difference of two maxima is exact to its own rounding; exp(lse - pivot) is not.
+    # Reason: exp of the difference of two maxima is exact up to its rounding; exp(lse - pivot) is not.
     torch.mul(run_sum, torch.exp(stats.run_max - pivot), out=total)
     if columns:
         inside = (targets >= 0) & (targets < columns)
-        # Reason: scatter_ of a 16-bit matrix takes a float32 copy of all of it on a CPU.
+        # Reason: on a CPU, scatter_ makes a float32 copy of a whole 16-bit matrix.
         flat, place = kept.view(-1), torch.arange(kept.shape[0], device=kept.device) * kept.shape[1]
         place += targets.clamp(0, columns - 1)
         entry = torch.where(inside, target_entry(stats, total), flat.index_select(0, place))
@@ -186,7 +186,7 @@ def _finish_exps(
 
 
 def target_entry(stats: RowStats, total: Tensor) -> Tensor:
-    """The entry (M,) at the target that makes g * E equal dz: -(1 - p) times the sum of the exponentials."""
+    """Return the entry (M,) at the target that makes g * E equal dz: -(1 - p) times the sum of the exponentials."""
     return torch.expm1(stats.logps) * total
 
 
@@ -196,7 +196,7 @@ class _Writer:
     def __init__(self, walk: Walk, rows: int, kept: Tensor, offsets: Tensor, device: torch.device):
         self.walk, self.kept, self.offsets, self.device = walk, kept, offsets, device
         spec, products = walk.spec, walk.products
-        # Exponentials take the place of the logits where they have one dtype and the product fills what it is given.
+        # Exponentials overwrite the logits if both have one dtype and the product writes to a given buffer.
         dtype = products.multiplied if spec.gear == "frozen_head" else kept.dtype
         self.in_place = spec.factored and dtype == products.acc and not products.allocates
         self.slab = self.unit = None
@@ -209,7 +209,7 @@ class _Writer:
                 self.unit = buffers.empty("unit", (rows, wide), products.multiplied, device)
 
     def _buffer(self, rows: int, width: int) -> Tensor | None:
-        """A place for logits, made when the first slab needs one; None where the product brings its own."""
+        """Return a buffer for logits, allocated for the first slab that needs it; None if the product allocates."""
         if self.walk.products.allocates:
             return None
         if self.slab is None:
@@ -228,7 +228,7 @@ class _Writer:
             if spec.tile_columns:
                 slab = walk.slab(None, bias, targets, start, stop - start)
                 kept = None if place is None else Kept(place, self.offsets[index][rows])
-                operand = walk.products.prepared(weight[0][start:stop])  # the plan has tiles only where kernels have
+                operand = walk.products.prepared(weight[0][start:stop])  # tiles are planned only for kernels with them
                 walk.kernels.tile_forward(hidden[0], operand, slab, state, kept)  # type: ignore[attr-defined]
                 continue
             z = place if in_place else self._buffer(targets.shape[0], stop - start)
@@ -257,7 +257,7 @@ class _Writer:
     ) -> None:
         """Add exp(y - pivot) @ weight of every slab to the unit gradients, several slabs in one product.
 
-        `target_rows` (M, H_k), where asked for, become the targets' rows of the head.
+        `target_rows` (M, H_k), if any, are filled with the targets' rows of the head.
         """
         walk, spec = self.walk, self.walk.spec
         if not spec.factored:
@@ -298,7 +298,7 @@ class _Writer:
             del heads, head
 
     def _find_targets(self, heads: list[Tensor], targets: Tensor, start: int, target_rows: list[Tensor]) -> None:
-        """Rows of the targets in a slab of the head, which will be gone when backward needs them."""
+        """Copy the rows of the targets in a slab of the head, which is gone when backward needs them."""
         for head, found in zip(self._wanted(heads) if target_rows else (), target_rows, strict=True):
             step = max(1, (1 << 20) // max(1, found.shape[1] * head.element_size()))
             for first in range(0, targets.shape[0], step):
@@ -312,7 +312,7 @@ class _Writer:
         return [head for head, wanted in zip(heads, self.walk.spec.hidden_grad, strict=True) if wanted]
 
     def _unit_slab(self, slab: Slab, heads: list[Tensor], state: RowState, units: list[Tensor]) -> None:
-        """The same relative to the running maximum, to which the sums are brought after every slab."""
+        """Do the same for one slab relative to the running maximum, to which the sums are rescaled after every slab."""
         walk, (rows, width) = self.walk, slab.logits.shape
         products, acc, operand = walk.products, walk.products.acc, walk.spec.operand
         values = slab.logits

@@ -1,4 +1,4 @@
-"""Heads that a distributed engine has cut into pieces."""
+"""Heads that a distributed engine has sharded."""
 
 from windkern.sharding.ranks import RanksError
 from windkern.sharding.streamed import streamed

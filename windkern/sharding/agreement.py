@@ -1,4 +1,4 @@
-"""Settle between the ranks of one head what they must do alike, and check what they must agree on."""
+"""Let the ranks of one head agree on the sizes they plan for, and check that their calls match."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from windkern.sharding.ranks import Ranks
 
 
 def agreed(ranks: Ranks, device: torch.device, largest: list[int], equal: Mapping[str, int]) -> list[int]:
-    """The largest of each number over the ranks, in one all-reduce.
+    """Return the largest of each number over the ranks, in one all-reduce.
 
     Args:
-        largest: what ranks plan with: rows, groups.
-        equal: what must be one number on all ranks, by the name that the error gives it.
+        largest: numbers to plan for, such as rows and groups.
+        equal: numbers that must be equal on all ranks, by their names in the error.
 
     Raises:
-        ValueError: on all ranks alike: a number that must be equal is not.
-        RanksError: a rank does not come.
+        ValueError: on all ranks: a number that must be equal is not.
+        RanksError: a rank does not take part.
     """
     numbers = [*largest, *equal.values(), *(-value for value in equal.values())]
     found = ranks.largest(numbers, device, "settle how to walk over the head")
@@ -27,7 +27,7 @@ def agreed(ranks: Ranks, device: torch.device, largest: list[int], equal: Mappin
     differ = [f"{name} ({-negative} and {high})" for name, high, negative in pairs if high != -negative]
     if differ:
         raise ValueError(
-            "all ranks that a head is cut over must make the same call, with the same options and the same gradients "
-            f"wanted of the head; they differ in {', '.join(differ)}"
+            "all ranks of a sharded head must make the same call, with the same options and the same wanted gradients "
+            f"of the head; they differ in {', '.join(differ)}"
         )
     return found[: len(largest)]

@@ -1,4 +1,4 @@
-"""Online-softmax statistics of a head whose vocabulary is cut over ranks that hold the same rows."""
+"""Merge the online-softmax statistics of a head whose vocabulary is sharded over ranks with the same rows."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from windkern.kernels import buffers
 from windkern.kernels.contract import RowState
 from windkern.sharding.ranks import Ranks
 
-# Rows of one gather, which bounds what a merge holds.
+# Rows per gather, which bounds the memory of a merge.
 _ROWS_AT_ONCE = 1 << 15
 
 
 def merged(state: RowState, ranks: Ranks) -> RowState:
-    """The statistics (M,) of the whole vocabulary from those of each rank's part, the same bits on every rank.
+    """Merge the statistics (M,) of each rank's part into those of the whole vocabulary, the same bits on every rank.
 
         run_max = max_r m_r        run_sum = sum_r s_r exp(m_r - run_max)        target_logit = max_r t_r
         entropy_sum = sum_r exp(m_r - run_max) (e_r + s_r (m_r - run_max))
 
-    One gather of three numbers a row and rank, four with the entropy. Reason: an all-reduce adds in an order that
-    depends on the place of a row among the others, which batch_invariant forbids, and a maximum would have to come
-    before the sums; the gradient of the hidden states has hundreds of times these bytes.
+    This takes one gather of three numbers per row and rank, four with the entropy. Reason: an all-reduce adds in an
+    order that depends on the position of a row, which batch_invariant forbids, and the maximum would have to be reduced
+    before the sums. The gradient of the hidden states has hundreds of times these bytes.
     """
     total = _each(torch.empty_like, state)
     for first in range(0, state.run_max.shape[0], _ROWS_AT_ONCE):
@@ -41,7 +41,7 @@ def _each(change: Callable[[Tensor], Tensor], state: RowState) -> RowState:
 
 
 def _merge(parts: Tensor, total: RowState) -> None:
-    """parts (ranks, 3 or 4, m) in the order of RowState."""
+    """Write the merged statistics of parts (ranks, 3 or 4, m), in the order of RowState, to `total`."""
     maxima, sums, target_logits = parts[:, 0], parts[:, 1], parts[:, 2]
     torch.amax(maxima, 0, out=total.run_max)
     torch.amax(target_logits, 0, out=total.target_logit)
@@ -49,7 +49,7 @@ def _merge(parts: Tensor, total: RowState) -> None:
     if total.entropy_sum is not None:
         total.entropy_sum.zero_()
     for rank, (maximum, summed) in enumerate(zip(maxima, sums, strict=True)):
-        # Hazard: -inf - (-inf) is NaN where a rank has nothing open. Remedy: it adds exactly 0.
+        # Hazard: -inf - (-inf) is NaN where all entries of a rank are masked. Remedy: it adds exactly 0.
         gap = torch.where(maximum == -torch.inf, 0.0, maximum - total.run_max)
         factor = torch.where(maximum == -torch.inf, 0.0, torch.exp(gap))
         if total.entropy_sum is not None:

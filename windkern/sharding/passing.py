@@ -1,4 +1,4 @@
-"""Slabs of a streamed head on their way: from their owners to all ranks, and their gradients back."""
+"""Pass slabs of a streamed head from their owners to all ranks, and their gradients back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Slabs = list[tuple[int, int]]
 
 
 def _pieces(ranks: Ranks, vocab_size: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Owner, first and last row of each part of rows `start` to `stop`, cut as FSDP2 cuts (torch.chunk)."""
+    """Yield owner, first row and end of each part of rows `start` to `stop`, split like FSDP2 (torch.chunk)."""
     share = -(-vocab_size // ranks.size)
     while start < stop:
         end = min(stop, (start // share + 1) * share)
@@ -24,15 +24,15 @@ def _pieces(ranks: Ranks, vocab_size: int, start: int, stop: int) -> Iterator[tu
 
 
 class PassedRows:
-    """Rows of a head (V, H) as ops read them, `rows[start:stop]`: slab after slab, the next on its way meanwhile.
+    """The rows of a head (V, H), read by ops slab by slab as `rows[start:stop]`, while the next slab is sent.
 
-    All ranks must read the same slabs in the same order; a slab may be read several times before the next. A slab lies
-    in a buffer that the next but one overwrites.
+    All ranks must read the same slabs in the same order; a slab may be read several times before the next one. Each
+    slab lies in one of two buffers, which the next slab but one overwrites.
 
     Args:
-        local: (rows, H) those of this rank.
-        slabs: what will be read, in this order, once or in several passes.
-        dtype: in which they are sent.
+        local: (rows, H) of this rank.
+        slabs: the slabs in the order in which they are read, in one pass or several.
+        dtype: in which slabs are sent.
     """
 
     def __init__(self, local: Tensor, ranks: Ranks, vocab_size: int, slabs: Slabs, dtype: torch.dtype):
@@ -76,13 +76,13 @@ class PassedRows:
 
 
 class CollectedRows:
-    """The gradient of a head (V, H) as ops write it, slab after slab: the mean over the ranks goes to the owners.
+    """The gradient of a head (V, H), written by ops slab by slab; the owners receive the mean over the ranks.
 
     Args:
         local: (rows, H) the gradient of this rank's rows, filled or added to.
         width: most rows of a slab.
-        dtype: in which it is summed.
-        accumulate: whether it is added to `local`.
+        dtype: in which the gradient is summed.
+        accumulate: whether the gradient is added to `local`.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class CollectedRows:
 
     @contextmanager
     def rows(self, start: int, stop: int) -> Iterator[Tensor]:
-        """A place (stop - start, H) for this rank's gradient of these rows, which is on its way afterwards."""
+        """Yield a buffer (stop - start, H) for this rank's gradient of these rows; it is sent when the context ends."""
         turn = self._turn = 1 - self._turn
         self._wait(turn)
         buffer = self._buffers[turn][: stop - start]
         yield buffer
         share, world = -(-self.vocab_size // self.ranks.size), self.ranks.size
-        # Reason: a sum in float16 may overflow where the mean does not. FSDP2 divides before, too.
+        # Reason: a sum in float16 can overflow where the mean does not. FSDP2 divides first, too.
         before = buffer.dtype == torch.float16
         if before:
             buffer.div_(world)
@@ -131,6 +131,6 @@ class CollectedRows:
         self._going[turn] = []
 
     def finish(self) -> None:
-        """Wait until the gradient of this rank's rows is there."""
+        """Wait until the gradient of this rank's rows is complete."""
         self._wait(1 - self._turn)
         self._wait(self._turn)

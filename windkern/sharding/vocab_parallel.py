@@ -1,4 +1,4 @@
-"""Heads whose vocabulary is cut over ranks that hold the same hidden states (tensor parallelism)."""
+"""Heads whose vocabulary is sharded over ranks with the same hidden states (tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from windkern._checks import FLOATS, check_floating, check_index, shape_of
 from windkern.shard import Cut, Shard
 from windkern.sharding.ranks import Ranks, RanksError
 
-_REFUSED = -1  # in the place of the first row: a rank that cannot take part says so, so that no other waits for it
-_FOLLOWS = -2  # the same: this rank's rows follow on those of the rank before
+_REFUSED = -1  # in place of the first row: this rank cannot take part, so the others must not wait for it
+_FOLLOWS = -2  # in place of the first row: this rank's rows follow those of the previous rank
 
 
 def vocab_parallel(
@@ -23,21 +23,21 @@ def vocab_parallel(
     *,
     reduce_dtype: torch.dtype | None = None,
 ) -> Shard:
-    """Say that `weight` is this rank's part of a head whose vocabulary is cut over a group; ops take it as `weight`.
+    """Declare `weight` to be this rank's part of a head whose vocabulary is sharded over a group.
 
         log p(v | h) = z_v - log sum_r sum_{u on rank r} exp z_u,    z = transform(h @ weight.T + bias)
 
     Every rank calls the ops with the same hidden states, the same targets, numbered as in the whole vocabulary, and its
     own rows of the bias. Results and the gradient of the hidden states are those of the whole head, the same bits on
-    all ranks; the gradient of the weight is that of the local rows and stays there. All ranks must make the same calls.
+    all ranks; the gradient of the weight is that of the local rows and stays local. All ranks must make the same calls.
 
-    The ranks compare their parts here, which is a collective of its own: make the object once and keep it, as it
-    follows what happens to `weight`.
+    This function is a collective, in which the ranks compare their parts. Call it once and keep the result, which holds
+    `weight` itself and so follows its updates.
 
     Args:
-        weight: (rows, H) the local rows, any number of them, none included; or a DTensor (V, H) with placement
-            Shard(0) on a one-dimensional mesh, as torch's tensor parallelism makes it.
-        group: that the vocabulary is cut over; None is the mesh's for a DTensor, else the default group.
+        weight: (rows, H) the local rows, any number of them, even none; or a DTensor (V, H) with placement Shard(0) on
+            a one-dimensional mesh, as in torch's tensor parallelism.
+        group: of the ranks that share the vocabulary; None is the mesh's for a DTensor, else the default group.
         start: vocabulary entry of the first local row; None for rows that follow each other in the order of ranks.
         reduce_dtype: in which the gradient of the hidden states is summed over the ranks; None is float32 (float64 for
             a float64 head). The dtype of the hidden states halves that traffic.
@@ -46,12 +46,12 @@ def vocab_parallel(
         A `windkern.shard.Shard`, accepted wherever an op takes a weight, in tuples of blocks and in a `windkern.Head`.
 
     Raises:
-        ValueError: the parts do not cover the vocabulary once, or differ in hidden size or dtype; `group` is one that
-            this rank does not belong to, or not the mesh's; the weight is partitioned by ZeRO-3. Where one rank is at
+        ValueError: the parts do not cover the vocabulary once, or differ in hidden size or dtype; this rank does not
+            belong to `group`, or the mesh has another one; the weight is partitioned by ZeRO-3. If one rank is at
             fault, all raise.
-        TypeError: weight is not a floating tensor, or a DTensor with another placement.
-        windkern.sharding.RanksError: torch.distributed is not initialised, or a rank does not come, here or in an op;
-            the group's timeout bounds the wait.
+        TypeError: weight is not a floating tensor, or is a DTensor with another placement.
+        windkern.sharding.RanksError: torch.distributed is not initialised, or a rank does not take part within the
+            group's timeout, here or in an op.
 
     Memory:
         No more than an op on the local rows takes, and up to 32768 rows of 16 bytes from each rank.
@@ -98,10 +98,10 @@ def vocab_parallel(
 
 
 def _group_of(weight: object, group: object) -> dist.ProcessGroup:
-    """The group that the ranks of a head meet in.
+    """Return the process group of the ranks of a head.
 
-    Hazard: a rank that raises here is one that the others cannot hear of. Remedy: only what is wrong on all of them,
-    or what leaves this rank without a group, is refused.
+    Hazard: the other ranks cannot learn that this rank raised here. Remedy: raise only for faults that all ranks have,
+    or that leave this rank without a group.
     """
     mesh = getattr(weight, "device_mesh", None)
     if mesh is not None and mesh.ndim != 1:
@@ -126,11 +126,11 @@ def _group_of(weight: object, group: object) -> dist.ProcessGroup:
 
 
 def _local_rows(weight: Any, group: dist.ProcessGroup, start: object) -> tuple[int, Tensor]:
-    """The vocabulary entry of the first local row, or _FOLLOWS, and the rows."""
+    """Return the vocabulary entry of the first local row, or _FOLLOWS, and the rows."""
     if hasattr(weight, "ds_id"):
         raise ValueError(
-            "weight is a parameter of DeepSpeed ZeRO-3, which cuts it by elements and not by rows; gather it with "
-            "windkern.sharding.gathered(weight) and pass the ops what that yields"
+            "weight is a parameter of DeepSpeed ZeRO-3, which partitions it by elements and not by rows; gather it "
+            "with windkern.sharding.gathered(weight) and pass the result to the ops"
         )
     if start is not None:
         start = check_index("start", start)
@@ -139,11 +139,11 @@ def _local_rows(weight: Any, group: dist.ProcessGroup, start: object) -> tuple[i
     if hasattr(weight, "placements"):
         if len(weight.placements) != 1 or not weight.placements[0].is_shard(0):
             raise TypeError(
-                f"weight must be a DTensor with placements (Shard(dim=0),), got {weight.placements}; one that is whole "
-                "on every rank can be passed to the ops as weight.to_local()"
+                f"weight must be a DTensor with placements (Shard(dim=0),), got {weight.placements}; if it is whole on "
+                "every rank, pass weight.to_local() to the ops"
             )
         count, world = weight.shape[0], group.size()
-        # Shard(0) cuts as torch.chunk does.
+        # Shard(0) splits like torch.chunk.
         begin = min(count, -(-count // world) * weight.device_mesh.get_local_rank())
         if start not in (None, begin):
             raise ValueError(f"start must be {begin} or None for this DTensor, got {start}")
@@ -151,7 +151,7 @@ def _local_rows(weight: Any, group: dist.ProcessGroup, start: object) -> tuple[i
     local = check_floating("weight", weight)
     if local.dim() != 2:
         raise ValueError(
-            f"weight must have shape (rows, hidden), also (0, hidden) where this rank has none, got {shape_of(local)}"
+            f"weight must have shape (rows, hidden), or (0, hidden) if this rank has no rows, got {shape_of(local)}"
         )
     return _FOLLOWS if start is None else start, local
 
@@ -162,10 +162,10 @@ def _check_reduce_dtype(dtype: object) -> None:
 
 
 def _starts(table: list[list[int]]) -> list[int]:
-    """Return the first row of each rank; raise on all ranks alike if their rows do not make one vocabulary."""
+    """Return the first row of each rank; raise on all ranks if their rows do not form one vocabulary."""
     refused = [rank for rank, row in enumerate(table) if row[0] == _REFUSED]
     if refused:
-        raise ValueError(f"weight was refused on rank {refused[0]}, which says why")
+        raise ValueError(f"weight was refused on rank {refused[0]}; see the error there")
     for name, place, said in (("hidden size", 2, str), ("dtype", 3, lambda code: str(FLOATS[code]))):
         found = [row[place] for row in table]
         if len(set(found)) > 1:
@@ -175,7 +175,7 @@ def _starts(table: list[list[int]]) -> list[int]:
             )
     follows = [row[0] == _FOLLOWS for row in table]
     if any(follows) and not all(follows):
-        raise ValueError("start must be given on all ranks of the group or on none, got it on some")
+        raise ValueError("start must be given on all ranks of the group or on none, got it on some of them")
     starts, stop = [], 0
     for first, rows, _, _ in table:
         starts.append(stop if first == _FOLLOWS else first)
@@ -185,7 +185,7 @@ def _starts(table: list[list[int]]) -> list[int]:
 
 
 def _check_cover(parts: list[tuple[int, int, int]]) -> None:
-    """Start, end and rank of all parts, which must be the whole of one vocabulary."""
+    """Raise unless the parts, each with start, end and rank, cover one vocabulary once."""
     stop, beside = 0, "the beginning of the vocabulary"
     for start, end, rank in sorted(part for part in parts if part[0] < part[1]):
         if start != stop:

@@ -1,4 +1,4 @@
-"""A head that a distributed engine has cut in pieces, whole again for one op."""
+"""Gather a head that a distributed engine has sharded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Whole = TypeVar("Whole", Tensor, Head)
 
 
 def gathered_mean(dtensor: Any) -> Tensor:
-    """The whole of a DTensor, whose gradient comes back in pieces, each the mean over the ranks."""
+    """Return the whole of a DTensor; its gradient comes back sharded, as the mean over the ranks."""
     from torch.distributed.tensor import Partial
 
-    # Hazard: by default the gradient counts as equal on all ranks, and each would keep its piece of its own only.
+    # Hazard: by default the gradient counts as equal on all ranks, so each would only keep a part of its own gradient.
     return dtensor.full_tensor(grad_placements=[Partial("avg")] * dtensor.device_mesh.ndim)
 
 
@@ -27,13 +27,13 @@ def gathered_mean(dtensor: Any) -> Tensor:
 def gathered(weight: Whole) -> Iterator[Whole]:
     """Yield the whole head of a sharded parameter: FSDP2 and tensor-parallel DTensors, ZeRO-3, or a plain tensor.
 
-    A DTensor is gathered differentiably: its gradient comes back in pieces, each the mean over the ranks, as FSDP2
-    reduces those of the other parameters. Every rank must therefore run its backward. A ZeRO-3 parameter is whole only
-    inside the block, so forward and backward must both run there; one that hooks of DeepSpeed have gathered already, as
-    in the head's own forward, is left to them.
+    A DTensor is gathered differentiably: its gradient comes back sharded, as the mean over the ranks, as FSDP2 reduces
+    those of the other parameters. Every rank must therefore run its backward. A ZeRO-3 parameter is whole only inside
+    the block, so forward and backward must both run there; if hooks of DeepSpeed have gathered it already, as in the
+    head's own forward, it is left to them.
 
     Args:
-        weight: (V, H) parameter or tensor, sharded or not; or a `windkern.Head` of such.
+        weight: (V, H) parameter or tensor, sharded or not; or a `windkern.Head` of such tensors.
 
     Returns:
         A context manager that yields a plain (V, H) tensor, or the head with plain tensors.

@@ -1,4 +1,4 @@
-"""The theory made runnable: win-rate games small enough to solve exactly, and WIND fitted to samples of them."""
+"""Win-rate games that are small enough to solve exactly, and WIND fitted to samples of them."""
 
 from windkern.tabular.games import LINKS, Game, best_of_n
 from windkern.tabular.sampled import FITS, fit

@@ -1,4 +1,4 @@
-"""Games over small response sets: everything about them can be computed, nothing need be sampled."""
+"""Games over small response sets, whose quantities are computed exactly, without sampling."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from windkern._checks import check_choice, check_count, check_number, check_shap
 LINKS = ("step", "bradley_terry")
 SUM_TOLERANCE = 1e-6  # of probabilities over the responses; a float32 softmax misses 1 by 1e-7
 SYMMETRY_TOLERANCE = 1e-6
-MAX_STEPS = 200_000  # to the equilibrium; about 35 / beta are needed
+MAX_STEPS = 200_000  # to the equilibrium, which takes about 35 / beta
 
 Array = Tensor | np.ndarray | Sequence
 
 
 def as_matrix(name: str, value: Array, shape: Sequence[int | str] = ("X", "Y")) -> Tensor:
-    """Numbers as float64, of the given shape, without NaN."""
+    """Return finite numbers as a float64 tensor of the given shape."""
     try:
         tensor = torch.as_tensor(value).detach().to(torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -32,7 +32,7 @@ def as_matrix(name: str, value: Array, shape: Sequence[int | str] = ("X", "Y")) 
 
 
 def as_policy(name: str, value: Array, shape: Sequence[int | str] = ("X", "Y"), *, positive: bool = False) -> Tensor:
-    """Probabilities of the responses (X, Y), each row of which sums to one; normalised to the last digit."""
+    """Return probabilities of the responses (X, Y), whose rows sum to one, normalised to the last digit."""
     policy = as_matrix(name, value, shape)
     if policy.numel() == 0:
         raise ValueError(f"{name} must have at least one context and one response, got shape {shape_of(policy)}")
@@ -43,29 +43,29 @@ def as_policy(name: str, value: Array, shape: Sequence[int | str] = ("X", "Y"), 
         worst = total[(total - 1).abs().argmax(0)].item()
         raise ValueError(f"{name} must sum to 1 over the responses of every context, got a sum of {worst:.6g}")
     if positive and policy.min() == 0:
-        raise ValueError(f"{name} must be positive everywhere: leave out responses that are never given")
+        raise ValueError(f"{name} must be positive everywhere: leave out responses with probability 0")
     return policy / total
 
 
 def normalised(scores: Tensor) -> Tensor:
-    """Log-probs of the policy with these scores (unnormalised log-probs)."""
+    """Return the log-probs of the policy with these scores (unnormalised log-probs)."""
     return scores.log_softmax(-1)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of each context from log-probs (X, Y) -> (X,).
+    """Return KL(p || q) of each context from log-probs (X, Y) -> (X,).
 
-    Hazard: where p is 0, its log is -inf and 0 * -inf is NaN. Remedy: select before the product.
+    Hazard: where p is 0, its log is -inf, and 0 * -inf is NaN. Remedy: select before the product.
     """
     gap = torch.where(p > -torch.inf, p - q, 0.0)
     return (p.exp() * gap).sum(-1).clamp(min=0)
 
 
 def best_of_n_logs(logs: Tensor, rewards: Tensor, n: int) -> Tensor:
-    """Log of the best-of-n law of a policy given by log-probs, eq. (1.6).
+    """Return the log of the best-of-n distribution of a policy given by log-probs, eq. (1.6).
 
     log[(F<=^n - F<^n)/(F<= - F<)] + log pi, with F<=(y) = chance of a reward up to that of y, F< of a smaller one.
-    Everything stays in logs: F^n underflows long before its log does.
+    All terms stay in logs, because F^n underflows long before its log does.
     """
     order = rewards.argsort(-1)
     ranked, sorted_logs = rewards.gather(-1, order), logs.gather(-1, order)
@@ -76,8 +76,8 @@ def best_of_n_logs(logs: Tensor, rewards: Tensor, n: int) -> Tensor:
     at_most = up_to.gather(-1, last)
     padded = torch.nn.functional.pad(up_to, (1, 0), value=-torch.inf)  # padded[k] = log chance of the k lowest
     below = padded.gather(-1, first)
-    # log(F<=^n - F<^n) = n log F<= + log(1 - (F< / F<=)^n), and the same with n = 1 for the class itself.
-    # Hazard: a response of chance below 1e-16 leaves F< = F<=, and 0/0. Remedy: the limit, which is n.
+    # log(F<=^n - F<^n) = n log F<= + log(1 - (F< / F<=)^n), and likewise with n = 1 for the denominator.
+    # Hazard: a response with a chance below 1e-16 leaves F< = F<=, and 0/0. Remedy: take the limit, which is n.
     ratio = below - at_most
     spread = torch.log(torch.expm1(n * ratio) / torch.expm1(ratio))
     spread = torch.where(ratio < 0, spread, math.log(n))
@@ -86,15 +86,15 @@ def best_of_n_logs(logs: Tensor, rewards: Tensor, n: int) -> Tensor:
 
 
 def best_of_n(ref: Array, rewards: Array, n: int) -> Tensor:
-    """Law of the best of n independent draws from `ref`, ties broken evenly.
+    """Return the distribution of the best of n independent draws from `ref`, with ties broken evenly.
 
-    Formula: ref(y) (F<=(y)^n - F<(y)^n)/(F<=(y) - F<(y)), F<=(y) the chance under `ref` of a reward of at most r(y),
-    F<(y) of a smaller one.
+    Formula: ref(y) (F<=(y)^n - F<(y)^n)/(F<=(y) - F<(y)), F<=(y) being the chance under `ref` of a reward of at most
+    r(y), F<(y) of a smaller one.
 
     Args:
-        ref: (X, Y) probabilities, positive, each row sums to one.
+        ref: (X, Y) positive probabilities; each row sums to one.
         rewards: (X, Y), any finite numbers.
-        n: draws, at least 1.
+        n: number of draws, at least 1.
 
     Returns:
         (X, Y) float64 probabilities.
@@ -123,19 +123,20 @@ class Game:
     games; preferences may be cyclic.
 
     Args:
-        ref: (X, Y) probabilities of the reference, positive, each row sums to one.
-        beta: weight of the KL to the reference, not negative. With 0 there need not be one solution, so what needs
-            it raises.
-        rewards: (X, Y). This or `prefs`.
+        ref: (X, Y) positive probabilities of the reference; each row sums to one.
+        beta: weight of the KL to the reference, not negative. With 0 the solution may not be unique, so methods that
+            need it raise.
+        rewards: (X, Y). Either this or `prefs`.
         prefs: (X, Y, Y) in [0, 1], prefs[x, i, j] the chance that i beats j, `prefs + prefs.mT = 1`.
-        link: what rewards mean; without effect on `prefs`.
+        link: from rewards to preferences; without effect on `prefs`.
 
-    Everything is float64, on the device of `ref`. The arrays may be torch or numpy.
+    All tensors are float64, on the device of `ref`. The arrays can be torch or numpy.
 
     Raises:
-        TypeError: an array is none.
-        ValueError: both or neither of `rewards` and `prefs`; a shape; `ref` does not hold positive probabilities that
-            sum to one; `prefs` leave [0, 1] or miss the symmetry by 1e-6; `beta` < 0; an unknown `link`.
+        TypeError: an argument is not an array of numbers.
+        ValueError: both or neither of `rewards` and `prefs` are given; a shape is wrong; `ref` does not hold positive
+            probabilities that sum to one; `prefs` are outside [0, 1] or asymmetric by more than 1e-6; `beta` < 0; or
+            `link` is unknown.
 
     Memory:
         The X * Y * Y preferences.
@@ -189,32 +190,32 @@ class Game:
 
     @property
     def defeats(self) -> Tensor:
-        """Chance (X, Y, Y) that the second beats the first outright; where all verdicts are certain a tie is none."""
+        """Chance (X, Y, Y) that the second beats the first; if all verdicts are certain, a tie does not count."""
         verdicts_are_certain = (2 * self.prefs == (2 * self.prefs).round()).all()
         return (self.prefs == 0).to(self.prefs.dtype) if verdicts_are_certain else 1 - self.prefs
 
     def policy(self, policy: Array) -> Tensor:
-        """The policy (X, Y) as float64 probabilities, checked."""
+        """Check a policy (X, Y) and return it as float64 probabilities."""
         return as_policy("policy", policy, self.shape).to(self.ref.device)
 
     def win_rate(self, policy: Array) -> Tensor:
-        """P(y > policy) of every response, (X, Y), eq. (1.4)."""
+        """Return P(y > policy) of every response, (X, Y), eq. (1.4)."""
         return self._wins(self.policy(policy))
 
     def best_response(self, policy: Array) -> Tensor:
-        """argmax_mu P(mu > policy) - beta KL(mu || ref), (X, Y), eq. (1.19); for beta = 0 `ref` on the best ones."""
+        """Return argmax_mu P(mu > policy) - beta KL(mu || ref), (X, Y), eq. (1.19); for beta = 0, `ref` on the best."""
         return self._best_response_logs(self._wins(self.policy(policy))).exp()
 
     def exploitability(self, policy: Array) -> Tensor:
-        """Gain (X,) of the best response over the policy; it is zero at the equilibrium alone, eq. (1.20)."""
+        """Return the gain (X,) of the best response over the policy, zero only at the equilibrium, eq. (1.20)."""
         policy = self.policy(policy)
         return self._exploitability(policy.log(), self._wins(policy))
 
     def equilibrium(self) -> Tensor:
-        """The solution pi* (X, Y), eq. (1.18), by extragradient steps (PU) until nothing moves; kept for later calls.
+        """Return the solution pi* (X, Y), eq. (1.18), by extragradient steps (PU) until convergence; cached.
 
         Raises:
-            ValueError: beta is 0, where the solution need not be unique.
+            ValueError: beta is 0, where the solution may not be unique.
             RuntimeError: it takes more than 200000 steps (beta below about 2e-4).
         """
         return self._equilibrium_logs().exp()
@@ -240,8 +241,8 @@ class Game:
 
     def _solve(self) -> Tensor:
         if self.beta == 0:
-            raise ValueError("beta must be greater than 0 for an equilibrium: without the pull there may be many")
-        # Scores are carried relative to ref, which keeps them of the size of 1 / beta. PU's largest step, (1.49).
+            raise ValueError("beta must be greater than 0 for an equilibrium, which may not be unique without the KL")
+        # Scores are relative to ref, which keeps their size at 1 / beta. The step is PU's largest, (1.49).
         step = 1 / (1 + self.beta)
         keep = 1 - step * self.beta
         tilt = torch.zeros_like(self.log_ref)

@@ -1,4 +1,4 @@
-"""WIND and its rivals fitted to samples of a game, as a trainer would, on a softmax policy over the responses."""
+"""Fit WIND and its rivals to samples of a game, like a trainer, with a softmax policy over the responses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `fit`, checked."""
+    """The checked arguments of `fit`."""
 
     eta: float
     log_z: str
@@ -52,7 +52,7 @@ class Settings:
 
 
 def draw(game: Game, logs: Tensor, groups: int, responses: int, verdicts: str, generator: torch.Generator) -> Batch:
-    """`groups` groups of `responses` responses in every context, and their verdicts."""
+    """Draw `groups` groups of `responses` responses in every context, and their verdicts."""
     drawn = torch.multinomial(logs.exp(), groups * responses, replacement=True, generator=generator)
     grouped = drawn.view(logs.shape[0], groups, responses)
     context = torch.arange(logs.shape[0], device=logs.device)[:, None, None, None]
@@ -68,11 +68,11 @@ def draw(game: Game, logs: Tensor, groups: int, responses: int, verdicts: str, g
 
 
 class Fit(NamedTuple):
-    """How an objective starts and what it minimises."""
+    """The start of an objective, and the loss that it minimises."""
 
     pull: Callable[[Game, Settings], float]  # b: share of ref in the step; pi_t has 1 - b
     loss: Callable[[Game, Settings, Batch, Tensor, Tensor], Tensor]  # ..., log Z (B,), logps (B, K) -> (B,)
-    free: bool  # whether log Z is left to the scores, so that they are fitted before normalisation
+    free: bool  # whether the loss uses log Z, so that scores can be fitted before normalisation
 
 
 def _wind_pull(game: Game, settings: Settings) -> float:
@@ -99,14 +99,14 @@ def _wind_fit(objective: str) -> Fit:
 
 
 def _sppo_loss(game: Game, settings: Settings, batch: Batch, log_z: Tensor, logps: Tensor) -> Tensor:
-    # Its V-statistic counts the own comparison, which shrinks a point-wise step by (K - 1)/K: leave it out, (1.32).
+    # The V-statistic counts the comparison with itself, which shrinks a point-wise step by (K - 1)/K: drop it, (1.32).
     size = settings.responses
     rates = (size * v_win_rates(batch.prefs, torch.ones_like(logps, dtype=torch.bool)) - 0.5) / (size - 1)
     return sppo(logps, batch.old_logps, win_rates=rates, eta=settings.eta, reduction="none")
 
 
 def _bond_loss(game: Game, settings: Settings, batch: Batch, log_z: Tensor, logps: Tensor) -> Tensor:
-    # The centred square loss with log w for w. The own comparison keeps w at 1/(2K) or more, as BOND floors quantiles.
+    # The centred square loss with log w for w. The comparison with itself keeps w >= 1/(2K), as BOND floors quantiles.
     where = torch.ones_like(logps, dtype=torch.bool)
     utility = settings.alpha1 * (settings.n - 1) * v_win_rates(batch.prefs, where).log()
     miss = residual(logps, batch.old_logps, batch.ref_logps, settings.alpha2) - utility
@@ -121,7 +121,7 @@ FITS = {
 
 
 def _log_z(game: Game, logs: Tensor, settings: Settings) -> Tensor:
-    """(X,): exact (1.34), SPPO's constant c/2, or 0 for scores that carry it themselves."""
+    """Return log Z (X,): exact (1.34), SPPO's constant c/2, or 0 for scores that include it."""
     a, b, c = step_coefficients(settings.eta, game.beta)
     if settings.log_z == "exact":
         return (a * logs + b * game.log_ref + c * game._wins(logs.exp())).logsumexp(-1)
@@ -131,7 +131,7 @@ def _log_z(game: Game, logs: Tensor, settings: Settings) -> Tensor:
 def _regressions(
     game: Game, logs: Tensor, settings: Settings, chosen: Fit, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Every iteration: draw from pi_t, fit pi_{t+1}."""
+    """In every iteration, draw from pi_t and fit pi_{t+1}."""
     b, size = chosen.pull(game, settings), settings.responses
     free = chosen.free and settings.log_z == "free"
     while True:
@@ -140,10 +140,10 @@ def _regressions(
         unknown = (1 - b) * logs + b * game.log_ref  # the update if every win rate were 1/2
         start = logs if settings.start == "policy" else unknown
         if free:
-            # Free scores have a level: lift those of responses not drawn as the fit lifts the others on average.
+            # Free scores have a level: shift those of responses not drawn as the fit shifts the others on average.
             lift = step_coefficients(settings.eta, game.beta)[2] / 2
             start = start + lift + (unknown - start).gather(1, batch.responses).mean(-1, keepdim=True)
-        # Hazard: often drawn responses have steep losses, rare ones flat. Remedy: scale by 1/sqrt(count), (Jacobi).
+        # Hazard: the loss is steep in responses drawn often, flat in others. Remedy: scale by 1/sqrt(count) (Jacobi).
         drawn = torch.zeros_like(logs).scatter_add_(
             1, batch.responses, torch.ones_like(batch.responses, dtype=logs.dtype)
         )
@@ -172,7 +172,7 @@ def _regressions(
 
 
 def _jbond(game: Game, logs: Tensor, settings: Settings, generator: torch.Generator) -> Iterator[Tensor]:
-    """Every iteration: one stochastic gradient step on fresh draws, one of the policy and two of the anchor each."""
+    """In every iteration, take one stochastic gradient step on fresh draws, one of the policy and two of the anchor."""
     scores, anchor, groups, defeats = logs, logs, settings.groups, game.defeats
     context = torch.arange(logs.shape[0], device=logs.device)[:, None]
     while True:
@@ -221,30 +221,30 @@ def fit(
     rate: float = 0.02,
     learning_rate: float = 1.0,
 ) -> Solution:
-    """Solve a game from samples: WIND as a trainer runs it, with `wk.losses.wind` on a table of log-probs.
+    """Solve a game from samples, as a trainer runs WIND, with `wk.losses.wind` on a table of log-probs.
 
-    Every iteration draws `groups` groups of `responses` responses from pi_t in each context, has all pairs of a group
-    judged, and minimises the loss over the softmax policy. A response that was not drawn has no part in the loss: it
-    stays where the fit starts.
+    Every iteration draws `groups` groups of `responses` responses from pi_t in each context, judges all pairs of a
+    group, and minimises the loss over the softmax policy. A response that was not drawn is not in the loss: its score
+    stays at the start of the fit.
 
     Args:
-        game: contexts, reference, beta and preferences. Only draws, verdicts and log-probs of it are used, unless
+        game: contexts, reference, beta and preferences. Only draws, verdicts and log-probs are used, unless
             log_z="exact".
         objective: one of `wk.losses.OBJECTIVES`; or a rival on the same draws: "sppo" (`wk.losses.sppo`),
-            "iterative_bond" (the centred square loss with log w); or "jbond" (one stochastic gradient step an
-            iteration, 3 * `groups` draws, `responses` must be 3).
+            "iterative_bond" (the centred square loss with log w); or "jbond" (one stochastic gradient step per
+            iteration, 3 * `groups` draws; `responses` must be 3).
         groups: groups drawn in each context and iteration.
         responses: K of a group, at least 2.
         iterations: outer iterations.
         eta: step size, positive; without effect on "iterative_bond" and "jbond".
         seed: of the draws.
         verdicts: "hard" (0/1, one draw for each pair) or "soft" (the preference itself).
-        log_z: for "square_point" and "nce": "free" fits unnormalised scores, which carry log Z themselves; "exact"
-            computes it from the game; "half" is the constant c/2, biased once pi_t has left `ref`.
+        log_z: for "square_point" and "nce": "free" fits unnormalised scores, which absorb log Z; "exact" computes it
+            from the game; "half" is the constant c/2, biased once pi_t has left `ref`.
         start: of each fit: "policy" is pi_t, as in training; "update" is the step with every win rate at 1/2, which
             pulls responses that were not drawn back to `ref`, although no sample says how bad they are.
-        steps: L-BFGS iterations of a fit; 10 are close to the minimum.
-        policy0: (X, Y) where to start, positive; None for `game.ref`.
+        steps: L-BFGS iterations of a fit; 10 come close to the minimum.
+        policy0: (X, Y) positive start; None for `game.ref`.
         n, alpha1, alpha2: of "iterative_bond", as in `solve`.
         mix, gamma, rate, learning_rate: of "jbond", as in `solve`.
 
@@ -253,8 +253,8 @@ def fit(
 
     Raises:
         TypeError: a count is not an integer, or `policy0` is not an array.
-        ValueError: an unknown name, a number out of range, `policy0` without positive probabilities, or for "jbond"
-            `responses` other than 3.
+        ValueError: a name is unknown, a number is out of range, `policy0` does not hold positive probabilities, or
+            `responses` is not 3 for "jbond".
 
     Source:
         docs/theory.md, sections 6 to 9 and 12.

@@ -1,4 +1,4 @@
-"""Exact solvers: one generator of policies each, in the table `METHODS`."""
+"""Exact solvers of games, each a generator of policies, in the table `METHODS`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LOG_FLOOR = -1e6
 
 @dataclass(frozen=True)
 class Solution:
-    """A policy and how it was reached.
+    """A policy, and the trace of the iterations that led to it.
 
     `trace` maps a metric to its mean over the contexts after 0, 1, 2, ... iterations, as float64 numpy arrays:
     "kl" (KL(pi* || pi_t), absent for beta = 0), "exploitability", "reward" (absent without rewards), "kl_ref"
     (KL(pi_t || ref)), "win_vs_ref" (P(pi_t > ref)) and, from `fit`, "samples" (responses drawn so far in a context).
-    `seconds` is the time of the iterations without that of the metrics.
+    `seconds` is the time of the iterations, without the metrics.
     """
 
     policy: Tensor  # (X, Y)
@@ -39,7 +39,7 @@ class Solution:
 
 
 def measure(game: Game, logs: Tensor) -> dict[str, float]:
-    """The metrics of a `Solution`, of one policy given by log-probs."""
+    """Return the metrics of a `Solution` for one policy given by log-probs."""
     policy = logs.exp()
     metrics = {
         "exploitability": game._exploitability(logs, game._wins(policy)),
@@ -54,7 +54,7 @@ def measure(game: Game, logs: Tensor) -> dict[str, float]:
 
 
 def run(game: Game, policies: Iterator[Tensor], start: Tensor, iterations: int, tol: float) -> Solution:
-    """Take up to `iterations` policies (log-probs) from the generator and measure each; stop when they stand still."""
+    """Take up to `iterations` policies (log-probs) from the generator and measure each; stop at convergence."""
     logs, records, seconds, converged = start, [measure(game, start)], 0.0, False
     for _ in range(iterations):
         began = time.perf_counter()
@@ -72,7 +72,7 @@ def run(game: Game, policies: Iterator[Tensor], start: Tensor, iterations: int, 
     return Solution(logs.exp(), trace, len(records) - 1, converged, seconds)
 
 
-# Each takes the game, pi_0 as log-probs and its own options, and yields pi_1, pi_2, ... as log-probs.
+# Each solver takes the game, pi_0 as log-probs and its own options, and yields pi_1, pi_2, ... as log-probs.
 
 
 def _wind(game: Game, logs: Tensor, *, eta: float) -> Iterator[Tensor]:
@@ -92,7 +92,7 @@ def _pu(game: Game, logs: Tensor, *, eta: float) -> Iterator[Tensor]:
 
 def _omwu(game: Game, logs: Tensor, *, eta: float) -> Iterator[Tensor]:
     a, b, c = step_coefficients(eta, game.beta)
-    wins = game._wins(logs.exp())  # of the middle point before
+    wins = game._wins(logs.exp())  # of the previous middle point
     while True:
         middle = normalised(a * logs + b * game.log_ref + c * wins)
         wins = game._wins(middle.exp())
@@ -116,7 +116,7 @@ def _ipo(game: Game, logs: Tensor) -> Iterator[Tensor]:
 
 
 def _best_of_n_or_product(game: Game, logs: Tensor, n: int) -> Tensor:
-    """Best-of-n by reward where the verdicts are certain, else its form pi W^(n-1), which is exact for n = 2, (1.9)."""
+    """Return best-of-n by reward if the verdicts are certain, else pi W^(n-1), which is exact for n = 2, (1.9)."""
     if game.rewards is not None and game.link == "step":
         return best_of_n_logs(logs, game.rewards, n)
     wins = game._wins(logs.exp()).clamp(min=torch.finfo(logs.dtype).tiny)
@@ -124,7 +124,7 @@ def _best_of_n_or_product(game: Game, logs: Tensor, n: int) -> Tensor:
 
 
 def check_mixing(game: Game, n: int, alpha1: float, alpha2: float) -> None:
-    """Check the options of iterative best-of-n; refuse the settings whose limit is a collapse."""
+    """Raise for options of iterative best-of-n that are out of range, or that lead to a collapse."""
     check_count("n", n, least=2)
     check_number("alpha1", alpha1, above=0)
     check_number("alpha2", alpha2, least=0)
@@ -133,8 +133,8 @@ def check_mixing(game: Game, n: int, alpha1: float, alpha2: float) -> None:
     effective = alpha2 / ((n - 1) * alpha1)
     if game.certain and 0 < effective < 1:
         raise ValueError(
-            f"alpha2 / ((n - 1) * alpha1) must be at least 1 (or alpha2 = 0), got {effective:g}: where some response "
-            "never wins, log win rates have no lower bound and the pull to the reference cannot hold it"
+            f"alpha2 / ((n - 1) * alpha1) must be at least 1 (or alpha2 = 0), got {effective:g}: if some response "
+            "never wins, log win rates have no lower bound, and the pull to the reference cannot balance them"
         )
 
 
@@ -151,7 +151,7 @@ def _iterative_bond(
 def _best_of_n(game: Game, logs: Tensor, *, n: int = 2) -> Iterator[Tensor]:
     check_count("n", n, least=1)
     if game.rewards is None:
-        raise ValueError("method='best_of_n' ranks by rewards, and this game has only prefs")
+        raise ValueError("method='best_of_n' ranks by rewards, but this game has only prefs")
     yield best_of_n_logs(logs, game.rewards, n)
 
 
@@ -184,7 +184,7 @@ def _jbond(
 
 @dataclass(frozen=True)
 class Method:
-    """A method's name, options and limits: all that a reader needs before its function."""
+    """A method, with its formula and source."""
 
     policies: Callable[..., Iterator[Tensor]]
     formula: str
@@ -247,11 +247,11 @@ def solve(
     ============== =============================================== =================================================
     method         pi_{t+1}                                        options
     ============== =============================================== =================================================
-    wind           pi_t^a ref^b exp(c w_t), a = 1/(1 + eta beta),  eta up to 4 beta converges whatever the preferences
+    wind           pi_t^a ref^b exp(c w_t), a = 1/(1 + eta beta),  eta up to 4 beta converges for any preferences
                    b = 1 - a, c = eta a
-    pu             the same with the win rates of a look-ahead     eta up to 1: linear at rate a whatever beta
+    pu             the same with the win rates of a look-ahead     eta up to 1: linear at rate a for any beta
     omwu           the same, look-ahead from the last look-ahead   eta up to min(1/(1 + beta), 1/(2 - beta)), as pu
-    sppo           pi_t exp(eta w_t)                               eta; the game's beta has no part in it
+    sppo           pi_t exp(eta w_t)                               eta; independent of the game's beta
     ipo            ref exp(w_t / beta)                             none: a best response each time
     iterative_bond BoN_n(pi_t)^alpha1 ref^alpha2                   n = 2, alpha1 = 1, alpha2 = 0
                    pi_t^(1 - alpha1 - alpha2)
@@ -260,27 +260,28 @@ def solve(
     best_of_n      best of n of pi_0, one iteration                n = 2
     ============== =============================================== =================================================
 
-    BoN_n is the exact law (1.6) for rewards with link "step", else pi_t w_t^(n-1), exact for n = 2. `iterative_bond`
-    goes to the equilibrium of the log-win-rate game with beta = alpha2 / ((n - 1) alpha1), which is close to that of
-    the win-rate game with half of it; below 1 it collapses where some response never wins, so that is refused there.
-    `jbond` and `sppo` have no pull to `ref`. In `jbond` policy and anchor move at the same time.
+    BoN_n is the exact distribution (1.6) for rewards with link "step", else pi_t w_t^(n-1), exact for n = 2.
+    `iterative_bond` converges to the equilibrium of the log-win-rate game with beta = alpha2 / ((n - 1) alpha1), which
+    is close to that of the win-rate game with half this beta. With 0 < beta < 1 it collapses if some response never
+    wins, so that combination raises. `jbond` and `sppo` have no pull to `ref`. In `jbond`, policy and anchor move at
+    the same time.
 
     Args:
-        game: what to solve.
-        method: a name from the table, which is `METHODS`.
+        game: the game to solve.
+        method: a name from the table, a key of `METHODS`.
         eta: step size, positive; without effect on the methods that do not list it.
         iterations: at most this many.
         tol: stop when no context's policy moves by more than this in one iteration (1-norm).
-        policy0: (X, Y) where to start, positive; None for `game.ref`.
+        policy0: (X, Y) positive start; None for `game.ref`.
         **options: those of the method.
 
     Returns:
         The `Solution`: policy, trace of the metrics, iterations.
 
     Raises:
-        TypeError: an option the method does not take, or an array or count that is none.
-        ValueError: an unknown method; an option out of range; `policy0` does not hold positive probabilities; a method
-            that needs rewards or beta > 0 in a game without.
+        TypeError: the method does not take an option, or an argument is not an array or an integer.
+        ValueError: the method is unknown; an option is out of range; `policy0` does not hold positive probabilities; or
+            the method needs rewards or beta > 0, and the game has none.
 
     Source:
         docs/theory.md, sections 4, 5 and 12.

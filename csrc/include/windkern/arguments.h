@@ -1,4 +1,4 @@
-// What the row kernels of every native back end take: see windkern/kernels/contract.py.
+// Arguments of the row kernels of all native back ends: see windkern/kernels/contract.py.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +7,16 @@ namespace windkern {
 
 enum class DType : int { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };
 
-// Shapes: rows x width, row-major; a stride is the elements from one row to the next. Statistics and logits are float32
-// (float64 for float64 operands).
+// Matrices are rows x width, row-major; a stride is the number of elements from one row to the next. Statistics and
+// logits are float32 (float64 for float64 operands).
 struct Slab {
-  DType operand;  // of what is kept, of dz, units and exponentials
+  DType operand;  // dtype of kept values, dz, units and exponentials
   int64_t rows, width;
   int64_t start;           // first vocabulary column
   void* logits;            // (rows, width), overwritten
   int64_t stride;          // of logits
   const void* bias;        // (width,) or null
-  const int64_t* targets;  // (rows,), negative where ignored
+  const int64_t* targets;  // (rows,), negative if ignored
   double scale, softcap, temperature;  // softcap 0: none
   int threads;                         // of a CPU
 };
@@ -31,7 +31,7 @@ struct ForwardOutputs {
   void* offset;  // (rows,)
 };
 
-// Exponentials that are the operand of backward's products: see `Exps` in contract.py.
+// Exponentials that are operands of backward's products: see `Exps` in contract.py.
 struct ExpsOutputs {
   void* values;  // (rows, width) operand dtype; may be Slab::logits
   int64_t stride;
@@ -40,7 +40,7 @@ struct ExpsOutputs {
   void* moved;      // (rows,) or null
 };
 
-// How far a slab's maximum may exceed the pivot of its row before the pivot moves there.
+// The pivot of a row moves to a slab's maximum that exceeds it by more than this.
 constexpr int kPivotRoom = 40;
 
 struct ExpsInputs {

@@ -1,4 +1,4 @@
-// exp, log, log1p and tanh of a lane: polynomials on vectors and on the host, the hardware's own on a device.
+// exp, log, log1p and tanh of a lane: polynomials on vectors and on the host, hardware functions on a device.
 #pragma once
 
 #include "lane.h"
@@ -38,7 +38,8 @@ constexpr S inverse_factorial(int k) {
   return S(1 / product);
 }
 
-// exp(x) for x up to ln(2) * 127.5 within 2 units in the last place; exactly 0 below the smallest normal number, so -inf gives 0; NaN stays NaN.
+// exp(x) for x up to ln(2) * 127.5, within 2 units in the last place; exactly 0 below the smallest normal number, so
+// -inf gives 0; NaN stays NaN.
 template <class L>
 WK_FN L lane_exp(const L& x) {
 #if defined(__CUDA_ARCH__)
@@ -51,7 +52,7 @@ WK_FN L lane_exp(const L& x) {
   const L shifted = bounded * S(1.44269504088896340736) + splat<L>(C::magic);
   const L n = shifted - splat<L>(C::magic);
   const L r = (bounded - n * C::ln2_high) - n * C::ln2_low;
-  // Taylor series: |r| <= ln(2) / 2, so the first term left out is below half a unit in the last place.
+  // Taylor series: |r| <= ln(2) / 2, so the first omitted term is below half a unit in the last place.
   L series = splat<L>(inverse_factorial<S>(C::terms));
   for (int k = C::terms - 1; k >= 0; --k) series = series * r + inverse_factorial<S>(k);
   const B exponent = (bit_cast<B>(shifted) - bit_cast<B>(splat<L>(C::magic))) * C::step + C::one;
@@ -70,7 +71,7 @@ WK_FN L lane_log(const L& x) {
   using S = ScalarOf<L>;
   using B = BitsOf<L>;
   using C = ExpConstants<S>;
-  // x = m * 2^n with m in [sqrt(1/2), sqrt(2)): subtracting the bits of sqrt(1/2) first puts the cut there.
+  // x = m * 2^n with m in [sqrt(1/2), sqrt(2)): the bits of sqrt(1/2) are subtracted first to get this range.
   const B root = bit_cast<B>(splat<L>(S(0.70710678118654752440)));
   const B bits = bit_cast<B>(x);
   const B n = (bits - root) >> C::mantissa;
@@ -91,7 +92,7 @@ WK_FN L lane_log(const L& x) {
 #endif
 }
 
-// log(1 + x) for x in [0, 1], relative to the result: the quotient corrects the rounding of 1 + x.
+// log(1 + x) for x in [0, 1] with a small relative error: the quotient corrects the rounding of 1 + x.
 template <class L>
 WK_FN L lane_log1p(const L& x) {
 #if defined(__CUDA_ARCH__)
@@ -110,12 +111,12 @@ WK_FN L lane_tanh(const L& x) {
   return tanh(x);
 #else
   using S = ScalarOf<L>;
-  // Far from 0 the difference to 1 is what the slope is made of; it is subtracted last.
+  // Far from 0 the slope depends on the difference from 1, which is therefore subtracted last.
   const L size = lane_abs(x), e = lane_exp(S(2) * size), one = splat<L>(1);
   const L quotient = select(size > splat<L>(0.55), splat<L>(2), L(e - one)) / (e + one);
   const L positive = select(size > splat<L>(0.55), L(one - quotient), quotient);
   const L far = select(x < splat<L>(0), L(-positive), positive);
-  // Near 0 the quotient above loses relative digits; the odd series has them.
+  // Near 0 the quotient above loses relative digits, and the odd series does not.
   const L x2 = x * x;
   const L near = x + x * x2 *
                          (S(-1.0 / 3) +

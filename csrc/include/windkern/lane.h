@@ -1,6 +1,6 @@
 // A lane is one number (float, double) or a short vector of them; the maths below is written once for both.
-// Plain C++17 that host and device compilers take. Vector lanes are GCC vector extensions: comparisons give masks and
-// `mask ? a : b` selects, so scalar and vector code read the same.
+// The code is plain C++17 for host and device compilers. Vector lanes are GCC vector extensions: comparisons give masks
+// and `mask ? a : b` selects, so scalar and vector code look the same.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 #define WK_FN inline
 #endif
 
-// Hazard: the same inline function compiled for two instruction sets is one symbol to the linker, and an old CPU may
-// run the new one's. Remedy: each build of the kernels names its own namespace.
+// Hazard: an inline function compiled for two instruction sets is one symbol to the linker, so an old CPU may run code
+// for the new one. Remedy: each build of the kernels has its own namespace.
 #ifndef WK_ISA
 #define WK_ISA base
 #endif
@@ -66,7 +66,7 @@ WK_FN L select(const M& mask, const L& a, const L& b) {
 
 template <class L>
 WK_FN L lane_max(const L& a, const L& b) {
-  // Hazard: a NaN logit must stay one. Remedy: an unordered b fails both tests and is returned.
+  // Hazard: a NaN logit must stay NaN. Remedy: an unordered b fails both tests and is returned.
   return select(a >= b, a, b);
 }
 

@@ -8,10 +8,10 @@ namespace windkern {
 inline namespace WK_ISA {
 
 // y = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature without a softcap (softcap = 0).
-// What is divided is divided here, once and in double.
+// The divisions happen here, once and in double.
 template <class S>
 struct Transform {
-  S into_tanh, from_tanh, to_tanh;  // scale / softcap, softcap / temperature, and the inverse of that
+  S into_tanh, from_tanh, to_tanh;  // scale / softcap, softcap / temperature, and its inverse
   S slope;
   bool is_capped, is_identity;
 
@@ -54,13 +54,13 @@ struct MergeFactors {
   S old_factor, new_factor;
 };
 
-// Hazard: -inf - (-inf) is NaN while all entries so far are masked. Remedy: such a maximum shifts by 0.
+// Hazard: -inf - (-inf) is NaN while all entries so far are masked. Remedy: shift by 0 instead.
 template <class S>
 WK_FN S finite_shift(S max) {
   return max == minus_infinity<S>() ? S(0) : max;
 }
 
-// Join the statistics of one slab (or tile) to the running ones; returns what both sides were multiplied by.
+// Merges the statistics of one slab (or tile) into the running ones; returns the factors of both sides.
 template <class S>
 WK_FN MergeFactors<S> merge(OnlineSoftmax<S>& running, const OnlineSoftmax<S>& part) {
   const S max = lane_max(running.max, part.max);
@@ -75,8 +75,8 @@ WK_FN MergeFactors<S> merge(OnlineSoftmax<S>& running, const OnlineSoftmax<S>& p
   return f;
 }
 
-// What the exponentials of a row are relative to after a slab, and what brings earlier ones there, exactly 1 where it
-// stays. It begins at the first finite maximum and hardly ever moves, so that products need no rescaling.
+// The value to which the exponentials of a row are relative after a slab, and the factor for earlier ones, exactly 1 if
+// the pivot stays. The pivot starts at the first finite maximum and rarely moves, so that products need no rescaling.
 template <class S>
 struct Pivot {
   S value, factor;
@@ -85,7 +85,7 @@ struct Pivot {
 template <class S>
 WK_FN Pivot<S> next_pivot(S pivot, S slab_max) {
   const S low = minus_infinity<S>();
-  if (pivot == low) return {slab_max, S(1)};  // nothing but zeros before
+  if (pivot == low) return {slab_max, S(1)};  // all earlier ones are zeros
   if (!(slab_max > pivot + S(kPivotRoom))) return {pivot, S(1)};
   return {slab_max, lane_exp(S(pivot - slab_max))};
 }
@@ -120,7 +120,7 @@ WK_FN S target_slope(const RowStats<S>& row, const Upstream<S>& c, const Transfo
   return slope * t.slope_at_zero();
 }
 
-// Factor of p at every other entry, the log p term apart.
+// Factor of p at every other entry, without the log p term.
 template <class S>
 WK_FN S other_factor(const RowStats<S>& row, const Upstream<S>& c, const Transform<S>& t) {
   return (c.lse - c.logp - (c.has_entropy ? c.entropy * row.entropy : S(0))) * t.slope_at_zero();

@@ -1,4 +1,4 @@
-// The 16-bit formats kept probabilities, unit operands and dz are stored in; arithmetic is in float.
+// The 16-bit formats in which kept values, unit operands and dz are stored; arithmetic is in float.
 #pragma once
 
 #include "lane.h"
@@ -26,7 +26,7 @@ struct SameType<A, A> {
   static constexpr bool value = true;
 };
 
-// exp(z - maximum) starts at the top of float16's range when it is stored: see contract.py.
+// The largest exp(z - maximum) is stored at the top of float16's range: see contract.py.
 template <class E>
 constexpr int kept_binades = SameType<E, Half>::value ? 15 : 0;
 
@@ -39,7 +39,7 @@ WK_FN uint16_t bfloat16_bits(float value) {
 
 WK_FN float bfloat16_value(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
 
-// In software where there is no instruction for it.
+// In software if there is no instruction for it.
 WK_FN uint16_t half_bits(float value) {
 #if defined(__F16C__)
   return uint16_t(_cvtss_sh(value, 0));

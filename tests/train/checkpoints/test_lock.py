@@ -1,4 +1,4 @@
-"""One process at a time owns an output folder, and lets go of it however it ends."""
+"""One process at a time owns an output folder, and releases it however it ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAILED = pytest.fail
 
 
 def child(work) -> int:
-    """Fork a process that does `work`; returns its id."""
+    """Fork a process that does `work`, and return its id."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -35,7 +35,7 @@ def child(work) -> int:
 
 
 def holding(folder, sign) -> int:
-    """A process that owns the folder until it is killed."""
+    """Start a process that owns the folder until it is killed."""
 
     def work():
         with owned(folder, FAILED):
@@ -109,7 +109,7 @@ def test_the_same_thread_may_own_a_folder_again_and_nobody_else(tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-        assert ended(child(other)) == 0  # which is a process that inherited the lock
+        assert ended(child(other)) == 0  # a process that inherited the lock
         pid = child(lambda: owned(tmp_path, FAILED).__enter__())
         assert os.waitstatus_to_exitcode(ended(pid)) == 1
     assert len(refused) == 1 and f"process {os.getpid()} " in refused[0]

@@ -1,4 +1,4 @@
-"""What a resumed run must share with the one it goes on with, in words; and files of it that are damaged or gone."""
+"""What a resumed run must share with the run it continues, and files of that run that are damaged or missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = {"num_iterations": 1, "max_completion_length": 3, "save_strategy": "n
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A finished run without checkpoints: whatever resumes it begins with the check."""
+    """Make a finished run without checkpoints: resuming it always starts with the check."""
     folder = tmp_path_factory.mktemp("begun")
     make_trainer(folder, **SETTINGS).train()
     return folder
@@ -119,7 +119,7 @@ def test_the_contents_of_recorded_responses_count(tmp_path):
         resume(tmp_path / "first", tmp_path, sampler=f"recorded:{path}")
 
 
-# What is damaged, and what is gone
+# Damaged and missing files
 
 LONGER = {
     "num_iterations": 3,
@@ -132,7 +132,7 @@ LONGER = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A finished run with a checkpoint after each of its 6 steps, and its weights."""
+    """Make a finished run with a checkpoint after each of its 6 steps; return it with its weights."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = make_trainer(folder, **LONGER)
     trainer.train()
@@ -140,7 +140,7 @@ def whole(tmp_path_factory):
 
 
 def goes_on(whole, tmp_path: Path, step: int, damage, **changes):
-    """The run, resumed from a step after some damage, in a copy of its folder."""
+    """Damage a copy of the run's folder and resume the run from a step."""
     folder, out = whole[0], tmp_path / "out"
     shutil.copytree(folder, out)
     for checkpoint in out.glob("checkpoint-*"):
@@ -262,7 +262,7 @@ def test_rows_that_were_laid_out_otherwise_are_refused(whole, tmp_path):
 
 @pytest.mark.parametrize(("damage", "message"), [case[1:] for case in DAMAGES], ids=[case[0] for case in DAMAGES])
 def test_a_damaged_file_is_named_with_the_way_out(whole, tmp_path, damage, message):
-    """Resumed inside iteration 2, whose responses have been fitted already."""
+    """The run resumes inside iteration 2, whose responses have already been fitted."""
     with pytest.raises(DamagedRecordError, match=message):
         goes_on(whole, tmp_path, 3, damage)
 
@@ -294,7 +294,7 @@ def test_what_is_gone_of_finished_iterations_is_said(whole, tmp_path):
 
 
 def test_a_damaged_block_that_can_be_made_again_says_so(whole, tmp_path):
-    """Resumed at the end of iteration 1: the policy is the one that sampled."""
+    """The run resumes at the end of iteration 1, with the policy that sampled."""
     with pytest.raises(DamagedRecordError, match="delete it, and what it held is sampled or judged again"):
         goes_on(whole, tmp_path, 2, lambda folder: cut(folder / BLOCK))
     shutil.rmtree(tmp_path / "out")
@@ -303,7 +303,7 @@ def test_a_damaged_block_that_can_be_made_again_says_so(whole, tmp_path):
 
 
 def test_an_evaluation_that_was_cut_off_knows_all_earlier_iterations(tmp_path):
-    """Killed between the checkpoint of iteration 2 and its evaluation, where prompts follow from all iterations."""
+    """Killed between the checkpoint of iteration 2 and its evaluation; the prompts depend on all iterations."""
     changes = LONGER | {"focus": "hardest", "eval_strategy": "epoch", "save_strategy": "epoch"}
     trainer = make_trainer(tmp_path / "a", heldout=HELDOUT, **changes)
     trainer.train()
@@ -347,7 +347,7 @@ def test_log_probs_of_a_precomputed_reference_that_are_damaged_are_named(tmp_pat
     with pytest.raises(DamagedRecordError, match=r"ref_logps\.json is damaged"):
         make_trainer(tmp_path / "out", **changes).train(resume_from_checkpoint=True)
     (tmp_path / "out/ref_logps.json").write_text(held)
-    (tmp_path / "out/completions/held-out/block-0000.json").unlink()  # the reference's, whose policy has moved
+    (tmp_path / "out/completions/held-out/block-0000.json").unlink()  # the reference's; the policy has moved
     trainer = make_trainer(tmp_path / "out", **changes)
     trainer.train(resume_from_checkpoint=True)
     with pytest.raises(FileNotFoundError, match=r"held-out/block-0000\.json is missing; the policy that made it has"):

@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer: whole or not at all, verified, and what is left after a kill or a full disk."""
+"""Checkpoints of a Trainer: complete or absent, verified, and what a kill or a full disk leaves behind."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ class Regression(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(3)
-        self.lin, self.drop = torch.nn.Linear(4, 1), torch.nn.Dropout(0.3)  # dropout: the generators matter
+        self.lin, self.drop = torch.nn.Linear(4, 1), torch.nn.Dropout(0.3)  # dropout, so that generators matter
 
     def forward(self, x, labels):
         out = self.drop(self.lin(x))[:, 0]
@@ -71,7 +71,7 @@ def straight(tmp_path_factory):
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A run of 4 steps of 6, with checkpoints 2 and 4."""
+    """Make a run that stopped after 4 of 6 steps, with checkpoints 2 and 4."""
 
     class Stop(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, straight, damage, words):
     damage(stopped / "checkpoint-4")
     with pytest.warns(UserWarning, match=f"skipping .*checkpoint-4: .*{words}"):
         assert torch.equal(resumed(stopped), straight)
-    verify(stopped / "checkpoint-4")  # written anew
+    verify(stopped / "checkpoint-4")  # written again
 
 
 def test_a_checkpoint_of_plain_transformers_is_taken(stopped):
@@ -183,7 +183,7 @@ def test_a_refused_write(stopped, straight, monkeypatch, place, number):
 
 
 def forked(task):
-    """Run `task` in a child process; return how that ended."""
+    """Run `task` in a child process and return its exit status."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -329,4 +329,4 @@ if __name__ == "__main__":
     two_processes(Path(sys.argv[1]))
     torch.distributed.barrier()
     sys.stderr.flush()
-    os._exit(0)  # after gloo the interpreter now and then aborts while it shuts down, all work being done
+    os._exit(0)  # after gloo, the interpreter sometimes aborts at shutdown, when all work is done

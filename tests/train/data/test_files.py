@@ -1,4 +1,4 @@
-"""One reader for prompts, demonstrations and records: the same rows whatever the file, and errors with a place."""
+"""One reader for prompts, demonstrations and records: the same rows from any format, and errors with a location."""
 
 from __future__ import annotations
 

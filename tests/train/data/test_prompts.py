@@ -215,7 +215,7 @@ def test_a_file_that_is_not_there_may_be_a_data_set():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Data sets by name, and what was asked for."""
+    """Serve data sets by name and record the requests."""
     datasets = pytest.importorskip("datasets")
     known, asked = {}, []
 

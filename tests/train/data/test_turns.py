@@ -1,4 +1,4 @@
-"""Where responses begin and end: sampled, recorded, served and demonstrated ones alike, under several tokenizers."""
+"""Where sampled, recorded, served and demonstrated responses begin and end, with several tokenizers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def finished(inner, template=None):
 
 
 def byte_level(template=None, special=("<turn>", "</turn>"), behind=False):
-    """Every byte a token, as GPT-2's and Llama 3's; `behind` puts the end token behind each text."""
+    """Make a tokenizer of bytes, like GPT-2's and Llama 3's; `behind` appends the end token to each text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     names = ["<pad>", "<eos>", *special]
@@ -53,7 +53,7 @@ def byte_level(template=None, special=("<turn>", "</turn>"), behind=False):
 
 
 def sentence_piece(template=None):
-    """A space is put before each text, as Llama 2's; characters are tokens."""
+    """Make a tokenizer of characters that puts a space before each text, like Llama 2's."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     names = ["<pad>", "<eos>"]
@@ -66,7 +66,7 @@ def sentence_piece(template=None):
 
 
 def fitted(tokenizer, batch, row=0):
-    """All that the model sees of a row, as text."""
+    """Return everything that the model sees of a row, as text."""
     return tokenizer.decode(batch.input_ids[row][batch.attention_mask[row]], clean_up_tokenization_spaces=False)
 
 
@@ -165,7 +165,7 @@ def test_texts_of_ids_and_ids_of_texts_are_inverse(make, template):
 
 
 def test_the_text_of_a_sample_is_what_was_sampled():
-    """With the space in front, which a base model draws where a word begins."""
+    """With the leading space that a base model draws where a word begins."""
     tokenizer = make_tokenizer(chat=False)
     batch = TransformersSampler(make_model(), tokenizer, max_completion_length=4).sample(["the bus", "rain"], 4, seed=0)
     for k, (prompt, group) in enumerate(zip(["the bus", "rain"], batch.texts, strict=True)):
@@ -176,7 +176,7 @@ def test_the_text_of_a_sample_is_what_was_sampled():
 
 
 def test_merges_over_the_seam_leave_the_prompt_as_it_was():
-    """A tokenizer that has one token for two line ends: the prompt's own must stay."""
+    """With a tokenizer that has one token for two line ends, the prompt keeps its own."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

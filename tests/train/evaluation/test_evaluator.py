@@ -33,6 +33,6 @@ def test_the_answers_of_the_reference_are_parsed_again_only_when_their_files_cha
     assert evaluator.answer_once(2)[0].texts[0] == "another text" and len(reads) == 2
     kept = blocks[1].stat()
     blocks[1].write_text("{")
-    os.utime(blocks[1], ns=(kept.st_atime_ns, kept.st_mtime_ns))  # as a copy that keeps times does
+    os.utime(blocks[1], ns=(kept.st_atime_ns, kept.st_mtime_ns))  # like a copy that preserves times
     with pytest.raises(DamagedRecordError):
         evaluator.answer_once(3)

@@ -1,4 +1,4 @@
-"""The hook for lm_eval: what it is asked, for models and adapters, and what is kept of its results."""
+"""The hook for lm_eval: its arguments for models and adapters, and which results are kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from windkern.train.models import MissingPackageError
 
 @pytest.fixture
 def asked(monkeypatch):
-    """lm_eval, as far as the hook calls it."""
+    """Replace lm_eval with the functions that the hook calls."""
     calls = []
     module = ModuleType("lm_eval")
     module.__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)

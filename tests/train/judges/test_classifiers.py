@@ -1,4 +1,4 @@
-"""Classifiers that judge: whole or refused, the same reward in any batch, and texts no longer than they can read."""
+"""Classifiers as judges: complete or refused, the same reward in any batch, and texts cut to what they can read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESPONSES = ["good day", "bad and very bad rain so", "good", "the the"]
 
 
 def classifier(kind: str, **changes):
-    """A tiny one with `positions` positions; each kind has its own names for its sizes."""
+    """Make a tiny classifier with `positions` positions; each kind has its own names for its sizes."""
     torch.manual_seed(0)
     positions = changes.pop("positions", 32)
     common = {"vocab_size": VOCABULARY, "num_labels": 1, "pad_token_id": 0, "initializer_range": 0.5}
@@ -47,7 +47,7 @@ def saved(folder, model):
 
 
 def changed(folder, change):
-    """The same checkpoint with other weights in its file."""
+    """Return the same checkpoint with other weights in its file."""
     file = folder / "model.safetensors"
     weights = load_file(file)
     change(weights)
@@ -122,7 +122,7 @@ def test_an_adapter_must_bring_the_head(tmp_path):
 @pytest.mark.parametrize("padding", [0, VOCABULARY - 1])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_reward_is_the_same_in_any_batch(kind, padding, side):
-    """RoBERTa counts positions by the padding id; XLNet pools the last place, so it must be read one by one."""
+    """RoBERTa counts positions by the padding id; XLNet pools the last position, so it reads texts one by one."""
     tokenizer, model = make_tokenizer(), classifier(kind, pad_token_id=padding)
     tokenizer.padding_side = side
     alone, together = (ModelReward(model, tokenizer, batch_size=size)(PROMPTS, RESPONSES) for size in (1, 4))

@@ -1,4 +1,4 @@
-"""Judges made of models and of records, samplers of records and of a server, each beside what it must equal."""
+"""Judges of models and of records, samplers of records and of a server, each against what it must equal."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_pairwise_model_is_asked_in_both_orders(labels):
                     forth, back = chance(prompt, first, second), chance(prompt, second, first)
                     spread.append(abs(forth + back - 1))
                     assert prefs[b, i, j].item() == pytest.approx((forth + 1 - back) / 2, abs=1e-5)
-    assert max(spread) > 0.01  # this model does prefer a place
+    assert max(spread) > 0.01  # this model does prefer one of the two positions
 
 
 def test_braces_in_responses_stay_as_they_are():
@@ -210,7 +210,7 @@ def test_a_command_line_names_any_judge(tmp_path):
 
 
 def test_texts_become_what_the_sampler_would_have_returned():
-    """Texts of a real sampler, encoded anew: the same tokens, masks and log-probs."""
+    """Texts of a real sampler, encoded again: the same tokens, masks and log-probs."""
     model, tokenizer = make_model(), make_tokenizer()
     drawn = TransformersSampler(model, tokenizer, max_completion_length=8).sample(PROMPTS, 3, seed=1)
     keep = [len(tokenizer(text)["input_ids"]) for group in drawn.texts for text in group]
@@ -218,7 +218,7 @@ def test_texts_become_what_the_sampler_would_have_returned():
     ours = completions_of_texts(tokenizer, PROMPTS, drawn.texts, truncated=cuts)
     assert ours.texts == drawn.texts and torch.equal(ours.truncated, drawn.truncated)
     same = [k for k in range(6) if int(drawn.completion_mask[k].sum()) == keep[k] + (not drawn.truncated[k])]
-    assert len(same) >= 3  # the others drew a special token, which a text does not show
+    assert len(same) >= 3  # the others drew a special token, which is not visible in a text
     for k in same:
         assert (
             ours.input_ids[k][ours.attention_mask[k]].tolist() == drawn.input_ids[k][drawn.attention_mask[k]].tolist()
@@ -333,7 +333,7 @@ def test_a_server_that_hangs_or_is_not_there_is_given_up(server):
     server.script = ["hang"]
     with pytest.raises(ServerError, match=r"no answer in 1 attempts of 0\.1 s; last: .*timed out"):
         sampler_of(server, attempts=1, timeout=0.1).sample(PROMPTS[:1], 1, seed=0)
-    with socket.socket() as gone:  # bound, so that nobody else gets the port, and not listening
+    with socket.socket() as gone:  # bound to reserve the port, but not listening
         gone.bind(("127.0.0.1", 0))
         server.url = f"http://127.0.0.1:{gone.getsockname()[1]}/v1"
         with pytest.raises(ServerError, match="Connection refused"):

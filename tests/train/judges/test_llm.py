@@ -1,4 +1,4 @@
-"""A language model as judge: both orders, the labels' log-probs, verdicts, ties, refusals, and what is paid once."""
+"""A language model as judge: both orders, log-probs of the labels, verdicts, ties, refusals, and paying only once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def judge_of(server, folder, **options) -> LanguageModelJudge:
 
 
 def answer(text, top=None, **more) -> tuple:
-    """As servers write it; `top` are probabilities of tokens at the last token of the text."""
+    """Return an answer as servers write it; `top` has probabilities of tokens at the last position of the text."""
     entry = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop", "index": 0}
     if top is not None:
         listed = [{"token": token, "logprob": math.log(chance)} for token, chance in top.items()]
@@ -64,7 +64,7 @@ def test_the_examples_run():
 
 
 def test_both_orders_are_asked_and_chances_come_from_the_labels(serve, tmp_path):
-    """The server prefers the first place by 0.1, and longer texts."""
+    """The server prefers the first response by 0.1, and longer texts."""
 
     def reply(body):
         first, second = texts_of(body)
@@ -80,7 +80,7 @@ def test_both_orders_are_asked_and_chances_come_from_the_labels(serve, tmp_path)
                 gap = 0.05 * (len(one) - len(other))
                 want = 0.5 if one == other else 0.5 + 0.8 * gap / 0.9
                 assert prefs[b, i, j].item() == pytest.approx(want, abs=1e-6)
-    assert len(server.requests) == 2 + 6  # equal responses are not asked about, and none twice
+    assert len(server.requests) == 2 + 6  # no question about equal responses, and none twice
     path, body, _ = server.requests[0]
     assert path == "/v1/chat/completions" and body["model"] == "big" and body["max_tokens"] == 1
     assert body["logprobs"] is True and body["top_logprobs"] == 20 and body["temperature"] == 0
@@ -152,7 +152,7 @@ def test_a_server_without_log_probs_is_asked_without_them(serve, tmp_path, caplo
     server = serve(reply)
     with caplog.at_level(logging.WARNING):
         prefs = judge_of(server, tmp_path, concurrency=1).judge(PROMPTS[:1], [["a", "b"]]).prefs
-    assert prefs[0, 0, 1] == 0.5  # the second place both times
+    assert prefs[0, 0, 1] == 0.5  # the second response both times
     assert "without logprobs, top_logprobs" in caplog.text and len(server.requests) == 4
     last = server.requests[-1][1]
     assert "logprobs" not in last and "max_tokens" not in last and last["max_completion_tokens"] == 1

@@ -1,4 +1,4 @@
-"""PairRM on a tiny random DeBERTa, beside its published formulae worked out again by hand."""
+"""PairRM on a tiny random DeBERTa, against its published formulae computed by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 @functools.cache
 def by_formula(tasks: int) -> dict[tuple[int, int, int], float]:
-    """Logits of all ordered pairs of RESPONSES, by prompt and places."""
+    """Return the logits of all ordered pairs of RESPONSES, by prompt and positions."""
     model = make_pairrm(n_tasks=tasks)
     return {
         (b, i, j): by_hand(model, PROMPTS[b], group[i], group[j])
@@ -45,7 +45,7 @@ def by_formula(tasks: int) -> dict[tuple[int, int, int], float]:
 
 @torch.no_grad()
 def by_hand(model: PairRMModel, source: str, first: str, second: str) -> float:
-    """The logit of one pair, unpadded: each part with its own [CLS] and [SEP], the head written out."""
+    """Return the logit of one unpadded pair: each part with its own [CLS] and [SEP], and the head written out."""
     tokenizer = make_tokenizer()
     weights = model.state_dict()
     ids = [token for marker, text in zip(MARKERS, (source, first, second), strict=True)
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(folder, change, message):
 
 
 def test_it_cannot_pass_for_a_pair_model(folder):
-    """What made its win rates noise: a classifier of another shape finds none of its weights."""
+    """Loaded as another kind of classifier, it would find none of its weights, and its win rates would be noise."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="would be random"):

@@ -1,7 +1,7 @@
-"""PairRM beside llm-blender 0.0.2's own source, on the same random weights.
+"""PairRM against the source of llm-blender 0.0.2, with the same random weights.
 
-llm-blender cannot be imported with transformers 5, so its class and functions are taken out of its files. Where it is
-not installed (`pip install --no-deps llm-blender==0.0.2`), test_pairrm.py alone compares, with the published formulae.
+llm-blender cannot be imported with transformers 5, so its class and functions are read from its files. Where it is not
+installed (`pip install --no-deps llm-blender==0.0.2`), only test_pairrm.py compares, with the published formulae.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SECONDS = ["bad", "good good good not", "rain"]
 
 
 def their(file: str, *names: str) -> list:
-    """Classes and functions of one of its files."""
+    """Read classes and functions from one of its files."""
     source = Path(_found.submodule_search_locations[0], file).read_text("utf-8")
     tree = ast.parse(source)
     kept = (ast.Import, ast.ImportFrom) if file.endswith("pairrm.py") else ()
@@ -46,7 +46,7 @@ def test_logits_are_those_of_its_own_class_on_the_same_weights():
     config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id = (
         known[name] for name in ("<|source|>", "<|candidate1|>", "<|candidate2|>")
     )
-    config.sep_token_id = config.cand_prefix_id = None  # kept by its class, and never read
+    config.sep_token_id = config.cand_prefix_id = None  # stored by its class but never read
     theirs = kind(config).eval()
     theirs.load_state_dict(ours.state_dict())
     rows = tokenize(tokenizer, PROMPTS, FIRSTS, SECONDS)

@@ -1,4 +1,4 @@
-"""The model card: valid metadata, what was done and how to load it, nothing secret, no network."""
+"""The model card: valid metadata, how the model was made and is loaded, no secrets, no network."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def sections(text: str) -> dict[str, str]:
 
 
 def rows(table: str) -> list[list[str]]:
-    """Cells of a Markdown table, split as Markdown splits them."""
+    """Return the cells of a Markdown table, split as Markdown splits them."""
     lines = [line for line in table.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 

@@ -1,4 +1,4 @@
-"""Tables of completions: what is in them, the files of a run, and what trackers get."""
+"""Tables of completions: their contents, the files of a run, and what trackers receive."""
 
 from __future__ import annotations
 
@@ -62,5 +62,5 @@ def test_trackers_with_tables_get_them(monkeypatch):
     (entry,) = logged
     assert entry["completions"]["data"][0] == [0, 1, "p", "a", 2, False, 0.9, 1.0]
     assert track_completions(table, ["tensorboard"]) == [] and len(logged) == 1
-    wandb.run = None  # no run is under way
+    wandb.run = None  # no run is active
     assert track_completions(table, ["wandb"]) == []

@@ -1,4 +1,4 @@
-"""What a person should know goes to the observer, else to Python's warnings, from one process, and once a topic."""
+"""Notices go to the observer, or else to Python's warnings, from one process and once per topic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from windkern.train.report.progress import Unobserved
 
 
 class Reader:
-    """As much of an observer as notices need."""
+    """The part of an observer that notices need."""
 
     def __init__(self):
         self.read: list[str] = []

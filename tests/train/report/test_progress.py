@@ -1,4 +1,4 @@
-"""What a run tells its observer, and what `windkern train` shows of it in a file."""
+"""What a run reports to its observer, and what `windkern train` writes of it to a file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Phase:
     name: str
     steps: int
     done: float
-    furthest: float = 0.0  # with what was under way
+    furthest: float = 0.0  # including work in progress
 
 
 @dataclass
 class Recorder:
-    """An observer that keeps what it is told, and checks that nothing goes back."""
+    """An observer that records every report and checks that progress never goes back."""
 
     phases: list[Phase] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Recorder:
 
     @property
     def counted(self) -> list[tuple[int, str, float]]:
-        """Iteration, name and steps of each phase; it must have taken all of them."""
+        """Return the iteration, name and steps of each phase, which must have taken all its steps."""
         assert all(phase.done == phase.steps for phase in self.phases if phase.steps > 1), self.phases
         return [(phase.iteration, phase.name, phase.steps) for phase in self.phases]
 
@@ -112,7 +112,7 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path):
         resume_from_checkpoint=str(tmp_path / "checkpoint-3")
     )
     assert observer.notes == ["resumed with iteration 2 of 2, 1 of its 2 steps are done"]
-    # What is on the disk is not sampled again, nor shown.
+    # What is on the disk is neither sampled again nor shown.
     assert observer.phases[0].name == "fitting batches" and observer.phases[0].done == 2
     observer = Recorder()
     observed(tmp_path, observer, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=True)
@@ -150,7 +150,7 @@ def test_train_prints_lines_where_stdout_is_not_a_terminal(tmp_path, capfd, monk
     capfd.readouterr()
     assert main(["train", "--config", "c.yaml"]) == 0
     out, error = capfd.readouterr()
-    assert error == ""  # no bars of transformers
+    assert error == ""  # no progress bars of transformers
     assert "\x1b" not in out and "\r" not in out
     told = [re.sub(r"^\d+:\d\d |, \d+:\d\d left$", "", line) for line in out.splitlines()]
     expected = [

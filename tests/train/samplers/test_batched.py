@@ -34,7 +34,7 @@ def test_each_prompt_gets_as_many_responses_as_are_wanted():
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
 @pytest.mark.parametrize("adapted", [False, True])
 def test_first_tokens_are_drawn_from_the_policy_at_its_temperature(adapted):
-    """Counts of 1200 draws beside the probabilities: each within 5 standard deviations."""
+    """Counts of 1200 draws against the probabilities: each within 5 standard deviations."""
     model = make_model()
     if adapted:
         peft = pytest.importorskip("peft")

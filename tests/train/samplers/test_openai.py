@@ -1,4 +1,4 @@
-"""What a server may answer, and what it may not: forms, refusals, times, sizes, and who gets the key."""
+"""Which answers of a server are accepted: forms, refusals, times, sizes, and who gets the key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = "the bus was"
 
 @pytest.fixture
 def serve():
-    """Makes servers, and closes them."""
+    """Make servers, and close them at the end."""
     made = []
 
     def start(reply=lambda body: None, **options):
@@ -93,7 +93,7 @@ def test_an_answer_of_another_form_is_quoted(serve, found, message):
     server = serve(lambda body: choices(found))
     with pytest.raises(ServerError, match=f"{server.url} answered .*{message}"):
         sampler_of(server).sample([PROMPT], 1, seed=0)
-    assert len(server.requests) == 1  # the same again would not help
+    assert len(server.requests) == 1  # a repeat would not help
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_tokens_of_a_server_are_taken_as_they_are(serve):
     with pytest.raises(ServerError, match="token_ids with some completions and not with others"):
         sampler_of(serve(lambda body: choices(*mixed, prompt_token_ids=asked))).sample([PROMPT], 2, seed=0)
     unsure = sampler_of(serve(lambda body: choices({**choice("good day"), "token_ids": [good]})))
-    assert unsure.sample([PROMPT], 1, seed=0).texts == (("good day",),)  # of which prompt, the server does not say
+    assert unsure.sample([PROMPT], 1, seed=0).texts == (("good day",),)  # the server does not say which prompt it read
 
 
 @pytest.mark.parametrize("ids", [[1, True], [1, 2.0], ["1"], [-1], [[1]]])
@@ -171,7 +171,7 @@ def test_nothing_is_left_to_the_server(serve):
 
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_field_that_is_refused_is_left_out_and_said(serve, caplog, status):
-    """As transformers serve (all at once), and OpenAI (one at a time)."""
+    """As `transformers serve` (all at once) and OpenAI (one at a time) refuse them."""
     unknown = ["repetition_penalty", "top_k", "seed"]
 
     def reply(body):
@@ -200,7 +200,7 @@ def test_a_field_that_is_refused_without_its_name_is_found_too(serve, caplog):
     ("status", "text"), [(400, "Only one completion choice is allowed"), (500, "Only one completion choice is allowed")]
 )
 def test_a_server_of_one_choice_is_asked_n_times(serve, caplog, status, text):
-    """As llama.cpp, which has said so by either status."""
+    """Like llama.cpp, which has used both statuses for this."""
     server = serve(lambda body: (status, text, {}) if body["n"] > 1 else None)
     sampler = sampler_of(server)
     with caplog.at_level(logging.WARNING):
@@ -208,14 +208,14 @@ def test_a_server_of_one_choice_is_asked_n_times(serve, caplog, status, text):
     bodies = [body for _, body, _ in server.requests]
     assert [body["n"] for body in bodies] == [3, 1, 1, 1, 1, 1, 1] and len({body["seed"] for body in bodies}) == 6
     assert batch.num_generations == 3 and caplog.text.count("one response at a time") == 1
-    assert bodies[1].keys() == bodies[0].keys()  # no field was to blame
+    assert bodies[1].keys() == bodies[0].keys()  # no field was the cause
 
 
 def test_a_request_that_is_wrong_however_it_is_asked_is_an_error(serve):
     server = serve(lambda body: (400, "the prompt is too long", {}))
     with pytest.raises(ServerError, match="refused: status 400: the prompt is too long"):
         sampler_of(server).sample([PROMPT], 2, seed=0)
-    assert len(server.requests) == 3  # as it is, for one response, and without what a server may lack
+    assert len(server.requests) == 3  # unchanged, for one response, and without the optional fields
     for status in (401, 403, 404, 413):
         server = serve(lambda body, status=status: (status, "top_k", {}))
         with pytest.raises(ServerError, match=f"refused: status {status}: top_k"):
@@ -342,14 +342,14 @@ def test_an_answer_without_bound_is_not_read_to_its_end(serve, monkeypatch):
 
 
 def test_one_prompt_that_fails_ends_the_others(serve):
-    """The first of the prompts would hang for an hour."""
+    """The first prompt would hang for an hour."""
     server = serve(lambda body: "hang" if body["messages"][0]["content"] == "rain" else (401, "no", {}))
     with pytest.raises(ServerError, match="status 401"):
         sampler_of(server, timeout=3600, concurrency=4).sample(["rain", "day"], 1, seed=0)
 
 
 def test_a_loop_that_runs_already_does_not_matter(serve):
-    """As in a notebook."""
+    """A notebook has such a loop."""
     import asyncio
 
     async def cell():

@@ -1,4 +1,4 @@
-"""Samplers whose server follows the policy: what it is asked, what it may answer, and which weights it serves."""
+"""Samplers whose server follows the policy: requests, accepted answers, and which weights the server has."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 @pytest.fixture(autouse=True)
 def no_key_and_few_questions(monkeypatch):
     monkeypatch.delenv(API_KEY, raising=False)
-    monkeypatch.setattr(following, "_ASKED", 16)  # tokens, for the time they take
+    monkeypatch.setattr(following, "_ASKED", 16)  # tokens; fewer, to save time
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def adapted(seed: int = 0):
 
 
 def moved(model, step: float = 0.3):
-    """The same policy after some training."""
+    """Return the same policy after some training."""
     made = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in model.parameters():
@@ -103,7 +103,7 @@ def test_a_server_serves_each_policy_it_is_given(serve, tmp_path, kind, caplog):
     assert caplog.text.count("nats a token from the trainer's log-probs") == 3 and "told apart" not in caplog.text
     assert len(set(server.loaded)) == 3
     left = [path.name for path in (tmp_path / "policies").iterdir()]
-    assert sorted(name.partition("-")[0] for name in left) == ["policy", "state.json"]  # the newest alone
+    assert sorted(name.partition("-")[0] for name in left) == ["policy", "state.json"]  # only the newest
     assert any(name.startswith("policy-0003-") for name in left)
     if kind == "adapter":
         assert list(server.adapters) == [name for name in left if name != "state.json"]
@@ -123,7 +123,7 @@ def test_a_server_that_goes_on_with_the_previous_policy_is_an_error(serve, tmp_p
 
 
 def test_a_server_that_takes_some_of_the_weights_is_an_error(serve, tmp_path):
-    """As vLLM does with --enable-lora: the new policy is the nearer one, and it is not served."""
+    """Like vLLM with --enable-lora: the new policy is nearer than the previous one, but it is not served."""
     server, model = serve(fault="part"), make_model()
     sampler = sampler_of(server, tmp_path)
     sampler.update(model)
@@ -154,7 +154,7 @@ def test_policies_that_cannot_be_told_apart_are_said(serve, tmp_path, caplog):
 
 
 def test_rounding_does_not_hide_a_stale_server():
-    """Differences of 1e-2 nats between server and trainer, and policies 0.1 apart on some of the tokens."""
+    """Server and trainer differ by 1e-2 nats, and the policies by 0.1 on some of the tokens."""
     made = torch.Generator().manual_seed(0)
     previous = -torch.rand(64, generator=made) * 3
     new = previous.clone()
@@ -162,7 +162,7 @@ def test_rounding_does_not_hide_a_stale_server():
     noise = 1e-2 * torch.randn(64, generator=made)
     for base, verdict in ((new, "new"), (previous, "stale")):
         assert compare(new.tolist(), (base + noise).tolist(), previous.tolist()).verdict == verdict
-    everywhere = previous + 0.2  # no token to take the noise from
+    everywhere = previous + 0.2  # no token shows the noise alone
     assert compare(everywhere.tolist(), (previous + noise).tolist(), previous.tolist()).verdict == "stale"
     loud = 10 * noise
     assert compare(new.tolist(), (new + loud).tolist(), previous.tolist()).verdict == "unknown"
@@ -204,7 +204,7 @@ def test_whole_weights_lost_in_the_middle_are_given_and_drawn_again(serve, tmp_p
     assert sampler.sample(PROMPTS, 3, seed=1).texts == wanted
 
 
-# What it is asked
+# Requests
 
 
 def test_tokens_go_in_and_nothing_is_left_to_the_server(serve, tmp_path):
@@ -221,7 +221,7 @@ def test_tokens_go_in_and_nothing_is_left_to_the_server(serve, tmp_path):
 
 
 def test_as_many_tokens_as_were_said_are_under_way(serve, tmp_path):
-    """Prompts of 5 tokens and 2 responses of 6 make 17 each."""
+    """A prompt of 5 tokens and its 2 responses of 6 count as 17."""
     at_once, most = [], []
     for tokens, expected in ((20, 1), (40, 2), (1, 1)):
         server = serve()
@@ -258,7 +258,7 @@ def test_what_was_received_is_not_asked_for_again(serve, tmp_path):
     again.update(adapted())
     done = server.drawn()
     batch = again.sample(prompts, 3, seed=0)
-    assert server.drawn() - done == 2 * 3  # two of four were there
+    assert server.drawn() - done == 2 * 3  # two of four were already there
     assert again.sample(prompts, 3, seed=0).texts == batch.texts and server.drawn() - done == 2 * 3
     again.sample(prompts[:1], 3, seed=7)
     assert len(list((tmp_path / "received").iterdir())) == 1  # of the last call
@@ -275,7 +275,7 @@ def test_a_damaged_answer_on_the_disk_is_asked_for_again(serve, tmp_path):
 
 
 def test_a_run_that_is_trained_draws_from_each_policy(serve, tmp_path):
-    """The whole: three iterations of WIND with an adapter."""
+    """The whole loop: three iterations of WIND with an adapter."""
     server = serve()
     trainer = make_trainer(
         tmp_path,
@@ -293,11 +293,11 @@ def test_a_run_that_is_trained_draws_from_each_policy(serve, tmp_path):
     assert sum(name.startswith("policy-") for name in kept) == 1
 
 
-# What it may answer
+# Answers
 
 
 def changed(**entries):
-    """A change to the first choice of an answer; the value ... takes an entry out."""
+    """Change the first choice of an answer; the value ... removes an entry."""
 
     def change(body, content):
         choice = content["choices"][0]
@@ -341,7 +341,7 @@ def test_an_answer_that_is_not_what_was_asked_for_is_quoted(serve, tmp_path, cha
     with pytest.raises(ServerError, match=message) as error:
         sampler_of(server, tmp_path).sample([PROMPTS[0]], 2, seed=0)
     assert server.url in str(error.value) and len(str(error.value)) < 900
-    assert not list(tmp_path.glob("received/*"))  # nothing wrong is kept
+    assert not list(tmp_path.glob("received/*"))  # no wrong answer is kept
 
 
 def test_responses_given_up_are_drawn_again_whole(serve, tmp_path):
@@ -362,7 +362,7 @@ def test_a_server_that_gives_fewer_is_asked_for_the_rest(serve, tmp_path):
     batches = [
         sampler_of(server, tmp_path / str(k)).sample(PROMPTS, 3, seed=0) for k, server in enumerate((whole, fewer))
     ]
-    assert batches[0].texts == batches[1].texts  # the seeds of the rest follow on
+    assert batches[0].texts == batches[1].texts  # the seeds of the rest continue
 
 
 def test_an_end_token_at_the_limit_is_an_end(serve, tmp_path):
@@ -411,7 +411,7 @@ def test_policies_are_named_by_their_contents(serve, tmp_path):
     server, model = serve(), adapted()
     sampler = sampler_of(server, tmp_path)
     sampler.update(model)
-    sampler.update(copy.deepcopy(model))  # the run was resumed where it was
+    sampler.update(copy.deepcopy(model))  # the run resumed at the same policy
     assert sampler.follower.policy.name.startswith("policy-0001-") and len(server.asked("/v1/load_lora_adapter")) == 2
     resumed = sampler_of(server, tmp_path)
     resumed.update(model)

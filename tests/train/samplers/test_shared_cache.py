@@ -1,4 +1,4 @@
-"""A prompt that runs once gives its responses the same distribution and, up to rounding, the same tokens."""
+"""Responses to a prompt that runs once have the same distribution and, up to rounding, the same tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sampler_of(model, shared: bool, **options) -> TransformersSampler:
 
 
 def widths(model) -> list[tuple[int, int]]:
-    """(rows, tokens) of each forward from now on."""
+    """Record (rows, tokens) of each forward pass from now on."""
     seen: list[tuple[int, int]] = []
     model.model.register_forward_pre_hook(
         lambda module, args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
@@ -52,7 +52,7 @@ def widths(model) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("batch_size", [64, 5])
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
 def test_the_tokens_are_those_of_prompts_that_run_for_each_response(family, batch_size):
-    """In float64, where no draw is decided by rounding; prompts are ragged, and batches cut groups."""
+    """In float64, where rounding decides no draw; prompts have different lengths, and batches split groups."""
     model = make(family).double()
     shared, apart = (
         sampler_of(model, each, batch_size=batch_size, temperature=0.8).sample(PROMPTS, 4, seed=5)
@@ -76,7 +76,7 @@ def test_a_prompt_runs_once():
 
 
 def test_frequencies_are_the_policy():
-    """20000 draws of one token against the model's own probabilities: within 5 standard deviations each."""
+    """20000 draws of one token against the model's own probabilities: each within 5 standard deviations."""
     model, count = make("Llama"), 20000
     sampler = sampler_of(model, True, max_completion_length=1, batch_size=count, temperature=1.3)
     drawn = sampler.sample(["the day was"], count, seed=3)
@@ -102,4 +102,4 @@ def test_a_cache_of_more_than_keys_and_values_is_not_copied():
         assert shared.sample(PROMPTS[2:3], 3, seed).texts == apart.sample(PROMPTS[2:3], 3, seed).texts
     seen = widths(model)
     shared.sample(PROMPTS[2:3], 3, seed=1)
-    assert seen[0][0] == 3  # the prompt is not run in vain again
+    assert seen[0][0] == 3  # the prompt does not run again for nothing

@@ -1,4 +1,4 @@
-"""Whole weights sent over NCCL: what is said to the server and when, with a group that is mocked."""
+"""Whole weights sent over NCCL: the requests to the server and their order, with a mocked group."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def moved(model):
 
 
 def said(server) -> list[str]:
-    """End points of weights that were asked since the last time."""
+    """Return the endpoints for weights that were called since the last time."""
     found = [path for path, _, _ in server.requests if path in (*SENT, *JOINED)]
     server.requests.clear()
     return found
@@ -95,7 +95,7 @@ def test_a_server_that_goes_on_with_the_previous_weights_is_an_error(mocked, ser
 
 def test_a_refusal_is_asked_for_once_and_the_group_is_made_anew(mocked, server, tmp_path):
     model, sampler = make_model(), sampler_of(server, tmp_path)
-    server.worker.open = True  # of an update that somebody else began
+    server.worker.open = True  # for an update that another client started
     with pytest.raises(ServerError, match="an update is already active"):
         sampler.update(model)
     assert said(server) == [*JOINED, "/start_weight_update"]

@@ -1,1 +1,1 @@
-"""Row kernels in C++ and CUDA from csrc/, by the Python modules of their extensions."""
+"""Row kernels in C++ and CUDA from csrc/, called through their extension modules."""

@@ -1,4 +1,4 @@
-"""Row kernels in C++ from csrc/: OpenMP over rows, vectors chosen for the CPU at run time."""
+"""Row kernels in C++ from csrc/, with OpenMP over rows and an instruction set chosen for the CPU at run time."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if _cpp is None:
         return (
             f"{_reason}; reinstall windkern with a C++17 compiler (g++ or clang) on PATH and without "
-            "WINDKERN_BUILD_CPP=0 (pip's --no-cache-dir keeps it from taking an earlier wheel)"
+            "WINDKERN_BUILD_CPP=0 (pip's --no-cache-dir avoids an earlier wheel)"
         )
     if _kernels is None:
         return (
-            f"WINDKERN_CPP_ISA={os.environ['WINDKERN_CPP_ISA']!r} names no instruction set of this CPU and build; "
-            f"it has {', '.join(_cpp.instruction_sets())}"
+            f"WINDKERN_CPP_ISA={os.environ['WINDKERN_CPP_ISA']!r} is not an instruction set of this CPU and build; "
+            f"these are: {', '.join(_cpp.instruction_sets())}"
         )
     return None
 
 
 def _make_kernels():
-    """The newest instruction set this CPU runs, or the one WINDKERN_CPP_ISA names; None where it does not exist."""
+    """Return kernels for the newest instruction set of this CPU, or the one in WINDKERN_CPP_ISA; None if unknown."""
     names = [] if _cpp is None else _cpp.instruction_sets()
     name = os.environ.get("WINDKERN_CPP_ISA") or (names[0] if names else None)
     return _cpp.Kernels(name) if name in names else None
@@ -58,7 +58,7 @@ _kernels = _make_kernels()
 
 
 def _slab(slab: Slab, values: Tensor) -> Any:
-    """The arguments of `slab` for a kernel that reads or writes `values` (M, W) in the operand dtype."""
+    """Return the arguments of `slab` for a kernel that reads or writes `values` (M, W) in the operand dtype."""
     return _cpp.Slab(
         DTYPES[values.dtype],
         *values.shape,
@@ -74,32 +74,32 @@ def _slab(slab: Slab, values: Tensor) -> Any:
 
 
 def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
-    """As `kernels.torch.rows.slab_forward`."""
+    """Like `kernels.torch.rows.slab_forward`."""
     values, offset = (None, None) if kept is None else kept
     arguments = _slab(slab, slab.logits if values is None else values)
     _kernels.slab_forward(arguments, *map(address, state), *matrix(values), address(offset))
 
 
 def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
-    """As `kernels.torch.rows.slab_forward_unit`."""
+    """Like `kernels.torch.rows.slab_forward_unit`."""
     rows = map(address, (unit.rescale, unit.max_step))
     arguments = *matrix(unit.values), *matrix(unit.logged), *rows
     _kernels.slab_forward_unit(_slab(slab, unit.values), *map(address, state), *arguments)
 
 
 def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
-    """As `kernels.torch.rows.exps_forward`."""
+    """Like `kernels.torch.rows.exps_forward`."""
     arguments = *matrix(exps.values), address(exps.pivot), exps.earlier, address(exps.moved)
     _kernels.exps_forward(_slab(slab, exps.values), *map(address, state), *arguments)
 
 
 def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
-    """As `kernels.torch.rows.exps_backward`."""
+    """Like `kernels.torch.rows.exps_backward`."""
     _kernels.exps_backward(_slab(slab, values), address(pivot), address(entry), *matrix(values))
 
 
 def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
-    """As `kernels.torch.rows.column_sums`."""
+    """Like `kernels.torch.rows.column_sums`."""
     arguments = *values.shape, *matrix(values), address(weights), address(sums)
     _kernels.column_sums(DTYPES[values.dtype], *arguments, torch.get_num_threads())
 
@@ -113,7 +113,7 @@ def slab_backward(
     dz: Tensor,
     dbias: Tensor | None,
 ) -> None:
-    """As `kernels.torch.rows.slab_backward`."""
+    """Like `kernels.torch.rows.slab_backward`."""
     values, offset = (None, None) if kept is None else kept
     rows = map(address, (*stats, *upstream, row_scale))
     wide = dz.dtype == stats.run_max.dtype
@@ -122,7 +122,7 @@ def slab_backward(
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """As `kernels.torch.rows.segment_sum`."""
+    """Like `kernels.torch.rows.segment_sum`."""
     sums = values.new_empty(bounds.shape[0] - 1)
     values, bounds = contiguous(values, bounds)
     _kernels.segment_sum(
@@ -139,7 +139,7 @@ def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
 def pair_terms(
     scores: Tensor, prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str, loss: str
 ) -> tuple[Tensor, Tensor]:
-    """As `torch_pairs.pair_terms`."""
+    """Like `kernels.torch.pairs.pair_terms`."""
     scores, prefs, rewards, where = contiguous(scores, prefs, rewards, where)
     groups, n = scores.shape
     value, slope = scores.new_empty(groups), scores.new_empty(groups, n)
@@ -151,7 +151,7 @@ def pair_terms(
 
 
 def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str) -> Tensor:
-    """As `torch_pairs.win_rates`."""
+    """Like `kernels.torch.pairs.win_rates`."""
     prefs, rewards, where = contiguous(prefs, rewards, where)
     given = prefs if rewards is None else rewards
     groups, n = given.shape[:2]

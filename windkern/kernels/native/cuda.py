@@ -1,4 +1,4 @@
-"""Row kernels in CUDA C++ from csrc/cuda: on torch's current stream, without allocation or synchronisation inside."""
+"""Row kernels in CUDA C++ from csrc/cuda: they run on torch's current stream and neither allocate nor synchronise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "win_rates",
 ]
 
-# Rows one block adds up for dbias, and the most partial sums of a column: 256 cost 3 % of a slab's traffic.
+# Rows that one block sums for dbias, and the most partial sums of a column: 256 cost 3 % of a slab's traffic.
 _DBIAS_ROWS = 32
 _DBIAS_TILES = 256
 
@@ -42,26 +42,26 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on an NVIDIA GPU, not on {device.type}"
     if _cuda is None:
         return (
-            f"{_reason}; reinstall windkern with nvcc on PATH and WINDKERN_BUILD_CUDA=1 (pip's --no-cache-dir keeps it "
-            "from taking an earlier wheel)"
+            f"{_reason}; reinstall windkern with nvcc on PATH and WINDKERN_BUILD_CUDA=1 (pip's --no-cache-dir avoids "
+            "an earlier wheel)"
         )
     if not torch.cuda.is_available():
         return _cuda.device_problem(0) or "this torch has no CUDA; install a CUDA build of torch"
     if torch.version.hip is not None:
-        return "it runs on NVIDIA GPUs, and this torch is built for AMD ones"
+        return "it runs on NVIDIA GPUs, but this torch is built for AMD GPUs"
     index = torch.cuda.current_device() if device.index is None else device.index
     return _cuda.device_problem(index) or None
 
 
 @contextmanager
 def _queue_of(tensor: Tensor) -> Iterator[object]:
-    """Device and stream torch itself would use for `tensor`, that device being current inside."""
+    """Yield the device and stream that torch would use for `tensor`, with that device current."""
     with torch.cuda.device(tensor.device):
         yield _cuda.Queue(tensor.device.index, torch.cuda.current_stream().cuda_stream)
 
 
 def _slab(slab: Slab, values: Tensor) -> Any:
-    """The arguments of `slab` for a kernel that reads or writes `values` (M, W) in the operand dtype."""
+    """Return the arguments of `slab` for a kernel that reads or writes `values` (M, W) in the operand dtype."""
     return _cuda.Slab(
         DTYPES[values.dtype],
         *values.shape,
@@ -76,7 +76,7 @@ def _slab(slab: Slab, values: Tensor) -> Any:
 
 
 def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
-    """As `kernels.torch.rows.slab_forward`."""
+    """Like `kernels.torch.rows.slab_forward`."""
     values, offset = (None, None) if kept is None else kept
     arguments = _slab(slab, slab.logits if values is None else values)
     with _queue_of(slab.logits) as queue:
@@ -84,7 +84,7 @@ def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
 
 
 def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
-    """As `kernels.torch.rows.slab_forward_unit`."""
+    """Like `kernels.torch.rows.slab_forward_unit`."""
     rows = map(address, (unit.rescale, unit.max_step))
     arguments = *matrix(unit.values), *matrix(unit.logged), *rows
     with _queue_of(slab.logits) as queue:
@@ -92,20 +92,20 @@ def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
 
 
 def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
-    """As `kernels.torch.rows.exps_forward`."""
+    """Like `kernels.torch.rows.exps_forward`."""
     arguments = *matrix(exps.values), address(exps.pivot), exps.earlier, address(exps.moved)
     with _queue_of(slab.logits) as queue:
         _cuda.exps_forward(queue, _slab(slab, exps.values), *map(address, state), *arguments)
 
 
 def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
-    """As `kernels.torch.rows.exps_backward`."""
+    """Like `kernels.torch.rows.exps_backward`."""
     with _queue_of(values) as queue:
         _cuda.exps_backward(queue, _slab(slab, values), address(pivot), address(entry), *matrix(values))
 
 
 def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
-    """As `kernels.torch.rows.column_sums`."""
+    """Like `kernels.torch.rows.column_sums`."""
     tiles = _dbias_tiles(values.shape[0], values.shape[1], values.device.type)
     partial = buffers.empty("scratch", (tiles, values.shape[1]), sums.dtype, sums.device)
     arguments = *values.shape, *matrix(values), address(weights), address(sums), address(partial), tiles
@@ -114,13 +114,13 @@ def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
 
 
 def rescale_rows(sums: Tensor, factor: Tensor) -> None:
-    """As `kernels.torch.rows.rescale_rows`: a block for each row, which returns where the factor is 1."""
+    """Like `kernels.torch.rows.rescale_rows`: one block per row, which returns at once if the factor is 1."""
     with _queue_of(sums) as queue:
         _cuda.rescale_rows(queue, DTYPES[sums.dtype], *matrix(sums), address(factor), *sums.shape)
 
 
 def _dbias_tiles(rows: int, width: int, device_type: str) -> int:
-    """Row tiles of the partial sums of dbias, never more scratch than the plan allows for."""
+    """Return the row tiles of the partial sums of dbias; they never take more scratch than the plan counts."""
     allowed = torch_rows.block_rows(rows, width, device_type)
     return max(1, min(-(-rows // _DBIAS_ROWS), _DBIAS_TILES, allowed))
 
@@ -134,7 +134,7 @@ def slab_backward(
     dz: Tensor,
     dbias: Tensor | None,
 ) -> None:
-    """As `kernels.torch.rows.slab_backward`."""
+    """Like `kernels.torch.rows.slab_backward`."""
     values, offset = (None, None) if kept is None else kept
     rows = map(address, (*stats, *upstream, row_scale))
     tiles, partial = 0, None
@@ -147,7 +147,7 @@ def slab_backward(
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """As `kernels.torch.rows.segment_sum`."""
+    """Like `kernels.torch.rows.segment_sum`."""
     sums = values.new_empty(bounds.shape[0] - 1)
     values, bounds = contiguous(values, bounds)
     with _queue_of(values) as queue:
@@ -158,7 +158,7 @@ def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
 def pair_terms(
     scores: Tensor, prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str, loss: str
 ) -> tuple[Tensor, Tensor]:
-    """As `torch_pairs.pair_terms`."""
+    """Like `kernels.torch.pairs.pair_terms`."""
     scores, prefs, rewards, where = contiguous(scores, prefs, rewards, where)
     groups, n = scores.shape
     value, slope = scores.new_empty(groups), scores.new_empty(groups, n)
@@ -172,7 +172,7 @@ def pair_terms(
 
 
 def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str) -> Tensor:
-    """As `torch_pairs.win_rates`."""
+    """Like `kernels.torch.pairs.win_rates`."""
     prefs, rewards, where = contiguous(prefs, rewards, where)
     given = prefs if rewards is None else rewards
     groups, n = given.shape[:2]

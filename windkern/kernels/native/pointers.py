@@ -1,4 +1,4 @@
-"""Helpers shared by the native back ends in Python: why one is missing, codes of dtypes and names, pointers."""
+"""Helpers of the native back ends in Python: reasons for missing extensions, codes of dtypes and names, pointers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAIR_LOSSES = {"square": 0, "logistic": 1, "hinge": 2}
 
 
 def why_missing(name: str, error: ImportError) -> str:
-    """Say why the extension `windkern.<name>` was not imported; warn if its file is there, since that is a fault."""
+    """Say why the extension `windkern.<name>` was not imported; warn if its file exists, since that is a fault."""
     files = sorted(path.name for path in PACKAGE.glob(f"{name}.*") if path.suffix in (".so", ".pyd"))
     if not files:
         return f"windkern was installed without its extension {name}"
@@ -30,7 +30,7 @@ def why_missing(name: str, error: ImportError) -> str:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Pointer of a contiguous tensor, 0 for None."""
+    """Return the pointer of a contiguous tensor, 0 for None."""
     if tensor is None:
         return 0
     if not tensor.is_contiguous():
@@ -39,7 +39,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def matrix(tensor: Tensor | None) -> tuple[int, int]:
-    """Pointer of a matrix with contiguous rows, and elements from one row to the next; zeros for None."""
+    """Return the pointer of a matrix with contiguous rows, and its row stride in elements; zeros for None."""
     if tensor is None:
         return 0, 0
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:

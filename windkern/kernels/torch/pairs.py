@@ -1,4 +1,4 @@
-"""Pair kernels in plain PyTorch: all ordered pairs of a group, in blocks of rows, so memory stays O(N) in a group."""
+"""Pair kernels in plain PyTorch: all ordered pairs of a group, in blocks of rows, so that memory stays O(N)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 def _chance(gap: Tensor, link: str) -> Tensor:
-    """Chance that the first beats the second, from the gap of their rewards; a tie is 1/2."""
+    """Return the chance that the first beats the second, from the gap of their rewards; 1/2 for a tie."""
     return torch.sigmoid(gap) if link == "bradley_terry" else 0.5 * (1 + torch.sign(gap))
 
 
@@ -23,7 +23,7 @@ def _square(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logistic(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    # Reason: softplus turns into a straight line at 20, which costs float64 a relative 1e-10.
+    # Reason: softplus becomes a straight line at 20, a relative error of 1e-10 in float64.
     return -p * F.logsigmoid(d), -p * torch.sigmoid(-d)
 
 
@@ -32,7 +32,7 @@ def _hinge(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return p * room.clamp(min=0), -p * (room > 0)
 
 
-# Value and slope in the score gap d of an ordered pair whose first beats its second with chance p.
+# Value and slope by the score gap d of an ordered pair, whose first response beats its second with chance p.
 PAIR_LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "square": _square,
     "logistic": _logistic,
@@ -50,9 +50,9 @@ def _blocks(groups: int, n: int) -> Iterator[tuple[int, slice]]:
 def _block_chances(
     prefs: Tensor | None, rewards: Tensor | None, link: str, group: int, rows: slice
 ) -> tuple[Tensor, Tensor]:
-    """Chances that i in `rows` beats each j, and that it does not.
+    """Return the chances that i in `rows` beats each j, and that it does not.
 
-    Hazard: 1 - sigmoid(gap) loses all digits of a clear win. Remedy: from rewards it is sigmoid(-gap).
+    Hazard: 1 - sigmoid(gap) loses all digits of a clear win. Remedy: from rewards, compute sigmoid(-gap).
     """
     if rewards is None:
         return prefs[group, rows], 1 - prefs[group, rows]
@@ -68,7 +68,7 @@ def pair_terms(
     link: str,
     loss: str,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over ordered pairs i != j of the loss, (B,), and its slope in the scores, (B, N)."""
+    """Sum the loss over ordered pairs i != j, (B,), with its slope in the scores, (B, N)."""
     groups, n = scores.shape
     value, slope = scores.new_zeros(groups), scores.new_zeros(groups, n)
     function = PAIR_LOSSES[loss]
@@ -81,14 +81,14 @@ def pair_terms(
             counted = counted & where[group, rows].unsqueeze(1) & where[group]
         forth, slope_forth = function(gap, chance)
         _, slope_back = function(-gap, opposite)
-        # Hazard: a masked score may be NaN or inf. Remedy: select, never multiply by 0.
+        # Hazard: a masked score can be NaN or inf. Remedy: select, never multiply by 0.
         value[group] += torch.where(counted, forth, 0.0).sum()
         slope[group, rows] = torch.where(counted, slope_forth - slope_back, 0.0).sum(1)
     return value, slope
 
 
 def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str) -> Tensor:
-    """(1/K) * sum over the K counted j of the chance that i beats j, 1/2 against itself, (B, N); 0 where masked."""
+    """Average over the K counted j the chance that i beats j, 1/2 against itself, (B, N); 0 where masked."""
     given = prefs if rewards is None else rewards
     groups, n = given.shape[:2]
     rates = given.new_zeros(groups, n)

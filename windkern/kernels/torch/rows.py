@@ -1,6 +1,6 @@
 """Row kernels in plain PyTorch: the readable back end, on any device.
 
-Each works on blocks of rows so that temporaries stay small and, on a CPU, in cache. A slab `z` is overwritten.
+Each kernel works on blocks of rows so that temporaries stay small and, on a CPU, in cache. The slab is overwritten.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def block_rows(rows: int, width: int, device_type: str) -> int:
 
 
 def scratch_bytes(rows: int, width: int, itemsize: int, device_type: str) -> int:
-    """The most temporary memory any kernel of this file holds at once."""
+    """Return the most temporary bytes that a kernel of this file holds at once."""
     return 3 * block_rows(rows, width, device_type) * width * itemsize
 
 
@@ -69,7 +69,7 @@ def _row_blocks(z: Tensor) -> Iterator[slice]:
 
 
 def _apply_transform(y: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
-    """In place: logits (r, W) to transformed logits; a -inf bias masks after any transform."""
+    """Transform logits (r, W) in place; a bias of -inf masks after any transform."""
     if bias is not None:
         y.add_(bias)
     if transform.softcap is not None:
@@ -81,20 +81,23 @@ def _apply_transform(y: Tensor, bias: Tensor | None, transform: LogitTransform) 
 
 
 def _finite(maximum: Tensor) -> Tensor:
-    """Hazard: -inf - (-inf) is NaN where all entries so far are masked. Remedy: shift those by 0."""
+    """Replace a maximum of -inf by 0.
+
+    Hazard: -inf - (-inf) is NaN where all entries so far are masked. Remedy: shift those by 0.
+    """
     return torch.where(maximum == -torch.inf, 0.0, maximum)
 
 
 def _target_column(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Column of each row's target in this slab, clamped into it, and whether it really lies there."""
+    """Return the column of each row's target, clamped into this slab, and whether the target lies in the slab."""
     column = targets - start
     return column.clamp(0, width - 1).unsqueeze(1), (column >= 0) & (column < width)
 
 
 def _exponentiate(y: Tensor, targets: Tensor, start: int, state: RowState, rows: slice) -> tuple[Tensor, ...]:
-    """y (r, W) becomes exp(y - its maximum) and joins the running statistics.
+    """Replace y (r, W) by exp(y - its maximum), and add it to the running statistics.
 
-    Returns the slab maximum, and the factors that carry the old statistics and this slab to the new maximum.
+    Returns the slab maximum, and the factors that rescale the old statistics and this slab to the new maximum.
     """
     run_max, run_sum, target_logit, entropy_sum = (None if part is None else part[rows] for part in state)
     column, inside = _target_column(targets, start, y.shape[1])
@@ -118,10 +121,10 @@ def _exponentiate(y: Tensor, targets: Tensor, start: int, state: RowState, rows:
 
 
 def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
-    """Online softmax over one slab; keeps what dz is made of without the entropy, where the plan has room for it.
+    """Run the online softmax over one slab, and fill `kept` unless it is None.
 
-    Hazard: log of a rounded exp is off by the rounding, and a slope made from that is noise where the cap is small.
-    Remedy: the slope is multiplied in here; nothing is read back through a logarithm.
+    Hazard: log of a rounded exp is off by the rounding, and a slope computed from it is noise where the cap is small.
+    Remedy: multiply by the slope here, so that nothing is read back through a logarithm.
     """
     for rows in _row_blocks(slab.logits):
         y = slab.logits[rows]
@@ -138,7 +141,7 @@ def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
 
 
 def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
-    """Online softmax over one slab that also writes the operands of the frozen head's products."""
+    """Run the online softmax over one slab, and write the operands of the frozen head's products."""
     for rows in _row_blocks(slab.logits):
         outputs = (None if part is None else part[rows] for part in unit)
         block = slab.logits[rows], slab.bias, slab.targets[rows], slab.start, slab.transform
@@ -167,7 +170,7 @@ def _unit_block(
     new_max = _finite(state.run_max[rows])
     rescale.copy_(old_factor)
     column, inside = _target_column(targets, start, y.shape[1])
-    # Reason: W_y - sum P W cancels where the model is sure of the target; the target entry is added apart.
+    # Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is added separately.
     y.scatter_(1, column, torch.where(inside.unsqueeze(1), 0.0, y.gather(1, column)))
     factor = (slab_factor * kept_gain(unit.dtype)).unsqueeze(1)
     if slope is not None:
@@ -221,9 +224,9 @@ def slab_backward(
 
 
 def _ignored(targets: Tensor) -> Tensor | None:
-    """(M, 1) where the row is ignored, None where a CPU finds none. A GPU is not asked: Python would wait.
+    """Return the mask (M, 1) of ignored rows, or None on a CPU without any. (On a GPU, checking would block Python.)
 
-    Hazard: an ignored row may hold NaN, and 0 * NaN is NaN. Remedy: select.
+    Hazard: an ignored row can hold NaN, and 0 * NaN is NaN. Remedy: select.
     """
     ignored = (targets < 0).unsqueeze(1)
     return ignored if targets.device.type != "cpu" or bool(ignored.any()) else None
@@ -236,7 +239,7 @@ def _put_at_target(values: Tensor, targets: Tensor, start: int, entry: Tensor) -
 
 
 def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
-    """Online softmax over one slab that also writes exp(y - pivot); earlier columns follow a pivot that moves."""
+    """Run the online softmax over one slab, and write exp(y - pivot); rescale earlier columns where the pivot moves."""
     ignored = _ignored(slab.targets)
     for rows in _row_blocks(slab.logits):
         y, pivot = slab.logits[rows], exps.pivot[rows]
@@ -246,7 +249,7 @@ def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
         new = torch.where(moves, slab_max, pivot)
         factor = torch.where(moves & (pivot > -torch.inf), torch.exp(pivot - _finite(new)), 1.0)
         y.mul_(torch.exp(slab_max - _finite(new)).unsqueeze(1))
-        # Reason: W_y - sum P W cancels where the model is sure of the target; the target's entry is put in apart.
+        # Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is set separately.
         _put_at_target(y, slab.targets[rows], slab.start, torch.zeros_like(new))
         if ignored is not None:
             y.masked_fill_(ignored[rows], 0.0)
@@ -262,7 +265,7 @@ def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
 
 
 def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
-    """values (M, W) = exp(y - pivot), `entry` (M,) at the target, 0 in ignored rows; may be the logits."""
+    """values (M, W) = exp(y - pivot), `entry` (M,) at the target, 0 in ignored rows; may be the logits' memory."""
     ignored = _ignored(slab.targets)
     for rows in _row_blocks(slab.logits):
         y = slab.logits[rows]
@@ -286,7 +289,7 @@ def column_sums(values: Tensor, weights: Tensor, sums: Tensor) -> None:
 
 
 def rescale_rows(sums: Tensor, factor: Tensor) -> None:
-    """sums (M, H) *= factor (M,); on a CPU only in blocks of rows where one is not 1."""
+    """sums (M, H) *= factor (M,); on a CPU, blocks of rows whose factors are all 1 are skipped."""
     for rows in _row_blocks(sums):
         if sums.device.type != "cpu" or bool((factor[rows] != 1.0).any()):
             sums[rows].mul_(factor[rows].unsqueeze(1))
@@ -295,18 +298,18 @@ def rescale_rows(sums: Tensor, factor: Tensor) -> None:
 def _probabilities(
     src: Tensor, offset: Tensor | None, bias: Tensor | None, transform: LogitTransform, stats: RowStats
 ) -> tuple[Tensor, Tensor | None]:
-    """P (r, W) in place of logits and the transform's relative slope; or their product in a copy of a kept slab."""
+    """Return P (r, W) in place of the logits and the transform's relative slope; or their product, from kept values."""
     if offset is not None:
         p = _scratch_like(src, stats.run_max.dtype).copy_(src)
         return p.mul_(((offset.squeeze(1) - stats.run_max) - stats.log_sum).exp().unsqueeze(1)), None
     _apply_transform(src, bias, transform)
     slope = None if transform.softcap is None else relative_slope(src, transform, _scratch_like(src))
-    # Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
+    # Reason: max and log(sum) are subtracted one after the other because their rounded sum would cost digits.
     return src.sub_(stats.run_max.unsqueeze(1)).sub_(stats.log_sum.unsqueeze(1)).exp_(), slope
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """Sums of values[bounds[s] : bounds[s + 1]] for each s, in one fixed order: (M,), (S + 1,) -> (S,)."""
-    # Reason: float64 partial sums make long sequences exact to float32 rounding whatever the order inside.
+    """Sum values[bounds[s] : bounds[s + 1]] for each s, in one fixed order: (M,), (S + 1,) -> (S,)."""
+    # Reason: with float64 partial sums, long sequences are exact to float32 rounding in any order of summation.
     sums = torch.segment_reduce(values.double(), "sum", offsets=bounds, initial=0.0, unsafe=True)
     return sums.to(values.dtype)

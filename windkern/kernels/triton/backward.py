@@ -1,4 +1,4 @@
-"""dz in Triton, from kept exponentials or from recomputed logits, and the bias gradient."""
+"""Triton kernels for dz, from kept exponentials or recomputed logits, and for the bias gradient."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def backward_rows(
     BLOCK: tl.constexpr,
 ):
     if ALIGNED:
-        width = width // 16 * 16  # says that 16 divides it
+        width = width // 16 * 16  # tells the compiler that 16 divides it
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -79,7 +79,7 @@ def backward_rows(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
         y = transform_logit(source, bias, slope, cap_in, cap_out, HAS_BIAS, CAPPED)
-        # Reason: max and log(sum) are subtracted one after the other; their rounded sum would cost digits.
+        # Reason: max and log(sum) are subtracted one after the other because their rounded sum would cost digits.
         logp = (y - run_max) - log_sum
         p = tl.exp(logp)
         d = p * factor
@@ -99,7 +99,7 @@ def backward_rows(
     target = tl.load(targets_ptr + row)
     column = (target - start).to(tl.int32)
     d = tl.where(columns == column, entry * slope, d)
-    # Hazard: an ignored row may hold NaN, and 0 * NaN is NaN. Remedy: select.
+    # Hazard: an ignored row can hold NaN, and 0 * NaN is NaN. Remedy: select.
     d = tl.where(target < 0, 0.0, d)
     tl.store(dz_ptr + row * dz_stride + columns, d.to(dz_ptr.dtype.element_ty), mask=inside)
 
@@ -113,7 +113,7 @@ def slab_backward(
     dz: Tensor,
     dbias: Tensor | None,
 ) -> None:
-    """As `torch_rows.slab_backward`; `offset` may hold one number for each tile of columns."""
+    """Like `kernels.torch.rows.slab_backward`; the kept offsets may be one number for each tile of columns."""
     rows, width = dz.shape
     if rows == 0:
         if dbias is not None:

@@ -1,4 +1,4 @@
-"""Exponentials that are the operand of backward's products, in Triton: see `Exps` in contract.py."""
+"""Triton kernels for the exponentials that are operands of backward's products: see `Exps` in contract.py."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from windkern.kernels.contract import PIVOT_ROOM, Exps, RowState, Slab
 from windkern.kernels.triton.launch import ROW_POINTERS, block_constants, or_unused, row_constants, slab_pointers
 from windkern.kernels.triton.maths import finite, look_at_row, merge, transform_logit
 
-COLUMN_SUM_ROWS = 1024  # rows that one program of a column sum adds up
+COLUMN_SUM_ROWS = 1024  # rows per program of a column sum
 _ROOM = tl.constexpr(PIVOT_ROOM)
 
 
 @triton.jit
 def rescale_row(row_ptr, columns_before, factor, BLOCK: tl.constexpr):
-    """row *= factor; nothing is touched where that is 1."""
+    """row *= factor; a row whose factor is 1 is not touched."""
     end = tl.where(factor == 1.0, 0, columns_before)
     for first in range(0, end, BLOCK):
         columns = first + tl.arange(0, BLOCK)
@@ -55,9 +55,9 @@ def exps_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
-        width = width // 16 * 16  # says that 16 divides it
-    # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions,
-    # whose barriers come before any store.
+        width = width // 16 * 16  # tells the compiler that 16 divides it
+    # Hazard: a warp may store a statistic before another warp has read it. Remedy: statistics are read before the
+    # reductions, whose barriers come before any store.
     run_max, run_sum, pivot = tl.load(max_ptr + row), tl.load(sum_ptr + row), tl.load(pivot_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -87,8 +87,8 @@ def exps_rows(
     new_pivot = tl.where(moves | fresh, part_max, pivot)
     factor = tl.where(moves & (fresh == 0), tl.exp(pivot - finite(new_pivot)), 1.0)
     values = e * tl.exp(part_max - finite(new_pivot))
-    # Reason: W_y - sum P W cancels where the model is sure of the target; the target's entry is put in apart.
-    # Hazard: an ignored row may hold NaN, and 0 * NaN is NaN in a product. Remedy: it holds zeros.
+    # Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is set separately.
+    # Hazard: an ignored row can hold NaN, and 0 * NaN is NaN in a product. Remedy: write zeros there.
     ignored = tl.load(targets_ptr + row) < 0
     values = tl.where((columns == column) | ignored, 0.0, values)
     values_row = values_ptr + row * values_stride
@@ -121,7 +121,7 @@ def again_rows(
     BLOCK: tl.constexpr,
 ):
     if ALIGNED:
-        width = width // 16 * 16  # says that 16 divides it
+        width = width // 16 * 16  # tells the compiler that 16 divides it
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -134,7 +134,7 @@ def again_rows(
     values = tl.exp(y - tl.load(pivot_ptr + row))
     target = tl.load(targets_ptr + row)
     values = tl.where(columns == (target - start).to(tl.int32), tl.load(entry_ptr + row), values)
-    values = tl.where(target < 0, 0.0, values)  # an ignored row may hold anything
+    values = tl.where(target < 0, 0.0, values)  # an ignored row can hold anything
     tl.store(values_ptr + row * values_stride + columns, values.to(values_ptr.dtype.element_ty), mask=inside)
 
 
@@ -157,7 +157,7 @@ def column_sum_parts(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """partial (parts, W): sums over ROWS rows each of weight * value."""
+    """partial (parts, W) = sums of weight * value, each over ROWS rows."""
     part = tl.program_id(1)
     columns = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = columns < width
@@ -173,7 +173,7 @@ def column_sum_parts(
 
 
 def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
-    """As `kernels.torch.rows.exps_forward`."""
+    """Like `kernels.torch.rows.exps_forward`."""
     z = slab.logits
     if z.shape[0] == 0:
         return
@@ -194,7 +194,7 @@ def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
 
 
 def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
-    """As `kernels.torch.rows.exps_backward`."""
+    """Like `kernels.torch.rows.exps_backward`."""
     rows, width = values.shape
     if rows == 0:
         return
@@ -213,13 +213,13 @@ def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> N
 
 
 def rescale_rows(sums: Tensor, factor: Tensor) -> None:
-    """As `kernels.torch.rows.rescale_rows`: one program a row, which returns where the factor is 1."""
+    """Like `kernels.torch.rows.rescale_rows`: one program per row, which returns at once if the factor is 1."""
     if sums.shape[0]:
         rescale_kernel[(sums.shape[0],)](sums, factor, sums.stride(0), sums.shape[1], BLOCK=1024, num_warps=4)
 
 
 def column_sums(values: Tensor, weights: Tensor | None, sums: Tensor) -> None:
-    """As `kernels.torch.rows.column_sums`, in a fixed order; without weights each row counts once."""
+    """Like `kernels.torch.rows.column_sums`, in a fixed order; without weights, every row has weight 1."""
     rows, width = values.shape
     if rows == 0:
         sums.zero_()

@@ -15,55 +15,55 @@ from windkern.kernels.contract import WIDEST_SLAB, Kept, Slab
 from windkern.kernels.tuned import architecture, backward_config, row_warps
 from windkern.transform import LogitTransform
 
-# Reason: a batch of another length moves these to other addresses; one compiled kernel must serve all of them.
+# Reason: a batch of another length moves these to other alignments; one compiled kernel must serve all of them.
 ROW_POINTERS = ["max_ptr", "sum_ptr", "target_ptr", "targets_ptr", "entropy_ptr", "offset_ptr", "pivot_ptr"]
 
 
 def interprets() -> bool:
-    """TRITON_INTERPRET=1: kernels run in Python, on a CPU, for tests."""
+    """Return whether TRITON_INTERPRET=1 makes kernels run in Python on a CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.lru_cache(maxsize=256)
 def transform_numbers(transform: LogitTransform, dtype: torch.dtype) -> dict[str, object]:
-    """The transform as kernels take it for slabs of `dtype`."""
+    """Return the transform as kernel arguments for slabs of `dtype`."""
     capped = transform.softcap is not None
     numbers = {
         "slope": transform.slope_at_zero,
         "cap_in": transform.scale / transform.softcap if capped else 1.0,
         "cap_out": transform.softcap / transform.temperature if capped else 1.0,
     }
-    if dtype == torch.float64:  # Triton passes numbers in float32; a constant keeps its digits
+    if dtype == torch.float64:  # Triton passes floats in float32; a constant keeps all digits
         numbers = {name: tl.constexpr(value) for name, value in numbers.items()}
     return {**numbers, "CAPPED": capped}
 
 
 def or_unused(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A pointer for an argument the kernel does not look at."""
+    """Return `tensor`, or `stand_in` as a pointer that the kernel does not read."""
     return stand_in if tensor is None else tensor
 
 
 def slab_pointers(slab: Slab) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, bias and targets."""
+    """Return logits, bias and targets."""
     return slab.logits, or_unused(slab.bias, slab.logits), slab.targets
 
 
 def kept_pointers(kept: Kept | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Values, offsets and the stride of the values."""
+    """Return values, offsets and the stride of the values."""
     return (stand_in, stand_in, 0) if kept is None else (kept.values, kept.offset, kept.values.stride(0))
 
 
 def row_constants(slab: Slab, dtype: torch.dtype, width: int) -> dict[str, Any]:
-    """Numbers and constants of a kernel that holds a row of a slab in registers, which computes in `dtype`."""
+    """Return numbers and constants of a kernel that computes in `dtype` with a row of a slab in registers."""
     return _row_constants(slab.transform, dtype, slab.bias is not None, width, architecture())
 
 
 def block_constants(slab: Slab, dtype: torch.dtype, width: int) -> dict[str, Any]:
-    """The same of a kernel whose programs take a block of a row each, `BLOCK` columns wide."""
+    """Return those of a kernel whose programs each take a block of a row, `BLOCK` columns wide."""
     return _block_constants(slab.transform, dtype, slab.bias is not None, width, architecture())
 
 
-# Reason: a launch waits for its host, so what is the same for every slab of a walk is found once.
+# Reason: a launch waits for its host, so what all slabs of a walk share is computed once.
 @functools.lru_cache(maxsize=1024)
 def _row_constants(
     transform: LogitTransform, dtype: torch.dtype, has_bias: bool, width: int, arch: str

@@ -1,4 +1,4 @@
-"""Device functions shared by the Triton kernels: the maths of csrc/include/windkern, once more."""
+"""Device functions shared by the Triton kernels: the same maths as csrc/include/windkern."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def finite(maximum):
-    # Hazard: -inf - (-inf) is NaN while all entries so far are masked. Remedy: such a maximum shifts by 0.
+    # Hazard: -inf - (-inf) is NaN while all entries so far are masked. Remedy: shift by 0 instead.
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
 def tanh(x):
-    # Near 0 the quotient of exponentials loses relative digits; the odd series has them. Far from 0 the difference to
-    # 1 is what the slope is made of; it is subtracted last.
+    # Near 0 the quotient of exponentials loses relative digits, and the odd series does not. Far from 0 the slope
+    # depends on the difference from 1, which is therefore subtracted last.
     limit: tl.constexpr = 0.02 if x.dtype == tl.float64 else 0.15
     size = tl.abs(x)
     e = tl.exp(-2.0 * size)
@@ -44,7 +44,7 @@ def one_minus_p(logp):
 
 @triton.jit
 def transform_logit(z, bias, slope, cap_in, cap_out, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """z -> cap_out * tanh(cap_in * (z + bias)), or slope * (z + bias); a -inf bias masks after any transform."""
+    """z -> cap_out * tanh(cap_in * (z + bias)), or slope * (z + bias); a bias of -inf masks after any transform."""
     y = z
     if HAS_BIAS:
         y = z + bias
@@ -67,7 +67,7 @@ def relative_slope(y, cap_out):
 
 @triton.jit
 def merge(run_max, run_sum, run_entropy, part_max, part_sum, part_entropy):
-    """Join the statistics of one slab or tile to the running ones."""
+    """Merge the statistics of one slab or tile into the running ones."""
     new_max = tl.maximum(run_max, part_max)
     shift = finite(new_max)
     old_factor = tl.exp(run_max - shift)
@@ -96,10 +96,10 @@ def look_at_row(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One read of a row of the slab: exp(y - maximum), y, its statistics, and its target.
+    """Read a row of the slab once: return exp(y - maximum), y, its statistics, and its target.
 
-    Hazard: what is written later may be the slab. Remedy: the target is read before the reductions, whose barriers
-    come before any store.
+    Hazard: the output that is written later may be the slab. Remedy: the target is read before the reductions, whose
+    barriers come before any store.
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < width

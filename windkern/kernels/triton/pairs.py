@@ -1,4 +1,4 @@
-"""Pair kernels in Triton: all ordered pairs of a group in tiles, value and slope in one launch, O(N) memory."""
+"""Pair kernels in Triton: all ordered pairs of a group in tiles, with value and slope in one launch and O(N) memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from windkern.kernels.native.pointers import LINKS, PAIR_LOSSES
 
-TILE, WARPS = 32, 4  # rows and columns of pairs that a program looks at together
+TILE, WARPS = 32, 4  # rows and columns of pairs that a program handles at once; warps of a program
 _SEGMENT_BLOCK = 1024
 
 
@@ -21,7 +21,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _chance(gap, LINK: tl.constexpr):
-    """Chance that the first beats the second, from the gap of their rewards; a tie is 1/2."""
+    """Return the chance that the first beats the second, from the gap of their rewards; 1/2 for a tie."""
     if LINK == 0:
         p = _sigmoid(gap)
     else:
@@ -31,7 +31,7 @@ def _chance(gap, LINK: tl.constexpr):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x in [0, 1], by the quotient that corrects the rounding of 1 + x."""
+    """log(1 + x) for x in [0, 1], with a quotient that corrects the rounding of 1 + x."""
     u = 1.0 + x
     excess = u - 1.0
     return tl.where(excess == 0.0, x, tl.log(u) * (x / tl.where(excess == 0.0, 1.0, excess)))
@@ -47,7 +47,7 @@ def _square(d, p):
 def _logistic(d, p, q):
     tail = tl.exp(-tl.abs(d))  # at most 1: no overflow either way
     value = p * (tl.maximum(-d, 0.0) + _log1p(tail))
-    # Reason: sigmoid(d) - p is the same and cancels where both are near 1.
+    # Reason: the slope equals sigmoid(d) - p, which would cancel where both are near 1.
     forth = tl.where(d >= 0.0, tail, 1.0)
     back = tl.where(d >= 0.0, 1.0, tail)
     return value, (q * back - p * forth) / (1.0 + tail)
@@ -62,7 +62,7 @@ def _hinge(d, p, q):
 
 @triton.jit
 def _value_slope(d, p, q, LOSS: tl.constexpr):
-    """Value of pair (i, j) with gap d = s_i - s_j, and what (i, j) and (j, i) add to the slope in s_i; q is 1 - p."""
+    """Return the value of pair (i, j) with gap d = s_i - s_j, and the slope in s_i of (i, j) and (j, i); q = 1 - p."""
     if LOSS == 0:
         value, slope = _square(d, p)
     elif LOSS == 1:
@@ -74,7 +74,7 @@ def _value_slope(d, p, q, LOSS: tl.constexpr):
 
 @triton.jit
 def _tile_chances(given_ptr, group, n, i, j, mask, LINK: tl.constexpr, FROM_REWARDS: tl.constexpr):
-    """Chances that i beats j, and that it does not: from rewards without a subtraction that loses the digits."""
+    """Return the chances that i beats j, and that it does not; from rewards, the second loses no digits to 1 - p."""
     if FROM_REWARDS:
         base = given_ptr + group * n
         mine = tl.load(base + i, mask=i < n, other=0.0)
@@ -90,9 +90,9 @@ def _tile_chances(given_ptr, group, n, i, j, mask, LINK: tl.constexpr, FROM_REWA
 
 @triton.jit
 def _place(n, TILE: tl.constexpr):
-    """Group of this program and its responses i; programs of a group lie side by side.
+    """Return the group of this program and its responses i; the programs of a group are adjacent.
 
-    Reason: all in x, where a grid has room for 2^31 - 1 of them; y has 65535.
+    Reason: all programs are in x, where a grid has room for 2^31 - 1 of them; y has room for 65535.
     """
     tiles = tl.cdiv(n, TILE)
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -126,7 +126,7 @@ def pair_kernel(
         counted_j = j < n
         if MASKED:
             counted_j = counted_j & (tl.load(where_ptr + group * n + j, mask=j < n, other=0) != 0)
-        # Hazard: a masked score may be NaN. Remedy: it is never loaded, and never selected.
+        # Hazard: a masked score can be NaN. Remedy: it is never loaded.
         theirs = tl.load(scores_ptr + group * n + j, mask=counted_j, other=0.0)
         counted = counted_i[:, None] & counted_j[None, :] & (i[:, None] != j[None, :])
         chance, opposite = _tile_chances(given_ptr, group, n, i, j, counted, LINK, FROM_REWARDS)
@@ -172,7 +172,7 @@ def win_rate_kernel(
 def segment_kernel(values_ptr, bounds_ptr, sums_ptr, BLOCK: tl.constexpr):
     segment = tl.program_id(0).to(tl.int64)
     first, last = tl.load(bounds_ptr + segment), tl.load(bounds_ptr + segment + 1)
-    # Reason: float64 partial sums make long sequences exact to float32 rounding.
+    # Reason: with float64 partial sums, long sequences are exact to float32 rounding.
     total = tl.zeros([BLOCK], dtype=tl.float64)
     for place in range(first, last, BLOCK):
         index = place + tl.arange(0, BLOCK)
@@ -183,7 +183,7 @@ def segment_kernel(values_ptr, bounds_ptr, sums_ptr, BLOCK: tl.constexpr):
 def pair_terms(
     scores: Tensor, prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str, loss: str
 ) -> tuple[Tensor, Tensor]:
-    """As `torch_pairs.pair_terms`."""
+    """Like `kernels.torch.pairs.pair_terms`."""
     scores, given = scores.contiguous(), (prefs if rewards is None else rewards).contiguous()
     groups, n = scores.shape
     values, slope = torch.zeros_like(scores), torch.zeros_like(scores)
@@ -206,7 +206,7 @@ def pair_terms(
 
 
 def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None, link: str) -> Tensor:
-    """As `torch_pairs.win_rates`."""
+    """Like `kernels.torch.pairs.win_rates`."""
     given = (prefs if rewards is None else rewards).contiguous()
     groups, n = given.shape[:2]
     rates = given.new_zeros(groups, n)
@@ -226,7 +226,7 @@ def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """As `torch_rows.segment_sum`."""
+    """Like `kernels.torch.rows.segment_sum`."""
     sums = values.new_empty(bounds.shape[0] - 1)
     if sums.numel():
         segment_kernel[(sums.shape[0],)](

@@ -1,7 +1,7 @@
-"""The Triton back end: its forward row kernels, and in `__all__` the whole contract. 64-bit offsets everywhere.
+"""The Triton back end: its forward row kernels, and the whole contract in `__all__`. All offsets have 64 bits.
 
-A program of a forward kernel holds one whole row of a slab in registers, so the maximum, the sums and what is kept
-come from one read. A slab is at most `WIDEST_SLAB` columns wide.
+A program of a forward kernel holds one whole row of a slab in registers, so it computes the maximum, the sums and the
+kept values from one read. A slab is at most `WIDEST_SLAB` columns wide.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def forward_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
-        width = width // 16 * 16  # says that 16 divides it
-    # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions,
-    # whose barriers come before any store.
+        width = width // 16 * 16  # tells the compiler that 16 divides it
+    # Hazard: a warp may store a statistic before another warp has read it. Remedy: statistics are read before the
+    # reductions, whose barriers come before any store.
     run_max, run_sum = tl.load(max_ptr + row), tl.load(sum_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -134,9 +134,9 @@ def unit_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
-        width = width // 16 * 16  # says that 16 divides it
-    # Hazard: a warp may store a statistic before another has read it. Remedy: they are read before the reductions,
-    # whose barriers come before any store.
+        width = width // 16 * 16  # tells the compiler that 16 divides it
+    # Hazard: a warp may store a statistic before another warp has read it. Remedy: statistics are read before the
+    # reductions, whose barriers come before any store.
     run_max, run_sum = tl.load(max_ptr + row), tl.load(sum_ptr + row)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -163,7 +163,7 @@ def unit_rows(
     weighted = e * (part_factor * gain)
     if CAPPED:
         weighted = weighted * relative_slope(y, cap_out)
-    # Reason: W_y - sum P W cancels where the model is sure of the target; the target entry is added apart.
+    # Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is added separately.
     weighted = tl.where(columns == column, 0.0, weighted)
     tl.store(unit_ptr + row * unit_stride + columns, weighted.to(unit_ptr.dtype.element_ty), mask=inside)
     if ENTROPY:
@@ -180,7 +180,7 @@ def unit_rows(
 
 
 def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
-    """As `torch_rows.slab_forward`."""
+    """Like `kernels.torch.rows.slab_forward`."""
     z = slab.logits
     if z.shape[0] == 0:
         return
@@ -204,7 +204,7 @@ def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
 
 
 def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
-    """As `torch_rows.slab_forward_unit`."""
+    """Like `kernels.torch.rows.slab_forward_unit`."""
     z = slab.logits
     if z.shape[0] == 0:
         return

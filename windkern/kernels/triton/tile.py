@@ -1,7 +1,7 @@
 """A forward whose logits never leave the registers: products of tiles with the online softmax as their epilogue.
 
 One program computes a tile of logits (rows x columns) in float32 and writes its maximum, sum and entropy sum for each
-row, the target's logit, and, where wanted, exp(y - maximum of the tile). A second kernel joins the tiles of a row in
+row, the target's logit, and, where wanted, exp(y - maximum of the tile). A second kernel merges the tiles of a row in
 order. The tiles lie on a fixed grid of the vocabulary, so a row's result depends on nothing but the row.
 """
 
@@ -139,7 +139,7 @@ def join_kernel(
     ENTROPY: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Join the tiles of each row, one after the other, to the running statistics."""
+    """Merge the tiles of each row, one after the other, into the running statistics."""
     m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     in_rows = m < rows
     run_max = tl.load(max_ptr + m, mask=in_rows, other=float("-inf"))
@@ -162,7 +162,7 @@ def join_kernel(
 
 
 def _describable(tensor: Tensor) -> bool:
-    """Whether the tensor copy engine can address it: 16-byte aligned rows."""
+    """Return whether the tensor copy engine can address the tensor: its rows must be 16-byte aligned."""
     return (
         tensor.stride(1) == 1
         and tensor.data_ptr() % 16 == 0
@@ -184,7 +184,7 @@ def tile_forward(
     state: RowState,
     kept: Kept | None,  # its offsets (M, tiles)
 ) -> None:
-    """Do what a product and `slab_forward` do, without the slab; each tile has an offset of its own."""
+    """Do what a product and `slab_forward` do, without the slab; each tile has its own offset."""
     (rows, inner), width = hidden.shape, weight.shape[0]
     if rows == 0:
         return
