@@ -25,7 +25,7 @@ HUB = "hub:"
 ANSWERS = ("answer", "completion", "response")  # keys of a demonstration's answer
 PROMPTS = ("prompt", "messages")
 _NESTED = ("messages", "responses", "rewards", "prefs")  # a cell of CSV or TSV holds these as JSON
-COLUMNS = ("prompt", *_NESTED, *ANSWERS)  # what anything here is made of
+COLUMNS = ("prompt", *_NESTED, "truncated", *ANSWERS)  # what anything here is made of
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _TABLES = {".csv": ",", ".tsv": "\t"}
