@@ -53,15 +53,21 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     return re.sub(r"\]\((?:\.\./)+((?:benchmarks|csrc|examples|tests|windkern)/[^)]*)\)", rf"]({REPOSITORY}\1)", markdown)
 
 
+def spaced(formula: str) -> str:
+    r"""LaTeX with the thin spaces around \log that LaTeX itself would set."""
+    return re.sub(r"(?<=[\w)}] )\\log\b", r"\,\\log", formula).replace(r"\log ", r"\log\, ")
+
+
 def on_page_content(content: str, **_: object) -> str:
     r"""Write \(...\) and \[...\] of arithmatex as MathML, which browsers draw themselves."""
 
     def formula(found: re.Match[str]) -> str:
         text = html.unescape(found[2]).strip()
         kind = "inline" if text.startswith("\\(") else "block"
-        made = convert(text[2:-2].strip().replace(r"\log ", r"\log\, "), display=kind)
+        made = convert(spaced(text[2:-2].strip()), display=kind)
         if "\\" in made:  # a command that latex2mathml does not know
             raise ValueError(f"a formula cannot be written as MathML: {text}")
-        return made
+        # Reason: the glyph of a prime is raised already; as a superscript it would be tiny, and too high.
+        return re.sub(r"<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>", r"<mrow>\1<mi>&#x02032;</mi></mrow>", made)
 
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', formula, content, flags=re.DOTALL)
