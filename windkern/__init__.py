@@ -68,6 +68,9 @@ _LAZY = {
 }
 
 
+# Needed here, and no names of the package.
+_IMPORTED = ("Any", "ModuleType", "TYPE_CHECKING", "annotations", "importlib", "sys")
+
 # The names that an installation without the extra `train` lacks: `from windkern import *` leaves them out there.
 _NEEDS_TRAIN = ("WindConfig", "WindTrainer")
 if importlib.util.find_spec("transformers") is None:
@@ -92,7 +95,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name not in _IMPORTED)})
 
 
 class _Package(ModuleType):
