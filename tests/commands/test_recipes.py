@@ -146,7 +146,17 @@ def test_the_lora_recipe_trains_an_adapter(inputs):
     pytest.importorskip("peft")
     assert train(inputs, "lora_1gpu", "dtype=float32", "gradient_checkpointing=false", "peft.r=2") == 0
     assert (inputs / "out" / "adapter_model.safetensors").is_file()
-    assert "library_name: peft" in (inputs / "out" / "README.md").read_text()
+    card, result = (inputs / "out" / "README.md").read_text(), json.loads((inputs / "out" / "result.json").read_text())
+    low, high = result["final"]["win_rate_95"]
+    final = f"**{result['final']['win_rate']:.3f}**, 95 % interval [{low:.3f}, {high:.3f}]"
+    assert "library_name: peft" in card and final in card
+    for fact in (
+        "`dtype` | `float32`",
+        "`peft.default.r` | `2`",
+        "`peft.default.target_modules` | `[",
+        "on prompts of `",
+    ):
+        assert fact in card, fact
 
 
 @OF_ADAPTERS

@@ -46,7 +46,8 @@ def _with_dashes(argument: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with every command of COMMANDS."""
-    parser = _Parser(prog="windkern", description="Preference losses without the logits.")
+    more = "Documentation: https://windkern.github.io/windkern"
+    parser = _Parser(prog="windkern", description="Preference losses without the logits.", epilog=more)
     parser.add_argument("--version", action="version", version=f"windkern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, module in COMMANDS.items():

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
 from windkern.train.batches import IterationData
+from windkern.train.data.records import records_of, save_records
 from windkern.train.evaluation.evaluator import Evaluator
 from windkern.train.iteration import Iteration
 from windkern.train.metrics import Averages, make_record
@@ -182,6 +183,8 @@ class Iterations(TrainerCallback):
         self._recorded = True
         self.history.append(record)
         if self.world.is_main:
+            file = self.outer.store.responses(self.number)
+            save_records(file, records_of(self.outer.prompts, self.current.groups))
             self.records.write(record)
         cast(Observer, self.observer).finished(record)  # the trainer's observer
 

@@ -34,6 +34,7 @@ from windkern.train.models import (
 )
 from windkern.train.reference import needs_reference
 from windkern.train.report import show as report
+from windkern.train.report.card import write_run_card
 from windkern.train.report.progress import HELD_OUT, OF_HELD_OUT, OF_REFERENCE, RECORDED, Observer, Unobserved
 from windkern.train.sharded import whole_models
 from windkern.train.trainer import WindTrainer
@@ -294,6 +295,16 @@ def start(
             final = None if compared is None else compared.result
             shown.stop()
             if config.process_index == 0:
+                # Once more: the trainer knows neither the source of its prompts nor the final comparison.
+                write_run_card(
+                    output,
+                    config,
+                    trainer.model,
+                    trainer.judge,
+                    trainer.history,
+                    prompts=run.train_dataset,
+                    final=final,
+                )
                 _report(shown, run, trainer, compared, output, kind)
     return Outcome(trainer, final)
 

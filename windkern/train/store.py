@@ -3,6 +3,7 @@
     iteration-0001/block-0000.json     {"format": 2, "groups": [{place, prompt_ids, completions, truncated, texts}, ..]}
     iteration-0001/verdict-0000.json   {"format": 2, "verdicts": [{place, prefs, rewards}, ..]}, where a judge is asked
     iteration-0001/scored.json         {old_logps: [[..], ..], ref_logps: [[..], ..]}, for the responses that are fitted
+    iteration-0001/responses.jsonl     prompts, responses and verdicts, once it is over: `recorded:FILE` reads them
     iteration-0001/record.json         metrics of the iteration, once it is over
 
 `place` counts the training prompts from 0; `prefs[i][j]` is the chance that response i beats response j.
@@ -59,6 +60,10 @@ class GroupStore:
     def iteration(self, iteration: int) -> Path:
         """Return the folder of an iteration, counted from 1."""
         return self.folder / f"iteration-{iteration:04d}"
+
+    def responses(self, iteration: int) -> Path:
+        """Return the file of an iteration's responses and verdicts that `recorded:FILE` reads."""
+        return self.iteration(iteration) / "responses.jsonl"
 
     def clear(self) -> None:
         """Delete everything."""

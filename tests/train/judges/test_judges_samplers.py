@@ -144,7 +144,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
     written = [
         Recorded("p", ("a", "b é"), rewards=(1.0, -2.5)),
         Recorded("q", ("c", "d"), prefs=((0.5, 0.9), (0.1, 0.5))),
-        Recorded("r", ("e",)),
+        Recorded("r", ("e", "f"), truncated=(True, False)),
     ]
     save_records(path, written)
     assert load_records(path) == written
@@ -159,6 +159,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
         ('{"prompt": "p", "responses": ["a"], "rewards": [1, 2]}', '"rewards" must be a list of 1 finite numbers'),
         ('{"prompt": "p", "responses": ["a"], "rewards": [NaN]}', '"rewards" must be a list of 1 finite numbers'),
         ('{"prompt": "p", "responses": ["a", "b"], "prefs": [[0.5, 0.9]]}', '"prefs" must be a list of 2 lists'),
+        ('{"prompt": "p", "responses": ["a"], "truncated": [1]}', '"truncated" must be a list of 1 booleans'),
         ('{"prompt": "p", "responses": ["a", "b"], "prefs": [[0.5, 0.9], [0.3, 0.5]]}', r"prefs\[0\]\[1\] = 0\.9"),
     ],
 )

@@ -14,6 +14,7 @@ hub = pytest.importorskip("huggingface_hub")
 yaml = pytest.importorskip("yaml")
 
 from windkern.losses import LOSSES  # noqa: E402
+from windkern.train.evaluation.evaluate import Estimate, Evaluation  # noqa: E402
 from windkern.train.report import card as card_module  # noqa: E402
 from windkern.train.report.card import PRIVATE, card_text, installed_versions, write_card  # noqa: E402
 
@@ -97,6 +98,16 @@ def test_everything_is_said():
     ]
     assert rows(parts["Versions"])[2:] == [["torch", "2.13.0"]]
     assert "2410.20727" in parts["Citation"] and "@software{windkern" in parts["Citation"]
+
+
+def test_the_model_and_the_final_win_rate_are_told():
+    outline = {"dtype": "bfloat16", "trained_parameters": 12, "peft.default.r": 8, "peft.default.target_modules": ["q"]}
+    final = Evaluation(Estimate(0.78, 0.03), None, None, win_rates=(0.7, 0.8, 0.84))
+    parts = sections(card(outline=outline, final=final))
+    assert rows(parts["Model"])[2:] == [[f"`{name}`", f"`{value}`"] for name, value in outline.items()]
+    assert "win rate against the reference is **0.780**, 95 % interval [0.721, 0.839], on 3" in parts["Results"]
+    alone = Evaluation(Estimate(0.78, float("nan")), None, None, win_rates=(0.78,))
+    assert "**0.780**, no interval from a single prompt" in sections(card(final=alone))["Results"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

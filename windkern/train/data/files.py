@@ -25,7 +25,7 @@ HUB = "hub:"
 ANSWERS = ("answer", "completion", "response")  # keys of a demonstration's answer
 PROMPTS = ("prompt", "messages")
 _NESTED = ("messages", "responses", "rewards", "prefs")  # a cell of CSV or TSV holds these as JSON
-COLUMNS = ("prompt", *_NESTED, *ANSWERS)  # all columns that are read
+COLUMNS = ("prompt", *_NESTED, "truncated", *ANSWERS)  # all columns that are read
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _TABLES = {".csv": ",", ".tsv": "\t"}

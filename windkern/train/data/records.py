@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from windkern._files import to_json
+from windkern._files import to_json, write_text
 from windkern.train.data.files import load
 from windkern.train.data.prompts import prompt_from_json, prompt_to_json
 
@@ -23,6 +23,7 @@ class Recorded:
     responses: tuple[str, ...]
     rewards: tuple[float, ...] | None = None  # N
     prefs: tuple[tuple[float, ...], ...] | None = None  # N x N, chance that response i beats response j
+    truncated: tuple[bool, ...] | None = None  # N, cut off before their end; None: none of them
 
 
 def _strings(value: object, name: str) -> tuple[str, ...]:
@@ -38,6 +39,12 @@ def _numbers(value: Any, name: str, count: int) -> tuple[float, ...]:
     ):
         raise ValueError(f'"{name}" must be a list of {count} finite numbers, one for each response')
     return tuple(float(each) for each in value)
+
+
+def _flags(value: Any, name: str, count: int) -> tuple[bool, ...]:
+    if not isinstance(value, list) or len(value) != count or set(map(type, value)) - {bool}:
+        raise ValueError(f'"{name}" must be a list of {count} booleans, one for each response')
+    return tuple(value)
 
 
 def _preferences(value: object, count: int) -> tuple[tuple[float, ...], ...]:
@@ -62,7 +69,29 @@ def _record(entry: object) -> Recorded:
     count = len(responses)
     rewards = None if entry.get("rewards") is None else _numbers(entry["rewards"], "rewards", count)
     prefs = None if entry.get("prefs") is None else _preferences(entry["prefs"], count)
-    return Recorded(prompt, responses, rewards, prefs)
+    truncated = None if entry.get("truncated") is None else _flags(entry["truncated"], "truncated", count)
+    return Recorded(prompt, responses, rewards, prefs, truncated)
+
+
+def records_of(prompts: Sequence[str], groups: Iterable) -> list[Recorded]:
+    """Return the responses and verdicts of a run as rows.
+
+    Args:
+        prompts: training prompts.
+        groups: `windkern.train.groups.Group`s, or objects with their `place`, `texts`, `truncated`, `prefs`, `rewards`.
+
+    Example:
+        >>> from windkern.train.groups import Group
+        >>> group = Group(1, (1,), ((5, 2), (6,)), (False, True), ("a", "b"), None, (0.5, -1.0))
+        >>> records_of(["p", "q"], [group])
+        [Recorded(prompt='q', responses=('a', 'b'), rewards=(0.5, -1.0), prefs=None, truncated=(False, True))]
+    """
+    return [
+        Recorded(
+            prompts[each.place], each.texts, each.rewards, each.prefs, each.truncated if any(each.truncated) else None
+        )
+        for each in groups
+    ]
 
 
 def load_records(path: str | Path) -> list[Recorded]:
@@ -72,8 +101,9 @@ def load_records(path: str | Path) -> list[Recorded]:
 
     Args:
         path: as for `windkern.train.data.loading.load_prompts`, but no plain text; in CSV and TSV all but the prompt
-            are JSON. "prompt" is a string or a list of chat messages (`ChatPrompt`). "rewards" and "prefs" are
-            optional; other fields are ignored. Texts keep the space around them.
+            are JSON. "prompt" is a string or a list of chat messages (`ChatPrompt`). "rewards", "prefs" and
+            "truncated" (a boolean for each response; not in CSV and TSV) are optional; other fields are ignored. Texts
+            keep the space around them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -84,7 +114,7 @@ def load_records(path: str | Path) -> list[Recorded]:
 
 
 def save_records(path: Path, records: Sequence[Recorded]) -> None:
-    """Write a file that `load_records` reads."""
+    """Write a file that `load_records` reads; it is complete or absent."""
     lines = []
     for record in records:
         entry: dict[str, object] = {"prompt": prompt_to_json(record.prompt), "responses": list(record.responses)}
@@ -92,5 +122,7 @@ def save_records(path: Path, records: Sequence[Recorded]) -> None:
             entry["rewards"] = list(record.rewards)
         if record.prefs is not None:
             entry["prefs"] = [list(row) for row in record.prefs]
+        if record.truncated is not None:
+            entry["truncated"] = list(record.truncated)
         lines.append(to_json(entry) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))

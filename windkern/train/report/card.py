@@ -18,10 +18,13 @@ from torch import nn
 from windkern import __version__
 from windkern._checks import check_choice
 from windkern.losses import LOSSES
+from windkern.train.checkpoints.identity import outline_of
 from windkern.train.config import WindConfig
+from windkern.train.evaluation.evaluate import Evaluation
 from windkern.train.judges.judge import Judge
 from windkern.train.models import PACKAGED, public_name
 from windkern.train.report.progress import Record
+from windkern.train.report.show import interval
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
 # Settings that concern a machine, a folder or an account, and not the weights.
@@ -116,6 +119,22 @@ def _results(history: Sequence[Mapping[str, object]]) -> str:
     return _table([_escaped(name) for name in names], shown)
 
 
+def _final(final: Evaluation | None) -> str:
+    if final is None:
+        return ""
+    count = len(final.win_rates)
+    prompts = f", on {count} held-out prompts" if count else ""
+    return (
+        f"\n\nAt the end, the win rate against the reference is **{final.win_rate.mean:.3f}**, "
+        f"{interval(final.win_rate, 3)}{prompts}."
+    )
+
+
+def _model(outline: Mapping[str, object]) -> str:
+    rows = [[_code(name), _code(value)] for name, value in outline.items()]
+    return _table(["fact", "value"], rows)
+
+
 def _loading(name: str, base: str, library: str) -> str:
     if library == "peft" and base == PACKAGED:
         published = _PUBLISHED[PACKAGED]
@@ -150,6 +169,8 @@ def card_text(
     defaults: Mapping[str, object] | None = None,
     prompts: str | None = None,
     versions: Mapping[str, str] | None = None,
+    outline: Mapping[str, object] | None = None,
+    final: Evaluation | None = None,
 ) -> str:
     """Return the Markdown of a model card, with its YAML front matter.
 
@@ -167,6 +188,8 @@ def card_text(
         defaults: defaults of the settings; settings at their defaults are left out.
         prompts: source of the training prompts; "hub:NAME..." is named as data set in the front matter.
         versions: versions of the libraries; None: the installed ones.
+        outline: facts about the trained model by name: dtype, counts of parameters, settings of an adapter.
+        final: comparison with the reference at the end, on held-out prompts.
 
     Raises:
         ValueError: config names a loss that does not exist, or library is neither.
@@ -210,8 +233,9 @@ def card_text(
             f"l, o, r: log-probs of a response under the model, the policy that sampled it, and the reference; "
             f"w: its win rate, P: preferences, R: rewards. Source: {_escaped(loss.source)}."
         ),
+        **({"Model": _model(outline)} if outline else {}),
         "Settings": _settings(settings, defaults or {}),
-        "Results": _results(history),
+        "Results": _results(history) + _final(final),
         "Loading": _loading(name, given if given == PACKAGED else base, library),
         "Versions": _table(["package", "version"], [[_escaped(key), _escaped(each)] for key, each in versions.items()]),
         "Citation": _CITATIONS,
@@ -242,7 +266,14 @@ def write_card(folder: str | Path, *, name: str | None = None, **content: Any) -
 
 
 def write_run_card(
-    folder: Path, config: WindConfig, model: nn.Module, judge: Judge | None, history: Sequence[Record]
+    folder: Path,
+    config: WindConfig,
+    model: nn.Module,
+    judge: Judge | None,
+    history: Sequence[Record],
+    *,
+    prompts: str | None = None,
+    final: Evaluation | None = None,
 ) -> Path:
     """Write the card of a run beside its weights and return its path.
 
@@ -252,7 +283,10 @@ def write_run_card(
         model: trained model; its config says where it was loaded from.
         judge: judge of the run, None if responses were not judged.
         history: records of the finished iterations.
+        prompts, final: as in `card_text`.
     """
+    outline = outline_of(model)
+    del outline["model"]  # its base, which the card names
     return write_card(
         folder,
         config=config.own_settings(),
@@ -262,4 +296,7 @@ def write_run_card(
         name=config.hub_model_id or folder.name,
         library="peft" if hasattr(model, "peft_config") else "transformers",
         defaults={field.name: field.default for field in dataclasses.fields(WindConfig)},
+        prompts=prompts,
+        outline=outline,
+        final=final,
     )

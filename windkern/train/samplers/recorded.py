@@ -169,24 +169,20 @@ class RecordedSampler:
             if max_completion_length is None
             else check_count("max_completion_length", max_completion_length, least=1)
         )
-        self._responses: dict[str, list[str]] = {}
-        self._loosely: dict[str, list[str]] = {}  # the same, by prompts without the space around them
+        self._responses: dict[str, list[tuple[str, bool]]] = {}  # texts, and whether they were truncated
+        self._loosely: dict[str, list[tuple[str, bool]]] = {}  # the same, by prompts without the space around them
         for record in load_records(path):
-            self._responses.setdefault(str(record.prompt), []).extend(record.responses)
-            self._loosely.setdefault(loosely(record.prompt), []).extend(record.responses)
+            cut = record.truncated or (False,) * len(record.responses)
+            responses = list(zip(record.responses, cut, strict=True))
+            self._responses.setdefault(str(record.prompt), []).extend(responses)
+            self._loosely.setdefault(loosely(record.prompt), []).extend(responses)
 
     repeats_because = "the file has only one distinct response to each"
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """Draw `num_generations` of the responses recorded for each prompt, without replacement."""
         check_count("num_generations", num_generations, least=1)
-        return completions_of_texts(
-            self.tokenizer,
-            prompts,
-            [self._choose(prompt, num_generations, seed) for prompt in prompts],
-            system=self.system,
-            max_completion_length=self.max_completion_length,
-        )
+        return self._completions(prompts, [self._choose(prompt, num_generations, seed) for prompt in prompts])
 
     def everything(self, prompt: str) -> Completions:
         """Return all responses recorded for a prompt.
@@ -194,15 +190,22 @@ class RecordedSampler:
         Raises:
             ValueError: there are none.
         """
-        texts = [self._choose(prompt, max(1, len(self._found(prompt))), 0)]
+        return self._completions([prompt], [self._choose(prompt, max(1, len(self._found(prompt))), 0)])
+
+    def _completions(self, prompts: Sequence[str], chosen: Sequence[Sequence[tuple[str, bool]]]) -> Completions:
         return completions_of_texts(
-            self.tokenizer, [prompt], texts, system=self.system, max_completion_length=self.max_completion_length
+            self.tokenizer,
+            prompts,
+            [[text for text, _ in group] for group in chosen],
+            system=self.system,
+            max_completion_length=self.max_completion_length,
+            truncated=[[cut for _, cut in group] for group in chosen],
         )
 
-    def _found(self, prompt: str) -> list[str]:
+    def _found(self, prompt: str) -> list[tuple[str, bool]]:
         return self._responses.get(str(prompt)) or self._loosely.get(loosely(prompt), [])
 
-    def _choose(self, prompt: str, count: int, seed: int) -> list[str]:
+    def _choose(self, prompt: str, count: int, seed: int) -> list[tuple[str, bool]]:
         found = self._found(prompt)
         if len(found) < count:
             raise ValueError(f"{self.path} has {len(found)} responses to {prompt!r}, but {count} are wanted")
