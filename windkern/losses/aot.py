@@ -55,8 +55,8 @@ def aot(
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, the log-probs mix dtypes, or `paired`
-            is not True or False.
+        TypeError: a tensor is not one, is not float32 or float64, `where` is not bool, the log-probs mix dtypes, or
+            `paired` is not True or False.
         ValueError: a shape or device does not fit; `ref_logps` requires grad; `beta`, `label_smoothing` or `reduction`
             is out of range.
 
