@@ -141,6 +141,20 @@ def test_no_groups(backend):
     assert hidden.grad.shape == hidden.shape
 
 
+@pytest.mark.parametrize("bound", [None, 0, 3])
+@pytest.mark.parametrize("responses", [0, 2])
+def test_groups_without_tokens_have_log_prob_0(backend, responses, bound):
+    """As `sequence_logps` has it: a batch whose responses are all empty must not end a run."""
+    hidden, weight = torch.zeros(3, responses, 0, 8, requires_grad=True), torch.zeros(5, 8, requires_grad=True)
+    targets = torch.zeros(3, responses, 0, dtype=torch.long)
+    loss = wk.fused_loss(
+        lambda logps: 1 + (logps - 2).square().sum(-1), hidden, weight, targets, max_scored=bound, backend=backend
+    )
+    loss.backward()
+    assert loss.item() == 1 + 4 * responses
+    assert hidden.grad.shape == hidden.shape and not weight.grad.any()
+
+
 def test_a_loss_may_be_zero_on_purpose(backend):
     """A constant is refused as a detached loss; times 0 says that it is meant."""
     groups = Groups()
