@@ -181,6 +181,17 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(function, (hidden, weight))
 
 
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "scored"])
+def test_the_loss_keeps_its_dtype_whatever_loss_fn_computes_in(other, trained):
+    hidden, weight = torch.randn(300, 2, 1, 8).requires_grad_(trained), torch.randn(11, 8)
+    targets = torch.randint(0, 11, (300, 2, 1))
+    loss = wk.fused_loss(lambda logps: logps.sum(-1).to(other), hidden, weight, targets, reduction="sum")
+    each = wk.sequence_logps(hidden, weight, targets).sum(-1).to(other)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, each.double().sum().float(), rtol=2e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "kwargs", "match"),
     [

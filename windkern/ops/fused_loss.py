@@ -139,7 +139,8 @@ def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tu
             )
         if not values.is_floating_point():
             raise TypeError(f"loss_fn must return losses of a floating dtype, got {values.dtype}")
-        total = values.sum()
+        # Reason: loss_fn may compute in another precision, and the sum over groups keeps that of the log-probs.
+        total = values.sum(dtype=torch.promote_types(values.dtype, logps.dtype)).to(logps.dtype)
         _refuse_other_leaves(total, leaf)
         if not wants_grad:
             return total.detach(), None
