@@ -297,6 +297,8 @@ SETTINGS = [
     *numbers("aot", ("beta", 0.0, "greater than 0"), ("label_smoothing", 0.5, "below 0.5")),
     *numbers("grpo", ("clip", 0.0, "greater than 0"), ("clip", 1.0, "below 1"), ("clip_high", 0.0, "greater than 0")),
     *numbers("grpo", ("beta", -1.0, "at least 0"), ("average", "token", "one of 'sequence', 'group', 'none'")),
+    ("grpo", {"scale_rewards": "none"}, TypeError, "scale_rewards must be True or False, got str 'none'"),
+    ("aot", {"paired": "no"}, TypeError, "paired must be True or False, got str 'no'"),
     ("grpo", {"beta": 0.1}, ValueError, "ref_logps and beta > 0 go together, got beta = 0.1"),
     ("grpo", {"rewards": None}, ValueError, "exactly one of rewards and advantages, got neither"),
     ("grpo", {"advantages": RATES, "rewards": RATES}, ValueError, "exactly one of rewards and advantages, got both"),

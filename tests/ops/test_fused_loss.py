@@ -141,6 +141,20 @@ def test_no_groups(backend):
     assert hidden.grad.shape == hidden.shape
 
 
+@pytest.mark.parametrize("bound", [None, 0, 3])
+@pytest.mark.parametrize("responses", [0, 2])
+def test_groups_without_tokens_have_log_prob_0(backend, responses, bound):
+    """As `sequence_logps` has it: a batch whose responses are all empty must not end a run."""
+    hidden, weight = torch.zeros(3, responses, 0, 8, requires_grad=True), torch.zeros(5, 8, requires_grad=True)
+    targets = torch.zeros(3, responses, 0, dtype=torch.long)
+    loss = wk.fused_loss(
+        lambda logps: 1 + (logps - 2).square().sum(-1), hidden, weight, targets, max_scored=bound, backend=backend
+    )
+    loss.backward()
+    assert loss.item() == 1 + 4 * responses
+    assert hidden.grad.shape == hidden.shape and not weight.grad.any()
+
+
 def test_a_loss_may_be_zero_on_purpose(backend):
     """A constant is refused as a detached loss; a product with 0 shows that it is intended."""
     groups = Groups()
@@ -165,6 +179,17 @@ def test_gradcheck(backend):
         return wk.fused_loss(lambda logps: logps.square().sum(-1), hidden, weight, groups.targets, backend=backend)
 
     assert torch.autograd.gradcheck(function, (hidden, weight))
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "scored"])
+def test_the_loss_keeps_its_dtype_whatever_loss_fn_computes_in(other, trained):
+    hidden, weight = torch.randn(300, 2, 1, 8).requires_grad_(trained), torch.randn(11, 8)
+    targets = torch.randint(0, 11, (300, 2, 1))
+    loss = wk.fused_loss(lambda logps: logps.sum(-1).to(other), hidden, weight, targets, reduction="sum")
+    each = wk.sequence_logps(hidden, weight, targets).sum(-1).to(other)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, each.double().sum().float(), rtol=2e-4, atol=0)
 
 
 @pytest.mark.parametrize(

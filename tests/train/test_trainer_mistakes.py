@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import tiny_model
-from trainer_cases import PROMPTS, lora, make_trainer, weights_of
+from trainer_cases import PROMPTS, lora, make_config, make_trainer, weights_of
 
 from windkern.train.checkpoints.identity import ResumeError
 from windkern.train.data.datasets import PromptSets, prompt_sets
@@ -102,6 +102,23 @@ def test_a_name_is_no_model(tmp_path):
         make_trainer(tmp_path, model="gpt2")
 
 
+@pytest.mark.parametrize("given", [None, "gpt2", object()], ids=lambda given: type(given).__name__)
+def test_what_is_no_tokenizer_is_named(tmp_path, given):
+    with pytest.raises(TypeError, match=f"processing_class must be a tokenizer .* got {type(given).__name__}"):
+        make_trainer(tmp_path, given={"processing_class": given})
+
+
+def test_a_model_in_float64_is_refused_before_it_samples(tmp_path):
+    with pytest.raises(ValueError, match=r"model must be float32, .* but model\.embed_tokens\.weight is float64"):
+        make_trainer(tmp_path, model=tiny_model.make_model().double())
+
+
+@pytest.mark.parametrize("name", ["loss_kwargs", "sampler_settings", "judge_settings", "chat_template_kwargs"])
+def test_arguments_by_name_are_a_dict(tmp_path, name):
+    with pytest.raises(TypeError, match=f"{name} must be a dict of arguments by name, or None, got list"):
+        make_config(tmp_path, **{name: [1]})
+
+
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
     from windkern.train.models import load_model
 
@@ -122,6 +139,15 @@ def test_a_data_set_that_is_no_list_of_rows_is_named(rows, message):
         prompt_sets(rows, None, demonstrations=False)
     with pytest.raises(TypeError, match=message.replace("train_", "eval_")):
         prompt_sets(["the"], rows, demonstrations=False)
+
+
+@pytest.mark.parametrize("row", ["", " \n", {"prompt": "\t"}, Demonstration("", "good")], ids=repr)
+def test_a_blank_prompt_is_refused_as_in_a_file(row):
+    """Conversations refuse it too; a long one that long_prompts='cut' should cut ended in an IndexError."""
+    with pytest.raises(ValueError, match=r"train_dataset\[1\] must have a prompt that is not blank, got"):
+        prompt_sets(["rain", row], None, demonstrations=False)
+    with pytest.raises(ValueError, match=r"eval_dataset\[0\] must have a prompt that is not blank, got"):
+        prompt_sets(["rain"], [row], demonstrations=False)
 
 
 def test_rows_may_come_from_an_iterator():

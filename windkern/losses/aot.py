@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from windkern._checks import check_number
+from windkern._checks import check_flag, check_number
 from windkern.losses._groups import (
     check_frozen_logps,
     check_logps,
@@ -55,7 +55,8 @@ def aot(
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, log-probs mix dtypes, or
+            `paired` is not True or False.
         ValueError: a shape or device does not fit; `ref_logps` requires grad; `beta`, `label_smoothing` or `reduction`
             is out of range.
 
@@ -74,6 +75,7 @@ def aot(
     check_logps(logps, responses=2)
     ref_logps = check_frozen_logps("ref_logps", ref_logps, logps)
     check_number("beta", beta, above=0)
+    check_flag("paired", paired)
     check_smoothing(label_smoothing)
     check_reduction(reduction)
     where = kept_responses(where, logps)

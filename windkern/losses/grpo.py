@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from windkern._checks import check_choice, check_number, check_shape
+from windkern._checks import check_choice, check_flag, check_number, check_shape
 from windkern.losses._groups import (
     centred,
     check_frozen_logps,
@@ -89,7 +89,8 @@ def grpo(
         () or, for "none", (B,), dtype of `logps`.
 
     Raises:
-        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, or log-probs mix dtypes.
+        TypeError: an argument is not a tensor or not float32 or float64, `where` is not bool, log-probs mix dtypes, or
+            `scale_rewards` is not True or False (TRL's strings "group" and "none" are neither).
         ValueError: a shape or device does not fit; a constant requires grad; `rewards` and `advantages` are both given
             or both missing, or not finite (checked on a CPU only); `ref_logps` are missing for beta > 0, or given for
             beta = 0; a number, `average` or `reduction` is out of range.
@@ -122,6 +123,7 @@ def grpo(
     check_number("beta", beta, least=0)
     if (ref_logps is None) != (beta == 0):
         raise ValueError(f"ref_logps and beta > 0 go together, got beta = {beta!r}")
+    check_flag("scale_rewards", scale_rewards)
     check_choice("average", average, AVERAGES)
     check_reduction(reduction)
     where = kept_responses(where, logps, least=0)

@@ -92,7 +92,8 @@ class _Job:
             given |= {"entropy": False, "fused_loss": True}
             (per_group, groups), flags = settled(self.inputs, self.grads, (per_group, groups), given)
             self.grads["hidden_grad"], total_rows = flags, per_group * groups + 1
-        made = self.make_plan(per_group * groups, group_rows=per_group, total_rows=total_rows + (not any_scored))
+        total_rows = max(total_rows, per_group * groups) + (not any_scored)  # groups without tokens have fewer
+        made = self.make_plan(per_group * groups, group_rows=per_group, total_rows=total_rows)
         chunks = self._cut(made.chunk_groups, targets, positions, counts)
         if not self.inputs.streams:
             return made, chunks
@@ -138,7 +139,8 @@ def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tu
             )
         if not values.is_floating_point():
             raise TypeError(f"loss_fn must return losses of a floating dtype, got {values.dtype}")
-        total = values.sum()
+        # Reason: loss_fn may compute in another precision, and the sum over groups keeps that of the log-probs.
+        total = values.sum(dtype=torch.promote_types(values.dtype, logps.dtype)).to(logps.dtype)
         _refuse_other_leaves(total, leaf)
         if not wants_grad:
             return total.detach(), None

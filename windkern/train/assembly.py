@@ -23,7 +23,7 @@ from windkern.train.judges.judge import Judge, as_judge
 from windkern.train.loss_plan import LossPlan, plan_loss
 from windkern.train.outer import OuterLoop
 from windkern.train.policy import Policy, PolicySettings
-from windkern.train.preconditions import Room, check_evaluation, check_model, check_reporting
+from windkern.train.preconditions import Room, check_evaluation, check_model, check_reporting, check_tokenizer
 from windkern.train.reference import make_reference
 from windkern.train.report.notices import Notices
 from windkern.train.report.progress import Observer
@@ -70,6 +70,7 @@ def start_of(
     """
     check_one_gpu(config.n_gpu)
     check_reporting(config)
+    check_tokenizer(tokenizer)
     plan = plan_loss(config)
     given = prompt_sets(train_dataset, eval_dataset, demonstrations=plan.group == "demonstration")
     check_evaluation(config, given.heldout, notices)

@@ -329,6 +329,9 @@ class WindConfig(TrainingArguments):
             raise ValueError(
                 "long_prompts must be refuse or drop with recorded:FILE, which holds complete prompts, got 'cut'"
             )
+        for name in ("loss_kwargs", "sampler_settings", "judge_settings", "chat_template_kwargs"):
+            if not isinstance(value := getattr(self, name), (dict, type(None))):
+                raise TypeError(f"{name} must be a dict of arguments by name, or None, got {type(value).__name__}")
         check_choice("reference", self.reference, REFERENCES)
         check_choice("shared_prompt", self.shared_prompt, SHARED_PROMPT)
         check_choice("focus", self.focus, MODES)

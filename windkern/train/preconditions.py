@@ -59,8 +59,18 @@ def check_evaluation(config: WindConfig, heldout: Sequence[str], note: Callable[
         note("eval_dataset holds one prompt: means over prompts get no standard error, and no interval")
 
 
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise unless `processing_class` is a tokenizer.
+
+    Raises:
+        TypeError: it is None, or a processor of several kinds of data.
+    """
+    if not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id") and hasattr(tokenizer, "chat_template")):
+        raise TypeError(f"processing_class must be a tokenizer of transformers, got {type(tokenizer).__name__}")
+
+
 def check_model(model: nn.Module) -> None:
-    """Raise unless a model can be trained: something in it is trainable, and its weights are finite.
+    """Raise unless a model can be trained: something in it is trainable, and its weights are finite and not float64.
 
     Raises:
         ValueError: nothing is trainable, or a weight is not finite; the message names the first such weight.
@@ -77,6 +87,11 @@ def check_model(model: nn.Module) -> None:
             )
         raise ValueError(f"model must have a parameter to train, but none requires a gradient{hint}")
     for name, value in parameters.items():
+        if value.dtype == torch.float64:
+            raise ValueError(
+                f"model must be float32, bfloat16 or float16, but {name} is float64, and log-probs are kept in float32 "
+                "from one step to the next; model.float() makes it so"
+            )
         if not value.numel() or value.is_meta or value.dtype not in FLOATS or hasattr(value, "to_local"):
             continue
         low, high = torch.aminmax(value.detach())

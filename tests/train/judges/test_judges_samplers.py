@@ -136,6 +136,37 @@ def test_a_wrong_preference_function_is_refused(answer, message):
         PairJudge(lambda p, a, b: answer(len(a)), name="wrong").judge(["p"], [["x", "y"]])
 
 
+JUDGES = (RewardJudge(goodness, strength=1.0), PairJudge(lambda p, a, b: [0.7] * len(a), name="pairs"))
+
+
+@pytest.mark.parametrize("judge", JUDGES, ids=lambda judge: judge.name)
+@pytest.mark.parametrize(
+    ("prompts", "responses", "error", "message"),
+    [
+        (["p", "q", "r"], [["1"], ["2", "3"], ["4", "5", "6"]], ValueError, "equally many .* got 1 and 2 and 3"),
+        (["p", "q"], [["1", "2"], ["3", "4", "5"]], ValueError, "equally many responses to each prompt, got 2 and 3"),
+        (["p", "q"], [["1", "2"]], ValueError, "one group for each of 2 prompts, got 1"),
+        (["p", "q"], ["xy", "zw"], TypeError, "list of responses for each prompt, got a string"),
+    ],
+)
+def test_groups_that_cannot_be_compared_are_refused(judge, prompts, responses, error, message):
+    with pytest.raises(error, match=f"responses must hold .*{message}"):
+        judge.judge(prompts, responses)
+
+
+@pytest.mark.parametrize("judge", JUDGES, ids=lambda judge: judge.name)
+def test_a_response_alone_ties_with_itself_and_no_prompts_give_no_verdicts(judge):
+    assert judge.judge(["p", "q"], [["x"], ["y"]]).prefs.tolist() == [[[0.5]], [[0.5]]]
+    assert judge.judge([], []).prefs.shape == (0, 0, 0)
+
+
+def test_rewards_of_a_model_read_with_gradients_are_constants():
+    scale = torch.tensor(2.0, requires_grad=True)
+    verdict = RewardJudge(lambda p, r: scale * torch.tensor([1.0, 3.0]), strength=1.0).judge(["p"], [["x", "y"]])
+    assert verdict.rewards.tolist() == [[2.0, 6.0]] and not verdict.rewards.requires_grad
+    assert not verdict.prefs.requires_grad
+
+
 # Records
 
 

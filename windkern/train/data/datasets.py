@@ -38,8 +38,8 @@ def prompt_sets(train_dataset: Iterable, eval_dataset: Iterable | None, *, demon
 
     Raises:
         TypeError: a row is something else, or a data set is a mapping (of splits, say) or a string.
-        ValueError: there are no training prompts, some are in both sets, messages are malformed, or answers are given
-            for some prompts only or missing where they are wanted.
+        ValueError: there are no training prompts, some are in both sets, one is blank, messages are malformed, or
+            answers are given for some prompts only or missing where they are wanted.
 
     Example:
         >>> rows = [{"prompt": [{"role": "user", "content": "Why?"}]}, {"prompt": "How?"}]
@@ -93,7 +93,7 @@ def _rows(name: str, rows: Iterable) -> list:
 def _row(name: str, place: int, row: object) -> tuple[str, str | None]:
     """Return (prompt, answer or None) of a row."""
     if isinstance(row, Demonstration):
-        return row.prompt, row.answer
+        return _prompt(name, place, row.prompt), row.answer
     if isinstance(row, Mapping):
         if "prompt" not in row:
             raise ValueError(f'{name}[{place}] must have a "prompt", got {", ".join(map(repr, row)) or "nothing"}')
@@ -104,6 +104,8 @@ def _row(name: str, place: int, row: object) -> tuple[str, str | None]:
 
 def _prompt(name: str, place: int, value: object) -> str:
     if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"{name}[{place}] must have a prompt that is not blank, got {shown(value)}")
         return value
     if isinstance(value, (list, tuple)):
         try:

@@ -92,6 +92,30 @@ def bradley_terry(rewards: Tensor, strength: float) -> Tensor:
     return torch.sigmoid(strength * (rewards[..., :, None] - rewards[..., None, :]))
 
 
+def group_size(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> int:
+    """Return N, the number of responses to each of B prompts; 0 where there is no prompt.
+
+    Raises:
+        ValueError: there is not one group for each prompt, or groups differ in size.
+        TypeError: a group is a string, whose letters would be judged as responses.
+
+    Example:
+        >>> group_size(["a", "b"], [["x"], ["y", "z"]])
+        Traceback (most recent call last):
+        ValueError: responses must hold equally many responses to each prompt, got 1 and 2
+    """
+    if len(responses) != len(prompts):
+        raise ValueError(f"responses must hold one group for each of {len(prompts)} prompts, got {len(responses)}")
+    if any(isinstance(group, str) for group in responses):
+        raise TypeError("responses must hold a list of responses for each prompt, got a string")
+    sizes = sorted({len(group) for group in responses})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"responses must hold equally many responses to each prompt, got {' and '.join(map(str, sizes))}"
+        )
+    return sizes[0] if sizes else 0
+
+
 class RewardJudge:
     """A judge made from a reward function and the Bradley-Terry link.
 
@@ -104,8 +128,8 @@ class RewardJudge:
         name: shown in reports.
 
     Raises:
-        ValueError: `strength` is not positive. When judging: the reward function returned a wrong number of values, or
-            one that is not finite.
+        ValueError: `strength` is not positive. When judging: the groups differ in size, or the reward function returned
+            a wrong number of values, or one that is not finite.
 
     Example:
         >>> judge = RewardJudge(lambda prompts, responses: [len(text) for text in responses], strength=1.0)
@@ -119,11 +143,14 @@ class RewardJudge:
         self.name = name or str(getattr(reward, "__name__", type(reward).__name__))
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
+        count = group_size(prompts, responses)
         flat_prompts = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
         flat = [text for group in responses for text in group]
         found = self.reward(flat_prompts, flat)
         try:
-            values = torch.as_tensor(found if isinstance(found, Tensor) else list(found), dtype=torch.float32)
+            # Reason: a reward model that was not read under no_grad would make preferences that want a gradient.
+            found = found.detach() if isinstance(found, Tensor) else list(found)
+            values = torch.as_tensor(found, dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"reward {self.name!r} must return a list of numbers, one for each of {len(flat)} responses, "
@@ -139,7 +166,7 @@ class RewardJudge:
             raise ValueError(
                 f"reward {self.name!r} must return finite numbers, got {float(values[bad])} for {flat[bad]!r}"
             )
-        rewards = values.view(len(prompts), -1)
+        rewards = values.view(len(prompts), count)
         return Verdict(bradley_terry(rewards, self.strength), rewards)
 
 

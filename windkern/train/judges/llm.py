@@ -17,7 +17,7 @@ import torch
 from anyio.from_thread import start_blocking_portal
 
 from windkern._checks import check_count, check_number
-from windkern.train.judges.judge import Verdict
+from windkern.train.judges.judge import Verdict, group_size
 from windkern.train.judges.models import filled
 from windkern.train.models import cache_dir
 from windkern.train.samplers.gate import TokenGate
@@ -122,7 +122,7 @@ class LanguageModelJudge:
         self._limit = "max_tokens"
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
-        count = len(responses[0])
+        count = group_size(prompts, responses)
         pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
         wanted = {
             (str(prompt), group[i], group[j])

@@ -10,7 +10,7 @@ import torch
 from windkern._checks import check_count
 from windkern.train.data.prompts import as_messages, render
 from windkern.train.judges.classifiers import Classifier
-from windkern.train.judges.judge import Verdict
+from windkern.train.judges.judge import Verdict, group_size
 
 PreferenceFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
 TEMPLATE = "{prompt}\n\nResponse A:\n{first}\n\nResponse B:\n{second}\n\nWhich is better?"
@@ -148,7 +148,8 @@ class PairJudge:
         name: shown in reports.
 
     Raises:
-        ValueError: when judging, the function returned a wrong number of values, or one outside [0, 1].
+        ValueError: when judging, groups differ in size, or the function returned a wrong number of values, or one
+            outside [0, 1].
 
     Example:
         >>> judge = PairJudge(lambda prompts, firsts, seconds: [0.8] * len(firsts), name="prefers the first place")
@@ -161,11 +162,13 @@ class PairJudge:
         self.name = name or str(getattr(prefer, "__name__", type(prefer).__name__))
 
     def judge(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Verdict:
-        count = len(responses[0])
+        count = group_size(prompts, responses)
         pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
         asked = [
             (prompt, group[i], group[j]) for prompt, group in zip(prompts, responses, strict=True) for i, j in pairs
         ]
+        if not asked:  # no prompt, or a single response to each
+            return Verdict(torch.full((len(prompts), count, count), 0.5), None)
         values = torch.as_tensor(list(self.prefer(*map(list, zip(*asked, strict=True)))), dtype=torch.float64)
         if values.shape != (len(asked),):
             raise ValueError(
