@@ -155,13 +155,27 @@ def test_bandits_are_drawn_again(tmp_path):
     assert_redrawn(tmp_path / "bandit.json", tmp_path / "bandit.png", tmp_path)
 
 
+def test_recorded_responses_may_lie_in_several_lines_of_a_prompt(tmp_path):
+    """As the sampler and the judge read the same files: here the last line alone was used."""
+    from windkern.train.evaluation.recorded import RecordedTexts
+
+    lines = [("caf\u00e9", "a"), ("bus", "x"), (" cafe\u0301", "b"), ("bus", "y")]
+    save_records(tmp_path / "r.jsonl", [Recorded(prompt, (text,)) for prompt, text in lines])
+    found = RecordedTexts(str(tmp_path / "r.jsonl")).sample(["bus", "caf\u00e9 "], 2, seed=0)
+    assert found.texts == (("x", "y"), ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "is not JSON"),
         ("[]", "results file with"),
         ('{"kind": "doctor"}', "got 'doctor'"),
+        ('{"kind": ["eval"]}', "got ['eval']"),
+        ("[" * 100_000, "x.json is not JSON"),
         ('{"kind": "eval"}', "not a complete result of kind 'eval'"),
+        ('{"kind": "train", "final": {"win_rate": 1, "win_rate_se": 0}, "settings": [], "history": []}', "complete"),
+        ('{"kind": "train", "final": null, "settings": {}}', "x.json: this run had no held-out prompts"),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path, capsys, content, message):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from windkern.train.data.prompts import loosely
 from windkern.train.data.records import load_records
 from windkern.train.groups import Group
 from windkern.train.policy import Advance, unheard
@@ -28,7 +29,9 @@ class RecordedTexts:
 
     def __init__(self, path: str):
         self.path = path
-        self._texts = {record.prompt.strip(): record.responses for record in load_records(path)}
+        self._texts: dict[str, list[str]] = {}
+        for record in load_records(path):  # a prompt may have several lines, as `RecordedSampler` reads them
+            self._texts.setdefault(loosely(record.prompt), []).extend(record.responses)
 
     def sample(self, prompts: Sequence[str], num_generations: int, seed: int) -> Completions:
         """Return the first `num_generations` responses to each prompt, whatever the seed.
@@ -36,7 +39,7 @@ class RecordedTexts:
         Raises:
             ValueError: a prompt has fewer.
         """
-        found = [self._texts.get(prompt.strip(), ()) for prompt in prompts]
+        found = [self._texts.get(loosely(prompt), []) for prompt in prompts]
         for prompt, texts in zip(prompts, found, strict=True):
             if len(texts) < num_generations:
                 raise ValueError(f"{self.path} has fewer than {num_generations} responses to {prompt!r}")
