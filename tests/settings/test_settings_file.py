@@ -143,6 +143,7 @@ def test_an_anchor_can_be_merged(written):
         ("a: !!python/object:os.system 1", "x.yaml, line 1: not YAML: could not determine a constructor"),
         ("- 1\n- 2", r"x.yaml must hold keys and values, got \[1, 2\]"),
         ("1: 2", "x.yaml: keys must be strings, got 1"),
+        ("~: 2", "x.yaml: keys must be strings, got null"),
         ("a: 1\n---\na: 2", "x.yaml, line 2: not YAML: but found another document"),
     ],
 )

@@ -75,10 +75,10 @@ def read(path: Path) -> dict:
         raise FileNotFoundError(f"results file {path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
     kind = content.get("kind") if isinstance(content, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f'{path} must be a results file with "kind" {", ".join(KINDS)}, got {kind!r}')
     return content
 
@@ -101,9 +101,11 @@ def run(arguments: argparse.Namespace) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         KINDS[content["kind"]](path, content)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{arguments.results} is not a complete result of kind {content['kind']!r}: {type(error).__name__} {error}"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{arguments.results}: {error}") from error
     print(f"picture {printable(os.path.relpath(path))}")
     return 0

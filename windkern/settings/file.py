@@ -126,9 +126,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, got {shown(content)}")
-    odd = next((key for key in content if not isinstance(key, str)), None)
-    if odd is not None:
-        raise ValueError(f"{path}: keys must be strings, got {odd!r}")
+    if odd := [key for key in content if not isinstance(key, str)]:
+        raise ValueError(f"{path}: keys must be strings, got {shown(odd[0])}")
     for entry in overrides:
         _override(content, entry)
     return content
