@@ -247,7 +247,11 @@ def test_bad_input_is_named():
     model = make("Llama")
     cases = [
         (([[5]], [[[1], [2]]]), {"shared_prompt": "yes"}, ValueError, "shared_prompt must be one of"),
-        (([5], [[[1]]]), {}, TypeError, "prompt_ids must be a list of lists, one for each prompt"),
+        (([5], [[[1]]]), {}, TypeError, "prompt_ids must be a list of lists, one for each prompt, got int in it"),
+        (([torch.tensor([5])], [[[1]]]), {}, TypeError, "prompt_ids must be a list .*, got Tensor in it"),
+        ((torch.tensor([[5]]), [[[1]]]), {}, TypeError, "prompt_ids must be a list .*, got Tensor$"),
+        (([[5]], [[[9999, 1], [2]]]), {}, ValueError, r"ids must be in \[0, .* has embeddings, got 9999"),
+        (([[5, -100]], [[[1], [2]]]), {}, ValueError, r"ids must be in \[0, .* has embeddings, got -100"),
         (([[5], [6]], [[[1]]]), {}, ValueError, "got 1 for 2 prompts"),
         (([[5], [6]], [[[1]], [[1], [2]]]), {}, ValueError, r"number of responses to each prompt.* got \[1, 2\]"),
         (([[]], [[[1]]]), {}, ValueError, r"prompt_ids\[0\] is empty"),

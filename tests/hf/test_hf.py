@@ -226,6 +226,21 @@ def test_masks_are_checked(llama):
         hf.sequence_logps(llama, ids, attention[:, 1:], completion)
 
 
+@pytest.mark.parametrize("odd", [-100, 10**6])
+def test_an_id_without_an_embedding_is_named(llama, odd):
+    ids, attention, completion = batch()
+    padded = torch.where(attention.bool(), ids, odd)
+    assert not torch.equal(padded, ids)
+    with pytest.raises(ValueError, match=rf"input_ids must be in \[0, .* got {odd} \(padding too needs an id"):
+        hf.sequence_logps(llama, padded, attention, completion)
+
+
+def test_a_batch_of_no_tokens_is_named(llama):
+    for empty in (torch.zeros(0, 4, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)):
+        with pytest.raises(ValueError, match="input_ids must hold one token at least, got shape"):
+            hf.sequence_logps(llama, empty, empty, empty)
+
+
 def test_targets_are_shifted_once():
     ids, _, completion = batch()
     targets = hf.completion_targets(ids, completion)

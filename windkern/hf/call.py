@@ -359,6 +359,27 @@ def takes(base: nn.Module, name: str) -> bool:
     return accepted and "kwargs" in _parameters(type(base).forward)
 
 
+def check_known(name: str, ids: Tensor, base: Any) -> None:
+    """Raise if the model has no embedding for an id. Only ids on a CPU are looked at: a GPU would make Python wait.
+
+    Raises:
+        ValueError: an id is negative, or not below the number of the model's embeddings.
+    """
+    try:
+        embeddings = base.get_input_embeddings()
+    except NotImplementedError:  # the model reads ids in a way of its own
+        return
+    if ids.device.type != "cpu" or not ids.numel() or not isinstance(embeddings, nn.Embedding):
+        return
+    known = embeddings.num_embeddings
+    low, high = (int(each) for each in ids.aminmax())
+    if low < 0 or high >= known:
+        raise ValueError(
+            f"{name} must be in [0, {known}), as many as {type(base).__name__} has embeddings, got "
+            f"{low if low < 0 else high} (padding too needs an id of the vocabulary)"
+        )
+
+
 def inputs(base: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, positions: bool) -> dict[str, object]:
     """Return the arguments of one forward without a cache.
 

@@ -215,6 +215,7 @@ def run(
 
     Raises:
         TypeError, UnsupportedModelError: as `hidden_and_head`.
+        ValueError: the model has no embedding for an id (looked at on a CPU).
 
     Warns:
         UserWarning: as `hidden_and_head`; or rows are padded on the left, which changes the model's hidden states.
@@ -228,6 +229,7 @@ def run(
     """
     target = hf_call.find(model)
     hf_call.check_gradients(target)
+    hf_call.check_known("input_ids", input_ids, target.base)
     verdict = verdict_of(target)
     if not verdict.left_padding and not bool(attention_mask[:, 0].all()):
         warnings.warn(
@@ -365,6 +367,8 @@ def sequence_logps(
         torch.Size([2])
     """
     targets = completion_targets(input_ids, completion_mask)
+    if not input_ids.numel():
+        raise ValueError(f"input_ids must hold one token at least, got shape {shape_of(input_ids)}")
     attended = _as_bool("attention_mask", attention_mask, input_ids)
     if input_ids.device.type == "cpu" and bool((completion_mask.bool() & ~attended).any()):
         raise ValueError("completion_mask must be 0 wherever attention_mask is 0, got a scored padding token")

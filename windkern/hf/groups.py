@@ -229,7 +229,8 @@ def group_logps(
 
     Raises:
         TypeError, UnsupportedModelError: as `run`, or as `layout_rules` with "always".
-        ValueError: a prompt is empty, groups differ in N, or an argument does not fit.
+        ValueError: a prompt is empty, groups differ in N, the model has no embedding for an id, or an argument does not
+            fit.
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:
@@ -257,7 +258,9 @@ def group_logps(
     if count > 1 or row_tokens:
         rules = layout_rules(model, shared_prompt=shared_prompt, mask_budget=mask_budget, row_tokens=row_tokens)
     layout = make_layout(lengths_of(prompt_ids, completion_ids), rules)
-    rows = make_rows(layout, prompt_ids, completion_ids, fill=prompt_ids[0][0]).to(_device_of(model))
+    rows = make_rows(layout, prompt_ids, completion_ids, fill=prompt_ids[0][0])
+    hf_call.check_known("ids", rows.input_ids, hf_call.find(model).base)
+    rows = rows.to(_device_of(model))
     options: dict[str, Any] = {"memory_budget": memory_budget, "batch_invariant": batch_invariant, "backend": backend}
 
     def job(parts: CausalLM, hidden: Tensor) -> Tensor:
@@ -289,8 +292,11 @@ def _device_of(model: nn.Module) -> torch.device:
 def _check_ids(prompt_ids: Any, completion_ids: Any) -> tuple[int, int]:
     """Check nested lists of ids and return B and N."""
     for name, value in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
-        if not isinstance(value, (list, tuple)) or not all(isinstance(each, (list, tuple)) for each in value):
-            raise TypeError(f"{name} must be a list of lists, one for each prompt, got {type(value).__name__}")
+        whole = isinstance(value, (list, tuple))
+        odd = [each for each in value if not isinstance(each, (list, tuple))] if whole else [value]
+        if odd:
+            among = " in it" if whole else ""
+            raise TypeError(f"{name} must be a list of lists, one for each prompt, got {type(odd[0]).__name__}{among}")
     if not prompt_ids or len(prompt_ids) != len(completion_ids):
         raise ValueError(
             f"completion_ids must hold one list of responses for each prompt, got {len(completion_ids)} for "
