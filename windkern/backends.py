@@ -15,6 +15,8 @@ from windkern._checks import check_choice, check_device, check_float_dtype
 from windkern.kernels import tuned
 from windkern.kernels.torch import rows as torch_rows
 
+__all__ = ["BackendUnavailableError", "available", "why_not"]
+
 
 class BackendUnavailableError(RuntimeError):
     """Raised when a back end that was requested by name cannot run here. The message says why."""

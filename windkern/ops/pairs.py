@@ -201,7 +201,7 @@ def pair_loss(
         O(N) per group besides the inputs; time O(N^2).
 
     Source:
-        square: docs/theory.md, table of 1.10.1; logistic: Bradley-Terry likelihood (RankNet); hinge: ranking SVM.
+        square: docs/theory.md; logistic: Bradley-Terry likelihood (RankNet); hinge: ranking SVM.
 
     Example:
         >>> scores = torch.tensor([[1.0, 0.0]], requires_grad=True)
