@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from windkern.kernels import tuned
-from windkern.kernels.contract import WIDEST_SLAB
+from windkern.kernels.contract import WIDEST_SLAB, WIDEST_UNIT_SLAB
 from windkern.kernels.triton import backward as triton_backward
 from windkern.kernels.triton import exps as triton_exps
 from windkern.kernels.triton import pairs as triton_pairs
@@ -102,12 +102,15 @@ def cases(target: str) -> Iterator[Case]:
                 name = f"forward_rows[{block},{label}{',kept' if kept else ''}]"
                 constants = {**flags, **aligned, "KEPT": kept, "BLOCK": block}
                 yield Case(name, triton_rows.forward_rows, low, constants, warps, wants=wide_loads)
-            constants = {**flags, **aligned, "BLOCK": block}
-            yield Case(f"unit_rows[{block},{label}]", triton_rows.unit_rows, low, constants, warps, wants=wide_loads)
         for bias in (False, True):
             constants = _flags(HAS_BIAS=bias, CAPPED=False, MOVED=bias, BLOCK=block, **aligned)
             name = f"exps_rows[{block}{',bias' if bias else ''}]"
             yield Case(name, triton_exps.exps_rows, low, constants, warps, wants=(*wide_loads, "STG.E.128"))
+    for block in (2048, WIDEST_UNIT_SLAB):
+        warps = tuned.row_warps(block, target)
+        for label, flags in (("plain", plain), ("full", full)):
+            constants = {**flags, **aligned, "BLOCK": block}
+            yield Case(f"unit_rows[{block},{label}]", triton_rows.unit_rows, low, constants, warps, wants=wide_loads)
     for width in (512, 8192):
         block, warps = tuned.backward_config(width, target)
         constants = _flags(HAS_BIAS=True, CAPPED=False, BLOCK=block, **aligned)

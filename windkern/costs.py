@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from windkern import backends
-from windkern.kernels.contract import WIDEST_SLAB
+from windkern.kernels.contract import WIDEST_SLAB, WIDEST_UNIT_SLAB
 from windkern.kernels.gemm import Products
 from windkern.spec import WalkSpec, row_stride
 
@@ -310,7 +310,8 @@ class Problem:
         if self.walk.tile_columns and self.walk.gear == "scoring":
             return [_even_width(self.vocab_size, widest)]
         if self.products.device_type != "cpu":
-            return _gpu_widths(self.vocab_size)
+            unit = self.walk.gear == "frozen_head" and not self.walk.factored
+            return _gpu_widths(self.vocab_size, WIDEST_UNIT_SLAB if unit else widest)
         target = SLAB_BYTES_CPU // max(1, self.rows * self.acc)
         if self.products.widens:  # the widened part of the head stays in the cache
             target = min(target, self.products.columns_at_once(1, target, max(self.hidden_sizes)))
@@ -341,10 +342,10 @@ def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _gpu_widths(vocab_size: int) -> list[int]:
+def _gpu_widths(vocab_size: int, widest: int) -> list[int]:
     """Return one width per number of slabs, widest first: multiples of 256, or of 64 for a narrow vocabulary."""
     step = 256 if vocab_size > 256 else COLUMN_STEP
-    widest = min(SLAB_COLUMNS[1], round_up(vocab_size, step))
+    widest = min(widest, round_up(vocab_size, step))
     widths: list[int] = []
     slabs = -(-vocab_size // widest)
     while not widths or widths[-1] > step:

@@ -12,6 +12,7 @@ from cases import GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, Problem, Shape
 
 import windkern as wk
 from windkern.kernels import buffers
+from windkern.kernels.contract import WIDEST_UNIT_SLAB
 
 
 def plan_of(problem: Problem, dtype, gear, *, dropped, **kwargs):
@@ -275,3 +276,12 @@ def test_peak_resident_memory_agrees_with_the_plan(resident, backend, dtype, gea
 def test_errors(arguments, kwargs, error, match):
     with pytest.raises(error, match=match):
         wk.plan(*arguments, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{"entropy": True}, {"capped": True}])
+def test_slabs_of_a_gpus_frozen_head_fit_the_registers_of_their_kernel(options):
+    """Wider rows of the kernel with sums of logits spill; the exponentials' kernel takes twice as wide ones."""
+    frozen = {"weight_grad": False, "device": "cuda"}
+    widths = [wk.plan(rows, 1024, 151936, torch.bfloat16, **frozen, **options).slab_width for rows in (64, 512, 8192)]
+    assert max(widths) <= WIDEST_UNIT_SLAB
+    assert wk.plan(64, 1024, 151936, torch.bfloat16, **frozen).slab_width > WIDEST_UNIT_SLAB

@@ -15,6 +15,8 @@ from windkern.transform import LogitTransform
 
 # Columns of the widest slab: a Triton program holds one of its rows in registers.
 WIDEST_SLAB = 16384
+# Of the frozen head's with an entropy or a softcap, whose kernel holds twice as much of a row in registers.
+WIDEST_UNIT_SLAB = 8192
 # Reason: float16 has 15 binades above 1 and 24 below. The largest kept exp(z - max) is at the top of them, so that
 # entries flushed to zero are 2e-12 of the largest one instead of 6e-8.
 KEPT_BINADES = {torch.float16: 15}
