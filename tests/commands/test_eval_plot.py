@@ -187,6 +187,13 @@ def test_what_is_no_result_is_refused(tmp_path, capsys, content, message):
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["potato", "cuda:0"])
+def test_a_device_that_is_not_there_is_named(device, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device must .*got '{device}'"):
+        evaluation.EvalSettings(model="a", base="b", prompts="p.txt", judge="vader", device=device)
+
+
 def test_settings_name_what_is_out_of_range():
     with pytest.raises(ValueError, match="temperature"):
         evaluation.EvalSettings(model="a", base="b", prompts="p.txt", judge="vader", temperature=0.0)

@@ -77,13 +77,15 @@ class EvalSettings:
         return self.device or "cpu"
 
     def __post_init__(self) -> None:
-        from windkern._checks import check_choice, check_count, check_number
+        from windkern._checks import check_choice, check_count, check_device, check_number
         from windkern.train.models import DTYPES
 
-        if self.device is None:
-            import torch
+        import torch
 
+        if self.device is None:
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        elif check_device("device", self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device must be one that torch can use here, and it finds no GPU, got {self.device!r}")
         for name in ("num_generations", "max_completion_length", "batch_size"):
             object.__setattr__(self, name, check_count(name, getattr(self, name), least=1))
         for name in ("judge_strength", "temperature"):
