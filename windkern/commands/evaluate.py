@@ -77,10 +77,10 @@ class EvalSettings:
         return self.device or "cpu"
 
     def __post_init__(self) -> None:
+        import torch
+
         from windkern._checks import check_choice, check_count, check_device, check_number
         from windkern.train.models import DTYPES
-
-        import torch
 
         if self.device is None:
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
