@@ -154,7 +154,7 @@ def test_the_lora_recipe_trains_an_adapter(inputs):
         "`dtype` | `float32`",
         "`peft.default.r` | `2`",
         "`peft.default.target_modules` | `[",
-        "on prompts of `",
+        "on prompts from `",
     ):
         assert fact in card, fact
 
