@@ -19,6 +19,7 @@ def without_peers(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_every_choice_is_measured(without_peers, tmp_path, capsys):
     out = tmp_path / "x.json"
     sizes = ("--steps", "7", "--rates", "1e-6", "--vocab", "64", "--hidden", "16", "--out", str(out))
@@ -40,6 +41,7 @@ def test_second_moments_in_bfloat16_do_not_fall(without_peers):
     assert plain["second"][-1] > 2 > plain["second"][0] and abs(plain["moved"][-1]) < 0.01
 
 
+@pytest.mark.slow
 def test_errors_of_the_weights_are_relative_to_float32(without_peers, tmp_path):
     out = tmp_path / "x.json"
     sizes = ("--steps", "4", "8", "--rates", "1e-6", "--vocab", "64", "--hidden", "16", "--out", str(out))

@@ -124,6 +124,7 @@ def test_no_kernel_spills_or_uses_local_memory(library):
 
 @needs_nvcc
 @needs_cuobjdump
+@pytest.mark.slow
 def test_row_kernels_move_16_bytes_at_a_time(library):
     sass = cuda_tools.run([cuobjdump(), "-sass", "-arch", "sm_90", str(library)])
     functions = re.split(r"\n\s*Function : ", sass)[1:]

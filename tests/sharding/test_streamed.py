@@ -24,5 +24,6 @@ def test_every_gear_and_dtype_and_order_of_arrival(tmp_path, processes):
     assert_passed(launch("streamed", tmp_path, "all", processes=processes, module="streamed_jobs"), 200)
 
 
+@pytest.mark.slow
 def test_four_ranks(tmp_path):
     assert_passed(launch("streamed", tmp_path, "some", processes=4, module="streamed_jobs"), 40)
