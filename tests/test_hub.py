@@ -66,6 +66,7 @@ def folder(make, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_variant_runs_without_the_package(folder, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     backends = ["torch", "triton"] if importlib.util.find_spec("triton") else ["torch"]

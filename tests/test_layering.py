@@ -1,6 +1,7 @@
 """Imports point one way and never form a cycle; the specification imports only torch."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -39,9 +40,14 @@ ALLOWED = {
 }
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported_parts(path: Path) -> set[str]:
     parts = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "windkern":
             rest = node.module.split(".")[1:]
             parts |= {rest[0]} if rest else {alias.name for alias in node.names}
@@ -105,7 +111,7 @@ def test_only_the_losses_know_a_loss_by_name():
     for path in PACKAGE.rglob("*.py"):
         place = path.relative_to(PACKAGE).as_posix()
         if not place.startswith(BY_NAME):
-            found = losses_named(ast.parse(path.read_text()), names)
+            found = losses_named(tree_of(path), names)
             assert not found, (
                 f"{place} knows {sorted(found)} by name; a field of the loss's entry should say what it needs"
             )
@@ -147,7 +153,7 @@ def import_graph(root: Path, upto: int) -> dict[str, set[str]]:
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         found = {
             target
-            for node, kind in imports_of(ast.parse(path.read_text()))
+            for node, kind in imports_of(tree_of(path))
             if kind <= upto
             for target in targets_of(node, package, modules)
         }

@@ -327,6 +327,7 @@ def test_error_table(tmp_path):
     assert "windkern, recomputed" in table
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_rows(tmp_path):
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "rows.json"

@@ -149,6 +149,7 @@ def test_a_run_is_drawn_again(tmp_path):
     assert_redrawn(tmp_path / "a.json", tmp_path / "a.png", tmp_path)
 
 
+@pytest.mark.slow
 def test_bandits_are_drawn_again(tmp_path):
     sizes = ("--seeds", "2", "--contexts", "1", "--responses", "2", "--exact-iterations", "2", "--num-iterations", "1")
     assert main(["bandit", *sizes, "--groups", "2", "--output-dir", str(tmp_path)]) == 0

@@ -96,9 +96,8 @@ def module(hidden, weight, targets):
 
 
 @traces
-@pytest.mark.parametrize("graph_backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("function", [token_entropy, token_bounded, packed, padded, module], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize(("graph_backend", "train_head"), [("eager", False), ("aot_eager", False), ("aot_eager", True)])
 def test_fullgraph_compile(graph_backend, function, train_head):
     hidden = torch.randn(4, 2, 5, 16, requires_grad=True)
     weight = (0.2 * torch.randn(301, 16)).requires_grad_(train_head)

@@ -29,6 +29,7 @@ def test_every_gear_and_dtype(tmp_path, processes):
     assert_passed(launch("vocab_parallel", tmp_path, "all", processes=processes, module="sharding_jobs"), 300)
 
 
+@pytest.mark.slow
 def test_four_ranks(tmp_path):
     assert_passed(launch("vocab_parallel", tmp_path, "some", processes=4, module="sharding_jobs"), 30)
 
