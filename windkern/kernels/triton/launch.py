@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,30 +56,32 @@ def kept_pointers(kept: Kept | None, stand_in: Tensor) -> tuple[Tensor, Tensor, 
 
 def row_constants(slab: Slab, dtype: torch.dtype, width: int) -> dict[str, Any]:
     """Return numbers and constants of a kernel that computes in `dtype` with a row of a slab in registers."""
-    return _row_constants(slab.transform, dtype, slab.bias is not None, width, architecture())
+    return _constants(_row_config, slab.transform, dtype, slab.bias is not None, width, architecture())
 
 
 def block_constants(slab: Slab, dtype: torch.dtype, width: int) -> dict[str, Any]:
     """Return those of a kernel whose programs each take a block of a row, `BLOCK` columns wide."""
-    return _block_constants(slab.transform, dtype, slab.bias is not None, width, architecture())
+    return _constants(backward_config, slab.transform, dtype, slab.bias is not None, width, architecture())
 
 
 # Reason: a launch waits for its host, so what all slabs of a walk share is computed once.
 @functools.lru_cache(maxsize=1024)
-def _row_constants(
-    transform: LogitTransform, dtype: torch.dtype, has_bias: bool, width: int, arch: str
+def _constants(
+    config: Callable[[int, str], tuple[int, int]],
+    transform: LogitTransform,
+    dtype: torch.dtype,
+    has_bias: bool,
+    width: int,
+    arch: str,
 ) -> dict[str, Any]:
+    block, warps = config(width, arch)
+    sizes = {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": warps}
+    return {"HAS_BIAS": has_bias, **transform_numbers(transform, dtype), **sizes}
+
+
+def _row_config(width: int, arch: str) -> tuple[int, int]:
+    """Return columns and warps of a program that holds a whole row of `width` columns."""
     if width > WIDEST_SLAB:
         raise RuntimeError(f"a slab of a Triton row kernel is at most {WIDEST_SLAB} columns wide, got {width}")
     block = triton.next_power_of_2(width)
-    sizes = {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": row_warps(block, arch)}
-    return {"HAS_BIAS": has_bias, **transform_numbers(transform, dtype), **sizes}
-
-
-@functools.lru_cache(maxsize=1024)
-def _block_constants(
-    transform: LogitTransform, dtype: torch.dtype, has_bias: bool, width: int, arch: str
-) -> dict[str, Any]:
-    block, warps = backward_config(width, arch)
-    sizes = {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": warps}
-    return {"HAS_BIAS": has_bias, **transform_numbers(transform, dtype), **sizes}
+    return block, row_warps(block, arch)
