@@ -49,17 +49,18 @@ class HandedOver(gemm.Products):
     def _filled(rows: int, columns: int) -> torch.Tensor:
         return torch.zeros(rows, columns)
 
+    def _time(self, product: Callable[..., torch.Tensor], left: torch.Tensor, right: torch.Tensor) -> None:
+        operands, started = (self._filled(*left.shape), self._filled(*right.shape)), time.perf_counter()
+        product(*operands)
+        HandedOver.inside += time.perf_counter() - started
+
     def _mm(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         into = out if out.dtype == torch.float32 else self._filled(*out.shape)
-        operands, started = (self._filled(*left.shape), self._filled(*right.shape)), time.perf_counter()
-        torch.mm(*operands, out=into)
-        HandedOver.inside += time.perf_counter() - started
+        self._time(functools.partial(torch.mm, out=into), left, right)
         return out
 
     def _addmm(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        operands, started = (self._filled(*left.shape), self._filled(*right.shape)), time.perf_counter()
-        total.addmm_(*operands)
-        HandedOver.inside += time.perf_counter() - started
+        self._time(total.addmm_, left, right)
         return total
 
 
