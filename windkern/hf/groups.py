@@ -259,8 +259,9 @@ def group_logps(
         rules = layout_rules(model, shared_prompt=shared_prompt, mask_budget=mask_budget, row_tokens=row_tokens)
     layout = make_layout(lengths_of(prompt_ids, completion_ids), rules)
     rows = make_rows(layout, prompt_ids, completion_ids, fill=prompt_ids[0][0])
-    hf_call.check_known("ids", rows.input_ids, hf_call.find(model).base)
-    rows = rows.to(_device_of(model))
+    base = hf_call.find(model).base
+    hf_call.check_known("ids", rows.input_ids, base)
+    rows = rows.to(_device_of(base))
     options: dict[str, Any] = {"memory_budget": memory_budget, "batch_invariant": batch_invariant, "backend": backend}
 
     def job(parts: CausalLM, hidden: Tensor) -> Tensor:
@@ -281,9 +282,8 @@ def _spread(logps: Tensor, bounds: Tensor) -> Tensor:
     return logps.new_zeros(inside.shape).masked_scatter(inside, logps)
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    """Return the device on which the model takes ids."""
-    base = hf_call.find(model).base
+def _device_of(base: Any) -> torch.device:
+    """Return the device on which a model takes ids."""
     weight = base.get_input_embeddings().weight
     place = getattr(getattr(base, "_hf_hook", None), "execution_device", None)  # of accelerate
     return weight.device if place is None else torch.device(place)
