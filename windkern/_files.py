@@ -57,7 +57,7 @@ def _plain(content: object) -> object:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file so that a reader, or a crash, never sees half of it.
+    """Write a JSON file as `write_text` writes a text file.
 
     Args:
         path: the file; its folder is created if it does not exist.
@@ -70,14 +70,14 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as `write_json` writes its own.
+    """Write a UTF-8 text file so that a reader, or a crash, never sees half of it.
 
     Args:
-        path: its folder is made if it does not exist.
-        text: written in UTF-8.
+        path: the file; its folder is created if it does not exist.
+        text: the content.
 
     Raises:
-        OSError: it cannot be written; the file that was there before is whole.
+        OSError: the file cannot be written; the previous file is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
