@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -87,7 +88,10 @@ def _run(
     torch.set_num_threads(1)
     os.chdir(folder)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    report = getattr(importlib.import_module(module), job)(folder, *options)
+    job_of_rank = getattr(importlib.import_module(module), job)
+    gc.collect()
+    gc.freeze()  # as in conftest.py
+    report = job_of_rank(folder, *options)
     _report(folder, job, rank).write_text(json.dumps(report))
     dist.barrier()  # a rank that ends first closes its connections
     dist.destroy_process_group()
