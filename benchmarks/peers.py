@@ -21,7 +21,6 @@ from benchmarks.provider import (
     Step,
     differentiated,
     differentiated_at,
-    through_onednn,
 )
 
 
@@ -49,18 +48,6 @@ def _build_products(problem: Problem, dtype: torch.dtype | None = None) -> Step:
     return Step(call)
 
 
-@functools.cache
-def _onednn_rounds() -> tuple[str, str] | None:
-    """Return why oneDNN's float32 products cannot be a floor, or None; their error must be that of float32."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
-    product = through_onednn(lambda: Result(left @ right))().output
-    exact = left.double() @ right.double()
-    error = float((product.double() - exact).norm() / exact.norm())
-    reason = f"oneDNN rounds float32 products here (relative error {error:.2g})"
-    return None if error < 1e-5 else ("cannot", reason)
-
-
 def _floor(name: str, label: str, dtypes: tuple[str, ...], onednn: bool, dtype: torch.dtype | None = None) -> Provider:
     return Provider(
         name,
@@ -70,7 +57,6 @@ def _floor(name: str, label: str, dtypes: tuple[str, ...], onednn: bool, dtype: 
         functools.partial(_build_products, dtype=dtype),
         dtypes=dtypes,
         onednn=onednn,
-        why_not_case=lambda case: _onednn_rounds() if onednn and case.dtype_name == "fp32" else None,
     )
 
 

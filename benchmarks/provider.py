@@ -6,6 +6,7 @@ the mode, the gradients of hidden and weight for the problem's upstream, and ret
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import warnings
@@ -27,6 +28,7 @@ PAIR_LOSS = "the whole DPO loss of pairs without a reference; gradients finished
 TRL_NEEDS = "datasets, dill and multiprocess, which trl imports"
 
 
+ROUNDING = 1e-5  # relative error of a product above which its operands were rounded to less than float32
 LEVELS = ("tokens", "loss", "wind", "mean")  # rows are compared only within a level
 
 
@@ -102,6 +104,8 @@ class Provider:
             return "cannot", f"it is measured in {' and '.join(self.dtypes)}"
         if self.onednn and not torch.backends.mkldnn.is_available():
             return "absent", "this torch is built without oneDNN"
+        if self.onednn and case.dtype_name == "fp32" and (error := onednn_error()) > ROUNDING:
+            return "cannot", f"oneDNN rounds the operands of float32 products here (relative error {error:.2g})"
         if self.name == "gemm-mkl" and not torch.backends.mkl.is_available():
             return "absent", "this torch is built without MKL"
         return self.why_not_case(case)
@@ -136,7 +140,7 @@ def quiet() -> Iterator[None]:
 def through_onednn(call: Callable[[], Result]) -> Callable[[], Result]:
     """Run a call with its float32 products in oneDNN.
 
-    Hazard: on a CPU with bf16 matrix units, "medium" rounds operands to bf16; the errors of the row then show it.
+    Hazard: on a CPU with bf16 matrix units, "medium" rounds operands to bf16; see `onednn_error`.
     """
 
     def switched() -> Result:
@@ -148,6 +152,16 @@ def through_onednn(call: Callable[[], Result]) -> Callable[[], Result]:
             torch.set_float32_matmul_precision(before)
 
     return switched
+
+
+@functools.cache
+def onednn_error() -> float:
+    """Return the relative error of a float32 product by oneDNN on this CPU."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    product = through_onednn(lambda: Result(left @ right))().output
+    exact = left.double() @ right.double()
+    return float((product.double() - exact).norm() / exact.norm())
 
 
 def differentiated(

@@ -76,12 +76,23 @@ def test_every_provider_has_a_row_in_every_case(results):
 
 
 def test_peers_compute_what_we_compute(results):
-    # With bf16 matrix units, oneDNN's switch rounds float32 operands; the errors of those rows show it.
-    rounds = {provider.name for provider in peers.all_providers() if provider.onednn and peers._onednn_rounds()}
     for row in rows_of(results):
-        allowed = 1e-4 if row["dtype"] == "fp32" and row["provider"] not in rounds else 0.1
+        allowed = 1e-4 if row["dtype"] == "fp32" else 0.1
         for name, error in row.get("errors", {}).items():
             assert error < allowed, (row["case"], row["provider"], name)
+
+
+def test_products_that_round_their_operands_are_not_measured_as_float32(monkeypatch):
+    case = Case(TINY, "scoring", "fp32", "cpu")
+    through = [peer for peer in peers.all_providers() if peer.name in ("gemm-onednn", "plain-onednn")]
+    monkeypatch.setattr("benchmarks.provider.onednn_error", lambda: 0.0023)
+    for peer in through:
+        assert peer.why_not(case) == (
+            "cannot",
+            "oneDNN rounds the operands of float32 products here (relative error 0.0023)",
+        )
+    monkeypatch.setattr("benchmarks.provider.onednn_error", lambda: 3e-7)
+    assert len(through) == 2 and not any(peer.why_not(case) for peer in through)
 
 
 def test_the_file_names_no_host_and_no_path(results):
