@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -36,7 +37,12 @@ class Backend:
     scratch_bytes: Callable[[int, int, int, str], int] = torch_rows.scratch_bytes
 
     def kernels(self) -> ModuleType:
-        return importlib.import_module(self.module, __package__)
+        return _imported(self.module)
+
+
+@functools.cache
+def _imported(module: str) -> ModuleType:
+    return importlib.import_module(module, __package__)
 
 
 def _partial_sums(rows: int, width: int, itemsize: int, device_type: str) -> int:

@@ -44,8 +44,9 @@ class Head:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self.transform).items():
-            object.__setattr__(self, name, value)
+        transform = self.transform
+        for name in ("scale", "softcap", "temperature"):
+            object.__setattr__(self, name, getattr(transform, name))
 
     @property
     def transform(self) -> LogitTransform:

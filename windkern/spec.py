@@ -53,9 +53,9 @@ class WalkSpec:
     reduce_dtype: torch.dtype = torch.float32
     least_rows: int = 0  # the walk is padded to these: when streamed, all ranks walk over as many row blocks
 
-    @functools.cached_property
+    @property
     def transform(self) -> LogitTransform:
-        return LogitTransform(self.scale, self.softcap, self.temperature)
+        return _transform(self.scale, self.softcap, self.temperature)
 
     def of(self, transform: LogitTransform, cut: Cut | None = None, rows: int = 0) -> WalkSpec:
         """Return the same decisions with this transform, and for a sharded head its cut and the most rows of a rank."""
@@ -107,11 +107,16 @@ class WalkSpec:
 
     def values(self) -> tuple:
         """Return the fields in their order, as arguments of an op."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(getattr(self, name) for name in _NAMES)
 
     @classmethod
     def schema(cls) -> str:
         return ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(cls))
+
+
+# Reason: a call passes its specification through two ops, while the GPU waits for the first launch.
+_transform = functools.lru_cache(maxsize=256)(LogitTransform)
+_NAMES = tuple(field.name for field in dataclasses.fields(WalkSpec))
 
 
 def row_stride(columns: int) -> int:

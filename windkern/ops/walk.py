@@ -215,7 +215,7 @@ class _Writer:
         if self.slab is None:
             shape = rows, self.walk.spec.slab_width
             self.slab = buffers.empty("slab", shape, self.walk.products.acc, self.device)
-        return self.slab[:rows, :width]
+        return self.slab if self.slab.shape == (rows, width) else self.slab[:rows, :width]
 
     def slabs(
         self, rows: slice, hidden: list[Tensor], weight: Blocks, bias: Tensor | None, targets: Tensor, state: RowState
