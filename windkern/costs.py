@@ -104,6 +104,15 @@ class Problem:
         product = max(1, self.products.columns_at_once(self.rows, max(1, columns), inner))
         return replace(self.walk, slab_width=width, slabs_kept=kept, slabs_at_once=at_once, product_columns=product)
 
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that every walk needs, however narrow its slabs: those of row vectors, and of dhidden."""
+        return self.rows * (self._vector_bytes + self.hidden_grads * self.acc)
+
+    @property
+    def _vector_bytes(self) -> int:
+        return 14 * self.acc + 16
+
     def peak_bytes(self, spec: WalkSpec) -> int:
         return max(self.forward_bytes(spec), self.backward_bytes(spec))
 
@@ -196,7 +205,7 @@ class Problem:
     def _common_bytes(self, rows: int, width: int) -> int:
         """Bytes of row vectors, a slab's bias and gradient, compacted rows, scratch, and a cast slab of the head."""
         acc, H = self.acc, sum(self.hidden_sizes)
-        total = self.rows * (14 * acc + 16) + 2 * width * acc + self.compact * self.rows * H * self.item
+        total = self.rows * self._vector_bytes + 2 * width * acc + self.compact * self.rows * H * self.item
         total += backends.BACKENDS[self.walk.backend].scratch_bytes(rows, width, acc, self.products.device_type)
         return total + self._head_bytes(width)
 

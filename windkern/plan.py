@@ -321,19 +321,21 @@ def _solve_chunks(problem: Problem, rows: int, group_rows: int, budget: int) -> 
     tile = problem.walk.row_block or 1
     groups = max(1, -(-rows // group_rows))
     best = None
-    for chunks in _chunk_counts(groups):
+    for chunks in reversed(_chunk_counts(groups)):  # of several that are equal, the fewest
         each = -(-groups // chunks)
         # Reason: fused_loss scales float16 gradients by a power of two that is known only at the end.
         is_half = torch.float16 in problem.weight_dtypes
         several = any(problem.walk.weight_grad) and (each < groups or is_half)
         part = replace(problem, rows=round_up(min(rows, each * group_rows), tile), accumulates=several)
+        if best is not None and part.least_bytes > max(budget, best[3].peak_bytes):
+            break  # neither this chunk nor a larger one can fit, or be the smallest
         inner = _solve(part, budget)
         seconds = -(-groups // each) * (inner.seconds + several * part.accumulating_seconds())
         # Reason: several chunks take another 4 * V * H bytes, which are not worth a few percent of time.
         key = (
             (True, -seconds * (1.05 if several else 1.0)) if inner.peak_bytes <= budget else (False, -inner.peak_bytes)
         )
-        if best is None or key > best[0]:
+        if best is None or key >= best[0]:
             best = key, each, part, inner, seconds
     assert best is not None  # there is at least one chunk
     _, each, part, inner, seconds = best

@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,38 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def test_recipes_are_found_in_a_zip_archive(tmp_path):
+    package = Path(recipes.__file__).parents[1]
+    with zipfile.ZipFile(tmp_path / "windkern.zip", "w") as archive:
+        for path in package.rglob("*"):
+            if path.suffix in (".py", ".yaml"):
+                archive.write(path, path.relative_to(package.parent))
+    code = "from windkern import recipes as r; print(r.names()); print(r.purpose('demo')); "
+    code += "print(r.find('demo').read_text(), end=''); print(r.find('accelerate/zero3').is_file())"
+
+    def python(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "windkern.zip")}
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    first, *rest = python("-c", code).stdout.splitlines()
+    assert first == str(recipes.names()) and recipes.names()
+    assert rest == [recipes.purpose("demo"), *recipes.find("demo").read_text().splitlines(), "True"]
+    listed = python("-m", "windkern.recipes")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == recipes.names(), listed.stderr
+    refused = python("-m", "windkern.recipes", "demo")
+    assert refused.returncode == 1 and "demo is in an archive and has no path; unpack " in refused.stderr
+    (tmp_path / "mine.yaml").touch()
+    assert python("-m", "windkern.recipes", "mine.yaml").stdout == "mine.yaml\n"
+
+
+@pytest.mark.parametrize("name", ["../recipes/demo", "/demo", "accelerate", ""])
+def test_a_path_that_leaves_the_recipes_names_none(name):
+    with pytest.raises(FileNotFoundError, match="no recipe of this name; recipes: demo, "):
+        recipes.find(name)
 
 
 def overrides_in(name):

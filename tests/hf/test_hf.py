@@ -235,6 +235,46 @@ def test_an_id_without_an_embedding_is_named(llama, odd):
         hf.sequence_logps(llama, padded, attention, completion)
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "most"),
+    [
+        ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16}, 16),
+        ("GPTJForCausalLM", {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16, "rotary_dim": 4}, 16),
+        ("BertLMHeadModel", SMALL | {"is_decoder": True, "max_position_embeddings": 16}, 16),
+        ("RobertaForCausalLM", SMALL | {"is_decoder": True, "max_position_embeddings": 17}, 16),
+    ],
+)
+def test_more_tokens_than_positions_are_named(kind, given, most):
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**(given | {"vocab_size": VOCAB}))).eval()
+    ids = torch.arange(most + 1)[None] + 4
+    mask = torch.ones_like(ids)
+    message = (
+        f"row of {most + 1} tokens, padding included, is longer than the {most} positions of {kind}, whose forward"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.sequence_logps(model, ids, mask, mask.index_fill(1, torch.tensor([0]), 0))
+    assert isinstance(caught.value.__cause__, (IndexError, RuntimeError))
+    with pytest.raises(ValueError, match=message):
+        hf.group_logps(model, [ids[0, :9].tolist()], [[[*ids[0, 9:].tolist(), 5]]])  # the last token only is a target
+    with pytest.raises(ValueError, match=message):
+        hf.hidden_and_head(model).hidden(ids, mask)
+    assert hf.group_logps(model, [ids[0, :9].tolist()], [[ids[0, 9:].tolist()]]).isfinite().all()
+
+
+def test_positions_of_a_configuration_alone_refuse_nothing():
+    """A rotary embedding goes on; an error of the job is not one of positions."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, max_position_embeddings=16)).eval()
+    ids = torch.arange(24)[None] + 4
+    assert hf.group_logps(model, [ids[0, :9].tolist()], [[ids[0, 9:].tolist()]]).isfinite().all()
+
+    def job(parts, hidden):
+        raise IndexError("of the job")
+
+    with pytest.raises(IndexError, match="of the job"):
+        hf.run(model, ids, torch.ones_like(ids), job)
+
+
 def test_a_batch_of_no_tokens_is_named(llama):
     for empty in (torch.zeros(0, 4, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)):
         with pytest.raises(ValueError, match="input_ids must hold one token at least, got shape"):

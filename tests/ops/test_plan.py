@@ -11,6 +11,7 @@ import torch
 from cases import GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, Problem, Shape
 
 import windkern as wk
+from windkern import costs
 from windkern.kernels import buffers
 from windkern.kernels.contract import WIDEST_UNIT_SLAB
 
@@ -149,6 +150,29 @@ def test_plan_is_pure_and_prints():
     for word in ("trained", "slabs", "kept", "MiB", "128256"):
         assert word in text
     assert "chunks" in str(wk.plan(*arguments, group_rows=512))
+
+
+@pytest.mark.parametrize("budget", [None, 1, 256 << 20])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_chunks_that_cannot_fit_are_not_tried(monkeypatch, device, budget):
+    """For very many rows, most of the time of a plan went into chunks that no walk fits into the budget."""
+    sought = []
+    solve = costs.Problem.solve
+    monkeypatch.setattr(
+        costs.Problem, "solve", lambda problem, budget: (sought.append(problem), solve(problem, budget))[1]
+    )
+
+    def planned(rows: int) -> wk.Plan:
+        sys.modules["windkern.plan"]._walk_of.cache_clear()
+        sought.clear()
+        return wk.plan(rows, 64, 2000, torch.bfloat16, group_rows=8, memory_budget=budget, device=device)
+
+    few = {rows: planned(rows) for rows in (10**3, 10**5, 10**7)}
+    huge, tried = planned(10**12), len(sought)
+    assert all(problem.least_bytes <= max(huge.memory_budget, huge.peak_bytes) for problem in sought)
+    monkeypatch.setattr(costs.Problem, "least_bytes", 0)
+    assert few == {rows: planned(rows) for rows in few}
+    assert planned(10**12) == huge and len(sought) > tried + 80
 
 
 def test_a_large_vocabulary_gradient_is_counted_for_several_chunks():

@@ -135,6 +135,22 @@ def test_a_setting_is_named(place, tmp_path, capsys, changes, message):
 
 
 @pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = undefined_here", "NameError: name 'undefined_here' is not defined"),
+        ("def f(:", r"SyntaxError: .* \(judge_that_fails.py, line 1\)"),
+        ("{}['key']", "KeyError: 'key'"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+    ],
+)
+def test_a_judge_whose_module_fails_is_named(place, tmp_path, monkeypatch, capsys, code, message):
+    (tmp_path / "judge_that_fails.py").write_text(code + "\n")
+    monkeypatch.chdir(tmp_path)
+    path = settings_of(place, tmp_path / "out", judge="judge_that_fails:reward")
+    refused(capsys, path, f"judge 'judge_that_fails:reward': importing 'judge_that_fails' failed: {message}")
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"model: a\0b\n", r"x\.yaml, line 1: holds a NUL character"),

@@ -14,10 +14,10 @@ import tiny_model
 import transformers
 from trainer_cases import HELDOUT, PROMPTS, lora, make_config, make_trainer
 
+from windkern.hf.positions import positions_of
 from windkern.train.data.loading import Demonstration, encode_prompts
 from windkern.train.data.prompts import ChatPrompt
 from windkern.train.models import MissingPackageError
-from windkern.train.positions import positions_of
 from windkern.train.preconditions import Room, check_model
 
 LONG = "the bus was " * 6 + "very bad"  # 20 words, and user, <eos> and assistant of the template

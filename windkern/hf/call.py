@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from windkern.hf.head import UnsupportedModelError, linear_of
+from windkern.hf.positions import positions_of
 from windkern.hf.units import in_pieces, is_own_unit
 
 _compiled_decoders: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # torch.compile's wrapper -> a forward
@@ -200,7 +201,7 @@ class _HeadReachedError(Exception):
 
 def at_head(
     forward: Callable,
-    head: nn.Module,
+    target: Target,
     given: Mapping[str, object],
     job: Callable[[Tensor], Result],
     *,
@@ -216,7 +217,14 @@ def at_head(
 
     Raises:
         UnsupportedModelError: the forward never calls the head.
+        ValueError: the forward fails before its head on more tokens than the model has positions for.
     """
+    head, begun = target.head, False
+
+    def start(hidden: Tensor) -> Result:
+        nonlocal begun
+        begun = True
+        return job(hidden)
 
     def stop(module: nn.Module, args: object, output: object) -> None:
         raise _HeadReachedError(output)
@@ -225,9 +233,9 @@ def at_head(
         # Reason: earlier code may have left the head gathered, and bits must not depend on that.
         module.reshard()
         if in_pieces(module):
-            raise _HeadReachedError(job(args[0]))
+            raise _HeadReachedError(start(args[0]))
 
-    with replaced_forward(head, lambda theirs: lambda hidden, *args, **options: job(hidden)):
+    with replaced_forward(head, lambda theirs: lambda hidden, *args, **options: start(hidden)):
         handles = [head.register_forward_hook(stop)]
         if not whole_head and is_own_unit(head):
             handles.append(head.register_forward_pre_hook(stop_before, prepend=True))
@@ -235,10 +243,31 @@ def at_head(
             forward(**given)
         except _HeadReachedError as reached:
             return reached.args[0]
+        except (IndexError, RuntimeError) as error:
+            if not begun and not isinstance(error, torch.OutOfMemoryError):
+                _explain_length(target, given, error)
+            raise
         finally:
             for handle in handles:
                 handle.remove()
     raise never_called(head)
+
+
+def _explain_length(target: Target, given: Mapping[str, object], error: Exception) -> None:
+    """Raise if a forward has failed on more tokens than the model has positions for.
+
+    Reason: only a failure tells. Rotary positions go on beyond the number in the configuration, and a table of
+    positions can be that of images.
+
+    Raises:
+        ValueError: there are more.
+    """
+    ids, most = given.get("input_ids", given.get("inputs_embeds")), positions_of(target.base)
+    if isinstance(ids, Tensor) and most is not None and ids.shape[1] > most:
+        raise ValueError(
+            f"a row of {ids.shape[1]} tokens, padding included, is longer than the {most} positions of {target.name}, "
+            f"whose forward failed ({type(error).__name__}: {error}); pass shorter rows"
+        ) from error
 
 
 def never_called(head: nn.Module) -> UnsupportedModelError:
@@ -304,7 +333,7 @@ def run(
     """
 
     def inside(theirs: Callable, *args: object, **received: object) -> object:
-        return at_head(functools.partial(theirs, *args), target.head, amend(received), job, whole_head=whole_head)
+        return at_head(functools.partial(theirs, *args), target, amend(received), job, whole_head=whole_head)
 
     out = call(target, given, inside, check=check)
     if not isinstance(out, Tensor):

@@ -215,7 +215,8 @@ def run(
 
     Raises:
         TypeError, UnsupportedModelError: as `hidden_and_head`.
-        ValueError: the model has no embedding for an id (looked at on a CPU).
+        ValueError: the model has no embedding for an id (looked at on a CPU), or fails on more tokens than it has
+            positions for.
 
     Warns:
         UserWarning: as `hidden_and_head`; or rows are padded on the left, which changes the model's hidden states.
@@ -257,7 +258,7 @@ def run_inside(model: nn.Module, given: Mapping[str, object], job: Callable[[Cau
     target = hf_call.find_inside(model)
     parts = parts_of(target, verdict_of(target))
     given = {**given, **({"use_cache": False} if hf_call.takes(model, "use_cache") else {})}
-    return hf_call.at_head(model.forward, target.head, given, lambda hidden: job(parts, hidden))
+    return hf_call.at_head(model.forward, target, given, lambda hidden: job(parts, hidden))
 
 
 def completion_targets(input_ids: Tensor, completion_mask: Tensor) -> Tensor:

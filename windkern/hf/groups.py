@@ -156,9 +156,7 @@ def run_rows_inside(model: nn.Module, rows: GroupRows, job: Callable[[CausalLM, 
     """
     target = hf_call.find_inside(model)
     given, amend, parts = _call_of(target, rows)
-    return hf_call.at_head(
-        model.forward, target.head, amend(given), lambda hidden: job(parts, _scored(hidden, rows.index))
-    )
+    return hf_call.at_head(model.forward, target, amend(given), lambda hidden: job(parts, _scored(hidden, rows.index)))
 
 
 def _scored(hidden: Tensor, index: Tensor) -> Tensor:
@@ -229,8 +227,8 @@ def group_logps(
 
     Raises:
         TypeError, UnsupportedModelError: as `run`, or as `layout_rules` with "always".
-        ValueError: a prompt is empty, groups differ in N, the model has no embedding for an id, or an argument does not
-            fit.
+        ValueError: a prompt is empty, groups differ in N, the model has no embedding for an id or fails on more tokens
+            than it has positions for, or an argument does not fit.
         BackendUnavailableError: the named back end cannot run here.
 
     Memory:

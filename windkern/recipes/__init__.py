@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+from contextlib import ExitStack
+from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
-FOLDER = Path(__file__).parent
+FOLDER = files(__name__)  # not always a path: the package can be imported from a zip archive
+_unpacked = ExitStack()  # holds the temporary files of recipes in an archive
+atexit.register(_unpacked.close)
 
 
 def names() -> list[str]:
@@ -14,11 +20,13 @@ def names() -> list[str]:
         >>> "lora_1gpu" in names(), "accelerate/zero3" in names()
         (True, False)
     """
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(entry.name.removesuffix(".yaml") for entry in FOLDER.iterdir() if entry.name.endswith(".yaml"))
 
 
 def find(name: str | Path) -> Path:
     """Return the path of a settings file: `name` itself if it is a file, else the recipe of this name.
+
+    If the package is in a zip archive, the path of a recipe is that of a copy, which is deleted when Python ends.
 
     Args:
         name: a path, or a recipe with or without ".yaml"; "accelerate/zero3" is a launcher's configuration.
@@ -35,12 +43,18 @@ def find(name: str | Path) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    packaged = FOLDER / f"{str(name).removesuffix('.yaml')}.yaml"
-    if packaged.is_file() and packaged.resolve().is_relative_to(FOLDER.resolve()):
-        return packaged
-    raise FileNotFoundError(f"no file {str(name)!r} and no recipe of this name; recipes: {', '.join(names())}")
+    return _unpacked.enter_context(as_file(_packaged(name)))
+
+
+def _packaged(name: str | Path) -> Any:
+    """Return the recipe of this name as a resource of the package, which can be read wherever the package is."""
+    parts = Path(f"{str(name).removesuffix('.yaml')}.yaml").parts
+    found = FOLDER.joinpath(*parts)
+    if ".." in parts or Path(*parts).is_absolute() or not found.is_file():
+        raise FileNotFoundError(f"no file {str(name)!r} and no recipe of this name; recipes: {', '.join(names())}")
+    return found
 
 
 def purpose(name: str) -> str:
     """Return the first line of a recipe, which says what it is for."""
-    return find(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    return _packaged(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")

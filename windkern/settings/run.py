@@ -204,6 +204,8 @@ def load_settings(
     require(*(name for name in ("peft", "deepspeed") if content.get(name)))
     source = " ".join([str(path), *(f"--override {entry}" for entry in overrides)])
     _expand(content, source)
+    if content.get("output_dir", "") is None:  # transformers would take a folder of its own
+        raise ValueError(f"{source}: output_dir must be the path of a folder, such as runs/mine, got null")
     try:
         classes = classes_of(content.get("method", "wind"))
     except ValueError as error:

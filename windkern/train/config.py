@@ -60,6 +60,16 @@ def check_one_gpu(count: int) -> None:
         )
 
 
+def check_output_dir(path: object) -> None:
+    """Raise where `output_dir` is an empty string, with which a run would write into the current directory.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(path, str) and not path.strip():
+        raise ValueError(f"output_dir must be the path of a folder, such as runs/mine, got {path!r}")
+
+
 @dataclass
 class WindConfig(TrainingArguments):
     """Settings of a `WindTrainer` run, in addition to those of `transformers.TrainingArguments`.
@@ -300,6 +310,7 @@ class WindConfig(TrainingArguments):
                 )
 
     def _check(self) -> None:
+        check_output_dir(self.output_dir)
         if self.max_steps != -1 or self.num_train_epochs not in (3.0, float(self.num_iterations)):
             raise ValueError(
                 "max_steps follows from num_iterations * steps_per_iteration and num_train_epochs from "

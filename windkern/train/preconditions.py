@@ -13,12 +13,12 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations import integration_utils
 
 from windkern._checks import FLOATS, check_choice
+from windkern.hf.positions import positions_of
 from windkern.train.config import WindConfig
 from windkern.train.data.datasets import PromptSets, check_prompts
 from windkern.train.data.loading import encode_prompts, padding_id
 from windkern.train.data.prompts import SYSTEM_ROLES, ChatPrompt
 from windkern.train.models import MissingPackageError
-from windkern.train.positions import positions_of
 
 _AT_A_TIME = 512  # prompts encoded
 _FINDERS = {"azure_ml": "is_azureml_available", "comet_ml": "is_comet_available", "flyte": "is_flytekit_available"}

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from windkern import backends
 from windkern._checks import check_choice, check_count
 from windkern.train.checkpoints.saving import AtomicCheckpoints
-from windkern.train.config import check_one_gpu, setting
+from windkern.train.config import check_one_gpu, check_output_dir, setting
 from windkern.train.samplers.recorded import completions_of_texts
 from windkern.value.model import ValueModel
 
@@ -77,6 +77,7 @@ class ValueConfig(TrainingArguments):
     remove_unused_columns: bool = setting(False, "Must be False: demonstrations have no columns.")
 
     def __post_init__(self) -> None:
+        check_output_dir(self.output_dir)
         self.max_completion_length = check_count("max_completion_length", self.max_completion_length, least=1)
         if self.memory_budget is not None:
             self.memory_budget = check_count("memory_budget", self.memory_budget, least=1)

@@ -13,11 +13,11 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_model import WORDS, make_classifier, make_model, make_tokenizer  # noqa: E402
 
+from windkern.hf.positions import positions_of  # noqa: E402
 from windkern.train.judges.classifiers import Classifier, load_classifier  # noqa: E402
 from windkern.train.judges.judge import JudgeError, RewardJudge, ask  # noqa: E402
 from windkern.train.judges.models import ModelPreference, ModelReward  # noqa: E402
 from windkern.train.judges.named import load_judge  # noqa: E402
-from windkern.train.positions import positions_of  # noqa: E402
 
 VOCABULARY = 6 + len(WORDS)
 PROMPTS = ["rain was", "the bus", "a", "so very"]

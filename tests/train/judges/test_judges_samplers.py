@@ -203,6 +203,42 @@ def test_a_wrong_line_of_records_is_named(tmp_path, line, message):
         load_records(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [Recorded("p", ("a", "b"), rewards=(1.0, 0.0)), Recorded("p", ("a",), rewards=(3.0,))],
+            r'r\.jsonl: "a" to "p" was judged twice, with 1\.0 and 3\.0',
+        ),
+        ([Recorded("p", ("a", "a"), rewards=(0.0, 2e-3))], r'"a" to "p" was judged twice, with 0\.0 and 0\.002'),
+        (
+            [
+                Recorded("p", ("a", "b"), prefs=((0.5, 0.9), (0.1, 0.5))),
+                Recorded("p", ("b", "a"), prefs=((0.5, 0.8), (0.2, 0.5))),
+            ],
+            r'"b" and "a" to "p" were compared twice, with 0\.1 and 0\.8',
+        ),
+    ],
+)
+def test_two_verdicts_on_a_response_are_refused(tmp_path, rows, message):
+    save_records(tmp_path / "r.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        RecordedJudge(tmp_path / "r.jsonl")
+
+
+def test_a_verdict_may_be_repeated(tmp_path):
+    """In the record of a run, a response that was drawn again has the same verdict up to rounding."""
+    rows = [Recorded("p", ("a", "b"), rewards=(1.0, 0.0)), Recorded("p", ("a", "a"), rewards=(1.004, 1.0))]
+    save_records(tmp_path / "s.jsonl", [*rows, Recorded("q", ("a",), rewards=(5.0,))])
+    judge = RecordedJudge(tmp_path / "s.jsonl")
+    assert judge.judge(["p", "q"], [["a"], ["a"]]).rewards.tolist() == [[1.0], [5.0]]
+    tied = Recorded("p", ("a", "a", "b"), prefs=((0.5, 0.6, 0.9), (0.4, 0.5, 0.9), (0.1, 0.1, 0.5)))
+    save_records(tmp_path / "c.jsonl", [tied, tied])
+    assert RecordedJudge(tmp_path / "c.jsonl").judge(["p"], [["a", "b"]]).prefs[0, 0].tolist() == pytest.approx(
+        [0.5, 0.9]
+    )
+
+
 def test_recorded_scores_and_preferences_judge(tmp_path):
     scored, compared = tmp_path / "s.jsonl", tmp_path / "c.jsonl"
     save_records(

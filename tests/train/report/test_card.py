@@ -206,5 +206,10 @@ def test_the_card_is_written_whole(tmp_path):
     assert installed_versions()["windkern"] in path.read_text()
     with pytest.raises(ValueError, match=r"loss must be one of .* got 'wimd'; did you mean 'wind'"):
         write_card(folder, config={"loss": "wimd"}, base_model="gpt2", judge=None, history=[])
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=r"cannot write .*README\.md: .*the previous file is intact"):
+        write_card(folder, config={"loss": "wind"}, base_model="gpt2", judge="vader", history=HISTORY)
+    assert [each.name for each in folder.iterdir()] == ["README.md"]
     with pytest.raises(ValueError, match="library must be one of 'transformers', 'peft', got 'trl'"):
         card(library="trl")

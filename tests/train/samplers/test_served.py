@@ -122,6 +122,14 @@ def test_a_server_that_goes_on_with_the_previous_policy_is_an_error(serve, tmp_p
         again.update(model)
 
 
+def test_a_state_that_cannot_be_written_is_named(serve, tmp_path):
+    sampler = sampler_of(serve(), tmp_path)
+    (tmp_path / "policies" / "state.json").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"cannot write .*state\.json: .*the previous file is intact"):
+        sampler.update(make_model())
+    assert not list((tmp_path / "policies").glob(".*"))
+
+
 def test_a_server_that_takes_some_of_the_weights_is_an_error(serve, tmp_path):
     """Like vLLM with --enable-lora: the new policy is nearer than the previous one, but it is not served."""
     server, model = serve(fault="part"), make_model()

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from windkern._checks import check_count
+from windkern.hf.positions import position_tables, positions_of
 from windkern.train.models import quantized, require
-from windkern.train.positions import position_tables, positions_of
 
 # Relative difference of logits in a padded batch and alone; several times that of sums in another order.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -187,7 +187,8 @@ def load_function(name: str) -> Callable:
     Modules of the current directory are found too, after all others.
 
     Raises:
-        ValueError: `name` has another form, or names no module, attribute or callable; the message says which.
+        ValueError: `name` has another form, or names no module, attribute or callable, or the code of the module
+            fails; the message says which.
 
     Example:
         >>> load_function("math:sqrt")(4)
@@ -203,6 +204,10 @@ def load_function(name: str) -> Callable:
         raise ValueError(
             f"cannot import {module_name!r} of {name!r}: {error}; modules are searched for where Python does and in "
             f"{os.getcwd()}"
+        ) from error
+    except (Exception, SystemExit) as error:  # the module's own, and whatever its code can raise
+        raise ValueError(
+            f"judge {name!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
         ) from error
     function: Any = module
     for part in attribute.split("."):

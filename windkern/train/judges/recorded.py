@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from windkern._checks import check_number
-from windkern.train.data.prompts import loosely
+from windkern.train.data.prompts import loosely, shown
 from windkern.train.data.records import load_records
 from windkern.train.judges.judge import Verdict, bradley_terry
+
+# Reason: a model gives a text that comes again in another batch other last digits, in bfloat16 all but two or three.
+_ROUNDING, _SMALL = 1e-2, 1e-3  # relative, and absolute
 
 
 class RecordedJudge:
@@ -27,11 +31,12 @@ class RecordedJudge:
 
     Raises:
         FileNotFoundError, ValueError: the file does not exist or a line is wrong; some lines have neither prefs nor
-            rewards, or not the same as the others; when judging, a response or a pair is not in the file.
+            rewards, or not the same as the others; a response or a pair has two verdicts that differ by more than
+            rounding; when judging, a response or a pair is not in the file.
     """
 
     def __init__(self, path: str | Path, *, strength: float = 1.0):
-        self.name = f"recorded in {Path(path).name}"
+        self.path, self.name = path, f"recorded in {Path(path).name}"
         self.strength = check_number("strength", strength, above=0)
         records = load_records(path)
         self.has_prefs = all(record.prefs is not None for record in records)
@@ -61,6 +66,14 @@ class RecordedJudge:
         return Verdict(bradley_terry(values, self.strength), values)
 
     def _add(self, value: float, *key: str) -> None:
+        before = self._judged.get(key, value)
+        if len(set(key[1:])) == len(key[1:]) and not math.isclose(before, value, rel_tol=_ROUNDING, abs_tol=_SMALL):
+            prompt, *texts = key
+            what = "was judged" if len(texts) == 1 else "were compared"
+            raise ValueError(
+                f"{self.path}: {' and '.join(map(shown, texts))} to {shown(prompt)} {what} twice, with {before} and "
+                f"{value}; keep one of the two"
+            )
         self._judged[key] = self._loosely[tuple(map(loosely, key))] = value
 
     def _found(self, *key: str) -> float:

@@ -17,6 +17,7 @@ from torch import nn
 
 from windkern import __version__
 from windkern._checks import check_choice
+from windkern._files import write_text
 from windkern.losses import LOSSES
 from windkern.train.checkpoints.identity import outline_of
 from windkern.train.config import WindConfig
@@ -259,9 +260,7 @@ def write_card(folder: str | Path, *, name: str | None = None, **content: Any) -
     """
     path = Path(folder) / "README.md"
     text = card_text(name=path.parent.resolve().name if name is None else name, **content)
-    scratch = path.with_name(".README.md.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, text)
     return path
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 import windkern as wk
 from windkern import hf
+from windkern._files import write_text
 from windkern.train.samplers.engine import Draw, Drawn, Engine, Policy
 from windkern.train.samplers.server import ServerError
 from windkern.train.samplers.verify import Comparison, compare
@@ -265,10 +266,7 @@ class Follower:
             return {"number": 0, "digest": None, "scored": [], "of": None, "drawn": [], "gap": None}
 
     def _write(self, state: dict) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / ".state.json.part"
-        scratch.write_text(json.dumps(state), "utf-8")
-        scratch.replace(self.folder / "state.json")
+        write_text(self.folder / "state.json", json.dumps(state))
 
 
 @torch.no_grad()

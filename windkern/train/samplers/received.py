@@ -42,6 +42,7 @@ class Received:
     def put(self, key: str, content: object) -> None:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Reason: write_text waits for the disk, which is too long for each of many answers that can be asked for again.
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         scratch.write_text(json.dumps(content), "utf-8")
         scratch.replace(path)

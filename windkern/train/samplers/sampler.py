@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from windkern._checks import check_count, check_flag, check_number
+from windkern.hf.positions import positions_of
 from windkern.train.data.loading import encode_prompts, padding_id
 from windkern.train.data.prompts import shown
 from windkern.train.data.turns import response_texts, turn_of
-from windkern.train.positions import positions_of
 from windkern.train.samplers.shared_cache import UnsharedCacheError, prompt_cache
 
 
