@@ -123,7 +123,7 @@ def further_samples(first: float, share: float, fastest: float) -> int:
     whose order is in doubt; a call that is far behind is repeated fewer times.
     """
     if first > VERY_LONG_CALL:
-        return int(first <= FAR_BEHIND * fastest)
+        return max(int(first <= FAR_BEHIND * fastest), int(share / first))
     least = MIN_SAMPLES - (first > LONG_CALL) - (first > FAR_BEHIND * fastest)
     return min(MAX_SAMPLES, max(least, int(share / max(first, 1e-9))))
 

@@ -248,6 +248,7 @@ def test_samples_are_spread_and_summed_up():
     assert timing.disputed(taken, floor=1.0) == ["disturbed", "once"]
     assert timing.further_samples(0.1, share=1.05, fastest=0.1) == 10
     assert [timing.further_samples(first, 1.0, fastest=1.0) for first in (1.0, 2.2, 2.6, 6.0)] == [3, 2, 1, 0]
+    assert timing.further_samples(6.0, share=20.0, fastest=1.0) == 3
 
 
 def as_real_head(data: dict) -> dict:
