@@ -169,8 +169,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Return samples in seconds by name, from rounds over all calls, with each call spread evenly over the rounds.
 
-    Hazard: a call can pay for the one before it: on a virtual machine, the pages that plain logits gave back are fetched
-    from the host again by the next call. Remedy: each round has an order of its own, the same in every run.
+    Hazard: a call can pay for the one before it, as the one after plain logits, which give back a gigabyte of pages.
+    Remedy: each round has an order of its own, the same in every run.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     rounds, order, shuffled = max(counts.values(), default=0), list(calls), random.Random(0)
