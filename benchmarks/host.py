@@ -35,8 +35,6 @@ from windkern.ops import inputs, walk
 from windkern.ops import rows as row_blocks
 
 HIDDEN = 16
-
-
 COLUMNS = 256  # of a slab
 VOCABS = (4096, 16384)  # few slabs, and many
 

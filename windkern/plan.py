@@ -12,7 +12,6 @@ import torch
 from windkern import backends
 from windkern._checks import check_choice, check_count, check_device, check_each, check_flag, check_float_dtype
 from windkern.costs import MIB, Problem, fixed_tile, round_up
-from windkern.kernels import tuned
 from windkern.kernels.gemm import products_of
 from windkern.spec import WalkSpec
 
@@ -283,28 +282,8 @@ def _planned_rows(problem: Problem) -> int:
     return round_up(problem.rows, max(64, 1 << max(0, problem.rows.bit_length() - 5)))
 
 
-def planned_spec(
-    rows: int,
-    hidden_sizes: tuple[int, ...],
-    vocab_size: int,
-    *,
-    entropy: bool,
-    memory_budget: int | None,
-    batch_invariant: bool,
-    **inputs: Any,
-) -> tuple:
+def planned_spec(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: Any) -> tuple:
     """Return the values of the plan's `WalkSpec`, which is all that a walk over slabs needs."""
-    options = {
-        "entropy": check_flag("entropy", entropy),
-        "memory_budget": None if memory_budget is None else check_count("memory_budget", memory_budget),
-        "batch_invariant": check_flag("batch_invariant", batch_invariant),
-    }
-    return _spec_values(rows, hidden_sizes, vocab_size, tuned.architecture(), **options, **inputs)
-
-
-@functools.lru_cache(maxsize=1024)
-def _spec_values(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, arch: str, **options: Any) -> tuple:
-    """Do the same with arguments that are hashable; `arch` is what tiles depend on beside them."""
     problem, budget = _asked(rows, hidden_sizes, vocab_size, **options)
     return _planned_walk(problem, budget).values()
 

@@ -12,8 +12,9 @@ from cases import GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, Problem, Shape
 
 import windkern as wk
 from windkern import costs
-from windkern.kernels import buffers
+from windkern.kernels import buffers, tuned
 from windkern.kernels.contract import WIDEST_UNIT_SLAB
+from windkern.plan import planned_spec
 
 
 def plan_of(problem: Problem, dtype, gear, *, dropped, **kwargs):
@@ -150,6 +151,19 @@ def test_plan_is_pure_and_prints():
     for word in ("trained", "slabs", "kept", "MiB", "128256"):
         assert word in text
     assert "chunks" in str(wk.plan(*arguments, group_rows=512))
+
+
+def test_the_walk_of_an_op_follows_all_that_its_plan_depends_on(monkeypatch):
+    """The arguments alone do not decide: tiles depend on what was tuned, widths on the library of the products."""
+    given = {"batch_invariant": False, "device": "cpu", "backend": "triton"}
+    asked = {"entropy": False, "memory_budget": None, "dtype": torch.bfloat16, **given}
+    found = set()
+    for most in (0, 1 << 20):
+        monkeypatch.setattr(tuned, "tile_hidden", lambda arch=None, most=most: most)
+        walk = wk.plan(9, 24, 64, torch.bfloat16, **given).walk
+        assert planned_spec(9, (24,), 64, **asked) == walk.values()
+        found.add(walk.tile_columns)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("budget", [None, 1, 256 << 20])
