@@ -130,7 +130,6 @@ def measure_cell(
     Raises:
         RuntimeError: the log-probs of the providers differ by more than rounding.
     """
-    samples: dict[str, list[float]] = {}
     peaks: dict[str, int | None] = {}
     values: dict[str, Tensor] = {}
     firsts: dict[str, float] = {}
@@ -138,7 +137,6 @@ def measure_cell(
         if device != "cpu":
             call()  # this compiles kernels
         firsts[provider], peaks[provider], values[provider] = timing.measure(call, device)
-        samples[provider] = [firsts[provider]] if firsts[provider] > timing.LONG_CALL else []
     size = float(values["unshared"].abs().max())
     for provider, value in values.items():
         gap = float((value - values["unshared"]).abs().max()) / size
@@ -150,8 +148,9 @@ def measure_cell(
         name: timing.further_samples(first, share, min(firsts.values())) if first <= max(share, timing.LONG_CALL) else 0
         for name, first in firsts.items()
     }
-    for name, taken in timing.interleave(calls, counts, device=device).items():
-        samples[name] += taken
+    most = max(peak or 0 for peak in peaks.values())
+    samples = timing.interleave(calls, counts, device=device, peak_bytes=most)
+    samples |= {name: [firsts[name]] for name, taken in samples.items() if not taken}
     for name in timing.disputed(samples):
         samples[name].append(timing.timed(calls[name], device)[0])
     return samples, peaks

@@ -68,7 +68,8 @@ def run_size(n: int, samples: int, results: record.Results, device: str = "cpu")
         peaks[name], value = measured.peak_bytes, float(measured.result[0])
         if exact is not None and abs(value - exact) > 1e-4 * abs(exact):
             raise RuntimeError(f"{name} at N = {n} gave {value}, exact {exact}")
-    timings = timing.interleave(steps, dict.fromkeys(steps, samples), device=device)
+    most = max(peak or 0 for peak in peaks.values())
+    timings = timing.interleave(steps, dict.fromkeys(steps, samples), device=device, peak_bytes=most)
     for name in steps:
         summary = timing.summary(timings[name])
         row = {

@@ -169,7 +169,7 @@ class CaseRun:
             step.call()  # kernels are compiled at their first launch
         measured = timing.measure(step.call, self.case.device)
         self.first[name] = measured.seconds
-        self.samples[name] = [measured.seconds] if measured.seconds > timing.LONG_CALL else []
+        self.samples[name] = []
         if provider.level == "floor":
             return  # its buffers exist already, and it computes nothing to check
         result = step.in_order(measured.result)
@@ -222,6 +222,7 @@ class CaseRun:
         # Reason: all ratios rest on the floor, and the speed of a virtual machine drifts by a third within a case.
         most = max([timing.MIN_SAMPLES, *counts.values()])
         counts = {name: counts.get(name, most) for name in self.steps}
+        self.samples |= {name: [self.first[name]] for name, count in counts.items() if not count}
         self._rounds(counts, results)
         floor = self.floor()
         disputed = timing.disputed(self.samples, floor[0] if floor else None)
@@ -238,7 +239,11 @@ class CaseRun:
 
         with quiet():
             calls = {name: self.steps[name].call for name in counts}
-            timing.interleave(calls, counts, after_round, self.case.device)
+            timing.interleave(calls, counts, after_round, self.case.device, self._peak_bytes())
+
+    def _peak_bytes(self) -> int:
+        """Return the peak of the largest call; garbage of the heap between calls takes a quarter more."""
+        return max((self.rows[name].get("peak_bytes", 0) for name in self.steps), default=0) * 5 // 4
 
     def _keep_faster_floor(self) -> None:
         """Drop the slower of two libraries for the bare products, to save its time."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import heap
+
 MIN_SAMPLES = 3
 MAX_SAMPLES = 25
-# Reason: above this many seconds, page faults, cold code and the set-up of primitives are about 1 % of a call, and the
-# first call counts as a sample, so that a case with a dozen such calls ends in time.
+# A longer call is repeated fewer times, so that a case with a dozen such calls ends in time.
 LONG_CALL = 2.0
 VERY_LONG_CALL = 5.0
 FAR_BEHIND = 2.5  # times the fastest call of the case
@@ -82,14 +82,6 @@ def _kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def _trim() -> None:
-    """Return freed memory to the system, so that the level before a call is that of live memory."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
     """Run a call once and read the high-water mark of memory, which is reset just before the call.
 
@@ -105,7 +97,8 @@ def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
         return Measured(seconds, torch.cuda.max_memory_allocated() - allocated, result)
     if why_no_memory() is not None:
         return Measured(*_without_peak(call))
-    _trim()
+    gc.collect()
+    heap.trim()  # so that the level before the call is that of live memory
     _CLEAR_REFS.write_text("5")  # VmHWM = VmRSS
     before = _kib("VmRSS")
     seconds, result = timed(call)
@@ -118,13 +111,13 @@ def _without_peak(call: Callable[[], Any]) -> tuple[float, None, Any]:
 
 
 def further_samples(first: float, share: float, fastest: float) -> int:
-    """Return how often to repeat a call whose first run took `first` seconds (itself a sample above `LONG_CALL`).
+    """Return how often to repeat a call whose first run took `first` seconds; 0: the first run must do.
 
     `share` is its share of the case's seconds, `fastest` the shortest first call of the case. Time goes to the calls
     whose order is in doubt; a call that is far behind is repeated fewer times.
     """
     if first > VERY_LONG_CALL:
-        return max(int(first <= FAR_BEHIND * fastest), int(share / first))
+        return max(2 * int(first <= FAR_BEHIND * fastest), int(share / first))
     least = MIN_SAMPLES - (first > LONG_CALL) - (first > FAR_BEHIND * fastest)
     return min(MAX_SAMPLES, max(least, int(share / max(first, 1e-9))))
 
@@ -166,25 +159,28 @@ def interleave(
     counts: dict[str, int],
     after_round: Callable[[dict], None] | None = None,
     device: str = "cpu",
+    peak_bytes: int = 0,
 ) -> dict[str, list[float]]:
     """Return samples in seconds by name, from rounds over all calls, with each call spread evenly over the rounds.
 
-    Hazard: a call can pay for the one before it, as the one after plain logits, which give back a gigabyte of pages.
-    Remedy: each round has an order of its own, the same in every run.
+    On a CPU, memory for the `peak_bytes` of the largest call is touched before and kept until the end.
+
+    Hazard: a call can pay for the one before it. Remedy: each round has an order of its own, the same in every run.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     rounds, order, shuffled = max(counts.values(), default=0), list(calls), random.Random(0)
-    for index in range(rounds):
-        shuffled.shuffle(order)
-        with _no_garbage_collection():
-            for name in order:
-                due = (index + 1) * counts[name] // rounds > index * counts[name] // rounds
-                if due:
-                    seconds, result = timed(calls[name], device)
-                    samples[name].append(seconds)
-                    del result
-        if after_round is not None:
-            after_round(samples)
+    with heap.kept(peak_bytes) if device == "cpu" and peak_bytes else nullcontext():
+        for index in range(rounds):
+            shuffled.shuffle(order)
+            with _no_garbage_collection():
+                for name in order:
+                    due = (index + 1) * counts[name] // rounds > index * counts[name] // rounds
+                    if due:
+                        seconds, result = timed(calls[name], device)
+                        samples[name].append(seconds)
+                        del result
+            if after_round is not None:
+                after_round(samples)
     return samples
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import windkern as wk
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, errors, exact, peers, plot, readme, record, run, step, timing  # noqa: E402
+from benchmarks import compare, errors, exact, heap, peers, plot, readme, record, run, step, timing  # noqa: E402
 from benchmarks.cases import SHAPES, TINY, Case, make_problem, select_cases  # noqa: E402
 from benchmarks.provider import LEVELS as provider_levels  # noqa: E402
 from benchmarks.provider import quiet  # noqa: E402
@@ -235,6 +236,20 @@ def test_peak_memory_is_seen():
     assert 96 - 8 < measured.peak_bytes / 2**20 < 96 + 32 + 8
 
 
+@pytest.mark.skipif(not heap.can_keep(), reason="this C library cannot be told to keep freed memory")
+def test_timed_calls_meet_no_page_faults():
+    def faults_of_a_call() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(96 << 20, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    usual = faults_of_a_call()
+    assert usual >= 48  # if all pages are huge
+    with heap.kept(128 << 20):
+        assert faults_of_a_call() <= usual // 4
+    assert faults_of_a_call() >= 48  # the C library gives memory back again
+
+
 def test_no_call_always_follows_the_same_one():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
@@ -260,6 +275,7 @@ def test_samples_are_spread_and_summed_up():
     assert timing.disputed(taken, floor=1.0) == ["disturbed", "once"]
     assert timing.further_samples(0.1, share=1.05, fastest=0.1) == 10
     assert [timing.further_samples(first, 1.0, fastest=1.0) for first in (1.0, 2.2, 2.6, 6.0)] == [3, 2, 1, 0]
+    assert timing.further_samples(6.0, 1.0, fastest=5.0) == 2
     assert timing.further_samples(6.0, share=20.0, fastest=1.0) == 3
 
 
