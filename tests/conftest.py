@@ -16,9 +16,10 @@ import windkern as wk
 from windkern.commands import diagnosis
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from interpreter import patch_once_a_launch
+    from interpreter import multiply_rows_alike, patch_once_a_launch
 
     patch_once_a_launch()
+    multiply_rows_alike()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core for each worker
