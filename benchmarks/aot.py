@@ -32,6 +32,7 @@ from windkern.kernels import tuned
 from windkern.kernels.contract import WIDEST_SLAB, WIDEST_UNIT_SLAB
 from windkern.kernels.triton import backward as triton_backward
 from windkern.kernels.triton import exps as triton_exps
+from windkern.kernels.triton import finish as triton_finish
 from windkern.kernels.triton import pairs as triton_pairs
 from windkern.kernels.triton import rows as triton_rows
 from windkern.kernels.triton import tile as triton_tile
@@ -135,6 +136,8 @@ def cases(target: str) -> Iterator[Case]:
     constants = _flags(ROWS=triton_exps.COLUMN_SUM_ROWS, WEIGHTED=True, BR=32, BC=128)
     yield Case("column_sum_parts", triton_exps.column_sum_parts, low, constants, 4)
     yield Case("rescale_kernel", triton_exps.rescale_kernel, {}, _flags(BLOCK=1024), 4)
+    constants = _flags(SETTLES=True, MOVES=True, BLOCK=1024)
+    yield Case("finish_kernel", triton_finish.finish_kernel, low, constants, 4)
     config = tuned.tile_config(target)
     sizes = _flags(BM=config.rows, BV=config.columns, BK=config.inner, GROUP=config.group, WIDEN=False)
     for described in (False, True):

@@ -1,6 +1,6 @@
 """Measure Python's share of a call: CPU time per call and per slab, with a driver that launches nothing.
 
-    python -m benchmarks.host [--rows 8] [--repeats 30]
+    python -m benchmarks.host [--rows 8] [--repeats 200]
 
 Needs Triton but no GPU. Launchers, Triton's binder and its cache are real; tensors are on the CPU, and each product is
 a float32 one of 16 rows and columns, which takes about as long as submitting one to a GPU. Checks of values are left
@@ -29,10 +29,9 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import windkern as wk
-from windkern import costs
+from windkern import backends, costs
 from windkern.kernels import gemm
-from windkern.ops import inputs, walk
-from windkern.ops import rows as row_blocks
+from windkern.ops import walk
 
 HIDDEN = 16
 COLUMNS = 256  # of a slab
@@ -107,17 +106,16 @@ def _call(rows: int, vocab: int, gear: Gear) -> Callable[[], None]:
 @contextlib.contextmanager
 def _no_checks_of_values() -> Iterator[None]:
     """Skip the checks, as on a GPU, where reading a value would wait for the device."""
-    with (
-        mock.patch.object(inputs, "check_max_scored", lambda scored, bound: bound),
-        mock.patch.object(row_blocks, "check_targets", lambda targets, vocab_size: None),
-        mock.patch.object(row_blocks, "_check_some_entry_is_open", lambda saved, bias, targets: None),
-    ):
+    with mock.patch.object(backends, "checks_values", lambda device: False):
         yield
 
 
-def measure(rows: int, vocab: int, gear: Gear, repeats: int, *, compiles: bool = True) -> Host:
-    """Return the 5th percentile over calls with compiled kernels, since other work only adds to the times."""
-    call, inside, run = _call(rows, vocab, gear), [0.0], JITFunction.run
+def measure(rows: int, vocabs: tuple[int, ...], gear: Gear, repeats: int, *, compiles: bool = True) -> list[Host]:
+    """Return the 5th percentile over calls with compiled kernels, by vocabulary, as other work only adds to the times.
+
+    Calls take turns, so that a change of the processor's speed hits all vocabularies alike.
+    """
+    calls, inside, run = [_call(rows, vocab, gear) for vocab in vocabs], [0.0], JITFunction.run
 
     def timed(self, *arguments, **options):
         started = time.perf_counter()
@@ -129,39 +127,44 @@ def measure(rows: int, vocab: int, gear: Gear, repeats: int, *, compiles: bool =
     handed = mock.patch.object(walk, "products_of", HandedOver)
     narrow = mock.patch.object(costs, "SLAB_BYTES_CPU", rows * COLUMNS * 4)
     with mock_driver.installed(compiles=compiles) as driver, handed, narrow, _no_checks_of_values():
-        for _ in range(3):
+        launches = []
+        for call in calls:
+            for _ in range(3):
+                call()
+            driver.launches.clear()
             call()
-        driver.launches.clear()
-        call()
-        launches, taken, in_triton, in_products = len(driver.launches), [], [], []
+            launches.append(len(driver.launches))
+        taken: list[list[list[float]]] = [[[], [], []] for _ in calls]
         for _ in range(repeats):
-            started = time.process_time()
-            call()
-            taken.append(time.process_time() - started)
+            for call, (whole, _, _) in zip(calls, taken, strict=True):
+                started = time.process_time()
+                call()
+                whole.append(time.process_time() - started)
         JITFunction.run = timed  # which takes time itself
         try:
             for _ in range(repeats):
-                inside[0] = HandedOver.inside = 0.0
-                call()
-                in_triton.append(inside[0])
-                in_products.append(HandedOver.inside)
+                for call, (_, in_triton, in_products) in zip(calls, taken, strict=True):
+                    inside[0] = HandedOver.inside = 0.0
+                    call()
+                    in_triton.append(inside[0])
+                    in_products.append(HandedOver.inside)
         finally:
             JITFunction.run = run
-        slabs = _plan(rows, vocab, gear).num_slabs
-    found = (statistics.quantiles(each, n=20)[0] for each in (taken, in_triton, in_products))
-    return Host(*found, launches, slabs)
+        slabs = [_plan(rows, vocab, gear).num_slabs for vocab in vocabs]
+    low = ([statistics.quantiles(each, n=20)[0] for each in parts] for parts in taken)
+    return [Host(*parts, *counts) for parts, *counts in zip(low, launches, slabs, strict=True)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=200)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     heads = f"{'us a slab':>10s} {'launches':>9s} {'products':>9s} {'rest':>7s} {'us beside slabs':>16s}"
     print(f"{'gear':20s} {'slabs':>9s} {heads}")
     for name, gear in GEARS.items():
-        few, many = (measure(chosen.rows, vocab, gear, chosen.repeats) for vocab in VOCABS)
+        few, many = measure(chosen.rows, VOCABS, gear, chosen.repeats)
         more = many.slabs - few.slabs
         a_slab, in_triton, in_products = ((many[field] - few[field]) / more * 1e6 for field in range(3))
         parts = f"{in_triton:9.1f} {in_products:9.1f} {a_slab - in_triton - in_products:7.1f}"

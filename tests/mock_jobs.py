@@ -143,7 +143,9 @@ def host() -> dict[str, list]:
     from benchmarks import host
 
     torch.set_num_threads(1)
-    return {gear: host.measure(8, 1024, host.GEARS[gear], 2, compiles=False) for gear in ("frozen head", "scoring")}
+    return {
+        gear: host.measure(8, (1024,), host.GEARS[gear], 2, compiles=False)[0] for gear in ("frozen head", "scoring")
+    }
 
 
 JOBS = {

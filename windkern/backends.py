@@ -168,3 +168,8 @@ _reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def debug_mode() -> bool:
     """Return whether WINDKERN_DEBUG=1 asks for checks of values on a GPU too, at the cost of synchronisations."""
     return os.environ.get("WINDKERN_DEBUG", "0") not in ("", "0")
+
+
+def checks_values(device: torch.device) -> bool:
+    """Return whether values on `device` are checked: always on a CPU, on a GPU in debug mode."""
+    return device.type == "cpu" or debug_mode()

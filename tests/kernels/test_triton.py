@@ -9,7 +9,7 @@ from cases import NARROW, SHAPES, UNLIMITED, Problem, Shape
 from tolerances import assert_within
 
 import windkern as wk
-from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream, relative_slope
+from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Settled, Slab, Unit, Upstream, relative_slope
 from windkern.kernels.torch import pairs as torch_pairs
 from windkern.kernels.torch import rows as torch_rows
 
@@ -96,7 +96,14 @@ class Slabs:
         factor = torch.where(torch.arange(self.rows) % 2 == 0, 1.0, 0.3).to(self.acc)
         scaled = both.clone()
         kernels.rescale_rows(scaled, factor)
-        return [*written, *state[:3], both, again, scaled, sums]
+        finished = [self.vector() for _ in range(4)]
+        raised = state._replace(run_max=state.run_max + 25.0 * (torch.arange(self.rows) % 3 == 0))
+        for moves in (False, True):
+            settled = Settled(both, pivot, finished[3], moves)
+            kernels.finish_rows(raised, self.targets, *finished[:3], settled)
+            written += [pivot.clone(), both.clone(), *(each.clone() for each in finished)]
+        kernels.finish_rows(raised, self.targets, *finished[:3], None)
+        return [*written, *state[:3], both, again, scaled, sums, *finished]
 
     def slab(self, k, z):
         return Slab(z, self.bias[k], self.targets, k * self.width, self.transform)

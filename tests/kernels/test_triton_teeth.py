@@ -18,6 +18,7 @@ from test_triton import TRANSFORMS, compare_pairs, compare_rows, compare_tiles
 from windkern.kernels.contract import CONTRACT
 from windkern.kernels.triton import backward as triton_backward
 from windkern.kernels.triton import exps as triton_exps
+from windkern.kernels.triton import finish as triton_finish
 from windkern.kernels.triton import maths as triton_maths
 from windkern.kernels.triton import pairs as triton_pairs
 from windkern.kernels.triton import rows as triton_rows
@@ -26,9 +27,9 @@ from windkern.kernels.triton import tile as triton_tile
 pytestmark = test_triton.pytestmark
 small_tiles = test_triton.small_tiles
 
-ROWS, BACKWARD, EXPS, MATHS, TILE, PAIRS = (
+ROWS, BACKWARD, EXPS, FINISH, MATHS, TILE, PAIRS = (
     Path(module.__file__)
-    for module in (triton_rows, triton_backward, triton_exps, triton_maths, triton_tile, triton_pairs)
+    for module in (triton_rows, triton_backward, triton_exps, triton_finish, triton_maths, triton_tile, triton_pairs)
 )
 
 
@@ -67,6 +68,13 @@ def fails(fault, *, capped):
         (EXPS, "values_row - earlier", "values_row"),
         (EXPS, "factor == 1.0, 0, columns_before", "factor == 1.0, 0, columns_before - 1"),
         (EXPS, "d * tl.load(weights_ptr + row", "d * 1.0 * tl.load(weights_ptr + 0 * row"),
+        (FINISH, "values.to(entry.dtype) * factor", "values.to(entry.dtype)"),
+        (FINISH, "place == target, entry,", "place == target + 1, entry,"),
+        (FINISH, "mask=alone", "mask=alone & (row > 0)"),
+        (FINISH, "pivot + _ROOM", "pivot"),
+        (FINISH, "run_sum * careful_exp(run_max - new)", "run_sum * careful_exp(run_max - pivot)"),
+        (FINISH, "tl.where(target < 0, 0.0, logp)", "logp"),
+        (FINISH, "tl.where(target < 0, 0.0, run_max + log_sum)", "run_max"),
     ],
     ids=[
         "target backward",
@@ -80,12 +88,19 @@ def fails(fault, *, capped):
         "the wrong columns rescaled",
         "the last column left behind",
         "one weight for all rows",
+        "kept values that a pivot leaves behind",
+        "an entry beside the target",
+        "an entry left out",
+        "a pivot that follows every maximum at the end",
+        "a sum relative to the old pivot",
+        "a log-prob in an ignored row",
+        "a maximum for a log-sum-exp",
     ],
 )
 def test_a_fault_in_the_row_kernels_is_seen(path, old, new, tmp_path, monkeypatch):
     module = broken(path, old, new, tmp_path, monkeypatch)
     fault = SimpleNamespace(**{name: getattr(module, name, getattr(triton_rows, name)) for name in CONTRACT})
-    fails(fault, capped=path != EXPS)
+    fails(fault, capped=path not in (EXPS, FINISH))
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,7 @@ def test_debug_mode_reads_the_environment(monkeypatch):
     for value, wanted in (("", False), ("0", False), ("1", True)):
         monkeypatch.setenv("WINDKERN_DEBUG", value)
         assert backends.debug_mode() is wanted
+        assert backends.checks_values(torch.device("cuda")) is wanted and backends.checks_values(torch.device("cpu"))
 
 
 def test_unknown_attribute():

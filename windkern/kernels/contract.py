@@ -87,6 +87,15 @@ class Exps(NamedTuple):
     moved: Tensor | None  # (M,), out: factor for sums under the old pivot, exactly 1 where it did not move
 
 
+class Settled(NamedTuple):
+    """Exponentials of a walk whose forward ends, with the pivots that backward will see."""
+
+    kept: Tensor  # (M, columns): exp(y - pivot) of what is kept, rescaled where a pivot moves; may have no columns
+    pivot: Tensor  # (M,), in and out
+    total: Tensor  # (M,), out: the sum of exp(y - pivot) over the vocabulary
+    moves: bool  # whether a pivot moves to a maximum that exceeds it by SETTLED_ROOM
+
+
 class RowStats(NamedTuple):
     """Row statistics of a finished forward, which backward needs."""
 
@@ -135,6 +144,14 @@ class RowKernels(Protocol):
     def exps_backward(self, slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> None:
         """values (M, W) = exp(y - pivot), `entry` (M,) at the target, 0 in ignored rows; may be the logits' memory."""
 
+    def finish_rows(
+        self, state: RowState, targets: Tensor, log_sum: Tensor, logps: Tensor, lse: Tensor, settled: Settled | None
+    ) -> None:
+        """End forward: write log(run_sum), log-probs and log-sum-exps (M,), the last two 0 in ignored rows.
+
+        If given, `settled` gets its pivots and sums, and the kept entry of each target becomes -(1 - p) times the sum.
+        """
+
     def column_sums(self, values: Tensor, weights: Tensor, sums: Tensor) -> None:
         """sums (W,) = sum over rows of weights (M,) * values (M, W), in one fixed order."""
 
@@ -154,6 +171,11 @@ class RowKernels(Protocol):
 
 
 CONTRACT = tuple(name for name in vars(RowKernels) if not name.startswith("_"))
+
+
+def target_entry(stats: RowStats, total: Tensor) -> Tensor:
+    """Return the entry (M,) at the target that makes g * E equal dz: -(1 - p) times the sum of the exponentials."""
+    return torch.expm1(stats.logps) * total
 
 
 def relative_slope(y: Tensor, transform: LogitTransform, out: Tensor) -> Tensor:

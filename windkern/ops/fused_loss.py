@@ -194,8 +194,8 @@ def _run_chunk(job: _Job, made: Plan, chunk: _Chunk, scale: float, held: HeldGra
     planned = targets.shape[0] if job.chunk_rows is None else job.chunk_rows
     spec = made.chunk(planned).of(inputs.transform, inputs.cut, planned)
     block = RowBlock.of(spec, hidden, inputs.weight, inputs.bias, targets, rows)
-    saved = block.forward()
-    token_logps = block.selected(saved.stats.logps)
+    found, saved = block.forward()
+    token_logps = found.logps
     if rows is not None:
         token_logps = token_logps.new_zeros(places.stop - places.start).index_add_(0, rows, token_logps)
     if chunk.overflow is not None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from windkern.kernels import buffers
-from windkern.kernels.contract import DZ_BINADES, Kept, Upstream, other_slope, target_slope
-from windkern.ops.walk import Saved, Walk, target_entry
+from windkern.kernels.contract import DZ_BINADES, Kept, Upstream, other_slope, target_entry, target_slope
+from windkern.ops.walk import Saved, Walk
 from windkern.sharding.passing import CollectedRows, PassedRows
 from windkern.sharding.ranks import Ranks
 from windkern.spec import row_stride
@@ -149,8 +149,8 @@ class _Backward:
     def from_exps(self) -> list[Tensor | None]:
         """dz = g * E with one g per row: dweight = E.T @ (g * hidden), dhidden = g * (E @ weight), dbias = E.T @ g."""
         spec, products = self.walk.spec, self.walk.products
-        pivot, total = self.saved.offsets[0, :, 0], self.saved.offsets[1, :, 0]
-        g = torch.where(self.targets >= 0, self.upstream.logp / -total, 0.0) * spec.transform.slope_at_zero
+        pivot, total = self.saved.offsets.squeeze(2).unbind(0)
+        g = torch.where(self.targets >= 0, self.upstream.logp / total, 0.0).mul_(-spec.transform.slope_at_zero)
         vocab = self.weight[0].shape[0]
         totals = self._totals(buffers.empty if vocab else buffers.zeros)
         scaled: list[Tensor | None] = [None] * len(self.hidden)

@@ -254,7 +254,9 @@ def prepare(
     flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
     labels = targets.reshape(-1).long()
     scored = labels != check_index("ignore_index", ignore_index)
-    labels = torch.where(scored, torch.where(labels < 0, labels + IGNORED, labels), IGNORED)  # -1 stays an error
+    if backends.checks_values(labels.device):
+        labels = torch.where(labels < 0, labels + IGNORED, labels)  # -1 stays an error
+    labels = torch.where(scored, labels, IGNORED)
     rows, overflow = None, None
     if max_scored is not None:
         max_scored = check_max_scored(scored, max_scored)
@@ -290,7 +292,7 @@ def must_keep_rows(targets: Tensor) -> bool:
 def check_max_scored(scored: Tensor, max_scored: object) -> int:
     """Raise if the bound is too small: always on a CPU, on a GPU only in debug mode (it synchronises)."""
     bound = check_count("max_scored", max_scored)
-    if not torch.compiler.is_compiling() and (scored.device.type == "cpu" or backends.debug_mode()):
+    if not torch.compiler.is_compiling() and backends.checks_values(scored.device):
         found = int(scored.sum())
         if found > bound:
             raise ValueError(f"max_scored must be at least the number of scored targets, {found}, got {bound}")
@@ -300,22 +302,19 @@ def check_max_scored(scored: Tensor, max_scored: object) -> int:
 def first_scored(scored: Tensor, labels: Tensor, max_scored: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return positions and targets of the first `max_scored` scored rows, and the mask of rows beyond the bound.
 
-    No size depends on data. Spare places point at the first scored row (row 0 if there is none), with an ignored
+    No size depends on data. Spare places point at the first scored row (the last row if there is none), with an ignored
     target.
     """
-    order = scored.cumsum(0) - 1
-    fits = scored & (order < max_scored)
-    place = torch.where(fits, order, max_scored)
-    positions = torch.arange(scored.shape[0], device=scored.device)
-    rows = torch.zeros(max_scored + 1, dtype=torch.int64, device=scored.device).scatter(0, place, positions)
-    filled = torch.zeros(max_scored + 1, dtype=torch.bool, device=scored.device).scatter(0, place, fits)
-    rows, filled = torch.where(filled, rows, rows[:1])[:max_scored], filled[:max_scored]
-    return rows, torch.where(filled, labels.index_select(0, rows), IGNORED), scored & ~fits
+    count, total = scored.cumsum(0), scored.shape[0]
+    rows = torch.searchsorted(count, torch.arange(1, max_scored + 1, device=scored.device))
+    filled = rows < total
+    rows = torch.where(filled, rows, rows[:1].clamp(max=total - 1))
+    return rows, torch.where(filled, labels.index_select(0, rows), IGNORED), scored & (count > max_scored)
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
     """Raise for targets outside the vocabulary: always on a CPU, on a GPU only in debug mode (it synchronises)."""
-    if targets.numel() == 0 or (targets.device.type != "cpu" and not backends.debug_mode()):
+    if targets.numel() == 0 or not backends.checks_values(targets.device):
         return
     low, high = int(targets.min()), int(targets.max())
     if low < IGNORED or high >= vocab_size:

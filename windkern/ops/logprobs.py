@@ -55,17 +55,9 @@ def finish_hidden(total: Tensor, like: Tensor, rows: Tensor | None, num_rows: in
 def _fwd(hidden, weight, bias, targets, rows, *values):
     spec = WalkSpec(*values)
     block = RowBlock.of(spec, hidden, weight, bias, targets, rows)
-    saved = block.forward()
-    stats = saved.stats
-    return (
-        block.selected(stats.logps),
-        block.selected(stats.run_max + stats.log_sum),
-        block.selected(stats.entropy) if spec.entropy else stats.run_max.new_empty(0),
-        torch.stack(stats[:3]),
-        saved.kept,
-        saved.offsets,
-        saved.units,
-    )
+    found, saved = block.forward()
+    entropy = found.logps.new_empty(0) if found.entropy is None else found.entropy
+    return found.logps, found.lse, entropy, found.stats, saved.kept, saved.offsets, saved.units
 
 
 def _fwd_fake(hidden, weight, bias, targets, rows, *values):

@@ -29,7 +29,6 @@ class RowBlock:
     bias: Tensor | None
     labels: Tensor  # (total,)
     targets: Tensor  # (total,) labels as row numbers of `weight`, beyond its rows where another rank has the target
-    scored: Tensor  # (count,)
     count: int
 
     @classmethod
@@ -56,20 +55,24 @@ class RowBlock:
             bias,
             labels,
             _of_shard(labels, spec.vocab_start, weight[0].shape[0]) if spec.merges else labels,
-            targets >= 0,
             targets.shape[0],
         )
 
-    def forward(self) -> walk.Saved:  # type: ignore[name-defined]  # the field hides the module
+    @property
+    def scored(self) -> Tensor:
+        """Which of the caller's rows are scored, (count,)."""
+        return self.labels[: self.count] >= 0
+
+    def forward(self) -> tuple[walk.Results, walk.Saved]:  # type: ignore[name-defined]  # the field hides the module
+        """Return the results of the caller's rows, (count,), and what backward needs of all rows."""
         check_targets(self.labels, self.walk.spec.vocab_size or self.weight[0].shape[0])
         with backends.on_device_of(self.targets):
-            saved = walk.forward(self.walk, self.hidden, self.weight, self.bias, self.targets)
+            results, saved = walk.forward(self.walk, self.hidden, self.weight, self.bias, self.targets)
         _check_some_entry_is_open(saved, self.bias, self.targets)
-        return saved
-
-    def selected(self, values: Tensor) -> Tensor:
-        """Return the first `count` of the walk's results (total,), 0 where ignored."""
-        return torch.where(self.scored, values[: self.count], 0.0)
+        if self.count < self.targets.shape[0]:
+            logps, lse, entropy = (None if part is None else part[: self.count] for part in results[:3])
+            results = results._replace(logps=logps, lse=lse, entropy=entropy)
+        return results, saved
 
     def padded(self, values: Tensor) -> Tensor:
         return _pad(values, self.targets.shape[0], 0.0)
@@ -84,8 +87,9 @@ class RowBlock:
         accumulate: bool,
     ) -> list[Tensor | None]:
         """Return dhidden_k (total, H_k) in the dtype of sums, for `upstream` (count,); fill dweight and dbias."""
+        scored = self.scored
         upstream = Upstream(
-            *(None if part is None else self.padded(torch.where(self.scored, part, 0.0)) for part in upstream)
+            *(None if part is None else self.padded(torch.where(scored, part, 0.0)) for part in upstream)
         )
         rows = self.hidden, self.weight, self.bias, self.targets
         sinks: list[Tensor | None] | list[CollectedRows | None] = dweight
@@ -114,17 +118,19 @@ def _gather(
     gathered = []
     for block in blocks:
         copy = buffers.empty("compact", (total, block.shape[1]), operand, block.device)
+        given = copy if count == total else copy[:count]
         if rows is None:
-            copy[:count].copy_(block)
+            given.copy_(block)
         elif block.dtype == operand:
-            torch.index_select(block, 0, rows, out=copy[:count])
+            torch.index_select(block, 0, rows, out=given)
         else:
             step = max(1, (1 << 20) // max(1, block.shape[1] * block.element_size()))
             for first in range(0, count, step):
                 part = slice(first, min(first + step, count))
                 copy[part].copy_(buffers.track("scratch", block.index_select(0, rows[part])))
-        copy[:count].masked_fill_(ignored, 0.0)
-        copy[count:].zero_()
+        given.masked_fill_(ignored, 0.0)
+        if count < total:
+            copy[count:].zero_()
         gathered.append(copy)
     return gathered
 
@@ -143,7 +149,7 @@ def _pad(values: Tensor, total: int, fill: float) -> Tensor:
 
 def _check_some_entry_is_open(saved: walk.Saved, bias: Tensor | None, targets: Tensor) -> None:
     """Raise for a row whose logits are all -inf, which has no distribution; checked on a CPU and in debug mode."""
-    if targets.device.type != "cpu" and not backends.debug_mode():
+    if not backends.checks_values(targets.device):
         return
     closed = (saved.stats.run_max == -torch.inf) & (targets >= 0)
     if not bool(closed.any()):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from windkern import backends
 from windkern.kernels import buffers
-from windkern.kernels.contract import SETTLED_ROOM, Exps, Kept, RowKernels, RowState, RowStats, Slab, Unit, kept_gain
+from windkern.kernels.contract import Exps, Kept, RowKernels, RowState, RowStats, Settled, Slab, Unit, kept_gain
 from windkern.kernels.gemm import Products, accumulator, products_of
 from windkern.sharding.agreement import agreed
 from windkern.sharding.merge import merged
@@ -70,6 +70,15 @@ class Saved:
     units: list[Tensor]
 
 
+class Results(NamedTuple):
+    """Results of forward, 0 in ignored rows, and the tensor whose rows are the statistics of `Saved`."""
+
+    logps: Tensor  # (M,)
+    lse: Tensor  # (M,)
+    entropy: Tensor | None  # (M,)
+    stats: Tensor  # (3, M) run_max, log_sum, target_logit
+
+
 class KeptLayout(NamedTuple):
     """Shape and dtype of the matrix that forward keeps, and the shape of its offsets."""
 
@@ -87,21 +96,22 @@ def kept_layout(spec: WalkSpec, rows: int, vocab_size: int) -> KeptLayout:
     return KeptLayout(shape, spec.operand, (spec.slabs_kept, rows, spec.offset_tiles))
 
 
-def forward(walk: Walk, hidden: list[Tensor], weight: Blocks, bias: Tensor | None, targets: Tensor) -> Saved:
+def forward(
+    walk: Walk, hidden: list[Tensor], weight: Blocks, bias: Tensor | None, targets: Tensor
+) -> tuple[Results, Saved]:
     """Walk over hidden_k (M, H_k), weight_k (V, H_k), bias (V,) and targets (M,), negative where a row is ignored."""
     spec, M, V, device, acc = walk.spec, targets.shape[0], weight[0].shape[0], targets.device, walk.products.acc
-    state = RowState(
-        run_max=buffers.empty("rows", (M,), acc, device).fill_(-torch.inf),
-        run_sum=buffers.zeros("rows", (M,), acc, device),
-        target_logit=buffers.empty("rows", (M,), acc, device).fill_(-torch.inf),
-        entropy_sum=buffers.zeros("rows", (M,), acc, device) if spec.entropy else None,
-    )
+    three = buffers.empty("rows", (3, M), acc, device).fill_(-torch.inf)
+    run_max, log_sum, target_logit = three.unbind(0)
+    entropy_sum = buffers.zeros("rows", (M,), acc, device) if spec.entropy else None
+    state = RowState(run_max, buffers.zeros("rows", (M,), acc, device), target_logit, entropy_sum)
     layout = kept_layout(spec, M, V)
-    kept = buffers.empty("kept", layout.shape, layout.dtype, device)
-    kept[:, spec.kept_columns(V) :] = 0.0
+    kept, columns = buffers.empty("kept", layout.shape, layout.dtype, device), spec.kept_columns(V)
+    if columns < kept.shape[1]:
+        kept[:, columns:].zero_()
     offsets = buffers.empty("kept", layout.offsets, acc, device)
     if spec.factored:
-        offsets[0] = -torch.inf
+        offsets[0].fill_(-torch.inf)
     units: list[Tensor] = []
     if spec.gear == "frozen_head":
         for _ in range(1 + spec.entropy):
@@ -117,16 +127,17 @@ def forward(walk: Walk, hidden: list[Tensor], weight: Blocks, bias: Tensor | Non
     step = spec.row_block or max(1, M)
     writer = _Writer(walk, min(step, max(1, M)), kept, offsets, device)
     for first in range(0, M, step):
-        rows = slice(first, first + step)
-        block_state = RowState(*(None if part is None else part[rows] for part in state))
+        rows, labels, block_state, read, found = slice(first, first + step), targets, state, operands, target_rows
         # One list, so that a product that returns its own result frees the one it replaces.
-        block_units = units if step >= M else [unit[rows] for unit in units]
-        read = [operand[rows] for operand in operands]
+        block_units = units
+        if step < M:
+            labels, block_units = targets[rows], [unit[rows] for unit in units]
+            block_state = RowState(*(None if part is None else part[rows] for part in state))
+            read, found = [operand[rows] for operand in operands], [part[rows] for part in target_rows]
         if spec.gear == "frozen_head":
-            found = [part[rows] for part in target_rows]
-            writer.frozen(rows, read, weight, bias, targets[rows], block_state, block_units, found)
+            writer.frozen(rows, read, weight, bias, labels, block_state, block_units, found)
         else:
-            writer.slabs(rows, read, weight, bias, targets[rows], block_state)
+            writer.slabs(rows, read, weight, bias, labels, block_state)
         if block_units is not units:
             for unit, block_unit in zip(units, block_units, strict=True):
                 unit[rows].copy_(block_unit)
@@ -134,21 +145,29 @@ def forward(walk: Walk, hidden: list[Tensor], weight: Blocks, bias: Tensor | Non
         ranks = Ranks(spec.group)
         # Reason: collectives of different sizes hang, end the process, or mix up rows. On a GPU the host would have to
         # wait for the device in every call to read the answers, and a captured graph could not contain that.
-        if device.type == "cpu" or backends.debug_mode():
+        if backends.checks_values(device):
             moves = int(any(spec.hidden_grad))
             agreed(ranks, device, [], {"rows": M, "entropy": int(spec.entropy), "a gradient of hidden": moves})
         own, state = state, merged(state, ranks)
         if units and not spec.factored:
             _move_units(units, own, state, spec.entropy)
-    log_sum = state.run_sum.log()
+        run_max.copy_(state.run_max)
+        target_logit.copy_(state.target_logit)
+    settled = None
+    if spec.factored:  # a frozen head's sums are relative to the pivots as they are
+        pivot, total = offsets.squeeze(2).unbind(0)
+        settled = Settled(kept[:, :columns], pivot, total, moves=spec.gear != "frozen_head")
+    logps, lse = torch.empty_like(run_max), torch.empty_like(run_max)
+    walk.kernels.finish_rows(state, targets, log_sum, logps, lse, settled)
     entropy = log_sum - state.entropy_sum / state.run_sum if spec.entropy else None
-    stats = RowStats(state.run_max, log_sum, state.target_logit, entropy)
-    scale = state.run_sum * kept_gain(spec.operand)
-    if spec.factored:
-        scale = _finish_exps(walk, stats, state.run_sum, offsets, kept, targets, V)
-    for unit in units:
-        unit.div_(scale.unsqueeze(1))
-    return Saved(stats, kept, offsets, units + target_rows)
+    if units:
+        scale = (state.run_sum * kept_gain(spec.operand) if settled is None else settled.total).unsqueeze(1)
+        for unit in units:
+            unit.div_(scale)
+    stats = RowStats(run_max, log_sum, target_logit, entropy)
+    if entropy is not None:
+        entropy = torch.where(targets >= 0, entropy, 0.0)
+    return Results(logps, lse, entropy, three), Saved(stats, kept, offsets, units + target_rows)
 
 
 def _move_units(units: list[Tensor], own: RowState, whole: RowState, entropy: bool) -> None:
@@ -159,35 +178,6 @@ def _move_units(units: list[Tensor], own: RowState, whole: RowState, entropy: bo
         if entropy:
             units[wanted + k].addcmul_(unit, step).mul_(step.exp())
         unit.mul_(step.exp())
-
-
-def _finish_exps(
-    walk: Walk, stats: RowStats, run_sum: Tensor, offsets: Tensor, kept: Tensor, targets: Tensor, vocab_size: int
-) -> Tensor:
-    """Return the sums (M,) of exp(y - pivot), and set the target's kept entry to -(1 - p) times the sum."""
-    pivot, total = offsets[0, :, 0], offsets[1, :, 0]
-    columns = walk.spec.kept_columns(vocab_size)
-    if walk.spec.gear != "frozen_head":  # slabs that were not kept moved no pivot
-        new = torch.where(stats.run_max > pivot + SETTLED_ROOM, stats.run_max, pivot)
-        if columns:
-            never = (pivot == -torch.inf) | (new == pivot)
-            walk.kernels.rescale_rows(kept[:, :columns], torch.where(never, 1.0, torch.exp(pivot - new)))
-        pivot.copy_(new)
-    # Reason: exp of the difference of two maxima is exact up to its rounding; exp(lse - pivot) is not.
-    torch.mul(run_sum, torch.exp(stats.run_max - pivot), out=total)
-    if columns:
-        inside = (targets >= 0) & (targets < columns)
-        # Reason: on a CPU, scatter_ makes a float32 copy of a whole 16-bit matrix.
-        flat, place = kept.view(-1), torch.arange(kept.shape[0], device=kept.device) * kept.shape[1]
-        place += targets.clamp(0, columns - 1)
-        entry = torch.where(inside, target_entry(stats, total), flat.index_select(0, place))
-        flat.index_copy_(0, place, entry.to(kept.dtype))
-    return total
-
-
-def target_entry(stats: RowStats, total: Tensor) -> Tensor:
-    """Return the entry (M,) at the target that makes g * E equal dz: -(1 - p) times the sum of the exponentials."""
-    return torch.expm1(stats.logps) * total
 
 
 class _Writer:

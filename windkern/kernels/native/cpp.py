@@ -10,7 +10,7 @@ from torch import Tensor
 
 from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
 from windkern.kernels.native.pointers import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
-from windkern.kernels.torch.rows import rescale_rows
+from windkern.kernels.torch.rows import finish_rows, rescale_rows
 
 try:
     from windkern import _cpp
@@ -21,6 +21,7 @@ __all__ = [
     "column_sums",
     "exps_backward",
     "exps_forward",
+    "finish_rows",
     "pair_terms",
     "rescale_rows",
     "segment_sum",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from windkern.kernels import buffers
-from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
+from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Settled, Slab, Unit, Upstream
 from windkern.kernels.native.pointers import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
 from windkern.kernels.torch import rows as torch_rows
 
@@ -23,6 +23,7 @@ __all__ = [
     "column_sums",
     "exps_backward",
     "exps_forward",
+    "finish_rows",
     "pair_terms",
     "rescale_rows",
     "segment_sum",
@@ -117,6 +118,13 @@ def rescale_rows(sums: Tensor, factor: Tensor) -> None:
     """Like `kernels.torch.rows.rescale_rows`: one block per row, which returns at once if the factor is 1."""
     with _queue_of(sums) as queue:
         _cuda.rescale_rows(queue, DTYPES[sums.dtype], *matrix(sums), address(factor), *sums.shape)
+
+
+def finish_rows(
+    state: RowState, targets: Tensor, log_sum: Tensor, logps: Tensor, lse: Tensor, settled: Settled | None
+) -> None:
+    """Like `kernels.torch.rows.finish_rows`, most of which it is."""
+    torch_rows.finish_rows(state, targets, log_sum, logps, lse, settled, rescale_rows)
 
 
 def _dbias_tiles(rows: int, width: int, device_type: str) -> int:

@@ -5,7 +5,7 @@ Each kernel works on blocks of rows so that temporaries stay small and, on a CPU
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from torch import Tensor
 from windkern.kernels import buffers
 from windkern.kernels.contract import (
     PIVOT_ROOM,
+    SETTLED_ROOM,
     Exps,
     Kept,
     RowState,
     RowStats,
+    Settled,
     Slab,
     Unit,
     Upstream,
@@ -24,6 +26,7 @@ from windkern.kernels.contract import (
     kept_log_gain,
     other_slope,
     relative_slope,
+    target_entry,
     target_slope,
 )
 from windkern.kernels.torch.pairs import pair_terms, win_rates
@@ -33,6 +36,7 @@ __all__ = [
     "column_sums",
     "exps_backward",
     "exps_forward",
+    "finish_rows",
     "pair_terms",
     "rescale_rows",
     "segment_sum",
@@ -293,6 +297,46 @@ def rescale_rows(sums: Tensor, factor: Tensor) -> None:
     for rows in _row_blocks(sums):
         if sums.device.type != "cpu" or bool((factor[rows] != 1.0).any()):
             sums[rows].mul_(factor[rows].unsqueeze(1))
+
+
+def finish_rows(
+    state: RowState,
+    targets: Tensor,
+    log_sum: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    settled: Settled | None,
+    rescale: Callable[[Tensor, Tensor], None] = rescale_rows,
+) -> None:
+    """Write log(run_sum), log-probs and log-sum-exps of all rows, and settle the exponentials."""
+    stats = RowStats(state.run_max, torch.log(state.run_sum, out=log_sum), state.target_logit, None)
+    scored = targets >= 0
+    logps.copy_(torch.where(scored, stats.logps, 0.0))
+    lse.copy_(torch.where(scored, stats.run_max + log_sum, 0.0))
+    if settled is not None:
+        _settle(stats, state.run_sum, targets, settled, rescale)
+
+
+def _settle(
+    stats: RowStats, run_sum: Tensor, targets: Tensor, settled: Settled, rescale: Callable[[Tensor, Tensor], None]
+) -> None:
+    kept, pivot, total, moves = settled
+    if moves:
+        new = torch.where(stats.run_max > pivot + SETTLED_ROOM, stats.run_max, pivot)
+        if kept.shape[1]:
+            never = (pivot == -torch.inf) | (new == pivot)
+            rescale(kept, torch.where(never, 1.0, torch.exp(pivot - new)))
+        pivot.copy_(new)
+    # Reason: exp of the difference of two maxima is exact up to its rounding; exp(lse - pivot) is not.
+    torch.mul(run_sum, torch.exp(stats.run_max - pivot), out=total)
+    if kept.numel():
+        inside = (targets >= 0) & (targets < kept.shape[1])
+        # Reason: on a CPU, scatter_ makes a float32 copy of a whole 16-bit matrix.
+        flat = kept.as_strided(((kept.shape[0] - 1) * kept.stride(0) + kept.shape[1],), (1,))
+        place = torch.arange(kept.shape[0], device=kept.device) * kept.stride(0)
+        place += targets.clamp(0, kept.shape[1] - 1)
+        entry = torch.where(inside, target_entry(stats, total), flat.index_select(0, place))
+        flat.index_copy_(0, place, entry.to(kept.dtype))
 
 
 def _probabilities(

@@ -12,6 +12,7 @@ import triton.language as tl
 from windkern.kernels.contract import Kept, RowState, Slab, Unit, kept_gain, kept_log_gain
 from windkern.kernels.triton.backward import slab_backward
 from windkern.kernels.triton.exps import column_sums, exps_backward, exps_forward, rescale_rows
+from windkern.kernels.triton.finish import finish_rows
 from windkern.kernels.triton.launch import (
     ROW_POINTERS,
     kept_pointers,
@@ -27,6 +28,7 @@ __all__ = [
     "column_sums",
     "exps_backward",
     "exps_forward",
+    "finish_rows",
     "pair_terms",
     "rescale_rows",
     "segment_sum",
