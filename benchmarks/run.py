@@ -9,6 +9,7 @@ where it stopped. See benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from benchmarks.provider import Provider, Result, Step, quiet, through_onednn
 
 DEFAULT_SECONDS = 20.0
 FASTER = 1.1
+HOPELESS = 10.0  # times the fastest first call: such a row is not run again
 CLEARLY_SLOWER = 1.5  # noise does not explain this ratio of first calls
 DEVICE_BROKEN = 3  # exit code
 
@@ -212,23 +214,30 @@ class CaseRun:
     def time(self, results: record.Results) -> None:
         """Time all providers in interleaved rounds; every row is in the file after every round."""
         self._keep_faster_floor()
-        share = self.seconds / max(1, len(self.steps))
-        fastest = min((self.first[name] for name in self.steps if self.providers[name].level != "floor"), default=0.0)
+        # Reason: the first call paid for its pages, so another one decides how often a row is worth repeating.
+        fastest = self._fastest(self.first)
+        hopeless = {name for name in self.steps if self.first[name] > HOPELESS * fastest}
+        self.samples |= {name: [self.first[name]] for name in hopeless}
+        self._rounds({name: 1 for name in self.steps if name not in hopeless}, results)
+        share, timed = self.seconds / max(1, len(self.steps)), {name: self.samples[name][0] for name in self.steps}
+        fastest = self._fastest(timed)
         counts = {
-            name: timing.further_samples(self.first[name], share, fastest)
-            for name in self.steps
-            if self.providers[name].level != "floor"
+            name: timing.further_samples(first, share, fastest) - 1
+            for name, first in timed.items()
+            if self.providers[name].level != "floor" and name not in hopeless
         }
         # Reason: all ratios rest on the floor, and the speed of a virtual machine drifts by a third within a case.
-        most = max([timing.MIN_SAMPLES, *counts.values()])
-        counts = {name: counts.get(name, most) for name in self.steps}
-        self.samples |= {name: [self.first[name]] for name, count in counts.items() if not count}
-        self._rounds(counts, results)
+        most = max([timing.MIN_SAMPLES - 1, *counts.values()])
+        counts |= {name: most for name in self.steps if self.providers[name].level == "floor"}
+        self._rounds({name: count for name, count in counts.items() if count > 0}, results)
         floor = self.floor()
         disputed = timing.disputed(self.samples, floor[0] if floor else None)
         if disputed:
             self._rounds(dict.fromkeys(disputed, 1), results)
         self.store(results, complete=True)
+
+    def _fastest(self, seconds: dict[str, float]) -> float:
+        return min((seconds[name] for name in self.steps if self.providers[name].level != "floor"), default=math.inf)
 
     def _rounds(self, counts: dict[str, int], results: record.Results) -> None:
         before = {name: list(samples) for name, samples in self.samples.items()}
