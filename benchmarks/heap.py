@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+from windkern.kernels.pages import in_huge_pages
+
 # Options of glibc's mallopt, and the values that it starts with.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
@@ -32,7 +34,10 @@ def trim() -> None:
 
 @contextmanager
 def kept(num_bytes: int) -> Iterator[None]:
-    """Keep what is freed inside, after a first touch of `num_bytes`; where the C library cannot, change nothing."""
+    """Keep what is freed inside, after a first touch of `num_bytes`; where the C library cannot, change nothing.
+
+    The memory is in huge pages if the system gives them, for all calls alike. (windkern asks for them by itself.)
+    """
     if not can_keep():
         yield
         return
@@ -40,7 +45,7 @@ def kept(num_bytes: int) -> Iterator[None]:
     for option, value in _KEEPING.items():
         libc.mallopt(option, value)
     try:
-        torch.empty(num_bytes, dtype=torch.uint8).fill_(0)
+        in_huge_pages(torch.empty(num_bytes, dtype=torch.uint8)).fill_(0)
         yield
     finally:
         for option, value in _DEFAULTS.items():

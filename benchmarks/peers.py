@@ -22,6 +22,7 @@ from benchmarks.provider import (
     differentiated,
     differentiated_at,
 )
+from windkern.kernels.pages import in_huge_pages
 
 
 def _build_products(problem: Problem, dtype: torch.dtype | None = None) -> Step:
@@ -33,9 +34,9 @@ def _build_products(problem: Problem, dtype: torch.dtype | None = None) -> Step:
     case, hidden, weight = problem.case, problem.hidden, problem.weight
     if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    z = torch.empty(case.shape.rows, case.shape.vocab, dtype=hidden.dtype, device=case.device)
-    dhidden = torch.empty_like(hidden) if case.wants_hidden else None
-    dweight = torch.empty_like(weight) if case.wants_weight else None
+    z = in_huge_pages(torch.empty(case.shape.rows, case.shape.vocab, dtype=hidden.dtype, device=case.device))
+    dhidden = in_huge_pages(torch.empty_like(hidden)) if case.wants_hidden else None
+    dweight = in_huge_pages(torch.empty_like(weight)) if case.wants_weight else None
 
     def call() -> Result:
         torch.mm(hidden, weight.t(), out=z)
