@@ -17,7 +17,7 @@ from windkern.kernels.pages import in_huge_pages
 # Options of glibc's mallopt, and the values that it starts with.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
-_KEEPING = {_TRIM_THRESHOLD: (1 << 31) - 1, _MMAP_MAX: 0}
+_KEEPING = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # -1: never
 
 
 def can_keep() -> bool:
