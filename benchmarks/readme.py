@@ -2,8 +2,8 @@
 
     python -m benchmarks.readme [--page FILE ...] [--results FOLDER] [--check]
 
-Replaces the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, cpu, masked, gpu,
-errors, bodies and sharded. --check writes nothing and exits with 1 if the tables are out of date.
+Replaces the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, cpu, older, masked,
+gpu, errors, bodies and sharded. --check writes nothing and exits with 1 if the tables are out of date.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ PAGES = ("README.md", "docs/benchmarks.md", "docs/concepts/numerics.md", "docs/s
 SECTIONS = {
     "summary": ("speed", tables.markdown_summary),
     "cpu": ("speed", tables.markdown_speed),
+    "older": ("speed-older", tables.markdown_speed),
     "masked": ("speed-masked", tables.markdown_speed),
     "gpu": ("speed-gpu", tables.markdown_speed),
     "errors": ("errors", tables.markdown_errors),
