@@ -61,6 +61,8 @@ def draw(data: dict[str, Any], rows: list[dict[str, Any]], value: str, path: Pat
     dtypes = [name for name in DTYPES if any(row["dtype"] == name for row in rows)]
     modes = [name for name in PRODUCTS if any(row["mode"] == name for row in rows)]
     lines = {mode: _lines([row for row in rows if row["mode"] == mode]) for mode in modes}
+    # Reason: a logarithmic axis labels powers of 2, and has one label where all rows lie within a factor of 2.
+    narrow = value == "times_floor" and max(row["times_floor"] for row in rows) < 2
     heights = [max(2, len(lines[mode])) for mode in modes]
     figure, axes = pyplot.subplots(
         len(modes),
@@ -74,7 +76,7 @@ def draw(data: dict[str, Any], rows: list[dict[str, Any]], value: str, path: Pat
     for i, mode in enumerate(modes):
         for j, dtype in enumerate(dtypes):
             panel = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
-            _panel(axes[i][j], panel, lines[mode], shapes, value, labels=j == 0)
+            _panel(axes[i][j], panel, lines[mode], shapes, value, labels=j == 0, narrow=narrow)
             axes[i][j].set_title(f"{MODE_LABELS[mode]}, {dtype}", fontsize=9.5, loc="left")
     handles = [
         pyplot.Line2D(
@@ -112,7 +114,14 @@ def _lines(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _panel(
-    axis, rows: list[dict[str, Any]], lines: list[tuple[str, str]], shapes: list[str], value: str, *, labels: bool
+    axis,
+    rows: list[dict[str, Any]],
+    lines: list[tuple[str, str]],
+    shapes: list[str],
+    value: str,
+    *,
+    labels: bool,
+    narrow: bool,
 ):
     places = {provider: -index for index, (provider, _) in enumerate(lines)}
     for row in rows:
@@ -123,7 +132,8 @@ def _panel(
         y = places[row["provider"]] + 0.22 * ((len(shapes) - 1) / 2 - k)
         colour = COLOURS.get(row["provider"], UNKNOWN_COLOUR)
         axis.plot([x], [y], marker=MARKERS[k % len(MARKERS)], color=colour, markersize=4.8, linestyle="")
-    axis.set_xscale("log", base=2)
+    if not narrow:
+        axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     if value == "times_floor":
         axis.axvline(1.0, color="#444444", linewidth=1)
