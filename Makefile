@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 demo: $(STAMP)
 	$(BIN)/python -m windkern demo $(ARGS)
 
-## test    the whole suite that runs without a GPU, about 6 minutes on 2 cores
+## test    the whole suite that runs without a GPU, 6 to 8 minutes on 2 cores
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
