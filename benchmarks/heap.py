@@ -1,7 +1,7 @@
 """Keep freed memory in the process while calls are timed, so that a time does not contain the system's page faults.
 
-Hazard: some virtual machines hand free pages back to their host within seconds. The first touch of a gigabyte then took
-1.4 s where it takes 0.1 s otherwise, and how much of that a call meets depends on what ran before it.
+Hazard: some virtual machines hand free pages back to their host within seconds. A first touch then takes many times as
+long, and how much of that a call meets depends on what ran before it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def trim() -> None:
 
 
 @contextmanager
-def kept(num_bytes: int) -> Iterator[None]:
-    """Keep what is freed inside, after a first touch of `num_bytes`; where the C library cannot, change nothing.
+def kept(peak_bytes: int) -> Iterator[None]:
+    """Keep what is freed inside, after a first touch of memory for calls with the given peak.
 
+    A quarter more than the peak is touched, for gaps between blocks. Where the C library cannot do it, nothing changes.
     The memory is in huge pages if the system gives them, for all calls alike. (windkern asks for them by itself.)
     """
     if not can_keep():
@@ -45,7 +46,7 @@ def kept(num_bytes: int) -> Iterator[None]:
     for option, value in _KEEPING.items():
         libc.mallopt(option, value)
     try:
-        in_huge_pages(torch.empty(num_bytes, dtype=torch.uint8)).fill_(0)
+        in_huge_pages(torch.empty(peak_bytes * 5 // 4, dtype=torch.uint8)).fill_(0)
         yield
     finally:
         for option, value in _DEFAULTS.items():

@@ -251,8 +251,7 @@ class CaseRun:
             timing.interleave(calls, counts, after_round, self.case.device, self._peak_bytes())
 
     def _peak_bytes(self) -> int:
-        """Return the peak of the largest call; garbage of the heap between calls takes a quarter more."""
-        return max((self.rows[name].get("peak_bytes", 0) for name in self.steps), default=0) * 5 // 4
+        return max((self.rows[name].get("peak_bytes", 0) for name in self.steps), default=0)
 
     def _keep_faster_floor(self) -> None:
         """Drop the slower of two libraries for the bare products, to save its time."""

@@ -245,7 +245,7 @@ def test_timed_calls_meet_no_page_faults():
 
     usual = faults_of_a_call()
     assert usual >= 48  # if all pages are huge
-    with heap.kept(128 << 20):
+    with heap.kept(96 << 20):
         assert faults_of_a_call() <= usual // 4
     assert faults_of_a_call() >= 48  # the C library gives memory back again
 
