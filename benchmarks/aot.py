@@ -25,6 +25,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,6 +34,7 @@ from windkern.kernels.contract import WIDEST_SLAB, WIDEST_UNIT_SLAB
 from windkern.kernels.triton import backward as triton_backward
 from windkern.kernels.triton import exps as triton_exps
 from windkern.kernels.triton import finish as triton_finish
+from windkern.kernels.triton import hidden as triton_hidden
 from windkern.kernels.triton import pairs as triton_pairs
 from windkern.kernels.triton import rows as triton_rows
 from windkern.kernels.triton import tile as triton_tile
@@ -138,6 +140,12 @@ def cases(target: str) -> Iterator[Case]:
     yield Case("rescale_kernel", triton_exps.rescale_kernel, {}, _flags(BLOCK=1024), 4)
     constants = _flags(SETTLES=True, MOVES=True, BLOCK=1024)
     yield Case("finish_kernel", triton_finish.finish_kernel, low, constants, 4)
+    ends = dict.fromkeys(("hidden_ptr", "scaled_ptr", "head_ptr", "out_ptr"), "bf16")
+    ends |= {"rows_ptr": "i64", "targets_ptr": "i64"}
+    constants = _flags(BLOCK=triton_hidden.BLOCK)
+    yield Case("row_factors_kernel", triton_hidden.row_factors_kernel, ends, constants, triton_hidden.WARPS)
+    constants |= _flags(FACTOR=True, TARGET=True, SCATTERS=True, ROUNDED=tl.bfloat16)
+    yield Case("hidden_grad_kernel", triton_hidden.hidden_grad_kernel, ends, constants, triton_hidden.WARPS)
     config = tuned.tile_config(target)
     sizes = _flags(BM=config.rows, BV=config.columns, BK=config.inner, GROUP=config.group, WIDEN=False)
     for described in (False, True):

@@ -151,7 +151,7 @@ def measure(rows: int, vocabs: tuple[int, ...], gear: Gear, repeats: int, *, com
         finally:
             JITFunction.run = run
         slabs = [_plan(rows, vocab, gear).num_slabs for vocab in vocabs]
-    low = ([statistics.quantiles(each, n=20)[0] for each in parts] for parts in taken)
+    low = ([statistics.quantiles(each, n=20, method="inclusive")[0] for each in parts] for parts in taken)
     return [Host(*parts, *counts) for parts, *counts in zip(low, launches, slabs, strict=True)]
 
 

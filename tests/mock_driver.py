@@ -129,11 +129,16 @@ def _kernels() -> Iterator[Any]:
     """Yield all kernels of windkern: functions that Triton compiles for a launch."""
     from windkern.kernels.triton import backward as triton_backward
     from windkern.kernels.triton import exps as triton_exps
+    from windkern.kernels.triton import finish as triton_finish
+    from windkern.kernels.triton import hidden as triton_hidden
     from windkern.kernels.triton import pairs as triton_pairs
     from windkern.kernels.triton import rows as triton_rows
     from windkern.kernels.triton import tile as triton_tile
 
-    for module in (triton_rows, triton_exps, triton_backward, triton_tile, triton_pairs):
+    for module in (
+        *(triton_rows, triton_exps, triton_backward, triton_finish, triton_hidden),
+        *(triton_tile, triton_pairs),
+    ):
         for value in vars(module).values():
             if isinstance(value, triton.runtime.jit.JITFunction):
                 yield value

@@ -221,8 +221,9 @@ class Problem:
 
     def _copies_weight_grad(self) -> bool:
         """Whether dweight of some columns is first computed outside the gradient tensor."""
-        if self.accumulates:
-            return not (self.products.adds and self.dz_dtype != torch.float16)
+        if self.accumulates:  # in place only where the library also fills a given place
+            in_place = self.products.adds and self.products.writes(self.products.acc)
+            return not in_place or self.dz_dtype == torch.float16
         direct = all(self.products.writes(dtype) for dtype in self.weight_dtypes)
         return not direct or self.dz_dtype == torch.float16
 

@@ -72,7 +72,7 @@ def test_kernels_are_launched_where_their_tensors_are(found, op):
 @pytest.mark.parametrize(
     ("gear", "most"),
     [
-        ("trained", 16),
+        ("trained", 17),
         ("frozen", 8),
         ("scoring", 8),
     ],

@@ -9,7 +9,18 @@ from cases import NARROW, SHAPES, UNLIMITED, Problem, Shape
 from tolerances import assert_within
 
 import windkern as wk
-from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Settled, Slab, Unit, Upstream, relative_slope
+from windkern.kernels.contract import (
+    Exps,
+    HiddenGrad,
+    Kept,
+    RowState,
+    RowStats,
+    Settled,
+    Slab,
+    Unit,
+    Upstream,
+    relative_slope,
+)
 from windkern.kernels.torch import pairs as torch_pairs
 from windkern.kernels.torch import rows as torch_rows
 
@@ -19,6 +30,7 @@ if torch.cuda.is_available():
 
 from windkern.kernels import tuned
 from windkern.kernels.triton import backward as triton_backward
+from windkern.kernels.triton import hidden as triton_hidden
 from windkern.kernels.triton import maths as triton_maths
 from windkern.kernels.triton import pairs as triton_pairs
 from windkern.kernels.triton import rows as triton_rows
@@ -105,6 +117,31 @@ class Slabs:
         kernels.finish_rows(raised, self.targets, *finished[:3], None)
         return [*written, *state[:3], both, again, scaled, sums, *finished]
 
+    def ends_of_backward(self, kernels):
+        """Return what row_factors and write_hidden_grad write: with and without hidden states, rows and the head."""
+        places, columns = torch.arange(self.rows, dtype=self.acc), triton_hidden.BLOCK + 5
+        upstream, total, factor = torch.sin(1 + places), 1 + places, self.vector()
+        upstream[1] = torch.nan  # the ignored row's
+        hidden, scaled, out = (torch.full((5, columns), torch.nan, dtype=self.dtype) for _ in range(3))
+        sums, head = torch.empty(5, columns, dtype=self.acc), torch.empty(2 * self.width, columns, dtype=self.dtype)
+        for value in (hidden, sums, head):
+            value.copy_(torch.randn(value.shape, dtype=self.acc, generator=torch.Generator().manual_seed(1)))
+        # Exactly between two numbers of bfloat16 nowhere, so that the interpreter, which truncates, rounds alike.
+        head.copy_(head.bfloat16().to(self.dtype) * (1 + 2.0**-12))
+        hidden[1] = sums[1] = torch.nan
+        kernels.row_factors(upstream, total, self.targets, 0.7, factor, hidden, scaled)
+        alone = self.vector()
+        kernels.row_factors(upstream, total, self.targets, 0.7, alone, None, None)
+        targets, rounded = self.targets.clamp(max=2 * self.width - 1), torch.bfloat16
+        if self.dtype == torch.float64:  # which the interpreter does not round to bfloat16
+            rounded = self.dtype
+        kernels.write_hidden_grad(HiddenGrad(sums, factor, upstream, head, rounded, owned=False), targets, None, out)
+        spread, rows = torch.zeros(9, columns, dtype=self.dtype), torch.tensor([7, 7, 1, 4])
+        kernels.write_hidden_grad(HiddenGrad(sums.clone(), factor), targets, rows, spread)
+        whole = sums.clone()
+        kernels.write_hidden_grad(HiddenGrad(whole), targets, None, whole)
+        return [factor, alone, scaled, out, spread, whole, sums]
+
     def slab(self, k, z):
         return Slab(z, self.bias[k], self.targets, k * self.width, self.transform)
 
@@ -135,6 +172,9 @@ def compare_rows(kernels, dtype, transform, entropy, with_bias):
     for unit in (False, True):
         for got, want in zip(slabs.forward(kernels, unit=unit), slabs.forward(torch_rows, unit=unit), strict=True):
             close(got, want, dtype if got.dtype == dtype else slabs.acc)
+    for got, want in zip(slabs.ends_of_backward(kernels), slabs.ends_of_backward(torch_rows), strict=True):
+        torch.testing.assert_close(got.isnan(), want.isnan())
+        close(got.nan_to_num(), want.nan_to_num(), dtype if got.dtype == dtype else slabs.acc)
     if transform.softcap is None and not entropy:
         for got, want in zip(slabs.exps(kernels), slabs.exps(torch_rows), strict=True):
             if got.shape == (2 * slabs.width,) and dtype.itemsize == 2:  # summed from rounded exponentials

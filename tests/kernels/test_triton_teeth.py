@@ -19,6 +19,7 @@ from windkern.kernels.contract import CONTRACT
 from windkern.kernels.triton import backward as triton_backward
 from windkern.kernels.triton import exps as triton_exps
 from windkern.kernels.triton import finish as triton_finish
+from windkern.kernels.triton import hidden as triton_hidden
 from windkern.kernels.triton import maths as triton_maths
 from windkern.kernels.triton import pairs as triton_pairs
 from windkern.kernels.triton import rows as triton_rows
@@ -27,9 +28,11 @@ from windkern.kernels.triton import tile as triton_tile
 pytestmark = test_triton.pytestmark
 small_tiles = test_triton.small_tiles
 
-ROWS, BACKWARD, EXPS, FINISH, MATHS, TILE, PAIRS = (
-    Path(module.__file__)
-    for module in (triton_rows, triton_backward, triton_exps, triton_finish, triton_maths, triton_tile, triton_pairs)
+ROWS, BACKWARD, EXPS, FINISH = (
+    Path(module.__file__) for module in (triton_rows, triton_backward, triton_exps, triton_finish)
+)
+HIDDEN, MATHS, TILE, PAIRS = (
+    Path(module.__file__) for module in (triton_hidden, triton_maths, triton_tile, triton_pairs)
 )
 
 
@@ -75,6 +78,15 @@ def fails(fault, *, capped):
         (FINISH, "run_sum * careful_exp(run_max - new)", "run_sum * careful_exp(run_max - pivot)"),
         (FINISH, "tl.where(target < 0, 0.0, logp)", "logp"),
         (FINISH, "tl.where(target < 0, 0.0, run_max + log_sum)", "run_max"),
+        (HIDDEN, "tl.where(ignored, 0.0, factor)", "factor"),
+        (HIDDEN, "mask=inside & (ignored == 0)", "mask=inside"),
+        (HIDDEN, "-slope * (", "slope * ("),
+        (HIDDEN, "tl.where(scored, values, 0.0)", "values"),
+        (HIDDEN, "values = values * tl.load(factor_ptr + row)", "values = values * 1.0"),
+        (HIDDEN, "target * head_stride", "row * head_stride"),
+        (HIDDEN, "found.to(ROUNDED)", "found"),
+        (HIDDEN, "values, mask=scored)", "values, mask=inside)"),
+        (HIDDEN, "tl.load(rows_ptr + row) * out_stride", "row * out_stride"),
     ],
     ids=[
         "target backward",
@@ -95,12 +107,21 @@ def fails(fault, *, capped):
         "a sum relative to the old pivot",
         "a log-prob in an ignored row",
         "a maximum for a log-sum-exp",
+        "a factor of an ignored row",
+        "hidden states of an ignored row",
+        "the sign of the factors",
+        "dhidden of an ignored row",
+        "a factor forgotten",
+        "another row of the head",
+        "a row of the head that is not rounded",
+        "spare rows on top of a scored one",
+        "rows that stay compacted",
     ],
 )
 def test_a_fault_in_the_row_kernels_is_seen(path, old, new, tmp_path, monkeypatch):
     module = broken(path, old, new, tmp_path, monkeypatch)
     fault = SimpleNamespace(**{name: getattr(module, name, getattr(triton_rows, name)) for name in CONTRACT})
-    fails(fault, capped=path not in (EXPS, FINISH))
+    fails(fault, capped=path not in (EXPS, FINISH, HIDDEN))
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,20 @@ class Upstream(NamedTuple):
     entropy: Tensor | None  # (M,)
 
 
+class HiddenGrad(NamedTuple):
+    """The gradient of a block of hidden states, with what is still to be done row by row.
+
+    dhidden (M, H) = factor * total + at_target * head[targets], 0 in ignored rows
+    """
+
+    total: Tensor  # (M, H) float32 (float64 for float64)
+    factor: Tensor | None = None  # (M,); None: 1
+    at_target: Tensor | None = None  # (M,), given with `head`
+    head: Tensor | None = None  # (V, H)
+    rounded: torch.dtype | None = None  # of the products, to which a row of `head` is rounded first
+    owned: bool = True  # whether `total` may be overwritten
+
+
 class RowKernels(Protocol):
     """The functions that the module of a back end must provide."""
 
@@ -150,6 +164,25 @@ class RowKernels(Protocol):
         """End forward: write log(run_sum), log-probs and log-sum-exps (M,), the last two 0 in ignored rows.
 
         If given, `settled` gets its pivots and sums, and the kept entry of each target becomes -(1 - p) times the sum.
+        """
+
+    def row_factors(
+        self,
+        upstream: Tensor,  # (M,)
+        total: Tensor,  # (M,) sums of the exponentials
+        targets: Tensor,  # (M,)
+        slope: float,  # of the transform at zero
+        factor: Tensor,  # (M,) out
+        hidden: Tensor | None,  # (M, H) in the dtype of the operands, or None: only `factor` is wanted
+        scaled: Tensor | None,  # (M, H) out, in the dtype that is multiplied
+    ) -> None:
+        """factor = -slope * upstream / total, 0 in ignored rows; scaled = factor * hidden, rounded once."""
+
+    def write_hidden_grad(self, grad: HiddenGrad, targets: Tensor, rows: Tensor | None, out: Tensor) -> None:
+        """Write dhidden, rounded once to the dtype of `out`: row m to out[rows[m]], or to out[m] without `rows`.
+
+        With `rows` (count,), `out` (R, H) holds zeros, and ignored rows are not written. Without, `out` (count, H) can
+        be `grad.total` itself. Rows from `count` on are padding.
         """
 
     def column_sums(self, values: Tensor, weights: Tensor, sums: Tensor) -> None:

@@ -211,11 +211,11 @@ def _run_chunk(job: _Job, made: Plan, chunk: _Chunk, scale: float, held: HeldGra
     c_logp = (coefficients.to(logps.dtype) * scale).unsqueeze(-1).expand(-1, -1, job.tokens).reshape(-1)
     c_logp = c_logp if rows is None else c_logp.index_select(0, rows)
     upstream = Upstream(c_logp, None, None)
-    totals = block.backward(upstream, saved, held.weight, held.bias, accumulate=held.accumulates)
+    grads = block.backward(upstream, saved, held.weight, held.bias, accumulate=held.accumulates)
     for k in range(len(hidden)):
-        if totals[k] is not None:
-            held.write_hidden(k, places, totals[k], rows, block.scored)
-            totals[k] = None
+        if grads[k] is not None:
+            held.write_hidden(k, places, grads[k], rows, block)
+            grads[k] = None
     return loss
 
 

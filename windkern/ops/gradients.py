@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from windkern.kernels import buffers
-from windkern.kernels.contract import DZ_BINADES, Kept, Upstream, other_slope, target_entry, target_slope
-from windkern.ops.walk import Saved, Walk
+from windkern.kernels.contract import (
+    DZ_BINADES,
+    HiddenGrad,
+    Kept,
+    Upstream,
+    other_slope,
+    target_entry,
+    target_slope,
+)
+from windkern.ops.walk import Saved, Walk, pivots_and_sums
 from windkern.sharding.passing import CollectedRows, PassedRows
 from windkern.sharding.ranks import Ranks
 from windkern.spec import row_stride
@@ -30,28 +38,23 @@ def backward(
     dbias: Tensor | None,
     *,
     accumulate: bool,
-) -> list[Tensor | None]:
-    """Return dhidden_k of sum(upstream * outputs), float32 (M, H_k) over compacted rows, None where it is not wanted.
+) -> list[HiddenGrad | None]:
+    """Return dhidden_k of sum(upstream * outputs) over compacted rows, to be finished; None where it is not wanted.
 
-    dweight_k (V, H_k) and dbias (V,) are filled, or added to if `accumulate`.
+    dweight_k (V, H_k) and dbias (V,) are filled, or added to if `accumulate`. `upstream` is not read in ignored rows.
     """
+    factored = walk.spec.factored and upstream.lse is None and upstream.logp is not None
+    if walk.spec.gear == "frozen_head" or not factored:
+        scored = targets >= 0
+        upstream = Upstream(*(None if part is None else torch.where(scored, part, 0.0) for part in upstream))
     run = _Backward(walk, upstream, hidden, weight, bias, targets, saved, dweight, dbias, accumulate)
-    if walk.spec.gear == "frozen_head":
-        totals = run.from_units()
-    elif walk.spec.factored and upstream.lse is None and upstream.logp is not None:
-        totals = run.from_exps()
-    else:
-        totals = run.from_dz()
+    grads = run.from_units() if walk.spec.gear == "frozen_head" else run.from_exps() if factored else run.from_dz()
     for sink in dweight:
         if isinstance(sink, CollectedRows):
             run.waits.append(sink.finish)
     for wait in run.waits:
         wait()
-    for total in totals:
-        if total is not None:
-            # Hazard: an ignored row can hold NaN. Remedy: set its gradient to 0, whatever was summed.
-            total.masked_fill_((targets < 0).unsqueeze(1), 0.0)
-    return totals
+    return grads
 
 
 @dataclass
@@ -127,37 +130,49 @@ class _Backward:
             elif sink is not None:
                 products.weight_grad(dz, operands[k], sink[start:stop], accumulate=self.accumulate, gain=gain)
 
-    def _finish_hidden(self, totals: list[Tensor | None], factor: Tensor | None) -> None:
-        """Multiply the complete dhidden by `factor` (M,); for a sharded head, begin to sum it over the ranks.
+    def _merge(self, totals: list[Tensor | None], factor: Tensor | None) -> None:
+        """For a sharded head, multiply the complete dhidden by `factor` (M,) and begin to sum it over the ranks.
 
         The sum overlaps with the products of dweight that follow.
         """
-        merges, dtype = self.walk.spec.merges, self.walk.spec.reduce_dtype
-        ranks = Ranks(self.walk.spec.group) if merges else None
+        if not self.walk.spec.merges:
+            return
+        ranks, dtype = Ranks(self.walk.spec.group), self.walk.spec.reduce_dtype
         for total in totals:
-            if total is None:
-                continue
-            if factor is not None:
-                total.mul_(factor.unsqueeze(1))
-            if ranks is not None:
+            if total is not None:
+                if factor is not None:
+                    total.mul_(factor.unsqueeze(1))
                 self.waits.append(_begin_sum(total, ranks, dtype))
+
+    def _unfinished(self, totals: list[Tensor | None], factor: Tensor | None) -> list[HiddenGrad | None]:
+        """Return the sums with the factor that `_merge` has not multiplied them by."""
+        factor = None if self.walk.spec.merges else factor
+        return [None if total is None else HiddenGrad(total, factor) for total in totals]
 
     def _put_bias(self, start: int, sums: Tensor) -> None:
         place = self.dbias[start : start + sums.shape[0]]
         place.copy_(place + sums if self.accumulate else sums)
 
-    def from_exps(self) -> list[Tensor | None]:
+    def _scaled(self, total: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the factors g (M,) of the rows, and g * hidden_k where dweight_k is wanted."""
+        slope, dtype = self.walk.spec.transform.slope_at_zero, self.walk.products.multiplied
+        g = buffers.empty("rows", tuple(total.shape), total.dtype, self.device)
+        scaled: list[Tensor | None] = [
+            None if sink is None else buffers.empty("scaled", tuple(block.shape), dtype, self.device)
+            for block, sink in zip(self.hidden, self.dweight, strict=True)
+        ]
+        wanted = [pair for pair in zip(self.hidden, scaled, strict=True) if pair[1] is not None]
+        for block, place in wanted or [(None, None)]:
+            self.walk.kernels.row_factors(self.upstream.logp, total, self.targets, slope, g, block, place)
+        return g, scaled
+
+    def from_exps(self) -> list[HiddenGrad | None]:
         """dz = g * E with one g per row: dweight = E.T @ (g * hidden), dhidden = g * (E @ weight), dbias = E.T @ g."""
         spec, products = self.walk.spec, self.walk.products
-        pivot, total = self.saved.offsets.squeeze(2).unbind(0)
-        g = torch.where(self.targets >= 0, self.upstream.logp / total, 0.0).mul_(-spec.transform.slope_at_zero)
+        pivot, total = pivots_and_sums(self.saved.offsets)
+        g, scaled = self._scaled(total)
         vocab = self.weight[0].shape[0]
         totals = self._totals(buffers.empty if vocab else buffers.zeros)
-        scaled: list[Tensor | None] = [None] * len(self.hidden)
-        for k, block in enumerate(self.hidden):
-            if self.dweight[k] is not None:
-                scaled[k] = buffers.empty("scaled", tuple(block.shape), products.multiplied, self.device)
-                torch.mul(block, g.unsqueeze(1), out=scaled[k])
         kept = spec.kept_columns(vocab)
         # Reason: a sharded head's dhidden is summed over the ranks while the products of dweight run; so they are last.
         later = spec.merges and any(spec.hidden_grad) and any(spec.weight_grad)
@@ -170,15 +185,15 @@ class _Backward:
                 self._to_hidden(values, start, None, totals, first=start == 0)
                 if not later:
                     self._to_weight(values, start, scaled, None)
-        finish = partial(self._finish_hidden, totals, g)
+        merge = partial(self._merge, totals, g)
         if kept < vocab:
-            self._recomputed(kept, vocab, g, pivot, target_entry(self.saved.stats, total), totals, scaled, finish)
+            self._recomputed(kept, vocab, g, pivot, target_entry(self.saved.stats, total), totals, scaled, merge)
         else:
-            finish()
+            merge()
         for start in range(0, kept, spec.product_columns) if later else ():
             values = self.saved.kept[:, start : min(start + spec.product_columns, kept)]
             self._to_weight(products.widened(values), start, scaled, None)
-        return totals
+        return self._unfinished(totals, g)
 
     def _bias_from(self, values: Tensor, start: int, g: Tensor) -> None:
         """Compute dbias of some columns, one slab at a time so that partial sums stay small."""
@@ -197,8 +212,8 @@ class _Backward:
         pivot: Tensor | None,
         entry: Tensor | None,
         totals: list[Tensor | None],
-        scaled: list[Tensor],
-        finish: Callable[[], None],
+        scaled: list[Tensor | None],
+        merge: Callable[[], None],
     ) -> None:
         """Recompute the exponentials of slabs that forward did not keep, and multiply several slabs at once."""
         walk, spec, products = self.walk, self.walk.spec, self.walk.products
@@ -226,11 +241,11 @@ class _Backward:
             if self.dbias is not None:
                 self._bias_from(values, begin, g)
             heads = heads if end - begin <= spec.slab_width else None
-            then = finish if end == vocab else None
+            then = merge if end == vocab else None
             self._multiply(values, begin, heads, totals, scaled, None, first=begin == 0, then=then)
             heads = None
 
-    def from_dz(self) -> list[Tensor | None]:
+    def from_dz(self) -> list[HiddenGrad | None]:
         """Write dz slab by slab, from kept values or from logits."""
         walk, spec, products = self.walk, self.walk.spec, self.walk.products
         rows, vocab, acc = self.targets.shape[0], self.weight[0].shape[0], products.acc
@@ -239,7 +254,7 @@ class _Backward:
         if scale is not None:
             upstream = Upstream(*(None if part is None else part / scale for part in upstream))
         totals = self._totals(buffers.zeros)
-        finish = partial(self._finish_hidden, totals, scale)
+        merge = partial(self._merge, totals, scale)
         weight_operands, gain = self._weight_operands(scale)
         all_kept = spec.kept_columns(vocab) >= vocab
         operands = [] if all_kept else self._operands()
@@ -271,12 +286,12 @@ class _Backward:
                 self._put_bias(start, sums)
             if self.multiplies:
                 dz = products.widened(dz)
-            then = finish if stop == vocab else None
+            then = merge if stop == vocab else None
             self._multiply(dz, start, heads, totals, weight_operands, gain, first=False, then=then)
             del dz
         if vocab == 0:
-            finish()
-        return totals
+            merge()
+        return self._unfinished(totals, scale)
 
     def _weight_operands(self, scale: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
         """Return the hidden operand of dweight, row-scaled for float16, and the common factor of the scales."""
@@ -292,7 +307,7 @@ class _Backward:
         ]
         return operands, gain
 
-    def from_units(self) -> list[Tensor | None]:
+    def from_units(self) -> list[HiddenGrad | None]:
         """dhidden = at_target * W_y + factor * unit - c_ent * unit_entropy: no product over the vocabulary."""
         spec, stats, upstream, acc = self.walk.spec, self.saved.stats, self.upstream, self.walk.products.acc
         slope = spec.transform.slope_at_zero
@@ -304,6 +319,13 @@ class _Backward:
             here = self.targets < self.weight[0].shape[0]
             safe_targets, at_target = torch.where(here, safe_targets, 0), torch.where(here, at_target, 0.0)
         wanted = [k for k, flag in enumerate(spec.hidden_grad) if flag]
+        if not (upstream.entropy is not None or spec.merges or spec.streams):
+            grads: list[HiddenGrad | None] = [None] * len(self.hidden)
+            factor = factor * slope
+            for unit, k in zip(self.saved.units[: len(wanted)], wanted, strict=True):
+                head = cast(Tensor, self.weight[k])
+                grads[k] = HiddenGrad(unit, factor, at_target, head, spec.operand, owned=False)
+            return grads
         totals = self._totals(buffers.empty)
         for place, k in enumerate(wanted):
             total = totals[k]
@@ -323,8 +345,8 @@ class _Backward:
                 if upstream.entropy is not None:
                     logged = self.saved.units[len(wanted) + place]
                     total[rows].addcmul_(logged[rows], (upstream.entropy[rows] * -slope).unsqueeze(1))
-        self._finish_hidden(totals, None)
-        return totals
+        self._merge(totals, None)
+        return self._unfinished(totals, None)
 
 
 def _begin_sum(total: Tensor, ranks: Ranks, dtype: torch.dtype) -> Callable[[], None]:

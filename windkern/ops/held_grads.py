@@ -7,11 +7,12 @@ from torch import Tensor
 
 from windkern import backends
 from windkern.kernels import buffers
-from windkern.kernels.contract import DZ_BINADES, RowKernels
+from windkern.kernels.contract import DZ_BINADES, HiddenGrad, RowKernels
 from windkern.kernels.gemm import accumulator
 from windkern.kernels.pages import in_huge_pages
 from windkern.ops.gradients import power_of_two
 from windkern.ops.inputs import Inputs, acc_dtype
+from windkern.ops.rows import RowBlock
 
 # Elements that are scaled at once on a CPU: this bounds the float32 copy.
 _BLOCK = 1 << 20
@@ -54,20 +55,21 @@ class HeldGradients:
         self.weight_scale: list[Tensor | None] = [None] * len(self.weight)
         self.bias = torch.zeros_like(inputs.bias, dtype=acc) if wanted["bias_grad"] else None
 
-    def write_hidden(self, k: int, places: slice, total: Tensor, rows: Tensor | None, scored: Tensor) -> None:
-        """Write dhidden of block k at `places`, from the sums (m or more, H) of its compacted rows, `scored` (m,)."""
-        total = total[: scored.shape[0]]
-        target = self.hidden[k][places]
+    def write_hidden(self, k: int, places: slice, grad: HiddenGrad, rows: Tensor | None, block: RowBlock) -> None:
+        """Write dhidden of block k of the hidden states at `places`, from the compacted rows of `block`."""
         if self.hidden_scale[k] is not None:
-            largest = torch.linalg.vector_norm(total, torch.inf, dim=1, keepdim=True)
+            scored = block.scored.unsqueeze(1)
+            whole = grad.total if grad.owned else buffers.track("dhidden", torch.empty_like(grad.total))
+            whole = whole[: block.count]
+            block.write(grad, None, whole)
+            largest = torch.linalg.vector_norm(whole, torch.inf, dim=1, keepdim=True)
             scale = power_of_two(largest, DZ_BINADES[torch.float16])
-            total = total.div_(scale)
-            scale = torch.where(scored.unsqueeze(1), scale, 0.0)
+            grad = HiddenGrad(whole.div_(scale))
+            scale = torch.where(scored, scale, 0.0)
             place = self.hidden_scale[k][places]
+            # Reason: spare rows of max_scored all point at one row and are zero, so adding them leaves it correct.
             place.copy_(scale) if rows is None else place.index_add_(0, rows, scale)
-        narrowed = total if total.dtype == target.dtype else buffers.track("cast", total.to(target.dtype))
-        # Reason: spare rows of max_scored all point at one row and are zero, so adding them leaves that row correct.
-        target.copy_(narrowed) if rows is None else target.index_add_(0, rows, narrowed)
+        block.write(grad, rows, self.hidden[k][places])
 
     def finish(self) -> None:
         """Convert the float32 sums to the dtypes of their tensors."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from windkern._checks import check_flag
-from windkern.kernels import buffers
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.kernels.gemm import accumulator
 from windkern.kernels.pages import in_huge_pages
@@ -39,16 +38,6 @@ class TokenLogps(NamedTuple):
     logps: Tensor  # log-prob of the target, nats, float32 (float64 for a float64 head)
     lse: Tensor  # log-sum-exp of the transformed logits
     entropy: Tensor | None  # of the token distribution, nats, when asked for
-
-
-def finish_hidden(total: Tensor, like: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
-    """Return the dhidden of compacted rows in the caller's rows and dtype; ignored rows get exact zeros."""
-    total = total[:num_rows]
-    narrowed = total if total.dtype == like.dtype else buffers.track("cast", total.to(like.dtype))
-    if rows is None:
-        return narrowed
-    # Reason: spare rows of max_scored all point at one row and are zero, so adding them leaves that row correct.
-    return torch.zeros_like(like, memory_format=torch.contiguous_format).index_add_(0, rows, narrowed)
 
 
 @torch.no_grad()
@@ -96,12 +85,12 @@ def _bwd(c_logp, c_lse, c_ent, hidden, weight, bias, targets, rows, three, entro
     ]
     dbias = torch.empty_like(bias) if spec.bias_grad else None
     saved = Saved(stats, kept, offsets, list(units))
-    totals = block.backward(Upstream(c_logp, c_lse, c_ent), saved, dweight, dbias, accumulate=False)
+    grads = block.backward(Upstream(c_logp, c_lse, c_ent), saved, dweight, dbias, accumulate=False)
     dhidden = []
     for k, like in enumerate(hidden):
-        if totals[k] is not None:
-            dhidden.append(finish_hidden(totals[k], like, rows, block.count))
-            totals[k] = None
+        if grads[k] is not None:
+            dhidden.append(block.finished(grads[k], like, rows))
+            grads[k] = None
     return (
         dhidden,
         [grad for grad in dweight if grad is not None],

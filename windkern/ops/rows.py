@@ -9,7 +9,7 @@ from torch import Tensor
 
 from windkern import backends
 from windkern.kernels import buffers
-from windkern.kernels.contract import Upstream
+from windkern.kernels.contract import HiddenGrad, Upstream
 from windkern.ops import gradients, walk
 from windkern.ops.inputs import IGNORED, check_targets
 from windkern.sharding.passing import CollectedRows, PassedRows
@@ -85,18 +85,31 @@ class RowBlock:
         dbias: Tensor | None,
         *,
         accumulate: bool,
-    ) -> list[Tensor | None]:
-        """Return dhidden_k (total, H_k) in the dtype of sums, for `upstream` (count,); fill dweight and dbias."""
-        scored = self.scored
-        upstream = Upstream(
-            *(None if part is None else self.padded(torch.where(scored, part, 0.0)) for part in upstream)
-        )
+    ) -> list[HiddenGrad | None]:
+        """Return dhidden_k (total, H_k), to be finished, for `upstream` (count,); fill dweight and dbias."""
+        upstream = Upstream(*(None if part is None else self.padded(part) for part in upstream))
         rows = self.hidden, self.weight, self.bias, self.targets
         sinks: list[Tensor | None] | list[CollectedRows | None] = dweight
         if self.walk.spec.streams:
             sinks = [None if grad is None else self._collected(grad, accumulate) for grad in dweight]
         with backends.on_device_of(self.targets):
             return gradients.backward(self.walk, upstream, *rows, saved, sinks, dbias, accumulate=accumulate)
+
+    def finished(self, grad: HiddenGrad, like: Tensor, rows: Tensor | None) -> Tensor:
+        """Return a gradient of `hidden` in the caller's rows and dtype; ignored rows get exact zeros."""
+        if rows is not None:
+            out = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        elif grad.owned and grad.total.dtype == like.dtype:
+            out = grad.total[: self.count]
+        else:
+            out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self.write(grad, rows, out)
+        return out
+
+    def write(self, grad: HiddenGrad, rows: Tensor | None, out: Tensor) -> None:
+        """Write a gradient of `hidden` to its rows of `out`: to all of them, or to those at `rows`."""
+        with backends.on_device_of(self.targets):
+            self.walk.kernels.write_hidden_grad(grad, self.targets, rows, out)
 
     def _collected(self, grad: Tensor, accumulate: bool) -> CollectedRows:
         spec = self.walk.spec

@@ -70,6 +70,12 @@ class Saved:
     units: list[Tensor]
 
 
+def pivots_and_sums(offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pivots (M,) of a factored walk, and the sums of the exponentials relative to them."""
+    pivot, total = offsets.squeeze(2).unbind(0)
+    return pivot, total
+
+
 class Results(NamedTuple):
     """Results of forward, 0 in ignored rows, and the tensor whose rows are the statistics of `Saved`."""
 
@@ -155,8 +161,7 @@ def forward(
         target_logit.copy_(state.target_logit)
     settled = None
     if spec.factored:  # a frozen head's sums are relative to the pivots as they are
-        pivot, total = offsets.squeeze(2).unbind(0)
-        settled = Settled(kept[:, :columns], pivot, total, moves=spec.gear != "frozen_head")
+        settled = Settled(kept[:, :columns], *pivots_and_sums(offsets), moves=spec.gear != "frozen_head")
     logps, lse = torch.empty_like(run_max), torch.empty_like(run_max)
     walk.kernels.finish_rows(state, targets, log_sum, logps, lse, settled)
     entropy = log_sum - state.entropy_sum / state.run_sum if spec.entropy else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
 from windkern.kernels.native.pointers import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
-from windkern.kernels.torch.rows import finish_rows, rescale_rows
+from windkern.kernels.torch.rows import finish_rows, rescale_rows, row_factors, write_hidden_grad
 
 try:
     from windkern import _cpp
@@ -24,11 +24,13 @@ __all__ = [
     "finish_rows",
     "pair_terms",
     "rescale_rows",
+    "row_factors",
     "segment_sum",
     "slab_backward",
     "slab_forward",
     "slab_forward_unit",
     "win_rates",
+    "write_hidden_grad",
 ]
 
 

@@ -15,6 +15,7 @@ from windkern.kernels.contract import (
     PIVOT_ROOM,
     SETTLED_ROOM,
     Exps,
+    HiddenGrad,
     Kept,
     RowState,
     RowStats,
@@ -39,11 +40,13 @@ __all__ = [
     "finish_rows",
     "pair_terms",
     "rescale_rows",
+    "row_factors",
     "segment_sum",
     "slab_backward",
     "slab_forward",
     "slab_forward_unit",
     "win_rates",
+    "write_hidden_grad",
 ]
 
 # Bytes of one block of rows: the second-level cache of a CPU core, or enough to fill a GPU.
@@ -337,6 +340,48 @@ def _settle(
         place += targets.clamp(0, kept.shape[1] - 1)
         entry = torch.where(inside, target_entry(stats, total), flat.index_select(0, place))
         flat.index_copy_(0, place, entry.to(kept.dtype))
+
+
+def row_factors(
+    upstream: Tensor,
+    total: Tensor,
+    targets: Tensor,
+    slope: float,
+    factor: Tensor,
+    hidden: Tensor | None,
+    scaled: Tensor | None,
+) -> None:
+    """factor = -slope * upstream / total, 0 in ignored rows; scaled = factor * hidden, rounded once."""
+    torch.mul(torch.where(targets >= 0, upstream / total, 0.0), -slope, out=factor)
+    if scaled is None:
+        return
+    ignored = _ignored(targets)
+    torch.mul(hidden, factor.unsqueeze(1), out=scaled)
+    if ignored is not None:
+        scaled.masked_fill_(ignored, 0.0)
+
+
+def write_hidden_grad(grad: HiddenGrad, targets: Tensor, rows: Tensor | None, out: Tensor) -> None:
+    """Write factor * total + at_target * head[targets] to the rows of `out`, in blocks of rows."""
+    count = out.shape[0] if rows is None else rows.shape[0]
+    ignored = _ignored(targets)
+    for block in _row_blocks(grad.total[:count]):
+        part = grad.total[block]
+        if not grad.owned:
+            part = _scratch_like(part).copy_(part)
+        if grad.factor is not None:
+            part.mul_(grad.factor[block].unsqueeze(1))
+        if grad.head is not None:
+            found = buffers.track("scratch", grad.head.index_select(0, targets[block].clamp(min=0)))
+            found = found.to(grad.rounded).to(part.dtype)
+            part.addcmul_(found, grad.at_target[block].unsqueeze(1))
+        if ignored is not None:
+            part.masked_fill_(ignored[block], 0.0)
+        if rows is not None:
+            # Reason: spare rows of max_scored all point at one row and are zero, so adding them leaves it correct.
+            out.index_add_(0, rows[block], part.to(out.dtype))
+        elif part.data_ptr() != out[block].data_ptr():
+            out[block].copy_(part)
 
 
 def _probabilities(

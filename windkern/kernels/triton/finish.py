@@ -14,7 +14,7 @@ _ROOM = tl.constexpr(SETTLED_ROOM)
 
 
 @triton.jit(
-    do_not_specialize=["columns"],
+    do_not_specialize=["columns", "kept_stride"],
     do_not_specialize_on_alignment=[*ROW_POINTERS, "log_sum_ptr", "logps_ptr", "lse_ptr", "total_ptr"],
 )
 def finish_kernel(

@@ -13,6 +13,7 @@ from windkern.kernels.contract import Kept, RowState, Slab, Unit, kept_gain, kep
 from windkern.kernels.triton.backward import slab_backward
 from windkern.kernels.triton.exps import column_sums, exps_backward, exps_forward, rescale_rows
 from windkern.kernels.triton.finish import finish_rows
+from windkern.kernels.triton.hidden import row_factors, write_hidden_grad
 from windkern.kernels.triton.launch import (
     ROW_POINTERS,
     kept_pointers,
@@ -31,12 +32,14 @@ __all__ = [
     "finish_rows",
     "pair_terms",
     "rescale_rows",
+    "row_factors",
     "segment_sum",
     "slab_backward",
     "slab_forward",
     "slab_forward_unit",
     "tile_forward",
     "win_rates",
+    "write_hidden_grad",
 ]
 
 
