@@ -14,6 +14,7 @@ from windkern._checks import check_choice, check_count, check_device, check_each
 from windkern.costs import MIB, Problem, fixed_tile, round_up
 from windkern.kernels.gemm import products_of
 from windkern.spec import WalkSpec
+from windkern.transform import LogitTransform
 
 # Reason: a constant per device type, not a query of free memory: results must not depend on what else runs. 256 MiB on
 # a CPU would recompute 6 to 18 % of the operations for heads of 50 to 150 thousand tokens; 384 MiB recompute 0 to 10 %.
@@ -282,10 +283,32 @@ def _planned_rows(problem: Problem) -> int:
     return round_up(problem.rows, max(64, 1 << max(0, problem.rows.bit_length() - 5)))
 
 
-def planned_spec(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: Any) -> tuple:
-    """Return the values of the plan's `WalkSpec`, which is all that a walk over slabs needs."""
-    problem, budget = _asked(rows, hidden_sizes, vocab_size, **options)
-    return _planned_walk(problem, budget).values()
+def planned_spec(
+    rows: int,
+    hidden_sizes: tuple[int, ...],
+    vocab_size: int,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    backend: str,
+    batch_invariant: bool,
+    transform: tuple[float, float | None, float] = (1.0, None, 1.0),
+    **options: Any,
+) -> tuple:
+    """Return the values of the plan's `WalkSpec` with this transform, which is all that a walk over slabs needs.
+
+    The answer is kept by the arguments and whatever else it depends on. Reason: a GPU's first launch waits for it.
+    """
+    tiles = backends.tile_columns(backend, hidden_sizes, dtype, batch_invariant)
+    facts = products_of(device, dtype), backends.BACKENDS[backend], tiles, default_budget(device), fixed_tile(device)
+    asked = {"dtype": dtype, "device": device, "backend": backend, "batch_invariant": batch_invariant, **options}
+    return _spec_values((rows, hidden_sizes, vocab_size), tuple(asked.items()), transform, facts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _spec_values(sizes: tuple, asked: tuple, transform: tuple, facts: tuple) -> tuple:
+    problem, budget = _asked(*sizes, **dict(asked))
+    return _planned_walk(problem, budget).of(LogitTransform(*transform)).values()
 
 
 # torch.compile runs this while it traces instead of tracing it: tracing the search would take minutes.

@@ -114,6 +114,11 @@ class WalkSpec:
         return ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in dataclasses.fields(cls))
 
 
+def gear_in(values: tuple) -> str:
+    """Return the gear in the values of a specification."""
+    return values[0]
+
+
 # Reason: a call passes its specification through two ops, while the GPU waits for the first launch.
 _transform = functools.lru_cache(maxsize=256)(LogitTransform)
 _NAMES = tuple(field.name for field in dataclasses.fields(WalkSpec))

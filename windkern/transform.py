@@ -40,6 +40,10 @@ class LogitTransform:
                 object.__setattr__(self, name, float(check_number(name, value, above=0)))
 
     @property
+    def factors(self) -> tuple[float, float | None, float]:
+        return self.scale, self.softcap, self.temperature
+
+    @property
     def is_identity(self) -> bool:
         return self.softcap is None and self.scale == self.temperature
 

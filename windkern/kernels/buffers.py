@@ -77,3 +77,8 @@ def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
 def zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     return empty(name, shape, dtype, device).zero_()
+
+
+def lowest(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return a small buffer of -inf."""
+    return track(name, torch.full(shape, -torch.inf, dtype=dtype, device=device))

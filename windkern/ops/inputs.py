@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -195,9 +196,10 @@ def _operand_dtype(hidden: list[Tensor], weight: list[Tensor], bias: Tensor | No
     return operand
 
 
-def _check_transform(transform: LogitTransform, acc: torch.dtype) -> LogitTransform:
+def _checked_transform(scale: float, softcap: float | None, temperature: float, acc: torch.dtype) -> LogitTransform:
     """Return the transform, after a check that kernels can represent its factors."""
-    scale, softcap, temperature = transform.scale, transform.softcap, transform.temperature
+    transform = LogitTransform(scale, softcap, temperature)
+    scale, softcap, temperature = transform.factors
     factors = {"scale / temperature": scale / temperature}
     if softcap is not None:
         factors |= {"scale / softcap": scale / softcap, "softcap / temperature": softcap / temperature}
@@ -211,15 +213,27 @@ def _check_transform(transform: LogitTransform, acc: torch.dtype) -> LogitTransf
     return transform
 
 
-def _as_head(weight: Weight, bias: Tensor | None, scale: float, softcap: float | None, temperature: float) -> Head:
+_kept_transform = functools.lru_cache(maxsize=256)(_checked_transform)
+
+
+def _transform_of(factors: tuple[float, float | None, float], acc: torch.dtype) -> LogitTransform:
+    """Return the checked transform; of plain numbers, the one that an earlier call has checked."""
+    plain = all(type(each) in (float, NoneType) for each in factors) and not torch.compiler.is_compiling()
+    return (_kept_transform if plain else _checked_transform)(*factors, acc)
+
+
+def _parts_of(
+    weight: Weight, bias: Tensor | None, factors: tuple[float, float | None, float]
+) -> tuple[Any, Tensor | None, tuple[float, float | None, float]]:
+    """Return the weight, the bias and the factors of the transform, which a Head brings along."""
     if not isinstance(weight, Head):
-        blocks: Any = tuple(weight) if isinstance(weight, list) else weight
-        return Head(blocks, bias, scale, softcap, temperature)
+        return weight, bias, factors
+    scale, softcap, temperature = factors
     others = {"bias": bias is not None, "scale": scale != 1.0, "softcap": softcap is not None}
     given = [name for name, other in {**others, "temperature": temperature != 1.0}.items() if other]
     if given:
         raise ValueError(f"{' and '.join(given)} must not be given with a windkern.Head, which has its own")
-    return weight
+    return weight.weight, weight.bias, (weight.scale, weight.softcap, weight.temperature)
 
 
 def prepare(
@@ -238,9 +252,9 @@ def prepare(
 ) -> Inputs:
     """Check everything a caller can get wrong, flatten to rows, and drop the ignored ones."""
     check_integer("targets", targets)
-    head = _as_head(weight, bias, scale, softcap, temperature)
-    local, cut = _local_blocks(head.weight)
-    bias = _local_bias(head.bias, cut)
+    weight, bias, factors = _parts_of(weight, bias, (scale, softcap, temperature))
+    local, cut = _local_blocks(weight)
+    bias = _local_bias(bias, cut)
     blocks, heads = _as_blocks("hidden", hidden), _as_blocks("weight", local)
     _check_blocks(blocks, heads, targets, cut)
     _refuse_forward_mode([*blocks, *heads, *([] if bias is None else [bias])])
@@ -249,22 +263,24 @@ def prepare(
         check_shape("bias", check_floating("bias", bias), (entries,))
         check_same_device("bias", bias, "targets", targets)
     operand = _operand_dtype(blocks, heads, bias) if cut is None or cut.operand is None else cut.operand
-    transform = _check_transform(head.transform, accumulator(operand))
+    transform = _transform_of(factors, accumulator(operand))
     check_choice("backend", backend, ["auto", *backends.BACKENDS])
     flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
     labels = targets.reshape(-1).long()
     scored = labels != check_index("ignore_index", ignore_index)
     if backends.checks_values(labels.device):
         labels = torch.where(labels < 0, labels + IGNORED, labels)  # -1 stays an error
-    labels = torch.where(scored, labels, IGNORED)
     rows, overflow = None, None
     if max_scored is not None:
         max_scored = check_max_scored(scored, max_scored)
+    keeps = not drop or (max_scored is None and must_keep_rows(targets))
+    if keeps or (max_scored is not None and labels.numel() > 0):
+        labels = torch.where(scored, labels, IGNORED)
     if max_scored is not None and labels.numel() > 0:
         rows, labels, overflow = first_scored(scored, labels, min(max_scored, labels.numel()))
-    elif drop and must_keep_rows(targets):
+    elif drop and keeps:
         rows = torch.arange(labels.shape[0], device=labels.device)  # copied, so that ignored ones can become 0
-    elif drop:
+    elif drop and max_scored is None:
         positions = scored.nonzero().squeeze(1)  # on a GPU: the one synchronisation that max_scored avoids
         if positions.numel() < labels.numel():
             rows, labels = positions, labels.index_select(0, positions)

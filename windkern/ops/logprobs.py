@@ -17,7 +17,7 @@ from windkern.ops.rows import RowBlock
 from windkern.ops.sizes import bounded_rows, fixed_size
 from windkern.ops.walk import Saved, kept_layout
 from windkern.plan import planned_spec
-from windkern.spec import WalkSpec
+from windkern.spec import WalkSpec, gear_in
 
 _ROWS = "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor targets, Tensor? rows"
 _library = torch.library.Library("windkern", "FRAGMENT")
@@ -151,6 +151,8 @@ def row_logps(
     if inputs.streams:
         given = {"entropy": entropy, "batch_invariant": batch_invariant, "memory_budget": memory_budget}
         (rows, _), planned["hidden_grad"] = settled(inputs, planned, (rows, 0), {**given, "fused_loss": False})
+    if inputs.cut is None and not torch.compiler.is_compiling():  # the numbers may be symbols
+        planned["transform"] = inputs.transform.factors
     spec = planned_spec(
         rows,
         tuple(fixed_size(size) for size in inputs.hidden_sizes),
@@ -161,9 +163,9 @@ def row_logps(
         total_rows=rows + (inputs.rows is not None or inputs.streams),
         **planned,
     )
-    walk = WalkSpec(*spec).of(inputs.transform, inputs.cut, rows)
-    spec = walk.values()
-    if walk.gear == "scoring":
+    if "transform" not in planned:
+        spec = WalkSpec(*spec).of(inputs.transform, inputs.cut, rows).values()
+    if gear_in(spec) == "scoring":
         return torch.ops.windkern.logprobs_fwd(
             inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *spec
         )[:4]

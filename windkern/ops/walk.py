@@ -107,7 +107,7 @@ def forward(
 ) -> tuple[Results, Saved]:
     """Walk over hidden_k (M, H_k), weight_k (V, H_k), bias (V,) and targets (M,), negative where a row is ignored."""
     spec, M, V, device, acc = walk.spec, targets.shape[0], weight[0].shape[0], targets.device, walk.products.acc
-    three = buffers.empty("rows", (3, M), acc, device).fill_(-torch.inf)
+    three = buffers.lowest("rows", (3, M), acc, device)
     run_max, log_sum, target_logit = three.unbind(0)
     entropy_sum = buffers.zeros("rows", (M,), acc, device) if spec.entropy else None
     state = RowState(run_max, buffers.zeros("rows", (M,), acc, device), target_logit, entropy_sum)
@@ -115,9 +115,8 @@ def forward(
     kept, columns = buffers.empty("kept", layout.shape, layout.dtype, device), spec.kept_columns(V)
     if columns < kept.shape[1]:
         kept[:, columns:].zero_()
-    offsets = buffers.empty("kept", layout.offsets, acc, device)
-    if spec.factored:
-        offsets[0].fill_(-torch.inf)
+    offsets = (buffers.lowest if spec.factored else buffers.empty)("kept", layout.offsets, acc, device)
+    pivot, total = pivots_and_sums(offsets) if spec.factored else (None, None)
     units: list[Tensor] = []
     if spec.gear == "frozen_head":
         for _ in range(1 + spec.entropy):
@@ -131,7 +130,7 @@ def forward(
         target_rows = [buffers.zeros("dhidden", shape, spec.operand, device) for shape in shapes]
     operands = [walk.products.prepared(block) for block in hidden]
     step = spec.row_block or max(1, M)
-    writer = _Writer(walk, min(step, max(1, M)), kept, offsets, device)
+    writer = _Writer(walk, min(step, max(1, M)), kept, offsets, pivot, device)
     for first in range(0, M, step):
         rows, labels, block_state, read, found = slice(first, first + step), targets, state, operands, target_rows
         # One list, so that a product that returns its own result frees the one it replaces.
@@ -161,7 +160,7 @@ def forward(
         target_logit.copy_(state.target_logit)
     settled = None
     if spec.factored:  # a frozen head's sums are relative to the pivots as they are
-        settled = Settled(kept[:, :columns], *pivots_and_sums(offsets), moves=spec.gear != "frozen_head")
+        settled = Settled(kept[:, :columns], pivot, total, moves=spec.gear != "frozen_head")
     logps, lse = torch.empty_like(run_max), torch.empty_like(run_max)
     walk.kernels.finish_rows(state, targets, log_sum, logps, lse, settled)
     entropy = log_sum - state.entropy_sum / state.run_sum if spec.entropy else None
@@ -188,8 +187,10 @@ def _move_units(units: list[Tensor], own: RowState, whole: RowState, entropy: bo
 class _Writer:
     """Passes one block of rows over the vocabulary, with the buffers of a slab."""
 
-    def __init__(self, walk: Walk, rows: int, kept: Tensor, offsets: Tensor, device: torch.device):
-        self.walk, self.kept, self.offsets, self.device = walk, kept, offsets, device
+    def __init__(
+        self, walk: Walk, rows: int, kept: Tensor, offsets: Tensor, pivot: Tensor | None, device: torch.device
+    ):
+        self.walk, self.kept, self.offsets, self.pivot, self.device = walk, kept, offsets, pivot, device
         spec, products = walk.spec, walk.products
         # Exponentials overwrite the logits if both have one dtype and the product writes to a given buffer.
         dtype = products.multiplied if spec.gear == "frozen_head" else kept.dtype
@@ -216,15 +217,17 @@ class _Writer:
         self, rows: slice, hidden: list[Tensor], weight: Blocks, bias: Tensor | None, targets: Tensor, state: RowState
     ) -> None:
         walk, spec = self.walk, self.walk.spec
-        pivot = self.offsets[0, rows, 0] if spec.factored else None
+        kept, pivot = self.kept, self.pivot
+        if targets.shape[0] < kept.shape[0]:
+            kept, pivot = kept[rows], None if pivot is None else pivot[rows]
         for index, (start, stop) in enumerate(spec.slabs(weight[0].shape[0])):
-            place = self.kept[rows, start:stop] if index < spec.slabs_kept else None
+            place = kept.narrow(1, start, stop - start) if index < spec.slabs_kept else None
             in_place = place is not None and self.in_place
             if spec.tile_columns:
                 slab = walk.slab(None, bias, targets, start, stop - start)
-                kept = None if place is None else Kept(place, self.offsets[index][rows])
+                tile = None if place is None else Kept(place, self.offsets[index][rows])
                 operand = walk.products.prepared(weight[0][start:stop])  # tiles are planned only for kernels with them
-                walk.kernels.tile_forward(hidden[0], operand, slab, state, kept)  # type: ignore[attr-defined]
+                walk.kernels.tile_forward(hidden[0], operand, slab, state, tile)  # type: ignore[attr-defined]
                 continue
             z = place if in_place else self._buffer(targets.shape[0], stop - start)
             z = walk.logits(hidden, walk.heads(weight, start, stop), z)
@@ -264,7 +267,7 @@ class _Writer:
                 del heads, z  # before the next slab's are made
             return
         count, moved = targets.shape[0], buffers.empty("rows", targets.shape, walk.products.acc, self.device)
-        pivot = self.offsets[0, rows, 0]
+        pivot = self.pivot if count == self.kept.shape[0] else self.pivot[rows]
         slabs = spec.slabs(weight[0].shape[0])
         for group in (slabs[i : i + spec.slabs_at_once] for i in range(0, len(slabs), spec.slabs_at_once)):
             begin, end = group[0][0], group[-1][1]
