@@ -1,4 +1,4 @@
-"""Arguments of the row kernels at odd shapes, on any device, and the allowed difference of two back ends."""
+"""Arguments of the row kernels at odd shapes, on any device, and the allowed differences of two back ends."""
 
 from __future__ import annotations
 
@@ -28,6 +28,29 @@ def close(got, want, dtype, what, scale=1.0):
     torch.testing.assert_close(
         got.double(), want.double(), rtol=relative, atol=absolute, equal_nan=True, msg=lambda m: f"{what}: {m}"
     )
+
+
+def close_pairs(ours, exact, scores, loss, **tolerance):
+    """Assert that value and slope of a pair loss are those of float64, up to `jumps` in the slope of the hinge loss."""
+    for place, (got, want) in enumerate(zip(ours, exact, strict=True)):
+        gap = got.double() - want
+        if place and loss == "hinge":
+            gap = gap.sign() * (gap.abs() - jumps(scores)).clamp(min=0)
+        torch.testing.assert_close(want + gap, want, **tolerance)
+
+
+def jumps(scores):
+    """Count, for each response of (B, N) scores, the pairs whose margin 1 - d can be 0 on one side of a rounding.
+
+    The hinge's slope in d jumps there by the weight of the pair, which is at most 1. float64 rounds as float64 does.
+    """
+    near, wide = torch.finfo(scores.dtype).eps / 2, scores.double()
+    count = torch.zeros_like(wide)
+    if scores.dtype != torch.float64:
+        for found, group in zip(count, wide, strict=True):
+            for some, part in zip(found.split(1024), group.split(1024), strict=True):
+                some.copy_((((part[:, None] - group).abs() - 1).abs() <= near).sum(1))
+    return count
 
 
 def wide_of(dtype):

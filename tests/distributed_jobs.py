@@ -158,12 +158,15 @@ def trainer(folder: Path, runs: str) -> dict:
     return {name: _train(folder / name, **settings) for name, settings in json.loads(runs).items()}
 
 
+def _settings(kind: str) -> dict:
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # of the previous run
+    return {"per_device_train_batch_size": 1, "ddp_backend": "gloo"} | (FSDP if kind == "fsdp2" else {})
+
+
 def _train(folder: Path, kind: str, changes: dict, resume: bool = False, joined: bool = False, **more) -> dict:
     """Train; `joined` leaves the head in one unit with the last norm, which is accelerate's default."""
     from windkern.train import jobs, sharded
 
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # of the previous run
-    settings = {"per_device_train_batch_size": 1, "ddp_backend": "gloo"} | (FSDP if kind == "fsdp2" else {})
     ways = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("streamed", "gathered"):
@@ -171,15 +174,46 @@ def _train(folder: Path, kind: str, changes: dict, resume: bool = False, joined:
             patch.setattr(jobs, name, lambda head, name=name, way=way: (ways.append(name), way(head))[1])
         if joined:
             patch.setattr(sharded, "_name_units", lambda plugin, model: None)
-        run = make_run(folder, settings | changes, **more)
+        run = make_run(folder, _settings(kind) | changes, **more)
         run.train(resume_from_checkpoint=resume)
         run.save_model()
     return {"wrapped": type(run.model_wrapped).__name__, "heads": sorted(set(ways)), **report_of(run)}
 
 
+def spoiled(folder: Path) -> dict:
+    """Train while the last rank's loss of step 2 is NaN, by kind of wrapper; see `_spoiled`."""
+    _let_fsdp_run_on_a_cpu()
+    return {kind: _spoiled(folder / f"spoiled-{kind}", kind) for kind in ("ddp", "fsdp2")}
+
+
+def _spoiled(folder: Path, kind: str) -> dict:
+    """Return the error of this rank, the steps taken, and whether its weights are those that step 2 began with."""
+    run = make_run(folder, _settings(kind) | {"num_iterations": 1, "eval_strategy": "no"})
+    inner, before, error = run.policy.run, [], ""
+
+    def parts() -> list[torch.Tensor]:
+        return [getattr(each, "to_local", lambda each=each: each)().detach().clone() for each in run.model.parameters()]
+
+    def spoilt(*given):
+        last = run.state.global_step == 1
+        if last:
+            before[:] = parts()
+        result = inner(*given)
+        return result * torch.nan if last and dist.get_rank() == dist.get_world_size() - 1 else result
+
+    run.policy.run = spoilt
+    try:
+        run.train()
+    except FloatingPointError as caught:
+        error = str(caught)
+    same = [torch.equal(one, other) for one, other in zip(before, parts(), strict=True)]
+    return {"error": error, "steps": run.state.global_step, "same": all(same)}
+
+
 def everything(folder: Path, runs: str) -> dict:
     """Run all jobs above in one launch, because a launch takes longer than they do."""
-    return {"gathered": gathered(folder), "uneven": uneven(folder), "runs": trainer(folder, runs)}
+    alone = {"gathered": gathered(folder), "uneven": uneven(folder), "spoiled": spoiled(folder)}
+    return {**alone, "runs": trainer(folder, runs)}
 
 
 # Wrappers of the model in the job `wrapped`, and the allowed difference from one process.

@@ -51,6 +51,24 @@ def make_model(seed: int = 0):
     return LlamaForCausalLM(config).eval()
 
 
+def make_mistral(window: int | None):
+    """Return a model whose heads are wide enough for compiled flex_attention, two of them for each one of keys."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+        initializer_range=0.1,
+    )
+    return MistralForCausalLM(config).eval()
+
+
 def make_classifier(kind: str = "Llama", labels: int = 1, padding: int | None = 0):
     import transformers
 

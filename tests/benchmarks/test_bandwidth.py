@@ -12,6 +12,7 @@ import windkern as wk
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import bandwidth, record
+from windkern.kernels.contract import WIDEST_SLAB
 
 
 class FakeTimer:
@@ -56,6 +57,10 @@ def test_every_kernel_of_every_back_end_is_measured(data):
     assert {row["backend"] for row in rows} == set(backends)
     pairs = [(row["n"], row["backend"]) for row in data["rows"] if row["kernel"] == "pair_loss"]
     assert pairs == [*((16, name) for name in backends), (16, "n x n"), *((32, name) for name in backends)]
+
+
+def test_no_shape_is_wider_than_a_slab():
+    assert all(width <= WIDEST_SLAB for _, width in bandwidth.SHAPES)
 
 
 def test_rates_follow_from_bytes_and_the_median(data):

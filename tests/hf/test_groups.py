@@ -11,6 +11,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
+import tiny_model  # noqa: E402
 from test_hf import FAMILIES, SMALL, VOCAB, build  # noqa: E402
 
 from windkern import fused_loss, hf, losses  # noqa: E402
@@ -108,6 +109,22 @@ def test_block_masks_of_flex_attention_are_the_dense_ones(kind, monkeypatch):
         shared_check._seen.pop(flex)
         monkeypatch.setattr(hf_masks, "seen", lambda rows, row, query, key: query >= key)
         assert "in one row differ by" in sharing_of(hf_call.find(flex)).reason
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+@pytest.mark.parametrize("window", [None, 70])
+def test_block_masks_over_rows_of_several_blocks(window, monkeypatch):
+    """The model and the lengths of the test that compiles flex_attention on a GPU."""
+    monkeypatch.setattr(hf_masks, "FLEX_DEVICES", ("cpu",))
+    model, random = tiny_model.make_mistral(window), torch.Generator().manual_seed(0)
+    given = [[5, 6, 7] * 40], [torch.randint(2, 512, (8, 60), generator=random).tolist()]
+    model.set_attn_implementation("sdpa")
+    want = by_logits(model, *given)
+    assert_same(model, hf.group_logps(model, *given, shared_prompt="always"), want)
+    model.set_attn_implementation("flex_attention")
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        got = hf.group_logps(model, *given, shared_prompt="always")
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])

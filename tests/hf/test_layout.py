@@ -66,6 +66,21 @@ def test_padded_index_and_targets_are_the_packed_ones():
     assert scored.sum(1).tolist() == [4, 1, 0, 2, 2, 3]
 
 
+def test_rows_are_moved_and_padded_without_reading_a_value():
+    """On a GPU the host would wait for it; a meta tensor has none to read."""
+    made = torch.Generator().manual_seed(0)
+    for most in (0, 1, 1, 2, 5, 5, 5, 40):
+        draws = torch.randint(0, most + 1, (3, 4), generator=made).tolist()
+        lengths = [(prompt, tuple(sizes)) for prompt, sizes in zip((1, 4, 2), draws, strict=True)]
+        for rules in (WIDE, LayoutRules(shared=False)):
+            rows = make_rows(make_layout(lengths, rules), *ids_of(lengths))
+            longest = max(map(max, draws))
+            assert rows.longest_response == rows.to(torch.device("cpu")).longest_response == longest
+            here, away = rows.padded(), rows.to(torch.device("meta")).padded()
+            for one, other in zip(here, away, strict=True):
+                assert one.shape == other.shape == (12, max(1, longest)) and other.is_meta
+
+
 def test_a_layout_survives_json_and_depends_on_lengths_and_rules_alone():
     lengths = [(200, (60, 3, 0, 61)), (9, (1, 1, 1, 1))]
     for rules in (WIDE, LayoutRules(shared=False), LayoutRules(balance=300)):

@@ -115,6 +115,13 @@ def test_a_trainer_sees_each_prompt_once(kind, folder, tmp_path, monkeypatch):  
     assert shapes["always"] < shapes["never"]
 
 
+def test_the_rows_of_a_batch_are_one_response_of_all_labelled_tokens():
+    rows = shared_batch(**batch(left=False), rules=hf.LayoutRules(relative=True, by_cost=False)).rows
+    index, targets = rows.padded()
+    assert rows.longest_response == len(rows.targets) == 7
+    assert torch.equal(index, rows.index[None]) and torch.equal(targets, rows.targets[None])
+
+
 def test_a_batch_without_repeated_prompts_is_left_as_it_is():
     given = batch(left=False)
     given = {name: value[:2] for name, value in given.items()}

@@ -11,7 +11,7 @@ import test_plan
 import test_sequence
 import torch
 from cases import DTYPES, GEARS, NARROW, SHAPES, UNLIMITED, VARIANTS, Problem, Shape
-from cuda_cases import WIDTHS, Rows, compare
+from cuda_cases import WIDTHS, Rows, close_pairs, compare, jumps
 from test_logprobs import check
 
 import windkern as wk
@@ -169,15 +169,30 @@ def test_pair_kernels_of_large_and_of_masked_groups(backend):
     for loss in ("square", "logistic", "hinge"):
         test_pairs.test_masked_responses_equal_dropped_ones_even_as_nan(backend, loss)
         scores, rewards = torch.randn(1, 1100), torch.randn(1, 1100)
-        for got, want in zip(
-            cuda_rows.pair_terms(scores, None, rewards, None, "step", loss),
-            torch_rows.pair_terms(scores.double(), None, rewards.double(), None, "step", loss),
-            strict=True,
-        ):
-            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-3)
+        ours = cuda_rows.pair_terms(scores, None, rewards, None, "step", loss)
+        exact = torch_rows.pair_terms(scores.double(), None, rewards.double(), None, "step", loss)
+        close_pairs(ours, exact, scores, loss, rtol=1e-5, atol=1e-3)
     for left in (0, 1):
         test_pairs.test_groups_with_fewer_than_two_contribute_zero(backend, left)
     assert cuda_rows.pair_terms(torch.empty(0, 3), None, torch.empty(0, 3), None, "step", "hinge")[0].shape == (0,)
+
+
+def test_only_the_slope_of_a_hinge_may_jump_and_only_at_its_margin():
+    """1 - 2^-25 is 1 in float32, where the hinge has no slope."""
+    scores, rewards = torch.tensor([[1.0, 2**-25, 5.0]]), torch.tensor([[1.0, 0.0, 9.0]])
+    ours = torch_rows.pair_terms(scores, None, rewards, None, "step", "hinge")
+    exact = torch_rows.pair_terms(scores.double(), None, rewards.double(), None, "step", "hinge")
+    assert (ours[1] - exact[1]).abs().tolist() == jumps(scores).tolist() == [[1.0, 1.0, 0.0]]
+    options = {"rtol": 1e-6, "atol": 1e-6}
+    close_pairs(ours, exact, scores, "hinge", **options)
+    for error in ([[0.0, 0.0, 0.01]], [[0.0, 1.01, 0.0]], [[torch.nan, 0.0, 0.0]]):
+        with pytest.raises(AssertionError, match="Mismatched elements: 1 / 3"):
+            close_pairs((ours[0], exact[1] + torch.tensor(error)), exact, scores, "hinge", **options)
+    for loss, given in (("logistic", scores), ("hinge", scores.double())):
+        with pytest.raises(AssertionError, match="Mismatched elements: 2 / 3"):
+            close_pairs(ours, exact, given, loss, **options)
+    with pytest.raises(AssertionError, match="Mismatched elements: 1 / 1"):
+        close_pairs((ours[0] + 1, ours[1]), exact, scores, "hinge", **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

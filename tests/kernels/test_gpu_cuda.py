@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
 from cases import DTYPES  # noqa: E402
-from cuda_cases import WIDTHS, Rows, close  # noqa: E402
+from cuda_cases import WIDTHS, Rows, close, close_pairs  # noqa: E402
 
 import windkern as wk  # noqa: E402
 from windkern.kernels.contract import Kept, RowState, Slab  # noqa: E402
@@ -96,8 +96,7 @@ def test_pairs_and_segments(dtype, n):
         for loss in cuda_rows.PAIR_LOSSES:
             ours = cuda_rows.pair_terms(scores, None, rewards, where, link, loss)
             wide = (None if part is None else part.double() for part in (scores, None, rewards))
-            for got, want in zip(ours, torch_rows.pair_terms(*wide, where, link, loss), strict=True):
-                torch.testing.assert_close(got.double(), want, **tolerance)
+            close_pairs(ours, torch_rows.pair_terms(*wide, where, link, loss), scores, loss, **tolerance)
         rates = torch_rows.win_rates(None, rewards.double(), where, link)
         torch.testing.assert_close(cuda_rows.win_rates(None, rewards, where, link).double(), rates, **tolerance)
     bounds = torch.tensor([0, 0, n // 2, n], device="cuda")

@@ -198,6 +198,13 @@ def test_a_streamed_head_trains_as_a_gathered_one(launched, tmp_path):
         assert_close(launched, f"{name}-fsdp2", report, theirs, "FSDP")
 
 
+def test_no_process_updates_weights_with_a_loss_of_another_that_is_no_number(launched):
+    for rank in ranks_of(launched, "spoiled"):
+        for kind in KINDS:
+            assert rank[kind]["error"].startswith("the loss of step 2 is nan; lower learning_rate=0.02"), rank
+            assert rank[kind]["steps"] == 1 and rank[kind]["same"]
+
+
 def test_ranks_without_a_scored_token_walk_over_a_streamed_head(launched):
     for rank, report in enumerate(ranks_of(launched, "uneven")):
         streamed, whole = report["streamed"], report["whole"]

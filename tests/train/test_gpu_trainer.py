@@ -183,13 +183,8 @@ def test_a_step_waits_for_the_gpu_only_to_count_its_rows(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # torch and transformers warn of their own masks
 @pytest.mark.parametrize("window", [None, 70])
 def test_block_masks_of_flex_attention_are_the_dense_ones(window):
-    """Compiled, in values and gradients, over rows of several blocks."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MistralConfig(**sizes, vocab_size=512, sliding_window=window, initializer_range=0.1)
-    torch.manual_seed(0)
-    model, group = MistralForCausalLM(config).cuda().eval(), groups_of(1, 8, 60, 512)[0]
+    """Compiled, in values and gradients, over rows of several blocks; tests/hf/test_groups.py runs this on a CPU."""
+    model, group = tiny_model.make_mistral(window).cuda(), groups_of(1, 8, 60, 512)[0]
     given = [list(group.prompt_ids) * 40], [[list(each) for each in group.completions]]
     found = {}
     for attention in ("sdpa", "flex_attention"):

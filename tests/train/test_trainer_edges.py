@@ -100,6 +100,61 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         trainer.train()
 
 
+def spoil(trainer, monkeypatch, value: float, calls: int) -> list[str]:
+    """Make the loss infinite or NaN in one call, and return a list that grows: a loss, a backward, a weight's step."""
+    run, seen = trainer.policy.run, []
+
+    def spoilt(*given):
+        loss = run(*given)
+        if loss.requires_grad:
+            seen.append("loss")
+            loss = loss * value if seen.count("loss") == calls else loss
+        return loss
+
+    backward, step = trainer.accelerator.backward, torch.optim.AdamW.step
+    monkeypatch.setattr(trainer.policy, "run", spoilt)
+    monkeypatch.setattr(
+        trainer.accelerator, "backward", lambda *given, **more: (seen.append("backward"), backward(*given, **more))
+    )
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: (seen.append("step"), step(*given))[1])
+    return seen
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_the_loss_is_read_behind_backward_and_before_weights_move(tmp_path, monkeypatch, value):
+    """In the first of two batches that make up step 2; the error has the loss, not its share of the step."""
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=1)
+    seen = spoil(trainer, monkeypatch, value, calls=3)
+    with pytest.raises(FloatingPointError, match=f"the loss of step 2 is {value};"):
+        trainer.train()
+    assert seen == ["loss", "backward"] * 2 + ["step"] + ["loss", "backward"]
+    assert trainer.state.global_step == 1
+    assert all(weight.isfinite().all() for weight in weights_of(trainer).values())
+
+
+@pytest.mark.parametrize("early", ["lomo", "galore_adamw_layerwise", "deepspeed"])
+def test_the_loss_is_read_before_a_backward_that_moves_weights(tmp_path, monkeypatch, early):
+    trainer = make_trainer(tmp_path)
+    seen = spoil(trainer, monkeypatch, float("nan"), calls=1)
+    if early == "deepspeed":
+        trainer.is_deepspeed_enabled = True
+    else:
+        trainer.args.optim = transformers.training_args.OptimizerNames(early)
+    inputs = {"batch": trainer.policy.batch(trainer.outer.begin(1, inside=False).fitted[:2])}
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan, before any weight has moved"):
+        trainer.training_step(trainer.model, inputs)
+    assert seen == ["loss"]
+
+
+def test_a_loss_without_a_gradient_is_read_at_once(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    inputs = {"batch": trainer.policy.batch(trainer.outer.begin(1, inside=False).fitted[:2])}
+    run = trainer.policy.run
+    monkeypatch.setattr(trainer.policy, "run", lambda *given: run(*given) * torch.nan)
+    with torch.no_grad(), pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+        trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+
+
 def test_a_checkpoint_without_an_optimizer_is_not_resumed(tmp_path):
     make_trainer(tmp_path, num_iterations=1, save_only_model=True).train()
     with pytest.raises(FileNotFoundError, match="save_only_model"):

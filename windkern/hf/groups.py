@@ -268,15 +268,14 @@ def group_logps(
         targets, bounds = rows.targets.to(hidden.device), rows.cu_seqlens.to(hidden.device)
         if not per_token:
             return sequence_logps(states, head, targets, cu_seqlens=bounds, **options)
-        return _spread(token_logps(states, head, targets, **options).logps, bounds)
+        return _spread(token_logps(states, head, targets, **options).logps, bounds, rows.longest_response)
 
     return run_rows(model, rows, job).to(rows.input_ids.device).unflatten(0, (groups, count))
 
 
-def _spread(logps: Tensor, bounds: Tensor) -> Tensor:
-    """Spread packed (M,) values over (S, R), padded with 0."""
-    sizes = bounds.diff()
-    inside = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
+def _spread(logps: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """Spread packed (M,) values over (S, R), padded with 0; R is the length of the longest response."""
+    inside = torch.arange(longest, device=bounds.device) < bounds.diff()[:, None]
     return logps.new_zeros(inside.shape).masked_scatter(inside, logps)
 
 

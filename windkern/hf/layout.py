@@ -227,6 +227,7 @@ class GroupRows:
     targets: Tensor  # (M,) int64
     cu_seqlens: Tensor  # (S + 1,) int64, S = B * N if all groups have N responses
     longest: int  # number of positions that occur
+    longest_response: int  # scored tokens of the longest response; 0 if all are empty
     is_shared: bool  # whether `last_reader` says more than plain causal attention does
 
     def to(self, device: torch.device) -> GroupRows:
@@ -244,15 +245,14 @@ class GroupRows:
     def padded(self) -> tuple[Tensor, Tensor]:
         """Return index and targets (S, R) for ops over padded responses, 0 and -100 after the end of a response.
 
-        The first call computes them; on a GPU, the host then waits for the length of the longest response.
+        R is `longest_response`, at least 1. The first call computes them; the host does not wait for a GPU.
         """
         return self._padded
 
     @functools.cached_property
     def _padded(self) -> tuple[Tensor, Tensor]:
         sizes = self.cu_seqlens.diff()
-        longest = max(1, int(sizes.max()))
-        column = torch.arange(longest, device=sizes.device)
+        column = torch.arange(max(1, self.longest_response), device=sizes.device)
         inside = column < sizes[:, None]
         index = torch.zeros_like(inside, dtype=torch.int64).masked_scatter_(inside, self.index)
         targets = torch.full_like(index, IGNORE_INDEX).masked_scatter_(inside, self.targets)
@@ -326,6 +326,7 @@ def make_rows(
         targets=torch.tensor(targets, dtype=torch.int64),
         cu_seqlens=torch.tensor(sizes).cumsum(0),
         longest=1 + max(max(row) for row in positions),
+        longest_response=max(sizes),
         is_shared=layout.is_shared,
     )
 

@@ -56,6 +56,10 @@ def shared_batch(
     width = labels.shape[1] - 1
     place = torch.tensor([row * width + column - 1 for row, column in order])[kept]
     rows = dataclasses.replace(
-        rows, index=rows.index[kept], targets=rows.targets[kept], cu_seqlens=torch.tensor([0, len(kept)])
+        rows,
+        index=rows.index[kept],
+        targets=rows.targets[kept],
+        cu_seqlens=torch.tensor([0, len(kept)]),
+        longest_response=len(kept),
     )
     return SharedBatch(rows.to(input_ids.device), place.to(labels.device))

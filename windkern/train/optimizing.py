@@ -36,6 +36,11 @@ class Optimizing(_Mixed):
     policy: Policy
     world: World
 
+    @property
+    def _updates_in_backward(self) -> bool:
+        """Whether weights are updated inside the backward pass: by DeepSpeed, LOMO, or an optimizer for each layer."""
+        return self.is_deepspeed_enabled or any(kind in self.args.optim for kind in ("lomo", "layerwise"))
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer as transformers does, with float32 master weights where 16-bit weights are trained."""
         check_optimizer_arguments(self.args, self.model)

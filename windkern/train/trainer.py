@@ -217,11 +217,29 @@ class WindTrainer(Optimizing, AtomicCheckpoints, Trainer):
         settings = self.policy.settings
         job = loss_job(watch, batch.targets, batch.constants, settings.temperature, settings.options)
         loss = self.policy.run(model, batch, job)
-        if not loss.isfinite():  # transformers would log 0 and continue
-            raise not_finite(self.loss_plan, self.args.learning_rate, self.state.global_step + 1, loss.item())
+        if self._updates_in_backward or not loss.requires_grad:  # `training_step` would look too late, or does not run
+            self._check_finite(loss)
         self.iterations.averages.add(step_metrics(watch.logps, batch.constants, self.loss_plan))
         self.observer.advance()
         return (loss, {}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **given: Any) -> Tensor:
+        """Run forward and backward of a batch.
+
+        Raises:
+            FloatingPointError: the loss is infinite or NaN, on any process if they have just exchanged gradients.
+        """
+        loss = super().training_step(*args, **given)
+        # Reason: a check before backward makes the host wait for the forward pass, and then the GPU for the host. Here
+        # no weight has moved yet, and transformers reads the loss next.
+        self._check_finite(self.accelerator.gather(loss) if self.accelerator.sync_gradients else loss)
+        return loss
+
+    def _check_finite(self, losses: Tensor) -> None:
+        finite = losses.isfinite()
+        if not finite.all():  # transformers would log 0 and continue
+            loss = losses[~finite].tolist()[0]
+            raise not_finite(self.loss_plan, self.args.learning_rate, self.state.global_step + 1, loss)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers does, with the means of the steps' metrics since the last line."""
