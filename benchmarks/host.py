@@ -2,7 +2,7 @@
 
     python -m benchmarks.host [--rows 8] [--repeats 200]
 
-Needs Triton but no GPU. Launchers, Triton's binder and its cache are real; tensors are on the CPU, and each product is
+Needs Triton but no GPU. Launchers and Triton's own launches are real; tensors are on the CPU, and each product is
 a float32 one of 16 rows and columns, which takes about as long as submitting one to a GPU. Checks of values are left
 out, as on a GPU. A call waits for its host if a GPU finishes a slab sooner than that, as with 512 rows or small heads.
 The figures do not include the C code of a launch.
@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import mock_driver
 import torch
-from triton.runtime.jit import JITFunction
 
 import windkern as wk
 from windkern import backends, costs
@@ -115,14 +114,14 @@ def measure(rows: int, vocabs: tuple[int, ...], gear: Gear, repeats: int, *, com
 
     Calls take turns, so that a change of the processor's speed hits all vocabularies alike.
     """
-    calls, inside, run = [_call(rows, vocab, gear) for vocab in vocabs], [0.0], JITFunction.run
+    from windkern.kernels.triton.launcher import launch
 
-    def timed(self, *arguments, **options):
+    calls, inside = [_call(rows, vocab, gear) for vocab in vocabs], [0.0]
+
+    def timed(*arguments, **options):
         started = time.perf_counter()
-        try:
-            return run(self, *arguments, **options)
-        finally:
-            inside[0] += time.perf_counter() - started
+        launch(*arguments, **options)
+        inside[0] += time.perf_counter() - started
 
     handed = mock.patch.object(walk, "products_of", HandedOver)
     narrow = mock.patch.object(costs, "SLAB_BYTES_CPU", rows * COLUMNS * 4)
@@ -140,16 +139,16 @@ def measure(rows: int, vocabs: tuple[int, ...], gear: Gear, repeats: int, *, com
                 started = time.process_time()
                 call()
                 whole.append(time.process_time() - started)
-        JITFunction.run = timed  # which takes time itself
-        try:
+        with contextlib.ExitStack() as stack:
+            for module in mock_driver.modules():
+                if hasattr(module, "launch"):
+                    stack.enter_context(mock.patch.object(module, "launch", timed))  # which takes time itself
             for _ in range(repeats):
                 for call, (_, in_triton, in_products) in zip(calls, taken, strict=True):
                     inside[0] = HandedOver.inside = 0.0
                     call()
                     in_triton.append(inside[0])
                     in_products.append(HandedOver.inside)
-        finally:
-            JITFunction.run = run
         slabs = [_plan(rows, vocab, gear).num_slabs for vocab in vocabs]
     low = ([statistics.quantiles(each, n=20, method="inclusive")[0] for each in parts] for parts in taken)
     return [Host(*parts, *counts) for parts, *counts in zip(low, launches, slabs, strict=True)]

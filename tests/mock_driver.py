@@ -11,6 +11,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -89,6 +90,9 @@ class _Uncompiled:
     def launch_metadata(self, *_) -> None:
         return None
 
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *_, stream: self.run(*grid)
+
 
 @contextlib.contextmanager
 def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) -> Iterator[Driver]:
@@ -98,6 +102,8 @@ def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) 
         current: the number of the current device.
         compiles: False only counts compilations, in microseconds instead of a second for each.
     """
+    from windkern.kernels.triton import launcher
+
     fake, function = Driver(current), triton.runtime.jit.JITFunction
     compile_one = function._do_compile
 
@@ -112,6 +118,7 @@ def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) 
     caches = [kernel.device_caches for kernel in _kernels()]
     for cache in caches:
         cache.clear()
+    launcher.forget()
     driver.set_active(fake)
     try:
         with (
@@ -122,11 +129,12 @@ def installed(current: Callable[[], int] = lambda: 0, *, compiles: bool = True) 
     finally:
         for cache in caches:
             cache.clear()
+        launcher.forget()
         driver._active = None
 
 
-def _kernels() -> Iterator[Any]:
-    """Yield all kernels of windkern: functions that Triton compiles for a launch."""
+def modules() -> tuple[ModuleType, ...]:
+    """Return the modules of windkern that hold kernels and launch them."""
     from windkern.kernels.triton import backward as triton_backward
     from windkern.kernels.triton import exps as triton_exps
     from windkern.kernels.triton import finish as triton_finish
@@ -135,10 +143,12 @@ def _kernels() -> Iterator[Any]:
     from windkern.kernels.triton import rows as triton_rows
     from windkern.kernels.triton import tile as triton_tile
 
-    for module in (
-        *(triton_rows, triton_exps, triton_backward, triton_finish, triton_hidden),
-        *(triton_tile, triton_pairs),
-    ):
+    return triton_rows, triton_exps, triton_backward, triton_finish, triton_hidden, triton_tile, triton_pairs
+
+
+def _kernels() -> Iterator[Any]:
+    """Yield all kernels of windkern: functions that Triton compiles for a launch."""
+    for module in modules():
         for value in vars(module).values():
             if isinstance(value, triton.runtime.jit.JITFunction):
                 yield value

@@ -9,6 +9,7 @@ from torch import Tensor
 from windkern.kernels.contract import Kept, RowStats, Slab, Upstream
 from windkern.kernels.triton.exps import column_sums
 from windkern.kernels.triton.launch import ROW_POINTERS, block_constants, kept_pointers, or_unused
+from windkern.kernels.triton.launcher import launch
 from windkern.kernels.triton.maths import one_minus_p, relative_slope, transform_logit
 from windkern.kernels.tuned import tile_config
 
@@ -122,7 +123,9 @@ def slab_backward(
     tiles = 1 if kept is None else kept.offset.shape[1]
     src, offset, stride = kept_pointers(kept, slab.logits if kept is None else kept.values)
     constants = block_constants(slab, stats.run_max.dtype, width)
-    backward_rows[(rows * triton.cdiv(width, constants["BLOCK"]),)](
+    launch(
+        backward_rows,
+        rows * triton.cdiv(width, constants["BLOCK"]),
         src,
         offset,
         or_unused(slab.bias, src),

@@ -10,6 +10,7 @@ from torch import Tensor
 from windkern.kernels import buffers
 from windkern.kernels.contract import PIVOT_ROOM, Exps, RowState, Slab
 from windkern.kernels.triton.launch import ROW_POINTERS, block_constants, or_unused, row_constants, slab_pointers
+from windkern.kernels.triton.launcher import launch
 from windkern.kernels.triton.maths import finite, look_at_row, merge, transform_logit
 
 COLUMN_SUM_ROWS = 1024  # rows per program of a column sum
@@ -177,7 +178,9 @@ def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
     z = slab.logits
     if z.shape[0] == 0:
         return
-    exps_rows[(z.shape[0],)](
+    launch(
+        exps_rows,
+        z.shape[0],
         *slab_pointers(slab),
         *state[:3],
         exps.values,
@@ -199,7 +202,9 @@ def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> N
     if rows == 0:
         return
     constants = block_constants(slab, pivot.dtype, width)
-    again_rows[(rows * triton.cdiv(width, constants["BLOCK"]),)](
+    launch(
+        again_rows,
+        rows * triton.cdiv(width, constants["BLOCK"]),
         *slab_pointers(slab),
         pivot,
         entry,
@@ -215,7 +220,7 @@ def exps_backward(slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor) -> N
 def rescale_rows(sums: Tensor, factor: Tensor) -> None:
     """Like `kernels.torch.rows.rescale_rows`: one program per row, which returns at once if the factor is 1."""
     if sums.shape[0]:
-        rescale_kernel[(sums.shape[0],)](sums, factor, sums.stride(0), sums.shape[1], BLOCK=1024, num_warps=4)
+        launch(rescale_kernel, sums.shape[0], sums, factor, sums.stride(0), sums.shape[1], BLOCK=1024, num_warps=4)
 
 
 def column_sums(values: Tensor, weights: Tensor | None, sums: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from windkern.kernels.contract import SETTLED_ROOM, RowState, Settled
 from windkern.kernels.triton.launch import ROW_POINTERS
+from windkern.kernels.triton.launcher import launch
 from windkern.kernels.triton.maths import careful_exp, finite, one_minus_p
 
 _ROOM = tl.constexpr(SETTLED_ROOM)
@@ -73,7 +74,9 @@ def finish_rows(
     if rows == 0:
         return
     unused = settled is None
-    finish_kernel[(rows,)](
+    launch(
+        finish_kernel,
+        rows,
         *state[:3],
         targets,
         log_sum,

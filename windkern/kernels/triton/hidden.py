@@ -9,6 +9,7 @@ from torch import Tensor
 
 from windkern.kernels.contract import HiddenGrad
 from windkern.kernels.triton.launch import ROW_POINTERS, or_unused
+from windkern.kernels.triton.launcher import launch
 
 BLOCK, WARPS = 1024, 4  # columns and warps of a program
 _VECTORS = [*ROW_POINTERS, "upstream_ptr", "total_sum_ptr", "factor_ptr", "at_target_ptr", "rows_ptr"]
@@ -94,7 +95,9 @@ def row_factors(
     if rows == 0:
         return
     hidden, scaled = or_unused(hidden, factor), or_unused(scaled, factor)
-    row_factors_kernel[(rows * max(1, triton.cdiv(columns, BLOCK)),)](
+    launch(
+        row_factors_kernel,
+        rows * max(1, triton.cdiv(columns, BLOCK)),
         upstream,
         total,
         targets,
@@ -118,7 +121,9 @@ def write_hidden_grad(grad: HiddenGrad, targets: Tensor, rows: Tensor | None, ou
     if count == 0:
         return
     head = or_unused(grad.head, total)
-    hidden_grad_kernel[(count * triton.cdiv(columns, BLOCK),)](
+    launch(
+        hidden_grad_kernel,
+        count * triton.cdiv(columns, BLOCK),
         total,
         or_unused(grad.factor, targets),
         or_unused(grad.at_target, targets),

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from windkern.kernels.native.pointers import LINKS, PAIR_LOSSES
+from windkern.kernels.triton.launcher import launch
 
 TILE, WARPS = 32, 4  # rows and columns of pairs that a program handles at once; warps of a program
 _SEGMENT_BLOCK = 1024
@@ -188,7 +189,9 @@ def pair_terms(
     groups, n = scores.shape
     values, slope = torch.zeros_like(scores), torch.zeros_like(scores)
     if scores.numel():
-        pair_kernel[(triton.cdiv(n, TILE) * groups,)](
+        launch(
+            pair_kernel,
+            triton.cdiv(n, TILE) * groups,
             scores,
             given,
             scores if where is None else where.contiguous().view(torch.uint8),
@@ -211,7 +214,9 @@ def win_rates(prefs: Tensor | None, rewards: Tensor | None, where: Tensor | None
     groups, n = given.shape[:2]
     rates = given.new_zeros(groups, n)
     if rates.numel():
-        win_rate_kernel[(triton.cdiv(n, TILE) * groups,)](
+        launch(
+            win_rate_kernel,
+            triton.cdiv(n, TILE) * groups,
             given,
             given if where is None else where.contiguous().view(torch.uint8),
             rates,
@@ -229,7 +234,13 @@ def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
     """Like `kernels.torch.rows.segment_sum`."""
     sums = values.new_empty(bounds.shape[0] - 1)
     if sums.numel():
-        segment_kernel[(sums.shape[0],)](
-            values.contiguous(), bounds.contiguous(), sums, BLOCK=_SEGMENT_BLOCK, num_warps=4
+        launch(
+            segment_kernel,
+            sums.shape[0],
+            values.contiguous(),
+            bounds.contiguous(),
+            sums,
+            BLOCK=_SEGMENT_BLOCK,
+            num_warps=4,
         )
     return sums

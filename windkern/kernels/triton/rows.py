@@ -21,6 +21,7 @@ from windkern.kernels.triton.launch import (
     row_constants,
     slab_pointers,
 )
+from windkern.kernels.triton.launcher import launch
 from windkern.kernels.triton.maths import finite, look_at_row, merge, relative_slope
 from windkern.kernels.triton.pairs import pair_terms, segment_sum, win_rates
 from windkern.kernels.triton.tile import tile_forward
@@ -190,7 +191,9 @@ def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
     if z.shape[0] == 0:
         return
     values, offset, stride = kept_pointers(kept, z)
-    forward_rows[(z.shape[0],)](
+    launch(
+        forward_rows,
+        z.shape[0],
         *slab_pointers(slab),
         *state[:3],
         or_unused(state.entropy_sum, z),
@@ -214,7 +217,9 @@ def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
     if z.shape[0] == 0:
         return
     logged = or_unused(unit.logged, z)
-    unit_rows[(z.shape[0],)](
+    launch(
+        unit_rows,
+        z.shape[0],
         *slab_pointers(slab),
         *state[:3],
         or_unused(state.entropy_sum, z),
