@@ -30,11 +30,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from windkern.kernels import tuned
-from windkern.kernels.contract import WIDEST_SLAB, WIDEST_UNIT_SLAB
+from windkern.kernels.contract import WIDEST_ROW, WIDEST_UNIT_SLAB
 from windkern.kernels.triton import backward as triton_backward
 from windkern.kernels.triton import exps as triton_exps
 from windkern.kernels.triton import finish as triton_finish
 from windkern.kernels.triton import hidden as triton_hidden
+from windkern.kernels.triton import launch as triton_launch
 from windkern.kernels.triton import pairs as triton_pairs
 from windkern.kernels.triton import rows as triton_rows
 from windkern.kernels.triton import tile as triton_tile
@@ -98,21 +99,22 @@ def cases(target: str) -> Iterator[Case]:
     low["values_ptr"] = "bf16"
     aligned = _flags(ALIGNED=True)
     wide_loads = ("LDG.E.128",)
-    for block in (2048, WIDEST_SLAB):
-        warps = tuned.row_warps(block, target)
+    for block, wide in ((2048, False), (WIDEST_ROW, False), (triton_launch.WIDE_BLOCK, True)):
+        warps, walks = tuned.row_warps(block, target), _flags(WIDE=wide, BLOCK=block, **aligned)
+        shown = f"{block}{' of a wide row' if wide else ''}"
         for label, flags in (("plain", plain), ("full", full)):
-            for kept in (False, True):
-                name = f"forward_rows[{block},{label}{',kept' if kept else ''}]"
-                constants = {**flags, **aligned, "KEPT": kept, "BLOCK": block}
+            for kept in (False,) if wide else (False, True):
+                name = f"forward_rows[{shown},{label}{',kept' if kept else ''}]"
+                constants = {**flags, **walks, "KEPT": kept}
                 yield Case(name, triton_rows.forward_rows, low, constants, warps, wants=wide_loads)
         for bias in (False, True):
-            constants = _flags(HAS_BIAS=bias, CAPPED=False, MOVED=bias, BLOCK=block, **aligned)
-            name = f"exps_rows[{block}{',bias' if bias else ''}]"
+            constants = _flags(HAS_BIAS=bias, CAPPED=False, MOVED=bias, **walks)
+            name = f"exps_rows[{shown}{',bias' if bias else ''}]"
             yield Case(name, triton_exps.exps_rows, low, constants, warps, wants=(*wide_loads, "STG.E.128"))
     for block in (2048, WIDEST_UNIT_SLAB):
         warps = tuned.row_warps(block, target)
         for label, flags in (("plain", plain), ("full", full)):
-            constants = {**flags, **aligned, "BLOCK": block}
+            constants = {**flags, **aligned, "WIDE": False, "BLOCK": block}
             yield Case(f"unit_rows[{block},{label}]", triton_rows.unit_rows, low, constants, warps, wants=wide_loads)
     for width in (512, 8192):
         block, warps = tuned.backward_config(width, target)
@@ -187,7 +189,7 @@ def _float64_cases(full: dict[str, object]) -> Iterator[Case]:
         ],
         "fp64",
     ) | {"targets_ptr": "i64"}
-    constants = {**numbers, **full, "KEPT": True, "ALIGNED": True, "BLOCK": 1024}
+    constants = {**numbers, **full, "KEPT": True, "ALIGNED": True, "WIDE": False, "BLOCK": 1024}
     yield Case("forward_rows[1024,full,kept,fp64]", triton_rows.forward_rows, wide, constants, 4)
     flags = _flags(
         TILE=0, HAS_BIAS=True, CAPPED=True, HAS_LOGP=True, HAS_LSE=True, HAS_ENT=True, KEPT=False, ALIGNED=True

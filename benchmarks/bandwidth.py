@@ -25,7 +25,7 @@ from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit
 from windkern.kernels.gemm import accumulator
 from windkern.transform import LogitTransform
 
-# At most WIDEST_SLAB columns. 512 x 16128 is a slab of a plan in NOTES.md; 8191 columns allow no 16-byte accesses.
+# At most WIDEST_ROW columns. 512 x 16128 is a slab of a plan in NOTES.md; 8191 columns allow no 16-byte accesses.
 SHAPES = ((8192, 8192), (2048, 16384), (512, 16128), (8192, 1024), (8192, 8191))
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 PAIR_SIZES = (256, 1024, 4096, 8192, 16384)

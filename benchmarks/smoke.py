@@ -18,8 +18,8 @@ import windkern as wk
 from windkern.kernels.gemm import products_of
 from windkern.testing import allowed_error
 
-# Rows, hidden, vocabulary: one slab; a vocabulary that is not divisible by 8; several slabs.
-SHAPES = ((64, 64, 512), (300, 128, 5003), (1024, 512, 40000))
+# Rows, hidden, vocabulary: one slab; a vocabulary that is not divisible by 8; several slabs; rows of several blocks.
+SHAPES = ((64, 64, 512), (300, 128, 5003), (1024, 512, 40000), (40, 128, 50257))
 # Whether hidden and weight require gradients.
 GEARS = {"trained": (True, True), "frozen head": (True, False), "frozen body": (False, True), "scoring": (False, False)}
 DTYPE = torch.bfloat16

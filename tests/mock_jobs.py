@@ -138,6 +138,34 @@ def compiled_for_real() -> dict[str, Any]:
     return {"launches and compilations": found}
 
 
+def kinds() -> dict[str, int]:
+    """Count compilations and launches over arguments that Triton compiles apart, by Triton's own launch and by ours."""
+    from windkern.kernels.triton import hidden
+    from windkern.kernels.triton.launcher import launch
+
+    rows, found = torch.zeros(2), {}
+    given = [
+        (values.as_strided((2, 1), (stride, 1), shift), columns, targets)
+        for values in (torch.zeros(4096, dtype=torch.bfloat16), torch.zeros(4096))
+        for shift in (0, 1, 8)
+        for stride in (64, 65, 1)
+        for columns in (8, 16, 2**31)
+        for targets in (torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)[1:])
+    ]
+
+    def alone(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        kernel[(programs,)](*args, **constants)
+
+    for name, run in (("triton", alone), ("ours", launch)):
+        with mock_driver.installed(compiles=False) as driver:
+            for values, columns, targets in [*given, *given]:
+                sizes = values.stride(0), values.stride(0), columns, 0.5
+                arguments = rows, rows, targets, rows, values, values, *sizes
+                run(hidden.row_factors_kernel, 2, *arguments, BLOCK=1024, num_warps=4)
+            found[f"{name} compiled"], found[f"{name} launched"] = sum(driver.compiled.values()), len(driver.launches)
+    return {**found, "calls": 2 * len(given)}
+
+
 def host() -> dict[str, list]:
     """Return the figures of benchmarks/host.py by gear."""
     from benchmarks import host
@@ -154,6 +182,7 @@ JOBS = {
     **{f"compilations {op}": lambda op=op: compilations(op) for op in ("trained", "frozen", "scoring")},
     **{f"grids {op}": lambda op=op: grids(op, 70000) for op in ("pair_loss", "win_rates")},
     "compiled": compiled_for_real,
+    "kinds": kinds,
     "host": host,
 }
 

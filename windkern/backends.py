@@ -151,7 +151,12 @@ def planned(requested: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Make the device of `tensor` current: Triton launches on the current device, wherever its arguments are."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NO_CONTEXT
+    return torch.cuda.device(tensor.device)
+
+
+_NO_CONTEXT = nullcontext()  # Reason: a call enters one three times while its GPU waits
 
 
 def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, batch_invariant: bool) -> int | None:

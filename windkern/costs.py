@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from windkern import backends
-from windkern.kernels.contract import WIDEST_SLAB, WIDEST_UNIT_SLAB
+from windkern.kernels.contract import WIDEST_ROW, WIDEST_SLAB, WIDEST_UNIT_SLAB
 from windkern.kernels.gemm import Products
 from windkern.spec import WalkSpec, row_stride
 
@@ -16,10 +16,12 @@ MIB = 1 << 20
 # Rows and columns of the fixed tiles of a batch-invariant walk, by device type.
 FIXED_TILE = {"cpu": (128, 2048)}
 FIXED_TILE_GPU = (1024, 8192)
-SLAB_COLUMNS = (256, WIDEST_SLAB)  # narrowest and widest slab
+SLAB_COLUMNS = (256, WIDEST_ROW)  # narrowest and widest slab
 COLUMN_STEP = 64
 # Bytes of one float32 slab on a CPU: inside the heap and near the last-level cache.
 SLAB_BYTES_CPU = 16 * MIB
+# The same on a GPU, for few rows: wider slabs take fewer launches, which is all that counts there.
+SLAB_BYTES_GPU = 128 * MIB
 # Slabs per product on a GPU, for a frozen head or where forward kept nothing.
 SLABS_AT_ONCE = (1, 2, 4, 8)
 
@@ -320,8 +322,12 @@ class Problem:
         if self.walk.tile_columns and self.walk.gear == "scoring":
             return [_even_width(self.vocab_size, widest)]
         if self.products.device_type != "cpu":
-            unit = self.walk.gear == "frozen_head" and not self.walk.factored
-            return _gpu_widths(self.vocab_size, WIDEST_UNIT_SLAB if unit else widest)
+            if self.walk.gear == "scoring" or self.walk.factored:
+                fit = SLAB_BYTES_GPU // max(1, self.rows * self.acc) // 256 * 256
+                widest = max(widest, min(WIDEST_SLAB, fit))
+            elif self.walk.gear == "frozen_head":
+                widest = WIDEST_UNIT_SLAB
+            return _gpu_widths(self.vocab_size, widest)
         target = SLAB_BYTES_CPU // max(1, self.rows * self.acc)
         if self.products.widens:  # the widened part of the head stays in the cache
             target = min(target, self.products.columns_at_once(1, target, max(self.hidden_sizes)))

@@ -12,7 +12,7 @@ import windkern as wk
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import bandwidth, record
-from windkern.kernels.contract import WIDEST_SLAB
+from windkern.kernels.contract import WIDEST_ROW
 
 
 class FakeTimer:
@@ -60,7 +60,7 @@ def test_every_kernel_of_every_back_end_is_measured(data):
 
 
 def test_no_shape_is_wider_than_a_slab():
-    assert all(width <= WIDEST_SLAB for _, width in bandwidth.SHAPES)
+    assert all(width <= WIDEST_ROW for _, width in bandwidth.SHAPES)
 
 
 def test_rates_follow_from_bytes_and_the_median(data):

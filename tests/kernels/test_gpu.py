@@ -49,6 +49,18 @@ def test_parity(backend, dtype, gear, shape):
             assert_within(value, exact[name], plain[name], dtype, name)
 
 
+@pytest.mark.parametrize("gear", ["scoring", "frozen_head", "trained"])
+@pytest.mark.parametrize("spread", [1.0, 12.0])
+def test_rows_wider_than_a_block(backend, gear, spread):
+    """One slab of many blocks, with pivots that move inside it where logits are far apart."""
+    problem = Problem(Shape((24,), (48,), 40007), "plain", seen=("logps",))
+    problem.hidden = [spread * block for block in problem.hidden]
+    exact, plain = problem.exact(torch.bfloat16, gear), problem.plain(torch.bfloat16, gear)
+    ours = problem.run(on_gpu(wk.token_logps, backend), torch.bfloat16, gear)
+    for name, value in ours.items():
+        assert_within(value, exact[name], plain[name], torch.bfloat16, name)
+
+
 def large(requires=(True, True)):
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(512, 256, dtype=torch.bfloat16, device="cuda", generator=generator)

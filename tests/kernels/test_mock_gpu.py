@@ -90,6 +90,14 @@ def test_the_same_call_compiles_once(found):
 
 
 @needs_triton
+def test_a_quick_launch_takes_the_kernel_that_triton_would_take(found):
+    """Two calls share a compiled kernel where Triton's own launch shares it, and nowhere else."""
+    counts = result(found, "kinds")
+    assert counts["ours compiled"] == counts["triton compiled"] > 10
+    assert counts["ours launched"] == counts["triton launched"] == counts["calls"]
+
+
+@needs_triton
 @pytest.mark.parametrize("op", ["pair_loss", "win_rates"])
 def test_pairs_of_many_groups_fit_a_grid(found, op):
     """A grid has room for 65535 programs in y, so 70000 groups are in x."""

@@ -31,6 +31,7 @@ if torch.cuda.is_available():
 from windkern.kernels import tuned
 from windkern.kernels.triton import backward as triton_backward
 from windkern.kernels.triton import hidden as triton_hidden
+from windkern.kernels.triton import launch as triton_launch
 from windkern.kernels.triton import maths as triton_maths
 from windkern.kernels.triton import pairs as triton_pairs
 from windkern.kernels.triton import rows as triton_rows
@@ -90,6 +91,13 @@ class Slabs:
                 kernels.slab_forward(self.slab(k, z.clone()), state, Kept(*outputs))
             written += [part for part in outputs if part is not None]
         return written + [part for part in state if part is not None]
+
+    def scored(self, kernels):
+        """Return the statistics of both slabs without anything kept."""
+        state = self.state()
+        for k, z in enumerate(self.logits):
+            kernels.slab_forward(self.slab(k, z.clone()), state, None)
+        return [part for part in state if part is not None]
 
     def exps(self, kernels):
         """Run both slabs in one matrix, the second with maxima that move some pivots; then run exps_backward."""
@@ -169,6 +177,8 @@ class Slabs:
 
 def compare_rows(kernels, dtype, transform, entropy, with_bias):
     slabs = Slabs(dtype, transform, entropy, with_bias)
+    for got, want in zip(slabs.scored(kernels), slabs.scored(torch_rows), strict=True):
+        close(got, want, slabs.acc)
     for unit in (False, True):
         for got, want in zip(slabs.forward(kernels, unit=unit), slabs.forward(torch_rows, unit=unit), strict=True):
             close(got, want, dtype if got.dtype == dtype else slabs.acc)
@@ -191,6 +201,49 @@ def compare_rows(kernels, dtype, transform, entropy, with_bias):
                 close(got, want, dtype)
 
 
+def compare_wide_rows(kernels, dtype, with_bias):
+    """Compare slabs that are wider than a program's registers, with pivots that move inside of them.
+
+    A pivot follows the maxima of blocks here and of whole slabs there, so exponentials are compared without it.
+    """
+    transform = TRANSFORMS["identity"]
+    capped = Slabs(dtype, TRANSFORMS["softcap"], True, with_bias)
+    for got, want in zip(capped.scored(kernels), capped.scored(torch_rows), strict=True):
+        close(got, want, capped.acc)
+    slabs, found = Slabs(dtype, transform, False, with_bias), []
+    for back_end in (kernels, torch_rows):
+        state, pivot = RowState(*slabs.state()[:3], None), slabs.vector().fill_(-torch.inf)
+        both = torch.full((slabs.rows, 2 * slabs.width), torch.nan, dtype=dtype)
+        for k, z in enumerate(slabs.logits):
+            z = z + 45.0 * (torch.arange(slabs.rows) % 2 * (k + 1)).unsqueeze(1) * (torch.arange(slabs.width) > 40)
+            before, moved = pivot.clone(), slabs.vector()
+            values = both[:, k * slabs.width : (k + 1) * slabs.width]
+            back_end.exps_forward(slabs.slab(k, z), state, Exps(values, pivot, k * slabs.width, moved))
+            close(moved, torch.where(before == -torch.inf, 1.0, torch.exp(before - pivot)), slabs.acc)
+        found.append((both.double(), pivot.double().unsqueeze(1), *state[:3]))
+    (ours, our_pivot, *our_state), (plain, plain_pivot, *plain_state) = found
+    assert not torch.equal(our_pivot, plain_pivot)
+    close((ours * torch.exp(our_pivot - plain_pivot)).to(dtype), plain.to(dtype), dtype)
+    for got, want in zip(our_state, plain_state, strict=True):
+        close(got, want, slabs.acc)
+
+
+@pytest.fixture
+def narrow_blocks(monkeypatch):
+    """Make rows of more than 20 columns wide, and pass over them in blocks of 16."""
+    monkeypatch.setattr(triton_launch, "WIDEST_ROW", 20)
+    monkeypatch.setattr(triton_launch, "WIDE_BLOCK", 16)
+    triton_launch._constants.cache_clear()
+    yield
+    triton_launch._constants.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)  # float16 has no room for a pivot's
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_rows_wider_than_a_block(narrow_blocks, dtype, with_bias):
+    compare_wide_rows(triton_rows, dtype, with_bias)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(("entropy", "with_bias"), [(False, False), (True, True)])
@@ -211,6 +264,16 @@ def test_row_kernels(dtype, transform, entropy, with_bias):
 )
 def test_gears(shape, gear, dtype):
     problem = Problem(SHAPES[shape], "all")
+    exact, plain = problem.exact(dtype, gear), problem.plain(dtype, gear)
+    for budget in (NARROW, UNLIMITED):
+        ours = problem.run(wk.token_logps, dtype, gear, memory_budget=budget, backend="triton")
+        for name, value in ours.items():
+            assert_within(value, exact[name], plain[name], dtype, name)
+
+
+@pytest.mark.parametrize("gear", ["scoring", "frozen_head", "trained"])
+def test_gears_with_rows_wider_than_a_block(narrow_blocks, gear):
+    problem, dtype = Problem(SHAPES["odd"], "plain"), torch.float32
     exact, plain = problem.exact(dtype, gear), problem.plain(dtype, gear)
     for budget in (NARROW, UNLIMITED):
         ours = problem.run(wk.token_logps, dtype, gear, memory_budget=budget, backend="triton")
@@ -465,7 +528,8 @@ def test_block_sizes_come_from_the_table():
     assert tuned.backward_config(300, "sm_90") == (512, 1)
     assert tuned.tile_hidden("default") == 0  # tiles were not shown to be faster on a GPU
     assert {"cpp", *tuned.preferred("sm_90")} == set(wk.backends.BACKENDS)
-    with pytest.raises(RuntimeError, match="at most 16384 columns"):
-        state = RowState(*(torch.zeros(1) for _ in range(3)), None)
-        slab = Slab(torch.zeros(1, 20000), None, torch.zeros(1, dtype=torch.int64), 0, LogitTransform())
-        triton_rows.slab_forward(slab, state, None)
+    for width, kept, most in ((20000, Kept(torch.empty(1, 20000), torch.empty(1, 1)), 16384), (140000, None, 131072)):
+        with pytest.raises(RuntimeError, match=f"at most {most} columns"):
+            state = RowState(*(torch.zeros(1) for _ in range(3)), None)
+            slab = Slab(torch.zeros(1, width), None, torch.zeros(1, dtype=torch.int64), 0, LogitTransform())
+            triton_rows.slab_forward(slab, state, kept)

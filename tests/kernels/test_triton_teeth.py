@@ -13,7 +13,7 @@ if torch.cuda.is_available():
     pytest.skip("a GPU runs the kernels themselves: tests/kernels/test_gpu.py", allow_module_level=True)
 
 import test_triton
-from test_triton import TRANSFORMS, compare_pairs, compare_rows, compare_tiles
+from test_triton import TRANSFORMS, compare_pairs, compare_rows, compare_tiles, compare_wide_rows
 
 from windkern.kernels.contract import CONTRACT
 from windkern.kernels.triton import backward as triton_backward
@@ -27,6 +27,7 @@ from windkern.kernels.triton import tile as triton_tile
 
 pytestmark = test_triton.pytestmark
 small_tiles = test_triton.small_tiles
+narrow_blocks = test_triton.narrow_blocks
 
 ROWS, BACKWARD, EXPS, FINISH = (
     Path(module.__file__) for module in (triton_rows, triton_backward, triton_exps, triton_finish)
@@ -171,3 +172,23 @@ def test_a_fault_in_the_pair_kernels_is_seen(old, new, tmp_path, monkeypatch):
     fault = broken(PAIRS, old, new, tmp_path, monkeypatch)
     with pytest.raises(AssertionError):
         compare_pairs(fault)
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        (EXPS, "z_ptr + first", "z_ptr"),
+        (EXPS, "values_ptr + first", "values_ptr"),
+        (EXPS, "bias_ptr + first", "bias_ptr"),
+        (EXPS, "start + first", "start"),
+        (EXPS, "earlier + first", "earlier"),
+        (EXPS, "moved * factor", "factor"),
+        (ROWS, "z_ptr + first", "z_ptr"),
+        (ROWS, "start + first", "start"),
+    ],
+)
+def test_a_fault_in_a_row_wider_than_a_block_is_seen(narrow_blocks, path, old, new, tmp_path, monkeypatch):
+    module = broken(path, old, new, tmp_path, monkeypatch)
+    fault = SimpleNamespace(**{name: getattr(module, name, getattr(triton_rows, name)) for name in CONTRACT})
+    with pytest.raises(AssertionError):
+        compare_wide_rows(fault, torch.float32, True)

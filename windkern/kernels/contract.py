@@ -13,8 +13,10 @@ from torch import Tensor
 
 from windkern.transform import LogitTransform
 
-# Columns of the widest slab: a Triton program holds one of its rows in registers.
-WIDEST_SLAB = 16384
+# Columns of the widest slab.
+WIDEST_SLAB = 1 << 17
+# Of the widest that is kept for dz: a Triton program holds one of its rows in registers.
+WIDEST_ROW = 16384
 # Of the frozen head's with an entropy or a softcap, whose kernel holds twice as much of a row in registers.
 WIDEST_UNIT_SLAB = 8192
 # Reason: float16 has 15 binades above 1 and 24 below. The largest kept exp(z - max) is at the top of them, so that

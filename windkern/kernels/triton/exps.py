@@ -9,7 +9,7 @@ from torch import Tensor
 
 from windkern.kernels import buffers
 from windkern.kernels.contract import PIVOT_ROOM, Exps, RowState, Slab
-from windkern.kernels.triton.launch import ROW_POINTERS, block_constants, or_unused, row_constants, slab_pointers
+from windkern.kernels.triton.launch import ROW_POINTERS, block_constants, or_unused, slab_pointers, wide_constants
 from windkern.kernels.triton.launcher import launch
 from windkern.kernels.triton.maths import finite, look_at_row, merge, transform_logit
 
@@ -27,6 +27,74 @@ def rescale_row(row_ptr, columns_before, factor, BLOCK: tl.constexpr):
         values = tl.load(row_ptr + columns, mask=inside, other=0.0)
         scaled = values.to(factor.dtype) * factor
         tl.store(row_ptr + columns, scaled.to(values.dtype), mask=inside)
+
+
+@triton.jit
+def exps_block(
+    z_ptr,
+    bias_ptr,
+    targets_ptr,
+    target_ptr,
+    values_ptr,
+    row,
+    z_stride,
+    values_stride,
+    width,
+    start,
+    earlier,
+    run_max,
+    run_sum,
+    pivot,
+    slope,
+    cap_in,
+    cap_out,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Pass up to BLOCK columns of a row: return its statistics and pivot, and the factor of what came earlier."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    e, _y, part_max, part_sum, none, _none, target, column, has_target = look_at_row(
+        z_ptr,
+        bias_ptr,
+        targets_ptr,
+        target_ptr,
+        row,
+        z_stride,
+        width,
+        start,
+        slope,
+        cap_in,
+        cap_out,
+        HAS_BIAS,
+        CAPPED,
+        False,
+        BLOCK,
+    )
+    new_max, new_sum, _, _, _ = merge(run_max, run_sum, none, part_max, part_sum, none)
+    tl.store(target_ptr + row, target, mask=has_target)
+    fresh = pivot == float("-inf")
+    moves = part_max > pivot + _ROOM
+    new_pivot = tl.where(moves | fresh, part_max, pivot)
+    factor = tl.where(moves & (fresh == 0), tl.exp(pivot - finite(new_pivot)), 1.0)
+    values = e * tl.exp(part_max - finite(new_pivot))
+    # Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is set separately.
+    # Hazard: an ignored row can hold NaN, and 0 * NaN is NaN in a product. Remedy: write zeros there.
+    ignored = tl.load(targets_ptr + row) < 0
+    values = tl.where((columns == column) | ignored, 0.0, values)
+    values_row = values_ptr + row * values_stride
+    tl.store(values_row + columns, values.to(values_ptr.dtype.element_ty), mask=inside)
+    STEP: tl.constexpr = BLOCK if BLOCK < 2048 else 2048
+    if WIDE:
+        # Hazard: other warps have written earlier columns of this program. Remedy: a barrier. All take this branch.
+        if factor != 1.0:
+            tl.debug_barrier()
+            rescale_row(values_row - earlier, earlier, factor, STEP)
+    else:
+        rescale_row(values_row - earlier, earlier, factor, STEP)
+    return new_max, new_sum, new_pivot, factor
 
 
 @triton.jit(do_not_specialize=["width", "start", "earlier"], do_not_specialize_on_alignment=ROW_POINTERS)
@@ -52,6 +120,7 @@ def exps_rows(
     CAPPED: tl.constexpr,
     MOVED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,  # a row is wider than BLOCK
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -60,45 +129,41 @@ def exps_rows(
     # Hazard: a warp may store a statistic before another warp has read it. Remedy: statistics are read before the
     # reductions, whose barriers come before any store.
     run_max, run_sum, pivot = tl.load(max_ptr + row), tl.load(sum_ptr + row), tl.load(pivot_ptr + row)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    e, _y, part_max, part_sum, none, _none, target, column, has_target = look_at_row(
-        z_ptr,
-        bias_ptr,
-        targets_ptr,
-        max_ptr,
-        row,
-        z_stride,
-        width,
-        start,
-        slope,
-        cap_in,
-        cap_out,
-        HAS_BIAS,
-        CAPPED,
-        False,
-        BLOCK,
-    )
-    new_max, new_sum, _, _, _ = merge(run_max, run_sum, none, part_max, part_sum, none)
-    tl.store(target_ptr + row, target, mask=has_target)
-    tl.store(max_ptr + row, new_max)
-    tl.store(sum_ptr + row, new_sum)
-    fresh = pivot == float("-inf")
-    moves = part_max > pivot + _ROOM
-    new_pivot = tl.where(moves | fresh, part_max, pivot)
-    factor = tl.where(moves & (fresh == 0), tl.exp(pivot - finite(new_pivot)), 1.0)
-    values = e * tl.exp(part_max - finite(new_pivot))
-    # Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is set separately.
-    # Hazard: an ignored row can hold NaN, and 0 * NaN is NaN in a product. Remedy: write zeros there.
-    ignored = tl.load(targets_ptr + row) < 0
-    values = tl.where((columns == column) | ignored, 0.0, values)
-    values_row = values_ptr + row * values_stride
-    tl.store(values_row + columns, values.to(values_ptr.dtype.element_ty), mask=inside)
-    tl.store(pivot_ptr + row, new_pivot)
+    old_pivot, moved = pivot, tl.full([], 1.0, pivot.dtype)
+    if WIDE:
+        end = width
+    else:
+        end = 1
+    for first in range(0, end, BLOCK):
+        run_max, run_sum, pivot, factor = exps_block(
+            z_ptr + first,
+            bias_ptr + first,
+            targets_ptr,
+            target_ptr,
+            values_ptr + first,
+            row,
+            z_stride,
+            values_stride,
+            width - first,
+            start + first,
+            earlier + first,
+            run_max,
+            run_sum,
+            pivot,
+            slope,
+            cap_in,
+            cap_out,
+            HAS_BIAS,
+            CAPPED,
+            WIDE,
+            BLOCK,
+        )
+        moved = moved * factor
+    tl.store(max_ptr + row, run_max)
+    tl.store(sum_ptr + row, run_sum)
+    tl.store(pivot_ptr + row, pivot)
     if MOVED:
-        tl.store(moved_ptr + row, factor)
-    STEP: tl.constexpr = BLOCK if BLOCK < 2048 else 2048
-    rescale_row(values_row - earlier, earlier, factor, STEP)
+        tl.store(moved_ptr + row, tl.where(old_pivot == float("-inf"), 1.0, moved))
 
 
 @triton.jit(do_not_specialize=["width", "start"], do_not_specialize_on_alignment=ROW_POINTERS)
@@ -192,7 +257,7 @@ def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
         slab.start,
         exps.earlier,
         MOVED=exps.moved is not None,
-        **row_constants(slab, state.run_max.dtype, z.shape[1]),
+        **wide_constants(slab, state.run_max.dtype, z.shape[1]),
     )
 
 

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from windkern.kernels.contract import WIDEST_SLAB, Kept, Slab
+from windkern.kernels.contract import WIDEST_ROW, WIDEST_SLAB, Kept, Slab
 from windkern.kernels.tuned import architecture, backward_config, row_warps
 from windkern.transform import LogitTransform
 
+WIDE_BLOCK = 8192  # columns of a block of a row that does not fit into registers
 # Reason: a batch of another length moves these to other alignments; one compiled kernel must serve all of them.
 ROW_POINTERS = ["max_ptr", "sum_ptr", "target_ptr", "targets_ptr", "entropy_ptr", "offset_ptr", "pivot_ptr"]
 
@@ -59,6 +60,11 @@ def row_constants(slab: Slab, dtype: torch.dtype, width: int) -> dict[str, Any]:
     return _constants(_row_config, slab.transform, dtype, slab.bias is not None, width, architecture())
 
 
+def wide_constants(slab: Slab, dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """Return those of a kernel that passes over a row that does not fit into registers block by block."""
+    return _constants(_wide_config, slab.transform, dtype, slab.bias is not None, width, architecture())
+
+
 def block_constants(slab: Slab, dtype: torch.dtype, width: int) -> dict[str, Any]:
     """Return those of a kernel whose programs each take a block of a row, `BLOCK` columns wide."""
     return _constants(backward_config, slab.transform, dtype, slab.bias is not None, width, architecture())
@@ -76,12 +82,21 @@ def _constants(
 ) -> dict[str, Any]:
     block, warps = config(width, arch)
     sizes = {"ALIGNED": width % 16 == 0, "BLOCK": block, "num_warps": warps}
+    if config is not backward_config:
+        sizes["WIDE"] = block < width
     return {"HAS_BIAS": has_bias, **transform_numbers(transform, dtype), **sizes}
 
 
 def _row_config(width: int, arch: str) -> tuple[int, int]:
     """Return columns and warps of a program that holds a whole row of `width` columns."""
-    if width > WIDEST_SLAB:
-        raise RuntimeError(f"a slab of a Triton row kernel is at most {WIDEST_SLAB} columns wide, got {width}")
+    if width > WIDEST_ROW:
+        raise RuntimeError(f"a slab of this Triton kernel is at most {WIDEST_ROW} columns wide, got {width}")
     block = triton.next_power_of_2(width)
     return block, row_warps(block, arch)
+
+
+def _wide_config(width: int, arch: str) -> tuple[int, int]:
+    """Return columns and warps of a program that passes over a row of any width."""
+    if width > WIDEST_SLAB:
+        raise RuntimeError(f"a slab of a Triton row kernel is at most {WIDEST_SLAB} columns wide, got {width}")
+    return _row_config(width if width <= WIDEST_ROW else WIDE_BLOCK, arch)

@@ -112,7 +112,7 @@ def look_at_row(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Read a row of the slab once: return exp(y - maximum), y, its statistics, and its target.
+    """Read a row of a slab, or its next BLOCK columns: return exp(y - maximum), y, its statistics, and its target.
 
     Hazard: the output that is written later may be the slab. Remedy: the target is read before the reductions, whose
     barriers come before any store.
@@ -121,7 +121,7 @@ def look_at_row(
     inside = columns < width
     z_row = z_ptr + row * z_stride
     column = (tl.load(targets_ptr + row) - start).to(tl.int32)
-    has_target = (column >= 0) & (column < width)
+    has_target = (column >= 0) & (column < width) & (column < BLOCK)
     target = tl.load(z_row + column, mask=has_target, other=0.0)
     z = tl.load(z_row + columns, mask=inside, other=0.0)
     bias, target_bias = z, target

@@ -1,7 +1,7 @@
 """The Triton back end: its forward row kernels, and the whole contract in `__all__`. All offsets have 64 bits.
 
 A program of a forward kernel holds one whole row of a slab in registers, so it computes the maximum, the sums and the
-kept values from one read. A slab is at most `WIDEST_SLAB` columns wide.
+kept values from one read. A row of more than `WIDEST_ROW` columns is read block by block.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from windkern.kernels.triton.launch import (
     or_unused,
     row_constants,
     slab_pointers,
+    wide_constants,
 )
 from windkern.kernels.triton.launcher import launch
 from windkern.kernels.triton.maths import finite, look_at_row, merge, relative_slope
@@ -67,8 +68,9 @@ def forward_rows(
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     ENTROPY: tl.constexpr,
-    KEPT: tl.constexpr,
+    KEPT: tl.constexpr,  # not where a row is wider than BLOCK
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,  # a row is wider than BLOCK
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -77,37 +79,44 @@ def forward_rows(
     # Hazard: a warp may store a statistic before another warp has read it. Remedy: statistics are read before the
     # reductions, whose barriers come before any store.
     run_max, run_sum = tl.load(max_ptr + row), tl.load(sum_ptr + row)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    e, y, part_max, part_sum, part_entropy, run_entropy, target, _column, has_target = look_at_row(
-        z_ptr,
-        bias_ptr,
-        targets_ptr,
-        entropy_ptr,
-        row,
-        z_stride,
-        width,
-        start,
-        slope,
-        cap_in,
-        cap_out,
-        HAS_BIAS,
-        CAPPED,
-        ENTROPY,
-        BLOCK,
-    )
-    new_max, new_sum, new_entropy, _, _ = merge(run_max, run_sum, run_entropy, part_max, part_sum, part_entropy)
-    tl.store(target_ptr + row, target, mask=has_target)
-    tl.store(max_ptr + row, new_max)
-    tl.store(sum_ptr + row, new_sum)
+    run_entropy = run_sum * 0.0
     if ENTROPY:
-        tl.store(entropy_ptr + row, new_entropy)
-    if KEPT:
-        kept = e * gain
-        if CAPPED:
-            kept = kept * relative_slope(y, cap_out)
-        tl.store(kept_ptr + row * kept_stride + columns, kept.to(kept_ptr.dtype.element_ty), mask=inside)
-        tl.store(offset_ptr + row, part_max - log_gain)
+        run_entropy = tl.load(entropy_ptr + row)
+    if WIDE:
+        end = width
+    else:
+        end = 1
+    for first in range(0, end, BLOCK):
+        e, y, part_max, part_sum, part_entropy, _entropy, target, _column, has_target = look_at_row(
+            z_ptr + first,
+            bias_ptr + first,
+            targets_ptr,
+            entropy_ptr,
+            row,
+            z_stride,
+            width - first,
+            start + first,
+            slope,
+            cap_in,
+            cap_out,
+            HAS_BIAS,
+            CAPPED,
+            ENTROPY,
+            BLOCK,
+        )
+        run_max, run_sum, run_entropy, _, _ = merge(run_max, run_sum, run_entropy, part_max, part_sum, part_entropy)
+        tl.store(target_ptr + row, target, mask=has_target)
+        if KEPT:
+            columns = tl.arange(0, BLOCK)
+            kept = e * gain
+            if CAPPED:
+                kept = kept * relative_slope(y, cap_out)
+            tl.store(kept_ptr + row * kept_stride + columns, kept.to(kept_ptr.dtype.element_ty), mask=columns < width)
+            tl.store(offset_ptr + row, part_max - log_gain)
+    tl.store(max_ptr + row, run_max)
+    tl.store(sum_ptr + row, run_sum)
+    if ENTROPY:
+        tl.store(entropy_ptr + row, run_entropy)
 
 
 @triton.jit(do_not_specialize=["width", "start"], do_not_specialize_on_alignment=ROW_POINTERS)
@@ -136,6 +145,7 @@ def unit_rows(
     CAPPED: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,  # never: a program holds its whole row
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -207,7 +217,7 @@ def slab_forward(slab: Slab, state: RowState, kept: Kept | None) -> None:
         log_gain=0.0 if kept is None else kept_log_gain(values.dtype),
         ENTROPY=state.entropy_sum is not None,
         KEPT=kept is not None,
-        **row_constants(slab, state.run_max.dtype, z.shape[1]),
+        **(row_constants if kept is not None else wide_constants)(slab, state.run_max.dtype, z.shape[1]),
     )
 
 
