@@ -13,7 +13,8 @@ if torch.cuda.is_available():
     pytest.skip("a GPU runs the kernels themselves: tests/kernels/test_gpu.py", allow_module_level=True)
 
 import test_triton
-from test_triton import TRANSFORMS, compare_pairs, compare_rows, compare_tiles, compare_wide_rows
+from test_triton import compare_pairs, compare_tiles
+from triton_cases import TRANSFORMS, compare_rows, compare_wide_rows
 
 from windkern.kernels.contract import CONTRACT
 from windkern.kernels.triton import backward as triton_backward
