@@ -145,9 +145,11 @@ def cases(target: str) -> Iterator[Case]:
     ends = dict.fromkeys(("hidden_ptr", "scaled_ptr", "head_ptr", "out_ptr"), "bf16")
     ends |= {"rows_ptr": "i64", "targets_ptr": "i64"}
     constants = _flags(BLOCK=triton_hidden.BLOCK)
-    yield Case("row_factors_kernel", triton_hidden.row_factors_kernel, ends, constants, triton_hidden.WARPS)
+    kernels = triton_hidden.row_factors_kernel, triton_hidden.hidden_grad_kernel
+    wide = {"wants": (*wide_loads, "STG.E.128")}
+    yield Case("row_factors_kernel", kernels[0], ends, constants, triton_hidden.WARPS, **wide)
     constants |= _flags(FACTOR=True, TARGET=True, SCATTERS=True, ROUNDED=tl.bfloat16)
-    yield Case("hidden_grad_kernel", triton_hidden.hidden_grad_kernel, ends, constants, triton_hidden.WARPS)
+    yield Case("hidden_grad_kernel", kernels[1], ends, constants, triton_hidden.WARPS, **wide)
     config = tuned.tile_config(target)
     sizes = _flags(BM=config.rows, BV=config.columns, BK=config.inner, GROUP=config.group, WIDEN=False)
     for described in (False, True):

@@ -89,10 +89,10 @@ class Slabs:
         factor = torch.where(torch.arange(self.rows) % 2 == 0, 1.0, 0.3).to(self.acc)
         scaled = both.clone()
         kernels.rescale_rows(scaled, factor)
-        finished = [self.vector() for _ in range(4)]
+        finished = [self.vector() for _ in range(5)]
         raised = state._replace(run_max=state.run_max + 25.0 * (torch.arange(self.rows) % 3 == 0))
         for moves in (False, True):
-            settled = Settled(both, pivot, finished[3], moves)
+            settled = Settled(both, pivot, finished[3], finished[4], moves)
             kernels.finish_rows(raised, self.targets, *finished[:3], settled)
             written += [pivot.clone(), both.clone(), *(each.clone() for each in finished)]
         kernels.finish_rows(raised, self.targets, *finished[:3], None)

@@ -123,7 +123,7 @@ class Problem:
         matrix = self.rows * row_stride(spec.kept_columns(self.vocab_size))
         if spec.saves_logits:
             return matrix * self.acc
-        return matrix * self.item + self.rows * self.acc * (2 if spec.factored else spec.slabs_kept * spec.offset_tiles)
+        return matrix * self.item + self.rows * self.acc * (3 if spec.factored else spec.slabs_kept * spec.offset_tiles)
 
     def forward_bytes(self, spec: WalkSpec) -> int:
         M, R, width, acc = self.rows, self.block, spec.slab_width, self.acc

@@ -61,8 +61,13 @@ def test_target_off_by_one(plant, kernel):
 @pytest.mark.parametrize("gear", ["trained", "frozen_body"])
 @pytest.mark.parametrize("budget", [NARROW, UNLIMITED])
 def test_an_entry_of_the_target_that_is_not_put_in(plant, gear, budget):
-    plant(torch_rows, "target_entry", lambda original, stats, total: torch.zeros_like(total))
-    plant(gradients, "target_entry", lambda original, stats, total: torch.zeros_like(total))
+    def forgets(original, stats, run_sum, targets, settled, rescale):
+        kept = settled.kept.clone()
+        original(stats, run_sum, targets, settled, rescale)
+        settled.kept.copy_(kept)
+        settled.entry.zero_()
+
+    plant(torch_rows, "_settle", forgets)
     fails(budget, gear, "plain")
 
 

@@ -95,6 +95,7 @@ class Settled(NamedTuple):
     kept: Tensor  # (M, columns): exp(y - pivot) of what is kept, rescaled where a pivot moves; may have no columns
     pivot: Tensor  # (M,), in and out
     total: Tensor  # (M,), out: the sum of exp(y - pivot) over the vocabulary
+    entry: Tensor  # (M,), out: -(1 - p) * total, which makes g * E equal dz at the target
     moves: bool  # whether a pivot moves to a maximum that exceeds it by SETTLED_ROOM
 
 
@@ -165,7 +166,7 @@ class RowKernels(Protocol):
     ) -> None:
         """End forward: write log(run_sum), log-probs and log-sum-exps (M,), the last two 0 in ignored rows.
 
-        If given, `settled` gets its pivots and sums, and the kept entry of each target becomes -(1 - p) times the sum.
+        If given, `settled` gets its pivots, sums and entries, and the kept entry of each target is set.
         """
 
     def row_factors(
@@ -206,11 +207,6 @@ class RowKernels(Protocol):
 
 
 CONTRACT = tuple(name for name in vars(RowKernels) if not name.startswith("_"))
-
-
-def target_entry(stats: RowStats, total: Tensor) -> Tensor:
-    """Return the entry (M,) at the target that makes g * E equal dz: -(1 - p) times the sum of the exponentials."""
-    return torch.expm1(stats.logps) * total
 
 
 def relative_slope(y: Tensor, transform: LogitTransform, out: Tensor) -> Tensor:

@@ -17,10 +17,9 @@ from windkern.kernels.contract import (
     Kept,
     Upstream,
     other_slope,
-    target_entry,
     target_slope,
 )
-from windkern.ops.walk import Saved, Walk, pivots_and_sums
+from windkern.ops.walk import Relative, Saved, Walk
 from windkern.sharding.passing import CollectedRows, PassedRows
 from windkern.sharding.ranks import Ranks
 from windkern.spec import row_stride
@@ -43,12 +42,13 @@ def backward(
 
     dweight_k (V, H_k) and dbias (V,) are filled, or added to if `accumulate`. `upstream` is not read in ignored rows.
     """
-    factored = walk.spec.factored and upstream.lse is None and upstream.logp is not None
-    if walk.spec.gear == "frozen_head" or not factored:
+    spec, frozen = walk.spec, walk.spec.gear == "frozen_head"
+    factored = spec.factored and upstream.lse is None and upstream.logp is not None
+    if not factored or (frozen and (spec.merges or spec.streams)):
         scored = targets >= 0
         upstream = Upstream(*(None if part is None else torch.where(scored, part, 0.0) for part in upstream))
     run = _Backward(walk, upstream, hidden, weight, bias, targets, saved, dweight, dbias, accumulate)
-    grads = run.from_units() if walk.spec.gear == "frozen_head" else run.from_exps() if factored else run.from_dz()
+    grads = run.from_units() if frozen else run.from_exps() if factored else run.from_dz()
     for sink in dweight:
         if isinstance(sink, CollectedRows):
             run.waits.append(sink.finish)
@@ -169,7 +169,7 @@ class _Backward:
     def from_exps(self) -> list[HiddenGrad | None]:
         """dz = g * E with one g per row: dweight = E.T @ (g * hidden), dhidden = g * (E @ weight), dbias = E.T @ g."""
         spec, products = self.walk.spec, self.walk.products
-        pivot, total = pivots_and_sums(self.saved.offsets)
+        pivot, total, entry = Relative.of(self.saved.offsets)
         g, scaled = self._scaled(total)
         vocab = self.weight[0].shape[0]
         totals = self._totals(buffers.empty if vocab else buffers.zeros)
@@ -187,7 +187,7 @@ class _Backward:
                     self._to_weight(values, start, scaled, None)
         merge = partial(self._merge, totals, g)
         if kept < vocab:
-            self._recomputed(kept, vocab, g, pivot, target_entry(self.saved.stats, total), totals, scaled, merge)
+            self._recomputed(kept, vocab, g, pivot, entry, totals, scaled, merge)
         else:
             merge()
         for start in range(0, kept, spec.product_columns) if later else ():
@@ -311,6 +311,11 @@ class _Backward:
         """dhidden = at_target * W_y + factor * unit - c_ent * unit_entropy: no product over the vocabulary."""
         spec, stats, upstream, acc = self.walk.spec, self.saved.stats, self.upstream, self.walk.products.acc
         slope = spec.transform.slope_at_zero
+        relative = Relative.of(self.saved.offsets) if spec.factored else None
+        apart = spec.merges or spec.streams
+        if relative is not None and not apart and upstream.logp is not None and upstream.lse is None:
+            g, _ = self._scaled(relative.total)
+            return self._with_targets(g, g * relative.entry)
         at_target, factor = target_slope(stats, upstream, spec.transform), other_slope(stats, upstream)
         if upstream.entropy is not None:
             factor = factor + upstream.entropy * stats.log_sum  # log P = (y - max) - log_sum; units hold the first term
@@ -318,14 +323,11 @@ class _Backward:
         if spec.merges:  # the target's row may lie on another rank
             here = self.targets < self.weight[0].shape[0]
             safe_targets, at_target = torch.where(here, safe_targets, 0), torch.where(here, at_target, 0.0)
+        if relative is not None:
+            factor = factor / relative.total
+        if upstream.entropy is None and not apart:
+            return self._with_targets(factor * slope, at_target)
         wanted = [k for k, flag in enumerate(spec.hidden_grad) if flag]
-        if not (upstream.entropy is not None or spec.merges or spec.streams):
-            grads: list[HiddenGrad | None] = [None] * len(self.hidden)
-            factor = factor * slope
-            for unit, k in zip(self.saved.units[: len(wanted)], wanted, strict=True):
-                head = cast(Tensor, self.weight[k])
-                grads[k] = HiddenGrad(unit, factor, at_target, head, spec.operand, owned=False)
-            return grads
         totals = self._totals(buffers.empty)
         for place, k in enumerate(wanted):
             total = totals[k]
@@ -347,6 +349,14 @@ class _Backward:
                     total[rows].addcmul_(logged[rows], (upstream.entropy[rows] * -slope).unsqueeze(1))
         self._merge(totals, None)
         return self._unfinished(totals, None)
+
+    def _with_targets(self, factor: Tensor, at_target: Tensor) -> list[HiddenGrad | None]:
+        """Return factor * unit_k + at_target * W_y, to be finished."""
+        spec, units = self.walk.spec, iter(self.saved.units)
+        return [
+            HiddenGrad(next(units), factor, at_target, cast(Tensor, head), spec.operand, owned=False) if flag else None
+            for head, flag in zip(self.weight, spec.hidden_grad, strict=True)
+        ]
 
 
 def _begin_sum(total: Tensor, ranks: Ranks, dtype: torch.dtype) -> Callable[[], None]:

@@ -59,21 +59,28 @@ class Saved:
     """Results of forward that backward needs.
 
     If the walk is factored, `kept` (M, ld) holds exp(y - pivot) with the target's entry replaced, and `offsets`
-    (2, M, 1) holds the pivots and the sums relative to them. Otherwise `offsets` (slabs_kept, M, tiles) belong to slabs
-    of exponentials, and are empty if the slabs hold logits.
+    (3, M, 1) holds the pivots, the sums relative to them, and the target's entries. Otherwise `offsets`
+    (slabs_kept, M, tiles) belong to slabs of exponentials, and are empty if the slabs hold logits.
     """
 
     stats: RowStats
     kept: Tensor
     offsets: Tensor
-    # Frozen head: (M, H_k) sums of P * slope * W without the target; those of P * log P; if streamed, targets' rows.
+    # Frozen head: (M, H_k) sums of P * slope * W without the target (if factored, of exp(y - pivot) * W); those of
+    # P * log P; if streamed, targets' rows.
     units: list[Tensor]
 
 
-def pivots_and_sums(offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the pivots (M,) of a factored walk, and the sums of the exponentials relative to them."""
-    pivot, total = offsets.squeeze(2).unbind(0)
-    return pivot, total
+class Relative(NamedTuple):
+    """What a factored walk knows of its rows, relative to their pivots."""
+
+    pivot: Tensor  # (M,)
+    total: Tensor  # (M,) sums of the exponentials
+    entry: Tensor  # (M,) at the target, see `Settled`
+
+    @classmethod
+    def of(cls, offsets: Tensor) -> Relative:
+        return cls(*offsets.squeeze(2).unbind(0))
 
 
 class Results(NamedTuple):
@@ -98,7 +105,7 @@ def kept_layout(spec: WalkSpec, rows: int, vocab_size: int) -> KeptLayout:
     if spec.saves_logits:
         return KeptLayout(shape, accumulator(spec.operand), (0, rows, 1))
     if spec.factored:
-        return KeptLayout(shape, spec.operand, (2, rows, 1))
+        return KeptLayout(shape, spec.operand, (3, rows, 1))
     return KeptLayout(shape, spec.operand, (spec.slabs_kept, rows, spec.offset_tiles))
 
 
@@ -116,13 +123,15 @@ def forward(
     if columns < kept.shape[1]:
         kept[:, columns:].zero_()
     offsets = (buffers.lowest if spec.factored else buffers.empty)("kept", layout.offsets, acc, device)
-    pivot, total = pivots_and_sums(offsets) if spec.factored else (None, None)
+    relative = Relative.of(offsets) if spec.factored else None
     units: list[Tensor] = []
     if spec.gear == "frozen_head":
         for _ in range(1 + spec.entropy):
             for block, wanted in zip(hidden, spec.hidden_grad, strict=True):
                 if wanted:
-                    units.append(buffers.zeros("dhidden", tuple(block.shape), acc, device))
+                    # The first product of a factored walk fills them.
+                    make = buffers.empty if spec.factored and V else buffers.zeros
+                    units.append(make("dhidden", tuple(block.shape), acc, device))
     target_rows: list[Tensor] = []
     if spec.streams and spec.gear == "frozen_head":
         blocks = zip(hidden, spec.hidden_grad, strict=True)
@@ -130,6 +139,7 @@ def forward(
         target_rows = [buffers.zeros("dhidden", shape, spec.operand, device) for shape in shapes]
     operands = [walk.products.prepared(block) for block in hidden]
     step = spec.row_block or max(1, M)
+    pivot = None if relative is None else relative.pivot
     writer = _Writer(walk, min(step, max(1, M)), kept, offsets, pivot, device)
     for first in range(0, M, step):
         rows, labels, block_state, read, found = slice(first, first + step), targets, state, operands, target_rows
@@ -159,13 +169,13 @@ def forward(
         run_max.copy_(state.run_max)
         target_logit.copy_(state.target_logit)
     settled = None
-    if spec.factored:  # a frozen head's sums are relative to the pivots as they are
-        settled = Settled(kept[:, :columns], pivot, total, moves=spec.gear != "frozen_head")
+    if relative is not None:  # a frozen head's sums are relative to the pivots as they are
+        settled = Settled(kept[:, :columns], *relative, moves=spec.gear != "frozen_head")
     logps, lse = torch.empty_like(run_max), torch.empty_like(run_max)
     walk.kernels.finish_rows(state, targets, log_sum, logps, lse, settled)
     entropy = log_sum - state.entropy_sum / state.run_sum if spec.entropy else None
-    if units:
-        scale = (state.run_sum * kept_gain(spec.operand) if settled is None else settled.total).unsqueeze(1)
+    if units and relative is None:
+        scale = (state.run_sum * kept_gain(spec.operand)).unsqueeze(1)
         for unit in units:
             unit.div_(scale)
     stats = RowStats(run_max, log_sum, target_logit, entropy)

@@ -27,7 +27,6 @@ from windkern.kernels.contract import (
     kept_log_gain,
     other_slope,
     relative_slope,
-    target_entry,
     target_slope,
 )
 from windkern.kernels.torch.pairs import pair_terms, win_rates
@@ -323,7 +322,7 @@ def finish_rows(
 def _settle(
     stats: RowStats, run_sum: Tensor, targets: Tensor, settled: Settled, rescale: Callable[[Tensor, Tensor], None]
 ) -> None:
-    kept, pivot, total, moves = settled
+    kept, pivot, total, entry, moves = settled
     if moves:
         new = torch.where(stats.run_max > pivot + SETTLED_ROOM, stats.run_max, pivot)
         if kept.shape[1]:
@@ -332,14 +331,15 @@ def _settle(
         pivot.copy_(new)
     # Reason: exp of the difference of two maxima is exact up to its rounding; exp(lse - pivot) is not.
     torch.mul(run_sum, torch.exp(stats.run_max - pivot), out=total)
+    torch.mul(torch.expm1(stats.logps), total, out=entry)
     if kept.numel():
         inside = (targets >= 0) & (targets < kept.shape[1])
         # Reason: on a CPU, scatter_ makes a float32 copy of a whole 16-bit matrix.
         flat = kept.as_strided(((kept.shape[0] - 1) * kept.stride(0) + kept.shape[1],), (1,))
         place = torch.arange(kept.shape[0], device=kept.device) * kept.stride(0)
         place += targets.clamp(0, kept.shape[1] - 1)
-        entry = torch.where(inside, target_entry(stats, total), flat.index_select(0, place))
-        flat.index_copy_(0, place, entry.to(kept.dtype))
+        values = torch.where(inside, entry, flat.index_select(0, place))
+        flat.index_copy_(0, place, values.to(kept.dtype))
 
 
 def row_factors(

@@ -16,7 +16,7 @@ _ROOM = tl.constexpr(SETTLED_ROOM)
 
 @triton.jit(
     do_not_specialize=["columns", "kept_stride"],
-    do_not_specialize_on_alignment=[*ROW_POINTERS, "log_sum_ptr", "logps_ptr", "lse_ptr", "total_ptr"],
+    do_not_specialize_on_alignment=[*ROW_POINTERS, "log_sum_ptr", "logps_ptr", "lse_ptr"],
 )
 def finish_kernel(
     max_ptr,
@@ -29,6 +29,7 @@ def finish_kernel(
     kept_ptr,  # (M, columns) exp(y - pivot)
     pivot_ptr,
     total_ptr,  # (M,) out
+    entry_ptr,  # (M,) out
     kept_stride,
     columns,
     SETTLES: tl.constexpr,
@@ -61,6 +62,7 @@ def finish_kernel(
         alone = (factor == 1.0) & (target >= 0) & (target < columns)
         tl.store(kept_row + target, entry.to(kept_ptr.dtype.element_ty), mask=alone)
         tl.store(total_ptr + row, total)
+        tl.store(entry_ptr + row, entry)
         # Hazard: a warp may store the pivot before another warp has read it. Remedy: a barrier.
         tl.debug_barrier()
         tl.store(pivot_ptr + row, new)
@@ -85,6 +87,7 @@ def finish_rows(
         lse if unused else settled.kept,
         lse if unused else settled.pivot,
         lse if unused else settled.total,
+        lse if unused else settled.entry,
         0 if unused else settled.kept.stride(0),
         0 if unused else settled.kept.shape[1],
         SETTLES=not unused,

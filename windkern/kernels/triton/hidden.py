@@ -12,13 +12,13 @@ from windkern.kernels.triton.launch import ROW_POINTERS, or_unused
 from windkern.kernels.triton.launcher import launch
 
 BLOCK, WARPS = 1024, 4  # columns and warps of a program
-_VECTORS = [*ROW_POINTERS, "upstream_ptr", "total_sum_ptr", "factor_ptr", "at_target_ptr", "rows_ptr"]
+_VECTORS = [*ROW_POINTERS, "upstream_ptr", "factor_ptr", "at_target_ptr", "rows_ptr"]
 
 
-@triton.jit(do_not_specialize=["columns"], do_not_specialize_on_alignment=_VECTORS)
+@triton.jit(do_not_specialize_on_alignment=_VECTORS)
 def row_factors_kernel(
     upstream_ptr,
-    total_sum_ptr,
+    total_ptr,
     targets_ptr,  # (M,)
     factor_ptr,  # (M,) out
     hidden_ptr,  # (M, columns)
@@ -32,7 +32,7 @@ def row_factors_kernel(
     blocks = tl.maximum(tl.cdiv(columns, BLOCK), 1)
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     ignored = tl.load(targets_ptr + row) < 0
-    factor = -slope * (tl.load(upstream_ptr + row) / tl.load(total_sum_ptr + row))
+    factor = -slope * (tl.load(upstream_ptr + row) / tl.load(total_ptr + row))
     factor = tl.where(ignored, 0.0, factor)
     tl.store(factor_ptr + row, factor, mask=block == 0)
     place = block * BLOCK + tl.arange(0, BLOCK)
@@ -43,16 +43,16 @@ def row_factors_kernel(
     tl.store(scaled_ptr + row * scaled_stride + place, scaled.to(scaled_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["columns"], do_not_specialize_on_alignment=_VECTORS)
+@triton.jit(do_not_specialize_on_alignment=_VECTORS)
 def hidden_grad_kernel(
-    total_ptr,  # (M, columns)
+    sums_ptr,  # (M, columns)
     factor_ptr,
     at_target_ptr,  # (M,)
     head_ptr,  # (V, columns)
     targets_ptr,
     rows_ptr,  # (M,)
-    out_ptr,  # (M or R, columns) out, may be total
-    total_stride,
+    out_ptr,  # (M or R, columns) out, may be sums
+    sums_stride,
     head_stride,
     out_stride,
     columns,
@@ -68,7 +68,7 @@ def hidden_grad_kernel(
     inside = place < columns
     target = tl.load(targets_ptr + row)
     scored = inside & (target >= 0)  # an ignored row can hold anything
-    values = tl.load(total_ptr + row * total_stride + place, mask=scored, other=0.0)
+    values = tl.load(sums_ptr + row * sums_stride + place, mask=scored, other=0.0)
     if FACTOR:
         values = values * tl.load(factor_ptr + row)
     if TARGET:

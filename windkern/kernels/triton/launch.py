@@ -19,6 +19,7 @@ from windkern.transform import LogitTransform
 WIDE_BLOCK = 8192  # columns of a block of a row that does not fit into registers
 # Reason: a batch of another length moves these to other alignments; one compiled kernel must serve all of them.
 ROW_POINTERS = ["max_ptr", "sum_ptr", "target_ptr", "targets_ptr", "entropy_ptr", "offset_ptr", "pivot_ptr"]
+ROW_POINTERS += ["total_ptr", "entry_ptr"]
 
 
 def interprets() -> bool:
