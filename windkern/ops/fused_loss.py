@@ -82,10 +82,12 @@ class _Job:
         total_rows, positions, counts = self.inputs.total_rows, None, None
         if self.max_scored is not None or must_keep_rows(targets):
             per_group, any_scored = self.group_tokens, self.max_scored != 0
-        else:  # on a GPU: two synchronisations for any number of chunks
+        else:  # on a GPU: one synchronisation for any number of chunks
             counts = scored.view(self.groups, self.group_tokens).sum(1).tolist()
             per_group, any_scored = max(counts, default=0), any(counts)
-            positions = scored.nonzero().squeeze(1)
+            # Hazard: nonzero_static of torch 2.8 on a GPU crashes for no elements.
+            found = scored.nonzero_static(size=sum(counts)) if scored.numel() else scored.nonzero()
+            positions = found.squeeze(1)
         per_group, groups = max(1, per_group), self.groups
         if self.inputs.streams:
             given = {"batch_invariant": self.batch_invariant, "memory_budget": self.memory_budget}
