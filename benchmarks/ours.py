@@ -154,6 +154,6 @@ def our_providers(backend: str, *, preferred: bool) -> list[Provider]:
                 by_default=preferred,
                 **common,
             )
-            for budget in (0, 512 << 20, 768 << 20, 2560 << 20)
+            for budget in (0, 512 << 20, 768 << 20, 2 << 30)
         ),
     ]

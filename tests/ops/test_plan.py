@@ -146,7 +146,7 @@ def test_plan_is_pure_and_prints():
     arguments = (8192, 4096, 128256, torch.bfloat16)
     plan = wk.plan(*arguments)
     assert plan == wk.plan(*arguments)
-    assert plan.peak_bytes <= plan.memory_budget == 2 << 30
+    assert plan.peak_bytes <= plan.memory_budget == 5 << 29
     text = str(plan)
     for word in ("trained", "slabs", "kept", "MiB", "128256"):
         assert word in text

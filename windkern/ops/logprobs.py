@@ -215,7 +215,7 @@ def token_logps(
         entropy: also return the entropy of each token's distribution.
         max_scored: upper bound of the number of scored targets. On a GPU it saves the only synchronisation and keeps
             all sizes static (CUDA graphs, torch.compile). Rows beyond it give NaN on a GPU, an error on a CPU.
-        memory_budget: bytes for everything besides outputs and gradients; None is 2 GiB on a GPU, 384 MiB on a CPU.
+        memory_budget: bytes for everything besides outputs and gradients; None is 2.5 GiB on a GPU, 384 MiB on a CPU.
         batch_invariant: whether a row's results must not depend on the other rows, the budget or the gradients wanted.
         backend: "auto" or a name of `windkern.backends.available(device)`.
 

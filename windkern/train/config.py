@@ -256,7 +256,7 @@ class WindConfig(TrainingArguments):
     )
     memory_budget: int | None = setting(
         None,
-        "Bytes that a fused op may allocate besides outputs and gradients. None: 2 GiB on a GPU, 384 MiB on a CPU.",
+        "Bytes that a fused op may allocate besides outputs and gradients. None: 2.5 GiB on a GPU, 384 MiB on a CPU.",
     )
     backend: str = setting("auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run.")
     batch_invariant: bool = setting(
