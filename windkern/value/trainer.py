@@ -67,8 +67,8 @@ class ValueConfig(TrainingArguments):
     )
     memory_budget: int | None = setting(
         None,
-        "Bytes that log-probs may allocate besides outputs and gradients, at least 1. None: 2.5 GiB on a GPU and 384 MiB "
-        "on a CPU, as in windkern.token_logps.",
+        "Bytes that log-probs may allocate besides outputs and gradients, at least 1. None: 2.5 GiB on a GPU and 384 "
+        "MiB on a CPU, as in windkern.token_logps.",
     )
     backend: str = setting(
         "auto", "Row kernels: auto, torch, cpp, triton or cuda. Default: the fastest that can run on the device."
