@@ -79,7 +79,8 @@ def _main_cases(rows: tuple[int, ...] = MAIN_ROWS) -> str:
 
 
 def _table(results: Path, seconds: float) -> list[str]:
-    ours = [f"windkern-{name}" for name in wk.backends.available("cuda", torch.bfloat16)]
+    # The back end in plain PyTorch takes five times as long, which nobody needs to see in every case.
+    ours = [f"windkern-{name}" for name in wk.backends.available("cuda", torch.bfloat16) if name != "torch"]
     return _speed(results, seconds, "--cases", _main_cases(), "--peers", ",".join([*MAIN_PEERS, *ours]))
 
 
@@ -138,6 +139,7 @@ SECOND = (
         lambda results, seconds: _module("tune", "--out", results / "tune.json", "--minutes", _minutes(seconds)),
     ),
     Step("sanitize", 150, _sanitize),
+    Step("widths", 90, lambda results, seconds: _module("widths", "--out", results / "widths.json")),
     Step("speed", 600, _speed),
 )
 CALLS = {"1": FIRST, "2": SECOND}
