@@ -127,9 +127,16 @@ def measure(name: str, step: Step, model: nn.Module, groups: int, tokens: int, d
     return row
 
 
-def run(size: str, device: str, tokens: int, most: int, deadline: float) -> list[dict[str, Any]]:
-    """Double the groups until a step no longer fits, for each adapter and step."""
-    rows = []
+def run(
+    size: str,
+    device: str,
+    tokens: int,
+    most: int,
+    deadline: float,
+    save: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Double the groups until a step no longer fits, for each adapter and step; save after each row."""
+    rows: list[dict[str, Any]] = []
     for adapter in ("full", "lora"):
         try:
             model = make_model(size, adapter, device)
@@ -141,6 +148,7 @@ def run(size: str, device: str, tokens: int, most: int, deadline: float) -> list
             while groups <= most and time.monotonic() < deadline:
                 row = {"adapter": adapter, **measure(name, step, model, groups, tokens, device)}
                 rows.append(row)
+                save(rows)
                 print(_line(row), flush=True)
                 if not row["fits"]:
                     break
@@ -170,9 +178,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device cuda needs a GPU that torch can use, and there is none")
     settings = {"size": chosen.size, "tokens": chosen.tokens, "responses": RESPONSES}
     deadline = time.monotonic() + 60 * chosen.minutes
-    rows = run(chosen.size, chosen.device, chosen.tokens, chosen.most, deadline)
-    document = {"kind": "step", **record.run_info(settings, chosen.device), "rows": rows}
-    record.write_atomically(chosen.out, document)
+    document = {"kind": "step", **record.run_info(settings, chosen.device)}
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        record.write_atomically(chosen.out, {**document, "rows": rows})
+
+    save(run(chosen.size, chosen.device, chosen.tokens, chosen.most, deadline, save))
     return 0
 
 

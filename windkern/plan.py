@@ -65,8 +65,7 @@ class Plan:
     def chunk(self, rows: int) -> WalkSpec:
         """Return the walk of a chunk of `fused_loss` with that many scored rows."""
         assert self.problem is not None  # `plan` sets it
-        problem = replace(self.problem, rows=self.walk.padded_rows(rows))
-        return _solve(problem, self.memory_budget).walk
+        return _planned_walk(replace(self.problem, rows=self.walk.padded_rows(rows)), self.memory_budget)
 
     def __str__(self) -> str:
         walk = self.walk
@@ -284,6 +283,36 @@ def _planned_rows(problem: Problem) -> int:
     return round_up(problem.rows, max(64, 1 << max(0, problem.rows.bit_length() - 5)))
 
 
+def planned(
+    rows: int,
+    hidden_sizes: tuple[int, ...],
+    vocab_size: int,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    backend: str,
+    batch_invariant: bool,
+    **options: Any,
+) -> Plan:
+    """Return the plan of an op whose arguments are checked; it is kept like the answers of `planned_spec`."""
+    asked = {"dtype": dtype, "device": device, "backend": backend, "batch_invariant": batch_invariant, **options}
+    facts = _facts(hidden_sizes, dtype, device, backend, batch_invariant)
+    return _kept_plan((rows, hidden_sizes, vocab_size), tuple(asked.items()), facts)
+
+
+def _facts(
+    hidden_sizes: tuple[int, ...], dtype: torch.dtype, device: str, backend: str, batch_invariant: bool
+) -> tuple:
+    """Return all that a plan depends on besides its arguments."""
+    tiles = backends.tile_columns(backend, hidden_sizes, dtype, batch_invariant)
+    return products_of(device, dtype), backends.BACKENDS[backend], tiles, default_budget(device), fixed_tile(device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_plan(sizes: tuple, asked: tuple, facts: tuple) -> Plan:
+    return plan(*sizes, **dict(asked))
+
+
 def planned_spec(
     rows: int,
     hidden_sizes: tuple[int, ...],
@@ -300,8 +329,7 @@ def planned_spec(
 
     The answer is kept by the arguments and whatever else it depends on. Reason: a GPU's first launch waits for it.
     """
-    tiles = backends.tile_columns(backend, hidden_sizes, dtype, batch_invariant)
-    facts = products_of(device, dtype), backends.BACKENDS[backend], tiles, default_budget(device), fixed_tile(device)
+    facts = _facts(hidden_sizes, dtype, device, backend, batch_invariant)
     asked = {"dtype": dtype, "device": device, "backend": backend, "batch_invariant": batch_invariant, **options}
     return _spec_values((rows, hidden_sizes, vocab_size), tuple(asked.items()), transform, facts)
 

@@ -1,5 +1,7 @@
 """fused_loss equals sequence_logps followed by the loss, in value and gradients, for any division into chunks."""
 
+import functools
+
 import pytest
 import torch
 from cases import DTYPES
@@ -291,3 +293,31 @@ def test_several_chunks_run_the_walk_that_was_planned(backend, dtype, groups):
         assert record.flops == plan.flops and record.peak_bytes <= max(plan.peak_bytes, budget), (budget, plan)
         counts.add(plan.num_chunks)
     assert max(counts) > 1
+
+
+def test_a_function_of_the_same_code_is_looked_at_again_for_other_arguments():
+    """What was accepted once holds for the same names, defaults and given arguments only."""
+    hidden, weight = torch.randn(2, 2, 3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets, ones = torch.randint(0, 11, (2, 2, 3)), torch.ones(2)
+
+    def made(*defaults):
+        def loss(logps, share, more):
+            return (logps.sum(-1) * share) + more
+
+        loss.__defaults__ = defaults
+        return loss
+
+    def run(loss_fn, **per_group):
+        return wk.fused_loss(loss_fn, hidden, weight, targets, per_group=per_group)
+
+    run(made(0.0), share=ones)
+    run(functools.partial(made(), more=0.0), share=ones)
+    for loss_fn, per_group in (
+        (made(), {"share": ones}),
+        (made(0.0), {"shares": ones}),
+        (made(0.0), {}),
+        (functools.partial(made(), share=1.0), {"share": ones}),
+        (functools.partial(made(0.0), None, ones), {"share": ones}),
+    ):
+        with pytest.raises(TypeError, match="loss_fn cannot be called with per_group's entries"):
+            run(loss_fn, **per_group)

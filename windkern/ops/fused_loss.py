@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from windkern.ops.inputs import (
 )
 from windkern.ops.once import differentiable_once, graph_links
 from windkern.ops.rows import RowBlock
-from windkern.plan import Plan, plan
+from windkern.plan import Plan, planned
 
 
 @dataclass
@@ -64,7 +65,7 @@ class _Job:
         return self.responses * self.tokens
 
     def make_plan(self, rows: int, *, group_rows: int, total_rows: int) -> Plan:
-        return plan(
+        return planned(
             rows,
             self.inputs.hidden_sizes,
             self.inputs.vocab_size,
@@ -180,7 +181,7 @@ def _refuse_other_leaves(total: Tensor, leaf: Tensor) -> None:
 def _run(job: _Job, scale: float, wants_grad: bool) -> tuple[Tensor, HeldGradients | None]:
     """Return the summed loss times `scale`, and its gradients."""
     made, chunks = job.chunks()
-    held = HeldGradients(job.inputs, job.grads, made.num_chunks) if wants_grad else None
+    held = HeldGradients(job.inputs, job.grads, made.num_chunks, filled=job.groups > 0) if wants_grad else None
     total = job.inputs.hidden[0].new_zeros((), dtype=acc_dtype(job.inputs))
     for chunk in chunks:
         total = total + _run_chunk(job, made, chunk, scale, held)
@@ -271,16 +272,44 @@ def _check_per_group(
                 "detach it, or use sequence_logps and your loss"
             )
         checked[name] = value
+    _check_accepts(loss_fn, tuple(checked))
+    return checked
+
+
+_accepted: set[tuple] = set()  # kinds of functions that take the names of their constants
+
+
+def _check_accepts(loss_fn: Callable[..., Tensor], names: tuple[str, ...]) -> None:
+    """Raise unless loss_fn can be called with log-probs and these names.
+
+    Reason: inspect takes 0.2 ms on the host of a GPU, so that functions of the same code are looked at once.
+    """
+    kind = _kind_of(loss_fn, names)
+    if kind in _accepted:
+        return
     try:
         signature = inspect.signature(loss_fn)
     except (ValueError, TypeError):  # a callable without a signature
-        return checked
+        return
     try:
-        signature.bind(None, **checked)
+        signature.bind(None, **dict.fromkeys(names))
     except TypeError as error:
-        names = ", ".join(["logps", *checked])
-        raise TypeError(f"loss_fn cannot be called with per_group's entries, as loss_fn({names}): {error}") from None
-    return checked
+        listed = ", ".join(["logps", *names])
+        raise TypeError(f"loss_fn cannot be called with per_group's entries, as loss_fn({listed}): {error}") from None
+    if kind is not None and len(_accepted) < 1000:
+        _accepted.add(kind)
+
+
+def _kind_of(loss_fn: Callable[..., Tensor], names: tuple[str, ...]) -> tuple | None:
+    """Return what decides whether a function takes the names; None for callables of other kinds."""
+    function: Any = loss_fn
+    given, named = 0, tuple[str, ...]()
+    if type(function) is functools.partial:
+        given, named, function = len(function.args), tuple(sorted(function.keywords)), function.func
+    if type(function) is not FunctionType or hasattr(function, "__wrapped__") or hasattr(function, "__signature__"):
+        return None
+    optional = len(function.__defaults__ or ()), tuple(function.__kwdefaults__ or ())
+    return function.__code__, optional, given, named, names
 
 
 def _outside_graphs(function: Callable) -> Callable:

@@ -16,10 +16,16 @@ from windkern.ops.rows import RowBlock
 
 # Elements that are scaled at once on a CPU: this bounds the float32 copy.
 _BLOCK = 1 << 20
+# Rows that one program of a GPU multiplies by a scalar. Reason: it is mostly 1, and a program only has to see that.
+_ROWS_AT_ONCE = 32
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return in_huge_pages(torch.empty_like(tensor, memory_format=torch.contiguous_format))
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
-    return in_huge_pages(torch.empty_like(tensor, memory_format=torch.contiguous_format)).zero_()
+    return _empty_like(tensor).zero_()
 
 
 class HeldGradients:
@@ -31,7 +37,8 @@ class HeldGradients:
     a loss scale. Remedy: stored values are near the top of the format, with their factor stored in float32.
     """
 
-    def __init__(self, inputs: Inputs, wanted: dict, num_chunks: int):
+    def __init__(self, inputs: Inputs, wanted: dict, num_chunks: int, *, filled: bool):
+        """`filled`: whether a chunk follows. The only one writes all of dweight."""
         weights = zip(inputs.weight, wanted["weight_grad"], strict=True)
         self.accumulates = num_chunks > 1 or any(flag and head.dtype == torch.float16 for head, flag in weights)
         acc = acc_dtype(inputs)
@@ -50,8 +57,11 @@ class HeldGradients:
         for head, flag in zip(inputs.weight, wanted["weight_grad"], strict=True):
             if flag and self.accumulates and head.dtype != acc:
                 self.weight.append(buffers.zeros("accumulator", tuple(head.shape), acc, head.device))
+            elif flag:
+                make = _empty_like if filled and not self.accumulates else _zeros_like
+                self.weight.append(make(head))
             else:
-                self.weight.append(_zeros_like(head) if flag else None)
+                self.weight.append(None)
         self.weight_scale: list[Tensor | None] = [None] * len(self.weight)
         self.bias = torch.zeros_like(inputs.bias, dtype=acc) if wanted["bias_grad"] else None
 
@@ -105,9 +115,10 @@ class HeldGradients:
 
 def _times(value: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool, kernels: RowKernels) -> Tensor:
     if value.device.type != "cpu":  # the kernel skips rows whose factor is 1
-        factor = (upstream if scale is None else scale * upstream).expand(value.shape[0], 1).reshape(-1)
-        out = value.clone() if keep else value
-        kernels.rescale_rows(out, factor.to(accumulator(value.dtype)).contiguous())
+        out, rows = value.clone() if keep else value, value.shape[0]
+        matrix = out if scale is not None or rows % _ROWS_AT_ONCE else out.view(rows // _ROWS_AT_ONCE, -1)
+        factor = (upstream if scale is None else scale * upstream).expand(matrix.shape[0], 1).reshape(-1)
+        kernels.rescale_rows(matrix, factor.to(accumulator(value.dtype)).contiguous())
         return out
     out = torch.empty_like(value) if keep else value
     if scale is None and value.dtype == upstream.dtype:
