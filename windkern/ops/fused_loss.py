@@ -303,7 +303,8 @@ def _check_accepts(loss_fn: Callable[..., Tensor], names: tuple[str, ...]) -> No
 def _kind_of(loss_fn: Callable[..., Tensor], names: tuple[str, ...]) -> tuple | None:
     """Return what decides whether a function takes the names; None for callables of other kinds."""
     function: Any = loss_fn
-    given, named = 0, tuple[str, ...]()
+    given = 0
+    named: tuple[str, ...] = ()
     if type(function) is functools.partial:
         given, named, function = len(function.args), tuple(sorted(function.keywords)), function.func
     if type(function) is not FunctionType or hasattr(function, "__wrapped__") or hasattr(function, "__signature__"):

@@ -115,8 +115,8 @@ class HeldGradients:
 
 def _times(value: Tensor, scale: Tensor | None, upstream: Tensor, keep: bool, kernels: RowKernels) -> Tensor:
     if value.device.type != "cpu":  # the kernel skips rows whose factor is 1
-        out, rows = value.clone() if keep else value, value.shape[0]
-        matrix = out if scale is not None or rows % _ROWS_AT_ONCE else out.view(rows // _ROWS_AT_ONCE, -1)
+        out, count = value.clone() if keep else value, value.shape[0]
+        matrix = out if scale is not None or count % _ROWS_AT_ONCE else out.view(count // _ROWS_AT_ONCE, -1)
         factor = (upstream if scale is None else scale * upstream).expand(matrix.shape[0], 1).reshape(-1)
         kernels.rescale_rows(matrix, factor.to(accumulator(value.dtype)).contiguous())
         return out
