@@ -2,8 +2,8 @@
 
     python -m benchmarks.readme [--page FILE ...] [--results FOLDER] [--check]
 
-Replaces the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, cpu, older, masked,
-gpu, errors, bodies and sharded. --check writes nothing and exits with 1 if the tables are out of date.
+Replaces the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, summary-gpu, cpu,
+older, masked, gpu, errors, bodies and sharded. --check writes nothing and exits with 1 if the tables are out of date.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from benchmarks import bodies_report, record, sharded_table, tables
 PAGES = ("README.md", "docs/benchmarks.md", "docs/concepts/numerics.md", "docs/shared_prompts.md", "docs/sharding.md")
 SECTIONS = {
     "summary": ("speed", tables.markdown_summary),
+    "summary-gpu": ("speed-gpu", tables.markdown_summary),
     "cpu": ("speed", tables.markdown_speed),
     "older": ("speed-older", tables.markdown_speed),
     "masked": ("speed-masked", tables.markdown_speed),

@@ -325,7 +325,8 @@ class Problem:
         if self.products.device_type != "cpu":
             if self.walk.gear == "scoring" or self.walk.factored:
                 fit = SLAB_BYTES_GPU // max(1, self.rows * self.acc) // 256 * 256
-                widest = max(widest, min(WIDEST_SLAB, fit))
+                half = round_up(-(-self.vocab_size // 2), 256)  # the logits are never held whole
+                widest = max(widest, min(WIDEST_SLAB, fit, half))
             elif self.walk.gear == "frozen_head":
                 widest = WIDEST_UNIT_SLAB
             return _gpu_widths(self.vocab_size, widest)

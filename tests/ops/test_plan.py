@@ -323,3 +323,13 @@ def test_slabs_of_a_gpus_frozen_head_fit_the_registers_of_their_kernel(options):
     widths = [wk.plan(rows, 1024, 151936, torch.bfloat16, **frozen, **options).slab_width for rows in (64, 512, 8192)]
     assert max(widths) <= WIDEST_UNIT_SLAB
     assert wk.plan(64, 1024, 151936, torch.bfloat16, **frozen).slab_width > WIDEST_UNIT_SLAB
+
+
+@pytest.mark.parametrize("rows", [1, 64, 512, 2048, 8192, 100_000])
+@pytest.mark.parametrize("grads", [(True, True), (True, False), (False, False)])
+def test_a_gpu_takes_wide_slabs_for_few_rows_but_never_all_logits_of_a_large_vocabulary(rows, grads):
+    plan = wk.plan(rows, 256, 128256, torch.bfloat16, hidden_grad=grads[0], weight_grad=grads[1], device="cuda")
+    assert plan.num_slabs >= 2
+    assert 4 * rows * plan.slab_width <= max(128 << 20, 4 * rows * 16384)
+    if rows <= 512:
+        assert plan.num_slabs == 2
