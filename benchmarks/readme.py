@@ -3,7 +3,8 @@
     python -m benchmarks.readme [--page FILE ...] [--results FOLDER] [--check]
 
 Replaces the text between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` for the names summary, summary-gpu, cpu,
-older, masked, gpu, errors, bodies and sharded. --check writes nothing and exits with 1 if the tables are out of date.
+avx2, older, masked, gpu, errors, bodies and sharded. --check writes nothing and exits with 1 if the tables are out of
+date.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ SECTIONS = {
     "summary": ("speed", tables.markdown_summary),
     "summary-gpu": ("speed-gpu", tables.markdown_summary),
     "cpu": ("speed", tables.markdown_speed),
+    "avx2": ("speed-avx2", tables.markdown_speed),
     "older": ("speed-older", tables.markdown_speed),
     "masked": ("speed-masked", tables.markdown_speed),
     "gpu": ("speed-gpu", tables.markdown_speed),

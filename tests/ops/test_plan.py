@@ -15,6 +15,7 @@ from windkern import costs
 from windkern.kernels import buffers, tuned
 from windkern.kernels.contract import WIDEST_UNIT_SLAB
 from windkern.plan import planned_spec
+from windkern.spec import row_stride
 
 
 def plan_of(problem: Problem, dtype, gear, *, dropped, **kwargs):
@@ -333,3 +334,11 @@ def test_a_gpu_takes_wide_slabs_for_few_rows_but_never_all_logits_of_a_large_voc
     assert 4 * rows * plan.slab_width <= max(128 << 20, 4 * rows * 16384)
     if rows <= 512:
         assert plan.num_slabs == 2
+
+
+def test_rows_of_a_kept_matrix_do_not_share_sets_of_a_cache():
+    """Rows are aligned to 64 elements, and an odd multiple of them apart where many rows could meet in one set."""
+    for columns in (1, 64, 65, 512, 2048, 4096, 8192, 32768, 44544, 49152, 128256, 151936):
+        stride = row_stride(columns)
+        assert columns <= stride < columns + 128 and stride % 64 == 0
+        assert columns < 1984 or stride // 64 % 2 == 1
