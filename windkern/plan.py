@@ -297,6 +297,7 @@ def planned(
     """Return the plan of an op whose arguments are checked; it is kept like the answers of `planned_spec`."""
     asked = {"dtype": dtype, "device": device, "backend": backend, "batch_invariant": batch_invariant, **options}
     facts = _facts(hidden_sizes, dtype, device, backend, batch_invariant)
+    _check_budget(options)
     return _kept_plan((rows, hidden_sizes, vocab_size), tuple(asked.items()), facts)
 
 
@@ -306,6 +307,12 @@ def _facts(
     """Return all that a plan depends on besides its arguments."""
     tiles = backends.tile_columns(backend, hidden_sizes, dtype, batch_invariant)
     return products_of(device, dtype), backends.BACKENDS[backend], tiles, default_budget(device), fixed_tile(device)
+
+
+def _check_budget(options: dict[str, Any]) -> None:
+    """Raise for a bad budget. Hazard: 0.0 and False equal 0, so a cache would answer for them."""
+    if options.get("memory_budget") is not None:
+        check_count("memory_budget", options["memory_budget"])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -331,6 +338,7 @@ def planned_spec(
     """
     facts = _facts(hidden_sizes, dtype, device, backend, batch_invariant)
     asked = {"dtype": dtype, "device": device, "backend": backend, "batch_invariant": batch_invariant, **options}
+    _check_budget(options)
     return _spec_values((rows, hidden_sizes, vocab_size), tuple(asked.items()), transform, facts)
 
 

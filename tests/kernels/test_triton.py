@@ -345,3 +345,35 @@ def test_block_sizes_come_from_the_table():
             state = RowState(*(torch.zeros(1) for _ in range(3)), None)
             slab = Slab(torch.zeros(1, width), None, torch.zeros(1, dtype=torch.int64), 0, LogitTransform())
             triton_rows.slab_forward(slab, state, kept)
+
+
+def transposed(value):
+    return value.t().contiguous().t()
+
+
+@pytest.mark.parametrize("gear", ["frozen_head", "trained"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed weight", "transposed hidden", "strided targets"])
+def test_any_strides_of_inputs_and_upstream(monkeypatch, gear, layout):
+    """The gradient of a sum is one number expanded to all rows; inputs can be views, and a GPU copies no targets."""
+    monkeypatch.setattr(wk.backends, "checks_values", lambda device: False)
+    hidden, weight, targets = torch.randn(6, 9), torch.randn(31, 9), torch.randint(0, 31, (12,))[::2]
+    if layout != "strided targets":
+        targets = targets.contiguous()
+    hidden = transposed(hidden) if layout == "transposed hidden" else hidden
+    weight = transposed(weight) if layout == "transposed weight" else weight
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(gear == "trained")]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def token(logps):
+        return torch.autograd.grad(logps.sum(), wanted)
+
+    def grouped():
+        loss = wk.fused_loss(
+            lambda logps: logps.sum(-1), hidden.view(1, 1, 6, 9), weight, targets.view(1, 1, 6), backend="triton"
+        )
+        return torch.autograd.grad(loss, wanted)
+
+    exact = token(wk.naive.token_logps(hidden.double(), weight.double(), targets)[0])
+    for found in (token(wk.token_logps(hidden, weight, targets, backend="triton").logps), grouped()):
+        for got, want in zip(found, exact, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, check_dtype=False)

@@ -268,3 +268,16 @@ def test_debug_mode_reads_the_environment(monkeypatch):
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="no attribute 'token_logp'"):
         wk.token_logp  # noqa: B018
+
+
+@pytest.mark.parametrize("bad", [0.0, False, [1], "0"])
+def test_a_bad_budget_is_refused_after_a_good_one_that_equals_it(bad):
+    hidden, weight, targets = torch.randn(1, 2, 3, 8), torch.randn(11, 8), torch.randint(0, 11, (1, 2, 3))
+
+    def fused(budget):
+        return wk.fused_loss(lambda logps: logps.sum(-1), hidden, weight, targets, memory_budget=budget)
+
+    for run in (lambda budget: wk.token_logps(hidden, weight, targets, memory_budget=budget), fused):
+        run(0)
+        with pytest.raises(TypeError, match="memory_budget must be an integer"):
+            run(bad)

@@ -129,7 +129,7 @@ class HiddenGrad(NamedTuple):
     total: Tensor  # (M, H) float32 (float64 for float64)
     factor: Tensor | None = None  # (M,); None: 1
     at_target: Tensor | None = None  # (M,), given with `head`
-    head: Tensor | None = None  # (V, H)
+    head: Tensor | None = None  # (V, H), any strides
     rounded: torch.dtype | None = None  # of the products, to which a row of `head` is rounded first
     owned: bool = True  # whether `total` may be overwritten
 
@@ -171,12 +171,12 @@ class RowKernels(Protocol):
 
     def row_factors(
         self,
-        upstream: Tensor,  # (M,)
+        upstream: Tensor,  # (M,) contiguous, as all vectors
         total: Tensor,  # (M,) sums of the exponentials
         targets: Tensor,  # (M,)
         slope: float,  # of the transform at zero
         factor: Tensor,  # (M,) out
-        hidden: Tensor | None,  # (M, H) in the dtype of the operands, or None: only `factor` is wanted
+        hidden: Tensor | None,  # (M, H) in the dtype of the operands, any strides; None: only `factor` is wanted
         scaled: Tensor | None,  # (M, H) out, in the dtype that is multiplied
     ) -> None:
         """factor = -slope * upstream / total, 0 in ignored rows; scaled = factor * hidden, rounded once."""

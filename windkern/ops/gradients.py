@@ -47,6 +47,8 @@ def backward(
     if not factored or (frozen and (spec.merges or spec.streams)):
         scored = targets >= 0
         upstream = Upstream(*(None if part is None else torch.where(scored, part, 0.0) for part in upstream))
+    # Hazard: the gradient of a sum is one number, expanded to all rows, and kernels read row after row.
+    upstream = Upstream(*(None if part is None else part.contiguous() for part in upstream))
     run = _Backward(walk, upstream, hidden, weight, bias, targets, saved, dweight, dbias, accumulate)
     grads = run.from_units() if frozen else run.from_exps() if factored else run.from_dz()
     for sink in dweight:

@@ -266,7 +266,7 @@ def prepare(
     transform = _transform_of(factors, accumulator(operand))
     check_choice("backend", backend, ["auto", *backends.BACKENDS])
     flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
-    labels = targets.reshape(-1).long()
+    labels = targets.reshape(-1).long().contiguous()  # kernels read row after row
     scored = labels != check_index("ignore_index", ignore_index)
     if backends.checks_values(labels.device):
         labels = torch.where(labels < 0, labels + IGNORED, labels)  # -1 stays an error

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from windkern.kernels.contract import HiddenGrad
+from windkern.kernels.torch import rows as torch_rows
 from windkern.kernels.triton.launch import ROW_POINTERS, or_unused
 from windkern.kernels.triton.launcher import launch
 
@@ -90,7 +91,10 @@ def row_factors(
     hidden: Tensor | None,
     scaled: Tensor | None,
 ) -> None:
-    """Like `kernels.torch.rows.row_factors`, in one launch."""
+    """Like `kernels.torch.rows.row_factors`, in one launch where rows are contiguous."""
+    if hidden is not None and hidden.stride(1) != 1:
+        torch_rows.row_factors(upstream, total, targets, slope, factor, hidden, scaled)
+        return
     rows, columns = targets.shape[0], 0 if scaled is None else scaled.shape[1]
     if rows == 0:
         return
@@ -115,7 +119,10 @@ def row_factors(
 
 
 def write_hidden_grad(grad: HiddenGrad, targets: Tensor, rows: Tensor | None, out: Tensor) -> None:
-    """Like `kernels.torch.rows.write_hidden_grad`, in one launch."""
+    """Like `kernels.torch.rows.write_hidden_grad`, in one launch where rows are contiguous."""
+    if grad.head is not None and grad.head.stride(1) != 1:
+        torch_rows.write_hidden_grad(grad, targets, rows, out)
+        return
     total = grad.total
     count, columns = out.shape[0] if rows is None else rows.shape[0], total.shape[1]
     if count == 0:
