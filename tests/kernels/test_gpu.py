@@ -61,6 +61,18 @@ def test_rows_wider_than_a_block(backend, gear, spread):
         assert_within(value, exact[name], plain[name], torch.bfloat16, name)
 
 
+@pytest.mark.parametrize("requires", [(True, False), (True, True)])
+def test_the_gradient_of_a_sum(backend, requires):
+    """Its upstream gradient is one number, expanded to all rows."""
+    hidden, weight, targets = large(requires)
+    targets = targets.clamp(min=0)
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+    logps = wk.token_logps(hidden, weight, targets, backend=backend).logps
+    expanded = torch.autograd.grad(logps.sum(), leaves, retain_graph=True)
+    for got, want in zip(expanded, torch.autograd.grad(logps, leaves, torch.ones_like(logps)), strict=True):
+        assert torch.equal(got, want)
+
+
 def large(requires=(True, True)):
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(512, 256, dtype=torch.bfloat16, device="cuda", generator=generator)
