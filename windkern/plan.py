@@ -283,36 +283,9 @@ def _planned_rows(problem: Problem) -> int:
     return round_up(problem.rows, max(64, 1 << max(0, problem.rows.bit_length() - 5)))
 
 
-def planned(
-    rows: int,
-    hidden_sizes: tuple[int, ...],
-    vocab_size: int,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    backend: str,
-    batch_invariant: bool,
-    **options: Any,
-) -> Plan:
+def planned(rows: int, hidden_sizes: tuple[int, ...], vocab_size: int, **options: Any) -> Plan:
     """Return the plan of an op whose arguments are checked; it is kept like the answers of `planned_spec`."""
-    asked = {"dtype": dtype, "device": device, "backend": backend, "batch_invariant": batch_invariant, **options}
-    facts = _facts(hidden_sizes, dtype, device, backend, batch_invariant)
-    _check_budget(options)
-    return _kept_plan((rows, hidden_sizes, vocab_size), tuple(asked.items()), facts)
-
-
-def _facts(
-    hidden_sizes: tuple[int, ...], dtype: torch.dtype, device: str, backend: str, batch_invariant: bool
-) -> tuple:
-    """Return all that a plan depends on besides its arguments."""
-    tiles = backends.tile_columns(backend, hidden_sizes, dtype, batch_invariant)
-    return products_of(device, dtype), backends.BACKENDS[backend], tiles, default_budget(device), fixed_tile(device)
-
-
-def _check_budget(options: dict[str, Any]) -> None:
-    """Raise for a bad budget. Hazard: 0.0 and False equal 0, so a cache would answer for them."""
-    if options.get("memory_budget") is not None:
-        check_count("memory_budget", options["memory_budget"])
+    return _kept_plan((rows, hidden_sizes, vocab_size), *_kept_by(hidden_sizes, **options))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -320,15 +293,30 @@ def _kept_plan(sizes: tuple, asked: tuple, facts: tuple) -> Plan:
     return plan(*sizes, **dict(asked))
 
 
-def planned_spec(
-    rows: int,
+def _kept_by(
     hidden_sizes: tuple[int, ...],
-    vocab_size: int,
     *,
     dtype: torch.dtype,
     device: str,
     backend: str,
     batch_invariant: bool,
+    memory_budget: int | None,
+    **options: Any,
+) -> tuple[tuple, tuple]:
+    """Return the options of a plan, and all that it depends on besides its arguments."""
+    if memory_budget is not None:  # Hazard: 0.0 and False equal 0, so a cache would answer for them.
+        memory_budget = check_count("memory_budget", memory_budget)
+    asked = {"dtype": dtype, "device": device, "backend": backend, "batch_invariant": batch_invariant}
+    tiles = backends.tile_columns(backend, hidden_sizes, dtype, batch_invariant)
+    facts = products_of(device, dtype), backends.BACKENDS[backend], tiles, default_budget(device), fixed_tile(device)
+    return tuple({**asked, "memory_budget": memory_budget, **options}.items()), facts
+
+
+def planned_spec(
+    rows: int,
+    hidden_sizes: tuple[int, ...],
+    vocab_size: int,
+    *,
     transform: tuple[float, float | None, float] = (1.0, None, 1.0),
     **options: Any,
 ) -> tuple:
@@ -336,14 +324,11 @@ def planned_spec(
 
     The answer is kept by the arguments and whatever else it depends on. Reason: a GPU's first launch waits for it.
     """
-    facts = _facts(hidden_sizes, dtype, device, backend, batch_invariant)
-    asked = {"dtype": dtype, "device": device, "backend": backend, "batch_invariant": batch_invariant, **options}
-    _check_budget(options)
-    return _spec_values((rows, hidden_sizes, vocab_size), tuple(asked.items()), transform, facts)
+    return _spec_values((rows, hidden_sizes, vocab_size), transform, *_kept_by(hidden_sizes, **options))
 
 
 @functools.lru_cache(maxsize=1024)
-def _spec_values(sizes: tuple, asked: tuple, transform: tuple, facts: tuple) -> tuple:
+def _spec_values(sizes: tuple, transform: tuple, asked: tuple, facts: tuple) -> tuple:
     problem, budget = _asked(*sizes, **dict(asked))
     return _planned_walk(problem, budget).of(LogitTransform(*transform)).values()
 

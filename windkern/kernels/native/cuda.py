@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from windkern.kernels import buffers
-from windkern.kernels.contract import Exps, HiddenGrad, Kept, RowState, RowStats, Settled, Slab, Unit, Upstream
+from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Settled, Slab, Unit, Upstream
 from windkern.kernels.native.pointers import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
 from windkern.kernels.torch import rows as torch_rows
+from windkern.kernels.torch.rows import row_factors, write_hidden_grad
 
 try:
     from windkern import _cuda
@@ -127,24 +128,6 @@ def finish_rows(
 ) -> None:
     """Like `kernels.torch.rows.finish_rows`, most of which it is."""
     torch_rows.finish_rows(state, targets, log_sum, logps, lse, settled, rescale_rows)
-
-
-def row_factors(
-    upstream: Tensor,
-    total: Tensor,
-    targets: Tensor,
-    slope: float,
-    factor: Tensor,
-    hidden: Tensor | None,
-    scaled: Tensor | None,
-) -> None:
-    """Like `kernels.torch.rows.row_factors`, which it is."""
-    torch_rows.row_factors(upstream, total, targets, slope, factor, hidden, scaled)
-
-
-def write_hidden_grad(grad: HiddenGrad, targets: Tensor, rows: Tensor | None, out: Tensor) -> None:
-    """Like `kernels.torch.rows.write_hidden_grad`, which it is."""
-    torch_rows.write_hidden_grad(grad, targets, rows, out)
 
 
 def _dbias_tiles(rows: int, width: int, device_type: str) -> int:

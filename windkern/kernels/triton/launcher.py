@@ -23,8 +23,7 @@ class _Launcher:
         self.compiled: dict[tuple, Any] = {}
         given = list(zip(kernel.params, args, strict=False))
         self.tensors = [p.num for p, value in given if isinstance(value, Tensor)]
-        placed = [p for p, value in given if isinstance(value, Tensor) and not p.do_not_specialize]
-        self.pointers = [p.num for p in placed if not p.do_not_specialize_on_alignment]
+        self.pointers = [k for k in self.tensors if not kernel.params[k].do_not_specialize_on_alignment]
         counts = [p for p, value in given if isinstance(value, int)]
         self.numbers = [p.num for p in counts if not p.do_not_specialize]
         self.free = [p.num for p in counts if p.do_not_specialize]
