@@ -43,8 +43,11 @@ CPP_SOURCES += [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx5
 # Machine code for each, and PTX of the newest for GPUs to come.
 CUDA_ARCHS = ("80", "90", "100")
 NVCC_FLAGS = "-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+# With instructions of one generation of GPUs, for which alone they are compiled.
+HOPPER_SOURCES = ["cuda/exps_tiles.cu", "cuda/score_tiles.cu"]
 # In order of how long they take to compile.
 CUDA_SOURCES = [
+    *HOPPER_SOURCES,
     *(f"cuda/{n}.cu" for n in ("backward", "forward_unit", "pairs", "forward_kept", "forward_exps", "forward")),
     "cuda/exps.cu",
     "cuda/segments.cu",
@@ -159,11 +162,14 @@ def cuda_ninja(output: Path) -> str:
     lines = [
         *common_rules(),
         f"nvcc = {in_command(nvcc)}",
-        f"rule cuda\n  command = $nvcc {NVCC_FLAGS} {gencode(nvcc)} -MD -MF $out.d -c $in -o $out",
+        f"gencode = {gencode(nvcc)}",
+        f"rule cuda\n  command = $nvcc {NVCC_FLAGS} $gencode -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
         "rule link\n  command = $nvcc -shared --cudart static -Xlinker --exclude-libs,ALL $in -o $out",
     ]
-    lines += [f"build {object_of(source)}: cuda {in_path(CSRC / source)}" for source in CUDA_SOURCES]
+    for source in CUDA_SOURCES:
+        only = "\n  gencode = -gencode arch=compute_90a,code=sm_90a" if source in HOPPER_SOURCES else ""
+        lines.append(f"build {object_of(source)}: cuda {in_path(CSRC / source)}{only}")
     lines.append(f"build {object_of(CUDA_BINDING)}: compile {in_path(CSRC / CUDA_BINDING)}")
     lines.append(f"build {in_path(output)}: link {' '.join(map(object_of, [*CUDA_SOURCES, CUDA_BINDING]))}")
     return "\n".join(lines) + "\n"

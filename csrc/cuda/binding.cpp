@@ -7,6 +7,7 @@
 namespace py = pybind11;
 using windkern::DType;
 using windkern::Slab;
+using windkern::TileOperands;
 using Address = uintptr_t;  // 0 is null
 
 namespace {
@@ -33,6 +34,10 @@ Slab make_slab(int operand, int64_t rows, int64_t width, int64_t start, Address 
           pointer<int64_t>(targets), scale, softcap, temperature, 0};
 }
 
+TileOperands make_operands(Address hidden, int64_t hidden_stride, Address head, int64_t head_stride, int64_t inner) {
+  return {pointer(hidden), hidden_stride, pointer(head), head_stride, inner};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -42,6 +47,9 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<Queue>(m, "Queue", py::module_local()).def(py::init([](int device, Address stream) {
     return Queue{device, stream};
   }));
+  py::class_<TileOperands>(m, "TileOperands", py::module_local()).def(py::init(&make_operands));
+  m.def("tiles_problem", &windkern::cuda::tiles_problem);
+  m.def("tile_columns", &windkern::cuda::tile_columns);
   m.def("device_problem", &windkern::cuda::device_problem);
   m.def("pair_tiles", &windkern::cuda::pair_tiles);
   m.def("slab_forward", [](const Queue& queue, const Slab& slab, Address max, Address sum, Address target,
@@ -70,6 +78,26 @@ PYBIND11_MODULE(_cuda, m) {
                             int64_t stride) {
     py::gil_scoped_release release;
     windkern::cuda::exps_backward(slab, {pointer(pivot), pointer(entry), pointer(values), stride}, queue.enter());
+  });
+  m.def("score_tiles", [](const Queue& queue, const TileOperands& in, const Slab& slab, Address max, Address sum,
+                          Address target, Address entropy, Address parts) {
+    py::gil_scoped_release release;
+    windkern::cuda::score_tiles(in, slab, {pointer(max), pointer(sum), pointer(target), pointer(entropy)},
+                                pointer<float>(parts), queue.enter());
+  });
+  m.def("exps_tiles_forward", [](const Queue& queue, const TileOperands& in, const Slab& slab, Address max, Address sum,
+                                 Address target, Address entropy, Address values, int64_t stride, Address pivot,
+                                 int64_t earlier, Address moved, Address parts) {
+    py::gil_scoped_release release;
+    windkern::cuda::exps_tiles_forward(in, slab, {pointer(max), pointer(sum), pointer(target), pointer(entropy)},
+                                       {pointer(values), stride, pointer(pivot), earlier, pointer(moved)},
+                                       pointer<float>(parts), queue.enter());
+  });
+  m.def("exps_tiles_backward", [](const Queue& queue, const TileOperands& in, const Slab& slab, Address pivot,
+                                  Address entry, Address values, int64_t stride) {
+    py::gil_scoped_release release;
+    windkern::cuda::exps_tiles_backward(in, slab, {pointer(pivot), pointer(entry), pointer(values), stride},
+                                        queue.enter());
   });
   m.def("column_sums", [](const Queue& queue, int dtype, int64_t rows, int64_t width, Address values, int64_t stride,
                           Address weights, Address sums, Address partial, int64_t row_tiles) {

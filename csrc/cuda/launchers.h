@@ -28,6 +28,15 @@ void column_sums(const ColumnSums& in, void* partial, int64_t row_tiles, Stream 
 // sums (rows, columns) *= factor (rows,), without access to rows whose factor is 1; `dtype` is that of sums.
 void rescale_rows(DType dtype, void* sums, int64_t stride, const void* factor, int64_t rows, int64_t columns,
                   Stream stream);
+// On Hopper GPUs, without a softcap: the product of a slab's logits and the kernel that reads them as one. No logits are
+// written; Slab::logits is null. `parts` is scratch (n, column tiles, rows): n is 2, and 3 with an entropy or in forward of
+// the exponentials, of bfloat16, whose rows are a multiple of 8 bytes apart.
+std::string tiles_problem(int device);
+int tile_columns();
+void score_tiles(const TileOperands& in, const Slab& slab, const ForwardState& state, float* parts, Stream stream);
+void exps_tiles_forward(const TileOperands& in, const Slab& slab, const ForwardState& state, const ExpsOutputs& out,
+                        float* parts, Stream stream);
+void exps_tiles_backward(const TileOperands& in, const Slab& slab, const ExpsInputs& out, Stream stream);
 void segment_sum(DType dtype, const void* values, const int64_t* bounds, int64_t segments, void* sums, Stream stream);
 // Doubles of scratch that pair_terms needs for each group of n.
 int64_t pair_tiles(int64_t n);

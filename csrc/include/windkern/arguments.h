@@ -21,6 +21,15 @@ struct Slab {
   int threads;                         // of a CPU
 };
 
+// Operands of a kernel that multiplies: of 16-bit numbers, rows a multiple of 16 bytes apart.
+struct TileOperands {
+  const void* hidden;  // (Slab::rows, inner)
+  int64_t hidden_stride;
+  const void* head;  // (Slab::width, inner)
+  int64_t head_stride;
+  int64_t inner;
+};
+
 struct ForwardState {
   void *max, *sum, *target, *entropy;  // (rows,); entropy may be null
 };

@@ -2,3 +2,4 @@
 #pragma once
 
 #include "../cuda_emulator.h"
+#define WK_HOPPER "../hopper_emulator.h"
