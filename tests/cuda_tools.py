@@ -120,8 +120,11 @@ def load_emulated(folder: Path) -> ModuleType:
     return module
 
 
-def install(monkeypatch, module: ModuleType) -> None:
-    """Make the CUDA back end run on CPU tensors through `module`, with stream 0 of no device."""
+def install(monkeypatch, module: ModuleType, *, tiles: bool = False) -> None:
+    """Make the CUDA back end run on CPU tensors through `module`, with stream 0 of no device.
+
+    With `tiles` it multiplies 16-bit operands itself, as on a Hopper GPU.
+    """
 
     @contextmanager
     def queue_of(tensor: torch.Tensor) -> Iterator[object]:
@@ -131,4 +134,5 @@ def install(monkeypatch, module: ModuleType) -> None:
     monkeypatch.setattr(cuda_rows, "_cuda", module)
     monkeypatch.setattr(cuda_rows, "_queue_of", queue_of)
     monkeypatch.setattr(cuda_rows, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr(cuda_rows, "_why_no_tiles", lambda: None if tiles else "the test wants slabs")
     assert wk.backends.why_not("cuda", "cpu") is None

@@ -32,6 +32,8 @@ class Backend:
     reason: Callable[[torch.device, torch.dtype], str | None]  # None where it can run
     # Columns of the forward's fused tiles, by hidden size, operand dtype and batch invariance; None: no tiles.
     tile_columns: Callable[[int, torch.dtype, bool], int | None] = lambda hidden_size, dtype, batch_invariant: None
+    # Whether the current GPU runs kernels that multiply themselves, by hidden size and operand dtype.
+    fuses: Callable[[int, torch.dtype], bool] = lambda hidden_size, dtype: False
     wide_dz: bool = True  # whether dz can be written wider than what was kept
     # Upper bound of a row kernel's temporary bytes, by rows, width, bytes per element and device type.
     scratch_bytes: Callable[[int, int, int, str], int] = torch_rows.scratch_bytes
@@ -62,6 +64,10 @@ def _cuda_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return BACKENDS["cuda"].kernels().why_not(device, dtype)
 
 
+def _cuda_fuses(hidden_size: int, dtype: torch.dtype) -> bool:
+    return BACKENDS["cuda"].kernels().why_not_tiles(hidden_size, dtype) is None
+
+
 def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it runs on NVIDIA and AMD GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
@@ -78,7 +84,9 @@ BACKENDS = {
     "triton": Backend(
         "triton", ".kernels.triton.rows", _triton_reason, tuned.tile_columns, scratch_bytes=_partial_sums
     ),
-    "cuda": Backend("cuda", ".kernels.native.cuda", _cuda_reason, wide_dz=False, scratch_bytes=_partial_sums),
+    "cuda": Backend(
+        "cuda", ".kernels.native.cuda", _cuda_reason, fuses=_cuda_fuses, wide_dz=False, scratch_bytes=_partial_sums
+    ),
     "torch": Backend("torch", ".kernels.torch.rows", _always),
 }
 
@@ -126,7 +134,7 @@ def _preferred(device_type: str, index: int | None, dtype: torch.dtype) -> str:
     device = _name(device_type, index)
     key = (device, dtype)  # by device: a machine can have different GPUs
     if key not in _preference:
-        names = BACKENDS if device_type != "cuda" else tuned.preferred(tuned.architecture(index))
+        names = BACKENDS if device_type != "cuda" else tuned.preferred(tuned.architecture(index), dtype)
         # Reason: stop at the first one, because checking the others would import modules that are never used.
         _preference[key] = next(name for name in names if why_not(name, device, dtype) is None)
     return _preference[key]
@@ -145,7 +153,7 @@ def planned(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     if requested != "auto":
         return requested
     if device.type == "cuda" and not torch.cuda.is_available():
-        return tuned.preferred()[0]
+        return tuned.preferred(dtype=dtype)[0]
     return _preferred(device.type, device.index, dtype)
 
 
@@ -162,6 +170,11 @@ _NO_CONTEXT = nullcontext()  # Reason: a call enters one three times while its G
 def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, batch_invariant: bool) -> int | None:
     """Tile width if back end `name` runs the forward in fused tiles for these sizes, else None."""
     return None if len(hidden_sizes) > 1 else BACKENDS[name].tile_columns(hidden_sizes[0], dtype, batch_invariant)
+
+
+def fuses(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Return whether back end `name` has kernels on the current GPU that multiply and take exponentials at once."""
+    return len(hidden_sizes) == 1 and BACKENDS[name].fuses(hidden_sizes[0], dtype)
 
 
 # torch.compile runs these while it traces instead of tracing them, because they import modules. The attribute is the

@@ -25,6 +25,8 @@ SLAB_BYTES_CPU = 16 * MIB
 SLAB_BYTES_OWN, COLUMNS_OWN = 4 * MIB, 1024
 # The same on a GPU, for few rows: wider slabs take fewer launches, which is all that counts there.
 SLAB_BYTES_GPU = 128 * MIB
+# Of a tile whose logits stay in registers.
+TILE_COLUMNS = 256
 # Slabs per product on a GPU, for a frozen head or where forward kept nothing.
 SLABS_AT_ONCE = (1, 2, 4, 8)
 
@@ -135,6 +137,12 @@ class Problem:
         total += self.products.widens * M * sum(self.hidden_sizes) * acc
         packed = self.products.scratch_bytes(width, inner)
         in_place = not self.products.allocates and spec.factored
+        if spec.fused:
+            total += self._part_bytes(spec)
+            if spec.gear != "frozen_head":
+                return total
+            total += M * self.hidden_grads * acc + R * width * spec.slabs_at_once * self.multiplied
+            return total + self._product_bytes(R, 0, inner)
         if spec.tile_columns:
             return total + packed + R * spec.offset_tiles * acc * (2 + spec.entropy)
         if spec.gear != "frozen_head":
@@ -175,7 +183,8 @@ class Problem:
         if recomputed:
             wide = min(width * spec.slabs_at_once, row_stride(recomputed))
             in_place = self.multiplied == acc and not self.products.allocates
-            total += M * (wide * acc if in_place else width * acc + wide * self.multiplied)
+            logits = 0 if spec.fused else width * acc
+            total += M * (wide * acc if in_place else logits + wide * self.multiplied)
             total += self.products.widens * M * sum(self.hidden_sizes) * acc
             total += self._head_bytes(wide) * (spec.slabs_at_once > 1)
             columns, scratch = max(columns, wide), self.products.scratch_bytes(width, inner)
@@ -211,13 +220,31 @@ class Problem:
         """Bytes of row vectors, a slab's bias and gradient, compacted rows, scratch, and a cast slab of the head."""
         acc, H = self.acc, sum(self.hidden_sizes)
         total = self.rows * self._vector_bytes + 2 * width * acc + self.compact * self.rows * H * self.item
-        total += backends.BACKENDS[self.walk.backend].scratch_bytes(rows, width, acc, self.products.device_type)
+        if not self.walk.fused or self.walk.bias_grad:
+            total += backends.BACKENDS[self.walk.backend].scratch_bytes(rows, width, acc, self.products.device_type)
         return total + self._head_bytes(width)
+
+    @property
+    def casts(self) -> bool:
+        """Whether rows of the head are cast, slab by slab."""
+        return any(dtype != self.walk.operand for dtype in self.weight_dtypes)
+
+    def _columns_at_once(self, spec: WalkSpec) -> int:
+        """Columns of forward's widest product where no logits are written, see `Walk.spans`."""
+        if self.casts or spec.gear == "frozen_head":
+            return min(spec.slab_width, self.vocab_size)
+        kept = spec.kept_columns(self.vocab_size)
+        return max(kept, self.vocab_size - kept)
+
+    def _part_bytes(self, spec: WalkSpec) -> int:
+        """Bytes of the statistics that each tile writes for its rows, and of a bias in float32."""
+        columns = self._columns_at_once(spec)
+        count = 2 + (spec.entropy or spec.gear != "scoring")
+        return self.block * -(-columns // TILE_COLUMNS) * count * 4 + columns * 4
 
     def _head_bytes(self, columns: int) -> int:
         """Bytes of rows of the head in other dtypes: the operand's where the caller's differs, and a widened one."""
-        cast = self.item * any(dtype != self.walk.operand for dtype in self.weight_dtypes)
-        return columns * sum(self.hidden_sizes) * (cast + self.acc * self.products.widens)
+        return columns * sum(self.hidden_sizes) * (self.item * self.casts + self.acc * self.products.widens)
 
     def _product_bytes(self, rows: int, width: int, inner: int) -> int:
         """Bytes of the temporaries of dhidden += dz @ weight: a widened dz, and a result of `inner` columns."""
@@ -251,24 +278,30 @@ class Problem:
     def seconds(self, spec: WalkSpec) -> float:
         """Predicted seconds of forward and backward on the reference device of the device type."""
         device = self.device
-        M, V, W, acc = self.rows, self.vocab_size, spec.slab_width, self.acc
-        rate = device.bytes * (_filled(W) if device is GPU else 1.0)  # of row kernels
+        M, V, W = self.rows, self.vocab_size, spec.slab_width
+        rate = device.bytes * (_filled(W) if device is GPU and not spec.fused else 1.0)  # of row kernels
+        read = 0 if spec.fused else self.acc  # bytes of each logit that a row kernel reads
         slabs, kept = -(-V // W), spec.kept_columns(V)
         own = [0.0, 0.0]  # the device's time in forward and in backward
         launches = [2 * slabs, 0]
-        own[0] = slabs * self._product_seconds(device, M, W, sum(self.hidden_sizes))
+        if spec.fused and not self.casts and spec.gear != "frozen_head":
+            kept_first = (kept, V - kept)
+            own[0] = sum(self._product_seconds(device, M, columns, sum(self.hidden_sizes)) for columns in kept_first)
+            launches[0] = 6
+        else:
+            own[0] = slabs * self._product_seconds(device, M, W, sum(self.hidden_sizes))
         traffic, again = M * 8 * self.hidden_grads, V - kept
         if spec.gear == "scoring":
-            own[0] += M * V * acc / rate
+            own[0] += M * V * read / rate
         elif spec.gear == "frozen_head":
             products = -(-slabs // spec.slabs_at_once) if spec.factored else slabs * (1 + spec.entropy)
             wide = W * spec.slabs_at_once if spec.factored else W
             own[0] += products * self._product_seconds(device, M, self.hidden_grads, wide)
-            own[0] += M * V * (acc + self.item) / rate
+            own[0] += M * V * (read + self.item) / rate
             own[0] += products * traffic * (device.exposed if spec.factored else 1 + device.exposed) / device.bytes
             launches[0] += products + slabs
         else:
-            own[0] += M * V * acc / rate + M * kept * self.item / rate
+            own[0] += M * V * read / rate + M * kept * self.item / rate
             at_once = W * spec.slabs_at_once if spec.factored else W
             parts = ([kept] if kept and spec.factored else [W] * spec.slabs_kept) + [at_once] * -(-again // at_once)
             for columns in parts:
@@ -276,7 +309,7 @@ class Problem:
                 own[1] += self._product_seconds(device, columns, self.weight_grads, M)
                 own[1] += traffic * device.exposed / device.bytes
             own[1] += -(-again // W) * self._product_seconds(device, M, W, sum(self.hidden_sizes))
-            own[1] += M * again * (acc + self.item) / device.bytes
+            own[1] += M * again * (read + self.item) / device.bytes
             if not spec.factored:
                 own[1] += 2 * M * kept * self.item / device.bytes
             launches[1] = 2 * len(parts) + 2 * -(-again // W) + (0 if spec.factored else spec.slabs_kept)
@@ -325,7 +358,9 @@ class Problem:
             return [min(fixed_tile(self.products.device_type)[1], round_up(self.vocab_size, COLUMN_STEP))]
         if self.walk.tile_columns and self.walk.gear == "scoring":
             return [_even_width(self.vocab_size, widest)]
-        if self.products.device_type != "cpu":
+        if self.walk.fused and self.walk.gear in ("scoring", "frozen_head") and not self.casts:
+            return _gpu_widths(self.vocab_size, round_up(self.vocab_size, TILE_COLUMNS))
+        if self.products.device_type != "cpu" or self.walk.fused:
             if self.walk.gear == "scoring" or self.walk.factored:
                 fit = SLAB_BYTES_GPU // max(1, self.rows * self.acc) // 256 * 256
                 half = round_up(-(-self.vocab_size // 2), 256)  # the logits are never held whole

@@ -213,8 +213,12 @@ def _asked(
         # Reason: the frozen head's gear needs slabs; where all gears must give the same bits, all of them run tiles.
         gear, tiles = ("trained", tiles) if batch_invariant else (gear, 0)
     entropy = check_flag("entropy", entropy)
-    plain = not (entropy or tiles or check_flag("capped", capped) or dtype == torch.float16)
+    capped = check_flag("capped", capped)
+    plain = not (entropy or tiles or capped or dtype == torch.float16)
+    factored = plain and gear != "scoring"
     pads = batch_invariant and not tiles
+    # Reason: such kernels write the operands of the products as they are.
+    fuses = backends.fuses(backend, sizes, dtype) and not products_of(device_type, dtype).widens
     walk = WalkSpec(
         gear=gear,
         operand=dtype,
@@ -231,7 +235,8 @@ def _asked(
         product_columns=1,
         row_block=fixed_tile(device_type)[0] if pads else 0,
         tile_columns=tiles,
-        factored=plain and gear != "scoring",
+        fused=(factored or gear == "scoring") and not (capped or tiles or batch_invariant) and fuses,
+        factored=factored,
         wide_dz=backends.BACKENDS[backend].wide_dz,
         backend=backend,
     )
@@ -308,7 +313,8 @@ def _kept_by(
         memory_budget = check_count("memory_budget", memory_budget)
     asked = {"dtype": dtype, "device": device, "backend": backend, "batch_invariant": batch_invariant}
     tiles = backends.tile_columns(backend, hidden_sizes, dtype, batch_invariant)
-    facts = products_of(device, dtype), backends.BACKENDS[backend], tiles, default_budget(device), fixed_tile(device)
+    ways = backends.BACKENDS[backend], tiles, backends.fuses(backend, hidden_sizes, dtype)
+    facts = products_of(device, dtype), ways, default_budget(device), fixed_tile(device)
     return tuple({**asked, "memory_budget": memory_budget, **options}.items()), facts
 
 

@@ -42,6 +42,7 @@ class WalkSpec:
     product_columns: int  # per product of backward, of columns that are kept
     row_block: int  # rows of one forward product; 0: all
     tile_columns: int  # of a forward in fused tiles; 0: it walks slabs
+    fused: bool  # kernels multiply and take the exponentials at once: no slab of logits is written
     factored: bool  # backward multiplies exponentials; dz is written only for an upstream on lse
     wide_dz: bool  # dz is written in the dtype of the product library; else in that of the operands
     backend: str  # of the row kernels

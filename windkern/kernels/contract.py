@@ -206,6 +206,31 @@ class RowKernels(Protocol):
         """Average the preference of each response over its group, itself included with 1/2: (B, N)."""
 
 
+class TileKernels(Protocol):
+    """What a back end provides besides where it multiplies itself: a slab has no logits, and no softcap.
+
+    hidden (M, H) and weight (W, H) have the dtype of the operands.
+    """
+
+    def tile_forward(self, hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, kept: Kept | None) -> None:
+        """Do what a product and `slab_forward` do; `kept` has an offset for each tile."""
+
+    def tile_exps_forward(self, hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, exps: Exps) -> None:
+        """Do what a product and `exps_forward` do, for a bfloat16 `exps.values`.
+
+        A pivot of -inf moves to a logit of the row before the products: its target's, or column 0's where the slab
+        does not have the target.
+        """
+
+    def tile_exps_backward(
+        self, hidden: Tensor, weight: Tensor, slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor
+    ) -> None:
+        """Do what a product and `exps_backward` do, for bfloat16 `values`."""
+
+    def reads_in_place(self, matrix: Tensor) -> bool:
+        """Return whether the kernels read `matrix` where it lies; they copy others."""
+
+
 CONTRACT = tuple(name for name in vars(RowKernels) if not name.startswith("_"))
 
 

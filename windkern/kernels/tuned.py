@@ -64,9 +64,11 @@ def backward_config(width: int, arch: str | None = None) -> tuple[int, int]:
     return block, warps
 
 
-def preferred(arch: str | None = None) -> tuple[str, ...]:
-    """Return the back ends of a GPU, the fastest in the measurements first."""
-    return tuple(table(arch or architecture())["prefer"])
+def preferred(arch: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Return the back ends of a GPU for operands of a dtype, the fastest in the measurements first."""
+    entries = table(arch or architecture())
+    is_narrow = dtype in (torch.bfloat16, torch.float16)
+    return tuple(entries["prefer_16_bits" if is_narrow and "prefer_16_bits" in entries else "prefer"])
 
 
 def tile_config(arch: str | None = None) -> Tile:

@@ -15,6 +15,7 @@ from windkern.kernels.contract import (
     DZ_BINADES,
     HiddenGrad,
     Kept,
+    TileKernels,
     Upstream,
     other_slope,
     target_slope,
@@ -223,7 +224,7 @@ class _Backward:
         operands, wide = self._operands(), spec.slab_width * spec.slabs_at_once
         in_place = products.multiplied == acc and not products.allocates
         slab_buffer = unit = None
-        if not products.allocates:
+        if not products.allocates and not spec.fused:
             columns = min(wide if in_place else spec.slab_width, row_stride(vocab - kept))
             slab_buffer = buffers.empty("slab", (rows, columns), acc, self.device)
         if not in_place:
@@ -236,9 +237,14 @@ class _Backward:
                 if slab_buffer is not None:
                     z = slab_buffer[:, place] if in_place else slab_buffer[:, : stop - start]
                 heads = walk.heads(self.weight, start, stop)
-                slab = walk.slab(walk.logits(operands, heads, z), self.bias, self.targets, start, stop - start)
-                walk.kernels.exps_backward(slab, pivot, entry, slab.logits if in_place else unit[:, place])
-                del slab, z
+                logits = None if spec.fused else walk.logits(operands, heads, z)
+                slab = walk.slab(logits, self.bias, self.targets, start, stop - start)
+                if spec.fused:
+                    tiles = cast(TileKernels, walk.kernels)
+                    tiles.tile_exps_backward(operands[0], heads[0], slab, pivot, entry, unit[:, place])
+                else:
+                    walk.kernels.exps_backward(slab, pivot, entry, slab.logits if in_place else unit[:, place])
+                del logits, slab, z
             values = (slab_buffer if in_place else unit)[:, : end - begin]
             if self.dbias is not None:
                 self._bias_from(values, begin, g)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from windkern import backends
 from windkern.kernels import buffers
-from windkern.kernels.contract import Exps, Kept, RowKernels, RowState, RowStats, Settled, Slab, Unit, kept_gain
+from windkern.kernels.contract import (
+    Exps,
+    Kept,
+    RowKernels,
+    RowState,
+    RowStats,
+    Settled,
+    Slab,
+    TileKernels,
+    Unit,
+    kept_gain,
+)
 from windkern.kernels.gemm import Products, accumulator, products_of
 from windkern.sharding.agreement import agreed
 from windkern.sharding.merge import merged
@@ -45,6 +56,21 @@ class Walk:
     def heads(self, weight: Blocks, start: int, stop: int) -> list[Tensor]:
         """Return rows (W, H_k) of the head in the dtype that is multiplied."""
         return [self.products.prepared(head[start:stop]) for head in weight]
+
+    def spans(self, weight: Blocks) -> list[tuple[int, int]]:
+        """Return the columns that kernels of forward take at once, in order: slabs, unless no logits are written.
+
+        Reason: a product of all columns fills the GPU better than one of each slab. A head that is cast or copied is
+        read slab by slab.
+        """
+        spec, head = self.spec, weight[0]
+        vocab = head.shape[0]
+        if not spec.fused or not isinstance(head, Tensor) or head.dtype != spec.operand:
+            return spec.slabs(vocab)
+        if not cast(TileKernels, self.kernels).reads_in_place(head):
+            return spec.slabs(vocab)
+        kept = spec.kept_columns(vocab)
+        return [(start, stop) for start, stop in ((0, kept), (kept, vocab)) if start < stop]
 
     def logits(self, hidden: list[Tensor], heads: list[Tensor], out: Tensor | None) -> Tensor:
         """Return the logits (R, W) of one slab: the sum of the products of all blocks, in one float32 buffer."""
@@ -208,7 +234,7 @@ class _Writer:
         self.slab = self.unit = None
         if spec.gear == "frozen_head" and spec.factored:
             wide = spec.slab_width * spec.slabs_at_once
-            if not products.allocates:
+            if not products.allocates and not spec.fused:
                 columns = wide if self.in_place else spec.slab_width
                 self.slab = buffers.empty("slab", (rows, columns), products.acc, device)
             if not self.in_place:
@@ -230,14 +256,19 @@ class _Writer:
         kept, pivot = self.kept, self.pivot
         if targets.shape[0] < kept.shape[0]:
             kept, pivot = kept[rows], None if pivot is None else pivot[rows]
-        for index, (start, stop) in enumerate(spec.slabs(weight[0].shape[0])):
-            place = kept.narrow(1, start, stop - start) if index < spec.slabs_kept else None
+        columns = spec.kept_columns(weight[0].shape[0])
+        for index, (start, stop) in enumerate(walk.spans(weight)):
+            place = kept.narrow(1, start, stop - start) if start < columns else None
             in_place = place is not None and self.in_place
-            if spec.tile_columns:
-                slab = walk.slab(None, bias, targets, start, stop - start)
-                tile = None if place is None else Kept(place, self.offsets[index][rows])
-                operand = walk.products.prepared(weight[0][start:stop])  # tiles are planned only for kernels with them
-                walk.kernels.tile_forward(hidden[0], operand, slab, state, tile)  # type: ignore[attr-defined]
+            if spec.tile_columns or spec.fused:
+                # Tiles are planned only for kernels with them.
+                tiles, slab = cast(TileKernels, walk.kernels), walk.slab(None, bias, targets, start, stop - start)
+                operands = hidden[0], walk.products.prepared(weight[0][start:stop])
+                if place is not None and spec.fused:
+                    tiles.tile_exps_forward(*operands, slab, state, Exps(place, pivot, earlier=start, moved=None))
+                else:
+                    kept_tile = None if place is None else Kept(place, self.offsets[index][rows])
+                    tiles.tile_forward(*operands, slab, state, kept_tile)
                 continue
             z = place if in_place else self._buffer(targets.shape[0], stop - start)
             z = walk.logits(hidden, walk.heads(weight, start, stop), z)
@@ -279,6 +310,7 @@ class _Writer:
         count, moved = targets.shape[0], buffers.empty("rows", targets.shape, walk.products.acc, self.device)
         pivot = self.pivot if count == self.kept.shape[0] else self.pivot[rows]
         slabs = spec.slabs(weight[0].shape[0])
+        tiles = cast(TileKernels, walk.kernels)
         for group in (slabs[i : i + spec.slabs_at_once] for i in range(0, len(slabs), spec.slabs_at_once)):
             begin, end = group[0][0], group[-1][1]
             for start, stop in group:
@@ -288,13 +320,17 @@ class _Writer:
                 elif self.slab is not None:
                     z = self.slab[:count, : stop - start]
                 heads = walk.heads(weight, start, stop)
-                slab = walk.slab(walk.logits(hidden, heads, z), bias, targets, start, stop - start)
+                logits = None if spec.fused else walk.logits(hidden, heads, z)
+                slab = walk.slab(logits, bias, targets, start, stop - start)
                 values = slab.logits if self.in_place else self.unit[:count, place]
                 exps = Exps(values, pivot, start - begin, moved)
-                walk.kernels.exps_forward(slab, state, exps)
+                if spec.fused:
+                    tiles.tile_exps_forward(hidden[0], heads[0], slab, state, exps)
+                else:
+                    walk.kernels.exps_forward(slab, state, exps)
                 for unit in units if begin else ():
                     walk.kernels.rescale_rows(unit, moved)
-                del slab, z, exps, values
+                del logits, slab, z, exps, values
                 if len(group) > 1:
                     del heads
             if len(group) > 1:

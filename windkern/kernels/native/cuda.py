@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,10 +33,17 @@ __all__ = [
     "slab_backward",
     "slab_forward",
     "slab_forward_unit",
+    "tile_exps_backward",
+    "tile_exps_forward",
+    "tile_forward",
     "win_rates",
     "write_hidden_grad",
 ]
 
+# Vocabulary entries of a tile whose logits stay in registers, as csrc/cuda/tiles.h has it.
+TILE_COLUMNS = 256
+# Numbers of 16 bits in the 16 bytes whose multiples the copy engine addresses.
+_ALIGNED = 8
 # Rows that one block sums for dbias, and the most partial sums of a column: 256 cost 3 % of a slab's traffic.
 _DBIAS_ROWS = 32
 _DBIAS_TILES = 256
@@ -55,6 +63,32 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it runs on NVIDIA GPUs, but this torch is built for AMD GPUs"
     index = torch.cuda.current_device() if device.index is None else device.index
     return _cuda.device_problem(index) or None
+
+
+def why_not_tiles(hidden_size: int, dtype: torch.dtype) -> str | None:
+    """Return why the current GPU does not run the kernels that multiply themselves, or None if it does."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"they multiply bfloat16 and float16, not {dtype}"
+    if hidden_size % _ALIGNED != 0:
+        return f"they need a hidden size that is a multiple of {_ALIGNED}, got {hidden_size}"
+    return _why_no_tiles()
+
+
+def _why_no_tiles() -> str | None:
+    if _cuda is None or not torch.cuda.is_available():
+        return "there is no GPU, or windkern was built without CUDA"
+    return _tiles_problem(torch.cuda.current_device())
+
+
+@functools.cache
+def _tiles_problem(index: int) -> str | None:
+    return _cuda.tiles_problem(index) or None
+
+
+def reads_in_place(matrix: Tensor) -> bool:
+    """Return whether the copy engine reads rows of `matrix` where they lie: 16 bytes aligned, and each contiguous."""
+    dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return dense and matrix.stride(0) % _ALIGNED == 0 and matrix.data_ptr() % 16 == 0
 
 
 @contextmanager
@@ -93,6 +127,78 @@ def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
     arguments = *matrix(unit.values), *matrix(unit.logged), *rows
     with _queue_of(slab.logits) as queue:
         _cuda.slab_forward_unit(queue, _slab(slab, unit.values), *map(address, state), *arguments)
+
+
+def _operands(hidden: Tensor, weight: Tensor) -> Any:
+    """Return the operands of a kernel that multiplies, copied where the copy engine cannot address them."""
+    hidden, weight = (
+        each if reads_in_place(each) else buffers.track("cast", each.clone(memory_format=torch.contiguous_format))
+        for each in (hidden, weight)
+    )
+    return (hidden, weight), _cuda.TileOperands(*matrix(hidden), *matrix(weight), hidden.shape[1])
+
+
+def _tile_slab(slab: Slab, hidden: Tensor, weight: Tensor) -> Any:
+    """Return the arguments of a slab without logits."""
+    transform = slab.transform
+    return _cuda.Slab(
+        DTYPES[hidden.dtype],
+        hidden.shape[0],
+        weight.shape[0],
+        slab.start,
+        0,
+        0,
+        address(slab.bias),
+        address(slab.targets),
+        transform.scale,
+        transform.softcap or 0.0,
+        transform.temperature,
+    )
+
+
+def _parts(count: int, hidden: Tensor, weight: Tensor) -> Tensor:
+    tiles = -(-weight.shape[0] // TILE_COLUMNS)
+    return buffers.empty("tiles", (count, tiles, hidden.shape[0]), torch.float32, hidden.device)
+
+
+def tile_forward(hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, kept: Kept | None) -> None:
+    """Do what a product and `slab_forward` do, without the slab: hidden (M, H), weight (W, H), `kept` None."""
+    if 0 in (hidden.shape[0], weight.shape[0]):
+        return
+    read, operands = _operands(hidden, weight)
+    parts = _parts(2 + (state.entropy_sum is not None), hidden, weight)
+    with _queue_of(hidden) as queue:
+        _cuda.score_tiles(queue, operands, _tile_slab(slab, hidden, weight), *map(address, state), address(parts))
+    del read
+
+
+def tile_exps_forward(hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, exps: Exps) -> None:
+    """Do what a product and `exps_forward` do, without the slab. A pivot begins at a logit of the row, its target's if
+    the slab has it."""
+    if 0 in (hidden.shape[0], weight.shape[0]):
+        if exps.moved is not None:
+            exps.moved.fill_(1.0)
+        return
+    read, operands = _operands(hidden, weight)
+    parts = _parts(3, hidden, weight)
+    arguments = *matrix(exps.values), address(exps.pivot), exps.earlier, address(exps.moved), address(parts)
+    with _queue_of(hidden) as queue:
+        slab_arguments = _tile_slab(slab, hidden, weight)
+        _cuda.exps_tiles_forward(queue, operands, slab_arguments, *map(address, state), *arguments)
+    del read
+
+
+def tile_exps_backward(
+    hidden: Tensor, weight: Tensor, slab: Slab, pivot: Tensor, entry: Tensor, values: Tensor
+) -> None:
+    """Do what a product and `exps_backward` do, without the slab."""
+    if 0 in (hidden.shape[0], weight.shape[0]):
+        return
+    read, operands = _operands(hidden, weight)
+    with _queue_of(hidden) as queue:
+        arguments = address(pivot), address(entry), *matrix(values)
+        _cuda.exps_tiles_backward(queue, operands, _tile_slab(slab, hidden, weight), *arguments)
+    del read
 
 
 def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
