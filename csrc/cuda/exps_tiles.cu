@@ -20,35 +20,29 @@ __device__ __forceinline__ void set_at(float (&acc)[128], int h, int column, flo
   }
 }
 
-// Writes a tile's rows through shared memory, from where they are copied while the next tile is multiplied. The last tile of
-// a vocabulary may end inside 16 bytes, which copies cannot.
-__device__ __forceinline__ void store_tile(const float (&acc)[128], int row, int rows, const HeldColumns& columns,
-                                           BFloat16* values, int64_t stride, BFloat16* outbox) {
-  const int width = columns.width - columns.first < kTileColumns ? columns.width - columns.first : kTileColumns;
-  if (width % 8 != 0) {
+// Writes one row of a tile. Two lanes exchange halves of two chunks of eight columns, so that each writes 8 bytes and four
+// of them 32 that are adjacent.
+__device__ __forceinline__ void store_row(const float (&acc)[128], int h, const HeldColumns& columns, BFloat16* row,
+                                          bool inside) {
+  if (columns.cut()) {
+    if (!inside) return;
 #pragma unroll
-    for (int k = 0; k < 128; ++k) {
-      const int r = row + 8 * (k / 2 % 2), column = columns.at(k / 4, k % 2);
-      if (r < rows && column < columns.width) values[r * stride + column] = narrowed<BFloat16>(acc[k]);
+    for (int k = 0; k < 64; ++k) {
+      const int column = columns.at(k / 2, k % 2);
+      if (column < columns.width) row[column] = narrowed<BFloat16>(acc[4 * (k / 2) + 2 * h + k % 2]);
     }
     return;
   }
-  const int thread = int(threadIdx.x) % kCopiers, number = int(threadIdx.x) / kCopiers;
-  const int held = thread / 32 * 16 + thread % 32 / 4;  // of the 64 rows
-  hopper::wait_copies();
-  hopper::meet_warpgroup(number);
+  const bool odd = threadIdx.x % 2 == 1;
 #pragma unroll
-  for (int k = 0; k < 128; k += 2) {
-    const int place = (held + 8 * (k / 2 % 2)) * kOutRow + 8 * (k / 4) + 2 * (thread % 4);
-    *reinterpret_cast<uint32_t*>(outbox + place) = pair_word(acc[k], acc[k + 1], BFloat16{});
+  for (int j = 0; j < 32; j += 2) {
+    const uint32_t here = pair_word(acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1], BFloat16{});
+    const uint32_t next = pair_word(acc[4 * j + 4 + 2 * h], acc[4 * j + 5 + 2 * h], BFloat16{});
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? here : next, 1);
+    const Aligned<uint32_t, 2> words = odd ? Aligned<uint32_t, 2>{{other, next}} : Aligned<uint32_t, 2>{{here, other}};
+    const int column = columns.at(odd ? j + 1 : j, 0) - (odd ? 2 : 0);
+    if (inside) *reinterpret_cast<Aligned<uint32_t, 2>*>(row + column) = words;
   }
-  hopper::publish_to_copies();
-  hopper::meet_warpgroup(number);
-  const int r = row - held + thread;
-  if (thread < 64 && r < rows) {
-    hopper::copy_out(values + r * stride + columns.first, outbox + thread * kOutRow, 2 * width);
-  }
-  hopper::commit_copies();
 }
 
 // The larger of a tile and a row pivot, as the pivot rule wants it.
@@ -57,7 +51,6 @@ __device__ __forceinline__ float offset_of(float pivot, float most) {
 }
 
 struct ExpsTile {
-  static constexpr bool kWrites = true;
   Slab slab;
   Transform<float> t;
   TileParts parts;
@@ -80,7 +73,7 @@ struct ExpsTile {
     return looked;
   }
 
-  __device__ __forceinline__ void end(float (&acc)[128], int row, int column_tile, const Looked& looked, BFloat16* outbox) const {
+  __device__ __forceinline__ void end(float (&acc)[128], int row, int column_tile, const Looked& looked) const {
     const HeldColumns columns{column_tile * kTileColumns, int(slab.width)};
     transform_tile(acc, columns, slab, t);
     float most[2];
@@ -114,8 +107,8 @@ struct ExpsTile {
 #pragma unroll
         for (int k = 0; k < 64; ++k) acc[4 * (k / 2) + 2 * h + k % 2] = 0.0f;
       }
+      store_row(acc, h, columns, values + r * stride, r < slab.rows);
     }
-    store_tile(acc, row, int(slab.rows), columns, values, stride, outbox);
   }
 };
 
@@ -176,7 +169,6 @@ __global__ void __launch_bounds__(kJoinRows* kJoinRuns)
 }
 
 struct AgainTile {
-  static constexpr bool kWrites = true;
   Slab slab;
   Transform<float> t;
   const float *pivots, *entries;  // (rows,)
@@ -199,12 +191,12 @@ struct AgainTile {
     return looked;
   }
 
-  __device__ __forceinline__ void end(float (&acc)[128], int row, int column_tile, const Looked& looked, BFloat16* outbox) const {
+  __device__ __forceinline__ void end(float (&acc)[128], int row, int column_tile, const Looked& looked) const {
     const HeldColumns columns{column_tile * kTileColumns, int(slab.width)};
     transform_tile(acc, columns, slab, t);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int column = held_target(looked.targets[h], slab, columns);
+      const int r = row + 8 * h, column = held_target(looked.targets[h], slab, columns);
       const ExpsFrom exps(looked.pivots[h]);
 #pragma unroll
       for (int k = 0; k < 64; ++k) {
@@ -212,14 +204,14 @@ struct AgainTile {
         y = looked.targets[h] < 0 ? 0.0f : exps(y);
       }
       if (column >= 0) set_at(acc, h, column, looked.entries[h]);
+      store_row(acc, h, columns, values + r * stride, r < slab.rows);
     }
-    store_tile(acc, row, int(slab.rows), columns, values, stride, outbox);
   }
 };
 
 void check_values(const char* name, const Slab& slab, const void* values, int64_t stride) {
-  if (slab.operand != DType::bfloat16 || !aligned_rows<BFloat16>(values, stride)) {
-    throw std::invalid_argument(std::string(name) + ": values must be bfloat16, with rows a multiple of 16 bytes apart");
+  if (slab.operand != DType::bfloat16 || reinterpret_cast<uintptr_t>(values) % 8 != 0 || stride % 4 != 0) {
+    throw std::invalid_argument(std::string(name) + ": values must be bfloat16, with rows a multiple of 8 bytes apart");
   }
 }
 

@@ -98,23 +98,6 @@ __device__ __forceinline__ void copy_box_to(uint16_t blocks, void* to, const Til
                        : "memory");
 }
 
-// Waits for the 128 threads of a warpgroup, by a number from 1 on.
-__device__ __forceinline__ void meet_warpgroup(int number) {
-  asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
-}
-
-// Copies from shared to global memory, each of a multiple of 16 bytes. What other threads wrote to shared memory is copied
-// if they called publish_to_copies and met this thread since.
-__device__ __forceinline__ void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void copy_out(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-               "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until this thread's copies have read their shared memory.
-__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
 // The describing word of an operand with rows of 128 bytes in shared memory, as copy_box leaves it: groups of eight rows
 // are 1024 bytes apart, 16-byte pieces are swizzled within them.
 __device__ __forceinline__ uint64_t describe(const void* operand) {

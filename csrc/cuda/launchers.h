@@ -30,7 +30,7 @@ void rescale_rows(DType dtype, void* sums, int64_t stride, const void* factor, i
                   Stream stream);
 // On Hopper GPUs, without a softcap: the product of a slab's logits and the kernel that reads them as one. No logits are
 // written; Slab::logits is null. `parts` is scratch (n, column tiles, rows): n is 2, and 3 with an entropy or in forward of
-// the exponentials, of bfloat16, whose rows are a multiple of 16 bytes apart.
+// the exponentials, of bfloat16, whose rows are a multiple of 8 bytes apart.
 std::string tiles_problem(int device);
 int tile_columns();
 void score_tiles(const TileOperands& in, const Slab& slab, const ForwardState& state, float* parts, Stream stream);

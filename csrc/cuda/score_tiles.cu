@@ -6,7 +6,6 @@ namespace cuda {
 namespace {
 
 struct ScoreTile {
-  static constexpr bool kWrites = false;
   Slab slab;
   Transform<float> t;
   TileParts parts;
@@ -20,7 +19,7 @@ struct ScoreTile {
     return {{row < slab.rows ? slab.targets[row] : -1, row + 8 < slab.rows ? slab.targets[row + 8] : -1}};
   }
 
-  __device__ __forceinline__ void end(float (&acc)[128], int row, int column_tile, const Looked& looked, BFloat16*) const {
+  __device__ __forceinline__ void end(float (&acc)[128], int row, int column_tile, const Looked& looked) const {
     const HeldColumns columns{column_tile * kTileColumns, int(slab.width)};
     transform_tile(acc, columns, slab, t);
     float most[2], sums[2][2] = {}, entropies[2] = {};

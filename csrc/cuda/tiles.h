@@ -13,6 +13,7 @@ namespace windkern {
 namespace cuda {
 
 constexpr int kTileRows = 128, kTileColumns = 256, kTileInner = 64;
+constexpr int kTileStages = 4;
 constexpr int kTileThreads = 384;
 constexpr int kCopiers = 128;  // the first threads
 // Row tiles of a cluster's blocks that go through the vocabulary together: their hidden states, and what they read of the
@@ -48,47 +49,36 @@ struct TileGrid {
 };
 
 // The stage of a ring, and the parity of its phase.
-template <int stages>
 struct RingPlace {
   int stage = 0, parity = 0;
 
   __device__ void advance() {
-    if (++stage == stages) stage = 0, parity ^= 1;
+    if (++stage == kTileStages) stage = 0, parity ^= 1;
   }
 };
 
-// Numbers through which 64 rows of a warpgroup leave the multiprocessor. Rows are 16 bytes further apart than they are long,
-// so that the eight rows that a warp writes at once lie in different banks.
-constexpr int kOutRow = kTileColumns + 8, kOutbox = 64 * kOutRow;
-
-// The shared memory of a block: as many stages as fit beside what leaves.
-template <bool writes>
-struct TileMemory {
-  static constexpr int kStages = writes ? 3 : 4;
-
-  BFloat16 hidden[kStages][kTileRows * kTileInner];
-  BFloat16 head[kStages][kTileColumns * kTileInner];
-  hopper::Barrier full[kStages], empty[kStages];
-  alignas(16) BFloat16 out[writes ? 2 * kOutbox : 1];  // C++ has no empty arrays
+struct TileStages {
+  BFloat16 hidden[kTileStages][kTileRows * kTileInner];
+  BFloat16 head[kTileStages][kTileColumns * kTileInner];
+  hopper::Barrier full[kTileStages], empty[kTileStages];
 };
+// Reason: the copies' places must be multiples of 1024 bytes.
+constexpr int kTileBytes = int(sizeof(TileStages)) + 1024;
 
 // `End` ends a tile: of this thread, acc[4 j + 2 h + i] is the logit of row + 8 h and column 256 column_tile + 8 j +
 // 2 (lane % 4) + i. look(row) reads what it needs of the rows before the products, so that nothing waits for it after them.
-// If it writes logits or what became of them, it has kOutbox numbers of shared memory for a warpgroup.
 template <class E, int cluster, class End>
 __global__ void __launch_bounds__(kTileThreads, 1)
     tiles(const __grid_constant__ hopper::TileMap hidden, const __grid_constant__ hopper::TileMap head, const TileGrid grid,
           const End end) {
   using namespace hopper;
-  using Memory = TileMemory<End::kWrites>;
   unsigned char* const bytes = dynamic_shared();
-  // Reason: the places of copies must be multiples of 1024 bytes.
-  Memory& ring = *reinterpret_cast<Memory*>(bytes + (1024 - shared_address(bytes) % 1024) % 1024);
+  TileStages& ring = *reinterpret_cast<TileStages*>(bytes + (1024 - shared_address(bytes) % 1024) % 1024);
   const int rank = cluster > 1 ? block_in_cluster() : 0, thread = int(threadIdx.x);
   if (thread == 0) {
     prefetch_map(hidden);
     prefetch_map(head);
-    for (int s = 0; s < Memory::kStages; ++s) {
+    for (int s = 0; s < kTileStages; ++s) {
       ring.full[s].init(1);
       ring.empty[s].init(2 * cluster);  // one arrival of each warpgroup that multiplies
     }
@@ -100,7 +90,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     __syncthreads();
   }
   const int first = int(blockIdx.x) / cluster, step = int(gridDim.x) / cluster, steps = grid.steps();
-  RingPlace<Memory::kStages> place;
+  RingPlace place;
   if (thread < kCopiers) {
     shrink_registers<40>();
     if (thread == 0) {
@@ -160,9 +150,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
       wait_products<0>();
       fence_sums(acc);
       leave(before);
-      end.end(acc, row, tile.column_tile, looked, ring.out + warpgroup * kOutbox * int(End::kWrites));
+      end.end(acc, row, tile.column_tile, looked);
     }
-    if (End::kWrites) wait_copies();
   }
   // A block must not end while others of its cluster copy into it or arrive at its barriers.
   if (cluster > 1) meet_cluster();
@@ -175,9 +164,8 @@ void run_tiles_in_clusters(const char* name, const TileOperands& in, const Slab&
   const auto head = hopper::map_of(in.head, slab.width, in.inner, in.head_stride, kTileColumns / cluster);
   const int most = hopper::multiprocessors() / cluster;
   const int clusters = grid.tiles() < most ? grid.tiles() : most;
-  const int bytes = int(sizeof(TileMemory<End::kWrites>)) + 1024;  // to align it
-  hopper::launch_clusters(name, tiles<E, cluster, End>, clusters * cluster, kTileThreads, cluster, bytes, stream, hidden,
-                          head, grid, end);
+  hopper::launch_clusters(name, tiles<E, cluster, End>, clusters * cluster, kTileThreads, cluster, kTileBytes, stream,
+                          hidden, head, grid, end);
 }
 
 // One row tile has nothing to share with another.

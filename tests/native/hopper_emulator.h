@@ -83,39 +83,6 @@ inline void copy_box_to(uint16_t, void*, const TileMap&, int, int, Barrier&) {
   throw std::logic_error("CUDA emulator: a cluster has one block");
 }
 
-// The threads of a block that have come to each barrier of a warpgroup, in all.
-inline unsigned arrived[16];
-
-inline void meet_warpgroup(int number) {
-  const unsigned goal = arrived[number] / 128 * 128 + 128;
-  ++arrived[number];
-  for (int turns = 0; arrived[number] < goal; ++turns) {
-    if (turns > 100000) throw std::logic_error("CUDA emulator: a thread waits for its warpgroup for ever");
-    cuda_emulator::wait(cuda_emulator::State::ready, __LINE__);
-  }
-}
-
-// Copies of one thread that nobody has waited for.
-struct CopyOut {
-  void* to;
-  const void* from;
-  int bytes;
-};
-inline std::vector<CopyOut> leaving[1024];
-
-inline void publish_to_copies() {}
-inline void copy_out(void* to, const void* from, int bytes) {
-  if (shared_address(to) % 16 != 0 || shared_address(from) % 16 != 0 || bytes % 16 != 0) {
-    throw std::logic_error("CUDA emulator: a copy must be aligned to 16 bytes");
-  }
-  leaving[cuda_emulator::machine.index].push_back({to, from, bytes});
-}
-inline void commit_copies() {}
-inline void wait_copies() {
-  for (const CopyOut& copy : leaving[cuda_emulator::machine.index]) std::memcpy(copy.to, copy.from, size_t(copy.bytes));
-  leaving[cuda_emulator::machine.index].clear();
-}
-
 inline uint64_t describe(const void* operand) { return shared_address(operand); }
 inline uint64_t along(uint64_t word, int bytes) { return word + uint64_t(bytes); }
 
@@ -186,8 +153,6 @@ void launch_clusters(const char*, void (*kernel)(Args...), int blocks, int threa
   if (bytes > int(kSharedBytes)) throw std::logic_error("CUDA emulator: a block has 227 KiB of shared memory");
   std::memset(dynamic_shared(), 0xff, kSharedBytes);
   for (auto& groups : running) groups.clear();
-  for (auto& copies : leaving) copies.clear();
-  for (unsigned& count : arrived) count = 0;
   cuda_emulator::launch_of(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)))(args...);
 }
 
