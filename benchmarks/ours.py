@@ -15,7 +15,7 @@ from benchmarks.provider import MEAN_LOSS, PER_TOKEN, WIND_LOSS, Provider, Step,
 UNLIMITED = 1 << 50
 
 
-def _plan(case: Case, budget: int | None) -> wk.Plan:
+def _plan(case: Case, budget: int | None, backend: str = "auto") -> wk.Plan:
     return wk.plan(
         case.shape.rows,
         case.shape.hidden,
@@ -25,6 +25,7 @@ def _plan(case: Case, budget: int | None) -> wk.Plan:
         weight_grad=case.wants_weight,
         memory_budget=budget,
         device=case.device,
+        backend=backend,
     )
 
 
@@ -32,10 +33,10 @@ def _build_token_logps(problem: Problem, backend: str, budget: int | None) -> St
     def logps(hidden: Tensor, weight: Tensor) -> Tensor:
         return wk.token_logps(hidden, weight, problem.targets, memory_budget=budget, backend=backend).logps
 
-    made = _plan(problem.case, budget)
+    made = _plan(problem.case, budget, backend)
     detail = (
         f"{made.units:g} units, {made.slabs_kept} of {made.num_slabs} slabs of {made.slab_width} columns kept, "
-        f"plan {made.peak_bytes / 2**20:.0f} MiB"
+        f"plan {made.peak_bytes / 2**20:.0f} MiB" + (", logits stay in registers" if made.walk.fused else "")
     )
     return Step(differentiated(problem, logps, problem.upstream), detail=detail)
 

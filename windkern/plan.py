@@ -73,7 +73,8 @@ class Plan:
         lines = [
             f"gear {self.gear}: {self.units:g} units of rows x hidden x vocab ({self.flops / 1e12:.3g} TFLOP)",
             f"{self.rows} rows, hidden {' + '.join(map(str, self.hidden_sizes))}, vocabulary {self.vocab_size}",
-            f"{self.num_slabs} slabs of {self.slab_width} columns, {self.slabs_kept} kept for backward",
+            f"{self.num_slabs} slabs of {self.slab_width} columns, {self.slabs_kept} kept for backward"
+            + ("; their logits stay in registers" if walk.fused else ""),
             f"products of {str(walk.operand).removeprefix('torch.')} by {self.products}"
             + ("" if self.gear in ("scoring", "frozen_head") else f"; {way}"),
             f"peak {self.peak_bytes / MIB:.1f} MiB of a budget of {self.memory_budget / MIB:.1f} MiB",
