@@ -11,60 +11,37 @@ namespace windkern {
 namespace cuda {
 namespace {
 
-// Writes the exponentials of a tile, and returns the sums of the two rows over this thread's columns. Two lanes exchange
-// halves of two chunks of eight columns, so that each writes 8 bytes and four of them 32 that are adjacent.
-__device__ __forceinline__ void write_exps(const float (&acc)[128], const ExpsFrom (&exps)[2], int row, const Slab& slab,
-                                           const HeldColumns& columns, BFloat16* values, int64_t stride,
-                                           float (&sums)[2]) {
+// Sets one entry of a row, by its column's number in the tile.
+__device__ __forceinline__ void set_at(float (&acc)[128], int h, int column, float value) {
+#pragma unroll
+  for (int k = 0; k < 64; ++k) {
+    float& held = acc[4 * (k / 2) + 2 * h + k % 2];
+    if (column == 8 * (k / 2) + 2 * (int(threadIdx.x) % 4) + k % 2) held = value;
+  }
+}
+
+// Writes one row of a tile. Two lanes exchange halves of two chunks of eight columns, so that each writes 8 bytes and four
+// of them 32 that are adjacent.
+__device__ __forceinline__ void store_row(const float (&acc)[128], int h, const HeldColumns& columns, BFloat16* row,
+                                          bool inside) {
+  if (columns.cut()) {
+    if (!inside) return;
+#pragma unroll
+    for (int k = 0; k < 64; ++k) {
+      const int column = columns.at(k / 2, k % 2);
+      if (column < columns.width) row[column] = narrowed<BFloat16>(acc[4 * (k / 2) + 2 * h + k % 2]);
+    }
+    return;
+  }
   const bool odd = threadIdx.x % 2 == 1;
-  float parts[2][2] = {};
 #pragma unroll
   for (int j = 0; j < 32; j += 2) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int r = row + 8 * h;
-      float e[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        e[k] = exps[h](acc[4 * (j + k / 2) + 2 * h + k % 2]);
-        parts[h][k % 2] += e[k];
-      }
-      if (columns.cut()) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int column = columns.at(j + k / 2, k % 2);
-          if (r < slab.rows && column < columns.width) values[r * stride + column] = narrowed<BFloat16>(e[k]);
-        }
-      } else {
-        const uint32_t here = pair_word(e[0], e[1], BFloat16{}), next = pair_word(e[2], e[3], BFloat16{});
-        const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? here : next, 1);
-        const Aligned<uint32_t, 2> words = odd ? Aligned<uint32_t, 2>{{other, next}} : Aligned<uint32_t, 2>{{here, other}};
-        BFloat16* const place = values + r * stride + columns.at(odd ? j + 1 : j, 0) - (odd ? 2 : 0);
-        if (r < slab.rows) *reinterpret_cast<Aligned<uint32_t, 2>*>(place) = words;
-      }
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) sums[h] = parts[h][0] + parts[h][1];
-}
-
-// Writes what belongs at the target, which another lane of this warp has written before.
-__device__ __forceinline__ void write_targets(const int (&held)[2], const float (&entries)[2], int row,
-                                              const HeldColumns& columns, BFloat16* values, int64_t stride) {
-  __syncwarp();
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (held[h] >= 0) values[(row + 8 * h) * stride + columns.first + held[h]] = narrowed<BFloat16>(entries[h]);
-  }
-}
-
-// Masks all of an ignored row, which can hold NaN: its exponentials become 0.
-__device__ __forceinline__ void mask_ignored(float (&acc)[128], const int64_t (&targets)[2]) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (targets[h] >= 0) continue;
-#pragma unroll
-    for (int k = 0; k < 64; ++k) acc[4 * (k / 2) + 2 * h + k % 2] = minus_infinity<float>();
+    const uint32_t here = pair_word(acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1], BFloat16{});
+    const uint32_t next = pair_word(acc[4 * j + 4 + 2 * h], acc[4 * j + 5 + 2 * h], BFloat16{});
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? here : next, 1);
+    const Aligned<uint32_t, 2> words = odd ? Aligned<uint32_t, 2>{{other, next}} : Aligned<uint32_t, 2>{{here, other}};
+    const int column = columns.at(odd ? j + 1 : j, 0) - (odd ? 2 : 0);
+    if (inside) *reinterpret_cast<Aligned<uint32_t, 2>*>(row + column) = words;
   }
 }
 
@@ -99,30 +76,38 @@ struct ExpsTile {
   __device__ __forceinline__ void end(float (&acc)[128], int row, int column_tile, const Looked& looked) const {
     const HeldColumns columns{column_tile * kTileColumns, int(slab.width)};
     transform_tile(acc, columns, slab, t);
-    mask_ignored(acc, looked.targets);
-    float most[2], sums[2], offset[2];
-    int held[2];
+    float most[2];
     largest_of_rows(acc, most);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      held[h] = held_target(looked.targets[h], slab, columns);
-      if (held[h] >= 0) target[row + 8 * h] = value_at(acc, h, held[h]);
-      offset[h] = offset_of(looked.pivots[h], most[h]);
-    }
-    const ExpsFrom exps[2] = {ExpsFrom(finite_shift(offset[0])), ExpsFrom(finite_shift(offset[1]))};
-    write_exps(acc, exps, row, slab, columns, values, stride, sums);
-    // Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is set later.
-    write_targets(held, {0.0f, 0.0f}, row, columns, values, stride);
+      const int r = row + 8 * h;
+      const int column = held_target(looked.targets[h], slab, columns);
+      if (column >= 0) target[r] = value_at(acc, h, column);
+      const float offset = offset_of(looked.pivots[h], most[h]);
+      const ExpsFrom exps(finite_shift(offset));
+      float sums[4] = {};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = sum_of_four(sums[h]) * exps[h].correction;
-      if (threadIdx.x % 4 > 0 || row + 8 * h >= slab.rows) continue;
-      const int64_t place = int64_t(column_tile) * slab.rows + row + 8 * h;
-      // Entries more than 80 below the pivot count for nothing, and the sum must not overflow.
-      const float apart = most[h] == minus_infinity<float>() ? 0.0f : offset[h] - most[h];
-      parts.max[place] = most[h];
-      parts.sum[place] = sum * lane_exp(apart < 80.0f ? apart : 80.0f);
-      offsets[place] = offset[h];
+      for (int k = 0; k < 64; ++k) {
+        float& y = acc[4 * (k / 2) + 2 * h + k % 2];
+        y = exps(y);
+        sums[k % 4] += y;
+      }
+      const float sum = sum_of_four((sums[0] + sums[1]) + (sums[2] + sums[3])) * exps.correction;
+      if (threadIdx.x % 4 == 0 && r < slab.rows) {
+        const int64_t place = int64_t(column_tile) * slab.rows + r;
+        // Entries more than 80 below the pivot count for nothing, and the sum must not overflow.
+        const float apart = most[h] == minus_infinity<float>() ? 0.0f : offset - most[h];
+        parts.max[place] = most[h];
+        parts.sum[place] = sum * lane_exp(apart < 80.0f ? apart : 80.0f);
+        offsets[place] = offset;
+      }
+      // Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is set later.
+      if (column >= 0) set_at(acc, h, column, 0.0f);
+      if (looked.targets[h] < 0) {  // an ignored row can hold NaN
+#pragma unroll
+        for (int k = 0; k < 64; ++k) acc[4 * (k / 2) + 2 * h + k % 2] = 0.0f;
+      }
+      store_row(acc, h, columns, values + r * stride, r < slab.rows);
     }
   }
 };
@@ -209,12 +194,18 @@ struct AgainTile {
   __device__ __forceinline__ void end(float (&acc)[128], int row, int column_tile, const Looked& looked) const {
     const HeldColumns columns{column_tile * kTileColumns, int(slab.width)};
     transform_tile(acc, columns, slab, t);
-    mask_ignored(acc, looked.targets);
-    const ExpsFrom exps[2] = {ExpsFrom(finite_shift(looked.pivots[0])), ExpsFrom(finite_shift(looked.pivots[1]))};
-    const int held[2] = {held_target(looked.targets[0], slab, columns), held_target(looked.targets[1], slab, columns)};
-    float sums[2];
-    write_exps(acc, exps, row, slab, columns, values, stride, sums);
-    write_targets(held, looked.entries, row, columns, values, stride);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + 8 * h, column = held_target(looked.targets[h], slab, columns);
+      const ExpsFrom exps(looked.pivots[h]);
+#pragma unroll
+      for (int k = 0; k < 64; ++k) {
+        float& y = acc[4 * (k / 2) + 2 * h + k % 2];
+        y = looked.targets[h] < 0 ? 0.0f : exps(y);
+      }
+      if (column >= 0) set_at(acc, h, column, looked.entries[h]);
+      store_row(acc, h, columns, values + r * stride, r < slab.rows);
+    }
   }
 };
 
