@@ -116,10 +116,13 @@ def available(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
     return tuple(name for name in BACKENDS if why_not(name, device, dtype) is None)
 
 
-def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the name of the back end that will run. One that is requested by name but cannot run raises."""
+def resolve(requested: str, device: torch.device, dtype: torch.dtype, *, tiles: bool = False) -> str:
+    """Return the name of the back end that will run. One that is requested by name but cannot run raises.
+
+    `tiles` says whether the call may keep its logits in registers.
+    """
     if requested == "auto":
-        return _preferred(device.type, device.index, dtype)
+        return _preferred(device.type, device.index, dtype, tiles)
     check_choice("backend", requested, ["auto", *BACKENDS])
     reason = _reason(requested, device.type, device.index, dtype)
     if reason is not None:
@@ -127,14 +130,14 @@ def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     return requested
 
 
-_preference: dict[tuple[str, torch.dtype], str] = {}
+_preference: dict[tuple[str, torch.dtype, bool], str] = {}
 
 
-def _preferred(device_type: str, index: int | None, dtype: torch.dtype) -> str:
+def _preferred(device_type: str, index: int | None, dtype: torch.dtype, tiles: bool) -> str:
     device = _name(device_type, index)
-    key = (device, dtype)  # by device: a machine can have different GPUs
+    key = (device, dtype, tiles)  # by device: a machine can have different GPUs
     if key not in _preference:
-        names = BACKENDS if device_type != "cuda" else tuned.preferred(tuned.architecture(index), dtype)
+        names = BACKENDS if device_type != "cuda" else tuned.preferred(tuned.architecture(index), tiles=tiles)
         # Reason: stop at the first one, because checking the others would import modules that are never used.
         _preference[key] = next(name for name in names if why_not(name, device, dtype) is None)
     return _preference[key]
@@ -148,18 +151,18 @@ def _name(device_type: str, index: int | None) -> str:
     return device_type if index is None else f"{device_type}:{index}"
 
 
-def planned(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+def planned(requested: str, device: torch.device, dtype: torch.dtype, *, tiles: bool) -> str:
     """Return the name of the back end to plan for, even on a machine without such a device."""
     if requested != "auto":
         return requested
     if device.type == "cuda" and not torch.cuda.is_available():
-        return tuned.preferred(dtype=dtype)[0]
-    return _preferred(device.type, device.index, dtype)
+        return tuned.preferred(tiles=tiles)[0]
+    return _preferred(device.type, device.index, dtype, tiles)
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Make the device of `tensor` current: Triton launches on the current device, wherever its arguments are."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+    if not tensor.is_cuda or torch.compiler.is_compiling() or tensor.get_device() == torch.cuda.current_device():
         return _NO_CONTEXT
     return torch.cuda.device(tensor.device)
 
@@ -170,6 +173,18 @@ _NO_CONTEXT = nullcontext()  # Reason: a call enters one three times while its G
 def tile_columns(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype, batch_invariant: bool) -> int | None:
     """Tile width if back end `name` runs the forward in fused tiles for these sizes, else None."""
     return None if len(hidden_sizes) > 1 else BACKENDS[name].tile_columns(hidden_sizes[0], dtype, batch_invariant)
+
+
+def may_fuse(
+    blocks: int, dtype: torch.dtype, *, trains: bool, entropy: bool, capped: bool, batch_invariant: bool
+) -> bool:
+    """Return whether a call can keep its logits in registers on a GPU with the kernels for it, see `WalkSpec.fused`.
+
+    One that cannot may run faster on another back end.
+    """
+    if blocks > 1 or capped or batch_invariant:
+        return False
+    return (dtype == torch.bfloat16 and not (trains and entropy)) or (dtype == torch.float16 and not trains)
 
 
 def fuses(name: str, hidden_sizes: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -205,21 +205,21 @@ def _asked(
     total_rows = rows if total_rows is None else check_count("total_rows", total_rows)
     if total_rows < rows:
         raise ValueError(f"total_rows must be at least rows, {rows}, got {total_rows}")
-    backend = backends.planned(check_choice("backend", backend, ["auto", *backends.BACKENDS]), device, dtype)
+    check_choice("backend", backend, ["auto", *backends.BACKENDS])
     hidden_grad = check_each("hidden_grad", hidden_grad, check_flag, len(sizes))
     weight_grad = check_each("weight_grad", weight_grad, check_flag, len(sizes))
     gear = gear_of(hidden_grad, weight_grad, check_flag("bias_grad", bias_grad))
+    entropy, capped = check_flag("entropy", entropy), check_flag("capped", capped)
+    facts = {"trains": gear != "scoring", "entropy": entropy, "capped": capped, "batch_invariant": batch_invariant}
+    tiles_fit = backends.may_fuse(len(sizes), dtype, **facts)
+    backend = backends.planned(backend, device, dtype, tiles=tiles_fit)
     tiles = backends.tile_columns(backend, sizes, dtype, batch_invariant) or 0
     if gear == "frozen_head" and tiles:
         # Reason: the frozen head's gear needs slabs; where all gears must give the same bits, all of them run tiles.
         gear, tiles = ("trained", tiles) if batch_invariant else (gear, 0)
-    entropy = check_flag("entropy", entropy)
-    capped = check_flag("capped", capped)
     plain = not (entropy or tiles or capped or dtype == torch.float16)
-    factored = plain and gear != "scoring"
     pads = batch_invariant and not tiles
-    # Reason: such kernels write the operands of the products as they are.
-    fuses = backends.fuses(backend, sizes, dtype) and not products_of(device_type, dtype).widens
+    fuses = tiles_fit and not tiles and backends.fuses(backend, sizes, dtype)
     walk = WalkSpec(
         gear=gear,
         operand=dtype,
@@ -236,8 +236,9 @@ def _asked(
         product_columns=1,
         row_block=fixed_tile(device_type)[0] if pads else 0,
         tile_columns=tiles,
-        fused=(factored or gear == "scoring") and not (capped or tiles or batch_invariant) and fuses,
-        factored=factored,
+        # Reason: such kernels write the operands of the products as they are, and a library may take them wider.
+        fused=fuses and not products_of(device_type, dtype).widens,
+        factored=plain and gear != "scoring",
         wide_dz=backends.BACKENDS[backend].wide_dz,
         backend=backend,
     )

@@ -295,6 +295,8 @@ class FusedHead:
             ignore_index=hf.IGNORE_INDEX,
             max_scored=None,
             backend=self.options["backend"],
+            entropy="entropy" in self.fields,
+            batch_invariant=self.options["batch_invariant"],
         )
         logps, lse, entropy, stats = row_logps(
             inputs,

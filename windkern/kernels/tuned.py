@@ -64,11 +64,13 @@ def backward_config(width: int, arch: str | None = None) -> tuple[int, int]:
     return block, warps
 
 
-def preferred(arch: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-    """Return the back ends of a GPU for operands of a dtype, the fastest in the measurements first."""
+def preferred(arch: str | None = None, *, tiles: bool = False) -> tuple[str, ...]:
+    """Return the back ends of a GPU, the fastest in the measurements first.
+
+    With `tiles`, they are those of a call that may keep its logits in registers, see `backends.may_fuse`.
+    """
     entries = table(arch or architecture())
-    is_narrow = dtype in (torch.bfloat16, torch.float16)
-    return tuple(entries["prefer_16_bits" if is_narrow and "prefer_16_bits" in entries else "prefer"])
+    return tuple(entries.get("prefer_tiles", entries["prefer"]) if tiles else entries["prefer"])
 
 
 def tile_config(arch: str | None = None) -> Tile:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from windkern import backends
 from windkern._checks import check_choice, check_flag, check_tensor, shape_of
 from windkern.kernels.contract import Upstream
 from windkern.ops.held_grads import HeldGradients
@@ -65,16 +66,17 @@ class _Job:
         return self.responses * self.tokens
 
     def make_plan(self, rows: int, *, group_rows: int, total_rows: int) -> Plan:
-        return planned(
-            rows,
-            self.inputs.hidden_sizes,
-            self.inputs.vocab_size,
-            group_rows=group_rows,
-            memory_budget=self.memory_budget,
-            batch_invariant=self.batch_invariant,
-            total_rows=total_rows,
-            **{**self.inputs.planned(), **self.grads},
-        )
+        with backends.on_device_of(self.inputs.targets):
+            return planned(
+                rows,
+                self.inputs.hidden_sizes,
+                self.inputs.vocab_size,
+                group_rows=group_rows,
+                memory_budget=self.memory_budget,
+                batch_invariant=self.batch_invariant,
+                total_rows=total_rows,
+                **{**self.inputs.planned(), **self.grads},
+            )
 
     def chunks(self) -> tuple[Plan, Iterator[_Chunk]]:
         """Return the plan, sized by the largest group's scored rows where the host can know them, and the chunks."""
@@ -414,6 +416,8 @@ def fused_loss(
         ignore_index=ignore_index,
         max_scored=None,
         backend=backend,
+        entropy=False,
+        batch_invariant=check_flag("batch_invariant", batch_invariant),
         drop=False,
     )
     if max_scored is not None:

@@ -249,6 +249,8 @@ def prepare(
     ignore_index: int,
     max_scored: int | None,
     backend: str,
+    entropy: bool = False,
+    batch_invariant: bool = False,
     drop: bool = True,
 ) -> Inputs:
     """Check everything a caller can get wrong, flatten to rows, and drop the ignored ones."""
@@ -286,6 +288,9 @@ def prepare(
         rows = found.positions()  # on a GPU: the one synchronisation that max_scored avoids
         if rows is not None:
             labels = labels.index_select(0, rows)
+    trains = torch.is_grad_enabled() and any(each.requires_grad for each in (*blocks, *heads, bias) if each is not None)
+    facts = {"entropy": entropy, "capped": transform.softcap is not None, "batch_invariant": batch_invariant}
+    may_fuse = backends.may_fuse(len(blocks), operand, trains=trains, **facts)
     return Inputs(
         hidden=flat,
         weight=heads,
@@ -297,7 +302,7 @@ def prepare(
         total_rows=flat[0].shape[0],
         operand=operand,
         transform=transform,
-        backend=backends.resolve(backend, targets.device, operand),
+        backend=backends.resolve(backend, targets.device, operand, tiles=may_fuse),
         cut=cut,
     )
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from windkern import backends
 from windkern._checks import check_flag
 from windkern.kernels.contract import RowStats, Upstream
 from windkern.kernels.gemm import accumulator
@@ -153,16 +154,17 @@ def row_logps(
         (rows, _), planned["hidden_grad"] = settled(inputs, planned, (rows, 0), {**given, "fused_loss": False})
     if inputs.cut is None and not torch.compiler.is_compiling():  # the numbers may be symbols
         planned["transform"] = inputs.transform.factors
-    spec = planned_spec(
-        rows,
-        tuple(fixed_size(size) for size in inputs.hidden_sizes),
-        fixed_size(inputs.vocab_size),
-        entropy=entropy,
-        memory_budget=memory_budget,
-        batch_invariant=batch_invariant,
-        total_rows=rows + (inputs.rows is not None or inputs.streams),
-        **planned,
-    )
+    with backends.on_device_of(inputs.targets):  # what runs there, and not on another GPU
+        spec = planned_spec(
+            rows,
+            tuple(fixed_size(size) for size in inputs.hidden_sizes),
+            fixed_size(inputs.vocab_size),
+            entropy=entropy,
+            memory_budget=memory_budget,
+            batch_invariant=batch_invariant,
+            total_rows=rows + (inputs.rows is not None or inputs.streams),
+            **planned,
+        )
     if "transform" not in planned:
         spec = WalkSpec(*spec).of(inputs.transform, inputs.cut, rows).values()
     if gear_in(spec) == "scoring":
@@ -256,6 +258,8 @@ def token_logps(
         ignore_index=ignore_index,
         max_scored=max_scored,
         backend=backend,
+        entropy=entropy,
+        batch_invariant=batch_invariant,
     )
     logps, lse, ent, _ = row_logps(
         inputs, entropy=entropy, memory_budget=memory_budget, batch_invariant=batch_invariant
