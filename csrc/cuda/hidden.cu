@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(kThreads) factor_rows(const RowFactors in, int
   const int64_t row = blockIdx.x / spans;
   const int span = int(blockIdx.x % spans);
   const bool ignored = in.targets[row] < 0;
-  const S factor =
-      ignored ? S(0) : S(-in.slope) * (((const S*)in.upstream)[row] / ((const S*)in.total)[row]);
+  const S factor = ignored ? S(0) : S(-in.slope) * (((const S*)in.upstream)[row] / ((const S*)in.total)[row]);
   if (span == 0 && threadIdx.x == 0) ((S*)in.factor)[row] = factor;
   if (in.scaled == nullptr) return;
   const Columns<wide, size> columns{int(threadIdx.x), int(blockDim.x), int(in.columns)};

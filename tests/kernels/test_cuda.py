@@ -72,22 +72,22 @@ def test_row_kernels(backend, dtype, width):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 3, 32, 65, 520, 1003, 2056, 4104])
+@pytest.mark.parametrize("width", [1, 65, 520, 2056])
 def test_ends_of_the_walk(backend, dtype, width):
     """The end of forward, and both ends of backward with hidden states and a head of every dtype."""
-    rows = 17 if width < 600 else 5
     for shifted in (False, True):
 
-        def make(shifted=shifted):
+        def make(rows=5, shifted=shifted):
             return Rows(rows, width, dtype, shifted=shifted)
 
         for options in ((False,), (True, False), (True, True)):
-            compare(make, "finish", *options)
-        for other in DTYPES:
-            for strided in (False, True) if other == dtype else (False,):
+            compare(lambda: make(11), "finish", *options)
+        for other in [dtype] if shifted or width not in (65, 520) else DTYPES:
+            for strided in {False, width == 65 and other == dtype}:
                 compare(make, "factors", other, strided)
-                for spreads in (False, True):
-                    compare(make, "grads", other, strided, spreads)
+                compare(make, "grads", other, strided, shifted)
+        if not shifted:
+            compare(make, "grads", dtype, False, True)
 
 
 def test_ends_of_a_walk_over_no_rows_and_no_columns(backend):

@@ -80,17 +80,17 @@ struct Finish {
   void *log_sum, *logps, *lse;     // (rows,), out
   void* kept;                      // (rows, columns)
   int64_t stride, columns;
-  void* pivot;           // (rows,), in and out; null: nothing is settled
-  void *total, *entry;   // (rows,), out
+  void* pivot;          // (rows,), in and out; null: nothing is settled
+  void *total, *entry;  // (rows,), out
   bool moves;
 };
 
 // See `row_factors` in contract.py. Statistics are float64 or float32; hidden and scaled can have any dtype.
 struct RowFactors {
   bool is_double;
-  int64_t rows, columns;           // columns 0: only factors are wanted
-  const void *upstream, *total;    // (rows,)
-  const int64_t* targets;          // (rows,)
+  int64_t rows, columns;         // columns 0: only factors are wanted
+  const void *upstream, *total;  // (rows,)
+  const int64_t* targets;        // (rows,)
   double slope;
   void* factor;        // (rows,), out
   DType hidden_dtype;
@@ -101,14 +101,16 @@ struct RowFactors {
   int64_t scaled_stride;
 };
 
-// See `HiddenGrad` and `write_hidden_grad` in contract.py. Sums are float64 or float32; head and out can have any dtype.
+// See `HiddenGrad` and `write_hidden_grad` in contract.py. Sums are float64 or float32; head and out can have any
+// dtype.
 struct HiddenGrad {
   bool is_double;
   int64_t rows, columns;
   const void* total;  // (rows, columns)
   int64_t total_stride;
   const void *factor, *at_target;  // (rows,) or null; at_target with head
-  DType rounded, head_dtype;       // rounded: to which a number of head is rounded first
+  DType rounded;                   // to which a number of head is rounded first
+  DType head_dtype;
   const void* head;                // (entries, columns) or null
   int64_t head_stride;
   const int64_t *targets, *places;  // (rows,); places: rows of out, or null

@@ -232,20 +232,13 @@ def finish_rows(
     state: RowState, targets: Tensor, log_sum: Tensor, logps: Tensor, lse: Tensor, settled: Settled | None
 ) -> None:
     """Like `kernels.torch.rows.finish_rows`, in one launch."""
-    kept, columns, rows = None, 0, (None, None, None)
+    vectors = map(address, (*state[:3], targets, log_sum, logps, lse))
+    dtype, arguments = log_sum.dtype, [0] * 7
     if settled is not None:
-        kept, columns, rows = settled.kept, settled.kept.shape[1], (settled.pivot, settled.total, settled.entry)
-    arguments = (
-        DTYPES[log_sum.dtype if kept is None else kept.dtype],
-        targets.shape[0],
-        *map(address, (*state[:3], targets, log_sum, logps, lse)),
-        *matrix(kept),
-        columns,
-        *map(address, rows),
-        settled is not None and settled.moves,
-    )
+        kept, *rows, moves = settled
+        dtype, arguments = kept.dtype, [*matrix(kept), kept.shape[1], *map(address, rows), moves]
     with _queue_of(log_sum) as queue:
-        _cuda.finish_rows(queue, *arguments)
+        _cuda.finish_rows(queue, DTYPES[dtype], targets.shape[0], *vectors, *arguments)
 
 
 def _strided(*matrices: Tensor | None) -> bool:
