@@ -1,8 +1,8 @@
 // The end of forward: the results of each row, and the exponentials as backward will see them.
-#include "launch.h"
-#include "launchers.h"
 #include "../include/windkern/logprob.h"
 #include "../include/windkern/storage.h"
+#include "launch.h"
+#include "launchers.h"
 
 namespace windkern {
 namespace cuda {
