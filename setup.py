@@ -50,6 +50,8 @@ CUDA_SOURCES = [
     *HOPPER_SOURCES,
     *(f"cuda/{n}.cu" for n in ("backward", "forward_unit", "pairs", "forward_kept", "forward_exps", "forward")),
     "cuda/exps.cu",
+    "cuda/hidden.cu",
+    "cuda/finish.cu",
     "cuda/segments.cu",
     "cuda/device.cpp",
 ]

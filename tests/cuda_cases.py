@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Slab, Unit, Upstream
+from windkern.kernels.contract import Exps, HiddenGrad, Kept, RowState, RowStats, Settled, Slab, Unit, Upstream
 from windkern.kernels.native import cuda as cuda_rows
 from windkern.kernels.torch import rows as torch_rows
 from windkern.transform import LogitTransform
@@ -139,6 +139,64 @@ class Rows:
         weights[::2] = 1.0
         kernels.rescale_rows(values, weights)
         return [total, values]
+
+    def finish(self, kernels, settles, moves=False):
+        """End forward with maxima below and above the pivots, statistics of an ignored row that are no numbers, and
+        targets in what is kept and beyond it."""
+        places = torch.arange(self.rows, dtype=self.wide, device=self.device)
+        state = RowState(5 * torch.cos(places), 1.5 + torch.sin(places), 5 * torch.cos(places) - 0.01 * places, None)
+        pivot = state.run_max - torch.linspace(-3, 45, self.rows, dtype=self.wide, device=self.device)
+        pivot[-2] = -torch.inf
+        targets = self.targets - self.start
+        targets[1], targets[2], targets[3], targets[-1] = -100, self.width, 2 * self.width - 1, self.width - 1
+        for value in (*state[:3], pivot):
+            value[1] = torch.nan
+        both = self.place(torch.rand(self.rows, 2 * self.width, dtype=self.wide).to(self.device)).to(self.dtype)
+        both[1], both[-2] = 0.0, 0.0
+        results = [self.row().fill_(torch.nan) for _ in range(5)]
+        settled = Settled(both[:, : self.width], pivot, results[3], results[4], moves) if settles else None
+        if kernels is torch_rows:  # which multiplies the zeros of an ignored row by the factor of its pivot
+            pivot[1] = 0.0
+        kernels.finish_rows(state, targets, *results[:3], settled)
+        results[0][1] = results[3][1] = results[4][1] = pivot[1] = 0.0
+        return [*results, both, pivot]
+
+    def _hidden(self, dtype, strided, rows=None):
+        """Return a matrix of any numbers: hidden states, sums, or a head."""
+        shape = (self.width, rows or self.rows) if strided else (rows or self.rows, self.width)
+        value = self.place(torch.randn(shape, dtype=self.wide).to(dtype))
+        return value.T if strided else value
+
+    def factors(self, kernels, dtype, strided):
+        """Scale hidden states, of which those of an ignored row are no numbers; also without them."""
+        places = torch.arange(self.rows, dtype=self.wide, device=self.device)
+        upstream, total, hidden = torch.sin(1 + places), 1 + places, self._hidden(dtype, strided)
+        upstream[1] = total[1] = hidden[1] = torch.nan
+        factor, alone = self.row().fill_(torch.nan), self.row().fill_(torch.nan)
+        scaled = self.matrix().fill_(torch.nan)
+        kernels.row_factors(upstream, total, self.targets, 0.7, factor, hidden, scaled)
+        kernels.row_factors(upstream, total, self.targets, 0.7, alone, None, None)
+        return [factor, alone, scaled]
+
+    def grads(self, kernels, dtype, strided, spreads):
+        """Finish dhidden: with factors and a head of `dtype`, with factors alone, and in place with neither."""
+        places = torch.arange(self.rows, dtype=self.wide, device=self.device)
+        factor, at_target, entries = torch.sin(1 + places), torch.cos(places), 2 * self.width
+        targets = torch.where(self.targets < 0, self.targets, self.targets % entries)
+        sums, head = self._hidden(self.wide, False), self._hidden(dtype, strided, entries)
+        sums[1] = factor[1] = at_target[1] = torch.nan
+        rounded = self.dtype if self.dtype.itemsize < dtype.itemsize else dtype
+        count, rows, out = self.rows - 1, None, self.matrix()[:-1].fill_(torch.nan)  # the last row is padding
+        if spreads:
+            rows = torch.arange(count, device=self.device).flip(0) * 2
+            rows[1] = rows[0]
+            out = torch.zeros(2 * self.rows, self.width, dtype=self.dtype, device=self.device)
+        alone, whole = out.clone(), sums.clone()
+        grad = HiddenGrad(sums, factor, at_target, head, rounded, owned=False)
+        kernels.write_hidden_grad(grad, targets, rows, out)
+        kernels.write_hidden_grad(HiddenGrad(sums.clone(), factor), targets, rows, alone)
+        kernels.write_hidden_grad(HiddenGrad(whole), targets, None, whole)
+        return [out, alone, whole, sums]
 
     def backward(self, kernels, kept, alias, dbias):
         """Run backward from values that torch_rows kept, the same for both; they allow no upstream on the entropy."""

@@ -111,6 +111,38 @@ PYBIND11_MODULE(_cuda, m) {
     py::gil_scoped_release release;
     windkern::cuda::rescale_rows(DType(dtype), pointer(sums), stride, pointer(factor), rows, columns, queue.enter());
   });
+  m.def("finish_rows", [](const Queue& queue, int dtype, int64_t rows, Address max, Address sum, Address target,
+                          Address targets, Address log_sum, Address logps, Address lse, Address kept, int64_t stride,
+                          int64_t columns, Address pivot, Address total, Address entry, bool moves) {
+    py::gil_scoped_release release;
+    windkern::cuda::finish_rows(
+        {DType(dtype), rows, pointer(max), pointer(sum), pointer(target), pointer<int64_t>(targets), pointer(log_sum),
+         pointer(logps), pointer(lse), pointer(kept), stride, columns, pointer(pivot), pointer(total), pointer(entry),
+         moves},
+        queue.enter());
+  });
+  m.def("row_factors", [](const Queue& queue, bool is_double, int64_t rows, int64_t columns, Address upstream,
+                          Address total, Address targets, double slope, Address factor, int hidden_dtype,
+                          Address hidden, int64_t hidden_stride, int scaled_dtype, Address scaled,
+                          int64_t scaled_stride) {
+    py::gil_scoped_release release;
+    windkern::cuda::row_factors(
+        {is_double, rows, columns, pointer(upstream), pointer(total), pointer<int64_t>(targets), slope,
+         pointer(factor), DType(hidden_dtype), pointer(hidden), hidden_stride, DType(scaled_dtype), pointer(scaled),
+         scaled_stride},
+        queue.enter());
+  });
+  m.def("write_hidden_grad", [](const Queue& queue, bool is_double, int64_t rows, int64_t columns, Address total,
+                                int64_t total_stride, Address factor, Address at_target, int rounded, int head_dtype,
+                                Address head, int64_t head_stride, Address targets, Address places, int out_dtype,
+                                Address out, int64_t out_stride) {
+    py::gil_scoped_release release;
+    windkern::cuda::write_hidden_grad(
+        {is_double, rows, columns, pointer(total), total_stride, pointer(factor), pointer(at_target),
+         DType(rounded), DType(head_dtype), pointer(head), head_stride, pointer<int64_t>(targets),
+         pointer<int64_t>(places), DType(out_dtype), pointer(out), out_stride},
+        queue.enter());
+  });
   m.def("slab_backward",
         [](const Queue& queue, const Slab& slab, Address kept, int64_t kept_stride, Address offset, Address max,
            Address log_sum, Address target, Address entropy, Address c_logp, Address c_lse, Address c_ent,

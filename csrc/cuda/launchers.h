@@ -28,6 +28,9 @@ void column_sums(const ColumnSums& in, void* partial, int64_t row_tiles, Stream 
 // sums (rows, columns) *= factor (rows,), without access to rows whose factor is 1; `dtype` is that of sums.
 void rescale_rows(DType dtype, void* sums, int64_t stride, const void* factor, int64_t rows, int64_t columns,
                   Stream stream);
+void finish_rows(const Finish& in, Stream stream);
+void row_factors(const RowFactors& in, Stream stream);
+void write_hidden_grad(const HiddenGrad& in, Stream stream);
 // On Hopper GPUs, without a softcap: the product of a slab's logits and the kernel that reads them as one. No logits are
 // written; Slab::logits is null. `parts` is scratch (n, column tiles, rows): n is 2, and 3 with an entropy or in forward of
 // the exponentials, of bfloat16, whose rows are a multiple of 8 bytes apart.

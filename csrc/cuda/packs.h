@@ -55,18 +55,25 @@ __device__ __forceinline__ void load_wide(const S* from, S (&to)[size]) {
   }
 }
 
-template <class E>
-__device__ __forceinline__ void load_wide_halves(const E* from, float (&to)[8]) {
-  const Aligned<uint32_t, 4> words = *reinterpret_cast<const Aligned<uint32_t, 4>*>(from);
+// 8 numbers of 16 bits are 16 bytes; 4 are read and written beside 4 of 32 bits.
+template <class E, int size>
+__device__ __forceinline__ void load_wide_halves(const E* from, float (&to)[size]) {
+  const Aligned<uint32_t, size / 2> words = *reinterpret_cast<const Aligned<uint32_t, size / 2>*>(from);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < size / 2; ++k) {
     to[2 * k] = low_value(words.v[k], E{});
     to[2 * k + 1] = high_value(words.v[k], E{});
   }
 }
 
-__device__ __forceinline__ void load_wide(const BFloat16* from, float (&to)[8]) { load_wide_halves(from, to); }
-__device__ __forceinline__ void load_wide(const Half* from, float (&to)[8]) { load_wide_halves(from, to); }
+template <int size>
+__device__ __forceinline__ void load_wide(const BFloat16* from, float (&to)[size]) {
+  load_wide_halves(from, to);
+}
+template <int size>
+__device__ __forceinline__ void load_wide(const Half* from, float (&to)[size]) {
+  load_wide_halves(from, to);
+}
 
 template <class S, int size>
 __device__ __forceinline__ void store_wide(S* to, const S (&from)[size]) {
@@ -80,16 +87,22 @@ __device__ __forceinline__ void store_wide(S* to, const S (&from)[size]) {
   }
 }
 
-template <class E>
-__device__ __forceinline__ void store_wide_halves(E* to, const float (&from)[8]) {
-  Aligned<uint32_t, 4> words;
+template <class E, int size>
+__device__ __forceinline__ void store_wide_halves(E* to, const float (&from)[size]) {
+  Aligned<uint32_t, size / 2> words;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) words.v[k] = pair_word(from[2 * k], from[2 * k + 1], E{});
-  *reinterpret_cast<Aligned<uint32_t, 4>*>(to) = words;
+  for (int k = 0; k < size / 2; ++k) words.v[k] = pair_word(from[2 * k], from[2 * k + 1], E{});
+  *reinterpret_cast<Aligned<uint32_t, size / 2>*>(to) = words;
 }
 
-__device__ __forceinline__ void store_wide(BFloat16* to, const float (&from)[8]) { store_wide_halves(to, from); }
-__device__ __forceinline__ void store_wide(Half* to, const float (&from)[8]) { store_wide_halves(to, from); }
+template <int size>
+__device__ __forceinline__ void store_wide(BFloat16* to, const float (&from)[size]) {
+  store_wide_halves(to, from);
+}
+template <int size>
+__device__ __forceinline__ void store_wide(Half* to, const float (&from)[size]) {
+  store_wide_halves(to, from);
+}
 
 // Columns outside the row read as `fill`.
 template <class S, class E, bool wide, int size>

@@ -16,7 +16,7 @@ from test_logprobs import check
 
 import windkern as wk
 from windkern.kernels import buffers
-from windkern.kernels.contract import Kept, RowState, RowStats, Slab, Upstream
+from windkern.kernels.contract import HiddenGrad, Kept, RowState, RowStats, Settled, Slab, Upstream
 from windkern.kernels.native import cuda as cuda_rows
 from windkern.kernels.torch import rows as torch_rows
 from windkern.transform import LogitTransform
@@ -69,6 +69,43 @@ def test_row_kernels(backend, dtype, width):
                 for alias in {False, own}:
                     compare(make, kernel, alias)
             compare(make, "sums")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 65, 520, 2056])
+def test_ends_of_the_walk(backend, dtype, width):
+    """The end of forward, and both ends of backward with hidden states and a head of every dtype."""
+    for shifted in (False, True):
+
+        def make(rows=5, shifted=shifted):
+            return Rows(rows, width, dtype, shifted=shifted)
+
+        for options in ((False,), (True, False), (True, True)):
+            compare(lambda: make(11), "finish", *options)
+        for other in [dtype] if shifted or width not in (65, 520) else DTYPES:
+            for strided in {False, width == 65 and other == dtype}:
+                compare(make, "factors", other, strided)
+                compare(make, "grads", other, strided, shifted)
+        if not shifted:
+            compare(make, "grads", dtype, False, True)
+
+
+def test_ends_of_a_walk_over_no_rows_and_no_columns(backend):
+    none, targets = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    settled = Settled(torch.empty(0, 8), none, none, none, True)
+    cuda_rows.finish_rows(RowState(none, none, none, None), targets, none, none, none, settled)
+    cuda_rows.row_factors(none, none, targets, 1.0, none, torch.empty(0, 8), torch.empty(0, 8))
+    cuda_rows.write_hidden_grad(HiddenGrad(torch.empty(3, 8)), targets, targets, torch.zeros(4, 8))
+    results = []
+    for kernels in (cuda_rows, torch_rows):
+        maxima, pivot = torch.tensor([3.0, 50.0, -torch.inf]), torch.tensor([1.0, 1.0, -torch.inf])
+        written = [torch.full((3,), torch.nan) for _ in range(5)]
+        settled = Settled(torch.empty(3, 0), pivot, *written[3:], True)
+        state = RowState(maxima, torch.tensor([2.0, 1.0, 0.0]), maxima - 1, None)
+        kernels.finish_rows(state, torch.tensor([0, 5, 1]), *written[:3], settled)
+        results.append([*written, pivot])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 31, 33, 100])
@@ -221,6 +258,8 @@ def every_kernel() -> list[torch.Tensor]:
         results += one.forward(cuda_rows, True) + one.forward(cuda_rows, False)
         results += one.unit(cuda_rows, one is narrow) + one.backward(cuda_rows, True, False, True)
         results += one.backward(cuda_rows, False, one is narrow, True)
+        results += one.finish(cuda_rows, True, True) + one.factors(cuda_rows, one.dtype, False)
+        results += one.grads(cuda_rows, one.dtype, False, True)
     pairs = torch.randn(2, 2, 700)
     results += cuda_rows.pair_terms(pairs[0], None, pairs[1], None, "bradley_terry", "logistic")
     results += [cuda_rows.win_rates(None, pairs[1], None, "step")]

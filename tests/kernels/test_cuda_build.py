@@ -114,7 +114,15 @@ def test_no_kernel_spills_or_uses_local_memory(library):
     rows = resources(library)
     for arch in ARCHS:
         kernels = [row["kernel"] for row in rows if row["arch"] == arch]
-        for name, count in (("score", 3), ("two_looks", 21), ("backward", 14), ("meet_for_loss", 12)):
+        for name, count in (
+            ("score", 3),
+            ("two_looks", 21),
+            ("backward", 14),
+            ("meet_for_loss", 12),
+            ("end_rows", 4),
+            ("factor_rows", 4),
+            ("end_grad", 4),
+        ):
             assert sum(bool(re.search(rf"\d{name}I", kernel)) for kernel in kernels) == count, (arch, name)
     for row in rows:
         assert row["STACK"] == row["LOCAL"] == 0, row
@@ -131,9 +139,9 @@ def test_row_kernels_move_16_bytes_at_a_time(library):
     wide = [
         text
         for text in functions
-        if re.search(r"(two_looks|score|backward|again)I.*Lb1E(EE|NS)", text.split("\n", 1)[0])
+        if re.search(r"(two_looks|score|backward|again|factor_rows|end_grad)I.*Lb1E(EE|NS|Li)", text.split("\n", 1)[0])
     ]
-    assert len(wide) == 1 + 9 + 6 + 3
+    assert len(wide) == 1 + 9 + 6 + 3 + 2 + 2
     for text in wide:
         name = text.split("\n", 1)[0]
         assert re.search(r"LDG\.E\S*\.128", text), name

@@ -28,6 +28,24 @@ FAULTS = {
     ),
     "slot nobody writes": ("team.h", "if (lane == 0) slots", "if (lane == 0 && threadIdx.x > 0) slots", "segments.cu"),
     "block above its bound": ("segments.cu", "segments, dim3(kThreads)", "segments, dim3(2 * kThreads)"),
+    "log-prob of an ignored row": ("finish.cu", "scored ? logp : S(0)", "logp"),
+    "log-sum-exp of an ignored row": ("finish.cu", "scored ? max + log_sum : S(0)", "max + log_sum"),
+    "pivot follows every maximum": ("finish.cu", "max > pivot + S(kSettledRoom)", "max > pivot"),
+    "sum relative to the old pivot": ("finish.cu", "sum * lane_exp(max - next)", "sum * lane_exp(max - pivot)"),
+    "rescaled zeros of an ignored row": ("finish.cu", "rescales = scored && next", "rescales = next"),
+    "entry left out": ("finish.cu", "scored && target < in.columns", "scored && target + 1 < in.columns"),
+    "entry beside the target": ("finish.cu", "i == target ?", "i == target + 1 ?"),
+    "kept values left behind": ("finish.cu", "widened(kept[i]) * factor)", "widened(kept[i]))"),
+    "target of another row": ("finish.cu", "in.targets[first + r]", "in.targets[first]"),
+    "hidden states of an ignored row": ("hidden.cu", "if (!ignored) load_any", "load_any"),
+    "factor of an ignored row": ("hidden.cu", "ignored ? S(0) : S(-in.slope)", "S(-in.slope)"),
+    "sign of the factors": ("hidden.cu", "S(-in.slope)", "S(in.slope)"),
+    "factors forgotten": ("hidden.cu", "in.factor == nullptr ? S(1) : ((const S*)in.factor)[row]", "S(1)"),
+    "another row of the head": ("hidden.cu", "target * in.head_stride", "row * in.head_stride"),
+    "head that is not rounded": ("hidden.cu", "      round_to(in.rounded, found);\n", ""),
+    "sums of an ignored row": ("hidden.cu", "if (target >= 0) {", "if (target >= 0 || in.head == nullptr) {"),
+    "rows that stay compacted": ("hidden.cu", "in.places == nullptr ? row : in.places[row]", "row"),
+    "spare row on top of a scored one": ("hidden.cu", "if (target < 0 && in.places != nullptr) return;", ""),
 }
 # Messages of the emulator for the faults that it detects itself; the others are visible in results.
 SAID = {
@@ -64,9 +82,17 @@ def build_with(fault: str, objects: Path, folder: Path):
 
 
 def exercise(monkeypatch):
-    """Run the kernels of a fault on the comparisons: a wide slab, the walk, and sums of segments."""
+    """Run the kernels of a fault on the comparisons: ends of a walk, a wide slab, the walk, and sums of segments."""
     for order in ("forward", "reverse"):
         monkeypatch.setenv("CUDA_EMULATOR_ORDER", order)
+        for kernel, options in (
+            ("finish", (True, True)),
+            ("finish", (True, False)),
+            ("factors", (torch.bfloat16, False)),
+            ("grads", (torch.float32, False, False)),
+            ("grads", (torch.float32, False, True)),
+        ):
+            compare(lambda: Rows(11, 40, torch.bfloat16), kernel, *options)
         for kernel, options in (("forward", (False,)), ("backward", (True, False, True))):
             compare(lambda: Rows(5, 1003, torch.float32, "softcap", bias=True), kernel, *options)
         check(Problem(SHAPES["odd"], "all"), torch.float32, "trained", memory_budget=0, backend="cuda")

@@ -51,6 +51,11 @@ def every_call(dtype, width, rows=9):
         if not entropy:
             yield from ((arguments, kernel, (alias,)) for kernel in ("exps", "again") for alias in {False, own})
             yield arguments, "sums", ()
+        for options in ((False,), (True, False), (True, True)):
+            yield arguments, "finish", options
+        for other in DTYPES:
+            yield arguments, "factors", (other, entropy)
+            yield from ((arguments, "grads", (other, entropy, spreads)) for spreads in (False, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -52,6 +52,9 @@ struct ExpsOutputs {
 // The pivot of a row moves to a slab's maximum that exceeds it by more than this.
 constexpr int kPivotRoom = 40;
 
+// The same at the end of forward.
+constexpr int kSettledRoom = 20;
+
 struct ExpsInputs {
   const void *pivot, *entry;  // (rows,)
   void* values;               // (rows, width) operand dtype, out; may be Slab::logits
@@ -66,6 +69,54 @@ struct ColumnSums {
   const void* weights;  // (rows,)
   void* sums;           // (width,)
   int threads;          // of a CPU
+};
+
+// The end of forward: see `finish_rows` in contract.py.
+struct Finish {
+  DType dtype;  // of kept; that of the statistics where nothing is kept
+  int64_t rows;
+  const void *max, *sum, *target;  // (rows,)
+  const int64_t* targets;          // (rows,)
+  void *log_sum, *logps, *lse;     // (rows,), out
+  void* kept;                      // (rows, columns)
+  int64_t stride, columns;
+  void* pivot;          // (rows,), in and out; null: nothing is settled
+  void *total, *entry;  // (rows,), out
+  bool moves;
+};
+
+// See `row_factors` in contract.py. Statistics are float64 or float32; hidden and scaled can have any dtype.
+struct RowFactors {
+  bool is_double;
+  int64_t rows, columns;         // columns 0: only factors are wanted
+  const void *upstream, *total;  // (rows,)
+  const int64_t* targets;        // (rows,)
+  double slope;
+  void* factor;        // (rows,), out
+  DType hidden_dtype;
+  const void* hidden;  // (rows, columns)
+  int64_t hidden_stride;
+  DType scaled_dtype;
+  void* scaled;  // (rows, columns), out
+  int64_t scaled_stride;
+};
+
+// See `HiddenGrad` and `write_hidden_grad` in contract.py. Sums are float64 or float32; head and out can have any
+// dtype.
+struct HiddenGrad {
+  bool is_double;
+  int64_t rows, columns;
+  const void* total;  // (rows, columns)
+  int64_t total_stride;
+  const void *factor, *at_target;  // (rows,) or null; at_target with head
+  DType rounded;                   // to which a number of head is rounded first
+  DType head_dtype;
+  const void* head;                // (entries, columns) or null
+  int64_t head_stride;
+  const int64_t *targets, *places;  // (rows,); places: rows of out, or null
+  DType out_dtype;
+  void* out;  // (any, columns); may be total
+  int64_t out_stride;
 };
 
 struct UnitOutputs {

@@ -94,6 +94,10 @@ WK_FN Pivot<S> next_pivot(S pivot, S slab_max) {
 WK_FN float one_minus_p(float logp) { return -expm1f(logp); }
 WK_FN double one_minus_p(double logp) { return -expm1(logp); }
 
+// Logarithm of a row's sum of exponentials, to a unit in the last place; NaN stays NaN.
+WK_FN float log_of_sum(float sum) { return logf(sum); }
+WK_FN double log_of_sum(double sum) { return log(sum); }
+
 // Upstream gradients of one row; 0 where there is none.
 template <class S>
 struct Upstream {

@@ -104,10 +104,11 @@ WK_FN float widened(Half value) { return half_value(value.bits); }
 
 template <class E, class S>
 WK_FN E narrowed(S value) {
-  if constexpr (SameType<E, S>::value) {
-    return value;
+  if constexpr (SameType<E, float>::value || SameType<E, double>::value) {
+    return E(value);
   } else {
-    return E{uint16_t(pair_word(value, value, E{}) & 0xffffu)};
+    const float single = float(value);
+    return E{uint16_t(pair_word(single, single, E{}) & 0xffffu)};
   }
 }
 

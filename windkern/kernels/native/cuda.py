@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from windkern.kernels import buffers
-from windkern.kernels.contract import Exps, Kept, RowState, RowStats, Settled, Slab, Unit, Upstream
+from windkern.kernels.contract import Exps, HiddenGrad, Kept, RowState, RowStats, Settled, Slab, Unit, Upstream
 from windkern.kernels.native.pointers import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
 from windkern.kernels.torch import rows as torch_rows
-from windkern.kernels.torch.rows import row_factors, write_hidden_grad
 
 try:
     from windkern import _cuda
@@ -232,8 +231,72 @@ def rescale_rows(sums: Tensor, factor: Tensor) -> None:
 def finish_rows(
     state: RowState, targets: Tensor, log_sum: Tensor, logps: Tensor, lse: Tensor, settled: Settled | None
 ) -> None:
-    """Like `kernels.torch.rows.finish_rows`, most of which it is."""
-    torch_rows.finish_rows(state, targets, log_sum, logps, lse, settled, rescale_rows)
+    """Like `kernels.torch.rows.finish_rows`, in one launch."""
+    vectors = map(address, (*state[:3], targets, log_sum, logps, lse))
+    dtype, arguments = log_sum.dtype, [0] * 7
+    if settled is not None:
+        kept, *rows, moves = settled
+        dtype, arguments = kept.dtype, [*matrix(kept), kept.shape[1], *map(address, rows), moves]
+    with _queue_of(log_sum) as queue:
+        _cuda.finish_rows(queue, DTYPES[dtype], targets.shape[0], *vectors, *arguments)
+
+
+def _strided(*matrices: Tensor | None) -> bool:
+    """Return whether numbers of a row of any matrix lie apart."""
+    return any(each is not None and each.shape[1] > 1 and each.stride(1) != 1 for each in matrices)
+
+
+def row_factors(
+    upstream: Tensor,
+    total: Tensor,
+    targets: Tensor,
+    slope: float,
+    factor: Tensor,
+    hidden: Tensor | None,
+    scaled: Tensor | None,
+) -> None:
+    """Like `kernels.torch.rows.row_factors`, in one launch where rows are contiguous."""
+    if _strided(hidden, scaled):
+        torch_rows.row_factors(upstream, total, targets, slope, factor, hidden, scaled)
+        return
+    with _queue_of(factor) as queue:
+        _cuda.row_factors(
+            queue,
+            factor.dtype == torch.float64,
+            targets.shape[0],
+            0 if scaled is None else scaled.shape[1],
+            *map(address, (upstream, total, targets)),
+            slope,
+            address(factor),
+            *_any(hidden, factor.dtype),
+            *_any(scaled, factor.dtype),
+        )
+
+
+def _any(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return the arguments of a matrix of any dtype; `dtype` is for None."""
+    return DTYPES[dtype if tensor is None else tensor.dtype], *matrix(tensor)
+
+
+def write_hidden_grad(grad: HiddenGrad, targets: Tensor, rows: Tensor | None, out: Tensor) -> None:
+    """Like `kernels.torch.rows.write_hidden_grad`, in one launch where rows are contiguous."""
+    total, head = grad.total, grad.head
+    if _strided(total, head, out):
+        torch_rows.write_hidden_grad(grad, targets, rows, out)
+        return
+    with _queue_of(total) as queue:
+        _cuda.write_hidden_grad(
+            queue,
+            total.dtype == torch.float64,
+            out.shape[0] if rows is None else rows.shape[0],
+            total.shape[1],
+            *matrix(total),
+            *map(address, (grad.factor, grad.at_target)),
+            DTYPES[grad.rounded or total.dtype],
+            *_any(head, total.dtype),
+            *map(address, (targets, rows)),
+            *_any(out, total.dtype),
+        )
 
 
 def _dbias_tiles(rows: int, width: int, device_type: str) -> int:
