@@ -43,11 +43,11 @@ CPP_SOURCES += [f"cpu/kernels_{name}.cpp" for name in ("portable", "avx2", "avx5
 # Machine code for each, and PTX of the newest for GPUs to come.
 CUDA_ARCHS = ("80", "90", "100")
 NVCC_FLAGS = "-O3 -std=c++17 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
-# With instructions of one generation of GPUs, for which alone they are compiled.
-HOPPER_SOURCES = ["cuda/exps_tiles.cu", "cuda/score_tiles.cu"]
+# With instructions of one generation of GPUs, for which alone they are compiled; the last is for an older nvcc.
+HOPPER_SOURCES, NO_HOPPER_SOURCES = ["cuda/exps_tiles.cu", "cuda/score_tiles.cu"], ["cuda/no_tiles.cpp"]
+HOPPER_NVCC = (12, 5)
 # In order of how long they take to compile.
 CUDA_SOURCES = [
-    *HOPPER_SOURCES,
     *(f"cuda/{n}.cu" for n in ("backward", "forward_unit", "pairs", "forward_kept", "forward_exps", "forward")),
     "cuda/exps.cu",
     "cuda/hidden.cu",
@@ -56,6 +56,7 @@ CUDA_SOURCES = [
     "cuda/device.cpp",
 ]
 CUDA_BINDING = "cuda/binding.cpp"
+ALL_CUDA_SOURCES = [*HOPPER_SOURCES, *NO_HOPPER_SOURCES, *CUDA_SOURCES, CUDA_BINDING]
 
 
 # Apple's clang takes the pragmas of OpenMP this way, and wants the header of `brew install libomp` (WINDKERN_CXXFLAGS).
@@ -100,6 +101,14 @@ def gencode(nvcc: str) -> str:
     newest = archs[-1]
     machine = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return " ".join([*machine, f"-gencode arch=compute_{newest},code=compute_{newest}"])
+
+
+def cuda_sources(nvcc: str) -> list[str]:
+    """All that this nvcc compiles, those that take longest first."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    is_new = release is None or tuple(map(int, release.groups())) >= HOPPER_NVCC
+    return [*(HOPPER_SOURCES if is_new else NO_HOPPER_SOURCES), *CUDA_SOURCES]
 
 
 def in_path(path: Path) -> str:
@@ -169,11 +178,12 @@ def cuda_ninja(output: Path) -> str:
         "  depfile = $out.d\n  deps = gcc",
         "rule link\n  command = $nvcc -shared --cudart static -Xlinker --exclude-libs,ALL $in -o $out",
     ]
-    for source in CUDA_SOURCES:
+    sources = cuda_sources(nvcc)
+    for source in sources:
         only = "\n  gencode = -gencode arch=compute_90a,code=sm_90a" if source in HOPPER_SOURCES else ""
         lines.append(f"build {object_of(source)}: cuda {in_path(CSRC / source)}{only}")
     lines.append(f"build {object_of(CUDA_BINDING)}: compile {in_path(CSRC / CUDA_BINDING)}")
-    lines.append(f"build {in_path(output)}: link {' '.join(map(object_of, [*CUDA_SOURCES, CUDA_BINDING]))}")
+    lines.append(f"build {in_path(output)}: link {' '.join(map(object_of, [*sources, CUDA_BINDING]))}")
     return "\n".join(lines) + "\n"
 
 
@@ -234,7 +244,7 @@ setup(
     long_description_content_type="text/markdown",
     ext_modules=[
         *([extension("windkern._cpp", CPP_SOURCES)] if wants_cpp() else []),
-        *([extension("windkern._cuda", [*CUDA_SOURCES, CUDA_BINDING])] if wants_cuda() else []),
+        *([extension("windkern._cuda", ALL_CUDA_SOURCES)] if wants_cuda() else []),
     ],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from windkern import backends
-from windkern.kernels.contract import WIDEST_ROW, WIDEST_SLAB, WIDEST_UNIT_SLAB
+from windkern.kernels.contract import TILE_COLUMNS, WIDEST_ROW, WIDEST_SLAB, WIDEST_UNIT_SLAB
 from windkern.kernels.gemm import Products
 from windkern.spec import WalkSpec, row_stride
 
@@ -25,8 +25,6 @@ SLAB_BYTES_CPU = 16 * MIB
 SLAB_BYTES_OWN, COLUMNS_OWN = 4 * MIB, 1024
 # The same on a GPU, for few rows: wider slabs take fewer launches, which is all that counts there.
 SLAB_BYTES_GPU = 128 * MIB
-# Of a tile whose logits stay in registers.
-TILE_COLUMNS = 256
 # Slabs per product on a GPU, for a frozen head or where forward kept nothing.
 SLABS_AT_ONCE = (1, 2, 4, 8)
 

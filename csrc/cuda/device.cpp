@@ -26,15 +26,6 @@ std::string device_problem(int device) {
   return "";
 }
 
-std::string tiles_problem(int device) {
-  int major = 0, minor = 0;
-  WK_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  WK_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  if (major == 9 && minor == 0) return "";
-  return "its tiles are built for compute capability 9.0, this GPU has " + std::to_string(major) + "." +
-         std::to_string(minor);
-}
-
 void use_device(int device) {
   if (device >= 0) WK_CHECK(cudaSetDevice(device));
 }

@@ -75,6 +75,15 @@ void run(const TileOperands& in, const Slab& slab, const ForwardState& state, fl
 
 }  // namespace
 
+std::string tiles_problem(int device) {
+  int major = 0, minor = 0;
+  WK_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  WK_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  if (major == 9 && minor == 0) return "";
+  return "they are built for compute capability 9.0, this GPU has " + std::to_string(major) + "." +
+         std::to_string(minor);
+}
+
 int tile_columns() { return kTileColumns; }
 
 void score_tiles(const TileOperands& in, const Slab& slab, const ForwardState& state, float* parts, Stream stream) {

@@ -21,6 +21,9 @@ arguments = sys.argv[1:]
 if "--list-gpu-arch" in arguments:
     print("compute_80")
     sys.exit()
+if "--version" in arguments:
+    print("Cuda compilation tools, release " + os.environ.get("FAKE_NVCC", "13.0") + ", V13.0.88")
+    sys.exit()
 valued = ("-o", "-MF", "-isystem", "-gencode", "-Xcompiler", "-Xlinker", "--cudart", "--threads")
 skipped = {{i + 1 for i, each in enumerate(arguments) if each in valued}}
 inputs = [each for i, each in enumerate(arguments) if not each.startswith("-") and i not in skipped]
@@ -114,7 +117,18 @@ def test_paths_are_quoted(tree, compiler):
     (tree / "pybind11.py").write_text(f"def get_include():\n    return {str(tree / 'headers')!r}\n")  # found first
     done = setup(tree, "build_ext", "--inplace", "--build-temp", str(tree / "t mp"), **switches)
     assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.name for path in (tree / "t mp" / "ninja_cuda").iterdir()}
+    assert "cuda_score_tiles.o" in made and "cuda_no_tiles.o" not in made
     assert {path.name.split(".")[0] for path in (tree / "windkern").glob("*.so")} == {"_cpp", "_cuda"}
+
+
+def test_an_nvcc_that_lacks_instructions_of_hopper_builds_the_rest(tree, compiler):
+    switches = {"WINDKERN_BUILD_CPP": "0", "CUDA_HOME": str(compiler.parents[1]), "WINDKERN_BUILD_CUDA": "1"}
+    given = {"CXX": f"'{compiler}'", "FAKE_NVCC": "12.4", **switches}
+    done = setup(tree, "build_ext", "--inplace", "--build-temp", str(tree / "old"), **given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.name for path in (tree / "old" / "ninja_cuda").iterdir()}
+    assert "cuda_no_tiles.o" in made and "cuda_score_tiles.o" not in made
 
 
 def test_an_sdist_holds_every_source_whoever_makes_it(tree):

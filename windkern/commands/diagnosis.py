@@ -16,6 +16,7 @@ from windkern import backends
 from windkern.kernels import cpu_products
 from windkern.kernels.gemm import products_of
 from windkern.kernels.native import cpp as cpp_rows
+from windkern.kernels.native import cuda as cuda_rows
 from windkern.ops.logprobs import token_logps
 from windkern.testing import Problem, Shape, error_budget, relative_error
 
@@ -78,7 +79,11 @@ def devices() -> list[Device]:
     found = [Device("cpu", _cpu_model(), detail, products("cpu"))]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        detail = f"capability {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
+        with torch.cuda.device(index):
+            reason = cuda_rows.why_not_tiles(64, torch.bfloat16)
+        logits = "16-bit logits stay in registers" if reason is None else f"logits pass through memory: {reason}"
+        memory = f"{properties.total_memory / 2**30:.1f} GiB"
+        detail = f"capability {properties.major}.{properties.minor}, {memory}; {logits}"
         found.append(Device(f"cuda:{index}", properties.name, detail, products("cuda")))
     return found
 

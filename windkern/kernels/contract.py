@@ -24,6 +24,8 @@ WIDEST_UNIT_SLAB = 8192
 KEPT_BINADES = {torch.float16: 15}
 # Reason: the same for dz, whose largest entry is about 1 after row normalisation; 3 binades stay free for entropy.
 DZ_BINADES = {torch.float16: 12}
+# Vocabulary entries of a tile whose logits stay in registers, as csrc/cuda/tiles.h has them.
+TILE_COLUMNS = 256
 # The pivot of a row moves to a slab's maximum that exceeds it by more than this: exp(40) leaves bfloat16 and float32
 # room for sums of products, and entries 87 below a maximum are 0 relative to it.
 PIVOT_ROOM = 40.0

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from windkern.kernels import buffers
-from windkern.kernels.contract import Exps, HiddenGrad, Kept, RowState, RowStats, Settled, Slab, Unit, Upstream
+from windkern.kernels.contract import (
+    TILE_COLUMNS,
+    Exps,
+    HiddenGrad,
+    Kept,
+    RowState,
+    RowStats,
+    Settled,
+    Slab,
+    Unit,
+    Upstream,
+)
 from windkern.kernels.native.pointers import DTYPES, LINKS, PAIR_LOSSES, address, contiguous, matrix, why_missing
 from windkern.kernels.torch import rows as torch_rows
 
@@ -39,8 +50,6 @@ __all__ = [
     "write_hidden_grad",
 ]
 
-# Vocabulary entries of a tile whose logits stay in registers, as csrc/cuda/tiles.h has it.
-TILE_COLUMNS = 256
 # Numbers of 16 bits in the 16 bytes whose multiples the copy engine addresses.
 _ALIGNED = 8
 # Rows that one block sums for dbias, and the most partial sums of a column: 256 cost 3 % of a slab's traffic.
