@@ -306,11 +306,12 @@ class Problem:
                 own[1] += self._product_seconds(device, M, self.hidden_grads, columns)
                 own[1] += self._product_seconds(device, columns, self.weight_grads, M)
                 own[1] += traffic * device.exposed / device.bytes
-            own[1] += -(-again // W) * self._product_seconds(device, M, W, sum(self.hidden_sizes))
+            span = at_once if spec.fused and not self.casts else W
+            own[1] += -(-again // span) * self._product_seconds(device, M, span, sum(self.hidden_sizes))
             own[1] += M * again * (read + self.item) / device.bytes
             if not spec.factored:
                 own[1] += 2 * M * kept * self.item / device.bytes
-            launches[1] = 2 * len(parts) + 2 * -(-again // W) + (0 if spec.factored else spec.slabs_kept)
+            launches[1] = 2 * len(parts) + 2 * -(-again // span) + (0 if spec.factored else spec.slabs_kept)
         total = 0.0
         for seconds, count in zip(own, launches, strict=True):
             total += max(seconds + count * device.launch, count * device.host / 2 if device is GPU else 0.0)

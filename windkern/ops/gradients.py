@@ -229,10 +229,11 @@ class _Backward:
             slab_buffer = buffers.empty("slab", (rows, columns), acc, self.device)
         if not in_place:
             unit = buffers.empty("unit", (rows, min(wide, row_stride(vocab - kept))), products.multiplied, self.device)
+        step = wide if walk.joins_slabs(self.weight) else spec.slab_width
         for begin in range(kept, vocab, wide):
             end = min(begin + wide, vocab)
-            for start in range(begin, end, spec.slab_width):
-                stop = min(start + spec.slab_width, end)
+            for start in range(begin, end, step):
+                stop = min(start + step, end)
                 place, z, heads = slice(start - begin, stop - begin), None, None  # frees the previous slab's
                 if slab_buffer is not None:
                     z = slab_buffer[:, place] if in_place else slab_buffer[:, : stop - start]
@@ -248,7 +249,7 @@ class _Backward:
             values = (slab_buffer if in_place else unit)[:, : end - begin]
             if self.dbias is not None:
                 self._bias_from(values, begin, g)
-            heads = heads if end - begin <= spec.slab_width else None
+            heads = heads if end - begin <= step else None
             then = merge if end == vocab else None
             self._multiply(values, begin, heads, totals, scaled, None, first=begin == 0, then=then)
             heads = None

@@ -57,19 +57,22 @@ class Walk:
         """Return rows (W, H_k) of the head in the dtype that is multiplied."""
         return [self.products.prepared(head[start:stop]) for head in weight]
 
-    def spans(self, weight: Blocks) -> list[tuple[int, int]]:
-        """Return the columns that kernels of forward take at once, in order: slabs, unless no logits are written.
+    def joins_slabs(self, weight: Blocks) -> bool:
+        """Return whether a kernel takes several slabs at once, because it writes no logits.
 
-        Reason: a product of all columns fills the GPU better than one of each slab. A head that is cast or copied is
-        read slab by slab.
+        Reason: a product of more columns fills a GPU better. A head that is cast or copied is read slab by slab.
         """
-        spec, head = self.spec, weight[0]
-        vocab = head.shape[0]
-        if not spec.fused or not isinstance(head, Tensor) or head.dtype != spec.operand:
-            return spec.slabs(vocab)
-        if not cast(TileKernels, self.kernels).reads_in_place(head):
-            return spec.slabs(vocab)
-        kept = spec.kept_columns(vocab)
+        head = weight[0]
+        if not self.spec.fused or not isinstance(head, Tensor) or head.dtype != self.spec.operand:
+            return False
+        return cast(TileKernels, self.kernels).reads_in_place(head)
+
+    def spans(self, weight: Blocks) -> list[tuple[int, int]]:
+        """Return the columns that kernels of forward take at once, in order: slabs, or what is kept and what is not."""
+        vocab = weight[0].shape[0]
+        if not self.joins_slabs(weight):
+            return self.spec.slabs(vocab)
+        kept = self.spec.kept_columns(vocab)
         return [(start, stop) for start, stop in ((0, kept), (kept, vocab)) if start < stop]
 
     def logits(self, hidden: list[Tensor], heads: list[Tensor], out: Tensor | None) -> Tensor:
@@ -311,8 +314,10 @@ class _Writer:
         pivot = self.pivot if count == self.kept.shape[0] else self.pivot[rows]
         slabs = spec.slabs(weight[0].shape[0])
         tiles = cast(TileKernels, walk.kernels)
+        joined = walk.joins_slabs(weight)
         for group in (slabs[i : i + spec.slabs_at_once] for i in range(0, len(slabs), spec.slabs_at_once)):
             begin, end = group[0][0], group[-1][1]
+            group = [(begin, end)] if joined else group
             for start, stop in group:
                 place, z = slice(start - begin, stop - begin), None
                 if self.in_place:
