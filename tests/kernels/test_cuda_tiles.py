@@ -163,16 +163,14 @@ def test_an_ignored_row_may_hold_anything(number):
     for lies in (None, number):
         torch.manual_seed(0)
         tiles = Tiles(9, (64, 300), 8, lies=lies)
-        results.append([part for part in (*compare_exps(tiles)[0], *compare_again(tiles))])
-        scores = compare_scores(tiles)
-        results[-1] += scores[:3]
+        results.append([*compare_exps(tiles)[0], *compare_again(tiles), *compare_scores(tiles)])
     for one, two in zip(*results, strict=True):
-        assert torch.equal(one[tiles.scored], two[tiles.scored])
+        assert (one is two is None) or torch.equal(one[tiles.scored], two[tiles.scored])
 
 
 def test_an_ignored_row_of_many_tiles_may_hold_nan():
     """Every run that joins its tiles has one, so that its maximum is no number either."""
-    compare_exps(Tiles(5, (64, 2100), 8, lies=torch.nan))
+    compare_exps(Tiles(5, (64, 2048), 8, lies=torch.nan))
 
 
 def test_a_value_that_is_no_number_stays_one():
