@@ -148,9 +148,7 @@ def assert_state(got, want, scored, tolerance):
         one, two = one.double()[scored], two.double()[scored]
         if scale is not None:
             one, two = one / (1 + scale), two / (1 + scale)
-        torch.testing.assert_close(
-            one, two, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def tolerance_of(tiles):

@@ -26,6 +26,7 @@ TILES = ("tile_forward", "tile_exps_forward", "tile_exps_backward")
 KERNELS = (*TILES, "slab_forward", "slab_forward_unit", "slab_backward", "exps_forward", "exps_backward")
 FUSED_GEARS = ("scoring", "frozen_head", "frozen_body", "trained")
 LOGPS = ("logps",)
+on_both_plans = pytest.mark.parametrize("planned_for", ["cpu", "cuda"], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def emulated(tmp_path_factory):
     return cuda_tools.load_emulated(folder)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture
 def planned_for(request):
-    """Slabs and their number per product are those of a plan for a CPU and of one for a GPU."""
-    return request.param
+    """The device type whose plan decides on slabs, and how many of them a product takes."""
+    return getattr(request, "param", "cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -101,27 +102,30 @@ def plan_of(problem, gear, budget, *, dtype=torch.bfloat16, **options):
 
 
 def budgets(problem, gear):
-    """Return budgets for nothing, for a part where a gear keeps something, and for everything."""
+    """Return budgets for nothing, for a part where a gear keeps something, for several slabs at once, and for all."""
     least, most = (plan_of(problem, gear, budget).peak_bytes for budget in (NARROW, UNLIMITED))
-    for sixteenths in range(1, 16):
-        part = least + (most - least) * sixteenths // 16
-        plan = plan_of(problem, gear, part)
+    found = {}
+    for budget in range(least, 3 * most, max(1, (3 * most - least) // 64)):
+        plan = plan_of(problem, gear, budget)
         if 0 < plan.slabs_kept < plan.num_slabs:
-            return NARROW, part, UNLIMITED
-    return NARROW, UNLIMITED
+            found.setdefault("part", budget)
+        if plan.walk.slabs_at_once > 1:
+            found.setdefault("several", budget)
+    return NARROW, *sorted(found.values()), UNLIMITED
 
 
+@on_both_plans
 @pytest.mark.parametrize("gear", FUSED_GEARS)
 @pytest.mark.parametrize("variant", ["plain", "bias", "scaled"])
-def test_walk(used, variant, gear):
+def test_walk(used, planned_for, variant, gear):
     """No kernel reads logits; an upstream on lse as well writes dz from what is kept, or from slabs of logits."""
     problem = replace(Problem(SHAPES["odd"], variant), seen=LOGPS)
-    kept = set()
+    kept, at_once = set(), set()
     for budget in budgets(problem, gear):
         plan = plan_of(problem, gear, budget)
         assert plan.walk.fused
         kept.add(plan.slabs_kept / plan.num_slabs)
-        assert plan.num_slabs > 1 or gear == "scoring" or budget == UNLIMITED
+        at_once.add(plan.walk.slabs_at_once)
         used.clear()
         check(problem, torch.bfloat16, gear, memory_budget=budget, backend="cuda")
         assert used.keys() <= set(TILES)
@@ -137,6 +141,7 @@ def test_walk(used, variant, gear):
             assert used == {"tile_forward": 1}
     if gear in ("trained", "frozen_body"):
         assert {0.0, 1.0} < kept  # and one between
+    assert len(at_once) > 1 or planned_for == "cpu" or gear == "scoring"
 
 
 def test_dbias_alone(used):
@@ -174,22 +179,24 @@ def test_what_is_not_fused_walks_slabs(used, shape, variant, dtype, gear):
     assert not used.keys() & set(TILES)
 
 
+@on_both_plans
 @pytest.mark.parametrize("gear", FUSED_GEARS)
 def test_the_plan_is_obeyed(gear):
-    """FLOPs exactly, bytes as a bound; what a plan with slabs of logits needs besides is not counted."""
-    for shape in (Shape((4, 40), (64,), 131), Shape((5,), (64,), 1501), Shape((40,), (520,), 301)):
-        for variant in ("plain", "bias"):
-            problem = Problem(shape, variant)
-            for budget in budgets(problem, gear):
-                plan = plan_of(problem, gear, budget)
-                for seen in (LOGPS, ("logps", "lse")):
-                    with buffers.recording() as record:
-                        replace(problem, seen=seen).run(
-                            wk.token_logps, torch.bfloat16, gear, memory_budget=budget, backend="cuda"
-                        )
-                    assert record.flops + tile_flops(problem, plan, seen) == plan.flops, (shape, variant, budget, seen)
-                    assert record.peak_bytes <= plan.peak_bytes, (shape, variant, budget, seen, record.by_name)
-                    assert gear in ("trained", "frozen_body") or "slab" not in record.by_name
+    """FLOPs exactly, bytes as a bound; there is no slab of logits unless dz is written."""
+    outputs = (LOGPS, ("logps", "lse")) if gear in ("trained", "frozen_body") else (LOGPS,)
+    for shape, variant in ((Shape((4, 40), (8,), 131), "bias"), (Shape((5,), (64,), 1501), "plain")):
+        problem = Problem(shape, variant)
+        for budget in budgets(problem, gear):
+            plan = plan_of(problem, gear, budget)
+            for seen in outputs:
+                with buffers.recording() as record:
+                    replace(problem, seen=seen).run(
+                        wk.token_logps, torch.bfloat16, gear, memory_budget=budget, backend="cuda"
+                    )
+                place = shape, plan.walk, seen, record.by_name
+                assert record.flops + tile_flops(problem, plan, seen) == plan.flops, place
+                assert record.peak_bytes <= plan.peak_bytes, place
+                assert seen != LOGPS or "slab" not in record.by_name
 
 
 def tile_flops(problem, plan, seen):

@@ -113,9 +113,7 @@ def test_sums_of_large_logits_lose_no_digits():
     assert torch.equal(state.run_max.double(), y.amax(1))
     torch.testing.assert_close(state.run_sum.double(), sums, rtol=1e-6, atol=0)
     _, values = tiles.room()
-    cuda_rows.tile_exps_forward(
-        tiles.hidden, tiles.weight, slab, fresh, Exps(values, tiles.row(-torch.inf), 0, None)
-    )
+    cuda_rows.tile_exps_forward(tiles.hidden, tiles.weight, slab, fresh, Exps(values, tiles.row(-torch.inf), 0, None))
     torch.testing.assert_close(fresh.run_sum.double(), sums, rtol=1e-6, atol=0)
 
 
