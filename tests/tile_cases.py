@@ -232,3 +232,24 @@ def compare_again(tiles, pivot=None):
         assert outside_is_untouched(room, values[:, : columns.stop])
     compare_values(tiles, values, y, pivot, entry, 2**-8 + tolerance_of(tiles))
     return [values.clone()]
+
+
+def compare_large():
+    """Logits near 3000 that float32 holds exactly, so that sums of their exponentials are known to its last digits."""
+    tiles = Tiles(5, (300,), 8)
+    tiles.hidden = torch.tensor([60.0, 59, 58, 57, 61]).unsqueeze(1).repeat(1, 8).bfloat16()
+    tiles.weight = torch.zeros(300, 8).bfloat16()
+    tiles.weight[:, 0] = 50.0
+    tiles.weight[:, 1] = (torch.arange(300) % 7 > 3).bfloat16() / 16
+    ((columns, head, slab),) = tiles.slabs()
+    y = tiles.logits()
+    sums = (y - y.amax(1, keepdim=True)).exp().sum(1)
+    for exponentials in (False, True):
+        state = RowState(tiles.row(-torch.inf), tiles.row(0.0), tiles.row(-torch.inf), None)
+        if exponentials:
+            exps = Exps(tiles.room()[1][:, columns], tiles.row(-torch.inf), 0, None)
+            cuda_rows.tile_exps_forward(tiles.hidden, head, slab, state, exps)
+        else:
+            cuda_rows.tile_forward(tiles.hidden, head, slab, state, None)
+        assert torch.equal(state.run_max.double(), y.amax(1))
+        torch.testing.assert_close(state.run_sum.double(), sums, rtol=1e-6, atol=0)

@@ -34,12 +34,6 @@ SAID = {
     "slot nobody writes": "a thread reads what no thread of its block wrote",
     "block above its bound": "a block of 256 threads, the kernel's bound is 128",
 }
-BARRIERS = [
-    f"{path.name}:{number}"
-    for path in sorted((cuda_tools.ROOT / "csrc" / "cuda").iterdir())
-    for number, line in enumerate(path.read_text().splitlines(), start=1)
-    if "__syncthreads();" in line.split("//")[0]
-]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +80,7 @@ def test_planted_fault(fault, objects, tmp_path, monkeypatch):
         exercise(monkeypatch)
 
 
-@pytest.mark.parametrize("barrier", BARRIERS)
+@pytest.mark.parametrize("barrier", cuda_tools.barriers(of_tiles=False))
 def test_every_barrier_is_missed(barrier, objects, monkeypatch):
     """Each is left out in turn, whether or not a result is wrong; test_cuda.py runs the same kernels with all."""
     monkeypatch.setattr(cuda_rows, "_DBIAS_TILES", 1)  # all rows in one block, which reads them batch after batch
