@@ -146,9 +146,11 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
     """-fsanitize=address,undefined over odd shapes: every array is exactly as large as the contract says."""
     flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     objects = cuda_tools.compile_emulated(tmp_path, flags, binding=False)
-    native, program = cuda_tools.ROOT / "tests" / "native", str(tmp_path / "sanitize")
-    sources = [str(native / name) for name in ("sanitize.cpp", "cuda_table.cpp")]
-    cuda_tools.run(["g++", *cuda_tools.EMULATOR_FLAGS, *flags, *sources, *objects, "-o", program])
-    command = [program, "3", "64", "520", "pairs", "5"]
-    ran = subprocess.run(command, capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
-    assert ran.returncode == 0 and ran.stdout == "clean\n", ran.stderr[-3000:]
+    programs = {"sanitize": ["3", "64", "520", "pairs", "5"], "sanitize_tiles": []}
+    for name, arguments in programs.items():
+        sources = [f"{name}.cpp", *(["cuda_table.cpp"] if name == "sanitize" else [])]
+        paths, program = [str(cuda_tools.NATIVE / source) for source in sources], str(tmp_path / name)
+        cuda_tools.run(["g++", *cuda_tools.EMULATOR_FLAGS, *flags, *paths, *objects, "-o", program])
+        environment = {"ASAN_OPTIONS": "detect_leaks=0"}
+        ran = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
+        assert ran.returncode == 0 and ran.stdout == "clean\n", ran.stderr[-3000:]
