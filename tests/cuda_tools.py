@@ -37,6 +37,16 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+def barriers(*, of_tiles: bool) -> list[str]:
+    """Return file:line of every __syncthreads() of the kernels that multiply themselves, or of all others."""
+    return [
+        f"{path.name}:{number}"
+        for path in sorted((ROOT / "csrc" / "cuda").iterdir())
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if "__syncthreads();" in line.split("//")[0] and ("tile" in path.name) == of_tiles
+    ]
+
+
 def _closing(text: str, start: int) -> int:
     """Return the position after the parenthesis that closes the one at `start`."""
     depth = 0

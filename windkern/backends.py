@@ -34,6 +34,7 @@ class Backend:
     tile_columns: Callable[[int, torch.dtype, bool], int | None] = lambda hidden_size, dtype, batch_invariant: None
     # Whether the current GPU runs kernels that multiply themselves, by hidden size and operand dtype.
     fuses: Callable[[int, torch.dtype], bool] = lambda hidden_size, dtype: False
+    reads_in_place: Callable[[torch.Tensor], bool] = lambda head: True  # whether those read a head where it lies
     wide_dz: bool = True  # whether dz can be written wider than what was kept
     # Upper bound of a row kernel's temporary bytes, by rows, width, bytes per element and device type.
     scratch_bytes: Callable[[int, int, int, str], int] = torch_rows.scratch_bytes
@@ -68,6 +69,10 @@ def _cuda_fuses(hidden_size: int, dtype: torch.dtype) -> bool:
     return BACKENDS["cuda"].kernels().why_not_tiles(hidden_size, dtype) is None
 
 
+def _cuda_reads_in_place(head: torch.Tensor) -> bool:
+    return BACKENDS["cuda"].kernels().reads_in_place(head)
+
+
 def _triton_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it runs on NVIDIA and AMD GPUs, not on {device.type} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
@@ -85,7 +90,13 @@ BACKENDS = {
         "triton", ".kernels.triton.rows", _triton_reason, tuned.tile_columns, scratch_bytes=_partial_sums
     ),
     "cuda": Backend(
-        "cuda", ".kernels.native.cuda", _cuda_reason, fuses=_cuda_fuses, wide_dz=False, scratch_bytes=_partial_sums
+        "cuda",
+        ".kernels.native.cuda",
+        _cuda_reason,
+        fuses=_cuda_fuses,
+        reads_in_place=_cuda_reads_in_place,
+        wide_dz=False,
+        scratch_bytes=_partial_sums,
     ),
     "torch": Backend("torch", ".kernels.torch.rows", _always),
 }

@@ -59,6 +59,7 @@ class Problem:
     weight_dtypes: tuple[torch.dtype, ...]
     compact: bool  # rows are copied before the walk: cast, ignored ones dropped, or padded to fixed tiles
     batch_invariant: bool
+    copies: bool  # kernels that multiply themselves cannot read the head where it lies
     walk: WalkSpec  # with its gear, tiles and row block; the sizes are still open
     accumulates: bool = False  # dweight of several chunks adds up in float32
 
@@ -224,8 +225,9 @@ class Problem:
 
     @property
     def casts(self) -> bool:
-        """Whether rows of the head are cast, slab by slab."""
-        return any(dtype != self.walk.operand for dtype in self.weight_dtypes)
+        """Whether rows of the head are cast or copied, slab by slab."""
+        copies = self.copies and self.walk.fused
+        return copies or any(dtype != self.walk.operand for dtype in self.weight_dtypes)
 
     def _columns_at_once(self, spec: WalkSpec) -> int:
         """Columns of forward's widest product where no logits are written, see `Walk.spans`."""

@@ -111,6 +111,7 @@ def plan(
     total_rows: int | None = None,
     hidden_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     weight_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    head_in_place: bool = True,
     capped: bool = False,
     backend: str = "auto",
 ) -> Plan:
@@ -132,6 +133,8 @@ def plan(
         hidden_dtype: of the hidden states where it differs from `dtype`, one or one for each block; rows are cast as
             they are copied.
         weight_dtype: of the head where it differs from `dtype`, likewise; its slabs are cast one at a time.
+        head_in_place: whether rows of the head are contiguous and 16 bytes aligned, as those of a parameter are. Where
+            no logits are written, other heads are copied one slab at a time.
         capped: whether the logits have a softcap.
         backend: of the row kernels; "auto" is the preferred one for the device.
 
@@ -163,6 +166,7 @@ def plan(
         total_rows=total_rows,
         hidden_dtype=hidden_dtype,
         weight_dtype=weight_dtype,
+        head_in_place=head_in_place,
         capped=capped,
         backend=backend,
     )
@@ -187,6 +191,7 @@ def _asked(
     total_rows: int | None = None,
     hidden_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     weight_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    head_in_place: bool = True,
     capped: bool = False,
     backend: str = "auto",
 ) -> tuple[Problem, int]:
@@ -249,6 +254,7 @@ def _asked(
         products=products_of(device_type, dtype),
         hidden_dtypes=hidden_dtypes,
         weight_dtypes=weight_dtypes,
+        copies=not check_flag("head_in_place", head_in_place),
         compact=pads or total_rows > rows or any(each != dtype for each in hidden_dtypes),
         batch_invariant=batch_invariant,
         walk=walk,

@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(256)
 
 // Joins the tiles of each row, moves its pivot where that is due, and rescales what was written relative to others.
 __global__ void __launch_bounds__(kJoinRows* kJoinRuns)
-    settle(const ForwardState state, const TileParts parts, const float* offsets, const ExpsOutputs out, int rows,
-           int width) {
+    settle(const ForwardState state, const TileParts parts, const float* offsets, const int64_t* targets,
+           const ExpsOutputs out, int rows, int width) {
   __shared__ Pivot<float> next[kJoinRows];
   __shared__ bool rescaled[kJoinRows];
   const int first = int(blockIdx.x) * kJoinRows, row = first + int(threadIdx.x);
@@ -151,7 +151,9 @@ __global__ void __launch_bounds__(kJoinRows* kJoinRuns)
       store_state(state, row, running);
       float& pivot = ((float*)out.pivot)[row];
       next[threadIdx.x] = next_pivot(pivot, slab.max);
-      rescaled[threadIdx.x] = next[threadIdx.x].value != pivot && slab.max != minus_infinity<float>();
+      // The zeros of an ignored row stay, whose pivots can be NaN or infinite.
+      const bool moves = next[threadIdx.x].value != pivot && slab.max != minus_infinity<float>();
+      rescaled[threadIdx.x] = moves && targets[row] >= 0;
       pivot = next[threadIdx.x].value;
       if (out.moved != nullptr) ((float*)out.moved)[row] = next[threadIdx.x].factor;
     }
@@ -229,7 +231,7 @@ void exps_tiles_forward(const TileOperands& in, const Slab& slab, const ForwardS
                      (float*)state.target};
   run_tiles<BFloat16>("exps_tiles_forward", in, slab, end, stream);
   WK_RUN("settle_tiles", settle, ceil_div(slab.rows, kJoinRows), dim3(kJoinRows, kJoinRuns), cudaStream_t(stream), state,
-         parts, offsets, out, int(slab.rows), int(slab.width));
+         parts, offsets, slab.targets, out, int(slab.rows), int(slab.width));
 }
 
 void exps_tiles_backward(const TileOperands& in, const Slab& slab, const ExpsInputs& out, Stream stream) {

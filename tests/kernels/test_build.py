@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("setuptools")
-# A fake compiler: every input must be a file and every folder must exist; it writes the requested outputs.
+# A fake compiler: every input must be a file and every folder must exist; it writes its arguments into every output.
 COMPILER = """#!{python}
 import os, sys
 arguments = sys.argv[1:]
@@ -31,7 +32,8 @@ folders = [arguments[i + 1] for i, each in enumerate(arguments) if each == "-isy
 assert inputs and all(map(os.path.isfile, inputs)) and all(map(os.path.isdir, folders)), arguments
 for i, each in enumerate(arguments):
     if each in ("-o", "-MF"):
-        open(arguments[i + 1], "w").close()
+        with open(arguments[i + 1], "w") as output:
+            output.write("" if each == "-MF" else repr(arguments))
 """
 
 
@@ -129,6 +131,22 @@ def test_an_nvcc_that_lacks_instructions_of_hopper_builds_the_rest(tree, compile
     assert done.returncode == 0, done.stdout + done.stderr
     made = {path.name for path in (tree / "old" / "ninja_cuda").iterdir()}
     assert "cuda_no_tiles.o" in made and "cuda_score_tiles.o" not in made
+
+
+def test_tiles_are_compiled_for_hopper_alone(tree, compiler):
+    """Whatever else is built for, and nothing else is: the instructions are of one generation."""
+    switches = {"WINDKERN_BUILD_CPP": "0", "CUDA_HOME": str(compiler.parents[1]), "WINDKERN_BUILD_CUDA": "1"}
+    done = setup(tree, "build_ext", "--inplace", "--build-temp", str(tree / "temp"), CXX=f"'{compiler}'", **switches)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {}
+    for path in (tree / "temp").rglob("cuda_*.o"):
+        arguments = ast.literal_eval(path.read_text())
+        found[path.stem] = [arguments[i + 1] for i, each in enumerate(arguments) if each == "-gencode"]
+    of_hopper = {f"cuda_{path.stem}" for path in (tree / "csrc" / "cuda").glob("*_tiles.cu")}
+    assert len(of_hopper) == 2 and of_hopper < found.keys()
+    for name in found.keys() - {"cuda_binding"}:
+        ours = ["arch=compute_90a,code=sm_90a"] if name in of_hopper else None
+        assert found[name] == (ours or ["arch=compute_80,code=sm_80", "arch=compute_80,code=compute_80"]), name
 
 
 def test_an_sdist_holds_every_source_whoever_makes_it(tree):

@@ -130,6 +130,40 @@ def test_no_kernel_spills_or_uses_local_memory(library):
     assert all(row["REG"] <= 64 for row in rows if re.search("KeptOutput|ExpsOutput", row["kernel"]))
 
 
+# Kernels of csrc/cuda/*_tiles.cu, as the compiler spells their names.
+TILES = {"5tilesI": 8, "4joinE": 1, "6settleE": 1, "12guess_pivotsI": 1}
+
+
+@needs_nvcc
+@needs_cuobjdump
+def test_kernels_that_multiply_are_built_for_hopper_alone(library):
+    """With all registers that a block of 384 threads can have, and none of them spilt."""
+    rows = resources(library)
+    for name, count in TILES.items():
+        found = [row for row in rows if name in row["kernel"]]
+        assert len(found) == count and {row["arch"] for row in found} == {"90"}, name
+        assert all(row["STACK"] == row["LOCAL"] == 0 for row in found)
+        assert name != "5tilesI" or {row["REG"] for row in found} == {168}
+    listed = cuda_tools.run([cuobjdump(), "--list-elf", str(library)])
+    assert len(re.findall(r"\.sm_90a\.cubin", listed)) == 2
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.slow
+def test_kernels_that_multiply_use_tensor_cores_and_the_copy_engine(library):
+    """64 rows and 256 columns at once, of the operands' dtype; clusters copy to both of their blocks."""
+    kernels = [row["kernel"] for row in resources(library) if "5tilesI" in row["kernel"]]
+    sass = cuda_tools.run([cuobjdump(), "-sass", "-arch", "sm_90a", "-fun", ",".join(kernels), str(library)])
+    functions = re.split(r"\n\s*Function : ", sass)[1:]
+    assert len(functions) == len(kernels)
+    for text in functions:
+        name = text.split("\n", 1)[0]
+        assert re.search(r"HGMMA\.64x256x16\.F32" + (r"\.BF16" if "BFloat16" in name else " "), text), name
+        assert "UTMALDG.2D " in text and ("UTMALDG.2D.MULTICAST" in text) == ("Li2E" in name), name
+        assert "USETMAXREG" in text and not re.search(r"\b(LDL|STL)\b", text), name
+
+
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.slow

@@ -52,12 +52,6 @@ SAID = {
     "slot nobody writes": "a thread reads what no thread of its block wrote",
     "block above its bound": "a block of 256 threads, the kernel's bound is 128",
 }
-BARRIERS = [
-    f"{path.name}:{number}"
-    for path in sorted((cuda_tools.ROOT / "csrc" / "cuda").iterdir())
-    for number, line in enumerate(path.read_text().splitlines(), start=1)
-    if "__syncthreads();" in line.split("//")[0]
-]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +106,7 @@ def test_planted_fault(fault, objects, tmp_path, monkeypatch):
         exercise(monkeypatch)
 
 
-@pytest.mark.parametrize("barrier", BARRIERS)
+@pytest.mark.parametrize("barrier", cuda_tools.barriers(of_tiles=False))
 def test_every_barrier_is_missed(barrier, objects, monkeypatch):
     """Each is left out in turn, whether or not a result is wrong; test_cuda.py runs the same kernels with all."""
     monkeypatch.setattr(cuda_rows, "_DBIAS_TILES", 1)  # all rows in one block, which reads them batch after batch
@@ -178,9 +172,11 @@ def test_kernels_are_clean_under_sanitizers(tmp_path):
     """-fsanitize=address,undefined over odd shapes: every array is exactly as large as the contract says."""
     flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     objects = cuda_tools.compile_emulated(tmp_path, flags, binding=False)
-    native, program = cuda_tools.ROOT / "tests" / "native", str(tmp_path / "sanitize")
-    sources = [str(native / name) for name in ("sanitize.cpp", "cuda_table.cpp")]
-    cuda_tools.run(["g++", *cuda_tools.EMULATOR_FLAGS, *flags, *sources, *objects, "-o", program])
-    command = [program, "3", "64", "520", "pairs", "5"]
-    ran = subprocess.run(command, capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
-    assert ran.returncode == 0 and ran.stdout == "clean\n", ran.stderr[-3000:]
+    programs = {"sanitize": ["3", "64", "520", "pairs", "5"], "sanitize_tiles": []}
+    for name, arguments in programs.items():
+        sources = [f"{name}.cpp", *(["cuda_table.cpp"] if name == "sanitize" else [])]
+        paths, program = [str(cuda_tools.NATIVE / source) for source in sources], str(tmp_path / name)
+        cuda_tools.run(["g++", *cuda_tools.EMULATOR_FLAGS, *flags, *paths, *objects, "-o", program])
+        environment = {"ASAN_OPTIONS": "detect_leaks=0"}
+        ran = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
+        assert ran.returncode == 0 and ran.stdout == "clean\n", ran.stderr[-3000:]

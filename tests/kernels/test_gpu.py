@@ -3,9 +3,11 @@
 import pytest
 import torch
 from cases import GEARS, NARROW, SHAPES, UNLIMITED, Problem, Shape
+from tile_cases import LAYOUTS, Tiles, compare_again, compare_exps, compare_scores
 from tolerances import assert_within
 
 import windkern as wk
+from windkern.kernels.native import cuda as cuda_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -170,3 +172,79 @@ def test_fullgraph_compile(backend, compiler):
         strict=True,
     ):
         torch.testing.assert_close(one, two, rtol=0.05, atol=0.05)
+
+
+# Kernels that multiply themselves ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper():
+    """Skip where the CUDA back end is missing, or the GPU is of another generation."""
+    reason = wk.backends.why_not("cuda", "cuda") or cuda_rows.why_not_tiles(64, torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+# Rows, widths and inner sizes. More than 128 rows run in clusters of two blocks, whose second can be empty.
+TILES = [
+    (1, 1, 8),
+    (5, 255, 72),
+    (64, 256, 64),
+    (129, 257, 136),
+    (256, 1000, 520),
+    (300, 5000, 4096),
+    (700, 33, 1096),
+    (2600, 1500, 64),
+]
+
+
+@pytest.mark.parametrize(("rows", "width", "inner"), TILES)
+def test_tiles(hopper, rows, width, inner):
+    for entropy, transform in ((False, "identity"), (True, "scaled")):
+        for dtype in (torch.bfloat16, torch.float16):
+            options = {"bias": entropy, "entropy": entropy, "device": "cuda"}
+            compare_scores(Tiles(rows, (width,), inner, dtype, transform, **options))
+        options = {"transform": transform, "bias": entropy, "device": "cuda"}
+        for spread in (3.0, 60.0):
+            compare_exps(Tiles(rows, (64, width), inner, spread=spread, **options))
+        compare_again(Tiles(rows, (64, width), inner, **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiles_of_operands_anywhere_in_memory(hopper, layout):
+    tiles = Tiles(300, (256, 700), 72, layout=layout, device="cuda")
+    compare_scores(tiles)
+    compare_exps(tiles)
+    compare_again(tiles)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_tiles_with_ignored_rows_that_hold_anything(hopper, number):
+    compare_exps(Tiles(300, (64, 2048), 72, lies=number, device="cuda"))
+    compare_again(Tiles(300, (64, 2048), 72, lies=number, device="cuda"))
+
+
+def test_tiles_give_the_same_bits_again(hopper):
+    tiles = Tiles(700, (256, 5000), 520, bias=True, device="cuda")
+    first, second = ([*compare_exps(tiles)[0], *compare_again(tiles), *tiles.score()] for _ in range(2))
+    for one, two in zip(first, second, strict=True):
+        assert (one is two is None) or torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
+
+
+def test_a_hopper_gpu_fuses(hopper):
+    """Training, a frozen head and scoring of bfloat16; and "auto" takes the back end that does."""
+    for options in ({}, {"weight_grad": False}, {"hidden_grad": False, "weight_grad": False}):
+        assert wk.plan(300, 4096, 5000, torch.bfloat16, device="cuda", backend="cuda", **options).walk.fused
+        assert wk.plan(300, 4096, 5000, torch.bfloat16, device="cuda", **options).walk.backend == "cuda"
+    assert not wk.plan(300, 4096, 5000, torch.bfloat16, device="cuda", backend="cuda", capped=True).walk.fused
+
+
+@pytest.mark.parametrize("gear", ["scoring", "frozen_head", "frozen_body", "trained"])
+def test_fused_walks(hopper, gear):
+    """More rows than a tile has, so that clusters run; kept, recomputed, and in part."""
+    problem = Problem(Shape((300,), (64,), 5003), "bias", seen=("logps",))
+    exact, plain = problem.exact(torch.bfloat16, gear), problem.plain(torch.bfloat16, gear)
+    for budget in (NARROW, 3 << 20, UNLIMITED):
+        ours = problem.run(on_gpu(wk.token_logps, "cuda"), torch.bfloat16, gear, memory_budget=budget)
+        for name, value in ours.items():
+            assert_within(value, exact[name], plain[name], torch.bfloat16, name)

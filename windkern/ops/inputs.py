@@ -87,10 +87,12 @@ class Inputs:
 
     def planned(self) -> dict[str, Any]:
         """Return the arguments of `plan` that these inputs determine, except their sizes."""
+        head = self.weight[0]
         return {
             "dtype": self.operand,
             "hidden_dtype": tuple(block.dtype for block in self.hidden),
             "weight_dtype": tuple(head.dtype for head in self.weight),
+            "head_in_place": torch.compiler.is_compiling() or backends.BACKENDS[self.backend].reads_in_place(head),
             "device": self.device.type,
             "capped": self.transform.softcap is not None,
             "backend": self.backend,
