@@ -52,6 +52,7 @@ CUDA_SOURCES = [
     "cuda/exps.cu",
     "cuda/hidden.cu",
     "cuda/finish.cu",
+    "cuda/scored.cu",
     "cuda/segments.cu",
     "cuda/device.cpp",
 ]

@@ -129,6 +129,28 @@ class Tiles:
         return torch.sin(1.0 + torch.arange(self.rows, device=self.device))
 
 
+def begun(tiles, fresh, *, exps):
+    """Return what a walk finds that begins with NaN everywhere (fresh), or with the state of no entries."""
+    lowest, zero = (torch.nan, torch.nan) if fresh else (-torch.inf, 0.0)
+    state = RowState(tiles.row(lowest), tiles.row(zero), tiles.row(lowest), None)
+    pivot, (_, values) = tiles.row(lowest), tiles.room()
+    for number, (columns, head, slab) in enumerate(tiles.slabs()):
+        given = tiles.hidden, head, slab, state
+        if exps:
+            out = Exps(values[:, columns], pivot, columns.start, None)
+            cuda_rows.tile_exps_forward(*given, out, fresh=fresh and number == 0)
+        else:
+            cuda_rows.tile_forward(*given, None, fresh=fresh and number == 0)
+    return [*state[:3], pivot, values] if exps else list(state[:3])
+
+
+def compare_begun(tiles):
+    """A walk begins the same, bit for bit, whatever the state and the pivots hold."""
+    for exps in (False, True):
+        for one, two in zip(*(begun(tiles, fresh, exps=exps) for fresh in (False, True)), strict=True):
+            assert torch.equal(one, two)
+
+
 def outside_is_untouched(room, written):
     rows, columns = written.shape
     seen = room.clone()

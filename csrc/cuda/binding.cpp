@@ -79,19 +79,25 @@ PYBIND11_MODULE(_cuda, m) {
     py::gil_scoped_release release;
     windkern::cuda::exps_backward(slab, {pointer(pivot), pointer(entry), pointer(values), stride}, queue.enter());
   });
+  m.def("find_scored", [](const Queue& queue, Address targets, int64_t ignored, int64_t rows, Address positions,
+                          Address count) {
+    py::gil_scoped_release release;
+    return windkern::cuda::find_scored(pointer<int64_t>(targets), ignored, rows, pointer<int64_t>(positions),
+                                       pointer<int64_t>(count), queue.enter());
+  });
   m.def("score_tiles", [](const Queue& queue, const TileOperands& in, const Slab& slab, Address max, Address sum,
-                          Address target, Address entropy, Address parts) {
+                          Address target, Address entropy, Address parts, bool fresh) {
     py::gil_scoped_release release;
     windkern::cuda::score_tiles(in, slab, {pointer(max), pointer(sum), pointer(target), pointer(entropy)},
-                                pointer<float>(parts), queue.enter());
+                                pointer<float>(parts), fresh, queue.enter());
   });
   m.def("exps_tiles_forward", [](const Queue& queue, const TileOperands& in, const Slab& slab, Address max, Address sum,
                                  Address target, Address entropy, Address values, int64_t stride, Address pivot,
-                                 int64_t earlier, Address moved, Address parts) {
+                                 int64_t earlier, Address moved, Address parts, bool fresh) {
     py::gil_scoped_release release;
     windkern::cuda::exps_tiles_forward(in, slab, {pointer(max), pointer(sum), pointer(target), pointer(entropy)},
                                        {pointer(values), stride, pointer(pivot), earlier, pointer(moved)},
-                                       pointer<float>(parts), queue.enter());
+                                       pointer<float>(parts), fresh, queue.enter());
   });
   m.def("exps_tiles_backward", [](const Queue& queue, const TileOperands& in, const Slab& slab, Address pivot,
                                   Address entry, Address values, int64_t stride) {

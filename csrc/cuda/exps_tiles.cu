@@ -115,9 +115,13 @@ struct ExpsTile {
 // A warp for each row whose pivot is not known: the logit of its target, or of the first column where that lies elsewhere.
 template <class E>
 __global__ void __launch_bounds__(256)
-    guess_pivots(const TileOperands in, const Slab slab, const Transform<float> t, float* pivots) {
+    guess_pivots(const TileOperands in, const Slab slab, const Transform<float> t, float* pivots, float* targets,
+                 bool fresh) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= slab.rows || slab.targets[row] < 0 || pivots[row] != minus_infinity<float>()) return;
+  if (row >= slab.rows) return;
+  const float lowest = minus_infinity<float>();
+  if (fresh && threadIdx.x == 0) pivots[row] = targets[row] = lowest;
+  if (slab.targets[row] < 0 || (!fresh && pivots[row] != lowest)) return;
   const int64_t target = slab.targets[row] - slab.start, column = target >= 0 && target < slab.width ? target : 0;
   const E* const hidden = (const E*)in.hidden + row * in.hidden_stride;
   const E* const head = (const E*)in.head + column * in.head_stride;
@@ -132,13 +136,13 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int apart = kWarp / 2; apart > 0; apart /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, apart);
   const float bias = slab.bias == nullptr ? 0.0f : ((const float*)slab.bias)[column];
-  if (threadIdx.x == 0 && bias != minus_infinity<float>()) pivots[row] = transform_logit(dot + bias, t);
+  if (threadIdx.x == 0 && bias != lowest) pivots[row] = transform_logit(dot + bias, t);
 }
 
 // Joins the tiles of each row, moves its pivot where that is due, and rescales what was written relative to others.
 __global__ void __launch_bounds__(kJoinRows* kJoinRuns)
     settle(const ForwardState state, const TileParts parts, const float* offsets, const int64_t* targets,
-           const ExpsOutputs out, int rows, int width) {
+           const ExpsOutputs out, int rows, int width, bool fresh) {
   __shared__ Pivot<float> next[kJoinRows];
   __shared__ bool rescaled[kJoinRows];
   const int first = int(blockIdx.x) * kJoinRows, row = first + int(threadIdx.x);
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(kJoinRows* kJoinRuns)
   if (threadIdx.y == 0) {
     rescaled[threadIdx.x] = false;
     if (row < rows) {
-      OnlineSoftmax<float> running = load_state<float>(state, row);
+      OnlineSoftmax<float> running = begin_state(state, row, fresh);
       merge(running, slab);
       store_state(state, row, running);
       float& pivot = ((float*)out.pivot)[row];
@@ -220,18 +224,18 @@ void check_values(const char* name, const Slab& slab, const void* values, int64_
 }  // namespace
 
 void exps_tiles_forward(const TileOperands& in, const Slab& slab, const ForwardState& state, const ExpsOutputs& out,
-                        float* scratch, Stream stream) {
+                        float* scratch, bool fresh, Stream stream) {
   check_values("exps_tiles_forward", slab, out.values, out.stride);
   const TileParts parts(slab, false, scratch);
   const Transform<float> t(slab);
   float* const offsets = scratch + 2 * TileParts::part(slab);
   WK_RUN("guess_pivots", guess_pivots<BFloat16>, ceil_div(slab.rows, 8), dim3(kWarp, 8), cudaStream_t(stream), in, slab, t,
-         (float*)out.pivot);
+         (float*)out.pivot, (float*)state.target, fresh);
   const ExpsTile end{slab, t, parts, offsets, (BFloat16*)out.values, out.stride, (const float*)out.pivot,
                      (float*)state.target};
   run_tiles<BFloat16>("exps_tiles_forward", in, slab, end, stream);
   WK_RUN("settle_tiles", settle, ceil_div(slab.rows, kJoinRows), dim3(kJoinRows, kJoinRuns), cudaStream_t(stream), state,
-         parts, offsets, slab.targets, out, int(slab.rows), int(slab.width));
+         parts, offsets, slab.targets, out, int(slab.rows), int(slab.width), fresh);
 }
 
 void exps_tiles_backward(const TileOperands& in, const Slab& slab, const ExpsInputs& out, Stream stream) {

@@ -14,11 +14,11 @@ constexpr const char* kReason = "windkern was built by an nvcc older than 12.5, 
 std::string tiles_problem(int) { return kReason; }
 int tile_columns() { return 0; }
 
-void score_tiles(const TileOperands&, const Slab&, const ForwardState&, float*, Stream) {
+void score_tiles(const TileOperands&, const Slab&, const ForwardState&, float*, bool, Stream) {
   throw std::runtime_error(kReason);
 }
 
-void exps_tiles_forward(const TileOperands&, const Slab&, const ForwardState&, const ExpsOutputs&, float*, Stream) {
+void exps_tiles_forward(const TileOperands&, const Slab&, const ForwardState&, const ExpsOutputs&, float*, bool, Stream) {
   throw std::runtime_error(kReason);
 }
 

@@ -10,6 +10,7 @@ struct ScoreTile {
   Transform<float> t;
   TileParts parts;
   float* target;  // (rows,)
+  bool fresh;
 
   struct Looked {
     int64_t targets[2];
@@ -51,26 +52,31 @@ struct ScoreTile {
       }
       const int column = held_target(looked.targets[h], slab, columns);
       if (column >= 0) target[r] = value_at(acc, h, column);
+      const int64_t place_of_target = looked.targets[h] - slab.start;
+      const bool elsewhere = looked.targets[h] < 0 || place_of_target < 0 || place_of_target >= slab.width;
+      if (fresh && elsewhere && column_tile == 0 && r < slab.rows) target[r] = minus_infinity<float>();
     }
   }
 };
 
 __global__ void __launch_bounds__(kJoinRows* kJoinRuns)
-    join(const ForwardState state, const TileParts parts, int rows, int count) {
+    join(const ForwardState state, const TileParts parts, int rows, int count, bool fresh) {
   const int row = int(blockIdx.x) * kJoinRows + int(threadIdx.x);
   const OnlineSoftmax<float> slab = join_tiles(parts, row, rows, count);
   if (threadIdx.y > 0 || row >= rows) return;
-  OnlineSoftmax<float> running = load_state<float>(state, row);
+  OnlineSoftmax<float> running = begin_state(state, row, fresh);
   merge(running, slab);
   store_state(state, row, running);
 }
 
 template <class E>
-void run(const TileOperands& in, const Slab& slab, const ForwardState& state, float* scratch, Stream stream) {
+void run(const TileOperands& in, const Slab& slab, const ForwardState& state, float* scratch, bool fresh,
+         Stream stream) {
   const TileParts parts(slab, state.entropy != nullptr, scratch);
-  run_tiles<E>("score_tiles", in, slab, ScoreTile{slab, Transform<float>(slab), parts, (float*)state.target}, stream);
+  const ScoreTile end{slab, Transform<float>(slab), parts, (float*)state.target, fresh};
+  run_tiles<E>("score_tiles", in, slab, end, stream);
   WK_RUN("join_tiles", join, ceil_div(slab.rows, kJoinRows), dim3(kJoinRows, kJoinRuns), cudaStream_t(stream), state,
-         parts, int(slab.rows), column_tiles(slab));
+         parts, int(slab.rows), column_tiles(slab), fresh);
 }
 
 }  // namespace
@@ -86,9 +92,10 @@ std::string tiles_problem(int device) {
 
 int tile_columns() { return kTileColumns; }
 
-void score_tiles(const TileOperands& in, const Slab& slab, const ForwardState& state, float* parts, Stream stream) {
-  if (slab.operand == DType::bfloat16) return run<BFloat16>(in, slab, state, parts, stream);
-  run<Half>(in, slab, state, parts, stream);
+void score_tiles(const TileOperands& in, const Slab& slab, const ForwardState& state, float* parts, bool fresh,
+                 Stream stream) {
+  if (slab.operand == DType::bfloat16) return run<BFloat16>(in, slab, state, parts, fresh, stream);
+  run<Half>(in, slab, state, parts, fresh, stream);
 }
 
 }  // namespace cuda

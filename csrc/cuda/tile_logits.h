@@ -133,6 +133,11 @@ struct TileParts {
   }
 };
 
+// The running statistics of a row; those of no entry if the walk begins.
+__device__ __forceinline__ OnlineSoftmax<float> begin_state(const ForwardState& state, int64_t row, bool fresh) {
+  return fresh ? OnlineSoftmax<float>{minus_infinity<float>(), 0.0f, 0.0f} : load_state<float>(state, row);
+}
+
 constexpr int kJoinRows = 32, kJoinRuns = 8;
 
 // Merges the tiles of each row of a block (kJoinRows, kJoinRuns) in a fixed order: each thread a run of them, then the

@@ -248,6 +248,17 @@ def test_segment_sums(backend):
     assert cuda_rows.segment_sum(values, torch.tensor([0])).shape == (0,)
 
 
+@pytest.mark.parametrize("rows", [1, 31, 1024, 1025, 3000])
+@pytest.mark.parametrize("scored", ["none", "all", "first", "last", "some"])
+def test_scored_rows_are_found_in_order(backend, rows, scored):
+    targets = torch.full((rows,), -100)
+    where = {"none": slice(0), "all": slice(None), "first": slice(1), "last": slice(-1, None)}.get(scored)
+    targets[torch.randperm(rows)[: rows // 3] if where is None else where] = 5
+    found, exact = cuda_rows.find_scored(targets, -100), (targets != -100).nonzero().squeeze(1)
+    assert (found is None) == (exact.shape[0] == rows)
+    assert found is None or torch.equal(found, exact)
+
+
 def every_kernel() -> list[torch.Tensor]:
     """Return the results of all kernels on teams of a warp and of a block, with NaN replaced."""
     torch.manual_seed(0)
@@ -264,6 +275,7 @@ def every_kernel() -> list[torch.Tensor]:
     results += cuda_rows.pair_terms(pairs[0], None, pairs[1], None, "bradley_terry", "logistic")
     results += [cuda_rows.win_rates(None, pairs[1], None, "step")]
     results += [cuda_rows.segment_sum(pairs.flatten(), torch.tensor([0, 700, 2800]))]
+    results += [cuda_rows.find_scored(torch.arange(2100) % 7, 3)]
     return [value.nan_to_num(7.0) for value in results if value is not None]
 
 

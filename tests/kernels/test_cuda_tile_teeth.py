@@ -14,7 +14,7 @@ import cuda_tools
 import pytest
 import torch
 from test_cuda_tiles import every_tile_kernel
-from tile_cases import Tiles, compare_again, compare_exps, compare_large, compare_scores
+from tile_cases import Tiles, compare_again, compare_begun, compare_exps, compare_large, compare_scores
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -32,6 +32,10 @@ def exps():
 
 def again():
     compare_again(Tiles(70, (64, 300), 8, lies=torch.nan))
+
+
+def begins():
+    compare_begun(Tiles(9, (64, 300), 72, bias=True))
 
 
 def deep():
@@ -104,6 +108,11 @@ FAULTS = {
     "earlier columns keep their pivot": Fault("exps_tiles.cu", "int64_t(threadIdx.x) - «out.earlier»", "0", exps),
     "tiles above the pivot's room": Fault("exps_tiles.cu", "|| «most > pivot + float(kPivotRoom)»", "false", exps),
     "sums that overflow": Fault("exps_tiles.cu", "lane_exp(«apart < 80.0f ? apart : 80.0f»)", "apart", exps),
+    "fresh rows keep their statistics": Fault("tile_logits.h", "return «fresh» ? OnlineSoftmax", "false", begins),
+    "fresh rows keep their target": Fault("score_tiles.cu", "if («fresh && elsewhere» && column_tile", "false", begins),
+    "fresh rows keep their pivot": Fault(
+        "exps_tiles.cu", "«if (fresh && threadIdx.x == 0) pivots[row] = targets[row] = lowest;»", "", begins
+    ),
     "the entry of another row": Fault("exps_tiles.cu", "column, «looked.entries[h]»)", "looked.entries[0]", again),
     "ignored rows come again": Fault(
         "exps_tiles.cu", "y = «looked.targets[h] < 0 ? 0.0f : exps(y)»;", "exps(y)", again

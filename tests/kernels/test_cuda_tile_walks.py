@@ -63,9 +63,9 @@ def used(monkeypatch, emulated, planned_for):
     calls = Counter()
 
     def counting(name, kernel):
-        def call(*arguments):
+        def call(*arguments, **options):
             calls[name] += 1
-            return kernel(*arguments)
+            return kernel(*arguments, **options)
 
         return call
 

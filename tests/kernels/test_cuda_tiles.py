@@ -11,6 +11,7 @@ from tile_cases import (
     Tiles,
     assert_state,
     compare_again,
+    compare_begun,
     compare_exps,
     compare_large,
     compare_scores,
@@ -49,6 +50,12 @@ def test_scores(rows, width, inner, dtype):
         bias = entropy == (inner == 8)
         transform = "scaled" if bias else "identity"
         compare_scores(Tiles(rows, (width,), inner, dtype, transform, bias=bias, entropy=entropy))
+
+
+@pytest.mark.parametrize("rows", [5, 130])
+def test_a_walk_begins_its_rows(rows):
+    """Targets lie before, in and after the slabs, and in the second of them."""
+    compare_begun(Tiles(rows, (64, 300), 72, bias=True))
 
 
 @pytest.mark.parametrize(("rows", "width", "inner"), SHAPES)

@@ -112,6 +112,8 @@ def test_the_hosts_time_is_measured_by_call_and_slab(found):
 
 
 class Properties:
+    gcnArchName = "NVIDIA H100 80GB HBM3"
+
     def __init__(self, major: int, minor: int):
         self.major, self.minor = major, minor
 
@@ -142,7 +144,7 @@ def test_each_gpu_has_its_own_architecture(two_kinds):
 def test_auto_takes_what_is_fastest_on_the_tensors_gpu(two_kinds, monkeypatch):
     """It is not decided by the GPU that was current, or queried, first."""
     faster = {"sm_90": ("cuda", "torch"), "sm_80": ("torch", "cuda")}
-    monkeypatch.setattr(tuned, "preferred", lambda arch=None: faster[arch or tuned.architecture()])
+    monkeypatch.setattr(tuned, "preferred", lambda arch=None, tiles=False: faster[arch or tuned.architecture()])
     monkeypatch.setattr(wk.backends, "why_not", lambda name, device, dtype: None)
     chosen = [wk.backends.resolve("auto", torch.device(name), torch.float32) for name in ("cuda:0", "cuda:1", "cuda:0")]
     assert chosen == ["cuda", "torch", "cuda"]

@@ -31,7 +31,7 @@ static void run(DType operand, int64_t rows, int64_t width, int64_t inner, bool 
   for (bool wants : {false, true}) {
     std::vector<float> parts((wants ? 3 : 2) * tiles * rows);
     cuda::score_tiles(in, slab, {max.data(), sum.data(), target.data(), wants ? entropy.data() : nullptr}, parts.data(),
-                      nullptr);
+                      wants, nullptr);
   }
   if (operand != DType::bfloat16) return;
   // Two slabs side by side; pivots far below move in the second.
@@ -43,7 +43,7 @@ static void run(DType operand, int64_t rows, int64_t width, int64_t inner, bool 
     cuda::exps_tiles_forward(in, slab, {max.data(), sum.data(), target.data(), nullptr},
                              {exps.values.data() + side * earlier, exps.stride, pivot.data(), side * earlier,
                               side == 1 ? moved.data() : nullptr},
-                             parts.data(), nullptr);
+                             parts.data(), side == 0, nullptr);
   }
   cuda::exps_tiles_backward(in, slab, {pivot.data(), entry.data(), exps.values.data() + earlier, exps.stride}, nullptr);
 }

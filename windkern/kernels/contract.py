@@ -211,13 +211,18 @@ class RowKernels(Protocol):
 class TileKernels(Protocol):
     """What a back end provides besides where it multiplies itself: a slab has no logits, and no softcap.
 
-    hidden (M, H) and weight (W, H) have the dtype of the operands.
+    hidden (M, H) and weight (W, H) have the dtype of the operands. With `fresh`, a walk begins: the state and the
+    pivots hold anything, and are written.
     """
 
-    def tile_forward(self, hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, kept: Kept | None) -> None:
+    def tile_forward(
+        self, hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, kept: Kept | None, *, fresh: bool = False
+    ) -> None:
         """Do what a product and `slab_forward` do; `kept` has an offset for each tile."""
 
-    def tile_exps_forward(self, hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, exps: Exps) -> None:
+    def tile_exps_forward(
+        self, hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, exps: Exps, *, fresh: bool = False
+    ) -> None:
         """Do what a product and `exps_forward` do, for a bfloat16 `exps.values`.
 
         A pivot of -inf moves to a logit of the row before the products: its target's, or column 0's where the slab

@@ -45,8 +45,10 @@ def architecture(index: int | None = None) -> str:
 @functools.cache
 def _architecture_of(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
-    name = getattr(properties, "gcnArchName", "").split(":")[0]
-    return name or f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    # Hazard: on an NVIDIA GPU gcnArchName is the name of the product.
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def row_warps(block: int, arch: str | None = None) -> int:

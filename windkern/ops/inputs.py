@@ -26,7 +26,7 @@ from windkern._checks import (
 )
 from windkern.head import Head
 from windkern.kernels.gemm import accumulator
-from windkern.ops.scored import ScoredRows
+from windkern.ops.scored import scored_positions
 from windkern.shard import Cut, Shard
 from windkern.sharding.agreement import agreed
 from windkern.sharding.ranks import Ranks
@@ -257,10 +257,6 @@ def prepare(
 ) -> Inputs:
     """Check everything a caller can get wrong, flatten to rows, and drop the ignored ones."""
     check_integer("targets", targets)
-    labels = targets.reshape(-1).long().contiguous()  # kernels read row after row
-    scored = labels != check_index("ignore_index", ignore_index)
-    keeps = not drop or (max_scored is None and must_keep_rows(targets))
-    found = ScoredRows(scored) if max_scored is None and not keeps else None
     weight, bias, factors = _parts_of(weight, bias, (scale, softcap, temperature))
     local, cut = _local_blocks(weight)
     bias = _local_bias(bias, cut)
@@ -275,19 +271,24 @@ def prepare(
     transform = _transform_of(factors, accumulator(operand))
     check_choice("backend", backend, ["auto", *backends.BACKENDS])
     flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
+    given = labels = targets.reshape(-1).long().contiguous()  # kernels read row after row
+    ignore_index = check_index("ignore_index", ignore_index)
     if backends.checks_values(labels.device):
         labels = torch.where(labels < 0, labels + IGNORED, labels)  # -1 stays an error
     rows, overflow = None, None
-    if max_scored is not None:
-        max_scored = check_max_scored(scored, max_scored)
-    if keeps or (max_scored is not None and labels.numel() > 0):
-        labels = torch.where(scored, labels, IGNORED)
-    if max_scored is not None and labels.numel() > 0:
-        rows, labels, overflow = first_scored(scored, labels, min(max_scored, labels.numel()))
-    elif drop and keeps:
-        rows = torch.arange(labels.shape[0], device=labels.device)  # copied, so that ignored ones can become 0
-    elif found is not None:
-        rows = found.positions()  # on a GPU: the one synchronisation that max_scored avoids
+    keeps = not drop or (max_scored is None and must_keep_rows(targets))
+    if keeps or max_scored is not None:
+        scored = given != ignore_index
+        if max_scored is not None:
+            max_scored = check_max_scored(scored, max_scored)
+        if keeps or labels.numel() > 0:
+            labels = torch.where(scored, labels, IGNORED)
+        if max_scored is not None and labels.numel() > 0:
+            rows, labels, overflow = first_scored(scored, labels, min(max_scored, labels.numel()))
+        elif drop and keeps:
+            rows = torch.arange(labels.shape[0], device=labels.device)  # copied, so that ignored ones can become 0
+    else:
+        rows = scored_positions(given, ignore_index)  # on a GPU: the one synchronisation that max_scored avoids
         if rows is not None:
             labels = labels.index_select(0, rows)
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in (*blocks, *heads, bias) if each is not None)

@@ -1,30 +1,29 @@
-"""Count and find scored rows: on a GPU the count is on its way while the host checks the other arguments."""
+"""Find the scored rows."""
 
 from __future__ import annotations
 
-import torch
+import functools
+
 from torch import Tensor
 
+from windkern import backends
 
-class ScoredRows:
-    """The rows that are scored; reading them waits for a GPU once, unless it has counted in the meantime."""
+# Reason: one block of threads goes down the targets, which takes longer than torch's kernels for more of them.
+_MOST_FOR_ONE_BLOCK = 1 << 15
 
-    def __init__(self, scored: Tensor):
-        self.scored = scored  # (R,)
-        self._event: torch.cuda.Event | None = None
-        if scored.is_cuda:
-            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self._count.copy_(scored.sum(), non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(scored.device))
 
-    def positions(self) -> Tensor | None:
-        """Return the positions (M,) of the scored rows, or None if all rows are scored."""
-        if self._event is None:
-            found = self.scored.nonzero().squeeze(1)
-            return found if found.numel() < self.scored.numel() else None
-        self._event.synchronize()
-        count = int(self._count)
-        if count == self.scored.numel():
-            return None
-        return self.scored.nonzero_static(size=count).squeeze(1)
+def scored_positions(targets: Tensor, ignore_index: int) -> Tensor | None:
+    """Return the positions (M,) of targets (R,) other than `ignore_index`, or None if all are scored.
+
+    A GPU is waited for once. Reason: its host waits with nothing queued, so each launch before that is paid for, and
+    torch takes six.
+    """
+    if targets.is_cuda and 0 < targets.shape[0] <= _MOST_FOR_ONE_BLOCK and _cuda_runs_on(targets.get_device()):
+        return backends.BACKENDS["cuda"].kernels().find_scored(targets, ignore_index)
+    found = (targets != ignore_index).nonzero().squeeze(1)
+    return found if found.numel() < targets.numel() else None
+
+
+@functools.cache
+def _cuda_runs_on(index: int) -> bool:
+    return backends.why_not("cuda", f"cuda:{index}") is None

@@ -143,15 +143,19 @@ def forward(
 ) -> tuple[Results, Saved]:
     """Walk over hidden_k (M, H_k), weight_k (V, H_k), bias (V,) and targets (M,), negative where a row is ignored."""
     spec, M, V, device, acc = walk.spec, targets.shape[0], weight[0].shape[0], targets.device, walk.products.acc
-    three = buffers.lowest("rows", (3, M), acc, device)
+    # Reason: each of these is a launch before the first product, and kernels that multiply begin the rows themselves.
+    fresh = spec.fused and V > 0
+    three = (buffers.empty if fresh else buffers.lowest)("rows", (3, M), acc, device)
     run_max, log_sum, target_logit = three.unbind(0)
     entropy_sum = buffers.zeros("rows", (M,), acc, device) if spec.entropy else None
-    state = RowState(run_max, buffers.zeros("rows", (M,), acc, device), target_logit, entropy_sum)
+    run_sum = (buffers.empty if fresh else buffers.zeros)("rows", (M,), acc, device)
+    state = RowState(run_max, run_sum, target_logit, entropy_sum)
     layout = kept_layout(spec, M, V)
     kept, columns = buffers.empty("kept", layout.shape, layout.dtype, device), spec.kept_columns(V)
     if columns < kept.shape[1]:
         kept[:, columns:].zero_()
-    offsets = (buffers.lowest if spec.factored else buffers.empty)("kept", layout.offsets, acc, device)
+    begun = fresh and (columns > 0 or spec.gear == "frozen_head")  # by the first kernel, which writes exponentials
+    offsets = (buffers.lowest if spec.factored and not begun else buffers.empty)("kept", layout.offsets, acc, device)
     relative = Relative.of(offsets) if spec.factored else None
     units: list[Tensor] = []
     if spec.gear == "frozen_head":
@@ -268,7 +272,10 @@ class _Writer:
                 tiles, slab = cast(TileKernels, walk.kernels), walk.slab(None, bias, targets, start, stop - start)
                 operands = hidden[0], walk.products.prepared(weight[0][start:stop])
                 if place is not None and spec.fused:
-                    tiles.tile_exps_forward(*operands, slab, state, Exps(place, pivot, earlier=start, moved=None))
+                    exps = Exps(place, pivot, earlier=start, moved=None)
+                    tiles.tile_exps_forward(*operands, slab, state, exps, fresh=start == 0)
+                elif spec.fused:
+                    tiles.tile_forward(*operands, slab, state, None, fresh=start == 0)
                 else:
                     kept_tile = None if place is None else Kept(place, self.offsets[index][rows])
                     tiles.tile_forward(*operands, slab, state, kept_tile)
@@ -330,7 +337,7 @@ class _Writer:
                 values = slab.logits if self.in_place else self.unit[:count, place]
                 exps = Exps(values, pivot, start - begin, moved)
                 if spec.fused:
-                    tiles.tile_exps_forward(hidden[0], heads[0], slab, state, exps)
+                    tiles.tile_exps_forward(hidden[0], heads[0], slab, state, exps, fresh=start == 0)
                 else:
                     walk.kernels.exps_forward(slab, state, exps)
                 for unit in units if begin else ():

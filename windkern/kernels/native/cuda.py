@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -169,18 +170,38 @@ def _parts(count: int, hidden: Tensor, weight: Tensor) -> Tensor:
     return buffers.empty("tiles", (count, tiles, hidden.shape[0]), torch.float32, hidden.device)
 
 
-def tile_forward(hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, kept: Kept | None) -> None:
+_pinned = threading.local()  # memory of the host that a kernel writes, for one call at a time
+
+
+def find_scored(targets: Tensor, ignore_index: int) -> Tensor | None:
+    """Return the positions of targets (R,) other than `ignore_index`, or None if all are; waits for the GPU once."""
+    if not hasattr(_pinned, "count"):
+        _pinned.count = torch.empty(1, dtype=torch.int64, pin_memory=targets.is_cuda)
+    positions, rows = torch.empty_like(targets), targets.shape[0]
+    with _queue_of(targets) as queue:
+        arguments = address(targets), ignore_index, rows, address(positions), address(_pinned.count)
+        count = _cuda.find_scored(queue, *arguments)
+    return None if count == rows else positions[:count]
+
+
+def tile_forward(
+    hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, kept: Kept | None, *, fresh: bool = False
+) -> None:
     """Do what a product and `slab_forward` do, without the slab: hidden (M, H), weight (W, H), `kept` None."""
     if 0 in (hidden.shape[0], weight.shape[0]):
         return
     read, operands = _operands(hidden, weight)
     parts = _parts(2 + (state.entropy_sum is not None), hidden, weight)
     with _queue_of(hidden) as queue:
-        _cuda.score_tiles(queue, operands, _tile_slab(slab, hidden, weight), *map(address, state), address(parts))
+        _cuda.score_tiles(
+            queue, operands, _tile_slab(slab, hidden, weight), *map(address, state), address(parts), fresh
+        )
     del read
 
 
-def tile_exps_forward(hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, exps: Exps) -> None:
+def tile_exps_forward(
+    hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, exps: Exps, *, fresh: bool = False
+) -> None:
     """Do what a product and `exps_forward` do, without the slab. A pivot begins at a logit of the row, its target's if
     the slab has it."""
     if 0 in (hidden.shape[0], weight.shape[0]):
@@ -192,7 +213,7 @@ def tile_exps_forward(hidden: Tensor, weight: Tensor, slab: Slab, state: RowStat
     arguments = *matrix(exps.values), address(exps.pivot), exps.earlier, address(exps.moved), address(parts)
     with _queue_of(hidden) as queue:
         slab_arguments = _tile_slab(slab, hidden, weight)
-        _cuda.exps_tiles_forward(queue, operands, slab_arguments, *map(address, state), *arguments)
+        _cuda.exps_tiles_forward(queue, operands, slab_arguments, *map(address, state), *arguments, fresh)
     del read
 
 
