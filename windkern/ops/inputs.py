@@ -105,7 +105,7 @@ class Inputs:
             values = values.new_zeros(self.total_rows).index_add(0, self.rows, values)
         if self.overflow is not None:
             values = torch.where(self.overflow, torch.nan, values)
-        return values.view(self.lead)
+        return values if len(self.lead) == 1 else values.view(self.lead)
 
 
 def _as_blocks(name: str, value: Blocks) -> list[Tensor]:
@@ -270,7 +270,8 @@ def prepare(
     operand = _operand_dtype(blocks, heads, bias) if cut is None or cut.operand is None else cut.operand
     transform = _transform_of(factors, accumulator(operand))
     check_choice("backend", backend, ["auto", *backends.BACKENDS])
-    flat = [block.reshape(-1, block.shape[-1]) for block in blocks]
+    # Reason: a view of a tensor that requires a gradient costs its host twice, in forward and in backward.
+    flat = [block if block.dim() == 2 else block.reshape(-1, block.shape[-1]) for block in blocks]
     given = labels = targets.reshape(-1).long().contiguous()  # kernels read row after row
     ignore_index = check_index("ignore_index", ignore_index)
     if backends.checks_values(labels.device):
