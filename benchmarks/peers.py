@@ -236,6 +236,7 @@ def all_providers(device: str = "cpu") -> list[Provider]:
         everybody = [provider for provider in _peers() if not provider.onednn]
         floor = _floor("gemm", "bare products", ("fp32", "bf16"), onednn=False)
         providers = [floor, *everybody, *gpu_peers(), *gpu_heads()]
-    for index, backend in enumerate(wk.backends.available(device)):
-        providers += our_providers(backend, preferred=index == 0)
+    preferred = wk.backends.resolve("auto", torch.device(device), torch.bfloat16, tiles=True)
+    for backend in wk.backends.available(device):
+        providers += our_providers(backend, preferred=backend == preferred)
     return [provider for provider in providers if device in provider.devices]

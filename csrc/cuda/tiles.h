@@ -28,7 +28,7 @@ struct TileGrid {
 
   TileGrid(int64_t rows, int64_t width, int64_t inner, int cluster)
       : rows(int(rows)),
-        width(int(width)),
+        width(checked_width(width)),
         inner(int(inner)),
         row_sets(int(ceil_div(rows, kTileRows * cluster))),
         column_tiles(int(ceil_div(width, kTileColumns))),
