@@ -222,7 +222,7 @@ def test_a_streamed_head_in_bfloat16_sums_its_gradient_in_float32(launched):
         torch.testing.assert_close(streamed[key], value, rtol=1e-2, atol=2e-3)
     for one, two in zip(ranks_of(launched, "half-untied-fsdp2"), ranks_of(launched, "half-joined-fsdp2"), strict=True):
         assert_has_not_moved(one["kl_old"][0], two["kl_old"][0])
-        # The third loss follows from two steps of a body in bfloat16: one CPU rounds its products so that they differ by 3 %.
+        # The third loss follows from two steps of a body in bfloat16, whose roundings made 3 % on one CPU.
         assert one["loss"] == pytest.approx(two["loss"], rel=5e-2)
 
 
