@@ -202,8 +202,10 @@ def tile_forward(
 def tile_exps_forward(
     hidden: Tensor, weight: Tensor, slab: Slab, state: RowState, exps: Exps, *, fresh: bool = False
 ) -> None:
-    """Do what a product and `exps_forward` do, without the slab. A pivot begins at a logit of the row, its target's if
-    the slab has it."""
+    """Do what a product and `exps_forward` do, without the slab.
+
+    A pivot begins at a logit of the row: at its target's, if the slab has it.
+    """
     if 0 in (hidden.shape[0], weight.shape[0]):
         if exps.moved is not None:
             exps.moved.fill_(1.0)
