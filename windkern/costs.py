@@ -141,6 +141,7 @@ class Problem:
             if spec.gear != "frozen_head":
                 return total
             total += M * self.hidden_grads * acc + R * width * spec.slabs_at_once * self.multiplied
+            total += self._head_bytes(width * spec.slabs_at_once) * (spec.slabs_at_once > 1)
             return total + self._product_bytes(R, 0, inner)
         if spec.tile_columns:
             return total + packed + R * spec.offset_tiles * acc * (2 + spec.entropy)
@@ -219,6 +220,9 @@ class Problem:
         """Bytes of row vectors, a slab's bias and gradient, compacted rows, scratch, and a cast slab of the head."""
         acc, H = self.acc, sum(self.hidden_sizes)
         total = self.rows * self._vector_bytes + 2 * width * acc + self.compact * self.rows * H * self.item
+        if self.walk.fused and self.compact:  # rows that are cast as they are copied
+            casts = any(dtype != self.walk.operand for dtype in self.hidden_dtypes)
+            total += casts * min(MIB, self.rows * max(self.hidden_sizes) * 4)
         if not self.walk.fused or self.walk.bias_grad:
             total += backends.BACKENDS[self.walk.backend].scratch_bytes(rows, width, acc, self.products.device_type)
         return total + self._head_bytes(width)
@@ -232,7 +236,8 @@ class Problem:
     def _columns_at_once(self, spec: WalkSpec) -> int:
         """Columns of forward's widest product where no logits are written, see `Walk.spans`."""
         if self.casts or spec.gear == "frozen_head":
-            return min(spec.slab_width, self.vocab_size)
+            at_once = 1 if self.casts else spec.slabs_at_once
+            return min(spec.slab_width * at_once, self.vocab_size)
         kept = spec.kept_columns(self.vocab_size)
         return max(kept, self.vocab_size - kept)
 

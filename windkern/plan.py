@@ -115,7 +115,9 @@ def plan(
     capped: bool = False,
     backend: str = "auto",
 ) -> Plan:
-    """Return the plan an op with these arguments will follow. Pure: the same arguments give the same plan anywhere.
+    """Return the plan an op with these arguments will follow.
+
+    The same arguments give the same plan wherever the current GPU is of the same kind, and wherever there is none.
 
     Args:
         rows: scored rows M (targets that are not ignored).

@@ -92,13 +92,16 @@ struct ExpsTile {
         y = exps(y);
         sums[k % 4] += y;
       }
-      const float sum = sum_of_four((sums[0] + sums[1]) + (sums[2] + sums[3])) * exps.correction;
+      const float sum = sum_of_four((sums[0] + sums[1]) + (sums[2] + sums[3]));
       if (threadIdx.x % 4 == 0 && r < slab.rows) {
         const int64_t place = int64_t(column_tile) * slab.rows + r;
-        // Entries more than 80 below the pivot count for nothing, and the sum must not overflow.
-        const float apart = most[h] == minus_infinity<float>() ? 0.0f : offset - most[h];
+        // Entries more than 80 below the pivot count for nothing, and the sum must not overflow. The largest one is 1, so
+        // that a row which is sure of its target has no positive log-prob.
+        const bool masked = most[h] == minus_infinity<float>();
+        const float apart = masked ? 0.0f : offset - most[h];
+        const float relative = sum * lane_exp(apart < 80.0f ? apart : 80.0f);
         parts.max[place] = most[h];
-        parts.sum[place] = sum * lane_exp(apart < 80.0f ? apart : 80.0f);
+        parts.sum[place] = !masked && relative < 1.0f ? 1.0f : relative;
         offsets[place] = offset;
       }
       // Reason: W_y - sum P W cancels where the model is sure of the target, so the target's entry is set later.

@@ -42,8 +42,8 @@ struct ScoreTile {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row + 8 * h;
-      const float sum = sum_of_four(sums[h][0] + sums[h][1]) * exps[h].correction;
-      const float entropy = parts.entropy == nullptr ? 0.0f : sum_of_four(entropies[h]) * exps[h].correction;
+      const float sum = sum_of_four(sums[h][0] + sums[h][1]);
+      const float entropy = parts.entropy == nullptr ? 0.0f : sum_of_four(entropies[h]);
       if (threadIdx.x % 4 == 0 && r < slab.rows) {
         const int64_t place = int64_t(column_tile) * slab.rows + r;
         parts.max[place] = most[h];

@@ -38,15 +38,15 @@ __device__ __forceinline__ float power_of_two(float x) {
 #endif
 }
 
-// exp(y - reference) as one multiplication with addition and one power of two. What rounding the reference in units of
-// log(2) changes is the same for all y, and `correction` undoes it.
+// exp(y - reference), exactly 1 at the reference: the reference in units of log(2) is two numbers, since rounding it to one
+// would change the exponentials of large logits.
 struct ExpsFrom {
-  float low, correction;
+  float high, low;
 
-  __device__ __forceinline__ explicit ExpsFrom(float reference) : low(-reference * kLog2E) {
-    correction = power_of_two(-fmaf(reference, kLog2E, low));
+  __device__ __forceinline__ explicit ExpsFrom(float reference) : high(-reference * kLog2E) {
+    low = -fmaf(reference, kLog2E, high);
   }
-  __device__ __forceinline__ float operator()(float y) const { return power_of_two(fmaf(y, kLog2E, low)); }
+  __device__ __forceinline__ float operator()(float y) const { return power_of_two(fmaf(y, kLog2E, high) + low); }
 
   static constexpr float kLog2E = 1.4426950408889634f;
 };

@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import cuda_tools
 import pytest
@@ -326,6 +327,56 @@ def test_the_plan_is_obeyed_where_the_head_is_copied(gear):
         if logps.requires_grad:
             logps.sum().backward()
     assert record.peak_bytes <= plan.peak_bytes, (record.peak_bytes, plan.peak_bytes, record.by_name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "gear", "narrow", "ignored"),
+    [
+        (64, 33000, "frozen_head", "weight", 0),  # several slabs of the head in one product
+        (64, 40000, "scoring", "weight", 0),
+        (1024, 3000, "scoring", "hidden", 1),
+    ],
+)
+def test_the_plan_is_obeyed_where_operands_are_cast(used, rows, vocab, gear, narrow, ignored):
+    """Under autocast a float32 head is cast slab by slab, and hidden states as their rows are copied."""
+    dtypes = {f"{name}_dtype": torch.float32 if name == narrow else torch.bfloat16 for name in ("hidden", "weight")}
+    hidden, weight = torch.zeros(rows, 64, dtype=dtypes["hidden_dtype"]), torch.zeros(vocab, 64)
+    weight = weight.to(dtypes["weight_dtype"])
+    targets = torch.zeros(rows, dtype=torch.int64)
+    targets[:ignored] = -100
+    with buffers.recording() as record, torch.autocast("cpu", torch.bfloat16):
+        hidden.requires_grad_(gear == "frozen_head")
+        logps = wk.token_logps(hidden, weight, targets, backend="cuda").logps
+        if logps.requires_grad:
+            logps.sum().backward()
+    sizes = rows - ignored, 64, vocab, torch.bfloat16
+    grads = {"hidden_grad": gear == "frozen_head", "weight_grad": False}
+    plan = wk.plan(*sizes, **grads, **dtypes, total_rows=rows, device="cpu", backend="cuda")
+    assert used.keys() <= set(TILES) and plan.walk.fused
+    assert record.peak_bytes <= plan.peak_bytes, (record.peak_bytes, plan.peak_bytes, record.by_name)
+
+
+def test_hidden_states_that_are_copied_are_copied_once():
+    """The kernels of both directions read one copy of rows that are not aligned, and the op's plan counts it."""
+    hidden = torch.randn(512 * 64 + 1).bfloat16()[1:].view(512, 64).requires_grad_()
+    weight, targets = torch.randn(3000, 64).bfloat16().requires_grad_(), torch.zeros(512, dtype=torch.int64)
+    with buffers.recording() as record:
+        logps = wk.token_logps(hidden, weight, targets, memory_budget=0, backend="cuda").logps
+        logps.sum().backward()
+    plan = wk.plan(512, 64, 3000, torch.bfloat16, total_rows=513, memory_budget=0, device="cpu", backend="cuda")
+    assert record.peak_bytes <= plan.peak_bytes
+    assert "cast" not in record.by_name and record.by_name["compact"] == 512 * 64 * 2
+
+
+@pytest.mark.parametrize(("cut", "in_place"), [(None, False), ("vocab_parallel", True), ("streamed", False)])
+def test_ranks_plan_alike_whatever_the_addresses_of_their_parts(cut, in_place):
+    """A streamed head is read slab by slab; nothing else depends on where a rank's part lies."""
+    weight = [torch.zeros(3 * 8 + 1).bfloat16()[1:].view(3, 8)]
+    given = SimpleNamespace(streams=cut == "streamed")
+    found = SimpleNamespace(weight=weight, backend="cuda", cut=None if cut is None else given, streams=given.streams)
+    assert inputs.Inputs.head_in_place.fget(found) is in_place
+    found.weight = [torch.zeros(3, 8).bfloat16()]
+    assert inputs.Inputs.head_in_place.fget(found) is (in_place or cut is None)
 
 
 @pytest.mark.parametrize("gear", ["scoring", "frozen_head", "trained"])

@@ -5,6 +5,7 @@ import shutil
 import cuda_tools
 import pytest
 import torch
+from cuda_cases import TRANSFORMS
 from tile_cases import (
     LAYOUTS,
     POISON,
@@ -20,7 +21,7 @@ from tile_cases import (
 )
 
 from windkern.kernels import buffers
-from windkern.kernels.contract import Exps
+from windkern.kernels.contract import Exps, RowState, Slab
 from windkern.kernels.native import cuda as cuda_rows
 from windkern.kernels.torch import rows as torch_rows
 
@@ -50,6 +51,25 @@ def test_scores(rows, width, inner, dtype):
         bias = entropy == (inner == 8)
         transform = "scaled" if bias else "identity"
         compare_scores(Tiles(rows, (width,), inner, dtype, transform, bias=bias, entropy=entropy))
+
+
+@pytest.mark.parametrize("size", [1.0, 300.0, 1e4, 1e8, 1e12])
+@pytest.mark.parametrize("width", [1, 256, 300])
+def test_equal_logits_of_any_size(size, width):
+    """The exponential of a row's maximum is exactly 1, so that a sum is a count, and no log-prob is positive."""
+    hidden, weight = torch.zeros(5, 8).bfloat16(), torch.zeros(width, 8).bfloat16()
+    hidden[:, 0], weight[:, 0] = 1.0, size
+    slab = Slab(None, None, torch.zeros(5, dtype=torch.int64), 0, TRANSFORMS["identity"])
+    for exps in (False, True):
+        state = RowState(*(torch.full((5,), torch.nan) for _ in range(3)), None)
+        values, pivot = torch.zeros(5, 320).bfloat16(), torch.full((5,), torch.nan)
+        if exps:
+            out = Exps(values[:, :width], pivot, 0, None)
+            cuda_rows.tile_exps_forward(hidden, weight, slab, state, out, fresh=True)
+            assert (values[:, 1:width] == 1.0).all() and (values[:, 0] == 0.0).all()
+        else:
+            cuda_rows.tile_forward(hidden, weight, slab, state, None, fresh=True)
+        assert (state.run_sum == width).all() and torch.equal(state.run_max, state.target_logit)
 
 
 @pytest.mark.parametrize("rows", [5, 130])

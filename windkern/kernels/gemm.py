@@ -102,7 +102,7 @@ class Products:
     def prepared(self, tensor: Tensor) -> Tensor:
         """Return a caller's tensor rounded to the operands' dtype, then widened; no copy where the dtypes agree."""
         if tensor.dtype != self.operand:
-            tensor = buffers.track("cast", tensor.to(self.operand))
+            tensor = buffers.track("cast", tensor.to(self.operand, memory_format=torch.contiguous_format))
         return self.widened(tensor)
 
     def widened(self, tensor: Tensor) -> Tensor:

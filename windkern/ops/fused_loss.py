@@ -97,7 +97,8 @@ class _Job:
             given |= {"entropy": False, "fused_loss": True}
             (per_group, groups), flags = settled(self.inputs, self.grads, (per_group, groups), given)
             self.grads["hidden_grad"], total_rows = flags, per_group * groups + 1
-        total_rows = max(total_rows, per_group * groups) + (not any_scored)  # groups without tokens have fewer
+        copies = not any_scored or self.inputs.copies_rows
+        total_rows = max(total_rows, per_group * groups) + copies  # groups without tokens have fewer
         made = self.make_plan(per_group * groups, group_rows=per_group, total_rows=total_rows)
         chunks = self._cut(made.chunk_groups, targets, positions, counts)
         if not self.inputs.streams:

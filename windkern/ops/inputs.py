@@ -76,6 +76,23 @@ class Inputs:
     def device(self) -> torch.device:
         return self.targets.device
 
+    @property
+    def copies_rows(self) -> bool:
+        """Whether rows of the hidden states are copied before the walk, apart from a cast."""
+        if self.rows is not None or self.streams or self.operand.itemsize != 2 or torch.compiler.is_compiling():
+            return self.rows is not None or self.streams
+        return not backends.BACKENDS[self.backend].reads_in_place(self.hidden[0])
+
+    @property
+    def head_in_place(self) -> bool:
+        """Whether kernels that multiply themselves read the head where it lies.
+
+        Ranks of a sharded head must plan alike, whatever the addresses of their parts.
+        """
+        if self.cut is not None or torch.compiler.is_compiling():
+            return not self.streams
+        return backends.BACKENDS[self.backend].reads_in_place(self.weight[0])
+
     def grads(self) -> dict[str, Any]:
         """Return which gradients autograd will ask for, as arguments of `plan`."""
         enabled = torch.is_grad_enabled()
@@ -87,12 +104,11 @@ class Inputs:
 
     def planned(self) -> dict[str, Any]:
         """Return the arguments of `plan` that these inputs determine, except their sizes."""
-        head = self.weight[0]
         return {
             "dtype": self.operand,
             "hidden_dtype": tuple(block.dtype for block in self.hidden),
             "weight_dtype": tuple(head.dtype for head in self.weight),
-            "head_in_place": torch.compiler.is_compiling() or backends.BACKENDS[self.backend].reads_in_place(head),
+            "head_in_place": self.head_in_place,
             "device": self.device.type,
             "capped": self.transform.softcap is not None,
             "backend": self.backend,

@@ -162,7 +162,7 @@ def row_logps(
             entropy=entropy,
             memory_budget=memory_budget,
             batch_invariant=batch_invariant,
-            total_rows=rows + (inputs.rows is not None or inputs.streams),
+            total_rows=rows + inputs.copies_rows,
             **planned,
         )
     if "transform" not in planned:

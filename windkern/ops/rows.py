@@ -50,7 +50,7 @@ class RowBlock:
             blocks = [PassedRows(head, ranks, spec.vocab_size, slabs, spec.operand) for head in weight]
         return cls(
             walk.Walk.of(spec, targets.device.type),
-            _gather(hidden, rows, targets, total, spec.operand),
+            _in_place(spec, _gather(hidden, rows, targets, total, spec.operand)),
             blocks,
             bias,
             labels,
@@ -146,6 +146,14 @@ def _gather(
             copy[count:].zero_()
         gathered.append(copy)
     return gathered
+
+
+def _in_place(spec: WalkSpec, blocks: list[Tensor]) -> list[Tensor]:
+    """Return rows as kernels that multiply themselves read them, copied once instead of by each of them."""
+    if not spec.fused:
+        return blocks
+    reads, dense = backends.BACKENDS[spec.backend].reads_in_place, torch.contiguous_format
+    return [each if reads(each) else buffers.track("compact", each.clone(memory_format=dense)) for each in blocks]
 
 
 def _of_shard(targets: Tensor, start: int, count: int) -> Tensor:

@@ -279,6 +279,7 @@ class _Writer:
                 else:
                     kept_tile = None if place is None else Kept(place, self.offsets[index][rows])
                     tiles.tile_forward(*operands, slab, state, kept_tile)
+                del operands, slab  # before the next slab's are made
                 continue
             z = place if in_place else self._buffer(targets.shape[0], stop - start)
             z = walk.logits(hidden, walk.heads(weight, start, stop), z)
