@@ -290,8 +290,8 @@ class Problem:
         own = [0.0, 0.0]  # the device's time in forward and in backward
         launches = [2 * slabs, 0]
         if spec.fused and not self.casts and spec.gear != "frozen_head":
-            kept_first = (kept, V - kept)
-            own[0] = sum(self._product_seconds(device, M, columns, sum(self.hidden_sizes)) for columns in kept_first)
+            spans = kept, V - kept
+            own[0] = sum(self._product_seconds(device, M, columns, sum(self.hidden_sizes)) for columns in spans)
             launches[0] = 6
         else:
             own[0] = slabs * self._product_seconds(device, M, W, sum(self.hidden_sizes))
