@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 from filelock import FileLock
 
@@ -128,6 +129,12 @@ def load_emulated(folder: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def emulated_module(tmp_path_factory) -> ModuleType:
+    """Return the module under the emulator, built once for all test processes."""
+    pytest.importorskip("pybind11")
+    return load_emulated(once(shared_folder(tmp_path_factory), "emulated", build_emulated))
 
 
 def install(monkeypatch, module: ModuleType, *, tiles: bool = False) -> None:

@@ -32,15 +32,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class S, class E>
 void run_again(const Slab& slab, const ExpsInputs& in, Stream stream) {
-  const int width = checked_width(slab.width);
   const bool wide = kMayBeWide<S> && aligned_rows<S>(slab.logits, slab.stride) &&
-                    aligned_rows<E>(in.values, in.stride) && aligned16(slab.bias) && width % kPack<E, true> == 0;
-  const int size = wide ? kPack<E, true> : kPack<E, false>;
-  int threads = 32;
-  while (threads < kThreads && threads * size < width) threads *= 2;
-  const int spans = int(ceil_div(width, threads * size));
-  WK_RUN("exps_backward", wide ? again<S, E, kMayBeWide<S>> : again<S, E, false>, slab.rows * spans, dim3(threads),
-         cudaStream_t(stream), slab, Transform<S>(slab), in, spans);
+                    aligned_rows<E>(in.values, in.stride) && aligned16(slab.bias) && slab.width % kPack<E, true> == 0;
+  const Spans spans = spans_of(slab.width, wide ? kPack<E, true> : kPack<E, false>, kThreads);
+  WK_RUN("exps_backward", wide ? again<S, E, kMayBeWide<S>> : again<S, E, false>, slab.rows * spans.count,
+         dim3(spans.threads), cudaStream_t(stream), slab, Transform<S>(slab), in, spans.count);
 }
 
 // One thread for each column of a tile of rows; its sum is added to those of the other tiles below.

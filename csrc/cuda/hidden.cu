@@ -103,28 +103,16 @@ __global__ void __launch_bounds__(kThreads) end_grad(const HiddenGrad in, int sp
   store_any(in.out_dtype, in.out, place * in.out_stride, columns, span, values);
 }
 
-// Blocks and threads for rows of packs.
-struct Spans {
-  int threads, count;
-};
-
-Spans spans_of(int64_t columns, int size) {
-  const int width = columns == 0 ? 1 : checked_width(columns);
-  int threads = 32;
-  while (threads < kThreads && threads * size < width) threads *= 2;
-  return {threads, int(ceil_div(width, threads * size))};
-}
-
 template <class S, bool wide, int size>
 void run_factors(const RowFactors& in, Stream stream) {
-  const Spans spans = spans_of(in.columns, size);
+  const Spans spans = spans_of(in.columns == 0 ? 1 : in.columns, size, kThreads);
   WK_RUN("row_factors", (factor_rows<S, wide, size>), in.rows * spans.count, dim3(spans.threads), cudaStream_t(stream),
          in, spans.count);
 }
 
 template <class S, bool wide, int size>
 void run_grad(const HiddenGrad& in, Stream stream) {
-  const Spans spans = spans_of(in.columns, size);
+  const Spans spans = spans_of(in.columns == 0 ? 1 : in.columns, size, kThreads);
   WK_RUN("write_hidden_grad", (end_grad<S, wide, size>), in.columns == 0 ? 0 : in.rows * spans.count,
          dim3(spans.threads), cudaStream_t(stream), in, spans.count);
 }

@@ -38,6 +38,18 @@ struct Columns {
   __device__ bool owns(int column) const { return (wide ? column / size : column) % team == thread; }
 };
 
+// The threads of a block, `most` at the most, and the blocks of a row in which each thread has one pack.
+struct Spans {
+  int threads, count;
+};
+
+inline Spans spans_of(int64_t columns, int size, int most) {
+  const int width = checked_width(columns);
+  int threads = 32;
+  while (threads < most && threads * size < width) threads *= 2;
+  return {threads, int(ceil_div(width, threads * size))};
+}
+
 // Whether every row of a matrix allows 16-byte accesses.
 template <class E>
 bool aligned_rows(const void* matrix, int64_t stride) {

@@ -26,9 +26,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    pytest.importorskip("pybind11")
-    folder = cuda_tools.once(cuda_tools.shared_folder(tmp_path_factory), "emulated", cuda_tools.build_emulated)
-    return cuda_tools.load_emulated(folder)
+    return cuda_tools.emulated_module(tmp_path_factory)
 
 
 @pytest.fixture

@@ -33,9 +33,7 @@ SHAPES = [(1, 1, 8), (5, 255, 72), (5, 700, 136), (130, 257, 8), (257, 1, 72), (
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    pytest.importorskip("pybind11")
-    folder = cuda_tools.once(cuda_tools.shared_folder(tmp_path_factory), "emulated", cuda_tools.build_emulated)
-    return cuda_tools.load_emulated(folder)
+    return cuda_tools.emulated_module(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +155,7 @@ def test_which_matrices_are_copied():
         assert torch.equal(placed, matrix)
         assert cuda_rows.reads_in_place(placed) == (layout in ("dense", "padded"))
         with buffers.recording() as record:
-            (read, _), _ = cuda_rows._operands(placed, matrix)
+            read = cuda_rows._readable(placed)
         assert torch.equal(read, matrix) and read.is_contiguous() == (layout != "padded")
         assert record.by_name == ({} if layout in ("dense", "padded") else {"cast": matrix.nbytes})
     expanded = matrix[:1].expand(6, 16)

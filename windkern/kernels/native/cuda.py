@@ -109,9 +109,13 @@ def _queue_of(tensor: Tensor) -> Iterator[object]:
 
 def _slab(slab: Slab, values: Tensor) -> Any:
     """Return the arguments of `slab` for a kernel that reads or writes `values` (M, W) in the operand dtype."""
+    return _described(slab, values.dtype, values.shape)
+
+
+def _described(slab: Slab, operand: torch.dtype, shape: tuple[int, ...]) -> Any:
     return _cuda.Slab(
-        DTYPES[values.dtype],
-        *values.shape,
+        DTYPES[operand],
+        *shape,
         slab.start,
         *matrix(slab.logits),
         address(slab.bias),
@@ -138,31 +142,20 @@ def slab_forward_unit(slab: Slab, state: RowState, unit: Unit) -> None:
         _cuda.slab_forward_unit(queue, _slab(slab, unit.values), *map(address, state), *arguments)
 
 
+def _readable(operand: Tensor) -> Tensor:
+    """Return the operand of a kernel that multiplies, copied where the copy engine cannot address it."""
+    if reads_in_place(operand):
+        return operand
+    return buffers.track("cast", operand.clone(memory_format=torch.contiguous_format))
+
+
 def _operands(hidden: Tensor, weight: Tensor) -> Any:
-    """Return the operands of a kernel that multiplies, copied where the copy engine cannot address them."""
-    hidden, weight = (
-        each if reads_in_place(each) else buffers.track("cast", each.clone(memory_format=torch.contiguous_format))
-        for each in (hidden, weight)
-    )
-    return (hidden, weight), _cuda.TileOperands(*matrix(hidden), *matrix(weight), hidden.shape[1])
+    return _cuda.TileOperands(*matrix(hidden), *matrix(weight), hidden.shape[1])
 
 
 def _tile_slab(slab: Slab, hidden: Tensor, weight: Tensor) -> Any:
     """Return the arguments of a slab without logits."""
-    transform = slab.transform
-    return _cuda.Slab(
-        DTYPES[hidden.dtype],
-        hidden.shape[0],
-        weight.shape[0],
-        slab.start,
-        0,
-        0,
-        address(slab.bias),
-        address(slab.targets),
-        transform.scale,
-        transform.softcap or 0.0,
-        transform.temperature,
-    )
+    return _described(slab, hidden.dtype, (hidden.shape[0], weight.shape[0]))
 
 
 def _parts(count: int, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -190,13 +183,11 @@ def tile_forward(
     """Do what a product and `slab_forward` do, without the slab: hidden (M, H), weight (W, H), `kept` None."""
     if 0 in (hidden.shape[0], weight.shape[0]):
         return
-    read, operands = _operands(hidden, weight)
+    hidden, weight = _readable(hidden), _readable(weight)
     parts = _parts(2 + (state.entropy_sum is not None), hidden, weight)
     with _queue_of(hidden) as queue:
-        _cuda.score_tiles(
-            queue, operands, _tile_slab(slab, hidden, weight), *map(address, state), address(parts), fresh
-        )
-    del read
+        slab_arguments = _tile_slab(slab, hidden, weight)
+        _cuda.score_tiles(queue, _operands(hidden, weight), slab_arguments, *map(address, state), address(parts), fresh)
 
 
 def tile_exps_forward(
@@ -210,13 +201,13 @@ def tile_exps_forward(
         if exps.moved is not None:
             exps.moved.fill_(1.0)
         return
-    read, operands = _operands(hidden, weight)
+    hidden, weight = _readable(hidden), _readable(weight)
     parts = _parts(3, hidden, weight)
     arguments = *matrix(exps.values), address(exps.pivot), exps.earlier, address(exps.moved), address(parts)
     with _queue_of(hidden) as queue:
         slab_arguments = _tile_slab(slab, hidden, weight)
+        operands = _operands(hidden, weight)
         _cuda.exps_tiles_forward(queue, operands, slab_arguments, *map(address, state), *arguments, fresh)
-    del read
 
 
 def tile_exps_backward(
@@ -225,11 +216,11 @@ def tile_exps_backward(
     """Do what a product and `exps_backward` do, without the slab."""
     if 0 in (hidden.shape[0], weight.shape[0]):
         return
-    read, operands = _operands(hidden, weight)
+    hidden, weight = _readable(hidden), _readable(weight)
     with _queue_of(hidden) as queue:
         arguments = address(pivot), address(entry), *matrix(values)
+        operands = _operands(hidden, weight)
         _cuda.exps_tiles_backward(queue, operands, _tile_slab(slab, hidden, weight), *arguments)
-    del read
 
 
 def exps_forward(slab: Slab, state: RowState, exps: Exps) -> None:
