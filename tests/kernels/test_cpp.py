@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,7 +182,8 @@ def test_planted_faults_are_caught(monkeypatch):
 
 
 def test_the_extension_links_no_torch():
-    linked = subprocess.run(["ldd", _cpp.__file__], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ldd", _cpp.__file__], capture_output=True, text=True, check=True).stdout
+    linked = re.sub(r"\(0x[0-9a-f]+\)", "", listed)  # an address can read c10
     assert "torch" not in linked and "c10" not in linked
 
 

@@ -192,7 +192,8 @@ def test_newer_gpus_find_ptx(library):
 
 @needs_nvcc
 def test_it_links_nothing_of_cuda_or_torch(library):
-    linked = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
+    linked = re.sub(r"\(0x[0-9a-f]+\)", "", listed)  # an address can read c10
     for name in ("torch", "c10", "libcuda", "cudart"):
         assert name not in linked
     exported = cuda_tools.run(["nm", "-D", "--defined-only", str(library)])
