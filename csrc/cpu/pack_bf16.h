@@ -102,13 +102,14 @@ void* scratch_memory(int64_t bytes) {
 }
 
 // Packs B, then calls body(scratch, first row, count of rows, first panel, last panel) for blocks that cover C. Each
-// thread has its own `scratch_bytes`, and calls enter() and leave() around its work.
+// thread has its own `scratch_bytes`, and calls enter() and leave() around its work. Few blocks of rows are split into
+// parts of the panels, so that a thread has `tasks` or more.
 template <class Enter, class Body, class Leave>
-void over_blocks(const Product& p, int64_t block_rows, int64_t scratch_bytes, Enter enter, Body body, Leave leave) {
+void over_blocks(const Product& p, int64_t block_rows, int64_t tasks, int64_t scratch_bytes, Enter enter, Body body,
+                 Leave leave) {
   if (p.rows == 0 || p.columns == 0) return;
   const int64_t panels = (p.columns + kPanel - 1) / kPanel, blocks = (p.rows + block_rows - 1) / block_rows;
-  // Few rows on many cores: split the panels too.
-  const int64_t wanted = (4 * p.threads + blocks - 1) / blocks, parts = smaller(panels, wanted);
+  const int64_t parts = smaller(panels, (tasks * p.threads + blocks - 1) / blocks);
 #pragma omp parallel num_threads(p.threads)
   {
 #pragma omp for schedule(static)

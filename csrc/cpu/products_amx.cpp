@@ -12,6 +12,7 @@ constexpr int64_t kTile = 16;                  // rows of a tile, and its column
 constexpr int64_t kPair = 2 * kTile;           // rows and columns of C that a step adds to: four tiles
 constexpr int64_t kStep = kTile * 2 * kTile;   // numbers in a tile of A
 constexpr int64_t kBlockRows = 4 * kPair;      // rows of A that pass over all of B together
+constexpr int64_t kTasks = 4;                  // of a thread, at least, where rows allow it: each packs its rows of A
 constexpr int64_t kChunkSteps = 32;            // of 32 numbers of `inner` at a time: A and B stay in the second-level cache
 
 struct alignas(64) TileConfig {
@@ -123,7 +124,7 @@ void multiply(const Product& p) {
   const int64_t sum_bytes = kBlockRows * kPanel * sizeof(float);
   const int64_t packed_bytes = kBlockRows * 2 * padded_pairs(p.inner) * sizeof(uint16_t);
   over_blocks(
-      p, kBlockRows, sum_bytes + packed_bytes,
+      p, kBlockRows, kTasks, sum_bytes + packed_bytes,
       [] {
         const TileConfig config;
         _tile_loadconfig(&config);

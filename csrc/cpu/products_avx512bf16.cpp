@@ -11,7 +11,10 @@ namespace {
 constexpr int kRows = 6;                   // rows and vectors of a register tile: 24 sums, 4 vectors of B, 1 of A
 constexpr int kVectors = kPanel / 16;
 constexpr int64_t kBlockRows = 8 * kRows;  // rows of A that pass over all of B together
-constexpr int64_t kChunkPairs = 256;       // of `inner` at a time: 64 KiB of B stay in the second-level cache
+constexpr int64_t kChunkPairs = 512;       // of `inner` at a time: 128 KiB of B stay in the second-level cache
+// Tasks of a thread. Reason: it waits for the last one of the others, and 512 rows are only 11 blocks. A task packs its
+// rows of a transposed A again.
+constexpr int64_t kTasks = 24, kPackedTasks = 4;
 
 // Packs rows of A stored as (inner, rows): out[tile][pair][row of the tile].
 void pack_rows(const Product& p, int64_t first, int64_t count, uint32_t* out) {
@@ -127,7 +130,7 @@ void multiply(const Product& p) {
   const int64_t rounded = p.c_is_float ? 0 : kBlockRows * kPanel * 4;
   const auto none = [] {};
   over_blocks(
-      p, kBlockRows, packed_a + rounded, none,
+      p, kBlockRows, p.a_transposed ? kPackedTasks : kTasks, packed_a + rounded, none,
       [&](void* scratch, int64_t first, int64_t count, int64_t begin, int64_t end) {
         float* sums = (float*)scratch;  // first, for its alignment
         multiply_block(p, first, count, begin, end, (uint32_t*)((char*)scratch + rounded), sums);
