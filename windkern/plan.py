@@ -334,19 +334,20 @@ def planned_spec(
     vocab_size: int,
     *,
     transform: tuple[float, float | None, float] = (1.0, None, 1.0),
+    masks: bool = True,
     **options: Any,
 ) -> tuple:
     """Return the values of the plan's `WalkSpec` with this transform, which is all that a walk over slabs needs.
 
     The answer is kept by the arguments and whatever else it depends on. Reason: a GPU's first launch waits for it.
     """
-    return _spec_values((rows, hidden_sizes, vocab_size), transform, *_kept_by(hidden_sizes, **options))
+    return _spec_values((rows, hidden_sizes, vocab_size), transform, masks, *_kept_by(hidden_sizes, **options))
 
 
 @functools.lru_cache(maxsize=1024)
-def _spec_values(sizes: tuple, transform: tuple, asked: tuple, facts: tuple) -> tuple:
+def _spec_values(sizes: tuple, transform: tuple, masks: bool, asked: tuple, facts: tuple) -> tuple:
     problem, budget = _asked(*sizes, **dict(asked))
-    return _planned_walk(problem, budget).of(LogitTransform(*transform)).values()
+    return _planned_walk(problem, budget).of(LogitTransform(*transform), masks=masks).values()
 
 
 # torch.compile runs this while it traces instead of tracing it: tracing the search would take minutes.

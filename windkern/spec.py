@@ -46,6 +46,7 @@ class WalkSpec:
     factored: bool  # backward multiplies exponentials; dz is written only for an upstream on lse
     wide_dz: bool  # dz is written in the dtype of the product library; else in that of the operands
     backend: str  # of the row kernels
+    masks: bool = True  # targets may be ignored: their rows of the hidden states are copied, as zeros
     # These describe a head that is sharded over processes, see `windkern.shard.Cut`:
     group: str = ""  # "": the head is whole
     streams: bool = False
@@ -58,10 +59,13 @@ class WalkSpec:
     def transform(self) -> LogitTransform:
         return _transform(self.scale, self.softcap, self.temperature)
 
-    def of(self, transform: LogitTransform, cut: Cut | None = None, rows: int = 0) -> WalkSpec:
-        """Return the same decisions with this transform, and for a sharded head its cut and the most rows of a rank."""
+    def of(self, transform: LogitTransform, cut: Cut | None = None, rows: int = 0, *, masks: bool = True) -> WalkSpec:
+        """Return the same decisions with this transform, and for a sharded head its cut and the most rows of a rank.
+
+        `masks` says whether targets may be ignored.
+        """
         given: dict[str, Any] = {"scale": transform.scale, "softcap": transform.softcap}
-        given |= {"temperature": transform.temperature}
+        given |= {"temperature": transform.temperature, "masks": masks}
         if cut is not None:
             given |= {"group": cut.group, "streams": cut.streams, "vocab_start": cut.start}
             given |= {"vocab_size": cut.vocab_size}

@@ -107,8 +107,8 @@ def test_pairs_of_many_groups_fit_a_grid(found, op):
 @needs_triton
 def test_the_hosts_time_is_measured_by_call_and_slab(found):
     """Only the counts are tested; the times decide nothing."""
-    for seconds, in_triton, in_products, launches, slabs in result(found, "host").values():
-        assert seconds > 0 and in_triton > 0 and in_products > 0 and launches >= slabs > 1
+    for seconds, in_triton, in_products, bare, launches, slabs in result(found, "host").values():
+        assert min(seconds, in_triton, in_products, bare) > 0 and launches >= slabs > 1
 
 
 class Properties:

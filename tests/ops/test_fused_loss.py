@@ -10,6 +10,7 @@ from tolerances import assert_within
 import windkern as wk
 from windkern import naive
 from windkern.kernels import buffers
+from windkern.ops import fused_loss
 
 
 def centred(logps, strength):
@@ -293,6 +294,26 @@ def test_several_chunks_run_the_walk_that_was_planned(backend, dtype, groups):
         assert record.flops == plan.flops and record.peak_bytes <= max(plan.peak_bytes, budget), (budget, plan)
         counts.add(plan.num_chunks)
     assert max(counts) > 1
+
+
+@pytest.mark.parametrize("way", ["all scored", "one ignored", "max_scored", "kept"])
+def test_a_copy_of_the_rows_is_planned(backend, monkeypatch, way):
+    """Also where the largest group has no ignored token, so that as many rows are planned as there are."""
+    if way == "kept":
+        monkeypatch.setattr(fused_loss, "must_keep_rows", lambda targets: True)
+    dtype = torch.float64  # whose products have no temporaries that would hide a copy
+    hidden, weight = torch.randn(3, 2, 40, 512, dtype=dtype), torch.randn(67, 512, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, 67, (3, 2, 40))
+    if way == "one ignored":
+        targets[0, 0, 0] = -100
+    copies, bound = way != "all scored", 240 if way == "max_scored" else None
+    for budget in (1_000_000, 1_500_000, 2_100_000):
+        options = {"memory_budget": budget, "backend": backend}
+        sizes = {"group_rows": 80, "total_rows": 240 + copies, "hidden_grad": False, "device": "cpu"}
+        plan = wk.plan(240, 512, 67, dtype, **sizes, **options)
+        with buffers.recording() as record:
+            wk.fused_loss(lambda logps: logps.sum(-1), hidden, weight, targets, max_scored=bound, **options)
+        assert record.peak_bytes <= max(plan.peak_bytes, budget), (record.by_name, plan)
 
 
 def test_a_function_of_the_same_code_is_looked_at_again_for_other_arguments():

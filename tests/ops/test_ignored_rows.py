@@ -26,13 +26,15 @@ def poisoned(problem: Problem, poison: float) -> Problem:
     return other
 
 
-@pytest.fixture(params=["dropped", "bounded", "spare", "kept"])
+@pytest.fixture(params=["dropped", "bounded", "spare", "room", "kept"])
 def path(request, monkeypatch) -> dict:
-    """Set the way in which ignored rows are left out: dropped, max_scored, or kept (as in a compiler)."""
+    """Set the way in which ignored rows are left out: dropped, max_scored (or for all), or kept (in a compiler)."""
     if request.param == "kept":
         monkeypatch.setattr(inputs, "must_keep_rows", lambda targets: True)
-    scored = int((Problem(SHAPES["blocks"]).targets != -100).sum())
-    return {"bounded": {"max_scored": scored}, "spare": {"max_scored": scored + 4}}.get(request.param, {})
+    targets = Problem(SHAPES["blocks"]).targets
+    scored = int((targets != -100).sum())
+    bounds = {"bounded": scored, "spare": scored + 4, "room": targets.numel()}
+    return {"max_scored": bounds[request.param]} if request.param in bounds else {}
 
 
 @pytest.mark.parametrize("gear", GEARS)

@@ -37,8 +37,7 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     Only whole pages of 2 MiB inside the tensor are huge, so no more memory becomes resident. If the operating system
     refuses, nothing changes.
     """
-    size = tensor.nbytes
-    if size < _LEAST or tensor.device.type != "cpu":
+    if not tensor.is_cpu or (size := tensor.nbytes) < _LEAST:
         return tensor
     advise = _advise()
     if advise is not None:

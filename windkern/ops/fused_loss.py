@@ -39,9 +39,10 @@ class _Chunk:
     """Whole groups that go through the walk together."""
 
     groups: slice
-    rows: Tensor | None  # (m,) positions of the rows in the chunk; None if all are scored
+    rows: Tensor | None  # (m,) positions of the rows in the chunk; None if none is dropped
     targets: Tensor  # (m,)
     overflow: Tensor | None  # rows of the chunk beyond max_scored
+    masks: bool  # whether targets may be ignored
 
 
 @dataclass
@@ -84,10 +85,10 @@ class _Job:
         scored = targets >= 0
         total_rows, positions, counts = self.inputs.total_rows, None, None
         if self.max_scored is not None or must_keep_rows(targets):
-            per_group, any_scored = self.group_tokens, self.max_scored != 0
+            per_group, copies = self.group_tokens, True
         else:  # on a GPU: one synchronisation for any number of chunks
             counts = scored.view(self.groups, self.group_tokens).sum(1).tolist()
-            per_group, any_scored = max(counts, default=0), any(counts)
+            per_group, copies = max(counts, default=0), sum(counts) < max(1, targets.shape[0])
             # Hazard: nonzero_static of torch 2.8 on a GPU crashes for no elements.
             found = scored.nonzero_static(size=sum(counts)) if scored.numel() else scored.nonzero()
             positions = found.squeeze(1)
@@ -97,7 +98,7 @@ class _Job:
             given |= {"entropy": False, "fused_loss": True}
             (per_group, groups), flags = settled(self.inputs, self.grads, (per_group, groups), given)
             self.grads["hidden_grad"], total_rows = flags, per_group * groups + 1
-        copies = not any_scored or self.inputs.copies_rows
+        copies = copies or self.inputs.copies_rows
         total_rows = max(total_rows, per_group * groups) + copies  # groups without tokens have fewer
         made = self.make_plan(per_group * groups, group_rows=per_group, total_rows=total_rows)
         chunks = self._cut(made.chunk_groups, targets, positions, counts)
@@ -105,7 +106,7 @@ class _Job:
             return made, chunks
         self.chunk_rows = per_group * made.chunk_groups
         # Other ranks of a streamed head may have more chunks.
-        empty = _Chunk(slice(self.groups, self.groups), None, targets[:0], None)
+        empty = _Chunk(slice(self.groups, self.groups), None, targets[:0], None, masks=False)
         missing = made.num_chunks - -(-self.groups // made.chunk_groups)
         return made, itertools.chain(chunks, itertools.repeat(empty, missing))
 
@@ -116,10 +117,11 @@ class _Job:
             groups = slice(start, min(start + step, self.groups))
             first = groups.start * self.group_tokens
             labels = targets[first : groups.stop * self.group_tokens]
-            rows, overflow = None, None
+            rows, overflow, masks = None, None, False
             if self.max_scored is not None and labels.numel() > 0:
                 bound = min(self.max_scored, labels.shape[0])
                 rows, labels, overflow = first_scored(labels >= 0, labels, bound)
+                masks = True
             elif counts is not None:
                 found = sum(counts[groups])
                 if found < labels.shape[0]:
@@ -127,8 +129,8 @@ class _Job:
                     labels = labels.index_select(0, rows)
                 passed += found
             else:
-                rows = torch.arange(labels.shape[0], device=labels.device)  # copied, so that ignored ones can become 0
-            yield _Chunk(groups, rows, labels, overflow)
+                masks = True
+            yield _Chunk(groups, rows, labels, overflow, masks)
 
 
 def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -198,7 +200,7 @@ def _run_chunk(job: _Job, made: Plan, chunk: _Chunk, scale: float, held: HeldGra
     places = slice(groups.start * job.group_tokens, groups.stop * job.group_tokens)
     hidden = [block[places] for block in inputs.hidden]
     planned = targets.shape[0] if job.chunk_rows is None else job.chunk_rows
-    spec = made.chunk(planned).of(inputs.transform, inputs.cut, planned)
+    spec = made.chunk(planned).of(inputs.transform, inputs.cut, planned, masks=chunk.masks)
     block = RowBlock.of(spec, hidden, inputs.weight, inputs.bias, targets, rows)
     found, saved = block.forward()
     token_logps = found.logps

@@ -46,7 +46,8 @@ class Inputs:
     weight: list[Tensor]  # (V, H_k); for a sharded head, this rank's rows
     bias: Tensor | None  # (V,)
     targets: Tensor  # (M,) int64, IGNORED where not scored
-    rows: Tensor | None  # (M,) int64 positions among the R rows; None if all rows are scored
+    rows: Tensor | None  # (M,) int64 positions among the R rows; None if none is dropped
+    masks: bool  # whether targets may be IGNORED: their rows are copied, as zeros
     overflow: Tensor | None  # (R,) rows beyond max_scored, whose results become NaN
     lead: tuple[int, ...]  # shape of the caller's targets
     total_rows: int  # R
@@ -79,8 +80,10 @@ class Inputs:
     @property
     def copies_rows(self) -> bool:
         """Whether rows of the hidden states are copied before the walk, apart from a cast."""
-        if self.rows is not None or self.streams or self.operand.itemsize != 2 or torch.compiler.is_compiling():
-            return self.rows is not None or self.streams
+        if self.rows is not None or self.masks or self.streams:
+            return True
+        if self.operand.itemsize != 2 or torch.compiler.is_compiling():
+            return False
         return not backends.BACKENDS[self.backend].reads_in_place(self.hidden[0])
 
     @property
@@ -118,7 +121,7 @@ class Inputs:
     def scatter(self, values: Tensor) -> Tensor:
         """Return results (M,) in the caller's shape, 0 where ignored."""
         if self.rows is not None:
-            values = values.new_zeros(self.total_rows).index_add(0, self.rows, values)
+            values = values.new_zeros(self.total_rows).index_add_(0, self.rows, values)
         if self.overflow is not None:
             values = torch.where(self.overflow, torch.nan, values)
         return values if len(self.lead) == 1 else values.view(self.lead)
@@ -300,10 +303,9 @@ def prepare(
             max_scored = check_max_scored(scored, max_scored)
         if keeps or labels.numel() > 0:
             labels = torch.where(scored, labels, IGNORED)
-        if max_scored is not None and labels.numel() > 0:
+        # Reason: a comparison would fix the symbol of a dynamic size.
+        if max_scored is not None and (torch.compiler.is_compiling() or max_scored < labels.numel()):
             rows, labels, overflow = first_scored(scored, labels, min(max_scored, labels.numel()))
-        elif drop and keeps:
-            rows = torch.arange(labels.shape[0], device=labels.device)  # copied, so that ignored ones can become 0
     else:
         rows = scored_positions(given, ignore_index)  # on a GPU: the one synchronisation that max_scored avoids
         if rows is not None:
@@ -317,6 +319,7 @@ def prepare(
         bias=bias,
         targets=labels,
         rows=rows,
+        masks=drop and (keeps or max_scored is not None),
         overflow=overflow,
         lead=tuple(targets.shape),
         total_rows=flat[0].shape[0],

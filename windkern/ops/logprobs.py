@@ -163,10 +163,11 @@ def row_logps(
             memory_budget=memory_budget,
             batch_invariant=batch_invariant,
             total_rows=rows + inputs.copies_rows,
+            masks=inputs.masks,
             **planned,
         )
     if "transform" not in planned:
-        spec = WalkSpec(*spec).of(inputs.transform, inputs.cut, rows).values()
+        spec = WalkSpec(*spec).of(inputs.transform, inputs.cut, rows, masks=inputs.masks).values()
     if gear_in(spec) == "scoring":
         return torch.ops.windkern.logprobs_fwd(
             inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.rows, *spec

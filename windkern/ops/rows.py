@@ -50,7 +50,7 @@ class RowBlock:
             blocks = [PassedRows(head, ranks, spec.vocab_size, slabs, spec.operand) for head in weight]
         return cls(
             walk.Walk.of(spec, targets.device.type),
-            _in_place(spec, _gather(hidden, rows, targets, total, spec.operand)),
+            _in_place(spec, _gather(spec, hidden, rows, targets, total)),
             blocks,
             bias,
             labels,
@@ -117,17 +117,17 @@ class RowBlock:
         return CollectedRows(grad, ranks, spec.vocab_size, width, spec.reduce_dtype, accumulate=accumulate)
 
 
-def _gather(
-    blocks: list[Tensor], rows: Tensor | None, targets: Tensor, total: int, operand: torch.dtype
-) -> list[Tensor]:
+def _gather(spec: WalkSpec, blocks: list[Tensor], rows: Tensor | None, targets: Tensor, total: int) -> list[Tensor]:
     """Copy the walk's rows to `total` rows in the operand dtype; return the blocks themselves if nothing changes.
 
     Hazard: a row with an ignored target can hold NaN, and 0 * NaN is NaN in a product. Remedy: such rows are set to 0,
     like the padding.
     """
-    if rows is None and all(block.shape[0] == total and block.dtype == operand for block in blocks):
+    operand, count = spec.operand, targets.shape[0]
+    copies = rows is not None or spec.masks
+    if not copies and all(block.shape[0] == total and block.dtype == operand for block in blocks):
         return blocks
-    count, ignored = targets.shape[0], (targets < 0).unsqueeze(1)
+    ignored = (targets < 0).unsqueeze(1) if spec.masks else None
     gathered = []
     for block in blocks:
         copy = buffers.empty("compact", (total, block.shape[1]), operand, block.device)
@@ -141,7 +141,8 @@ def _gather(
             for first in range(0, count, step):
                 part = slice(first, min(first + step, count))
                 copy[part].copy_(buffers.track("scratch", block.index_select(0, rows[part])))
-        given.masked_fill_(ignored, 0.0)
+        if ignored is not None:
+            given.masked_fill_(ignored, 0.0)
         if count < total:
             copy[count:].zero_()
         gathered.append(copy)
