@@ -208,6 +208,7 @@ class Problem:
     def _products_bytes(self, columns: int, scratch: int) -> int:
         """Bytes of the temporaries of both products over `columns` of the vocabulary."""
         inner, total = max(self.hidden_sizes), self._head_bytes(columns)
+        total += self.products.copied_bytes(self.rows, columns)
         if any(self.walk.hidden_grad):
             total += self._product_bytes(self.rows, 0, inner)
             scratch = max(scratch, self.products.scratch_bytes(inner, columns))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import NARROW, UNLIMITED, Problem, Shape
+from cases import GEARS, NARROW, UNLIMITED, Problem, Shape
 from test_logprobs import check
 from tolerances import assert_within
 
@@ -70,6 +70,21 @@ def test_products(library, dtype):
         close(out, wanted, wanted, "weight_grad")
         products.weight_grad(*operands, out, accumulate=True, gain=torch.tensor(0.5))
         close(out, 1.5 * wanted, wanted * 1.5, "weight_grad added with a gain")
+
+
+@pytest.mark.parametrize("gear", ["frozen_head", "frozen_body", "trained"])
+@pytest.mark.parametrize("seen", [("logps",), ("logps", "lse")], ids=" ".join)
+@pytest.mark.parametrize("rows", [4, 600])
+def test_temporaries_of_the_library_are_planned(library, gear, seen, rows):
+    """Among them the copy that oneDNN takes of columns of a wider matrix, or of a transposed one."""
+    problem = Problem(Shape((rows,), (48,), 9001), "plain", seen=seen)
+    scored = int((problem.targets != -100).sum())
+    asked = {"hidden_grad": GEARS[gear][0], "weight_grad": GEARS[gear][1], "total_rows": rows, "device": "cpu"}
+    for budget in (NARROW, 16_000_000, UNLIMITED):
+        plan = wk.plan(scored, 48, 9001, torch.float32, memory_budget=budget, **asked)
+        with buffers.recording() as record:
+            problem.run(wk.token_logps, torch.float32, gear, memory_budget=budget)
+        assert record.peak_bytes <= plan.peak_bytes, (record.by_name, plan)
 
 
 @pytest.mark.parametrize("gear", ["frozen_head", "trained"])

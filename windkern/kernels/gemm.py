@@ -22,7 +22,10 @@ from windkern.kernels import buffers, cpu_libraries, cpu_products
 _HEAP_BLOCK = 32 << 20
 # Reason: below this many multiply-adds, oneDNN's dispatch costs more than it gains.
 _SMALL_PRODUCT = 1 << 21
-# Bytes of exponentials, or of the head's rows, per product where operands are repacked or widened.
+# Bytes of exponentials, or of the head's rows, per product where oneDNN copies its left operand. Products over twice or
+# half as many columns are not faster.
+_COPIED_BYTES = 16 << 20
+# The same where operands are repacked or widened.
 _PREPARED_BYTES = 8 << 20
 
 
@@ -117,6 +120,10 @@ class Products:
         """Return the scratch bytes of a product with a right operand (inner, columns)."""
         return 0
 
+    def copied_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of the copy that a product of backward takes of its (rows, columns) left operand."""
+        return 0
+
     def writes(self, out_dtype: torch.dtype) -> bool:
         """Return whether dweight is written to its place directly, rounded once; else a float32 product is copied."""
         return out_dtype == self.multiplied or (out_dtype == self.acc and self.device_type != "cpu")
@@ -208,7 +215,10 @@ class OneDnnProducts(Products):
         return fits and left.dtype == torch.float32 and cpu_libraries.onednn_is_safe()
 
     def columns_at_once(self, rows: int, columns: int, inner: int) -> int:
-        return min(columns, _round_down(_HEAP_BLOCK // (4 * max(rows, inner)), 64))
+        return min(columns, _round_down(_COPIED_BYTES // (4 * max(rows, inner)), 64))
+
+    def copied_bytes(self, rows: int, columns: int) -> int:
+        return rows * columns * 4  # they are columns of a wider matrix, or its transpose
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None, *, add_to: Tensor | None = None) -> Tensor:
         if add_to is not None or out is not None or not self._uses(hidden, weight.shape[0]):
@@ -220,11 +230,17 @@ class OneDnnProducts(Products):
         if not self._uses(dz, weight.shape[1]):
             return super().hidden_grad(dz, weight, total, first=first)
         self._count(dz.shape[0], dz.shape[1], weight.shape[1])
+        dz = self._dense(dz)
         if first:
             product = torch.ops.mkldnn._linear_pointwise(dz, weight.t(), None, "none", [], "")
         else:
             product = torch.ops.mkldnn._linear_pointwise.binary(dz, total, weight.t(), None, "add")
         return buffers.track("dhidden", product)
+
+    @staticmethod
+    def _dense(left: Tensor) -> Tensor:
+        """Return `left`, or the copy that torch would make of it, so that it is counted."""
+        return left if left.is_contiguous() else buffers.track("copy", left.contiguous())
 
     def writes(self, out_dtype: torch.dtype) -> bool:
         return not cpu_libraries.ONEDNN_WEIGHT_GRAD and super().writes(out_dtype)
@@ -235,7 +251,7 @@ class OneDnnProducts(Products):
             super().weight_grad(dz, hidden, out, accumulate=accumulate, gain=gain)
             return
         self._count(dz.shape[1], dz.shape[0], hidden.shape[1])
-        product = torch.ops.mkldnn._linear_pointwise(dz.t(), hidden.t(), None, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(self._dense(dz.t()), hidden.t(), None, "none", [], "")
         self._place(buffers.track("dweight", product), out, accumulate, gain)
 
 
