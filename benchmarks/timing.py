@@ -85,8 +85,8 @@ def _kib(field: str) -> int:
 def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
     """Run a call once and read the high-water mark of memory, which is reset just before the call.
 
-    On a CPU it is that of resident memory: outputs, gradients, temporaries of any library, the allocator's waste. On a
-    GPU it is that of torch's allocator, which everything here uses.
+    On a CPU it is that of resident memory: outputs, gradients, temporaries of any library. On a GPU it is that of
+    torch's allocator, which everything here uses.
     """
     if device != "cpu":
         gc.collect()
@@ -98,6 +98,7 @@ def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
     if why_no_memory() is not None:
         return Measured(*_without_peak(call))
     gc.collect()
+    heap.give_back()
     heap.trim()  # so that the level before the call is that of live memory
     _CLEAR_REFS.write_text("5")  # VmHWM = VmRSS
     before = _kib("VmRSS")

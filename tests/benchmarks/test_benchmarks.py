@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import windkern as wk
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compare, errors, exact, heap, peers, plot, readme, record, run, step, timing  # noqa: E402
+from benchmarks import compare, errors, exact, peers, plot, readme, record, run, step, timing  # noqa: E402
 from benchmarks.cases import SHAPES, TINY, Case, make_problem, select_cases  # noqa: E402
 from benchmarks.provider import LEVELS as provider_levels  # noqa: E402
 from benchmarks.provider import quiet  # noqa: E402
@@ -223,31 +222,6 @@ def test_the_gate_is_the_rule_of_the_other_tests(dtype):
     for rounded in (right.to(dtype), right * 1.05):
         own = exact.relative_error(rounded, right)
         assert exact.allowed_error(own, dtype) == pytest.approx(error_budget(rounded, right, dtype))
-
-
-@pytest.mark.skipif(timing.why_no_memory() is not None, reason=str(timing.why_no_memory()))
-def test_peak_memory_is_seen():
-    def allocate():
-        torch.ones(32 << 20, dtype=torch.uint8)  # freed before the call ends
-        return torch.ones(96 << 20, dtype=torch.uint8)
-
-    measured = timing.measure(allocate)
-    # Reason: a system that is short of memory drops pages of code in the meantime.
-    assert 96 - 8 < measured.peak_bytes / 2**20 < 96 + 32 + 8
-
-
-@pytest.mark.skipif(not heap.can_keep(), reason="this C library cannot be told to keep freed memory")
-def test_timed_calls_meet_no_page_faults():
-    def faults_of_a_call() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(96 << 20, dtype=torch.uint8)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    usual = faults_of_a_call()
-    assert usual >= 48  # if all pages are huge
-    with heap.kept(96 << 20):
-        assert faults_of_a_call() <= usual // 4
-    assert faults_of_a_call() >= 48  # the C library gives memory back again
 
 
 def test_no_call_always_follows_the_same_one():
