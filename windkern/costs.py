@@ -21,8 +21,9 @@ COLUMN_STEP = 64
 # Bytes of one float32 slab on a CPU: inside the heap and near the last-level cache.
 SLAB_BYTES_CPU = 16 * MIB
 # The same, and the fewest columns, where products of bfloat16 are so fast that passes over a slab show: on a Zen 5,
-# 16 MiB took up to 9 % longer, and a frozen head 6 % longer with 512 columns.
-SLAB_BYTES_OWN, COLUMNS_OWN = 4 * MIB, 1024
+# 16 MiB took up to 9 % longer than 4, and a frozen head 6 % longer with 512 columns; on a Zen 4, where the start and
+# the end of a product cost more, 4 MiB took up to 7 % longer than 8.
+SLAB_BYTES_OWN, COLUMNS_OWN = 8 * MIB, 1024
 # The same on a GPU, for few rows: wider slabs take fewer launches, which is all that counts there.
 SLAB_BYTES_GPU = 128 * MIB
 # Slabs per product on a GPU, for a frozen head or where forward kept nothing.
