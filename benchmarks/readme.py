@@ -22,7 +22,7 @@ SECTIONS = {
     "summary-gpu": ("speed-gpu", tables.markdown_summary),
     "cpu": ("speed", tables.markdown_speed),
     "avx2": ("speed-avx2", tables.markdown_speed),
-    "older": ("speed-older", tables.markdown_speed),
+    "zen5": ("speed-zen5", tables.markdown_speed),
     "masked": ("speed-masked", tables.markdown_speed),
     "gpu": ("speed-gpu", tables.markdown_speed),
     "errors": ("errors", tables.markdown_errors),
