@@ -113,11 +113,16 @@ def _plan(rows: int, vocab: int, gear: Gear) -> wk.Plan:
     return wk.plan(rows, HIDDEN, vocab, torch.bfloat16, **options, **grads)
 
 
-def _call(rows: int, vocab: int, gear: Gear) -> Callable[[], None]:
+def _inputs(rows: int, vocab: int, gear: Gear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return hidden states, head and targets."""
     hidden = torch.randn(rows, HIDDEN).bfloat16().requires_grad_(gear.wanted[0])
     weight = torch.randn(vocab, HIDDEN).bfloat16().requires_grad_(gear.wanted[1])
-    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
-    targets, upstream = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    return hidden, weight, torch.zeros(rows, dtype=torch.int64)
+
+
+def _call(rows: int, vocab: int, gear: Gear) -> Callable[[], None]:
+    hidden, weight, targets = _inputs(rows, vocab, gear)
+    leaves, upstream = [leaf for leaf in (hidden, weight) if leaf.requires_grad], torch.ones(rows)
     options = {"max_scored": rows, "memory_budget": gear.memory_budget, "backend": "triton"}
 
     def call() -> None:
@@ -126,6 +131,16 @@ def _call(rows: int, vocab: int, gear: Gear) -> Callable[[], None]:
             torch.autograd.grad(logps, leaves, upstream)
 
     return call
+
+
+@contextlib.contextmanager
+def _launching_through(function: Callable[..., None]) -> Iterator[None]:
+    """Make all modules with kernels launch them by `function`."""
+    with contextlib.ExitStack() as stack:
+        for module in mock_driver.modules():
+            if hasattr(module, "launch"):
+                stack.enter_context(mock.patch.object(module, "launch", function))
+        yield
 
 
 def _recorded(call: Callable[[], None]) -> list[Phase]:
@@ -147,13 +162,9 @@ def _recorded(call: Callable[[], None]) -> list[Phase]:
         phases.append(Phase())
         return grad(*arguments, **options)
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(buffers, "empty", made))
-        stack.enter_context(mock.patch.object(torch.autograd, "grad", began))
-        for module in mock_driver.modules():
-            if hasattr(module, "launch"):
-                stack.enter_context(mock.patch.object(module, "launch", launched))
-        HandedOver.count = 0
+    HandedOver.count = 0
+    grads = mock.patch.object(torch.autograd, "grad", began)
+    with mock.patch.object(buffers, "empty", made), grads, _launching_through(launched):
         call()
     phases[-1].products = HandedOver.count
     return phases
@@ -186,10 +197,8 @@ _numbers = itertools.count()  # Reason: torch keeps an op by its name.
 def _bare(rows: int, vocab: int, gear: Gear, call: Callable[[], None]) -> Callable[[], None]:
     """Return a call that makes the buffers, launches and products of `call` in two ops, without windkern's Python."""
     phases, none = _recorded(call), torch.empty(0)
-    hidden = torch.randn(rows, HIDDEN).bfloat16().requires_grad_(gear.wanted[0])
-    weight = torch.randn(vocab, HIDDEN).bfloat16().requires_grad_(gear.wanted[1])
-    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
-    targets, upstream = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    hidden, weight, targets = _inputs(rows, vocab, gear)
+    leaves, upstream = [leaf for leaf in (hidden, weight) if leaf.requires_grad], torch.ones(rows)
     spec = _plan(rows, vocab, gear).walk.values()
 
     def fwd(*_):
@@ -255,10 +264,7 @@ def measure(rows: int, vocabs: tuple[int, ...], gear: Gear, repeats: int, *, com
                     started = time.process_time()
                     one()
                     seconds.append(time.process_time() - started)
-        with contextlib.ExitStack() as stack:
-            for module in mock_driver.modules():
-                if hasattr(module, "launch"):
-                    stack.enter_context(mock.patch.object(module, "launch", timed))  # which takes time itself
+        with _launching_through(timed):  # which takes time itself
             for _ in range(repeats):
                 for call, (_, in_triton, in_products, _) in zip(calls, taken, strict=True):
                     inside[0] = HandedOver.inside = 0.0

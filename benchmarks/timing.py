@@ -85,8 +85,8 @@ def _kib(field: str) -> int:
 def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
     """Run a call once and read the high-water mark of memory, which is reset just before the call.
 
-    On a CPU it is that of resident memory: outputs, gradients, temporaries of any library. On a GPU it is that of
-    torch's allocator, which everything here uses.
+    On a CPU it is that of resident memory: outputs, gradients, temporaries of any library, holes of the heap. On a GPU
+    it is that of torch's allocator, which everything here uses.
     """
     if device != "cpu":
         gc.collect()

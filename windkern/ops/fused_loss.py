@@ -117,20 +117,17 @@ class _Job:
             groups = slice(start, min(start + step, self.groups))
             first = groups.start * self.group_tokens
             labels = targets[first : groups.stop * self.group_tokens]
-            rows, overflow, masks = None, None, False
+            rows, overflow = None, None
             if self.max_scored is not None and labels.numel() > 0:
                 bound = min(self.max_scored, labels.shape[0])
                 rows, labels, overflow = first_scored(labels >= 0, labels, bound)
-                masks = True
             elif counts is not None:
                 found = sum(counts[groups])
                 if found < labels.shape[0]:
                     rows = positions[passed : passed + found] - first
                     labels = labels.index_select(0, rows)
                 passed += found
-            else:
-                masks = True
-            yield _Chunk(groups, rows, labels, overflow, masks)
+            yield _Chunk(groups, rows, labels, overflow, masks=counts is None)
 
 
 def _chunk_loss(job: _Job, logps: Tensor, groups: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
